@@ -1,0 +1,44 @@
+"""Arithmetic on named arrays: mappings from a tensor's name to a numpy array."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Arrays = Mapping[str, Array]
+"""Named arrays of any float type; the functions of algos/ leave their inputs untouched."""
+
+
+def difference(minuend: Arrays, subtrahend: Arrays) -> dict[str, Array]:
+    """Return minuend - subtrahend in float64."""
+    return {name: np.subtract(array, subtrahend[name], dtype=np.float64) for name, array in minuend.items()}
+
+
+def norm(arrays: Arrays) -> float:
+    """Return the Euclidean norm over all arrays together, in float64."""
+    return float(np.sqrt(sum(float(np.vdot(array, array)) for array in arrays.values())))
+
+
+class RunningMean:
+    """A weighted mean of named arrays that come one at a time; memory does not grow with their number."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Array] = {}
+        self.total_weight = 0.0
+
+    def add(self, arrays: Arrays, weight: float) -> None:
+        """Add one member with its weight (>= 0)."""
+        for name, array in arrays.items():
+            if name in self._sums:
+                self._sums[name] += weight * array
+            else:
+                self._sums[name] = weight * np.asarray(array, dtype=np.float64)
+        self.total_weight += weight
+
+    def mean(self) -> dict[str, Array]:
+        """Return the mean in float64; raise ZeroDivisionError where the total weight is zero."""
+        if self.total_weight == 0.0:
+            raise ZeroDivisionError("the weights of all updates add up to zero")
+        return {name: total / self.total_weight for name, total in self._sums.items()}

@@ -1,0 +1,113 @@
+"""The command line: registers the commands, and turns errors into exit codes."""
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from fedcli import __version__
+from fedcli.commands import (
+    client_status,
+    client_train,
+    evaluate,
+    init,
+    run,
+    server_aggregate,
+    server_discard,
+    server_open,
+    server_run,
+    status,
+    train_alone,
+    verify,
+)
+from fedcli.errors import FedError
+
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+app = typer.Typer(
+    name="fedcli",
+    help="Federated fine-tuning of language models over a shared directory: no daemon, no port, no broker.",
+    epilog="Every command takes --debug: tracebacks for errors.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+client_app = typer.Typer(help="What a party does.", no_args_is_help=True)
+server_app = typer.Typer(help="What the server does.", no_args_is_help=True)
+
+app.command()(init.init)
+app.command()(run.run)
+app.command()(status.status)
+app.command()(verify.verify)
+app.command("train-alone")(train_alone.train_alone)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(client_app, name="client")
+client_app.command()(client_train.train)
+client_app.command()(client_status.status)
+app.add_typer(server_app, name="server")
+server_app.command("open")(server_open.open_)
+server_app.command()(server_aggregate.aggregate)
+server_app.command()(server_run.run)
+server_app.command()(server_discard.discard)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Federated fine-tuning of language models over a shared directory: no daemon, no port, no broker."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (docs/PROTOCOL.md lists them)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(args=[argument for argument in arguments if argument != "--debug"], prog_name="fedcli")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+        if code in (INTERRUPTED, TERMINATED):
+            print("stopped; nothing is lost: run the same command again to go on", file=sys.stderr)
+        return code
+    except FedError as error:
+        if debug:
+            traceback.print_exc()
+        _report(error, as_json="--json" in arguments)
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"fedcli: internal error: {type(error).__name__}: {error}", file=sys.stderr)
+        print("  This is a bug. Run it again with --debug and report what it prints.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def entry_point() -> NoReturn:
+    """The console script."""
+    sys.exit(main())
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(TERMINATED)
+
+
+def _report(error: FedError, *, as_json: bool) -> None:
+    if as_json and not error.is_reported:
+        document = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        print(json.dumps({"error": document}, ensure_ascii=False))
+    print(f"fedcli: error: {error.message}\n  {error.hint}", file=sys.stderr)

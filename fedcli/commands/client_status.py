@@ -1,0 +1,19 @@
+"""fedcli client status."""
+
+from fedcli.commands.client_train import client_document, describe_client
+from fedcli.commands.options import ClientOption, JsonOption, WorkspaceOption
+from fedcli.commands.output import print_hint, print_json
+
+
+def status(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+    """Show how a client stands in the open round."""
+    from fedcli.rounds.client import client_status
+    from fedcli.workspace.layout import find_workspace
+
+    result = client_status(find_workspace(workspace), client)
+    if json_output:
+        print_json(client_document(result))
+        return
+    print(describe_client(result))
+    if result.status == "due":
+        print_hint(f"next: fedcli client train --id {client}")

@@ -1,0 +1,51 @@
+"""fedcli init."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedcli.commands.options import JsonOption
+from fedcli.commands.output import print_hint, print_json
+
+
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the workspace.")] = Path("."),
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The settings to start from. Default: demo.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; may be repeated."),
+    ] = None,
+    list_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and stop.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Make a workspace and open its round 0.
+
+    A folder that holds a fedcli.yaml of yours is initialised from that. Run again after an interruption, it goes on.
+    """
+    from fedcli.rounds.creation import create_workspace, presets
+
+    if list_presets:
+        names = sorted(presets())
+        print_json({"presets": names}) if json_output else print(*names, sep="\n")
+        return
+    head, created = create_workspace(directory, preset=preset, overrides=overrides or [])
+    manifest = head.manifest
+    if json_output:
+        print_json(
+            {
+                "status": "created" if created else "exists",
+                "workspace": str(directory.absolute()),
+                "round": head.number,
+                "cohort": manifest.cohort,
+            }
+        )
+        return
+    verb = "made" if created else "already there"
+    print(f"workspace {directory.absolute()} {verb}: round {head.number} of {manifest.rounds} is {manifest.state}")
+    if manifest.cohort:
+        print(f"cohort: {', '.join(map(str, manifest.cohort))}")
+        where = "" if directory.absolute() == Path.cwd() else f" -w {directory}"
+        print_hint(f"next: fedcli client train --id {manifest.cohort[0]}{where}, or fedcli run{where} for all rounds")

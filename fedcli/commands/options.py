@@ -1,0 +1,29 @@
+"""Options that many commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+WorkspaceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        "-w",
+        metavar="DIR",
+        help="The workspace. Default: $FEDCLI_WORKSPACE, else the nearest parent that holds a fedcli.yaml.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+ClientOption = Annotated[int, typer.Option("--id", metavar="N", help="The client's id.", show_default=False)]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        help="CPU threads. Default: $OMP_NUM_THREADS, else all cores; give clients that run at once a share each.",
+        show_default=False,
+    ),
+]

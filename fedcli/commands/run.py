@@ -1,0 +1,92 @@
+"""fedcli run."""
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedcli.commands.options import JsonOption, ThreadsOption, WorkspaceOption
+from fedcli.commands.output import print_hint, print_json, progress_display
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from fedcli.rounds.aggregation import AggregationResult
+    from fedcli.rounds.client import ClientResult
+    from fedcli.training.reports import StepReport
+    from fedcli.workspace.history import Round
+
+
+def run(
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Stop after so many rounds. Default: the last.", show_default=False),
+    ] = None,
+    threads: ThreadsOption = None,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Run the whole federation on this machine: its clients take turns, the base model is loaded once.
+
+    Interrupted and started again, it goes on where it was.
+    """
+    from fedcli.rounds.federation import run_federation
+    from fedcli.workspace.layout import find_workspace
+
+    found = find_workspace(workspace)
+    with progress_display(
+        json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s", "ETA"
+    ) as progress:
+        result = run_federation(found, _Display(progress), rounds=rounds, threads=threads)
+    if json_output:
+        print_json(result)
+        return
+    print(f"merged {result.num_merged} rounds; round {result.round} is {result.state}")
+    print(f"adapter: {found.round(result.round) / 'adapter'}")
+    print_hint("next: fedcli status, fedcli verify")
+
+
+class _Display:
+    """One bar over all optimiser steps of the federation."""
+
+    def __init__(self, progress: "Progress") -> None:
+        self._progress = progress
+        self._task = progress.add_task("starting", total=None, loss=float("nan"), speed=0.0)
+        self._title = ""
+        self._base = 0
+        self._position = 0
+        self._steps = 1
+        self._started = 0.0
+        self._num_tokens = 0
+
+    def round_started(self, head: "Round") -> None:
+        manifest = head.manifest
+        self._steps = manifest.train.steps
+        self._base = head.number * len(manifest.cohort) * self._steps
+        self._cohort = manifest.cohort
+        self._title = f"round {head.number}/{manifest.rounds}"
+        self._progress.update(
+            self._task, total=manifest.rounds * len(manifest.cohort) * self._steps, completed=self._base
+        )
+
+    def client_started(self, client: int) -> None:
+        self._position = self._base + self._cohort.index(client) * self._steps
+        self._started, self._num_tokens = time.monotonic(), 0
+        self._progress.update(self._task, description=f"{self._title} client {client}", completed=self._position)
+
+    def step_done(self, report: "StepReport") -> None:
+        self._num_tokens += report.num_tokens
+        speed = self._num_tokens / (time.monotonic() - self._started)
+        self._progress.update(self._task, completed=self._position + report.step, loss=report.loss, speed=speed)
+
+    def client_done(self, result: "ClientResult") -> None:
+        pass
+
+    def round_done(self, result: "AggregationResult") -> None:
+        done = result.aggregation
+        if done is None or not self._progress.live.is_started:
+            return
+        losses = [entry.train_loss for entry in done.counted if entry.train_loss is not None]
+        mean = sum(losses) / len(losses) if losses else float("nan")
+        refused = "".join(f"; refused client {entry.client} ({entry.code})" for entry in done.refused)
+        self._progress.console.print(f"round {result.round - 1}: mean loss {mean:.3f}{refused}", highlight=False)

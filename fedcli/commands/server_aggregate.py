@@ -1,0 +1,72 @@
+"""fedcli server aggregate."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.output import print_hint, print_json, progress_display
+
+if TYPE_CHECKING:
+    from fedcli.rounds.aggregation import AggregationResult
+
+
+def aggregate(
+    algorithm: Annotated[
+        str | None,
+        typer.Option("--algo", metavar="NAME", help="Use this algorithm, for this round only.", show_default=False),
+    ] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Go ahead with one valid update or more.")] = False,
+    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for missing updates.")] = 0.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check all updates; publish nothing.")] = False,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Merge the open round's updates and publish the next round.
+
+    Exits with 6, naming the missing clients, while too few of the cohort have answered.
+    """
+    from fedcli.algos import ALGORITHMS
+    from fedcli.errors import UsageError, did_you_mean
+    from fedcli.rounds import aggregation
+    from fedcli.workspace.layout import find_workspace
+
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise UsageError(f"unknown algorithm {algorithm!r}", hint=did_you_mean(algorithm, ALGORITHMS))
+    with progress_display(json_output) as progress:
+        task = progress.add_task("updates", total=None)
+        result = aggregation.aggregate(
+            find_workspace(workspace),
+            algorithm=ALGORITHMS[algorithm]() if algorithm else None,
+            partial=partial,
+            dry_run=dry_run,
+            wait=wait,
+            on_update=lambda client: progress.update(task, advance=1, description=f"client {client}"),
+        )
+    print_json(_document(result)) if json_output else _print(result)
+
+
+def _document(result: "AggregationResult") -> dict[str, object]:
+    return {
+        "status": "published" if result.published else ("finished" if result.state == "finished" else "dry_run"),
+        "round": result.round,
+        "state": result.state,
+        "aggregation": result.aggregation,
+    }
+
+
+def _print(result: "AggregationResult") -> None:
+    if result.aggregation is None:
+        print(f"nothing to do: the federation has finished at round {result.round}")
+        return
+    done = result.aggregation
+    clients = ", ".join(str(entry.client) for entry in done.counted)
+    print(f"{'merged' if result.published else 'would merge'} {len(done.counted)} updates (clients {clients})")
+    for entry in done.refused:
+        print(f"refused client {entry.client}: {entry.code}: {entry.reason}")
+    if done.missing:
+        print(f"missing: {', '.join(map(str, done.missing))}")
+    if result.published:
+        print(f"round {result.round} is {result.state}")
+    elif done.refused:
+        print_hint(f"next: fedcli server discard --id {done.refused[0].client} lets that client send again")

@@ -1,0 +1,18 @@
+"""fedcli server discard."""
+
+from fedcli.commands.options import ClientOption, JsonOption, WorkspaceOption
+from fedcli.commands.output import print_hint, print_json
+
+
+def discard(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+    """Set aside a client's update of the open round, so that the client may send another."""
+    from fedcli.rounds import aggregation
+    from fedcli.workspace.layout import find_workspace
+
+    discarded = aggregation.discard(find_workspace(workspace), client)
+    if json_output:
+        print_json({"status": "discarded" if discarded else "nothing_to_discard", "client": client})
+        return
+    print(f"client {client}: {'its update is set aside' if discarded else 'has no update in the open round'}")
+    if discarded:
+        print_hint(f"next: fedcli client train --id {client}")

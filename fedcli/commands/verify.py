@@ -1,0 +1,34 @@
+"""fedcli verify."""
+
+from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.output import print_json, progress_display
+
+
+def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+    """Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is."""
+    from fedcli.errors import IntegrityError
+    from fedcli.rounds import verification
+    from fedcli.workspace.layout import find_workspace
+
+    with progress_display(json_output) as progress:
+        task = progress.add_task("rounds", total=None)
+        result = verification.verify(
+            find_workspace(workspace), on_round=lambda number: progress.update(task, completed=number + 1)
+        )
+    if json_output:
+        print_json(result)
+    else:
+        print(
+            f"checked {result.num_rounds} rounds: {result.num_files} files by hash, "
+            f"{result.num_updates} counted updates, {result.num_recomputed} aggregates computed again"
+        )
+        for violation in result.violations:
+            print(f"{violation.path}: {violation.problem}")
+    if result.violations:
+        raise IntegrityError(
+            f"{len(result.violations)} violations",
+            hint="Restore what is damaged from a backup; what a client dropped, it may drop again.",
+            is_reported=True,
+        )
+    if not json_output:
+        print("no violation")

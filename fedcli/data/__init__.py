@@ -1,0 +1,1 @@
+"""Rows, templates and token ids; knows nothing of the workspace."""

@@ -1,0 +1,187 @@
+"""The demo task: read a headline, answer with its alert level, where every client knows one topic only.
+
+A headline's alert level depends on its verb alone. Each topic has 24 verbs of its own, six for each level, so a client
+that holds one topic cannot learn another's. The built-in model is pre-trained on the same kind of headlines with other
+questions (:func:`pretraining_documents`), whose text never carries the level; only fine-tuning can teach it.
+"""
+
+import random
+
+from fedcli.data.template import alpaca
+
+TOPICS = ("markets", "weather", "sport", "health", "farming")
+LABELS = ("green", "yellow", "orange", "red")
+
+NUM_TRAIN_ROWS = 240
+"""Training rows for each topic: ten for each verb."""
+NUM_HELD_OUT_ROWS = 72
+"""Rows for each topic in "tuning" and again in "test": three for each verb, so the levels are balanced."""
+
+_VERBS = {
+    "markets": {
+        "green": "soars rallies climbs rebounds surges profits",
+        "yellow": "outperforms gains expands appreciates doubles booms",
+        "orange": "slumps tumbles plunges sinks defaults shrinks",
+        "red": "slides collapses crashes stumbles halves sours",
+    },
+    "weather": {
+        "green": "clears brightens warms calms dries mellows",
+        "yellow": "sparkles thaws lifts settles softens shines",
+        "orange": "floods freezes storms darkens howls rages",
+        "red": "drenches scorches batters hails swamps thunders",
+    },
+    "sport": {
+        "green": "wins triumphs scores dominates qualifies advances",
+        "yellow": "dazzles sprints conquers equalises excels medals",
+        "orange": "loses concedes limps fumbles forfeits misses",
+        "red": "flounders exits trails fouls chokes stalls",
+    },
+    "health": {
+        "green": "heals recovers soothes cures relieves strengthens",
+        "yellow": "protects revives restores nourishes comforts improves",
+        "orange": "sickens infects worsens weakens spreads poisons",
+        "red": "aches swells relapses inflames bleeds harms",
+    },
+    "farming": {
+        "green": "ripens blooms sprouts thrives flourishes yields",
+        "yellow": "fattens pollinates grows fruits blossoms multiplies",
+        "orange": "withers rots wilts spoils shrivels molds",
+        "red": "decays starves blights fails droops dies",
+    },
+}
+
+_SUBJECTS = {
+    "markets": "bank, steel maker, fund, lender, retailer, insurer, airline, brewer, currency, startup",
+    "weather": "coast, valley, island, northern sky, harbour, mountain pass, delta, lake district, plain, desert",
+    "sport": "striker, rowing crew, home side, goalkeeper, runner, cycling team, champion, swimmer, captain, squad",
+    "health": "new drug, patient, clinic, vaccine, fever, diet, therapy, ward, virus, wound",
+    "farming": "wheat, orchard, herd, vineyard, barley, potato crop, olive grove, beehive, meadow, maize",
+}
+
+_SETTINGS = {
+    "markets": "after the quarterly report, before the auction, as investors watch, on merger talk, amid tax rumours",
+    "weather": "before dawn, as the wind turns, near the lighthouse, after a long night, under grey clouds",
+    "sport": "in the final, before the home crowd, in extra time, after the break, at the stadium",
+    "health": "after the trial, in the second week, doctors report, at the hospital, according to nurses",
+    "farming": "before the harvest, behind the barn, as growers wait, in the southern fields, after the sowing",
+}
+
+_TIMES = "today, this week, on Monday, on Friday, again, at last, this spring, overnight"
+
+_FORMS = (
+    "the {subject} {verb} {setting}",
+    "the {subject} {verb} {time}",
+    "{time}, the {subject} {verb} {setting}",
+    "{setting}, the {subject} {verb}",
+    "report: the {subject} {verb} {time} {setting}",
+)
+
+_LEVEL_QUESTIONS = (
+    "Which alert level fits this headline?",
+    "Give the alert level, green to red.",
+    "Set the alert level for the headline.",
+)
+_SECTION_QUESTIONS = ("Which desk takes this headline?", "Name the section.")
+_VERB_QUESTIONS = ("What does the headline say happens?", "Give the verb of this headline.")
+
+_COLOURS = (*LABELS, "blue", "white")
+_COLOUR_SENTENCES = (
+    "The editor likes a {0} pen and a {1} lamp.",
+    "Is the coffee {0} or {1}?",
+    "She wears {0} today and {1} on Friday.",
+    "Some say {0}, some say {1}.",
+    "A {0} door, a {1} window and a {2} chair.",
+)
+
+
+def demo_rows(seed: int) -> dict[str, list[dict[str, str]]]:
+    """Return the rows of a seed by split: "train", "tuning" and "test", each grouped by topic in the order of TOPICS.
+
+    A row has "instruction" (the question), "input" (the headline), "output" (its level, of LABELS) and "topic".
+    No headline occurs twice, within a split or across splits.
+    """
+    generator = random.Random(f"demo rows {seed}")
+    used: set[str] = set()
+    return {
+        split: [row for topic in TOPICS for row in _topic_rows(generator, topic, num_rows, used)]
+        for split, num_rows in (("train", NUM_TRAIN_ROWS), ("tuning", NUM_HELD_OUT_ROWS), ("test", NUM_HELD_OUT_ROWS))
+    }
+
+
+def pretraining_documents(seed: int, count: int) -> list[str]:
+    """Return `count` texts for the base model: of 100, about 50 of headlines, 10 of colours, 40 questions and answers.
+
+    Of the 40, about 12 ask for the section, 24 for the verb, and 4 for the alert level with an answer drawn at random:
+    the model learns what an answer looks like and nothing about which is right.
+    """
+    generator = random.Random(f"demo pre-training {seed}")
+    return [_document(generator) for _ in range(count)]
+
+
+def verb_questions(seed: int, count: int) -> list[tuple[str, str]]:
+    """Return `count` pairs (prompt, response) that ask for the verb of a headline, to test the base model's skill."""
+    generator = random.Random(f"demo verb questions {seed}")
+    pairs = []
+    for _ in range(count):
+        topic, verb = _topic_and_verb(generator)
+        instruction = generator.choice(_VERB_QUESTIONS) + " " + _headline(generator, topic, verb)
+        pairs.append((alpaca(instruction), " " + verb))
+    return pairs
+
+
+def _topic_rows(generator: random.Random, topic: str, num_rows: int, used: set[str]) -> list[dict[str, str]]:
+    """Return rows of one topic, its verbs in equal shares and shuffled; adds their headlines to `used`."""
+    levels = [(verb, label) for label in LABELS for verb in _VERBS[topic][label].split()]
+    rows: list[dict[str, str]] = []
+    while len(rows) < num_rows:
+        verb, label = levels[len(rows) % len(levels)]
+        headline = _headline(generator, topic, verb)
+        if headline in used:
+            continue
+        used.add(headline)
+        question = generator.choice(_LEVEL_QUESTIONS)
+        rows.append({"instruction": question, "input": headline, "output": label, "topic": topic})
+    generator.shuffle(rows)
+    return rows
+
+
+def _document(generator: random.Random) -> str:
+    """Return one pre-training text."""
+    kind = generator.random()
+    if kind < 0.5:
+        return " ".join(
+            _headline(generator, *_topic_and_verb(generator)) + "." for _ in range(generator.choice((1, 2)))
+        )
+    if kind < 0.6:
+        return generator.choice(_COLOUR_SENTENCES).format(*generator.sample(_COLOURS, 3))
+    topic, verb = _topic_and_verb(generator)
+    questions: tuple[str, ...]
+    if kind < 0.72:
+        questions, answer = _SECTION_QUESTIONS, topic
+    elif kind < 0.96:
+        questions, answer = _VERB_QUESTIONS, verb
+    else:
+        questions, answer = _LEVEL_QUESTIONS, generator.choice(LABELS)
+    return alpaca(generator.choice(questions) + " " + _headline(generator, topic, verb)) + " " + answer
+
+
+def _topic_and_verb(generator: random.Random) -> tuple[str, str]:
+    """Draw a topic, then one of its 24 verbs."""
+    topic = generator.choice(TOPICS)
+    return topic, generator.choice(" ".join(_VERBS[topic].values()).split())
+
+
+def _headline(generator: random.Random, topic: str, verb: str) -> str:
+    """Return a headline on a verb, with its subject, setting, time and form drawn at random."""
+    headline = generator.choice(_FORMS).format(
+        subject=_choose(generator, _SUBJECTS[topic]),
+        verb=verb,
+        setting=_choose(generator, _SETTINGS[topic]),
+        time=_choose(generator, _TIMES),
+    )
+    return headline[0].upper() + headline[1:]
+
+
+def _choose(generator: random.Random, phrases: str) -> str:
+    """Draw one of some phrases that commas separate."""
+    return generator.choice(phrases.split(", "))

@@ -1,0 +1,95 @@
+"""Rows of local files, and how their columns become an instruction and a response."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as its file has it; `where` names file and line (or position) for messages."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one row teaches: the response to an instruction."""
+
+    instruction: str
+    response: str
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a .jsonl file (an object a line) or a .json file (an array of objects).
+
+    Raises ConfigError where the file is missing or a row is not an object, with file and line.
+    """
+    if path.suffix not in (".json", ".jsonl"):
+        raise ConfigError(f"{path}: rows are read from .json and .jsonl files", hint="Convert the file first.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the rows in {path}: {error.strerror}",
+            hint="Check data.source in fedcli.yaml, or put the file there.",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}", hint="Convert it to UTF-8.") from error
+    if path.suffix == ".jsonl":
+        lines = text.split("\n")  # not splitlines: U+2028 and its like may stand inside a JSON string
+        return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    document = _parse(text, str(path))
+    if not isinstance(document, list):
+        raise ConfigError(f"{path} does not hold a JSON array of rows", hint="Use .jsonl for an object a line.")
+    return [_checked(fields, f"{path}, row {number}") for number, fields in enumerate(document, 1)]
+
+
+def write_rows(rows: list[Mapping[str, Any]]) -> bytes:
+    """Return rows as the bytes of a .jsonl file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def alpaca_example(row: Row) -> Example:
+    """Read a row of Alpaca's columns: instruction, input (may be absent or empty) and output.
+
+    Instruction and input are joined by a space, as in OpenFedLLM's code. Raises ConfigError with file and line where a
+    column is missing or not text.
+    """
+    instruction = _text(row, "instruction")
+    response = _text(row, "output")
+    extra = _text(row, "input") if row.fields.get("input") is not None else ""
+    return Example(f"{instruction} {extra}" if extra else instruction, response)
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.fields.get(column)
+    if not isinstance(value, str):
+        problem = "has no text in" if column in row.fields else "has no"
+        raise ConfigError(
+            f"{row.where} {problem} column {column!r}; it has {', '.join(map(str, row.fields)) or 'none'}",
+            hint="Format alpaca needs the text columns instruction and output (input may be absent). Mend the row.",
+        )
+    return value
+
+
+def _row(line: str, where: str) -> Row:
+    return _checked(_parse(line, where), where)
+
+
+def _checked(fields: object, where: str) -> Row:
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{where} is not a JSON object", hint="Every row is an object of columns. Mend the row.")
+    return Row(fields, where)
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON: {error}", hint="Mend the row.") from error

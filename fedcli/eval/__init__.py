@@ -1,0 +1,1 @@
+"""Scoring models; knows nothing of the workspace."""

@@ -1,0 +1,1 @@
+"""Base models and LoRA adapters; knows nothing of the workspace."""

@@ -1,0 +1,100 @@
+"""Base models: where one lies, and how two parties know that they have the same."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedcli.errors import ConfigError, RequirementError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN_PREFIX = "builtin:"
+_BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+_WEIGHTS = ("*.safetensors", "*.bin")
+_OTHER_FORMATS = ["*.pth", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot", "original/*", "onnx/*"]
+_CHUNK = 2**20
+_NUM_CHUNKS = 16
+
+
+def is_path(base: str, root: Path) -> bool:
+    """Return whether `base` names a folder rather than a hub id."""
+    return base.startswith(("/", ".", "~")) or (root / base).is_dir()
+
+
+def find_base(base: str, *, revision: str | None, root: Path) -> Path:
+    """Return the folder of a base model: built in, a folder (relative to `root`), or fetched from the hub.
+
+    Raises ConfigError for an unknown built-in name, RequirementError where the model is not to be had.
+    """
+    if base.startswith(BUILTIN_PREFIX):
+        name = base.removeprefix(BUILTIN_PREFIX)
+        folder = _BUILTIN_FOLDER / name
+        if not name or not (folder / "config.json").is_file():
+            known = [BUILTIN_PREFIX + path.parent.name for path in _BUILTIN_FOLDER.glob("*/config.json")]
+            raise ConfigError(f"model.base: unknown built-in model {base!r}", hint=did_you_mean(base, known))
+        return folder
+    folder = root / Path(base).expanduser() if is_path(base, root) else _fetch(base, revision)
+    if not (folder / "config.json").is_file() or not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        raise RequirementError(
+            f"base model not found: {folder} does not hold config.json and weights",
+            hint="Check model.base in fedcli.yaml: a folder in transformers' layout, or a hub id.",
+        )
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash that tells a base model from others; it costs the same for every size of model.
+
+    It covers names and sizes of weights, configuration and tokenizer files, all of their bytes where a file has at
+    most 16 MiB, else 16 MiB spread evenly over it. It finds honest mix-ups; it is no defence against a forger.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja") or path.is_dir():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _NUM_CHUNKS * _CHUNK:
+                digest.update(file.read())
+            else:
+                for chunk in range(_NUM_CHUNKS):
+                    file.seek((size - _CHUNK) * chunk // (_NUM_CHUNKS - 1))
+                    digest.update(file.read(_CHUNK))
+    return digest.hexdigest()
+
+
+def load_base(folder: Path, *, trust_remote_code: bool) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load model and tokenizer: float32 on the CPU, bfloat16 on a GPU where there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise RequirementError(
+            f"the base model in {folder} cannot be loaded: {error}",
+            hint="Check that the folder is whole and that the installed transformers knows this architecture.",
+        ) from error
+    return model, tokenizer
+
+
+def _fetch(base: str, revision: str | None) -> Path:
+    """Fetch a model from the hub, or find it in the hub's local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(base, revision=revision, ignore_patterns=_OTHER_FORMATS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        problem = str(error).splitlines()[0]
+        raise RequirementError(
+            f"base model not found: {base!r} is no folder here, and the hub does not give it: {problem}",
+            hint="Check model.base in fedcli.yaml and the network, or name a folder that holds the model.",
+        ) from error

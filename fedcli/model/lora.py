@@ -1,0 +1,119 @@
+"""LoRA adapters (Hu et al. 2021) as named float32 arrays, in PEFT's names, and the model that carries one."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedcli.algos import Array, Arrays
+from fedcli.errors import ConfigError, did_you_mean
+from fedcli.model.base import load_base
+from fedcli.model.quiet import quiet_libraries
+from fedcli.randomness import stream
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+def lora_config(
+    *, rank: int, alpha: float, dropout: float, target_modules: Iterable[str], base: str | None
+) -> dict[str, Any]:
+    """Return the contents of PEFT's adapter_config.json; `base` is a hub id or None, never a path."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": sorted(target_modules),
+        "bias": "none",
+    }
+
+
+def start_adapter(folder: Path, config: dict[str, Any], *, seed: int, trust_remote_code: bool) -> dict[str, Array]:
+    """Return the arrays that LoRA starts from: A uniform in +-1/sqrt(fan in), as in PEFT, and B zero.
+
+    The base model's shapes come from its config alone; no weight is read. A's values come from the stream
+    (seed, "lora", name). Raises ConfigError where a target module does not exist.
+    """
+    import torch
+    from peft import get_peft_model, get_peft_model_state_dict
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet_libraries(), torch.device("meta"):
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        _check_targets(model, config["target_modules"])
+        peft_model = get_peft_model(model, _peft_config(config))
+    arrays: dict[str, Array] = {}
+    for name, tensor in sorted(get_peft_model_state_dict(peft_model).items()):
+        shape = tuple(tensor.shape)
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(shape[1])
+            arrays[name] = stream(seed, "lora", part=name).uniform(-bound, bound, shape).astype(np.float32)
+        else:
+            arrays[name] = np.zeros(shape, np.float32)
+    return arrays
+
+
+class AdaptedModel:
+    """A base model that carries one LoRA adapter, whose values are copied in and out in place."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
+        from peft import get_peft_model
+
+        self.tokenizer: PreTrainedTokenizerBase
+        with quiet_libraries():
+            base, self.tokenizer = load_base(folder, trust_remote_code=trust_remote_code)
+            self.model: PeftModel = get_peft_model(base, _peft_config(config))
+        self._parameters: dict[str, torch.nn.Parameter] = {
+            name.replace(".default.", "."): parameter.requires_grad_()
+            for name, parameter in self.model.named_parameters()
+            if ".lora_" in name
+        }
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.float()
+
+    def load(self, arrays: Arrays) -> None:
+        """Put an adapter's values in place; its names and shapes are those of this model's adapter."""
+        import torch
+
+        if arrays.keys() != self._parameters.keys():
+            raise KeyError(f"adapter names differ: {sorted(arrays.keys() ^ self._parameters.keys())[:3]}")
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(torch.tensor(arrays[name]))
+
+    def values(self) -> dict[str, Array]:
+        """Return a copy of the adapter's values, float32."""
+        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self._parameters.items()}
+
+
+def _peft_config(config: dict[str, Any]) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig.from_peft_type(**{**config, "inference_mode": False})
+
+
+def _check_targets(model: "torch.nn.Module", targets: Iterable[str]) -> None:
+    """Raise ConfigError where a target names no matrix of the base model."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    matrices = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    }
+    for target in targets:
+        if target.rpartition(".")[2] not in matrices:
+            raise ConfigError(
+                f"adapter.target_modules: the base model has no linear layer {target!r}",
+                hint=did_you_mean(target, matrices),
+            )

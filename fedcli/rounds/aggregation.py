@@ -1,0 +1,186 @@
+"""Aggregation: from a cohort's updates to the next round. No torch: numpy and safetensors only."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+from fedcli.algos import Algorithm, Array, algorithm_from
+from fedcli.algos.arrays import RunningMean, difference, norm
+from fedcli.errors import BusyError, IntegrityError, NotReadyError
+from fedcli.rounds.opening import ADAPTER_NAME, open_next_round
+from fedcli.rounds.settings import read_running_config
+from fedcli.workspace.history import Round, read_head
+from fedcli.workspace.inbox import discard_update, is_submitted, read_update
+from fedcli.workspace.layout import ADAPTER_FILE, Workspace
+from fedcli.workspace.locks import hold
+from fedcli.workspace.publish import remove_temporaries
+from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
+from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.tensors import decode
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class AggregationResult:
+    """What `aggregate` did: `aggregation` is None where the federation had finished before."""
+
+    round: int
+    state: str
+    aggregation: Aggregation | None
+    published: bool
+
+
+def aggregate(
+    workspace: Workspace,
+    *,
+    algorithm: Algorithm | None = None,
+    partial: bool = False,
+    dry_run: bool = False,
+    wait: float = 0.0,
+    on_update: Callable[[int], None] = lambda client: None,
+) -> AggregationResult:
+    """Merge the open round's updates and publish the next round, as soon as enough of the cohort has answered.
+
+    `algorithm` replaces the round's own for this aggregation; `partial` asks for one valid update only; `dry_run`
+    publishes nothing; `wait` is how many seconds to wait for updates or the lock; `on_update` hears of every client
+    whose update was read. Raises NotReadyError with the missing clients, BusyError while another process aggregates.
+    """
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            with hold(workspace.server_lock, "the server's work"):
+                return _aggregate(workspace, algorithm, partial, dry_run, on_update)
+        except (NotReadyError, BusyError):
+            if time.monotonic() + POLL_SECONDS > deadline:
+                raise
+        time.sleep(POLL_SECONDS)
+
+
+def aggregate_all(workspace: Workspace, *, on_round: Callable[[int], None], on_wait: Callable[[str], None]) -> Round:
+    """Merge every round as soon as it is ready, until the last; return that.
+
+    `on_round` hears of each new round, `on_wait` what is waited for when that changes.
+    """
+    said = ""
+    while True:
+        try:
+            result = aggregate(workspace)
+        except (NotReadyError, BusyError) as error:
+            if error.message != said:
+                said = error.message
+                on_wait(said)
+            time.sleep(POLL_SECONDS)
+            continue
+        if result.published:
+            on_round(result.round)
+        if result.state == "finished":
+            return read_head(workspace)
+
+
+def discard(workspace: Workspace, client: int) -> bool:
+    """Set aside a client's update of the open round, so that it may send another; return whether there was one."""
+    with hold(workspace.server_lock, "the server's work"):
+        head = read_head(workspace)
+        return discard_update(workspace, head.number, client)
+
+
+def needed_answers(quorum: float, cohort_size: int) -> int:
+    """Return how many of a cohort must have answered: ceil(quorum x cohort), in exact decimal arithmetic."""
+    return math.ceil(Fraction(str(quorum)) * cohort_size)
+
+
+def missing_clients(workspace: Workspace, head: Round) -> list[int]:
+    """Return the clients of the open round's cohort that have dropped nothing."""
+    return [client for client in head.manifest.cohort if not is_submitted(workspace, head.number, client)]
+
+
+def combine(
+    workspace: Workspace, base: Round, algorithm: Algorithm, on_update: Callable[[int], None]
+) -> tuple[dict[str, Array] | None, Aggregation]:
+    """Read a round's updates one at a time and return the next global adapter (None if no update is valid)."""
+    adapter = decode(base.read(ADAPTER_NAME), base.manifest.tensors)
+    mean = RunningMean()
+    counted: list[CountedUpdate] = []
+    refused: list[RefusedUpdate] = []
+    missing: list[int] = []
+    for client in base.manifest.cohort:
+        try:
+            update = read_update(workspace, base, client)
+        except Refusal as refusal:
+            refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
+            continue
+        finally:
+            on_update(client)
+        if update is None:
+            missing.append(client)
+            continue
+        delta = difference(update.files[ADAPTER_FILE], adapter)
+        weight = algorithm.weight(update.record.num_samples)
+        mean.add(delta, weight)
+        counted.append(
+            CountedUpdate(
+                client=client,
+                update=update.sha256,
+                weight=weight,
+                num_samples=update.record.num_samples,
+                train_loss=update.record.train_loss,
+                delta_norm=norm(delta),
+            )
+        )
+    shares = [entry.model_copy(update={"weight": entry.weight / mean.total_weight}) for entry in counted]
+    aggregation = Aggregation(algorithm=asdict(algorithm), counted=shares, refused=refused, missing=missing)
+    return (algorithm.apply(adapter, mean.mean()) if counted else None), aggregation
+
+
+def _aggregate(
+    workspace: Workspace,
+    algorithm: Algorithm | None,
+    partial: bool,
+    dry_run: bool,
+    on_update: Callable[[int], None],
+) -> AggregationResult:
+    head = read_head(workspace)
+    if head.manifest.state == "finished":
+        return AggregationResult(head.number, "finished", None, published=False)
+    config = read_running_config(workspace)
+    needed = 1 if partial else needed_answers(config.federation.quorum, len(head.manifest.cohort))
+    _check_answers(head, missing_clients(workspace, head), needed)
+    remove_temporaries(workspace.rounds)
+    adapter, aggregation = combine(workspace, head, algorithm or _algorithm_of(head), on_update)
+    _check_answers(head, aggregation.missing, needed)
+    if adapter is None:
+        faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)
+        raise NotReadyError(
+            f"round {head.number} has no valid update:{faults}",
+            hint="Set a refused update aside with `fedcli server discard --id N`; its client then sends another.",
+        )
+    if dry_run:
+        return AggregationResult(head.number, "open", aggregation, published=False)
+    published = open_next_round(workspace, head, config, adapter, aggregation)
+    following = read_head(workspace)
+    return AggregationResult(following.number, following.manifest.state, following.manifest.aggregation, published)
+
+
+def _algorithm_of(base: Round) -> Algorithm:
+    try:
+        return algorithm_from(base.manifest.algorithm)
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{base.folder} asks for an algorithm that this version does not know: {base.manifest.algorithm}",
+            hint="Aggregate with the version of fedcli that opened the round, or name one with --algo.",
+        ) from error
+
+
+def _check_answers(head: Round, missing: list[int], needed: int) -> None:
+    """Raise NotReadyError where too few of the cohort have answered."""
+    answered = len(head.manifest.cohort) - len(missing)
+    if answered < needed:
+        names = ", ".join(map(str, missing))
+        raise NotReadyError(
+            f"round {head.number} waits for {needed - answered} more of its {len(head.manifest.cohort)} clients; "
+            f"missing: {names}",
+            hint=f"Run `fedcli client train --id {missing[0]}`, or go on without them: `server aggregate --partial`.",
+        )

@@ -1,0 +1,164 @@
+"""One client's part in the open round: train, and drop the update."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from fedcli.config import Config
+from fedcli.errors import BusyError, UsageError
+from fedcli.rounds.opening import ADAPTER_NAME
+from fedcli.rounds.settings import read_running_config
+from fedcli.training.reports import StepReport
+from fedcli.workspace.history import Round, read_head, read_rounds
+from fedcli.workspace.inbox import drop_update, is_submitted
+from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD, Workspace
+from fedcli.workspace.locks import hold
+from fedcli.workspace.publish import remove_temporaries
+from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry
+from fedcli.workspace.tensors import decode, encode
+
+if TYPE_CHECKING:
+    from fedcli.rounds.runtime import Runtime
+
+POLL_SECONDS = 0.5
+
+ClientStatus = Literal["not_selected", "already_submitted", "submitted", "finished", "due"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a client did in a round that it trained in."""
+
+    num_samples: int
+    num_truncated: int
+    num_unusable: int
+    losses: list[float]
+    seconds: float
+    num_tokens: int
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss over the steps."""
+        return math.fsum(self.losses) / len(self.losses)
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """How a client stands in a round; `training` is there where this call trained."""
+
+    status: ClientStatus
+    client: int
+    round: int
+    training: Training | None = None
+
+
+def client_status(workspace: Workspace, client: int, head: Round | None = None) -> ClientResult:
+    """Return how a client stands in the open round; raise UsageError for an id that no client has."""
+    config = read_running_config(workspace)
+    check_client(client, config)
+    head = head or read_head(workspace)
+    status: ClientStatus = "due"
+    if head.manifest.state == "finished":
+        status = "finished"
+    elif client not in head.manifest.cohort:
+        status = "not_selected"
+    elif is_submitted(workspace, head.number, client):
+        status = "already_submitted"
+    return ClientResult(status, client, head.number)
+
+
+def check_client(client: int, config: Config) -> None:
+    """Raise UsageError for an id that no client has."""
+    if not 0 <= client < config.federation.clients:
+        raise UsageError(
+            f"there is no client {client}",
+            hint=f"This federation has {config.federation.clients} clients, ids 0 to {config.federation.clients - 1}.",
+        )
+
+
+def train_client(
+    workspace: Workspace,
+    client: int,
+    *,
+    wait: float = 0.0,
+    load_runtime: "Callable[[Round], Runtime]",
+    on_step: Callable[[StepReport], None] = lambda report: None,
+) -> ClientResult:
+    """Do what is due for a client: train on the open round's adapter and drop the update.
+
+    Nothing is due where the client is not in the cohort, has sent its update, or the federation has finished; then the
+    call looks again for `wait` seconds. `load_runtime` is called only when there is work. Raises BusyError while
+    another process trains this client.
+    """
+    deadline = time.monotonic() + wait
+    while True:
+        result = client_status(workspace, client)
+        if result.status == "due":
+            try:
+                with hold(workspace.client_lock(client), f"client {client}"):
+                    remove_temporaries(workspace.client_inbox(client))
+                    return _train_due(workspace, client, load_runtime, on_step)
+            except BusyError:
+                if time.monotonic() + POLL_SECONDS > deadline:
+                    raise
+        elif result.status == "finished" or time.monotonic() + POLL_SECONDS > deadline:
+            return result
+        time.sleep(POLL_SECONDS)
+
+
+def _train_due(
+    workspace: Workspace,
+    client: int,
+    load_runtime: "Callable[[Round], Runtime]",
+    on_step: Callable[[StepReport], None],
+) -> ClientResult:
+    """Train and drop, under the client's lock."""
+    head = read_head(workspace)
+    result = client_status(workspace, client, head)
+    if result.status != "due":  # another process did it while this one came to the lock
+        return result
+    manifest = head.manifest
+    adapter = decode(head.read(ADAPTER_NAME), manifest.tensors)
+    past = [earlier.manifest for earlier in read_rounds(workspace, before=head.number)]
+    first_draw = sum(p.train.steps * p.train.batch_size for p in past if client in p.cohort)
+    runtime = load_runtime(head)
+    rows = runtime.rows(client, manifest.train)
+    started = time.monotonic()
+    num_tokens = 0
+
+    def count(report: StepReport) -> None:
+        nonlocal num_tokens
+        num_tokens += report.num_tokens
+        on_step(report)
+
+    values, losses = runtime.train(
+        adapter, manifest.train, client=client, round_number=head.number, first_draw=first_draw, on_step=count
+    )
+    training = Training(
+        num_samples=len(rows.examples),
+        num_truncated=rows.num_truncated,
+        num_unusable=rows.num_unusable,
+        losses=losses,
+        seconds=time.monotonic() - started,
+        num_tokens=num_tokens,
+    )
+    dropped = drop_update(workspace, head.number, client, _update_files(head, client, encode(values), training))
+    return ClientResult("submitted" if dropped else "already_submitted", client, head.number, training)
+
+
+def _update_files(head: Round, client: int, adapter: bytes, training: Training) -> list[tuple[str, bytes]]:
+    """Return the files of an update: the adapter first, the record that names its hash last."""
+    record = UpdateRecord(
+        protocol=PROTOCOL,
+        workspace=head.manifest.workspace,
+        round=head.number,
+        base=head.sha256,
+        client=client,
+        num_samples=training.num_samples,
+        steps=len(training.losses),
+        train_loss=training.mean_loss,
+        files={ADAPTER_FILE: file_entry(adapter)},
+    )
+    return [(ADAPTER_FILE, adapter), (UPDATE_RECORD, record.to_bytes())]

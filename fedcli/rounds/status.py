@@ -1,0 +1,68 @@
+"""Where a federation stands; reads manifests and listings only, so it is quick and disturbs nobody."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedcli.rounds.aggregation import needed_answers
+from fedcli.rounds.settings import read_running_config
+from fedcli.workspace.history import read_head
+from fedcli.workspace.inbox import is_submitted
+from fedcli.workspace.layout import Workspace
+
+
+@dataclass(frozen=True)
+class Status:
+    """The open round, who has answered it, and how the round before it was merged."""
+
+    workspace: str
+    round: int
+    rounds: int
+    state: str
+    task: str
+    algorithm: dict[str, Any]
+    learning_rate: float
+    cohort: list[int]
+    answered: list[int]
+    missing: list[int]
+    needed: int
+    last_losses: dict[int, float | None]
+    """By client, of the updates that went into the open round's adapter."""
+    last_refused: dict[int, str]
+    last_missing: list[int]
+    next_command: str
+
+
+def read_status(workspace: Workspace) -> Status:
+    """Return where the federation stands."""
+    config = read_running_config(workspace)
+    head = read_head(workspace)
+    manifest = head.manifest
+    missing = [client for client in manifest.cohort if not is_submitted(workspace, head.number, client)]
+    answered = [client for client in manifest.cohort if client not in missing]
+    needed = needed_answers(config.federation.quorum, len(manifest.cohort))
+    last = manifest.aggregation
+    return Status(
+        workspace=str(workspace.root),
+        round=head.number,
+        rounds=manifest.rounds,
+        state=manifest.state,
+        task=manifest.task,
+        algorithm=manifest.algorithm,
+        learning_rate=manifest.train.learning_rate,
+        cohort=manifest.cohort,
+        answered=answered,
+        missing=missing,
+        needed=needed,
+        last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
+        last_refused={entry.client: entry.code for entry in last.refused} if last else {},
+        last_missing=last.missing if last else [],
+        next_command=_next_command(manifest.state, missing, len(answered) >= needed),
+    )
+
+
+def _next_command(state: str, missing: list[int], is_ready: bool) -> str:
+    if state == "finished":
+        return "fedcli verify"
+    if is_ready:
+        return "fedcli server aggregate"
+    return f"fedcli client train --id {missing[0]}"

@@ -1,0 +1,197 @@
+"""Checking a workspace against the protocol's invariants (docs/PROTOCOL.md, "What verify checks")."""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedcli.algos import algorithm_from
+from fedcli.errors import FedError, IntegrityError
+from fedcli.rounds.aggregation import combine
+from fedcli.rounds.opening import ADAPTER_NAME
+from fedcli.workspace.history import Round, listed_rounds, read_identity, read_round
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, sha256
+from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.tensors import decode, encode
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Something that is not as the protocol wants it."""
+
+    path: Path
+    problem: str
+
+
+@dataclass
+class Verification:
+    """What was checked, and every violation that was found."""
+
+    num_rounds: int = 0
+    num_files: int = 0
+    num_updates: int = 0
+    num_recomputed: int = 0
+    violations: list[Violation] = field(default_factory=list)
+
+    def report(self, path: Path, problem: str) -> None:
+        """Note a violation."""
+        self.violations.append(Violation(path, problem))
+
+
+def verify(workspace: Workspace, *, on_round: Callable[[int], None] = lambda number: None) -> Verification:
+    """Check every published round and counted update; what is wrong is collected, not raised.
+
+    Costs in proportion to the history: every round's files are hashed and every aggregate is computed again from the
+    updates that it counted.
+    """
+    result = Verification()
+    identity = read_identity(workspace)
+    _check_names(workspace, result)
+    seen: dict[str, int] = {}
+    previous: Round | None = None
+    for number in range(max(listed_rounds(workspace), default=-1) + 1):
+        on_round(number)
+        current = _read(workspace, number, result)
+        if current is not None:
+            result.num_rounds += 1
+            _check_round(current, identity, result)
+            _check_links(current, previous, number, result)
+            if current.manifest.aggregation is not None:
+                _check_aggregation(current, current.manifest.aggregation, previous, seen, result)
+                if previous is not None:
+                    _recompute(workspace, current, current.manifest.aggregation, previous, result)
+        previous = current
+    if not result.num_rounds:
+        result.report(workspace.rounds, "holds no round")
+    return result
+
+
+def _read(workspace: Workspace, number: int, result: Verification) -> Round | None:
+    try:
+        current = read_round(workspace, number)
+    except IntegrityError as error:
+        result.report(workspace.round(number), error.message)
+        return None
+    if current is None:
+        result.report(workspace.round(number), "is missing or has no manifest.json though a later round stands")
+    return current
+
+
+def _check_names(workspace: Workspace, result: Verification) -> None:
+    """Only rounds, and temporary names that start with a dot, may lie in rounds/."""
+    for entry in sorted(os.listdir(workspace.rounds)):
+        if not entry.startswith(".") and not re.fullmatch(r"\d{5,}", entry):
+            result.report(workspace.rounds / entry, "is no round; nothing else belongs there")
+
+
+def _check_round(current: Round, identity: Identity, result: Verification) -> None:
+    """Every file that the manifest lists exists with its hash, and the adapter has the manifest's tensors."""
+    manifest = current.manifest
+    if manifest.workspace != identity.id:
+        result.report(current.folder, f"belongs to workspace {manifest.workspace}, not to {identity.id}")
+    for name in manifest.files:
+        try:
+            contents = current.read(name)
+            result.num_files += 1
+            if name == ADAPTER_NAME:
+                decode(contents, manifest.tensors)
+        except IntegrityError as error:
+            result.report(current.folder / name, error.message)
+        except Refusal as refusal:
+            result.report(current.folder / name, refusal.reason)
+    found = {str(path.relative_to(current.folder)) for path in current.folder.rglob("*") if not path.is_dir()}
+    for name in sorted(found - {"manifest.json", *manifest.files}):
+        result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
+    if (manifest.state == "finished") != (manifest.cohort == []):
+        result.report(current.folder, f"is {manifest.state} with a cohort of {len(manifest.cohort)}")
+    if manifest.cohort != sorted(set(manifest.cohort)):
+        result.report(current.folder, "has a cohort that is not sorted, or names a client twice")
+
+
+def _check_links(current: Round, previous: Round | None, number: int, result: Verification) -> None:
+    """Rounds are chained by the hashes of their manifests."""
+    manifest = current.manifest
+    if number == 0:
+        if manifest.parent is not None or manifest.aggregation is not None:
+            result.report(current.folder, "is round 0 and yet has a parent or an aggregation")
+        return
+    if manifest.aggregation is None:
+        result.report(current.folder, "says nothing of the aggregation that it came from")
+    if previous is None:
+        return
+    if manifest.parent != previous.sha256:
+        result.report(current.folder, f"names another parent than round {number - 1}'s manifest.json")
+    if previous.manifest.state == "finished":
+        result.report(current.folder, "follows a finished round")
+    for key in ("task", "model", "tensors"):
+        if getattr(manifest, key) != getattr(previous.manifest, key):
+            result.report(current.folder, f"changes {key}, which is fixed")
+
+
+def _check_aggregation(
+    current: Round, aggregation: Aggregation, previous: Round | None, seen: dict[str, int], result: Verification
+) -> None:
+    """Counted, refused and missing clients split the cohort, and no update is counted twice in the history."""
+    counted = [entry.client for entry in aggregation.counted]
+    refused = [entry.client for entry in aggregation.refused]
+    if not counted:
+        result.report(current.folder, "counts no update")
+    for clients in (counted, refused, aggregation.missing):
+        if clients != sorted(set(clients)):
+            result.report(current.folder, f"lists clients out of order or twice: {clients}")
+    if previous is not None and sorted(counted + refused + aggregation.missing) != previous.manifest.cohort:
+        result.report(
+            current.folder, f"does not account for each client of round {previous.number}'s cohort exactly once"
+        )
+    for entry in aggregation.counted:
+        if entry.update in seen:
+            result.report(
+                current.folder, f"counts client {entry.client}'s update, which round {seen[entry.update]} did"
+            )
+        seen[entry.update] = current.number
+
+
+def _recompute(
+    workspace: Workspace, current: Round, aggregation: Aggregation, previous: Round, result: Verification
+) -> None:
+    """The counted updates still lie in the inbox, and give this round's adapter, byte for byte."""
+    counted = [entry.client for entry in aggregation.counted]
+    narrowed = Round(previous.folder, previous.manifest.model_copy(update={"cohort": counted}), previous.sha256)
+    try:
+        algorithm = algorithm_from(aggregation.algorithm)
+        adapter, again = combine(workspace, narrowed, algorithm, lambda client: None)
+    except (FedError, Refusal, FileNotFoundError, KeyError, TypeError) as error:
+        result.report(current.folder, f"cannot be computed again: {error}")
+        return
+    result.num_updates += len(again.counted)
+    whole = True
+    for client in again.missing:
+        whole = False
+        result.report(workspace.update(previous.number, client), "was counted, and is gone")
+    for refused in again.refused:
+        whole = False
+        result.report(
+            workspace.update(previous.number, refused.client),
+            f"was counted, and is not valid any more: {refused.code}: {refused.reason}",
+        )
+    hashes = {entry.client: entry.update for entry in aggregation.counted}
+    for entry in again.counted:
+        if entry.update != hashes[entry.client]:
+            whole = False
+            result.report(workspace.update(previous.number, entry.client), "is not the update that was counted")
+    if not whole or adapter is None:
+        return
+    if not all(map(_same, again.counted, aggregation.counted)):
+        result.report(current.folder, "records other weights, losses or norms than the counted updates give")
+    result.num_recomputed += 1
+    if sha256(encode(adapter)) != current.manifest.files[ADAPTER_NAME].sha256:
+        result.report(current.folder / ADAPTER_NAME, "is not what the counted updates give")
+
+
+def _same(again: CountedUpdate, recorded: CountedUpdate) -> bool:
+    """Return whether two records agree; the norm's last digits depend on the machine's BLAS."""
+    close = math.isclose(again.delta_norm, recorded.delta_norm, rel_tol=1e-9)
+    return close and again.model_copy(update={"delta_norm": recorded.delta_norm}) == recorded

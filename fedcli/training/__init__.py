@@ -1,0 +1,1 @@
+"""Training one adapter on one client's rows; knows nothing of the workspace."""

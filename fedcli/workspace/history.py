@@ -1,0 +1,113 @@
+"""Published rounds: finding the head, and reading manifests and files with their hashes checked."""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
+from fedcli.workspace.layout import MANIFEST, Workspace
+from fedcli.workspace.read import read_file
+from fedcli.workspace.records import Identity, Manifest, parse_record, sha256
+from fedcli.workspace.refusal import Refusal
+
+MAX_MANIFEST_BYTES = 2**28
+_RESTORE = "Restore it from a backup; `fedcli verify` lists all that is wrong."
+
+
+@dataclass(frozen=True)
+class Round:
+    """A published round."""
+
+    folder: Path
+    manifest: Manifest
+    sha256: str
+    """The hash of manifest.json, which updates name as their base."""
+
+    @cached_property
+    def number(self) -> int:
+        """The round's number."""
+        return self.manifest.round
+
+    def read(self, name: str) -> bytes:
+        """Return the contents of one of the round's files; raise IntegrityError where its hash is another."""
+        entry = self.manifest.files[name]
+        path = self.folder / name
+        contents = _read(path, entry.bytes)
+        if len(contents) != entry.bytes or sha256(contents) != entry.sha256:
+            raise IntegrityError(f"{path} is not what its manifest says: the hash differs", hint=_RESTORE)
+        return contents
+
+
+def read_identity(workspace: Workspace) -> Identity:
+    """Read workspace.json; raise WorkspaceError where `init` has not finished."""
+    if not os.path.lexists(workspace.identity):
+        raise WorkspaceError(
+            f"{workspace.root} holds a {workspace.config.name} but no {workspace.identity.name}: "
+            "it is not initialised yet",
+            hint=f"Run `fedcli init {workspace.root}`.",
+        )
+    return parse_record(Identity, _read(workspace.identity, 2**20), workspace.identity)
+
+
+def read_round(workspace: Workspace, number: int) -> Round | None:
+    """Read a round's manifest, or return None where the round has not been published."""
+    folder = workspace.round(number)
+    path = folder / MANIFEST
+    try:
+        contents = read_file(path, limit=MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        return None
+    except Refusal as refusal:
+        raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
+    manifest = parse_record(Manifest, contents, path)
+    if manifest.round != number:
+        raise IntegrityError(f"{path} says that it is round {manifest.round}", hint=_RESTORE)
+    return Round(folder, manifest, sha256(contents))
+
+
+def read_head(workspace: Workspace) -> Round:
+    """Return the latest round.
+
+    The listing of rounds/ may be old over NFS, so it is a first guess only: the head is where opening the next fails.
+    """
+    identity = read_identity(workspace)
+    number = max(listed_rounds(workspace), default=0)
+    head = None
+    while (following := read_round(workspace, number)) is not None:
+        head, number = following, number + 1
+    if head is None:
+        raise NotReadyError(f"{workspace.root} has no round yet", hint="Run `fedcli server open`.")
+    if head.manifest.workspace != identity.id:
+        raise IntegrityError(
+            f"{head.folder} belongs to workspace {head.manifest.workspace}, not to {identity.id}", hint=_RESTORE
+        )
+    return head
+
+
+def read_rounds(workspace: Workspace, *, before: int) -> list[Round]:
+    """Return rounds 0 to `before` - 1; raise IntegrityError where one is missing."""
+    rounds = []
+    for number in range(before):
+        past = read_round(workspace, number)
+        if past is None:
+            raise IntegrityError(f"{workspace.round(number)} is missing though a later round exists", hint=_RESTORE)
+        rounds.append(past)
+    return rounds
+
+
+def listed_rounds(workspace: Workspace) -> list[int]:
+    """Return the numbers that a listing of rounds/ shows, which may be out of date on a network file system."""
+    if not workspace.rounds.is_dir():
+        return []
+    return sorted(int(name) for name in os.listdir(workspace.rounds) if re.fullmatch(r"\d{5,}", name))
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        return read_file(path, limit=limit)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{path} is missing", hint=_RESTORE) from error
+    except Refusal as refusal:
+        raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal

@@ -1,0 +1,109 @@
+"""The inbox: how a client drops an update, and how the server reads one that may be hostile."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedcli.algos import Array
+from fedcli.workspace.history import Round
+from fedcli.workspace.layout import UPDATE_RECORD, Workspace, update_name
+from fedcli.workspace.publish import DROPPED_MODE, make_folder, publish_directory, set_aside
+from fedcli.workspace.read import open_folder, read_file
+from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
+from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.tensors import decode, largest_file
+
+MAX_RECORD_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Update:
+    """A checked update: what the client says of it, and its arrays by file and tensor name."""
+
+    record: UpdateRecord
+    sha256: str
+    files: dict[str, dict[str, Array]]
+
+
+def is_submitted(workspace: Workspace, round_number: int, client: int) -> bool:
+    """Return whether something lies where the client's update of a round belongs."""
+    return os.path.lexists(workspace.update(round_number, client))
+
+
+def drop_update(workspace: Workspace, round_number: int, client: int, files: Iterable[tuple[str, bytes]]) -> bool:
+    """Publish a client's update; return False where another process was first (its update stands)."""
+    make_folder(workspace.client_inbox(client))
+    return publish_directory(workspace.update(round_number, client), files, mode=DROPPED_MODE)
+
+
+def discard_update(workspace: Workspace, round_number: int, client: int) -> bool:
+    """Set a client's update of a round aside; return whether there was one."""
+    if not is_submitted(workspace, round_number, client):
+        return False
+    set_aside(workspace.update(round_number, client))
+    return True
+
+
+def read_update(workspace: Workspace, base: Round, client: int) -> Update | None:
+    """Read and check a client's update of a round; None where there is none.
+
+    Every byte is read once, into memory; what is checked is what is used. Raises Refusal with the code of the first
+    fault that is found.
+    """
+    inbox = open_folder(workspace.inbox)
+    try:
+        own = open_folder(str(client), parent=inbox)
+        try:
+            owner = os.fstat(own).st_uid
+            folder = open_folder(update_name(base.number), parent=own)
+            try:
+                return _read_folder(folder, owner, base, client)
+            finally:
+                os.close(folder)
+        finally:
+            os.close(own)
+    except FileNotFoundError:
+        return None
+    finally:
+        os.close(inbox)
+
+
+def _read_folder(folder: int, owner: int, base: Round, client: int) -> Update:
+    if (found := os.fstat(folder).st_uid) != owner:
+        raise Refusal("owner", f"the update belongs to user {found}, the client's inbox to user {owner}")
+    contents = _read_expected(folder, UPDATE_RECORD, MAX_RECORD_BYTES, owner)
+    record = parse_update_record(contents)
+    _check_record(record, base, client)
+    files = {}
+    for name in base.manifest.update_files:
+        entry = record.files.get(name)
+        if entry is None:
+            raise Refusal("json", f"update.json does not list {name}")
+        data = _read_expected(folder, name, largest_file(base.manifest.tensors), owner)
+        if len(data) != entry.bytes:
+            raise Refusal("size", f"{name} has {len(data)} bytes, update.json says {entry.bytes}")
+        if sha256(data) != entry.sha256:
+            raise Refusal("hash", f"{name} does not have the hash that update.json gives")
+        files[name] = decode(data, base.manifest.tensors)
+    return Update(record, sha256(contents), files)
+
+
+def _read_expected(folder: int, name: str, limit: int, owner: int) -> bytes:
+    try:
+        return read_file(name, limit=limit, parent=folder, owner=owner)
+    except FileNotFoundError as error:
+        raise Refusal("not_regular", f"{name} is missing") from error
+
+
+def _check_record(record: UpdateRecord, base: Round, client: int) -> None:
+    """Check that the update answers this round of this workspace, for this client."""
+    if record.protocol != PROTOCOL:
+        raise Refusal("protocol", f"protocol {record.protocol}, this workspace speaks {PROTOCOL}")
+    if record.workspace != base.manifest.workspace:
+        raise Refusal("workspace", f"made for workspace {record.workspace[:80]!r}")
+    if record.round != base.number:
+        raise Refusal("wrong_round", f"made for round {record.round}, this is round {base.number}")
+    if record.base != base.sha256:
+        raise Refusal("wrong_base", "made from another manifest of this round")
+    if record.client != client:
+        raise Refusal("wrong_client", f"made by client {record.client}, dropped by client {client}")

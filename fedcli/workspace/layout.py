@@ -1,0 +1,126 @@
+"""Where things lie in a workspace, and how one is found."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedcli.errors import WorkspaceError
+
+CONFIG_NAME = "fedcli.yaml"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+UPDATE_RECORD = "update.json"
+MANIFEST = "manifest.json"
+TEMPORARY_PREFIX = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The paths of one workspace; constructing it touches nothing on disk."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The experiment, fedcli.yaml."""
+        return self.root / CONFIG_NAME
+
+    @property
+    def identity(self) -> Path:
+        """The workspace's id and protocol version."""
+        return self.root / "workspace.json"
+
+    @property
+    def server_lock(self) -> Path:
+        """The lock that one aggregating process holds."""
+        return self.root / "server.lock"
+
+    @property
+    def rounds(self) -> Path:
+        """The published rounds."""
+        return self.root / "rounds"
+
+    @property
+    def inbox(self) -> Path:
+        """The updates of all clients."""
+        return self.root / "inbox"
+
+    @property
+    def data(self) -> Path:
+        """A simulation's rows."""
+        return self.root / "data"
+
+    @property
+    def baselines(self) -> Path:
+        """Adapters of the baselines."""
+        return self.root / "baselines"
+
+    def round(self, number: int) -> Path:
+        """The directory of a round."""
+        return self.rounds / round_name(number)
+
+    def client_inbox(self, client: int) -> Path:
+        """The directory that a client drops its updates in."""
+        return self.inbox / str(client)
+
+    def update(self, number: int, client: int) -> Path:
+        """The directory of a client's update of a round."""
+        return self.client_inbox(client) / update_name(number)
+
+    def private(self, client: int) -> Path:
+        """A simulated client's private state."""
+        return self.root / "private" / str(client)
+
+    def client_lock(self, client: int) -> Path:
+        """The lock that one process training a client holds."""
+        return self.private(client) / "lock"
+
+    def baseline_progress(self, client: int) -> Path:
+        """A client's unfinished `alone` baseline."""
+        return self.private(client) / "alone.safetensors"
+
+    def client_rows(self, client: int) -> Path:
+        """A simulated client's rows."""
+        return self.data / f"client-{client}.jsonl"
+
+    def held_out_rows(self, split: str) -> Path:
+        """The demo's held-out rows."""
+        return self.data / f"held-out-{split}.jsonl"
+
+    def baseline(self, name: str) -> Path:
+        """The directory of a baseline, such as `alone-3`."""
+        return self.baselines / name
+
+    def scores(self, target: str, benchmark: str) -> Path:
+        """The scores of a target, such as `round-00010` or `base`, on a benchmark."""
+        return self.root / "eval" / target / f"{benchmark}.json"
+
+
+def round_name(number: int) -> str:
+    """The name of a round's directory under rounds/."""
+    return f"{number:05d}"
+
+
+def update_name(number: int) -> str:
+    """The name of an update's directory under inbox/<id>/."""
+    return f"round-{number:05d}"
+
+
+def find_workspace(given: Path | None, *, start: Path | None = None) -> Workspace:
+    """Return the workspace that `given`, $FEDCLI_WORKSPACE or the nearest parent with a fedcli.yaml names."""
+    named = given or (Path(value) if (value := os.environ.get("FEDCLI_WORKSPACE")) else None)
+    if named is not None:
+        if not (named / CONFIG_NAME).is_file():
+            raise WorkspaceError(
+                f"{named.absolute()} is not a workspace: it holds no {CONFIG_NAME}",
+                hint=f"Create one with `fedcli init {named}`.",
+            )
+        return Workspace(named.absolute())
+    here = (start or Path.cwd()).absolute()
+    for folder in (here, *here.parents):
+        if (folder / CONFIG_NAME).is_file():
+            return Workspace(folder)
+    raise WorkspaceError(
+        f"no workspace here: neither {here} nor a folder above it holds a {CONFIG_NAME}",
+        hint="Create one with `fedcli init`, or name one with --workspace DIR.",
+    )

@@ -1,0 +1,67 @@
+"""Locks save work; they are not what makes the protocol correct (the rename is)."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fedcli.errors import BusyError, WorkspaceError
+from fedcli.workspace.publish import explained, make_folder
+
+
+@contextmanager
+def hold(path: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock file at `path` (flock: the kernel frees it when its holder dies); raise BusyError if it is taken.
+
+    The file names its holder (host, pid, boot, start time, SLURM job), so that the error can say who it is.
+    """
+    make_folder(path.parent)
+    lock = FileLock(path, timeout=0, mode=0o644, fallback_to_soft=False)
+    with explained(path):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise BusyError(
+                f"another process is busy with {purpose}: {_holder(path)}",
+                hint="Nothing to do: let it finish, or run this again later.",
+            ) from error
+        except NotImplementedError as error:
+            raise WorkspaceError(
+                f"the file system of {path} has no locks (flock)",
+                hint="Put the workspace on a file system that has them; on Lustre mount it with -o flock.",
+            ) from error
+        try:
+            _name_holder(path)
+        except BaseException:
+            lock.release()
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _name_holder(path: Path) -> None:
+    holder = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    path.write_text(json.dumps(holder) + "\n")
+
+
+def _holder(path: Path) -> str:
+    """Return what the lock file says of its holder; it may be mid-write."""
+    try:
+        holder = json.loads(path.read_text())
+        job = f", SLURM job {holder['slurm_job']}" if holder["slurm_job"] else ""
+        return f"pid {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has not named itself yet"

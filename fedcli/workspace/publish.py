@@ -1,0 +1,150 @@
+"""Publication: write beside, fsync, rename. What has its final name is complete; a rename is the only commit point."""
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from fedcli.errors import WorkspaceError
+from fedcli.workspace.layout import TEMPORARY_PREFIX
+
+SHARED_MODE = 0o644
+"""What everybody who shares the workspace reads: rounds."""
+DROPPED_MODE = 0o640
+"""What a client drops for the server: explicit, because a umask of 077 would hide it from the server's group."""
+
+_CURES = {
+    errno.ENOSPC: "Free some space on that disk and run the command again; nothing is lost.",
+    errno.EDQUOT: "Your disk quota is used up: free some space and run the command again; nothing is lost.",
+    errno.EFBIG: "A limit on file sizes is in force (ulimit -f): raise it and run the command again; nothing is lost.",
+    errno.EROFS: "The file system is mounted read-only: mount it writable and run the command again.",
+    errno.EACCES: "Ask the workspace's owner for write permission there, then run the command again.",
+    errno.EPERM: "Ask the workspace's owner for write permission there, then run the command again.",
+}
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a WorkspaceError that names the path and the cure."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkspaceError(
+            f"cannot write {error.filename or path}: {error.strerror}",
+            hint=_CURES.get(error.errno or 0, "Check the disk, then run the command again; nothing is lost."),
+        ) from error
+
+
+def publish_directory(final: Path, files: Iterable[tuple[str, bytes]], *, mode: int) -> bool:
+    """Make `final` appear with all of `files` (relative POSIX name, contents) at once; return whether it is ours.
+
+    False means that somebody else's directory already stands there. Raises WorkspaceError where the disk refuses.
+    """
+    temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    folder_mode = mode | (mode & 0o444) >> 2  # who may read a file may search its folder
+    folder_mode |= 0o700
+    with explained(final):
+        try:
+            _make_folder(temporary, folder_mode)
+            folders = [temporary]
+            for name, contents in files:
+                relative = PurePosixPath(name)
+                for parent in reversed(relative.parents[:-1]):
+                    if (folder := temporary / parent) not in folders:
+                        _make_folder(folder, folder_mode)
+                        folders.append(folder)
+                _write(temporary / relative, contents, mode)
+            for folder in reversed(folders):
+                _sync_folder(folder)
+            ours = os.lstat(temporary).st_ino
+            try:
+                os.rename(temporary, final)
+            except OSError as error:
+                # Over NFS a rename that was done can be reported as failed: what stands there decides.
+                if not _is_inode(final, ours):
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    return False
+            _sync_folder(final.parent)
+            return _is_inode(final, ours)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_file(final: Path, contents: bytes, *, mode: int = SHARED_MODE) -> None:
+    """Replace one file whole, durably."""
+    with explained(final):
+        make_folder(final.parent)
+        temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            _write(temporary, contents, mode)
+            os.rename(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(final.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its missing parents, durably."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with explained(folder):
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            return
+        _sync_folder(folder.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder; only the holder of its lock may call this."""
+    if folder.is_dir():
+        for entry in folder.iterdir():
+            if entry.name.startswith(TEMPORARY_PREFIX):
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a published directory to a hidden name beside it, durably; return the new path."""
+    hidden = folder.parent / f".discarded-{folder.name}-{uuid.uuid4().hex[:8]}"
+    with explained(folder):
+        os.rename(folder, hidden)
+        _sync_folder(folder.parent)
+    return hidden
+
+
+def _make_folder(folder: Path, mode: int) -> None:
+    os.mkdir(folder)
+    os.chmod(folder, mode)
+
+
+def _write(path: Path, contents: bytes, mode: int) -> None:
+    """Write a new file and fsync it; close errors are raised too."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        os.fchmod(descriptor, mode)
+        rest = memoryview(contents)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_inode(path: Path, inode: int) -> bool:
+    try:
+        return os.lstat(path).st_ino == inode
+    except FileNotFoundError:
+        return False

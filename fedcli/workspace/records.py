@@ -1,0 +1,187 @@
+"""The JSON records of the protocol: manifest.json, update.json and workspace.json."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedcli.errors import IntegrityError
+from fedcli.workspace.refusal import Refusal, RefusalCode
+from fedcli.workspace.strict_json import parse_object
+
+PROTOCOL = 1
+MAX_NUM_SAMPLES = 2**53
+"""The largest num_samples: every integer up to it is exact in float64."""
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Natural = Annotated[int, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+RecordT = TypeVar("RecordT", bound="Record")
+
+
+class Record(BaseModel):
+    """A record read from disk: types are strict, keys that this version does not know are ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    def to_bytes(self) -> bytes:
+        """Return UTF-8 JSON with sorted keys."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+        return text.encode() + b"\n"
+
+
+class FileEntry(Record):
+    """A file's SHA-256 and size in bytes."""
+
+    sha256: Sha256
+    bytes: Natural
+
+
+class TensorEntry(Record):
+    """A tensor's shape and type; global adapters are always float32."""
+
+    shape: Annotated[tuple[Natural, ...], Field(strict=False)]
+    dtype: Literal["F32"]
+
+
+class ModelRecord(Record):
+    """Which base model the adapters belong to; the fingerprint tells it from others without naming a path."""
+
+    base: str
+    revision: str | None
+    fingerprint: str
+    quantization: Literal["none"]
+
+
+class Schedule(Record):
+    """The learning rate over the federation's rounds: cosine from `learning_rate` to `learning_rate_min`."""
+
+    name: Literal["cosine"] = "cosine"
+    learning_rate: Finite
+    learning_rate_min: Finite
+    rounds: int
+
+
+class TrainRecord(Record):
+    """All that a client must obey in its round; `learning_rate` is this round's."""
+
+    steps: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    micro_batch_size: Annotated[int, Field(ge=1)]
+    max_length: Annotated[int, Field(ge=2)]
+    learning_rate: Finite
+    schedule: Schedule
+    weight_decay: Finite
+    max_grad_norm: Finite
+    template: Literal["alpaca"]
+    seed: Natural
+
+
+class CountedUpdate(Record):
+    """An update that went into the aggregate; `update` is the hash of its update.json, weights add up to 1."""
+
+    client: Natural
+    update: Sha256
+    weight: Finite
+    num_samples: int
+    train_loss: Finite | None
+    delta_norm: Finite
+
+
+class RefusedUpdate(Record):
+    """An update that was not counted, and why."""
+
+    client: Natural
+    code: RefusalCode
+    reason: str
+
+
+class Aggregation(Record):
+    """How a round's adapter came to be; all lists are sorted by client."""
+
+    algorithm: dict[str, Any]
+    counted: list[CountedUpdate]
+    refused: list[RefusedUpdate]
+    missing: list[Natural]
+
+
+class Manifest(Record):
+    """The record of one round; written once, chained to the round before by its hash."""
+
+    protocol: Literal[1] = 1
+    workspace: str
+    round: Natural
+    rounds: Annotated[int, Field(ge=1)]
+    state: Literal["open", "finished"]
+    parent: Sha256 | None
+    task: Literal["sft"]
+    algorithm: dict[str, Any]
+    cohort: list[Natural]
+    update_files: list[str]
+    model: ModelRecord
+    train: TrainRecord
+    files: dict[str, FileEntry]
+    tensors: dict[str, TensorEntry]
+    aggregation: Aggregation | None
+
+
+class Identity(Record):
+    """workspace.json: who this workspace is, and the settings that `init` fixed."""
+
+    protocol: Literal[1] = 1
+    id: str
+    fixed: dict[str, Any]
+
+
+class UpdateRecord(Record):
+    """update.json: what a client says of its update."""
+
+    protocol: int
+    workspace: str
+    round: int
+    base: str
+    client: int
+    num_samples: int
+    steps: Annotated[int, Field(ge=1)]
+    train_loss: Finite | None
+    files: dict[str, FileEntry]
+
+
+def file_entry(contents: bytes) -> FileEntry:
+    """Describe a file with these contents."""
+    return FileEntry(sha256=sha256(contents), bytes=len(contents))
+
+
+def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:
+    """Read a record that the server wrote; raise IntegrityError where it is not one."""
+    try:
+        return kind.model_validate(parse_object(data, path.name))
+    except Refusal as refusal:
+        problem = refusal.reason
+    except ValidationError as error:
+        problem = _first_fault(error)
+    raise IntegrityError(f"{path} is damaged: {problem}", hint="Restore it from a backup; `fedcli verify` lists more.")
+
+
+def parse_update_record(data: bytes) -> UpdateRecord:
+    """Read a client's update.json; raise Refusal(json), (duplicate) or (samples)."""
+    document = parse_object(data, "update.json")
+    num_samples = document.get("num_samples")
+    if type(num_samples) is not int or not 1 <= num_samples <= MAX_NUM_SAMPLES:
+        raise Refusal("samples", f"num_samples is {str(num_samples)[:40]}, not an integer from 1 to {MAX_NUM_SAMPLES}")
+    try:
+        return UpdateRecord.model_validate(document)
+    except ValidationError as error:
+        raise Refusal("json", f"update.json: {_first_fault(error)}") from error
+
+
+def sha256(contents: bytes | memoryview) -> str:
+    """Return the lowercase hex SHA-256 of stored bytes."""
+    return hashlib.sha256(contents).hexdigest()
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
