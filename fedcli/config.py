@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -101,6 +102,10 @@ class FederationConfig(Section):
     def cohort_size(self) -> int:
         """The number of clients drawn for a round: `per_round`, or all."""
         return self.clients if self.per_round is None else self.per_round
+
+    def needed_answers(self, cohort_size: int) -> int:
+        """Return how many of a cohort must have answered: ceil(quorum x cohort), in exact decimal arithmetic."""
+        return math.ceil(Fraction(str(self.quorum)) * cohort_size)
 
 
 class Config(Section):

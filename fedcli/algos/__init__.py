@@ -22,7 +22,7 @@ class Algorithm(Protocol):
     def weight(self, num_samples: int) -> float:
         """Return the weight of an update before normalisation."""
 
-    def apply(self, adapter: Arrays, mean_difference: Arrays) -> dict[str, Array]:
+    def apply(self, adapter: Arrays, mean_difference: Arrays) -> "dict[str, Array]":
         """Return the next global adapter (float32) from x and the weighted mean of y_k - x (float64)."""
 
 

@@ -1,24 +1,28 @@
-"""Arithmetic on named arrays: mappings from a tensor's name to a numpy array."""
+"""Arithmetic on named arrays: mappings from a tensor's name to a numpy array.
 
+Only operators and methods of the arrays are used, so that commands that just read an algorithm's name need no numpy.
+"""
+
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-Array = NDArray[Any]
-Arrays = Mapping[str, Array]
+Array: TypeAlias = "NDArray[Any]"
+Arrays: TypeAlias = "Mapping[str, Array]"
 """Named arrays of any float type; the functions of algos/ leave their inputs untouched."""
 
 
-def difference(minuend: Arrays, subtrahend: Arrays) -> dict[str, Array]:
+def difference(minuend: Arrays, subtrahend: Arrays) -> "dict[str, Array]":
     """Return minuend - subtrahend in float64."""
-    return {name: np.subtract(array, subtrahend[name], dtype=np.float64) for name, array in minuend.items()}
+    return {name: array.astype("float64") - subtrahend[name] for name, array in minuend.items()}
 
 
 def norm(arrays: Arrays) -> float:
     """Return the Euclidean norm over all arrays together, in float64."""
-    return float(np.sqrt(sum(float(np.vdot(array, array)) for array in arrays.values())))
+    return math.sqrt(math.fsum(float((array * array).sum(dtype="float64")) for array in arrays.values()))
 
 
 class RunningMean:
@@ -31,13 +35,14 @@ class RunningMean:
     def add(self, arrays: Arrays, weight: float) -> None:
         """Add one member with its weight (>= 0)."""
         for name, array in arrays.items():
+            weighted = weight * array.astype("float64")
             if name in self._sums:
-                self._sums[name] += weight * array
+                self._sums[name] += weighted
             else:
-                self._sums[name] = weight * np.asarray(array, dtype=np.float64)
+                self._sums[name] = weighted
         self.total_weight += weight
 
-    def mean(self) -> dict[str, Array]:
+    def mean(self) -> "dict[str, Array]":
         """Return the mean in float64; raise ZeroDivisionError where the total weight is zero."""
         if self.total_weight == 0.0:
             raise ZeroDivisionError("the weights of all updates add up to zero")

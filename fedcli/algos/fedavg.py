@@ -25,6 +25,6 @@ class FedAvg:
         """Return the weight of an update before normalisation."""
         return by_num_samples(num_samples)
 
-    def apply(self, adapter: Arrays, mean_difference: Arrays) -> dict[str, Array]:
+    def apply(self, adapter: Arrays, mean_difference: Arrays) -> "dict[str, Array]":
         """Return the next global adapter, float32."""
         return add_mean(adapter, mean_difference)

@@ -1,18 +1,16 @@
 """Aggregation: from a cohort's updates to the next round. No torch: numpy and safetensors only."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 
 from fedcli.algos import Algorithm, Array, algorithm_from
 from fedcli.algos.arrays import RunningMean, difference, norm
 from fedcli.errors import BusyError, IntegrityError, NotReadyError
 from fedcli.rounds.opening import ADAPTER_NAME, open_next_round
 from fedcli.rounds.settings import read_running_config
-from fedcli.workspace.history import Round, read_head
-from fedcli.workspace.inbox import discard_update, is_submitted, read_update
+from fedcli.workspace.history import Round, missing_clients, read_head
+from fedcli.workspace.inbox import discard_update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import remove_temporaries
@@ -87,16 +85,6 @@ def discard(workspace: Workspace, client: int) -> bool:
         return discard_update(workspace, head.number, client)
 
 
-def needed_answers(quorum: float, cohort_size: int) -> int:
-    """Return how many of a cohort must have answered: ceil(quorum x cohort), in exact decimal arithmetic."""
-    return math.ceil(Fraction(str(quorum)) * cohort_size)
-
-
-def missing_clients(workspace: Workspace, head: Round) -> list[int]:
-    """Return the clients of the open round's cohort that have dropped nothing."""
-    return [client for client in head.manifest.cohort if not is_submitted(workspace, head.number, client)]
-
-
 def combine(
     workspace: Workspace, base: Round, algorithm: Algorithm, on_update: Callable[[int], None]
 ) -> tuple[dict[str, Array] | None, Aggregation]:
@@ -146,7 +134,7 @@ def _aggregate(
     if head.manifest.state == "finished":
         return AggregationResult(head.number, "finished", None, published=False)
     config = read_running_config(workspace)
-    needed = 1 if partial else needed_answers(config.federation.quorum, len(head.manifest.cohort))
+    needed = 1 if partial else config.federation.needed_answers(len(head.manifest.cohort))
     _check_answers(head, missing_clients(workspace, head), needed)
     remove_temporaries(workspace.rounds)
     adapter, aggregation = combine(workspace, head, algorithm or _algorithm_of(head), on_update)

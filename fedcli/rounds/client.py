@@ -11,8 +11,8 @@ from fedcli.errors import BusyError, UsageError
 from fedcli.rounds.opening import ADAPTER_NAME
 from fedcli.rounds.settings import read_running_config
 from fedcli.training.reports import StepReport
-from fedcli.workspace.history import Round, read_head, read_rounds
-from fedcli.workspace.inbox import drop_update, is_submitted
+from fedcli.workspace.history import Round, is_submitted, read_head, read_rounds
+from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD, Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import remove_temporaries

@@ -11,8 +11,7 @@ from fedcli.rounds.client import ClientResult, train_client
 from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import read_running_config
 from fedcli.training.reports import StepReport
-from fedcli.workspace.history import Round, read_head
-from fedcli.workspace.inbox import is_submitted
+from fedcli.workspace.history import Round, is_submitted, missing_clients, read_head
 from fedcli.workspace.layout import Workspace
 
 POLL_SECONDS = 0.5
@@ -93,7 +92,7 @@ def _merge(workspace: Workspace, head: Round, observer: FederationObserver) -> b
         except BusyError:
             time.sleep(POLL_SECONDS)
         except NotReadyError:
-            if all(is_submitted(workspace, head.number, client) for client in head.manifest.cohort):
+            if not missing_clients(workspace, head):
                 raise  # no valid update: waiting would not help
             time.sleep(POLL_SECONDS)
         else:

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fedcli.rounds.aggregation import needed_answers
 from fedcli.rounds.settings import read_running_config
-from fedcli.workspace.history import read_head
-from fedcli.workspace.inbox import is_submitted
+from fedcli.workspace.history import missing_clients, read_head
 from fedcli.workspace.layout import Workspace
 
 
@@ -37,9 +35,9 @@ def read_status(workspace: Workspace) -> Status:
     config = read_running_config(workspace)
     head = read_head(workspace)
     manifest = head.manifest
-    missing = [client for client in manifest.cohort if not is_submitted(workspace, head.number, client)]
+    missing = missing_clients(workspace, head)
     answered = [client for client in manifest.cohort if client not in missing]
-    needed = needed_answers(config.federation.quorum, len(manifest.cohort))
+    needed = config.federation.needed_answers(len(manifest.cohort))
     last = manifest.aggregation
     return Status(
         workspace=str(workspace.root),

@@ -1,4 +1,4 @@
-"""Published rounds: finding the head, and reading manifests and files with their hashes checked."""
+"""Published rounds: finding the head, reading manifests and files with their hashes checked, and who has answered."""
 
 import os
 import re
@@ -102,6 +102,16 @@ def listed_rounds(workspace: Workspace) -> list[int]:
     if not workspace.rounds.is_dir():
         return []
     return sorted(int(name) for name in os.listdir(workspace.rounds) if re.fullmatch(r"\d{5,}", name))
+
+
+def is_submitted(workspace: Workspace, round_number: int, client: int) -> bool:
+    """Return whether something lies where the client's update of a round belongs."""
+    return os.path.lexists(workspace.update(round_number, client))
+
+
+def missing_clients(workspace: Workspace, head: Round) -> list[int]:
+    """Return the clients of a round's cohort that have dropped nothing."""
+    return [client for client in head.manifest.cohort if not is_submitted(workspace, head.number, client)]
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedcli.algos import Array
-from fedcli.workspace.history import Round
+from fedcli.workspace.history import Round, is_submitted
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, update_name
 from fedcli.workspace.publish import DROPPED_MODE, make_folder, publish_directory, set_aside
 from fedcli.workspace.read import open_folder, read_file
@@ -23,11 +23,6 @@ class Update:
     record: UpdateRecord
     sha256: str
     files: dict[str, dict[str, Array]]
-
-
-def is_submitted(workspace: Workspace, round_number: int, client: int) -> bool:
-    """Return whether something lies where the client's update of a round belongs."""
-    return os.path.lexists(workspace.update(round_number, client))
 
 
 def drop_update(workspace: Workspace, round_number: int, client: int, files: Iterable[tuple[str, bytes]]) -> bool:
