@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+KILLS ?= 5
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
+
+.PHONY: demo test slow lint check clean
+
+demo: .venv/installed  ## a whole federation on the built-in model and rows, and its scores
+	$(BIN)/fedcli init $(DEMO)
+	OMP_NUM_THREADS=1 $(BIN)/fedcli run -w $(DEMO)
+	printf '%s\n' 0 1 2 3 4 | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/fedcli train-alone -w $(DEMO) --id
+	OMP_NUM_THREADS=1 $(BIN)/fedcli eval demo -w $(DEMO)
+	$(BIN)/fedcli verify -w $(DEMO)
+	@echo "workspace: $(DEMO)/    federated adapter: $(DEMO)/rounds/00015/adapter/    scores: $(DEMO)/eval/"
+
+test: .venv/installed-dev  ## the default test suite
+	$(PYTEST)
+
+slow: .venv/installed-dev  ## the recorded kill -9 campaign; KILLS=50 for the whole of it
+	FEDCLI_KILLS=$(KILLS) $(PYTEST) -m slow
+
+lint: .venv/installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test slow demo  ## all that CI runs
+
+clean:  ## remove the environment and the demo
+	rm -rf .venv $(DEMO)
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,242 @@
+"""fedcli.yaml: defaults, faults, overrides, the schedule, and what may not change."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import settings
+from pydantic import ValidationError
+
+from fedcli.cli import main
+from fedcli.config import Config, apply_overrides, parse_config, read_document
+from fedcli.errors import ConfigError, UsageError
+from fedcli.rounds.creation import presets
+from fedcli.rounds.settings import read_running_config
+from fedcli.workspace.layout import Workspace
+
+HERE = Path("fedcli.yaml")
+
+
+def config_of(text: str) -> Config:
+    return parse_config(read_document(text, HERE), HERE)
+
+
+def set_to(override: str) -> object:
+    document: dict[str, object] = {}
+    apply_overrides(document, [f"a.b={override}"])
+    return document["a"]["b"]  # type: ignore[index]
+
+
+def fault_of(text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config_of(text)
+    assert caught.value.message.startswith("fedcli.yaml has 1 fault:\n  ")
+    return caught.value.message.partition("\n  ")[2]
+
+
+def test_the_defaults_are_the_contracts() -> None:
+    expected = {
+        "task": "sft",
+        "model": {"base": "builtin:tiny", "quantization": "none", "revision": None, "trust_remote_code": False},
+        "adapter": {
+            "rank": 32,
+            "alpha": 64,
+            "dropout": 0.05,
+            "target_modules": ["q_proj", "v_proj"],
+            "init": None,
+        },
+        "train": {
+            "steps": 10,
+            "batch_size": 16,
+            "max_length": 512,
+            "learning_rate": 5e-5,
+            "learning_rate_min": 1e-6,
+        },
+        "algorithm": {"name": "fedavg"},
+        "federation": {"quorum": 1.0},
+    }
+    found = config_of("").model_dump(mode="json")
+    for section, values in expected.items():
+        chosen = {key: found[section][key] for key in values} if isinstance(values, dict) else found[section]
+        assert chosen == values
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("trian: {steps: 2}", "trian: unknown key. Did you mean train?"),
+        ("train: {stepz: 2}", "train.stepz: unknown key. Did you mean steps?"),
+        ("adapter: {rnak: 2}", "adapter.rnak: unknown key. Did you mean rank?"),
+        ("federation: {client: 2}", "federation.client: unknown key. Did you mean clients?"),
+        ("model: {bse: x}", "model.bse: unknown key. Did you mean base?"),
+        ("data: {sorce: x}", "data.sorce: unknown key. Did you mean source?"),
+        ("algorithm: {name: fedavg, nam: 1}", "algorithm.nam: unknown key. Did you mean name?"),
+        ("algorithm: {name: fedagv}", "algorithm.name: unknown algorithm 'fedagv'. Did you mean fedavg?"),
+        ("algorithm: {name: zzz}", "algorithm.name: unknown algorithm 'zzz'. Known: fedavg."),
+    ],
+)
+def test_an_unknown_name_is_a_fault_that_names_the_nearest_match(text: str, fault: str) -> None:
+    assert fault_of(text) == fault
+
+
+def test_an_unknown_key_of_a_partition_names_the_nearest_match() -> None:
+    with pytest.raises(ConfigError, match=r"shard_by: unknown key\. Did you mean shards_by\?"):
+        config_of("data: {partition: {shard_by: topic}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("train: {steps: 0}", "train.steps: Input should be greater than or equal to 1 (found 0)"),
+        ("adapter: {dropout: 1.0}", "adapter.dropout: Input should be less than 1 (found 1.0)"),
+        ("adapter: {target_modules: []}", "adapter.target_modules: Tuple should have at least 1 item"),
+        ("train: {learning_rate: .inf}", "train.learning_rate: Input should be a finite number (found inf)"),
+        ("train: {learning_rate: 1e-7}", "train: learning_rate_min is larger than learning_rate"),
+        ("train: {micro_batch_size: 3}", "train: micro_batch_size 3 does not divide batch_size 16"),
+        ("federation: {per_round: 6}", "federation: per_round 6 is more than the 5 clients"),
+        ("federation: {quorum: 0}", "federation.quorum: Input should be greater than 0 (found 0)"),
+        ("train: 5", "train: Input should be"),
+    ],
+)
+def test_a_value_out_of_range_is_a_fault_of_its_key(text: str, fault: str) -> None:
+    assert fault_of(text).startswith(fault)
+
+
+def test_all_faults_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of("train: {steps: 0, batch: 1}\nfederation: {rounds: x}")
+    heading, *faults = caught.value.message.split("\n  ")
+    assert heading == "fedcli.yaml has 3 faults:"
+    assert sorted(fault.split(":")[0] for fault in faults) == ["federation.rounds", "train.batch", "train.steps"]
+
+
+@pytest.mark.parametrize("text", ["task: sft\ntask: sft\n", "train:\n  steps: 1\n  steps: 2\n"])
+def test_a_key_that_stands_twice_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"duplicate key '(task|steps)'.*line"):
+        read_document(text, HERE)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "- 1", "just text", "a: !!python/object:x.y {}"])
+def test_what_is_no_mapping_of_yaml_is_refused_with_its_file(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^fedcli\.yaml "):
+        read_document(text, HERE)
+
+
+def test_every_preset_loads() -> None:
+    shipped = presets()
+    assert "demo" in shipped
+    for path in shipped.values():
+        parse_config(read_document(path.read_text(encoding="utf-8"), path), path)
+
+
+def test_every_yaml_file_that_ships_is_yaml() -> None:
+    files = [path for pattern in ("*.yaml", "*.yml") for path in presets()["demo"].parents[1].rglob(pattern)]
+    assert files
+    for path in files:
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("20", 20),
+        ("0.5", 0.5),
+        ("true", True),
+        ("null", None),
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("{shards_by: topic}", {"shards_by": "topic"}),
+        ("a=b", "a=b"),
+        ("builtin:tiny", "builtin:tiny"),
+        ("5e-5", "5e-5"),  # PyYAML's float needs a point; the type of the key makes it a number
+    ],
+)
+def test_the_value_of_an_override_is_yaml(text: str, value: object) -> None:
+    assert set_to(text) == value
+
+
+def test_overrides_take_the_types_of_their_keys() -> None:
+    document = {"train": {"steps": 3}, "data": {"partition": "iid"}}
+    apply_overrides(
+        document,
+        [
+            "train.steps=20",
+            "train.learning_rate=5e-5",
+            "adapter.target_modules=[q_proj]",
+            "data.partition.shards_by=topic",
+            "model.base=./my=model",
+        ],
+    )
+    config = parse_config(document, HERE)
+    assert (config.train.steps, config.train.learning_rate) == (20, 5e-5)
+    assert config.adapter.target_modules == ("q_proj",)
+    assert config.data.partition.model_dump() == {"shards_by": "topic"}
+    assert config.model.base == "./my=model"
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=5", "train.=5", ".steps=5", "train..steps=5", ""])
+def test_a_malformed_override_is_a_usage_error(override: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(UsageError, match=r"is not of the form key\.path=value"):
+        apply_overrides({}, [override])
+    assert main(["init", str(tmp_path / "w"), *settings(override)]) == 2
+    assert f"--set {override!r}" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_learning_rate_falls_along_a_cosine() -> None:
+    train = config_of("train: {learning_rate: 4.0e-3, learning_rate_min: 4.0e-4}").train
+    assert train.learning_rate_of(0, 10) == 4e-3
+    assert train.learning_rate_of(10, 10) == pytest.approx(4e-4, rel=1e-15)
+    assert train.learning_rate_of(5, 10) == pytest.approx(2.2e-3, rel=1e-15)
+    for number in range(11):
+        formula = 4e-4 + (4e-3 - 4e-4) * (1 + math.cos(math.pi * number / 10)) / 2
+        assert train.learning_rate_of(number, 10) == formula
+
+
+@pytest.mark.parametrize(
+    ("quorum", "cohort", "needed"),
+    [(1.0, 5, 5), (0.5, 5, 3), (0.6, 5, 3), (0.1, 5, 1), (0.7, 10, 7), (0.07, 100, 7), (0.29, 100, 29)],
+)
+def test_the_quorum_is_counted_in_exact_decimals(quorum: float, cohort: int, needed: int) -> None:
+    # In binary floating point 0.07 x 100 is 7.000000000000001, whose ceiling is 8.
+    assert config_of(f"federation: {{quorum: {quorum}}}").federation.needed_answers(cohort) == needed
+
+
+def test_a_config_is_frozen() -> None:
+    config = config_of("")
+    for section, key in ((config, "task"), (config.train, "steps"), (config.federation, "rounds")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, 1)
+    with pytest.raises(AttributeError):
+        config.algorithm.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "fault"),
+    [
+        ("model", "base", "other", "model.base: was 'builtin:tiny', is now 'other'"),
+        ("adapter", "rank", 8, "adapter.rank: was 4, is now 8"),
+        ("federation", "clients", 4, "federation.clients: was 3, is now 4"),
+        ("federation", "seed", 1, "federation.seed: was 0, is now 1"),
+    ],
+)
+def test_what_init_fixed_may_not_change(small: Path, section: str, key: str, value: object, fault: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_running_config(edited(small, section, key, value))
+    assert caught.value.message.endswith(f"changes what was fixed by `fedcli init`:\n  {fault}")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("train", "steps", 7), ("federation", "rounds", 9), ("federation", "quorum", 0.5), ("data", "max_rows", 3)],
+)
+def test_the_rest_may_change_between_rounds(small: Path, section: str, key: str, value: object) -> None:
+    assert getattr(getattr(read_running_config(edited(small, section, key, value)), section), key) == value
+
+
+def edited(folder: Path, section: str, key: str, value: object) -> Workspace:
+    path = folder / "fedcli.yaml"
+    document = yaml.safe_load(path.read_text())
+    document[section][key] = value
+    path.write_text(yaml.safe_dump(document))
+    return Workspace(folder)

@@ -1,0 +1,222 @@
+"""From rows to token ids: the boundary between prompt and response, the end token, and what is cut or unusable.
+
+The tokenizers are made here, one for each family that base models come with.
+"""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fedcli.data.encoding import EncodedExample, Encoder
+from fedcli.data.rows import Example
+from fedcli.data.template import alpaca
+from fedcli.errors import RequirementError
+
+TEXTS = [
+    alpaca("name the colour of the sky at noon") + " the sky is blue at noon, of course.",
+    alpaca("add one and two: what comes out?") + " three",
+    "red green blue yellow one two three",
+] * 20
+RESPONSES = ["blue", "the sky is blue", "  two  ", "x", "three\none\n", "Blue, of course.", "\n\nyellow: red", "zebra!"]
+EXAMPLES = [Example(f"add {number} to the sky", response) for number, response in enumerate(RESPONSES)]
+
+
+def wrapped(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False, **special
+    )
+
+
+def byte_level(*, starts: bool = False, merges_all: bool = False) -> PreTrainedTokenizerFast:
+    """GPT-2's kind; with `starts` it puts <s> in front as Llama 3's does, with `merges_all` no word ends a merge."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not merges_all)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([": x", ": b"] * 500 if merges_all else TEXTS, trainer)
+    if starts:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return wrapped(tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def metaspace(model: str, scheme: str) -> PreTrainedTokenizerFast:
+    """Sentencepiece's kind, as Llama 2, Gemma and T5 have it: a space is the letter U+2581."""
+    special = ["<pad>", "<unk>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.Unigram() if model == "unigram" else models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    alphabet = sorted(set("".join([*TEXTS, *RESPONSES, "0123456789"])))
+    trainer = (
+        trainers.UnigramTrainer(
+            vocab_size=200, special_tokens=special, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
+        )
+        if model == "unigram"
+        else trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", start), ("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return wrapped(tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """BERT's kind: no eos_token, and [CLS] and [SEP] around a text."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<unk>", "[CLS]", "[SEP]"], show_progress=False
+    )
+    tokenizer.train_from_iterator([*TEXTS, *RESPONSES, "0 1 2 3 4 5 6 7 8 9"], trainer)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return wrapped(tokenizer, cls_token="[CLS]", sep_token="[SEP]")
+
+
+KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "byte-level": byte_level,
+    "byte-level with <s>": lambda: byte_level(starts=True),
+    "byte-level that merges across words": lambda: byte_level(merges_all=True),
+    "unigram, always a space in front": lambda: metaspace("unigram", "always"),
+    "unigram, a space in front of the first": lambda: metaspace("unigram", "first"),
+    "metaspace BPE, always a space in front": lambda: metaspace("bpe", "always"),
+    "metaspace BPE, a space in front of the first": lambda: metaspace("bpe", "first"),
+    "word piece": word_piece,
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return KINDS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedTokenizerFast:
+    return byte_level()
+
+
+def one(tokenizer: PreTrainedTokenizerFast, instruction: str, response: str, max_length: int = 512) -> EncodedExample:
+    (example,) = Encoder(tokenizer).rows([Example(instruction, response)], max_length).examples
+    return example
+
+
+def letters(text: str) -> str:
+    return "".join(text.split())
+
+
+def test_the_prompt_in_training_is_the_prompt_in_generation(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = Encoder(tokenizer)
+    encoded = encoder.rows(EXAMPLES, 512)
+    assert (len(encoded.examples), encoded.num_truncated, encoded.num_unusable) == (len(EXAMPLES), 0, 0)
+    for example, row in zip(EXAMPLES, encoded.examples, strict=True):
+        assert row.ids[: row.prompt_length].tolist() == encoder.prompt(example.instruction)
+
+
+def test_the_prompt_starts_as_the_tokenizer_starts_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = Encoder(tokenizer)
+    whole = tokenizer(alpaca("name the sky"))["input_ids"]
+    start = whole[: len(encoder.start_ids)]
+    assert encoder.prompt("name the sky") == whole[: len(encoder.prompt("name the sky"))]
+    assert encoder.start_ids == start
+    assert tokenizer.convert_ids_to_tokens(start) in ([], ["<s>"], ["[CLS]"])
+
+
+def test_what_is_supervised_is_the_response_and_one_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = Encoder(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(encoder.end_id) in ("</s>", "[SEP]")
+    for example, row in zip(EXAMPLES, encoder.rows(EXAMPLES, 512).examples, strict=True):
+        supervised = row.ids[row.prompt_length :].tolist()
+        assert supervised[-1] == encoder.end_id
+        assert row.ids.tolist().count(encoder.end_id) == 1
+        response = example.response.lower() if tokenizer.sep_token else example.response  # BERT's is uncased
+        assert tokenizer.unk_token_id not in supervised
+        assert letters(tokenizer.decode(supervised[:-1])) == letters(response)
+
+
+def test_a_response_begins_behind_a_space_and_keeps_its_own(plain: PreTrainedTokenizerFast) -> None:
+    for response in RESPONSES:
+        row = one(plain, "name it", response)
+        assert plain.decode(row.ids[row.prompt_length : -1]) == " " + response
+
+
+def test_a_tokenizer_that_merges_across_the_boundary_gets_prompt_and_response_apart() -> None:
+    tokenizer = byte_level(merges_all=True)
+    before = tokenizer(alpaca("name it"))["input_ids"]
+    joint = tokenizer(alpaca("name it") + " x")["input_ids"]
+    assert joint[: len(before)] != before  # else this test would prove nothing
+    row = one(tokenizer, "name it", "x")
+    assert row.ids.tolist() == [*before, *tokenizer(" x")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_response_that_does_not_fit_is_cut_and_has_no_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = Encoder(tokenizer)
+    example = Example("name it", "blue red green three")
+    (whole,) = encoder.rows([example], 512).examples
+    for max_length in range(whole.prompt_length + 1, len(whole.ids)):
+        encoded = encoder.rows([example], max_length)
+        assert (encoded.num_truncated, encoded.num_unusable) == (1, 0)
+        assert encoded.examples[0].ids.tolist() == whole.ids[:max_length].tolist()
+        assert encoded.examples[0].prompt_length == whole.prompt_length
+        assert encoder.end_id not in encoded.examples[0].ids
+    assert encoder.rows([example], len(whole.ids)).num_truncated == 0
+    too_short = encoder.rows([example], whole.prompt_length)
+    assert (too_short.examples, too_short.num_truncated, too_short.num_unusable) == ([], 0, 1)
+
+
+@pytest.mark.parametrize("response", ["", " ", "\n\t", "\u3000"])
+def test_an_empty_or_blank_response_is_unusable(tokenizer: PreTrainedTokenizerFast, response: str) -> None:
+    encoded = Encoder(tokenizer).rows([Example("name it", response), EXAMPLES[0]], 512)
+    assert (len(encoded.examples), encoded.num_truncated, encoded.num_unusable) == (1, 0, 1)
+
+
+def test_no_rows_give_no_examples(plain: PreTrainedTokenizerFast) -> None:
+    encoded = Encoder(plain).rows([], 512)
+    assert (encoded.examples, encoded.num_truncated, encoded.num_unusable) == ([], 0, 0)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused() -> None:
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    with pytest.raises(RequirementError, match="no end-of-sequence token") as caught:
+        Encoder(tokenizer)
+    assert caught.value.exit_code == 8
+    assert "eos_token" in caught.value.hint
+
+
+@given(instruction=st.text(max_size=30), response=st.text(max_size=30), room=st.integers(-3, 40))
+def test_any_text_keeps_its_prompt_whole_and_its_response_as_it_is(
+    plain: PreTrainedTokenizerFast, instruction: str, response: str, room: int
+) -> None:
+    encoder = Encoder(plain)
+    prompt = encoder.prompt(instruction)
+    max_length = len(prompt) + room
+    encoded = encoder.rows([Example(instruction, response)], max_length)
+    assert len(encoded.examples) + encoded.num_unusable == 1
+    if encoded.num_unusable:
+        assert room <= 0 or not response.strip()
+        return
+    (row,) = encoded.examples
+    supervised = row.ids[row.prompt_length :].tolist()
+    assert row.ids[: row.prompt_length].tolist() == prompt
+    assert 1 <= len(supervised) <= room
+    assert supervised.count(encoder.end_id) == 1 - encoded.num_truncated
+    if not encoded.num_truncated:
+        assert plain.decode(supervised[:-1]) == " " + response
+
+
+def test_a_response_that_spells_the_end_token_has_one_end_all_the_same(plain: PreTrainedTokenizerFast) -> None:
+    # A row about markup must not teach the model to stop at the word "write".
+    row = one(plain, "name it", "write </s> to stop")
+    assert row.ids.tolist().count(plain.eos_token_id) == 1
+    assert plain.decode(row.ids[row.prompt_length : -1]) == " write </s> to stop"

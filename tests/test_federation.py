@@ -1,0 +1,234 @@
+"""Whole federations of real processes: the demo's commands, real rows, concurrency, and the warm path."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, command, fedcli, settings
+
+ADAPTER = "adapter/adapter_model.safetensors"
+TEST_DATA = Path(os.environ.get("FEDCLI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def run_ok(*arguments: object, cwd: Path) -> dict:
+    """Run a command with --json that must succeed, and return its document."""
+    done = fedcli(*arguments, "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "quiet under --json"
+    return json.loads(done.stdout)
+
+
+def adapter_hashes(workspace: Path) -> list[str]:
+    """Return the hash of every round's adapter."""
+    return [
+        hashlib.sha256((folder / ADAPTER).read_bytes()).hexdigest()
+        for folder in sorted((workspace / "rounds").iterdir())
+    ]
+
+
+def test_a_newcomers_commands_run_the_first_round(tmp_path: Path) -> None:
+    assert run_ok("init", cwd=tmp_path)["cohort"] == [0, 1, 2, 3, 4]
+    first = run_ok("client", "train", "--id", 3, cwd=tmp_path)
+    assert (first["status"], first["steps"], first["num_samples"]) == ("submitted", 10, 240)
+    assert run_ok("client", "train", "--id", 3, cwd=tmp_path)["status"] == "already_submitted"
+    early = fedcli("server", "aggregate", cwd=tmp_path)
+    assert early.returncode == 6
+    assert "0, 1, 2, 4" in early.stderr
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda client: run_ok("client", "train", "--id", client, cwd=tmp_path), [0, 1, 2, 4]))
+    merged = run_ok("server", "aggregate", cwd=tmp_path)
+    assert [entry["client"] for entry in merged["aggregation"]["counted"]] == [0, 1, 2, 3, 4]
+    status = run_ok("status", cwd=tmp_path)
+    assert (status["round"], status["missing"]) == (1, [0, 1, 2, 3, 4])
+    assert status["last_losses"]["3"] == pytest.approx(first["train_loss"])
+    assert run_ok("verify", cwd=tmp_path)["violations"] == []
+
+
+def test_the_warm_run_equals_separate_processes_bit_for_bit(small: Path, tmp_path: Path) -> None:
+    """Two workspaces of one configuration, and so of different ids: every adapter of every round is the same."""
+    separate = tmp_path / "separate"
+    separate.mkdir()
+    (separate / "fedcli.yaml").write_bytes((small / "fedcli.yaml").read_bytes())
+    run_ok("init", cwd=separate)
+    for _ in range(2):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda client: run_ok("client", "train", "--id", client, cwd=separate), range(3)))
+        run_ok("server", "aggregate", cwd=separate)
+    assert run_ok("run", cwd=small) == {"num_merged": 2, "round": 2, "state": "finished"}
+    assert adapter_hashes(small) == adapter_hashes(separate)
+    assert len(set(adapter_hashes(small))) == 3
+
+
+def test_run_goes_on_after_sigint_and_sigkill_and_ends_where_an_undisturbed_run_does(
+    small: Path, tmp_path: Path
+) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    subprocess.run(["cp", "-r", small, undisturbed], check=True)
+    run_ok("run", cwd=undisturbed)
+    interrupted = subprocess.Popen(command("run"), cwd=small, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: (small / "inbox/0/round-00000").exists())
+    interrupted.send_signal(signal.SIGINT)
+    assert interrupted.wait(60) == 130
+    assert "Traceback" not in interrupted.stderr.read()
+    interrupted.stderr.close()
+    killed = subprocess.Popen(command("run"), cwd=small, env=ENVIRONMENT)
+    wait_until(lambda: (small / "rounds/00001").exists())
+    killed.kill()
+    killed.wait(60)
+    run_ok("run", cwd=small)
+    assert adapter_hashes(small) == adapter_hashes(undisturbed)
+    assert run_ok("verify", cwd=small)["violations"] == []
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    """Wait for something to happen on disk."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def test_twelve_trainers_of_one_client_and_four_servers_make_one_update_and_one_round(small: Path) -> None:
+    for client in (0, 2):
+        run_ok("client", "train", "--id", client, cwd=small)
+    trainers = [command("client", "train", "--id", 1, "--json")] * 12
+    servers = [command("server", "aggregate", "--wait", 100, "--json")] * 4
+    processes = [
+        subprocess.Popen(line, cwd=small, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in trainers + servers
+    ]
+    results = [(process.communicate(timeout=200), process.returncode) for process in processes]
+    assert {code for _, code in results} <= {0, 5, 6}, results
+    statuses = [json.loads(out)["status"] for (out, _), code in results[:12] if code == 0]
+    assert statuses.count("submitted") == 1
+    assert {code for _, code in results[:12]} <= {0, 5}
+    published = [json.loads(out)["status"] for (out, _), code in results[12:] if code == 0]
+    assert published.count("published") == 1
+    assert sorted(path.name for path in (small / "rounds").iterdir()) == ["00000", "00001"]
+    assert os.listdir(small / "inbox/1") == ["round-00000"]
+    assert run_ok("verify", cwd=small)["violations"] == []
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local Llama folder: config, byte-level BPE tokenizer trained on the rows, random weights."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    rows = json.loads((TEST_DATA / "alpaca/alpaca_1805.json").read_text())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator((row["instruction"] + " " + row["output"] for row in rows), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not TEST_DATA.is_dir(), reason="no folder of public rows ($FEDCLI_TEST_DATA)")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_real_rows_train_for_three_rounds_as_separate_processes(llama: Path, tmp_path: Path) -> None:
+    overrides = (
+        f"data.source={TEST_DATA / 'alpaca/alpaca_1805.json'}", "data.partition=iid", f"model.base={llama}",
+        "federation.clients=3", "federation.per_round=2", "federation.rounds=3", "train.learning_rate=1e-2",
+        "train.learning_rate_min=1e-3", "train.batch_size=8", "train.steps=6", "train.max_length=256",
+        "adapter.target_modules=[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
+    )  # fmt: skip
+    run_ok("init", *settings(*overrides), cwd=tmp_path)
+    shares = [len((tmp_path / f"data/client-{client}.jsonl").read_text().splitlines()) for client in range(3)]
+    assert sorted(shares) == [601, 602, 602]
+    losses = []
+    for number in range(3):
+        cohort = run_ok("status", cwd=tmp_path)["cohort"]
+        assert len(cohort) == 2
+        with ThreadPoolExecutor(2) as pool:
+            done = list(pool.map(lambda client: run_ok("client", "train", "--id", client, cwd=tmp_path), cohort))
+        losses.append(math.fsum(result["train_loss"] for result in done) / 2)
+        assert {result["status"] for result in done} == {"submitted"}
+        assert all(result["num_samples"] + result["num_unusable"] == shares[result["client"]] for result in done)
+        assert any(result["num_truncated"] for result in done)
+        assert run_ok("server", "aggregate", cwd=tmp_path)["round"] == number + 1
+    assert losses[2] < losses[0] - 0.2, losses
+    assert run_ok("status", cwd=tmp_path)["state"] == "finished"
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    tuned = PeftModel.from_pretrained(base, tmp_path / "rounds/00003/adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), tuned.disable_adapter():
+        plain = tuned(ids).logits
+    with torch.no_grad():
+        assert not torch.equal(tuned(ids).logits, plain)
+
+
+def test_rows_of_ones_own_and_a_config_of_ones_own_need_no_preset(tmp_path: Path) -> None:
+    (tmp_path / "fedcli.yaml").write_text(
+        "model: {base: 'builtin:tiny'}\nfederation: {clients: 2, rounds: 1}\ntrain: {steps: 1, batch_size: 2}\n"
+    )
+    (tmp_path / "data").mkdir()
+    for client in range(2):
+        row = {"instruction": f"Say {client}", "input": "", "output": "no"}
+        (tmp_path / f"data/client-{client}.jsonl").write_text(json.dumps(row) + "\n")
+    run_ok("init", cwd=tmp_path)
+    assert run_ok("run", cwd=tmp_path)["state"] == "finished"
+
+
+def test_train_alone_goes_on_where_it_was_killed(small: Path, tmp_path: Path) -> None:
+    """The baseline's adapter is that of an undisturbed run, and a federation of that client alone."""
+    other = tmp_path / "other"
+    subprocess.run(["cp", "-r", small, other], check=True)
+    run_ok("train-alone", "--id", 1, cwd=other)
+    process = subprocess.Popen(command("train-alone", "--id", 1), cwd=small, env=ENVIRONMENT)
+    wait_until(lambda: (small / "private/1/alone.safetensors").exists())
+    process.kill()
+    process.wait(60)
+    run_ok("train-alone", "--id", 1, cwd=small)
+    relative = f"baselines/alone-1/{ADAPTER}"
+    assert (small / relative).read_bytes() == (other / relative).read_bytes()
+    assert not (small / "private/1/alone.safetensors").exists()
+    again = run_ok("train-alone", "--id", 1, cwd=small)
+    assert again == {"last_loss": None, "name": "alone-1"}
+
+
+def test_progress_goes_to_a_terminal_only(small: Path) -> None:
+    """In a pseudo-terminal `run` shows round, client, loss, tokens/s and ETA on stderr; stdout stays clean."""
+    import pty
+
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        command("run", "--rounds", 1), cwd=small, env=ENVIRONMENT | {"COLUMNS": "140", "TERM": "xterm"},
+        stdout=subprocess.PIPE, stderr=follower, text=True,
+    )  # fmt: skip
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(leader, 65536)
+        except OSError:  # the process closed its side
+            break
+    os.close(leader)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert out.startswith("merged 1 rounds; round 1 is open")
+    for word in (b"round 0/2 client 2", b"loss ", b"tokens/s", b"ETA", b"mean loss"):
+        assert word in shown

@@ -1,0 +1,138 @@
+"""The shape of the package, read from its source: layers, light imports, documentation, names, sizes."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import ENVIRONMENT
+
+from fedcli.cli import app
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fedcli"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+ALGOS = {"errors", "randomness", "algos"}
+WORKSPACE = ALGOS | {"config", "workspace"}
+MODEL = ALGOS | {"config", "data", "model"}  # data, model, training and eval know nothing of the workspace
+ROUNDS = WORKSPACE | MODEL | {"training", "eval", "rounds"}
+MAY_IMPORT = {
+    "errors": set(),
+    "randomness": {"errors"},
+    "algos": ALGOS,
+    "config": ALGOS | {"config"},
+    "workspace": WORKSPACE,
+    "data": MODEL - {"model"},
+    "model": MODEL,
+    "training": MODEL | {"training"},
+    "eval": MODEL | {"training", "eval"},
+    "rounds": ROUNDS,
+    "commands": ROUNDS | {"commands"},
+    "cli": ROUNDS | {"commands", "__init__"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+"""What each part of the package may import of the package, itself included."""
+
+HEAVY = {"torch", "trl", "transformers", "datasets", "lm_eval", "peft", "accelerate", "bitsandbytes", "numpy"}
+
+
+def layer(module: Path) -> str:
+    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(module: Path) -> Iterator[str]:
+    """Yield the full name of every import, those inside functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_part_of_the_package_has_a_layer() -> None:
+    assert {layer(module) for module in MODULES} <= MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_the_layers_above_it(module: Path) -> None:
+    for name in imports(module):
+        top, *rest = name.split(".")
+        if top == "fedcli":
+            # `from fedcli import __version__` names the package's own __init__.
+            part = rest[0] if (PACKAGE / rest[0]).is_dir() or (PACKAGE / f"{rest[0]}.py").is_file() else "__init__"
+            assert part in MAY_IMPORT[layer(module)], f"{name} lies below {layer(module)}"
+        assert top != "click"
+        assert not name.startswith("typer._")
+
+
+def test_the_algorithms_import_the_standard_library_and_numpy_only() -> None:
+    tops = {name.split(".")[0] for module in (PACKAGE / "algos").glob("*.py") for name in imports(module)}
+    assert tops - sys.stdlib_module_names <= {"fedcli", "numpy"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["client", "train", "--help"]])
+def test_the_command_line_starts_without_anything_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys, fedcli.cli\n"
+        "code = fedcli.cli.main(sys.argv[1:]) if sys.argv[1:] else 0\n"
+        f"print(*sorted({HEAVY!r} & sys.modules.keys()), file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.split() == []
+
+
+def test_every_command_is_documented() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = " ".join(" ".join(page.read_text(encoding="utf-8").split()) for page in pages)
+    names = sorted(command_names(typer.main.get_command(app), "fedcli"))
+    assert len(names) >= 12
+    assert [name for name in names if name not in text] == []
+
+
+def command_names(command: object, name: str) -> Iterator[str]:
+    children = getattr(command, "commands", None)
+    if children is None:
+        yield name
+        return
+    for child, grandchild in children.items():
+        yield from command_names(grandchild, f"{name} {child}")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
+def test_everything_public_has_a_docstring(module: Path) -> None:
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    assert module.name == "__init__.py" or module.name == "__main__.py" or ast.get_docstring(tree)
+    assert list(undocumented(tree)) == []
+
+
+def undocumented(parent: ast.Module | ast.ClassDef) -> Iterator[str]:
+    """Yield the public functions, classes and methods of a module that have no docstring."""
+    for node in parent.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if ast.get_docstring(node) is None:
+                yield node.name
+            if isinstance(node, ast.ClassDef):
+                yield from undocumented(node)
+
+
+def test_no_module_is_a_drawer() -> None:
+    drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
+    assert {path.stem for path in PACKAGE.rglob("*")} & drawers == set()
+
+
+def test_no_file_in_git_is_over_five_megabytes() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert [path for path in files if path.is_file() and path.stat().st_size > 5_000_000] == []

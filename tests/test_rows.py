@@ -1,0 +1,249 @@
+"""Rows from files, their columns, their split among clients, and the order in which a client draws them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcli.data.demo import LABELS, TOPICS, demo_rows
+from fedcli.data.order import draw
+from fedcli.data.partition import partition
+from fedcli.data.rows import Example, Row, alpaca_example, read_rows, write_rows
+from fedcli.errors import ConfigError
+
+GOOD = '{"instruction": "a", "output": "b"}'
+
+
+def written(folder: Path, contents: str | bytes, name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    return path
+
+
+def numbered(count: int) -> list[Row]:
+    return [Row({"instruction": f"i{number}", "kind": "abc"[number % 3]}, f"row {number}") for number in range(count)]
+
+
+def examples_in(path: Path) -> list[Example]:
+    return [alpaca_example(row) for row in read_rows(path)]
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("columns", "instruction"),
+    [
+        ({"instruction": "Sum:", "input": "1 + 1", "output": "2"}, "Sum: 1 + 1"),
+        ({"instruction": "Sum:", "input": "", "output": "2"}, "Sum:"),
+        ({"instruction": "Sum:", "input": None, "output": "2"}, "Sum:"),
+        ({"instruction": "Sum:", "output": "2"}, "Sum:"),
+    ],
+)
+def test_alpaca_joins_instruction_and_input_with_one_space(columns: dict[str, str], instruction: str) -> None:
+    assert alpaca_example(Row(columns, "here")) == Example(instruction, "2")
+
+
+FAULTS = {
+    "a missing column": ('{"instruction": "a"}', "has no column 'output'; it has instruction"),
+    "an empty object": ("{}", "has no column 'instruction'; it has none"),
+    "a null": ('{"instruction": "a", "output": null}', "has no text in column 'output'"),
+    "a number": ('{"instruction": 7, "output": "b"}', "has no text in column 'instruction'"),
+    "a list as input": ('{"instruction": "a", "input": ["x"], "output": "b"}', "has no text in column 'input'"),
+    "an array for a row": ('["a", "b"]', "is not a JSON object"),
+    "a bare null": ("null", "is not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_jsonl_row_is_named_by_file_and_line(tmp_path: Path, fault: str) -> None:
+    line, problem = FAULTS[fault]
+    path = written(tmp_path, f"{GOOD}\n\n{line}\n{GOOD}\n")
+    with pytest.raises(ConfigError) as caught:
+        examples_in(path)
+    assert caught.value.message.startswith(f"{path}, line 3 {problem}")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_json_row_is_named_by_file_and_row(tmp_path: Path, fault: str) -> None:
+    row, problem = FAULTS[fault]
+    path = written(tmp_path, f"[{GOOD}, {row}, {GOOD}]", "rows.json")
+    with pytest.raises(ConfigError) as caught:
+        examples_in(path)
+    assert caught.value.message.startswith(f"{path}, row 2 {problem}")
+
+
+def test_a_line_that_is_not_json_is_named_by_file_and_line(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{GOOD}\n" + '{"instruction": "a",\n')
+    with pytest.raises(ConfigError, match="line 2 is not JSON") as caught:
+        read_rows(path)
+    assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "problem"),
+    [
+        ("rows.json", "[", "is not JSON"),
+        ("rows.json", "", "is not JSON"),
+        ("rows.json", GOOD, "does not hold a JSON array of rows"),
+        ("rows.jsonl", b'{"instruction": "caf\xe9", "output": "b"}\n', "is not UTF-8 text"),
+        ("rows.csv", "instruction,output\n", "rows are read from .json and .jsonl files"),
+        ("rows", GOOD, "rows are read from .json and .jsonl files"),
+    ],
+)
+def test_a_faulty_file_is_named(tmp_path: Path, name: str, contents: str | bytes, problem: str) -> None:
+    path = written(tmp_path, contents, name)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        read_rows(path)
+    assert str(path) in caught.value.message
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, problem in (("absent.jsonl", "No such file or directory"), ("folder.jsonl", "Is a directory")):
+        with pytest.raises(ConfigError, match=problem) as caught:
+            read_rows(tmp_path / name)
+        assert str(tmp_path / name) in caught.value.message
+
+
+def test_an_empty_jsonl_file_has_no_rows(tmp_path: Path) -> None:
+    # Who wants rows says so: partition at init, the runtime at training.
+    assert read_rows(written(tmp_path, "")) == []
+    assert read_rows(written(tmp_path, "\n \r\n")) == []
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_a_unicode_line_separator_inside_a_string_ends_no_line(tmp_path: Path, separator: str) -> None:
+    text = f"one{separator}two"
+    # JSON forbids raw control characters, so those below U+0020 are escaped; the others stand as they are.
+    line = json.dumps({"instruction": text, "output": "b"}, ensure_ascii=False)
+    assert [example.instruction for example in examples_in(written(tmp_path, f"{line}\n{GOOD}\n"))] == [text, "a"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_lines_may_end_as_on_windows_or_not_at_all(tmp_path: Path, end: str) -> None:
+    rows = read_rows(written(tmp_path, (end or "\n").join([GOOD, GOOD]) + end))
+    assert [row.fields for row in rows] == [{"instruction": "a", "output": "b"}] * 2
+
+
+def test_rows_that_are_written_are_read_again(tmp_path: Path) -> None:
+    fields = [{"instruction": 'naïve \u2028 \n "x"', "output": "\U0001f600", "n": 3}, {"output": ""}]
+    assert [row.fields for row in read_rows(written(tmp_path, write_rows(fields)))] == fields
+
+
+def test_half_a_surrogate_pair_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    # JSON can escape what UTF-8 cannot hold; no tokenizer takes it either.
+    path = written(tmp_path, f"{GOOD}\n" + r'{"instruction": "\ud800", "output": "b"}' + "\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        examples_in(path)
+
+
+def test_a_row_that_nests_without_end_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{GOOD}\n" + "[" * 200_000 + "\n")
+    with pytest.raises(ConfigError, match="line 2 is not JSON"):
+        read_rows(path)
+
+
+# Partition
+
+
+@given(num_rows=st.integers(1, 60), num_clients=st.integers(1, 20), seed=st.integers(0, 3), sort=st.booleans())
+def test_shares_are_equal_to_within_one_row_disjoint_and_cover_all(
+    num_rows: int, num_clients: int, seed: int, sort: bool
+) -> None:
+    rows, by = numbered(num_rows), "kind" if sort else None
+    if num_rows < num_clients:
+        with pytest.raises(ConfigError, match=f"^{num_rows} rows cannot be split among {num_clients} clients$"):
+            partition(rows, num_clients, seed, shards_by=by)
+        return
+    shares = partition(rows, num_clients, seed, shards_by=by)
+    assert len(shares) == num_clients
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert sorted(row.where for share in shares for row in share) == sorted(row.where for row in rows)
+
+
+def test_the_seed_decides_the_split() -> None:
+    rows = numbered(30)
+    assert partition(rows, 3, 0) == partition(rows, 3, 0)
+    assert partition(rows, 3, 0) != partition(rows, 3, 1)
+
+
+def test_shards_follow_the_order_of_their_column() -> None:
+    shares = partition(numbered(31), 4, 0, shards_by="kind")
+    kinds = [row.fields["kind"] for share in shares for row in share]
+    assert kinds == sorted(kinds)
+    assert [len(share) for share in shares] == [7, 8, 8, 8]
+
+
+def test_a_row_without_the_column_of_the_shards_is_named() -> None:
+    rows = [*numbered(3), Row({"instruction": "x"}, "data.jsonl, line 9")]
+    with pytest.raises(ConfigError, match=r"^data\.jsonl, line 9 has no column 'kind'; it has instruction$"):
+        partition(rows, 2, 0, shards_by="kind")
+
+
+def test_max_rows_takes_that_many_at_random() -> None:
+    rows = numbered(100)
+    taken = [row.where for share in partition(rows, 3, 0, max_rows=10) for row in share]
+    assert len(set(taken)) == 10
+    assert set(taken) != {row.where for row in rows[:10]}
+    assert sum(map(len, partition(rows, 3, 0, max_rows=1000))) == 100
+    with pytest.raises(ConfigError, match=r"^2 rows cannot be split among 3 clients$"):
+        partition(rows, 3, 0, max_rows=2)
+
+
+# Order
+
+
+@given(num_rows=st.integers(1, 12), counts=st.lists(st.integers(0, 15), max_size=6))
+def test_every_row_is_drawn_once_before_any_twice_however_the_draws_are_cut(num_rows: int, counts: list[int]) -> None:
+    drawn: list[int] = []
+    for count in counts:
+        drawn += draw(num_rows, seed=1, client=2, first=len(drawn), count=count)
+    assert drawn == draw(num_rows, seed=1, client=2, first=0, count=sum(counts))
+    for start in range(0, len(drawn), num_rows):
+        epoch = drawn[start : start + num_rows]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(range(num_rows))
+
+
+def test_clients_seeds_and_epochs_have_orders_of_their_own() -> None:
+    two_epochs = draw(20, seed=0, client=0, first=0, count=40)
+    orders = [
+        two_epochs[:20],
+        two_epochs[20:],
+        draw(20, seed=0, client=1, first=0, count=20),
+        draw(20, seed=1, client=0, first=0, count=20),
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+# The demo's rows
+
+
+def test_the_demos_labels_are_balanced_in_every_topic_and_split() -> None:
+    for split, num_rows in (("train", 240), ("tuning", 72), ("test", 72)):
+        counts = Counter((row["topic"], row["output"]) for row in demo_rows(0)[split])
+        assert counts == {(topic, label): num_rows // 4 for topic in TOPICS for label in LABELS}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_headline_of_the_demo_occurs_twice(seed: int) -> None:
+    headlines = [row["input"] for split in demo_rows(seed).values() for row in split]
+    assert len(headlines) == 5 * (240 + 72 + 72)
+    assert len(set(headlines)) == len(headlines)
+
+
+def test_each_of_five_demo_clients_sees_its_own_topic_only() -> None:
+    rows = [Row(fields, "demo") for fields in demo_rows(0)["train"]]
+    shares = partition(rows, 5, 0, shards_by="topic")
+    topics = [{row.fields["topic"] for row in share} for share in shares]
+    assert topics == [{topic} for topic in sorted(TOPICS)]
+    assert [len(share) for share in shares] == [240] * 5
+
+
+def test_the_demos_rows_follow_its_seed() -> None:
+    assert demo_rows(0) == demo_rows(0)
+    assert demo_rows(0)["train"] != demo_rows(1)["train"]
