@@ -31,8 +31,8 @@ NUM_SAMPLES = {0: 3, 1: 50, 2: 447}
 
 def noisy(client: int):
     """Return a training that adds a client's own noise, so that no two clients send the same values."""
-    generator = np.random.default_rng(client)
-    return lambda array: array + generator.normal(scale=0.1, size=array.shape)
+    # A generator a tensor: safetensors hands out tensors in no fixed order.
+    return lambda array: array + np.random.default_rng(client).normal(scale=0.1, size=array.shape)
 
 
 def all_take_part(workspace: Path) -> None:

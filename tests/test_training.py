@@ -189,7 +189,7 @@ def test_three_steps_are_those_of_a_loop_written_by_hand(
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), 0.5)))
         optimizer.step()
         optimizer.zero_grad()
-        expected.append(float(loss) / num_tokens)
+        expected.append(loss.item() / num_tokens)
     assert max(norms) > 0.5  # clipping was at work
     assert losses == pytest.approx(expected, rel=1e-5)
     assert farthest(adapter, other.values()) <= 1e-5

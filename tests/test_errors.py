@@ -1,0 +1,452 @@
+"""The mistakes a user makes and the accidents that happen: exit codes, messages that name the cure, nothing broken.
+
+Most run `main` in this process, which loads torch once; disks, limits and signals meet real processes.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ENVIRONMENT, SMALL, command, fedcli, settings
+
+from fedcli.cli import main
+from fedcli.model.base import find_base
+
+Run = Callable[..., tuple[int, str, str]]
+
+ONE = (*SMALL, "federation.clients=2", "federation.per_round=1")
+"""Settings of a federation whose rounds need one update."""
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run a command in this process, in an empty folder; return exit code, stdout and stderr."""
+    monkeypatch.delenv("FEDCLI_WORKSPACE", raising=False)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return (code, *capsys.readouterr())
+
+    return run_main
+
+
+@pytest.fixture
+def refused(run: Run) -> Callable[..., None]:
+    """Run a command that must fail, plain and with --json, and check all that an error owes to its reader."""
+
+    def check(code: int, arguments: list[object], *named: object) -> None:
+        found, out, err = run(*arguments)
+        assert (found, out) == (code, ""), err
+        check_message(err, *named)
+        found, out, _ = run(*arguments, "--json")
+        error = json.loads(out)["error"]
+        assert (found, error["exit_code"]) == (code, code)
+        assert err == f"fedcli: error: {error['message']}\n  {error['hint']}\n"
+
+    return check
+
+
+def check_message(err: str, *named: object) -> None:
+    assert err.startswith("fedcli: error: ")
+    assert "Traceback" not in err
+    for part in named:
+        assert str(part) in err
+
+
+def edit(folder: Path, section: str, key: str, value: object) -> None:
+    path = folder / "fedcli.yaml"
+    document = yaml.safe_load(path.read_text())
+    document.setdefault(section, {})[key] = value
+    path.write_text(yaml.safe_dump(document))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return every file of a workspace but its locks, which name their last holder."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "lock" not in path.name)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def temporaries(folder: Path) -> list[Path]:
+    return list(folder.rglob(".tmp-*"))
+
+
+# Where, what and who
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["status"], ["verify"], ["run"], ["client", "train", "--id", 0], ["server", "aggregate"], ["eval", "demo"]],
+    ids=lambda arguments: " ".join(map(str, arguments)),
+)
+def test_a_command_outside_a_workspace_says_how_to_make_one(
+    refused: Callable[..., None], tmp_path: Path, arguments: list[object]
+) -> None:
+    refused(4, arguments, "no workspace here", tmp_path / "empty", "fedcli init", "--workspace DIR")
+    refused(4, [*arguments, "-w", tmp_path], f"{tmp_path} is not a workspace", f"fedcli init {tmp_path}")
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["client", "train", "--id", 0], ["server", "aggregate"], ["verify"]])
+def test_a_workspace_that_is_not_initialised_says_so(
+    refused: Callable[..., None], tmp_path: Path, arguments: list[object]
+) -> None:
+    (tmp_path / "fedcli.yaml").write_text("task: sft\n")
+    refused(4, [*arguments, "-w", tmp_path], "not initialised yet", f"Run `fedcli init {tmp_path}`")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "fault"),
+    [
+        ("train", "stepz", 3, "train.stepz: unknown key. Did you mean steps?"),
+        ("algorithm", "name", "fedagv", "algorithm.name: unknown algorithm 'fedagv'. Did you mean fedavg?"),
+        ("adapter", "rank", 8, "adapter.rank: was 4, is now 8"),
+    ],
+)
+def test_a_fault_in_fedcli_yaml_names_file_key_and_cure(
+    refused: Callable[..., None], small: Path, section: str, key: str, value: object, fault: str
+) -> None:
+    edit(small, section, key, value)
+    before = tree(small)
+    for arguments in (["client", "train", "--id", 0], ["server", "aggregate"], ["run"]):
+        refused(3, [*arguments, "-w", small], small / "fedcli.yaml", fault)
+    refused(3, ["init", small], small / "fedcli.yaml", fault)
+    assert tree(small) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["init", "--preset", "dem"], ["unknown preset 'dem'", "Did you mean demo?"]),
+        (["init", "--set", "train.steps"], ["--set 'train.steps'", "key.path=value"]),
+        (["client", "train", "--id", 3], ["there is no client 3", "3 clients, ids 0 to 2"]),
+        (["client", "status", "--id", -1], ["there is no client -1", "ids 0 to 2"]),
+        (["train-alone", "--id", 3], ["there is no client 3", "ids 0 to 2"]),
+        (["server", "aggregate", "--algo", "fedagv"], ["unknown algorithm 'fedagv'", "Did you mean fedavg?"]),
+        (["eval", "dmo"], ["unknown benchmark 'dmo'", "demo"]),
+        (["eval", "demo", "--split", "tets"], ["unknown split 'tets'", "Did you mean test?"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value[0], str) else None,
+)
+def test_what_does_not_exist_is_a_usage_error(
+    refused: Callable[..., None],
+    small: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[object],
+    named: list[str],
+) -> None:
+    before = tree(small)
+    if arguments[0] != "init":
+        monkeypatch.setenv("FEDCLI_WORKSPACE", str(small))
+    refused(2, arguments, *named)
+    assert tree(small) == before
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_discarding_for_a_client_that_does_not_exist_is_a_usage_error(
+    refused: Callable[..., None], small: Path
+) -> None:
+    refused(2, ["server", "discard", "--id", 9, "-w", small], "there is no client 9", "ids 0 to 2")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["client", "train"], ["client", "train", "--id", "x"], ["stats"], ["run", "--x"]]
+)
+def test_a_malformed_command_line_is_one_json_document_too(run: Run, arguments: list[object]) -> None:
+    code, out, err = run(*arguments, "--json")
+    assert code == 2
+    assert "Usage: fedcli" in err
+    assert json.loads(out)["error"]["exit_code"] == 2
+
+
+def test_debug_shows_where_an_error_came_from(run: Run) -> None:
+    code, out, err = run("status", "--debug")
+    assert (code, out) == (4, "")
+    assert "Traceback (most recent call last)" in err
+    assert err.splitlines()[-2].startswith("fedcli: error: no workspace here")
+
+
+# Rows
+
+
+def test_a_source_that_is_missing_is_named_at_init(refused: Callable[..., None], tmp_path: Path) -> None:
+    home = tmp_path / "w"
+    refused(3, ["init", home, *settings(*SMALL, "data.source=rows.jsonl")], home / "rows.jsonl", "data.source")
+    assert not (home / "workspace.json").exists()
+
+
+def test_a_source_without_rows_is_named_at_init(refused: Callable[..., None], tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text("")
+    refused(3, ["init", tmp_path / "w", *settings(*SMALL, f"data.source={source}")], source)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"instruction": "a"}', "has no column 'output'"),
+        ("{", "is not JSON"),
+        (r'{"instruction": "\ud800", "output": "b"}', ""),  # JSON can escape what UTF-8 cannot hold
+    ],
+)
+def test_a_faulty_row_is_named_by_file_and_line_at_init_and_at_training(
+    refused: Callable[..., None], small: Path, tmp_path: Path, line: str, fault: str
+) -> None:
+    text = '{"instruction": "a", "output": "b"}\n' * 6 + line + "\n"
+    source = tmp_path / "rows.jsonl"
+    source.write_text(text)
+    refused(3, ["init", tmp_path / "w", *settings(*SMALL, f"data.source={source}")], f"{source}, line 7 {fault}")
+    assert not (tmp_path / "w" / "workspace.json").exists()
+    rows = small / "data" / "client-0.jsonl"
+    rows.write_text(text)
+    refused(3, ["client", "train", "--id", 0, "-w", small], f"{rows}, line 7 {fault}")
+    assert list((small / "inbox").rglob("*")) == []
+
+
+def test_a_client_without_rows_is_told_which_file_it_lacks(refused: Callable[..., None], small: Path) -> None:
+    rows = small / "data" / "client-1.jsonl"
+    rows.unlink()
+    refused(4, ["client", "train", "--id", 1, "-w", small], f"client 1 has no rows: {rows} is missing")
+
+
+def test_a_client_whose_rows_are_all_unusable_is_told_why(refused: Callable[..., None], small: Path) -> None:
+    rows = small / "data" / "client-1.jsonl"
+    rows.write_text('{"instruction": "a", "output": " "}\n')
+    refused(3, ["client", "train", "--id", 1, "-w", small], rows, "none of its 1 rows is usable", "train.max_length")
+
+
+# Base models
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base model of one's own: a copy of the built-in one."""
+    builtin = find_base("builtin:tiny", revision=None, root=tmp_path)
+    return Path(shutil.copytree(builtin, tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "named"),
+    [
+        ("./nowhere", 8, ["base model not found", "nowhere does not hold config.json and weights"]),
+        ("builtin:tny", 3, ["unknown built-in model 'builtin:tny'", "Did you mean builtin:tiny?"]),
+    ],
+)
+def test_a_base_model_that_is_not_there_is_named_and_may_be_corrected(
+    refused: Callable[..., None], run: Run, tmp_path: Path, name: str, code: int, named: list[str]
+) -> None:
+    home = tmp_path / "w"
+    refused(code, ["init", home, *settings(*ONE, f"model.base={name}")], *named, "model.base")
+    # The message says to check model.base in fedcli.yaml: that must be a cure.
+    edit(home, "model", "base", "builtin:tiny")
+    assert run("init", home)[0] == 0
+
+
+def test_a_hub_model_that_cannot_be_fetched_is_named(tmp_path: Path) -> None:
+    arguments = ["init", ".", *settings(*SMALL, "model.base=nobody/nothing"), "--json"]
+    done = fedcli(*arguments, cwd=tmp_path)  # a process: HF_HUB_OFFLINE is read once, when huggingface_hub is imported
+    assert done.returncode == 8
+    check_message(done.stderr, "'nobody/nothing' is no folder here, and the hub does not give it", "model.base")
+    assert json.loads(done.stdout)["error"]["exit_code"] == 8
+
+
+def test_a_target_module_that_is_not_there_is_named_and_may_be_corrected(
+    refused: Callable[..., None], run: Run, tmp_path: Path
+) -> None:
+    home = tmp_path / "w"
+    overrides = settings(*ONE, "adapter.target_modules=[q_prj]")
+    refused(3, ["init", home, *overrides], "adapter.target_modules", "'q_prj'", "Did you mean")
+    edit(home, "adapter", "target_modules", ["q_proj"])
+    assert run("init", home)[0] == 0
+
+
+def test_another_base_model_under_the_same_name_is_refused(
+    refused: Callable[..., None], run: Run, base: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "w"
+    assert run("init", home, *settings(*ONE, f"model.base={base}"))[0] == 0
+    weights = base / "model.safetensors"
+    contents = weights.read_bytes()
+    weights.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
+    (client,) = json.loads(run("status", "-w", home, "--json")[1])["cohort"]
+    refused(3, ["client", "train", "--id", client, "-w", home], base, "its fingerprint differs", "model.base")
+    assert list((home / "inbox").rglob("round-*")) == []
+    weights.write_bytes(contents)
+    assert run("client", "train", "--id", client, "-w", home)[0] == 0
+
+
+@pytest.mark.parametrize("contents", ["{", "[]", '{"model_type": "no-such-architecture"}'])
+def test_a_base_model_with_a_corrupt_config_is_refused(
+    refused: Callable[..., None], base: Path, tmp_path: Path, contents: str
+) -> None:
+    (base / "config.json").write_text(contents)
+    refused(8, ["init", tmp_path / "w", *settings(*ONE, f"model.base={base}")], base)
+
+
+def test_a_base_model_with_truncated_weights_is_refused(
+    refused: Callable[..., None], run: Run, base: Path, tmp_path: Path
+) -> None:
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    home = tmp_path / "w"
+    assert run("init", home, *settings(*ONE, f"model.base={base}"))[0] == 0  # init reads no weight
+    (client,) = json.loads(run("status", "-w", home, "--json")[1])["cohort"]
+    refused(8, ["client", "train", "--id", client, "-w", home], base)
+
+
+# Disks and limits
+
+
+@contextmanager
+def mounted(*options: str, at: Path) -> Iterator[None]:
+    """Mount something for the time of the block; skip where this user may not mount."""
+    done = subprocess.run(["mount", *options, str(at)], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(at)], check=True)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Make a folder read-only; root heeds no permissions, so for it by a mount."""
+    if os.geteuid() == 0:
+        with mounted("--bind", str(folder), at=folder):
+            subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+            yield
+        return
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    for path in folders:
+        path.chmod(0o555)
+    try:
+        yield
+    finally:
+        for path in folders:
+            path.chmod(0o755)
+
+
+def test_a_read_only_workspace_can_be_read_and_says_why_it_cannot_be_written(
+    refused: Callable[..., None], run: Run, small: Path
+) -> None:
+    before = tree(small)
+    with read_only(small):
+        for arguments in (["status"], ["verify"], ["client", "status", "--id", 0]):
+            assert run(*arguments, "-w", small)[0] == 0
+        for arguments in (["client", "train", "--id", 0], ["server", "aggregate"], ["run"]):
+            refused(4, [*arguments, "-w", small], f"cannot write {small}", "run the command again")
+        refused(4, ["init", small / "new", *settings(*SMALL)], f"cannot write {small}")
+    assert tree(small) == before
+
+
+def fill(disk: Path, *, leave: int) -> Path:
+    """Fill a disk but for some bytes; return the file that does."""
+    filler = disk / "filler"
+    free = os.statvfs(disk)
+    filler.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - leave)))
+    return filler
+
+
+def test_a_full_disk_stops_a_command_and_space_lets_it_go_on(
+    refused: Callable[..., None], run: Run, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    home = disk / "w"
+    cure = "Free some space on that disk and run the command again"
+    with mounted("-t", "tmpfs", "-o", "size=1m", "tmpfs", at=disk):
+        init = ["init", home, *settings(*ONE)]
+        for leave in (0, 16_384, 150_000, 400_000):  # nothing; a lock; some of the rows; all rows and no round
+            filler = fill(disk, leave=leave)
+            refused(4, init, f"cannot write {home}", "No space left on device", cure)
+            assert temporaries(disk) == []
+            filler.unlink()
+        assert run(*init)[0] == 0
+        (client,) = json.loads(run("status", "-w", home, "--json")[1])["cohort"]
+        for arguments, published in (
+            (["client", "train", "--id", client, "-w", home], home / "inbox" / str(client) / "round-00000"),
+            (["server", "aggregate", "-w", home], home / "rounds" / "00001"),
+        ):
+            for leave in (0, 24_576):  # nothing; a lock and some folders, no adapter
+                filler = fill(disk, leave=leave)
+                before = tree(home)
+                refused(4, arguments, f"cannot write {home}", "No space left on device", cure)
+                assert tree(home) == before
+                assert temporaries(disk) == []
+                filler.unlink()
+            assert not published.exists()
+            assert run(*arguments)[0] == 0
+            assert published.exists()
+        code, out, _ = run("verify", "-w", home)
+        assert (code, out.splitlines()[-1]) == (0, "no violation")
+
+
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # an adapter has 42 kB, rows have 59 kB
+
+
+def test_a_limit_on_file_sizes_stops_a_command_and_lifting_it_lets_it_go_on(run: Run, tmp_path: Path) -> None:
+    home = tmp_path / "w"
+    home.mkdir()
+
+    def limited(*arguments: object) -> None:
+        done = fedcli(*arguments, cwd=home, preexec_fn=limit_files)
+        assert (done.returncode, done.stdout) == (4, ""), done.stderr
+        check_message(done.stderr, f"cannot write {home}", "File too large", "ulimit -f")
+        assert temporaries(home) == []
+
+    limited("init", *settings(*ONE))
+    assert run("init", home, *settings(*ONE))[0] == 0
+    (client,) = json.loads(run("status", "-w", home, "--json")[1])["cohort"]
+    for arguments in (["client", "train", "--id", client], ["server", "aggregate"]):
+        limited(*arguments)
+        assert run(*arguments, "-w", home)[0] == 0
+    assert run("verify", "-w", home)[0] == 0
+
+
+# Signals
+
+
+def test_a_client_that_is_stopped_leaves_nothing_behind_and_may_run_again(run: Run, tmp_path: Path) -> None:
+    home, scratch = tmp_path / "w", tmp_path / "scratch"
+    scratch.mkdir()
+    assert run("init", home, *settings(*ONE, "train.steps=20", "train.batch_size=16"))[0] == 0
+    (client,) = json.loads(run("status", "-w", home, "--json")[1])["cohort"]
+    train = ["client", "train", "--id", client, "-w", home]
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = subprocess.Popen(
+            command(*train),
+            env=ENVIRONMENT | {"TMPDIR": str(scratch)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Background jobs of a shell ignore SIGINT, and their children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        deadline = time.monotonic() + 60
+        while not list(scratch.iterdir()):  # the trainer's scratch folder: training has begun
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (code, ""), err
+        assert "Traceback" not in err
+        assert "run the same command again" in err
+        assert list(scratch.iterdir()) == []
+        assert list((home / "inbox").rglob("*")) == []
+    assert run(*train)[0] == 0
+    assert [path.name for path in (home / "inbox" / str(client)).iterdir()] == ["round-00000"]
