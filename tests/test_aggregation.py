@@ -268,5 +268,6 @@ def test_memory_does_not_grow_with_the_number_of_updates(small):
             tracemalloc.stop()
         assert len(result.aggregation.counted) == answered
     assert size > 4_000_000
-    assert peaks[2] > size  # what is measured includes the arrays
     assert peaks[12] - peaks[2] < size
+    # x and two updates in F32, and in float64 the sums, two differences and what numpy needs on the way.
+    assert size < peaks[12] < 14 * size

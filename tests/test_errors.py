@@ -121,7 +121,6 @@ def test_a_fault_in_fedcli_yaml_names_file_key_and_cure(
     before = tree(small)
     for arguments in (["client", "train", "--id", 0], ["server", "aggregate"], ["run"]):
         refused(3, [*arguments, "-w", small], small / "fedcli.yaml", fault)
-    refused(3, ["init", small], small / "fedcli.yaml", fault)
     assert tree(small) == before
 
 
@@ -206,7 +205,8 @@ def test_a_faulty_row_is_named_by_file_and_line_at_init_and_at_training(
     text = '{"instruction": "a", "output": "b"}\n' * 6 + line + "\n"
     source = tmp_path / "rows.jsonl"
     source.write_text(text)
-    refused(3, ["init", tmp_path / "w", *settings(*SMALL, f"data.source={source}")], f"{source}, line 7 {fault}")
+    overrides = settings(*SMALL, f"data.source={source}", "data.partition=iid")
+    refused(3, ["init", tmp_path / "w", *overrides], f"{source}, line 7 {fault}")
     assert not (tmp_path / "w" / "workspace.json").exists()
     rows = small / "data" / "client-0.jsonl"
     rows.write_text(text)
@@ -370,7 +370,9 @@ def test_a_full_disk_stops_a_command_and_space_lets_it_go_on(
         init = ["init", home, *settings(*ONE)]
         for leave in (0, 16_384, 150_000, 400_000):  # nothing; a lock; some of the rows; all rows and no round
             filler = fill(disk, leave=leave)
-            refused(4, init, f"cannot write {home}", "No space left on device", cure)
+            code, out, err = run(*init)  # once: what was published stays, so a second call fails at another file
+            assert (code, out) == (4, "")
+            check_message(err, f"cannot write {home}", "No space left on device", cure)
             assert temporaries(disk) == []
             filler.unlink()
         assert run(*init)[0] == 0
@@ -379,7 +381,7 @@ def test_a_full_disk_stops_a_command_and_space_lets_it_go_on(
             (["client", "train", "--id", client, "-w", home], home / "inbox" / str(client) / "round-00000"),
             (["server", "aggregate", "-w", home], home / "rounds" / "00001"),
         ):
-            for leave in (0, 24_576):  # nothing; a lock and some folders, no adapter
+            for leave in (0, 8_192):  # nothing; a lock and half of an adapter
                 filler = fill(disk, leave=leave)
                 before = tree(home)
                 refused(4, arguments, f"cannot write {home}", "No space left on device", cure)
@@ -394,7 +396,7 @@ def test_a_full_disk_stops_a_command_and_space_lets_it_go_on(
 
 
 def limit_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # an adapter has 42 kB, rows have 59 kB
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))  # an adapter has 9 kB, the rows more
 
 
 def test_a_limit_on_file_sizes_stops_a_command_and_lifting_it_lets_it_go_on(run: Run, tmp_path: Path) -> None:
@@ -436,7 +438,7 @@ def test_a_client_that_is_stopped_leaves_nothing_behind_and_may_run_again(run: R
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 60
-        while not list(scratch.iterdir()):  # the trainer's scratch folder: training has begun
+        while not list(scratch.glob("tmp*")):  # the trainer's scratch folder: training has begun
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -446,7 +448,7 @@ def test_a_client_that_is_stopped_leaves_nothing_behind_and_may_run_again(run: R
         assert (process.returncode, out) == (code, ""), err
         assert "Traceback" not in err
         assert "run the same command again" in err
-        assert list(scratch.iterdir()) == []
+        assert list(scratch.glob("tmp*")) == []
         assert list((home / "inbox").rglob("*")) == []
     assert run(*train)[0] == 0
     assert [path.name for path in (home / "inbox" / str(client)).iterdir()] == ["round-00000"]

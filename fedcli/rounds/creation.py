@@ -35,8 +35,9 @@ def template_folder() -> Path:
 
 
 def presets() -> dict[str, Path]:
-    """Return the shipped presets: name -> file."""
-    return {path.stem: path for path in sorted((template_folder() / "presets").glob("*.yaml"))}
+    """Return the shipped presets, name -> file; `defaults` is every key with its default."""
+    folder = template_folder()
+    return {"defaults": folder / "fedcli.yaml"} | {path.stem: path for path in (folder / "presets").glob("*.yaml")}
 
 
 def create_workspace(root: Path, *, preset: str | None = None, overrides: Sequence[str] = ()) -> tuple[Round, bool]:
@@ -62,6 +63,8 @@ def create_workspace(root: Path, *, preset: str | None = None, overrides: Sequen
             publish_file(path, contents)
         if not workspace.config.exists():
             publish_file(workspace.config, text.encode())
+        if not workspace.readme.exists():
+            publish_file(workspace.readme, (template_folder() / "README.md").read_bytes())
         if not workspace.identity.exists():
             identity = Identity(id=uuid.uuid4().hex, fixed=config.fixed())
             publish_file(workspace.identity, identity.to_bytes())

@@ -31,6 +31,11 @@ class Workspace:
         return self.root / "workspace.json"
 
     @property
+    def readme(self) -> Path:
+        """What tells a visitor what this folder is."""
+        return self.root / "README.md"
+
+    @property
     def server_lock(self) -> Path:
         """The lock that one aggregating process holds."""
         return self.root / "server.lock"
