@@ -8,7 +8,7 @@ from fedcli.algos import Algorithm, Array, algorithm_from
 from fedcli.algos.arrays import RunningMean, difference, norm
 from fedcli.errors import BusyError, IntegrityError, NotReadyError
 from fedcli.rounds.opening import ADAPTER_NAME, open_next_round
-from fedcli.rounds.settings import read_running_config
+from fedcli.rounds.settings import check_client, read_running_config
 from fedcli.workspace.history import Round, missing_clients, read_head
 from fedcli.workspace.inbox import discard_update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, Workspace
@@ -79,7 +79,11 @@ def aggregate_all(workspace: Workspace, *, on_round: Callable[[int], None], on_w
 
 
 def discard(workspace: Workspace, client: int) -> bool:
-    """Set aside a client's update of the open round, so that it may send another; return whether there was one."""
+    """Set aside a client's update of the open round, so that it may send another; return whether there was one.
+
+    Raises UsageError for an id that no client has.
+    """
+    check_client(client, read_running_config(workspace))
     with hold(workspace.server_lock, "the server's work"):
         head = read_head(workspace)
         return discard_update(workspace, head.number, client)

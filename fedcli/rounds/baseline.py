@@ -1,6 +1,5 @@
 """Baselines: what one client reaches on its own rows with the federation's step budget and schedule."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +8,12 @@ from functools import partial
 from fedcli.algos import Arrays
 from fedcli.config import Config
 from fedcli.errors import NotReadyError
-from fedcli.rounds.client import check_client
 from fedcli.rounds.opening import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from fedcli.rounds.runtime import Runtime
-from fedcli.rounds.settings import read_running_config
+from fedcli.rounds.settings import check_client, read_running_config
 from fedcli.training.reports import StepReport
 from fedcli.workspace.baselines import (
+    BaselineRecord,
     Progress,
     clear_progress,
     is_published,
@@ -23,7 +22,7 @@ from fedcli.workspace.baselines import (
     save_progress,
 )
 from fedcli.workspace.history import Round, read_round
-from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, Workspace
+from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.tensors import decode, encode
 
@@ -60,13 +59,11 @@ def train_alone(
         runtime = Runtime(workspace, config, start, threads=threads)
         adapter, losses = _train_rounds(workspace, runtime, config, start, client, on_step)
         last_loss = math.fsum(losses) / len(losses) if losses else None
-        record = {"name": name, "client": client, "rounds": config.federation.rounds, "last_loss": last_loss}
-        files = {
-            f"adapter/{ADAPTER_FILE}": encode(adapter),
-            f"adapter/{ADAPTER_CONFIG_FILE}": start.read(ADAPTER_CONFIG_NAME),
-            "baseline.json": json.dumps(record, indent=1, sort_keys=True).encode() + b"\n",
-        }
-        publish_baseline(workspace, name, files)
+        record = BaselineRecord(
+            name=name, start=start.sha256, rounds=config.federation.rounds, last_loss=last_loss, files={}
+        )
+        files = {ADAPTER_NAME: encode(adapter), ADAPTER_CONFIG_NAME: start.read(ADAPTER_CONFIG_NAME)}
+        publish_baseline(workspace, record, files)
         clear_progress(workspace, client)
     return BaselineResult(name, last_loss)
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fedcli.config import Config
-from fedcli.errors import BusyError, UsageError
+from fedcli.errors import BusyError
 from fedcli.rounds.opening import ADAPTER_NAME
-from fedcli.rounds.settings import read_running_config
+from fedcli.rounds.settings import check_client, read_running_config
 from fedcli.training.reports import StepReport
 from fedcli.workspace.history import Round, is_submitted, read_head, read_rounds
 from fedcli.workspace.inbox import drop_update
@@ -67,15 +66,6 @@ def client_status(workspace: Workspace, client: int, head: Round | None = None) 
     elif is_submitted(workspace, head.number, client):
         status = "already_submitted"
     return ClientResult(status, client, head.number)
-
-
-def check_client(client: int, config: Config) -> None:
-    """Raise UsageError for an id that no client has."""
-    if not 0 <= client < config.federation.clients:
-        raise UsageError(
-            f"there is no client {client}",
-            hint=f"This federation has {config.federation.clients} clients, ids 0 to {config.federation.clients - 1}.",
-        )
 
 
 def train_client(

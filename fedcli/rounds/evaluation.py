@@ -87,7 +87,7 @@ def _targets(
     if base or everything:
         targets["base"] = {name: np.zeros(entry.shape, np.float32) for name, entry in tensors.items()}
     for name in names:
-        contents = read_baseline(workspace, name)
+        contents = read_baseline(workspace, name, ADAPTER_NAME)
         if contents is None:
             raise UsageError(
                 f"there is no baseline {name}", hint=f"Train it: `fedcli train-alone --id {name.rpartition('-')[2]}`."

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedcli.config import Config, parse_config, read_document
-from fedcli.errors import ConfigError
+from fedcli.errors import ConfigError, UsageError
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.read import read_text
@@ -25,6 +25,15 @@ def read_running_config(workspace: Workspace) -> Config:
             hint="Set these keys back, or start another workspace with `fedcli init DIR`.",
         )
     return config
+
+
+def check_client(client: int, config: Config) -> None:
+    """Raise UsageError for an id that no client has."""
+    if not 0 <= client < config.federation.clients:
+        raise UsageError(
+            f"there is no client {client}",
+            hint=f"This federation has {config.federation.clients} clients, ids 0 to {config.federation.clients - 1}.",
+        )
 
 
 def _differences(prefix: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:

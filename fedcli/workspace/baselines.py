@@ -8,8 +8,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedcli.algos import Arrays
-from fedcli.workspace.layout import ADAPTER_FILE, Workspace
+from fedcli.workspace.history import read_checked, read_whole
+from fedcli.workspace.layout import Workspace
 from fedcli.workspace.publish import SHARED_MODE, make_folder, publish_directory, publish_file
+from fedcli.workspace.records import FileEntry, Finite, Record, Sha256, file_entry, parse_record
+
+BASELINE_RECORD = "baseline.json"
+
+
+class BaselineRecord(Record):
+    """What a baseline is: the manifest it started from, its rounds, and the mean loss of its last one."""
+
+    name: str
+    start: Sha256
+    rounds: int
+    last_loss: Finite | None
+    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
@@ -32,16 +46,21 @@ def published_baselines(workspace: Workspace) -> list[str]:
     return sorted(name for name in os.listdir(workspace.baselines) if not name.startswith("."))
 
 
-def read_baseline(workspace: Workspace, name: str) -> bytes | None:
-    """Return a complete baseline's adapter (safetensors bytes), or None where there is none."""
-    path = workspace.baseline(name) / "adapter" / ADAPTER_FILE
-    return path.read_bytes() if path.is_file() else None
+def read_baseline(workspace: Workspace, name: str, file: str) -> bytes | None:
+    """Return one of a baseline's files, or None where there is no such baseline; raise IntegrityError on damage."""
+    if not is_published(workspace, name):
+        return None
+    folder = workspace.baseline(name)
+    record = parse_record(BaselineRecord, read_whole(folder / BASELINE_RECORD, 2**24), folder / BASELINE_RECORD)
+    return read_checked(folder / file, record.files[file])
 
 
-def publish_baseline(workspace: Workspace, name: str, files: Mapping[str, bytes]) -> None:
-    """Publish a baseline's files with one rename."""
+def publish_baseline(workspace: Workspace, record: BaselineRecord, files: Mapping[str, bytes]) -> None:
+    """Publish a baseline's files with one rename, and a record that lists their hashes."""
     make_folder(workspace.baselines)
-    publish_directory(workspace.baseline(name), files.items(), mode=SHARED_MODE)
+    listed = record.model_copy(update={"files": {name: file_entry(contents) for name, contents in files.items()}})
+    contents = [*files.items(), (BASELINE_RECORD, listed.to_bytes())]
+    publish_directory(workspace.baseline(record.name), contents, mode=SHARED_MODE)
 
 
 def save_progress(workspace: Workspace, client: int, start: str, progress: Progress) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
 from fedcli.workspace.layout import MANIFEST, Workspace
 from fedcli.workspace.read import read_file
-from fedcli.workspace.records import Identity, Manifest, parse_record, sha256
+from fedcli.workspace.records import FileEntry, Identity, Manifest, parse_record, sha256
 from fedcli.workspace.refusal import Refusal
 
 MAX_MANIFEST_BYTES = 2**28
@@ -32,12 +32,7 @@ class Round:
 
     def read(self, name: str) -> bytes:
         """Return the contents of one of the round's files; raise IntegrityError where its hash is another."""
-        entry = self.manifest.files[name]
-        path = self.folder / name
-        contents = _read(path, entry.bytes)
-        if len(contents) != entry.bytes or sha256(contents) != entry.sha256:
-            raise IntegrityError(f"{path} is not what its manifest says: the hash differs", hint=_RESTORE)
-        return contents
+        return read_checked(self.folder / name, self.manifest.files[name])
 
 
 def read_identity(workspace: Workspace) -> Identity:
@@ -48,7 +43,7 @@ def read_identity(workspace: Workspace) -> Identity:
             "it is not initialised yet",
             hint=f"Run `fedcli init {workspace.root}`.",
         )
-    return parse_record(Identity, _read(workspace.identity, 2**20), workspace.identity)
+    return parse_record(Identity, read_whole(workspace.identity, 2**20), workspace.identity)
 
 
 def read_round(workspace: Workspace, number: int) -> Round | None:
@@ -114,7 +109,16 @@ def missing_clients(workspace: Workspace, head: Round) -> list[int]:
     return [client for client in head.manifest.cohort if not is_submitted(workspace, head.number, client)]
 
 
-def _read(path: Path, limit: int) -> bytes:
+def read_checked(path: Path, entry: FileEntry) -> bytes:
+    """Read a file that the server wrote; raise IntegrityError where it is not the one that its record lists."""
+    contents = read_whole(path, entry.bytes)
+    if len(contents) != entry.bytes or sha256(contents) != entry.sha256:
+        raise IntegrityError(f"{path} is not what its record says: the hash differs", hint=_RESTORE)
+    return contents
+
+
+def read_whole(path: Path, limit: int) -> bytes:
+    """Read a file that the server wrote; raise IntegrityError where it is missing, odd or larger than `limit` bytes."""
     try:
         return read_file(path, limit=limit)
     except FileNotFoundError as error:

@@ -8,7 +8,7 @@ from fedcli.algos import Array
 from fedcli.workspace.history import Round, is_submitted
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, update_name
 from fedcli.workspace.publish import DROPPED_MODE, make_folder, publish_directory, set_aside
-from fedcli.workspace.read import open_folder, read_file
+from fedcli.workspace.read import opened_folder, read_file
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, largest_file
@@ -45,22 +45,15 @@ def read_update(workspace: Workspace, base: Round, client: int) -> Update | None
     Every byte is read once, into memory; what is checked is what is used. Raises Refusal with the code of the first
     fault that is found.
     """
-    inbox = open_folder(workspace.inbox)
     try:
-        own = open_folder(str(client), parent=inbox)
-        try:
-            owner = os.fstat(own).st_uid
-            folder = open_folder(update_name(base.number), parent=own)
-            try:
-                return _read_folder(folder, owner, base, client)
-            finally:
-                os.close(folder)
-        finally:
-            os.close(own)
+        with (
+            opened_folder(workspace.inbox) as inbox,
+            opened_folder(str(client), parent=inbox) as own,
+            opened_folder(update_name(base.number), parent=own) as folder,
+        ):
+            return _read_folder(folder, os.fstat(own).st_uid, base, client)
     except FileNotFoundError:
         return None
-    finally:
-        os.close(inbox)
 
 
 def _read_folder(folder: int, owner: int, base: Round, client: int) -> Update:

@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedcli.errors import WorkspaceError
@@ -11,17 +13,22 @@ _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def open_folder(name: str | Path, *, parent: int | None = None) -> int:
-    """Open a directory (below the open directory `parent`) and return its descriptor.
+@contextmanager
+def opened_folder(name: str | Path, *, parent: int | None = None) -> Iterator[int]:
+    """Open a directory (below the open directory `parent`), yield its descriptor, and close it.
 
     Raises FileNotFoundError, Refusal(symlink) or Refusal(not_regular).
     """
     try:
-        return os.open(name, _FOLDER_FLAGS, dir_fd=parent)
+        descriptor = os.open(name, _FOLDER_FLAGS, dir_fd=parent)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise _odd(name, parent, error, "directory") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: Path) -> str:

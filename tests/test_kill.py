@@ -1,0 +1,251 @@
+"""SIGKILL at every system call that changes the disk: nothing is lost, counted twice or half there."""
+
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+from protocol_client import take_part
+from test_protocol import ADAPTER, NUM_SAMPLES, all_take_part, noisy, read_manifest
+
+from fedcli.errors import BusyError, FedError, NotReadyError
+from fedcli.rounds import aggregation, opening
+from fedcli.rounds.aggregation import aggregate
+from fedcli.rounds.verification import verify
+from fedcli.workspace.history import read_head
+from fedcli.workspace.inbox import drop_update
+from fedcli.workspace.layout import Workspace
+
+CALLS = ("open", "write", "fsync", "close", "mkdir", "chmod", "fchmod", "rename", "replace", "link", "unlink", "rmdir")
+
+
+def die() -> None:
+    """Leave as a process does that the kernel kills for memory: no handler, no finally."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(position: int, after: bool) -> None:
+    """Let this process die before or after its `position`-th call; before a write, half of it is done (a torn one)."""
+    calls = 0
+
+    def wrap(name: str, call: Callable) -> Callable:
+        def counted(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            mine = calls
+            if mine == position and not after:
+                if name == "write":
+                    call(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                die()
+            try:
+                return call(*arguments, **options)
+            finally:
+                if mine == position:
+                    die()
+
+        return counted
+
+    for name in CALLS:
+        setattr(os, name, wrap(name, getattr(os, name)))
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Do some work in a forked child; return its process id. It exits with 0, or with 3 after an exception."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(3)
+        os._exit(0)
+    return child
+
+
+def was_killed(child: int) -> bool:
+    """Wait for a child; return whether it was killed. It must not fail in any other way."""
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+def copies_killed_at_every_call(template: Path, operation: Callable[[Path], object], after: bool) -> Iterator[Path]:
+    """Yield copies of a workspace in which an operation was killed at its 1st, 2nd, ... call, until it survives."""
+    position = 0
+    while True:
+        position += 1
+        workspace = template.parent / "killed"
+        shutil.rmtree(workspace, ignore_errors=True)
+        shutil.copytree(template, workspace)
+
+        def work(workspace: Path = workspace, position: int = position) -> None:
+            arm(position, after)
+            operation(workspace)
+
+        if not was_killed(fork(work)):
+            return
+        yield workspace
+
+
+def finish(workspace: Path) -> None:
+    """Let clients and server go on until the last round."""
+    while read_head(Workspace(workspace)).manifest.state == "open":
+        all_take_part(workspace)
+        assert aggregate(Workspace(workspace)).published
+
+
+def stored_adapters(workspace: Path) -> list[bytes]:
+    """Return the bytes of all global adapters."""
+    return [path.read_bytes() for path in sorted(workspace.glob(f"rounds/?????/adapter/{ADAPTER}"))]
+
+
+@pytest.fixture(scope="module")
+def template(small_template: Path) -> Iterator[Path]:
+    """The small workspace without the rows, which nothing here reads."""
+    # In memory where there is such a place: SIGKILL is the same there, and thousands of fsyncs take no time.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="fedcli-kill-", dir=memory) as folder:
+        yield Path(shutil.copytree(small_template, Path(folder) / "template", ignore=shutil.ignore_patterns("data")))
+
+
+@pytest.fixture(scope="module")
+def answered(template: Path) -> Path:
+    """A workspace in which all have answered round 0."""
+    folder = Path(shutil.copytree(template, template.parent / "answered"))
+    all_take_part(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(template: Path) -> Path:
+    """A federation in which nobody was killed."""
+    folder = Path(shutil.copytree(template, template.parent / "undisturbed"))
+    finish(folder)
+    return folder
+
+
+def take_part_as_client_0(workspace: Path) -> None:
+    """Drop an update with the client that was written from the page."""
+    assert take_part(workspace, 0, noisy(0), NUM_SAMPLES[0])
+
+
+def drop_as_client_0(undisturbed: Path, workspace: Path) -> None:
+    """Drop the same update with fedcli's own code."""
+    files = undisturbed / "inbox" / "0" / "round-00000"
+    drop_update(Workspace(workspace), 0, 0, [(name, (files / name).read_bytes()) for name in (ADAPTER, "update.json")])
+
+
+def merge_round_0(workspace: Path) -> None:
+    """Aggregate, unless the round was merged by the process that was killed."""
+    if read_head(Workspace(workspace)).number == 0:
+        assert aggregate(Workspace(workspace)).published
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("operation", "least"), [("take_part", 10), ("drop", 20), ("aggregate", 50)])
+def test_killed_at_any_system_call_nothing_is_lost_or_counted_twice(
+    template, answered, undisturbed, operation, least, after
+):
+    start, work = {
+        "take_part": (template, take_part_as_client_0),
+        "drop": (template, partial(drop_as_client_0, undisturbed)),
+        "aggregate": (answered, merge_round_0),
+    }[operation]
+    points = 0
+    for workspace in copies_killed_at_every_call(start, work, after):
+        points += 1
+        assert verify(Workspace(workspace)).violations == []
+        work(workspace)
+        assert verify(Workspace(workspace)).violations == []
+        finish(workspace)
+        aggregations = [read_manifest(workspace, number)["aggregation"] for number in (1, 2)]
+        for done in aggregations:
+            assert [entry["client"] for entry in done["counted"]] == [0, 1, 2]
+            assert (done["refused"], done["missing"]) == ([], [])
+        assert sorted(os.listdir(workspace / "rounds")) == ["00000", "00001", "00002"]  # no .tmp- is left
+        assert stored_adapters(workspace) == stored_adapters(undisturbed)
+        result = verify(Workspace(workspace))
+        assert (result.violations, result.num_updates, result.num_recomputed) == ([], 6, 2)
+    assert points >= least
+
+
+def careless(final: Path, files, *, mode: int) -> bool:
+    """Publish as one must not: under the final name, piece by piece."""
+    for name, contents in files:
+        (final / name).parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(final / name, os.O_WRONLY | os.O_CREAT, mode)
+        os.write(descriptor, contents)
+        os.close(descriptor)
+    return True
+
+
+def test_the_harness_catches_a_server_that_writes_under_the_final_name(answered, monkeypatch):
+    monkeypatch.setattr(opening, "publish_directory", careless)
+    violated = [
+        bool(verify(Workspace(workspace)).violations)
+        for workspace in copies_killed_at_every_call(answered, merge_round_0, after=False)
+    ]
+    assert any(violated)
+    assert not all(violated)  # the calls before the first write harm nobody
+
+
+def slow_disk(seed: int) -> None:
+    """Let each fsync of this process take up to 5 ms, as on a network's disk: it opens the windows for races."""
+    generator, fsync = random.Random(seed), os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(generator.uniform(0, 0.005))
+        fsync(descriptor)
+
+    os.fsync = slow
+
+
+def merge_until_it_is_done(workspace: Path, seed: int) -> None:
+    """Aggregate again and again, as servers that know nothing of each other would."""
+    slow_disk(seed)
+    while read_head(Workspace(workspace)).number == 0:
+        with suppress(BusyError, NotReadyError):  # not ready: between two lines another merged the round
+            aggregate(Workspace(workspace))
+
+
+def merge_without_a_lock(workspace: Path, seed: int) -> None:
+    """Do the same where locks do nothing: a server may fail there (its temporary went), but never publish a part."""
+    aggregation.hold = lambda path, purpose: nullcontext()
+    slow_disk(seed)
+    while read_head(Workspace(workspace)).number == 0:
+        with suppress(FedError):
+            aggregate(Workspace(workspace))
+
+
+@pytest.mark.parametrize("merge", [merge_until_it_is_done, merge_without_a_lock])
+def test_of_servers_that_merge_at_once_one_publishes_and_kills_harm_nothing(answered, undisturbed, merge):
+    kills = 0
+    for seed in range(10):
+        generator = random.Random(seed)
+        workspace = answered.parent / "contested"
+        shutil.rmtree(workspace, ignore_errors=True)
+        shutil.copytree(answered, workspace)
+        children = [fork(partial(merge, workspace, 8 * seed + number)) for number in range(8)]
+        for child in generator.sample(children, 4):
+            time.sleep(generator.uniform(0, 0.03))
+            os.kill(child, signal.SIGKILL)  # the child is not reaped yet: its id cannot be another's
+        kills += sum([was_killed(child) for child in children])
+        merge_round_0(workspace)
+        assert sorted(path.name for path in (workspace / "rounds").glob("0*")) == ["00000", "00001"]
+        assert verify(Workspace(workspace)).violations == []
+        assert read_manifest(workspace, 1)["aggregation"] == read_manifest(undisturbed, 1)["aggregation"]
+        finish(workspace)
+        assert sorted(os.listdir(workspace / "rounds")) == ["00000", "00001", "00002"]
+        assert stored_adapters(workspace) == stored_adapters(undisturbed)
+    assert kills >= 5
