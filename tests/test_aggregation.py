@@ -238,6 +238,22 @@ def test_while_another_process_aggregates_it_exits_5_and_says_who_that_is(here, 
     assert main(["server", "aggregate"]) == 0
 
 
+def test_an_empty_directory_under_the_next_rounds_name_is_no_round(here):
+    (here / "rounds" / "00001").mkdir()
+    all_take_part(here)  # a client that reads the page finds round 0, the last that has a manifest
+    assert main(["status"]) == 0
+    assert main(["server", "aggregate"]) == 0
+    assert main(["verify"]) == 0
+
+
+@pytest.mark.parametrize("command", [["status"], ["server", "aggregate"]])
+def test_a_file_under_the_next_rounds_name_exits_7_and_is_named(here, capsys, command):
+    (here / "rounds" / "00001").write_bytes(b"")
+    all_take_part(here)
+    assert main(command) == 7
+    assert f"{here / 'rounds' / '00001'}" in capsys.readouterr().err
+
+
 def enlarge(workspace: Path, side: int, clients: int) -> int:
     """Give a fresh workspace one square tensor as adapter and more clients; return the adapter's size in bytes."""
     folder = workspace / "rounds" / "00000"

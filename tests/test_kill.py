@@ -211,18 +211,16 @@ def slow_disk(seed: int) -> None:
     os.fsync = slow
 
 
-def merge_until_it_is_done(workspace: Path, seed: int) -> None:
+def merge_until_it_is_done(workspace: Path) -> None:
     """Aggregate again and again, as servers that know nothing of each other would."""
-    slow_disk(seed)
     while read_head(Workspace(workspace)).number == 0:
         with suppress(BusyError, NotReadyError):  # not ready: between two lines another merged the round
             aggregate(Workspace(workspace))
 
 
-def merge_without_a_lock(workspace: Path, seed: int) -> None:
+def merge_without_a_lock(workspace: Path) -> None:
     """Do the same where locks do nothing: a server may fail there (its temporary went), but never publish a part."""
     aggregation.hold = lambda path, purpose: nullcontext()
-    slow_disk(seed)
     while read_head(Workspace(workspace)).number == 0:
         with suppress(FedError):
             aggregate(Workspace(workspace))
@@ -236,16 +234,59 @@ def test_of_servers_that_merge_at_once_one_publishes_and_kills_harm_nothing(answ
         workspace = answered.parent / "contested"
         shutil.rmtree(workspace, ignore_errors=True)
         shutil.copytree(answered, workspace)
-        children = [fork(partial(merge, workspace, 8 * seed + number)) for number in range(8)]
-        for child in generator.sample(children, 4):
-            time.sleep(generator.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)  # the child is not reaped yet: its id cannot be another's
+
+        def serve(position: int | None, own_seed: int, workspace: Path = workspace) -> None:
+            slow_disk(own_seed)
+            if position is not None:
+                arm(position, after=own_seed % 2 == 0)
+            merge(workspace)
+
+        # Every other server dies at a call drawn at random, unless the round is merged before it comes to that.
+        positions = [generator.randint(1, 80) if number % 2 else None for number in range(8)]
+        children = [fork(partial(serve, position, 8 * seed + n)) for n, position in enumerate(positions)]
         kills += sum([was_killed(child) for child in children])
-        merge_round_0(workspace)
         assert sorted(path.name for path in (workspace / "rounds").glob("0*")) == ["00000", "00001"]
         assert verify(Workspace(workspace)).violations == []
         assert read_manifest(workspace, 1)["aggregation"] == read_manifest(undisturbed, 1)["aggregation"]
         finish(workspace)
         assert sorted(os.listdir(workspace / "rounds")) == ["00000", "00001", "00002"]
         assert stored_adapters(workspace) == stored_adapters(undisturbed)
-    assert kills >= 5
+    assert kills >= 10
+
+
+def test_a_server_whose_temporary_goes_while_it_writes_publishes_nothing(answered, undisturbed):
+    """Two hosts on a file system whose locks hold on one host only: the renames alone must keep rounds whole."""
+    workspace = Path(shutil.copytree(answered, answered.parent / "two-hosts"))
+    final, rename = workspace / "rounds" / "00001", os.rename
+
+    def stop_before_the_rename() -> None:
+        def stopped(source, target, **options) -> None:
+            if target == final:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            rename(source, target, **options)
+
+        os.rename = stopped
+        with suppress(FedError):
+            merge_without_a_lock(workspace)
+
+    def die_while_removing() -> None:
+        unlink = os.unlink
+
+        def last(*arguments, **options) -> None:
+            unlink(*arguments, **options)
+            die()
+
+        os.unlink = last
+        merge_without_a_lock(workspace)
+
+    first = fork(stop_before_the_rename)
+    assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
+    os.waitpid(fork(die_while_removing), 0)
+    os.kill(first, signal.SIGCONT)
+    while os.WIFSTOPPED(status := os.waitpid(first, os.WUNTRACED)[1]):  # it tries again
+        os.kill(first, signal.SIGCONT)
+    assert os.WIFEXITED(status)
+    merge_round_0(workspace)
+    assert verify(Workspace(workspace)).violations == []
+    finish(workspace)
+    assert stored_adapters(workspace) == stored_adapters(undisturbed)

@@ -288,6 +288,15 @@ def test_the_cases_cover_every_code_of_the_page():
     assert documented == {code for code, _, _ in CASES} == set(REFUSAL_CODES) - {"unknown_client"}
 
 
+def test_discarding_through_a_linked_inbox_leaves_the_other_clients_update(small, monkeypatch):
+    for client in (0, 2):
+        take_part(small, client)
+    (small / "inbox" / str(BAD)).symlink_to("2")
+    monkeypatch.chdir(small)
+    main(["server", "discard", "--id", str(BAD)])
+    assert (small / "inbox" / "2" / "round-00000" / "update.json").exists()
+
+
 def test_ids_outside_the_cohort_are_never_looked_at(small, monkeypatch):
     take_part(small, 0)
     for name in ("3", "01", "x"):

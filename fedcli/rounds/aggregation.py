@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from fedcli.algos import Algorithm, Array, algorithm_from
+from fedcli.algos import Algorithm, Array, Arrays, algorithm_from
 from fedcli.algos.arrays import RunningMean, difference, norm
 from fedcli.errors import BusyError, IntegrityError, NotReadyError
 from fedcli.rounds.opening import ADAPTER_NAME, open_next_round
@@ -100,31 +100,35 @@ def combine(
     missing: list[int] = []
     for client in base.manifest.cohort:
         try:
-            update = read_update(workspace, base, client)
+            entry = _count(workspace, base, client, algorithm, adapter, mean)
         except Refusal as refusal:
             refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
-            continue
-        finally:
-            on_update(client)
-        if update is None:
-            missing.append(client)
-            continue
-        delta = difference(update.files[ADAPTER_FILE], adapter)
-        weight = algorithm.weight(update.record.num_samples)
-        mean.add(delta, weight)
-        counted.append(
-            CountedUpdate(
-                client=client,
-                update=update.sha256,
-                weight=weight,
-                num_samples=update.record.num_samples,
-                train_loss=update.record.train_loss,
-                delta_norm=norm(delta),
-            )
-        )
+        else:
+            missing.append(client) if entry is None else counted.append(entry)
+        on_update(client)
     shares = [entry.model_copy(update={"weight": entry.weight / mean.total_weight}) for entry in counted]
     aggregation = Aggregation(algorithm=asdict(algorithm), counted=shares, refused=refused, missing=missing)
     return (algorithm.apply(adapter, mean.mean()) if counted else None), aggregation
+
+
+def _count(
+    workspace: Workspace, base: Round, client: int, algorithm: Algorithm, adapter: Arrays, mean: RunningMean
+) -> CountedUpdate | None:
+    """Add one client's update to the mean and let go of it; None where there is none, Refusal where it is not valid."""
+    update = read_update(workspace, base, client)
+    if update is None:
+        return None
+    delta = difference(update.files[ADAPTER_FILE], adapter)
+    weight = algorithm.weight(update.record.num_samples)
+    mean.add(delta, weight)
+    return CountedUpdate(
+        client=client,
+        update=update.sha256,
+        weight=weight,
+        num_samples=update.record.num_samples,
+        train_loss=update.record.train_loss,
+        delta_norm=norm(delta),
+    )
 
 
 def _aggregate(

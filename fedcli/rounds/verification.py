@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,8 @@ from fedcli.errors import FedError, IntegrityError
 from fedcli.rounds.aggregation import combine
 from fedcli.rounds.opening import ADAPTER_NAME
 from fedcli.workspace.history import Round, listed_rounds, read_identity, read_round
-from fedcli.workspace.layout import Workspace
-from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, sha256
+from fedcli.workspace.layout import Workspace, is_round_name
+from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode
 
@@ -82,8 +81,10 @@ def _read(workspace: Workspace, number: int, result: Verification) -> Round | No
 
 def _check_names(workspace: Workspace, result: Verification) -> None:
     """Only rounds, and temporary names that start with a dot, may lie in rounds/."""
+    if not workspace.rounds.is_dir():
+        return
     for entry in sorted(os.listdir(workspace.rounds)):
-        if not entry.startswith(".") and not re.fullmatch(r"\d{5,}", entry):
+        if not entry.startswith(".") and not is_round_name(entry):
             result.report(workspace.rounds / entry, "is no round; nothing else belongs there")
 
 
@@ -187,7 +188,7 @@ def _recompute(
     if not all(map(_same, again.counted, aggregation.counted)):
         result.report(current.folder, "records other weights, losses or norms than the counted updates give")
     result.num_recomputed += 1
-    if sha256(encode(adapter)) != current.manifest.files[ADAPTER_NAME].sha256:
+    if current.manifest.files.get(ADAPTER_NAME) != file_entry(encode(adapter)):
         result.report(current.folder / ADAPTER_NAME, "is not what the counted updates give")
 
 

@@ -1,13 +1,12 @@
 """Published rounds: finding the head, reading manifests and files with their hashes checked, and who has answered."""
 
 import os
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
-from fedcli.workspace.layout import MANIFEST, Workspace
+from fedcli.workspace.layout import MANIFEST, Workspace, is_round_name
 from fedcli.workspace.read import read_file
 from fedcli.workspace.records import FileEntry, Identity, Manifest, parse_record, sha256
 from fedcli.workspace.refusal import Refusal
@@ -69,9 +68,13 @@ def read_head(workspace: Workspace) -> Round:
     """
     identity = read_identity(workspace)
     number = max(listed_rounds(workspace), default=0)
+    while number and _is_empty(workspace.round(number)):  # an empty folder is no round; the next one replaces it
+        number -= 1
     head = None
     while (following := read_round(workspace, number)) is not None:
         head, number = following, number + 1
+    if head is None and number:
+        raise IntegrityError(f"{workspace.round(number)} has no {MANIFEST}", hint=_RESTORE)
     if head is None:
         raise NotReadyError(f"{workspace.root} has no round yet", hint="Run `fedcli server open`.")
     if head.manifest.workspace != identity.id:
@@ -96,7 +99,7 @@ def listed_rounds(workspace: Workspace) -> list[int]:
     """Return the numbers that a listing of rounds/ shows, which may be out of date on a network file system."""
     if not workspace.rounds.is_dir():
         return []
-    return sorted(int(name) for name in os.listdir(workspace.rounds) if re.fullmatch(r"\d{5,}", name))
+    return sorted(int(name) for name in os.listdir(workspace.rounds) if is_round_name(name))
 
 
 def is_submitted(workspace: Workspace, round_number: int, client: int) -> bool:
@@ -107,6 +110,10 @@ def is_submitted(workspace: Workspace, round_number: int, client: int) -> bool:
 def missing_clients(workspace: Workspace, head: Round) -> list[int]:
     """Return the clients of a round's cohort that have dropped nothing."""
     return [client for client in head.manifest.cohort if not is_submitted(workspace, head.number, client)]
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def read_checked(path: Path, entry: FileEntry) -> bytes:

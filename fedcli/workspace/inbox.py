@@ -33,6 +33,10 @@ def drop_update(workspace: Workspace, round_number: int, client: int, files: Ite
 
 def discard_update(workspace: Workspace, round_number: int, client: int) -> bool:
     """Set a client's update of a round aside; return whether there was one."""
+    inbox = workspace.client_inbox(client)
+    if inbox.is_symlink():  # through it another client's update would be moved
+        set_aside(inbox)
+        return True
     if not is_submitted(workspace, round_number, client):
         return False
     set_aside(workspace.update(round_number, client))

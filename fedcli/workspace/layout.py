@@ -106,6 +106,11 @@ def round_name(number: int) -> str:
     return f"{number:05d}"
 
 
+def is_round_name(name: str) -> bool:
+    """Return whether a directory under rounds/ is named as a round."""
+    return name.isascii() and name.isdigit() and name == round_name(int(name))
+
+
 def update_name(number: int) -> str:
     """The name of an update's directory under inbox/<id>/."""
     return f"round-{number:05d}"

@@ -5,7 +5,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from fedcli.errors import WorkspaceError
@@ -101,11 +101,19 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder; only the holder of its lock may call this."""
-    if folder.is_dir():
-        for entry in folder.iterdir():
-            if entry.name.startswith(TEMPORARY_PREFIX):
-                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+    """Remove what killed processes left half-written in a folder.
+
+    Each is renamed first: should its writer live after all (a lock that did not hold), that one's own rename then
+    fails, and it cannot publish what has been emptied under its hands.
+    """
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        if entry.name.startswith(TEMPORARY_PREFIX):
+            doomed = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+            with suppress(FileNotFoundError):
+                os.rename(entry, doomed)
+                shutil.rmtree(doomed, ignore_errors=True) if doomed.is_dir() else doomed.unlink()
 
 
 def set_aside(folder: Path) -> Path:

@@ -1,9 +1,10 @@
 """Reading files that other processes wrote: never through a link, never a FIFO, never more than expected."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedcli.errors import WorkspaceError
@@ -59,17 +60,19 @@ def read_file(name: str | Path, *, limit: int, parent: int | None = None, owner:
         if status.st_size > limit:
             raise Refusal("size", f"{name} has {status.st_size} bytes, at most {limit} are allowed")
         with os.fdopen(os.dup(descriptor), "rb") as file:
-            contents = file.read(limit + 1)
+            contents = file.read(min(limit, status.st_size) + 1)
     finally:
         os.close(descriptor)
-    if len(contents) > limit:
+    if len(contents) > status.st_size:
         raise Refusal("size", f"{name} grew while it was read")
     return contents
 
 
-def _odd(name: str | Path, parent: int | None, error: OSError, wanted: str) -> Refusal:
-    """Say why something could not be opened."""
-    mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
-    if stat.S_ISLNK(mode):
-        return Refusal("symlink", f"{name} is a symbolic link")
+def _odd(name: str | Path, parent: int | None, error: OSError, wanted: str) -> Refusal | WorkspaceError:
+    """Say why something could not be opened: what lies there is odd, or this machine is in trouble."""
+    if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENXIO):
+        return WorkspaceError(f"cannot read {name}: {error.strerror}", hint="Check this machine, then run it again.")
+    with suppress(OSError):
+        if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            return Refusal("symlink", f"{name} is a symbolic link")
     return Refusal("not_regular", f"{name} is not a readable {wanted}: {error.strerror}")

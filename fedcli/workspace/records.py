@@ -168,7 +168,7 @@ def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:
 def parse_update_record(data: bytes) -> UpdateRecord:
     """Read a client's update.json; raise Refusal(json), (duplicate) or (samples)."""
     document = parse_object(data, "update.json")
-    num_samples = document.get("num_samples")
+    num_samples = document.get("num_samples", 1)  # its absence is noticed below, as that of any key
     if type(num_samples) is not int or not 1 <= num_samples <= MAX_NUM_SAMPLES:
         raise Refusal("samples", f"num_samples is {str(num_samples)[:40]}, not an integer from 1 to {MAX_NUM_SAMPLES}")
     try:

@@ -24,10 +24,17 @@ RefusalCode = Literal[
 REFUSAL_CODES: tuple[str, ...] = get_args(RefusalCode)
 
 
+MAX_REASON = 300
+
+
 class Refusal(Exception):
-    """An update (or a file of it) is not what the protocol asks for; never stops a round."""
+    """An update (or a file of it) is not what the protocol asks for; never stops a round.
+
+    The reason may quote a stranger's bytes on their way to a manifest and a terminal, so it is cut short and holds
+    printable characters only.
+    """
 
     def __init__(self, code: RefusalCode, reason: str) -> None:
-        super().__init__(f"{code}: {reason}")
         self.code = code
-        self.reason = reason
+        self.reason = "".join(letter if letter.isprintable() else "?" for letter in reason[:MAX_REASON])
+        super().__init__(f"{code}: {self.reason}")

@@ -48,6 +48,8 @@ def decode(data: bytes | memoryview, schema: Mapping[str, TensorEntry]) -> dict[
         dtype, start, end = _check_entry(name, entry, schema[name])
         if start != position:
             raise Refusal("header", f"tensor {name!r} begins at byte {start}, not {position}: an overlap or a hole")
+        if end > len(body):
+            raise Refusal("header", f"tensor {name!r} ends at byte {end} of {len(body)}")
         position = end
         array = np.frombuffer(body[start:end], dtype=_DTYPES[dtype]).reshape(schema[name].shape)
         if dtype == "BF16":

@@ -1,0 +1,245 @@
+"""`fedcli verify` finds whatever is damaged in a finished federation; and no command but training loads torch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ENVIRONMENT
+from safetensors.numpy import load_file, save
+from test_protocol import ADAPTER, all_take_part, configure, replace_adapter, stored_hashes
+
+from fedcli.cli import main
+from fedcli.rounds.aggregation import aggregate
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.records import file_entry
+
+ROUND = "rounds/00001"
+LAST = "rounds/00002"
+UPDATE = "inbox/1/round-00000"
+
+
+@pytest.fixture(scope="module")
+def finished_template(small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation that finished after two rounds; tests must not change it."""
+    folder = Path(shutil.copytree(small_template, tmp_path_factory.mktemp("verify") / "workspace"))
+    for _ in range(2):
+        all_take_part(folder)
+        aggregate(Workspace(folder))
+    return folder
+
+
+@pytest.fixture
+def finished(finished_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished federation, as the current folder."""
+    folder = Path(shutil.copytree(finished_template, tmp_path / "workspace"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def flipped(name: str, position: int, workspace: Path) -> None:
+    """Flip the lowest bit of one byte of a file."""
+    data = bytearray((workspace / name).read_bytes())
+    data[position] ^= 1
+    (workspace / name).write_bytes(data)
+
+
+def removed(name: str, workspace: Path) -> None:
+    """Remove a file or a directory."""
+    path = workspace / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def added(name: str, workspace: Path) -> None:
+    """Add a file."""
+    (workspace / name).write_bytes(b"")
+
+
+def linked(name: str, workspace: Path) -> None:
+    """Replace a file by a symbolic link to the very same bytes."""
+    moved = workspace / "moved"
+    (workspace / name).rename(moved)
+    (workspace / name).symlink_to(moved)
+
+
+def edited(edit: Callable[[dict], object], workspace: Path) -> None:
+    """Edit the last round's manifest, which no other names as its parent: the chain of hashes stays whole."""
+    path = workspace / LAST / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def counted_edited(edit: Callable[[list[dict]], object], workspace: Path) -> None:
+    """Edit what the last round says of the updates that it counted."""
+    edited(lambda manifest: edit(manifest["aggregation"]["counted"]), workspace)
+
+
+def refuse_unknown(manifest: dict) -> None:
+    """Say that the last client was refused, with a code that does not exist."""
+    client = manifest["aggregation"]["counted"].pop()["client"]
+    manifest["aggregation"]["refused"].append({"client": client, "code": "odd", "reason": "odd"})
+
+
+def count_again(workspace: Path) -> None:
+    """Let the last round count an update that the round before counted."""
+    past = json.loads((workspace / ROUND / "manifest.json").read_bytes())["aggregation"]["counted"]
+    counted_edited(lambda counted: counted[0].update(update=past[0]["update"]), workspace)
+
+
+def rewritten(value: float, workspace: Path) -> None:
+    """Replace the last adapter by another, and give the manifest its right size and hash."""
+    path = workspace / LAST / "adapter" / ADAPTER
+    arrays = load_file(path)
+    name = min(arrays)
+    arrays[name] = np.full_like(arrays[name], value)
+    contents = save(arrays, {"format": "pt"})
+    path.write_bytes(contents)
+    entry = file_entry(contents).model_dump()
+    edited(lambda manifest: manifest["files"].update({f"adapter/{ADAPTER}": entry}), workspace)
+
+
+def update_rewritten(workspace: Path) -> None:
+    """Replace a counted update by a valid one of other values."""
+    path = workspace / UPDATE / ADAPTER
+    replace_adapter(workspace / UPDATE, save({name: array + 1 for name, array in load_file(path).items()}))
+
+
+def renamed_workspace(workspace: Path) -> None:
+    """Give workspace.json another id."""
+    identity = json.loads((workspace / "workspace.json").read_bytes()) | {"id": "another"}
+    (workspace / "workspace.json").write_text(json.dumps(identity))
+
+
+DAMAGES: list[tuple[str, str, Callable[[Path], object]]] = [
+    ("a byte of an adapter", f"{ROUND}/adapter/{ADAPTER}", partial(flipped, f"{ROUND}/adapter/{ADAPTER}", -1)),
+    ("a byte of a manifest", f"{ROUND}/manifest.json", partial(flipped, f"{ROUND}/manifest.json", 0)),
+    ("a digit of a manifest", LAST, lambda w: (w / ROUND / "manifest.json").write_text(
+        (w / ROUND / "manifest.json").read_text().replace('"max_length": 128', '"max_length": 129'))),
+    ("no manifest", ROUND, partial(removed, f"{ROUND}/manifest.json")),
+    ("no adapter", f"{ROUND}/adapter/{ADAPTER}", partial(removed, f"{ROUND}/adapter/{ADAPTER}")),
+    ("a link as adapter", f"{ROUND}/adapter/{ADAPTER}", partial(linked, f"{ROUND}/adapter/{ADAPTER}")),
+    ("no round in the middle", ROUND, partial(removed, ROUND)),
+    ("no first round", "rounds/00000", partial(removed, "rounds/00000")),
+    ("no rounds", "rounds", partial(removed, "rounds")),
+    ("no counted update", UPDATE, partial(removed, UPDATE)),
+    ("no inbox", UPDATE, partial(removed, "inbox")),
+    ("a byte of a counted update", UPDATE, partial(flipped, f"{UPDATE}/{ADAPTER}", -1)),
+    ("another update", UPDATE, update_rewritten),
+    ("another parent", LAST, partial(edited, lambda manifest: manifest.update(parent="0" * 64))),
+    ("other tensors", LAST, partial(edited, lambda manifest: manifest["tensors"].popitem())),
+    ("another model", LAST, partial(edited, lambda manifest: manifest["model"].update(fingerprint="0"))),
+    ("a cohort at the end", LAST, partial(edited, lambda manifest: manifest.update(cohort=[0]))),
+    ("no adapter in the list of files", LAST, partial(edited, lambda m: m["files"].pop(f"adapter/{ADAPTER}"))),
+    ("another round's number", LAST, partial(edited, lambda manifest: manifest.update(round=3))),
+    ("an unknown algorithm", LAST, partial(edited, lambda m: m["aggregation"].update(algorithm={"name": "odd"}))),
+    ("an unknown code", LAST, partial(edited, refuse_unknown)),
+    ("no aggregation", LAST, partial(edited, lambda manifest: manifest.update(aggregation=None))),
+    ("a client twice", LAST, partial(counted_edited, lambda counted: counted.insert(0, counted[0]))),
+    ("a client less", LAST, partial(counted_edited, lambda counted: counted.pop())),
+    ("another weight", LAST, partial(counted_edited, lambda counted: counted[0].update(weight=0.5))),
+    ("another norm", LAST, partial(counted_edited, lambda counted: counted[0].update(delta_norm=1.0))),
+    ("an update counted twice", LAST, count_again),
+    ("another adapter, hashed", f"{LAST}/adapter/{ADAPTER}", partial(rewritten, 0.5)),
+    ("an adapter of NaN, hashed", f"{LAST}/adapter/{ADAPTER}", partial(rewritten, np.nan)),
+    ("a file too many", f"{ROUND}/notes.txt", partial(added, f"{ROUND}/notes.txt")),
+    ("a foreign name", "rounds/latest", partial(added, "rounds/latest")),
+    ("a second spelling", "rounds/000001", lambda w: shutil.copytree(w / ROUND, w / "rounds/000001")),
+    ("a file as round", "rounds/00003", partial(added, "rounds/00003")),
+    ("an empty round", "rounds/00003", lambda w: (w / "rounds/00003").mkdir()),
+    ("a round after the end", "rounds/00003", lambda w: shutil.copytree(w / LAST, w / "rounds/00003")),
+    ("another workspace's id", "rounds/00000", renamed_workspace),
+]  # fmt: skip
+
+
+def test_verify_says_what_it_checked_and_exits_0(finished, capsys):
+    before = stored_hashes(finished)
+    assert main(["verify"]) == 0
+    assert capsys.readouterr().out == (
+        "checked 3 rounds: 6 files by hash, 6 counted updates, 2 aggregates computed again\nno violation\n"
+    )
+    assert main(["verify", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == {"num_rounds": 3, "num_files": 6, "num_updates": 6, "num_recomputed": 2, "violations": []}
+    assert stored_hashes(finished) == before
+
+
+def test_what_killed_processes_leave_is_no_violation(finished):
+    for folder in ("rounds", "inbox", "inbox/1"):
+        (finished / folder / ".tmp-0123").mkdir()
+    assert main(["verify"]) == 0
+
+
+@pytest.mark.parametrize(("where", "damage"), [damage[1:] for damage in DAMAGES], ids=[damage[0] for damage in DAMAGES])
+def test_verify_exits_7_and_names_the_path_of_what_is_damaged(finished, capsys, where, damage):
+    damage(finished)
+    assert main(["verify"]) == 7
+    output = capsys.readouterr()
+    assert f"{finished / where}" in output.out
+    assert "no violation" not in output.out
+    assert "violations\n" in output.err
+
+
+def test_the_json_document_lists_the_violations(finished, capsys):
+    added(f"{ROUND}/notes.txt", finished)
+    removed(UPDATE, finished)
+    assert main(["verify", "--json"]) == 7
+    violations = json.loads(capsys.readouterr().out)["violations"]
+    assert [(violation.keys(), violation["path"]) for violation in violations] == [
+        ({"path", "problem"}, f"{finished / ROUND / 'notes.txt'}"),
+        ({"path", "problem"}, f"{finished / UPDATE}"),
+    ]
+
+
+LIGHT = """
+import sys
+from fedcli.cli import main
+code = main(sys.argv[1:])
+heavy = {"torch", "transformers", "peft", "trl", "datasets", "lm_eval", "accelerate"} & set(sys.modules)
+sys.exit(f"loaded {heavy}" if heavy else code)
+"""
+
+
+def light(*arguments: str, cwd: Path) -> str:
+    """Run a command in a process that fails where anything heavy is loaded; return its output."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, *arguments], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", [["server", "aggregate"], ["server", "run"]])
+def test_merging_loads_no_torch(small, command):
+    configure(small, "federation.rounds=1")
+    all_take_part(small)
+    light(*command, cwd=small)
+    assert sorted(os.listdir(small / "rounds")) == ["00000", "00001"]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["status"], "round      2 of 2, finished\n"),
+        (["verify"], "no violation\n"),
+        (["client", "status", "--id", "1"], "client 1: nothing to do, the federation has finished at round 2\n"),
+        (["client", "train", "--id", "1"], "client 1: nothing to do, the federation has finished at round 2\n"),
+        (["server", "aggregate"], "nothing to do: the federation has finished at round 2\n"),
+        (["server", "discard", "--id", "1"], "client 1: has no update in the open round\n"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "says",
+)
+def test_looking_loads_no_torch(finished, command, says):
+    assert says in light(*command, cwd=finished)
+
+
+def test_a_client_that_has_answered_loads_no_torch(small):
+    all_take_part(small)
+    said = light("client", "train", "--id", "2", cwd=small)
+    assert said == "client 2: nothing to do, its update of round 0 has been sent\n"
