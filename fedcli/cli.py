@@ -75,7 +75,7 @@ def root(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (docs/PROTOCOL.md lists them)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    debug, as_json = "--debug" in arguments, "--json" in arguments
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app(args=[argument for argument in arguments if argument != "--debug"], prog_name="fedcli")
@@ -83,17 +83,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = stop.code if isinstance(stop.code, int) else 0
         if code in (INTERRUPTED, TERMINATED):
             print("stopped; nothing is lost: run the same command again to go on", file=sys.stderr)
+        elif code != 0 and as_json:  # Typer has said on stderr what is wrong with the command line
+            _print_error("the command line is not valid", "See `fedcli --help`.", code)
         return code
     except FedError as error:
         if debug:
             traceback.print_exc()
-        _report(error, as_json="--json" in arguments)
+        if as_json and not error.is_reported:
+            _print_error(error.message, error.hint, error.exit_code)
+        print(f"fedcli: error: {error.message}\n  {error.hint}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"fedcli: internal error: {type(error).__name__}: {error}", file=sys.stderr)
-        print("  This is a bug. Run it again with --debug and report what it prints.", file=sys.stderr)
+        message = f"internal error: {type(error).__name__}: {error}"
+        hint = "This is a bug. Run it again with --debug and report what it prints."
+        if as_json:
+            _print_error(message, hint, 1)
+        print(f"fedcli: {message}\n  {hint}", file=sys.stderr)
         return 1
     return 0
 
@@ -107,8 +114,5 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(TERMINATED)
 
 
-def _report(error: FedError, *, as_json: bool) -> None:
-    if as_json and not error.is_reported:
-        document = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-        print(json.dumps({"error": document}, ensure_ascii=False))
-    print(f"fedcli: error: {error.message}\n  {error.hint}", file=sys.stderr)
+def _print_error(message: str, hint: str, exit_code: int) -> None:
+    print(json.dumps({"error": {"message": message, "hint": hint, "exit_code": exit_code}}))

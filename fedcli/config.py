@@ -120,10 +120,13 @@ class Config(Section):
     federation: FederationConfig = FederationConfig()
 
     def fixed(self) -> dict[str, Any]:
-        """Return what may not change after `init`, as JSON values by dotted key."""
+        """Return what may not change once round 0 is open, as JSON values by key.
+
+        Where the base lies is not in it: a model may move on disk, and its fingerprint tells whether it is the same.
+        """
         return {
             "task": self.task,
-            "model": self.model.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json", exclude={"base", "trust_remote_code"}),
             "adapter": self.adapter.model_dump(mode="json"),
             "federation.clients": self.federation.clients,
             "federation.seed": self.federation.seed,
@@ -145,7 +148,7 @@ def read_document(text: str, where: Path) -> dict[str, Any]:
     """Parse YAML into its top-level mapping; raise ConfigError with the line."""
     try:
         document = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{where} is not valid YAML: {problem}", hint="Correct that line.") from error
     if document is None:

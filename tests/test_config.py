@@ -214,7 +214,7 @@ def test_a_config_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value", "fault"),
     [
-        ("model", "base", "other", "model.base: was 'builtin:tiny', is now 'other'"),
+        ("model", "revision", "v2", "model.revision: was None, is now 'v2'"),
         ("adapter", "rank", 8, "adapter.rank: was 4, is now 8"),
         ("federation", "clients", 4, "federation.clients: was 3, is now 4"),
         ("federation", "seed", 1, "federation.seed: was 0, is now 1"),
@@ -228,7 +228,13 @@ def test_what_init_fixed_may_not_change(small: Path, section: str, key: str, val
 
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("train", "steps", 7), ("federation", "rounds", 9), ("federation", "quorum", 0.5), ("data", "max_rows", 3)],
+    [
+        ("model", "base", "moved/there"),
+        ("train", "steps", 7),
+        ("federation", "rounds", 9),
+        ("federation", "quorum", 0.5),
+        ("data", "max_rows", 3),
+    ],
 )
 def test_the_rest_may_change_between_rounds(small: Path, section: str, key: str, value: object) -> None:
     assert getattr(getattr(read_running_config(edited(small, section, key, value)), section), key) == value

@@ -217,7 +217,7 @@ def test_a_faulty_row_is_named_by_file_and_line_at_init_and_at_training(
 def test_a_client_without_rows_is_told_which_file_it_lacks(refused: Callable[..., None], small: Path) -> None:
     rows = small / "data" / "client-1.jsonl"
     rows.unlink()
-    refused(4, ["client", "train", "--id", 1, "-w", small], f"client 1 has no rows: {rows} is missing")
+    refused(3, ["client", "train", "--id", 1, "-w", small], f"client 1 has no rows: {rows} is missing")
 
 
 def test_a_client_whose_rows_are_all_unusable_is_told_why(refused: Callable[..., None], small: Path) -> None:

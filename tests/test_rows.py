@@ -109,10 +109,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         assert str(tmp_path / name) in caught.value.message
 
 
-def test_an_empty_jsonl_file_has_no_rows(tmp_path: Path) -> None:
-    # Who wants rows says so: partition at init, the runtime at training.
-    assert read_rows(written(tmp_path, "")) == []
-    assert read_rows(written(tmp_path, "\n \r\n")) == []
+@pytest.mark.parametrize("text", ["", "\n \r\n"])
+def test_an_empty_jsonl_file_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_rows(path)
+    assert caught.value.message == f"{path} holds no rows"
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])

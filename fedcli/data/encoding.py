@@ -74,7 +74,9 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        # split_special_tokens: a text that spells </s> is no end of sequence
+        encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
         return ids
 
     def _special_start(self) -> list[int]:

@@ -28,7 +28,7 @@ class Example:
 def read_rows(path: Path) -> list[Row]:
     """Read a .jsonl file (an object a line) or a .json file (an array of objects).
 
-    Raises ConfigError where the file is missing or a row is not an object, with file and line.
+    Raises ConfigError where the file is missing or empty, or a row is not an object, with file and line.
     """
     if path.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"{path}: rows are read from .json and .jsonl files", hint="Convert the file first.")
@@ -41,13 +41,10 @@ def read_rows(path: Path) -> list[Row]:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}", hint="Convert it to UTF-8.") from error
-    if path.suffix == ".jsonl":
-        lines = text.split("\n")  # not splitlines: U+2028 and its like may stand inside a JSON string
-        return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    document = _parse(text, str(path))
-    if not isinstance(document, list):
-        raise ConfigError(f"{path} does not hold a JSON array of rows", hint="Use .jsonl for an object a line.")
-    return [_checked(fields, f"{path}, row {number}") for number, fields in enumerate(document, 1)]
+    rows = _lines(text, path) if path.suffix == ".jsonl" else _array(text, path)
+    if not rows:
+        raise ConfigError(f"{path} holds no rows", hint="Check data.source in fedcli.yaml, or fill the file.")
+    return rows
 
 
 def write_rows(rows: list[Mapping[str, Any]]) -> bytes:
@@ -78,18 +75,31 @@ def _text(row: Row, column: str) -> str:
     return value
 
 
-def _row(line: str, where: str) -> Row:
-    return _checked(_parse(line, where), where)
+def _lines(text: str, path: Path) -> list[Row]:
+    lines = text.split("\n")  # not splitlines: U+2028 and its like may stand inside a JSON string
+    numbered = ((line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
+    return [_checked(_parse(line, where), where) for line, where in numbered]
+
+
+def _array(text: str, path: Path) -> list[Row]:
+    document = _parse(text, str(path))
+    if not isinstance(document, list):
+        raise ConfigError(f"{path} does not hold a JSON array of rows", hint="Use .jsonl for an object a line.")
+    return [_checked(fields, f"{path}, row {number}") for number, fields in enumerate(document, 1)]
 
 
 def _checked(fields: object, where: str) -> Row:
     if not isinstance(fields, dict):
         raise ConfigError(f"{where} is not a JSON object", hint="Every row is an object of columns. Mend the row.")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where} holds half of a UTF-16 pair: {error}", hint="Mend the row.") from error
     return Row(fields, where)
 
 
 def _parse(text: str, where: str) -> object:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}", hint="Mend the row.") from error

@@ -1,6 +1,8 @@
 """Base models: where one lies, and how two parties know that they have the same."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,17 +74,26 @@ def load_base(folder: Path, *, trust_remote_code: bool) -> "tuple[PreTrainedMode
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    try:
+    with loading(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    return model, tokenizer
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises for a folder that is no whole model into a RequirementError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         raise RequirementError(
             f"the base model in {folder} cannot be loaded: {error}",
             hint="Check that the folder is whole and that the installed transformers knows this architecture.",
         ) from error
-    return model, tokenizer
 
 
 def _fetch(base: str, revision: str | None) -> Path:

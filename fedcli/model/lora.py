@@ -9,7 +9,7 @@ import numpy as np
 
 from fedcli.algos import Array, Arrays
 from fedcli.errors import ConfigError, did_you_mean
-from fedcli.model.base import load_base
+from fedcli.model.base import load_base, loading
 from fedcli.model.quiet import quiet_libraries
 from fedcli.randomness import stream
 
@@ -47,8 +47,9 @@ def start_adapter(folder: Path, config: dict[str, Any], *, seed: int, trust_remo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet_libraries(), torch.device("meta"):
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        with loading(folder):
+            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         _check_targets(model, config["target_modules"])
         peft_model = get_peft_model(model, _peft_config(config))
     arrays: dict[str, Array] = {}
@@ -81,11 +82,14 @@ class AdaptedModel:
             parameter.data = parameter.data.float()
 
     def load(self, arrays: Arrays) -> None:
-        """Put an adapter's values in place; its names and shapes are those of this model's adapter."""
+        """Put an adapter's values in place; raise KeyError or ValueError where names or shapes are not this model's."""
         import torch
 
         if arrays.keys() != self._parameters.keys():
             raise KeyError(f"adapter names differ: {sorted(arrays.keys() ^ self._parameters.keys())[:3]}")
+        for name, parameter in self._parameters.items():
+            if arrays[name].shape != tuple(parameter.shape):
+                raise ValueError(f"{name} has shape {arrays[name].shape}, not {tuple(parameter.shape)}")
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(torch.tensor(arrays[name]))

@@ -4,10 +4,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fedcli.errors import BusyError
 from fedcli.rounds.opening import ADAPTER_NAME
+from fedcli.rounds.runtime import Runtime, require_rows
 from fedcli.rounds.settings import check_client, read_running_config
 from fedcli.training.reports import StepReport
 from fedcli.workspace.history import Round, is_submitted, read_head, read_rounds
@@ -17,9 +18,6 @@ from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import remove_temporaries
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry
 from fedcli.workspace.tensors import decode, encode
-
-if TYPE_CHECKING:
-    from fedcli.rounds.runtime import Runtime
 
 POLL_SECONDS = 0.5
 
@@ -73,7 +71,7 @@ def train_client(
     client: int,
     *,
     wait: float = 0.0,
-    load_runtime: "Callable[[Round], Runtime]",
+    load_runtime: Callable[[Round], Runtime],
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> ClientResult:
     """Do what is due for a client: train on the open round's adapter and drop the update.
@@ -101,7 +99,7 @@ def train_client(
 def _train_due(
     workspace: Workspace,
     client: int,
-    load_runtime: "Callable[[Round], Runtime]",
+    load_runtime: Callable[[Round], Runtime],
     on_step: Callable[[StepReport], None],
 ) -> ClientResult:
     """Train and drop, under the client's lock."""
@@ -113,6 +111,7 @@ def _train_due(
     adapter = decode(head.read(ADAPTER_NAME), manifest.tensors)
     past = [earlier.manifest for earlier in read_rounds(workspace, before=head.number)]
     first_draw = sum(p.train.steps * p.train.batch_size for p in past if client in p.cohort)
+    require_rows(workspace, client)
     runtime = load_runtime(head)
     rows = runtime.rows(client, manifest.train)
     started = time.monotonic()

@@ -13,8 +13,8 @@ from fedcli.data.rows import Row, alpaca_example, read_rows, write_rows
 from fedcli.errors import ConfigError, UsageError, WorkspaceError, did_you_mean
 from fedcli.model.base import BUILTIN_PREFIX
 from fedcli.rounds.opening import open_first_round
-from fedcli.rounds.settings import read_config
-from fedcli.workspace.history import Round, read_head, read_round
+from fedcli.rounds.settings import read_config, read_running_config
+from fedcli.workspace.history import Round, read_head, read_identity, read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import make_folder, publish_file, remove_temporaries
@@ -55,6 +55,7 @@ def create_workspace(root: Path, *, preset: str | None = None, overrides: Sequen
         remove_temporaries(workspace.root)
         remove_temporaries(workspace.rounds)
         if workspace.identity.exists() and read_round(workspace, 0) is not None:
+            read_running_config(workspace)
             return read_head(workspace), False
         files = _data_files(workspace, config)
         for folder in (workspace.rounds, workspace.inbox, workspace.data):
@@ -65,9 +66,8 @@ def create_workspace(root: Path, *, preset: str | None = None, overrides: Sequen
             publish_file(workspace.config, text.encode())
         if not workspace.readme.exists():
             publish_file(workspace.readme, (template_folder() / "README.md").read_bytes())
-        if not workspace.identity.exists():
-            identity = Identity(id=uuid.uuid4().hex, fixed=config.fixed())
-            publish_file(workspace.identity, identity.to_bytes())
+        workspace_id = read_identity(workspace).id if workspace.identity.exists() else uuid.uuid4().hex
+        publish_file(workspace.identity, Identity(id=workspace_id, fixed=config.fixed()).to_bytes())
         return open_first_round(workspace), True
 
 

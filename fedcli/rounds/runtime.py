@@ -11,7 +11,7 @@ from fedcli.algos import Array, Arrays
 from fedcli.config import Config
 from fedcli.data.order import draw
 from fedcli.data.rows import alpaca_example, read_rows
-from fedcli.errors import ConfigError, WorkspaceError
+from fedcli.errors import ConfigError
 from fedcli.model.base import find_base, fingerprint
 from fedcli.randomness import stream_seed
 from fedcli.rounds.opening import ADAPTER_CONFIG_NAME
@@ -59,12 +59,7 @@ class Runtime:
         """Return a client's rows as token ids; raise ConfigError where it has no usable row."""
         key = (client, train.max_length)
         if key not in self._rows:
-            path = self._workspace.client_rows(client)
-            if not path.is_file():
-                raise WorkspaceError(
-                    f"client {client} has no rows: {path} is missing",
-                    hint="Put its rows there, one JSON object a line, or set data.source before `fedcli init`.",
-                )
+            path = require_rows(self._workspace, client)
             examples = [alpaca_example(row) for row in read_rows(path)]
             encoded = self.encoder.rows(examples, train.max_length)
             if not encoded.examples:
@@ -106,6 +101,17 @@ class Runtime:
         self.adapted.load(adapter)
         losses = train_sft(self.adapted, [examples[index] for index in order], settings, on_step)
         return self.adapted.values(), losses
+
+
+def require_rows(workspace: Workspace, client: int) -> Path:
+    """Return the file of a client's rows; raise ConfigError where it is missing."""
+    path = workspace.client_rows(client)
+    if not path.is_file():
+        raise ConfigError(
+            f"client {client} has no rows: {path} is missing",
+            hint="Put its rows there, one JSON object a line, or set data.source before `fedcli init`.",
+        )
+    return path
 
 
 def _find_same_base(workspace: Workspace, config: Config, any_round: Round) -> Path:

@@ -22,6 +22,8 @@ _CURES = {
     errno.EFBIG: "A limit on file sizes is in force (ulimit -f): raise it and run the command again; nothing is lost.",
     errno.EROFS: "The file system is mounted read-only: mount it writable and run the command again.",
     errno.EACCES: "Ask the workspace's owner for write permission there, then run the command again.",
+    errno.ENOTDIR: "A file stands where a folder is needed: name another place.",
+    errno.EEXIST: "A file stands where a folder is needed: name another place.",
     errno.EPERM: "Ask the workspace's owner for write permission there, then run the command again.",
 }
 
