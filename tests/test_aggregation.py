@@ -217,7 +217,7 @@ def test_an_edit_of_the_training_shows_in_the_next_manifest_only(here):
     assert first.items() <= stored_hashes(here / "rounds").items()
 
 
-@pytest.mark.parametrize("edit", ["federation.seed=1", "federation.clients=4", "adapter.rank=8", "model.base=other"])
+@pytest.mark.parametrize("edit", ["federation.seed=1", "federation.clients=4", "adapter.rank=8", "model.revision=v2"])
 def test_an_edit_of_what_init_fixed_exits_3_and_names_the_key(here, capsys, edit):
     all_take_part(here)
     configure(here, edit)
