@@ -25,7 +25,7 @@ lint: .venv/installed-dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test slow demo  ## all that CI runs
+check: lint slow demo test  ## all that CI runs
 
 clean:  ## remove the environment and the demo
 	rm -rf .venv $(DEMO)

@@ -37,6 +37,13 @@ def score_seed(seed: int, split: str) -> dict[str, dict]:
         return {score["target"]: score for score in scores}
 
 
+def processor() -> str:
+    """Return the processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def main() -> int:
     """Print the table and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -57,8 +64,9 @@ def main() -> int:
             f"| {row['lead']:+.3f} ± {row['lead_error']:.3f} |",
             flush=True,
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record = {"date": datetime.now(UTC).date().isoformat(), "commit": commit, "machine": platform.machine()}
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    record = {"date": datetime.now(UTC).date().isoformat(), "commit": commit, "machine": processor()}
     record |= {"cores": os.cpu_count(), "split": arguments.split, "seeds": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"demo_seeds-{arguments.split}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -25,7 +25,7 @@ from fedcli.commands import (
     train_alone,
     verify,
 )
-from fedcli.errors import FedError
+from fedcli.errors import FedError, WorkspaceError
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -86,23 +86,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif code != 0 and as_json:  # Typer has said on stderr what is wrong with the command line
             _print_error("the command line is not valid", "See `fedcli --help`.", code)
         return code
-    except FedError as error:
-        if debug:
-            traceback.print_exc()
-        if as_json and not error.is_reported:
-            _print_error(error.message, error.hint, error.exit_code)
-        print(f"fedcli: error: {error.message}\n  {error.hint}", file=sys.stderr)
-        return error.exit_code
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        message = f"internal error: {type(error).__name__}: {error}"
-        hint = "This is a bug. Run it again with --debug and report what it prints."
-        if as_json:
-            _print_error(message, hint, 1)
-        print(f"fedcli: {message}\n  {hint}", file=sys.stderr)
-        return 1
-    return 0
+        raised, failure = error, _explain(error)
+    else:
+        return 0
+    if debug:
+        traceback.print_exception(raised)
+    if as_json and not failure.is_reported:
+        _print_error(failure.message, failure.hint, failure.exit_code)
+    print(f"fedcli: error: {failure.message}\n  {failure.hint}", file=sys.stderr)
+    return failure.exit_code
+
+
+def _explain(error: Exception) -> FedError:
+    """Return what to tell of an exception: a FedError as it is; of others a disk's refusal is no bug."""
+    if isinstance(error, FedError):
+        return error
+    if isinstance(error, OSError):
+        hint = "Check that path and its permissions."
+        return WorkspaceError(f"cannot use {error.filename}: {error.strerror}", hint=hint)
+    hint = "This is a bug. Run it again with --debug and report what it prints."
+    return FedError(f"internal error: {type(error).__name__}: {error}", hint=hint)
 
 
 def entry_point() -> NoReturn:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from fedcli.algos import ALGORITHMS, FedAvg
-from fedcli.errors import ConfigError, UsageError, did_you_mean
+from fedcli.algos import ALGORITHMS, Algorithm, AnyAlgorithm, FedAvg
+from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -116,7 +116,7 @@ class Config(Section):
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
-    algorithm: FedAvg = FedAvg()
+    algorithm: AnyAlgorithm = FedAvg()
     federation: FederationConfig = FederationConfig()
 
     def fixed(self) -> dict[str, Any]:
@@ -131,6 +131,20 @@ class Config(Section):
             "federation.clients": self.federation.clients,
             "federation.seed": self.federation.seed,
         }
+
+
+_ALGORITHM: TypeAdapter[AnyAlgorithm] = TypeAdapter(AnyAlgorithm)
+
+
+def algorithm_from(record: dict[str, Any]) -> Algorithm:
+    """Return the algorithm that a manifest records; raise IntegrityError where this version knows none such."""
+    try:
+        return _ALGORITHM.validate_python(record)
+    except ValidationError as error:
+        raise IntegrityError(
+            f"a manifest asks for an algorithm that this version does not know: {record}",
+            hint="Aggregate with the version of fedcli that opened the round, or name one with --algo.",
+        ) from error
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -200,7 +214,7 @@ def _describe(fault: ErrorDetails) -> str:
 def _keys_of(section: tuple[str, ...]) -> list[str]:
     """Return the keys that a section knows."""
     fields = Config.model_fields
-    if section == ("algorithm",):
+    if section[:1] == ("algorithm",):
         return sorted({key for algorithm in ALGORITHMS.values() for key in algorithm.__dataclass_fields__})
     if section[:2] == ("data", "partition"):
         return list(ShardsBy.model_fields)

@@ -458,3 +458,25 @@ def test_a_client_that_is_stopped_leaves_nothing_behind_and_may_run_again(run: R
         assert list((home / "inbox").rglob("*")) == []
     assert run(*train)[0] == 0
     assert [path.name for path in (home / "inbox" / str(client)).iterdir()] == ["round-00000"]
+
+
+def test_init_leaves_alone_what_is_not_its_own(refused: Callable[..., None], tmp_path: Path) -> None:
+    """A folder that is in use: hidden folders of its user stay, and rows written by hand are not replaced."""
+    (tmp_path / ".tmp-mine").mkdir()
+    (tmp_path / ".tmp-mine/file").write_text("mine")
+    rows = tmp_path / "data/client-0.jsonl"
+    rows.parent.mkdir()
+    rows.write_text('{"instruction": "a", "output": "b"}\n')
+    refused(4, ["init", tmp_path], rows, "is there already", "data.source")
+    assert rows.read_text() == '{"instruction": "a", "output": "b"}\n'
+    assert (tmp_path / ".tmp-mine/file").read_text() == "mine"
+
+
+def test_a_training_that_diverges_drops_nothing_and_says_why(refused: Callable[..., None], small: Path) -> None:
+    config = yaml.safe_load((small / "fedcli.yaml").read_text())
+    config["train"]["learning_rate"] = 1e30
+    (small / "fedcli.yaml").write_text(yaml.safe_dump(config))
+    shutil.rmtree(small / "rounds")
+    assert main(["init", str(small)]) == 0
+    refused(3, ["client", "train", "--id", 1, "-w", small], "diverged", "train.learning_rate")
+    assert list(small.glob("inbox/1/*")) == []

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -212,7 +213,50 @@ def test_train_alone_goes_on_where_it_was_killed(small: Path, tmp_path: Path) ->
     assert (small / relative).read_bytes() == (other / relative).read_bytes()
     assert not (small / "private/1/alone.safetensors").exists()
     again = run_ok("train-alone", "--id", 1, cwd=small)
-    assert again == {"last_loss": None, "name": "alone-1"}
+    assert (again["status"], again["name"]) == ("exists", "alone-1")
+    # A baseline of other settings is no baseline of this federation: it is trained anew.
+    config = small / "fedcli.yaml"
+    config.write_text(config.read_text().replace("rounds: 2", "rounds: 1"))
+    assert run_ok("train-alone", "--id", 1, cwd=small)["status"] == "trained"
+    assert (small / relative).read_bytes() != (other / relative).read_bytes()
+
+
+def test_a_damaged_baseline_is_a_violation_and_is_not_scored(small: Path) -> None:
+    run_ok("train-alone", "--id", 2, cwd=small)
+    assert run_ok("verify", cwd=small)["num_baselines"] == 1
+    damaged = small / f"baselines/alone-2/{ADAPTER}"
+    contents = bytearray(damaged.read_bytes())
+    contents[-1] ^= 1
+    damaged.write_bytes(contents)
+    assert fedcli("verify", cwd=small).returncode == 7
+    assert fedcli("eval", "demo", "--alone", 2, cwd=small).returncode == 7
+
+
+def test_run_takes_over_the_client_of_a_trainer_that_dies(small: Path) -> None:
+    """Another process holds client 1; it is killed while `run` has nothing else to do."""
+    holder = (
+        "import sys, time; from pathlib import Path; from fedcli.workspace.locks import hold\n"
+        "with hold(Path(sys.argv[1]), 'client 1'): print('held', flush=True); time.sleep(600)"
+    )
+    lock = small / "private/1/lock"
+    other = subprocess.Popen([sys.executable, "-c", holder, lock], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    running = subprocess.Popen(
+        command("run", "--rounds", 1, "--json"), cwd=small, env=ENVIRONMENT, stdout=-1, text=True
+    )
+    wait_until(lambda: (small / "inbox/2/round-00000").exists())
+    time.sleep(1)
+    assert running.poll() is None
+    other.kill()
+    other.communicate()
+    assert json.loads(running.communicate(timeout=60)[0]) == {"num_merged": 1, "round": 1, "state": "open"}
+
+
+def test_run_and_a_server_beside_it_finish_together(small: Path) -> None:
+    server = subprocess.Popen(command("server", "run"), cwd=small, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True)
+    assert run_ok("run", cwd=small)["state"] == "finished"
+    assert server.communicate(timeout=60)[0] == "the federation has finished at round 2\n"
+    assert run_ok("verify", cwd=small)["violations"] == []
 
 
 def test_progress_goes_to_a_terminal_only(small: Path) -> None:

@@ -162,11 +162,12 @@ def test_verify_says_what_it_checked_and_exits_0(finished, capsys):
     before = stored_hashes(finished)
     assert main(["verify"]) == 0
     assert capsys.readouterr().out == (
-        "checked 3 rounds: 6 files by hash, 6 counted updates, 2 aggregates computed again\nno violation\n"
+        "checked 3 rounds: 6 files by hash, 6 counted updates, 2 aggregates computed again, 0 baselines\nno violation\n"
     )
     assert main(["verify", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document == {"num_rounds": 3, "num_files": 6, "num_updates": 6, "num_recomputed": 2, "violations": []}
+    counts = {"num_rounds": 3, "num_files": 6, "num_updates": 6, "num_recomputed": 2, "num_baselines": 0}
+    assert document == {**counts, "violations": []}
     assert stored_hashes(finished) == before
 
 

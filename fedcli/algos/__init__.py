@@ -1,13 +1,12 @@
 """The federated algorithms: pure functions on named arrays; no input or output, no torch."""
 
-from collections.abc import Mapping
 from dataclasses import Field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias, get_args
 
 from fedcli.algos.arrays import Array, Arrays
 from fedcli.algos.fedavg import FedAvg
 
-__all__ = ["ALGORITHMS", "Algorithm", "Array", "Arrays", "FedAvg", "algorithm_from"]
+__all__ = ["ALGORITHMS", "Algorithm", "AnyAlgorithm", "Array", "Arrays", "FedAvg"]
 
 
 class Algorithm(Protocol):
@@ -26,10 +25,10 @@ class Algorithm(Protocol):
         """Return the next global adapter (float32) from x and the weighted mean of y_k - x (float64)."""
 
 
-ALGORITHMS: dict[str, type[FedAvg]] = {"fedavg": FedAvg}
-"""The registry: name -> class."""
+AnyAlgorithm: TypeAlias = FedAvg
+"""The registry: the union of all algorithms, told apart by their names."""
 
-
-def algorithm_from(record: Mapping[str, Any]) -> Algorithm:
-    """Return the algorithm that a manifest's record names; raise KeyError or TypeError where there is none such."""
-    return ALGORITHMS[record["name"]](**record)
+ALGORITHMS: dict[str, type[AnyAlgorithm]] = {
+    algorithm.name: algorithm for algorithm in get_args(AnyAlgorithm) or (AnyAlgorithm,)
+}
+"""The same by name."""

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from fedcli.rounds.aggregation import AggregationResult
-    from fedcli.rounds.client import ClientResult
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
 
@@ -20,7 +19,12 @@ if TYPE_CHECKING:
 def run(
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Stop after so many rounds. Default: the last.", show_default=False),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Stop after merging so many. Default: at the last.",
+            show_default=False,
+        ),
     ] = None,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = None,
@@ -42,7 +46,7 @@ def run(
         print_json(result)
         return
     print(f"merged {result.num_merged} rounds; round {result.round} is {result.state}")
-    print(f"adapter: {found.round(result.round) / 'adapter'}")
+    print(f"adapter: {found.adapter(result.round)}")
     print_hint("next: fedcli status, fedcli verify")
 
 
@@ -78,9 +82,6 @@ class _Display:
         self._num_tokens += report.num_tokens
         speed = self._num_tokens / (time.monotonic() - self._started)
         self._progress.update(self._task, completed=self._position + report.step, loss=report.loss, speed=speed)
-
-    def client_done(self, result: "ClientResult") -> None:
-        pass
 
     def round_done(self, result: "AggregationResult") -> None:
         done = result.aggregation

@@ -48,7 +48,7 @@ def aggregate(
 
 def _document(result: "AggregationResult") -> dict[str, object]:
     return {
-        "status": "published" if result.published else ("finished" if result.state == "finished" else "dry_run"),
+        "status": result.status,
         "round": result.round,
         "state": result.state,
         "aggregation": result.aggregation,
@@ -61,12 +61,13 @@ def _print(result: "AggregationResult") -> None:
         return
     done = result.aggregation
     clients = ", ".join(str(entry.client) for entry in done.counted)
-    print(f"{'merged' if result.published else 'would merge'} {len(done.counted)} updates (clients {clients})")
+    verb = {"published": "merged", "overtaken": "another server merged", "dry_run": "would merge"}[result.status]
+    print(f"{verb} {len(done.counted)} updates (clients {clients})")
     for entry in done.refused:
         print(f"refused client {entry.client}: {entry.code}: {entry.reason}")
     if done.missing:
         print(f"missing: {', '.join(map(str, done.missing))}")
-    if result.published:
+    if result.status != "dry_run":
         print(f"round {result.round} is {result.state}")
     elif done.refused:
         print_hint(f"next: fedcli server discard --id {done.refused[0].client} lets that client send again")

@@ -35,7 +35,9 @@ def train_alone(
         result = baseline.train_alone(found, client, threads=threads, on_step=show)
     if json_output:
         print_json(result)
-    elif result.last_loss is None:
-        print(f"nothing to do: {found.baseline(result.name)} is there already")
     else:
-        print(f"client {client} alone: loss {result.last_loss:.3f} in the last round; {found.baseline(result.name)}")
+        done = "nothing to do, trained already" if result.status == "exists" else "trained"
+        print(
+            f"client {client} alone: {done}; loss {result.last_loss:.3f} in the last round; "
+            f"{found.baseline(result.name)}"
+        )

@@ -20,7 +20,8 @@ def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
     else:
         print(
             f"checked {result.num_rounds} rounds: {result.num_files} files by hash, "
-            f"{result.num_updates} counted updates, {result.num_recomputed} aggregates computed again"
+            f"{result.num_updates} counted updates, {result.num_recomputed} aggregates computed again, "
+            f"{result.num_baselines} baselines"
         )
         for violation in result.violations:
             print(f"{violation.path}: {violation.problem}")

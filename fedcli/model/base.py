@@ -14,6 +14,19 @@ if TYPE_CHECKING:
 BUILTIN_PREFIX = "builtin:"
 _BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 _WEIGHTS = ("*.safetensors", "*.bin")
+"""In the order of preference: a folder's .bin files count only where it has no safetensors."""
+_SETTINGS = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 _OTHER_FORMATS = ["*.pth", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot", "original/*", "onnx/*"]
 _CHUNK = 2**20
 _NUM_CHUNKS = 16
@@ -37,7 +50,7 @@ def find_base(base: str, *, revision: str | None, root: Path) -> Path:
             raise ConfigError(f"model.base: unknown built-in model {base!r}", hint=did_you_mean(base, known))
         return folder
     folder = root / Path(base).expanduser() if is_path(base, root) else _fetch(base, revision)
-    if not (folder / "config.json").is_file() or not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+    if not (folder / "config.json").is_file() or not _weights(folder):
         raise RequirementError(
             f"base model not found: {folder} does not hold config.json and weights",
             hint="Check model.base in fedcli.yaml: a folder in transformers' layout, or a hub id.",
@@ -48,13 +61,12 @@ def find_base(base: str, *, revision: str | None, root: Path) -> Path:
 def fingerprint(folder: Path) -> str:
     """Return a hash that tells a base model from others; it costs the same for every size of model.
 
-    It covers names and sizes of weights, configuration and tokenizer files, all of their bytes where a file has at
-    most 16 MiB, else 16 MiB spread evenly over it. It finds honest mix-ups; it is no defence against a forger.
+    It covers names and sizes of weights, configuration and tokenizer files (and nothing else that lies there), and all
+    of their bytes where a file has at most 16 MiB, else 16 MiB spread evenly over it. It finds honest mix-ups; it is no
+    defence against a forger.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja") or path.is_dir():
-            continue
+    for path in [*_weights(folder), *(folder / name for name in _SETTINGS if (folder / name).is_file())]:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
@@ -68,18 +80,25 @@ def fingerprint(folder: Path) -> str:
 
 
 def load_base(folder: Path, *, trust_remote_code: bool) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load model and tokenizer: float32 on the CPU, bfloat16 on a GPU where there is one."""
+    """Load model and tokenizer onto the GPU, in bfloat16, where there is one that can; else in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     with loading(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model, tokenizer
+
+
+def has_bfloat16() -> bool:
+    """Return whether there is a GPU that computes in bfloat16."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 @contextmanager
@@ -96,13 +115,20 @@ def loading(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _weights(folder: Path) -> list[Path]:
+    return next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
+
+
 def _fetch(base: str, revision: str | None) -> Path:
     """Fetch a model from the hub, or find it in the hub's local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(base, revision=revision, ignore_patterns=_OTHER_FORMATS))
+        folder = Path(snapshot_download(base, revision=revision, ignore_patterns=[*_OTHER_FORMATS, "*.bin"]))
+        if not _weights(folder):
+            folder = Path(snapshot_download(base, revision=revision, ignore_patterns=_OTHER_FORMATS))
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         problem = str(error).splitlines()[0]
         raise RequirementError(

@@ -10,7 +10,7 @@ def quiet_libraries() -> Iterator[None]:
     """Silence transformers and peft inside the block; errors still raise."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -19,4 +19,5 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
-        logging.enable_progress_bar()
+        if had_bars:
+            logging.enable_progress_bar()

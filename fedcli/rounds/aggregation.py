@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
-from fedcli.algos import Algorithm, Array, Arrays, algorithm_from
+from fedcli.algos import Algorithm, Array, Arrays
 from fedcli.algos.arrays import RunningMean, difference, norm
-from fedcli.errors import BusyError, IntegrityError, NotReadyError
-from fedcli.rounds.opening import ADAPTER_NAME, open_next_round
-from fedcli.rounds.settings import check_client, read_running_config
+from fedcli.config import algorithm_from
+from fedcli.errors import BusyError, NotReadyError
+from fedcli.rounds.opening import open_next_round
+from fedcli.rounds.settings import POLL_SECONDS, check_client, read_running_config
 from fedcli.workspace.history import Round, missing_clients, read_head
 from fedcli.workspace.inbox import discard_update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, Workspace
@@ -16,19 +18,24 @@ from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import remove_temporaries
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.tensors import decode
-
-POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class AggregationResult:
-    """What `aggregate` did: `aggregation` is None where the federation had finished before."""
+    """What `aggregate` did, and the latest round now; `aggregation` is None where the federation had finished before.
 
+    `overtaken`: another server published the round first, and its aggregation stands.
+    """
+
+    status: Literal["published", "overtaken", "dry_run", "finished"]
     round: int
     state: str
     aggregation: Aggregation | None
-    published: bool
+
+    @property
+    def published(self) -> bool:
+        """Whether this call opened a round."""
+        return self.status == "published"
 
 
 def aggregate(
@@ -93,7 +100,7 @@ def combine(
     workspace: Workspace, base: Round, algorithm: Algorithm, on_update: Callable[[int], None]
 ) -> tuple[dict[str, Array] | None, Aggregation]:
     """Read a round's updates one at a time and return the next global adapter (None if no update is valid)."""
-    adapter = decode(base.read(ADAPTER_NAME), base.manifest.tensors)
+    adapter = base.adapter()
     mean = RunningMean()
     counted: list[CountedUpdate] = []
     refused: list[RefusedUpdate] = []
@@ -140,12 +147,12 @@ def _aggregate(
 ) -> AggregationResult:
     head = read_head(workspace)
     if head.manifest.state == "finished":
-        return AggregationResult(head.number, "finished", None, published=False)
+        return AggregationResult("finished", head.number, "finished", None)
     config = read_running_config(workspace)
     needed = 1 if partial else config.federation.needed_answers(len(head.manifest.cohort))
     _check_answers(head, missing_clients(workspace, head), needed)
     remove_temporaries(workspace.rounds)
-    adapter, aggregation = combine(workspace, head, algorithm or _algorithm_of(head), on_update)
+    adapter, aggregation = combine(workspace, head, algorithm or algorithm_from(head.manifest.algorithm), on_update)
     _check_answers(head, aggregation.missing, needed)
     if adapter is None:
         faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)
@@ -154,20 +161,15 @@ def _aggregate(
             hint="Set a refused update aside with `fedcli server discard --id N`; its client then sends another.",
         )
     if dry_run:
-        return AggregationResult(head.number, "open", aggregation, published=False)
+        return AggregationResult("dry_run", head.number, "open", aggregation)
     published = open_next_round(workspace, head, config, adapter, aggregation)
     following = read_head(workspace)
-    return AggregationResult(following.number, following.manifest.state, following.manifest.aggregation, published)
-
-
-def _algorithm_of(base: Round) -> Algorithm:
-    try:
-        return algorithm_from(base.manifest.algorithm)
-    except (KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"{base.folder} asks for an algorithm that this version does not know: {base.manifest.algorithm}",
-            hint="Aggregate with the version of fedcli that opened the round, or name one with --algo.",
-        ) from error
+    return AggregationResult(
+        "published" if published else "overtaken",
+        following.number,
+        following.manifest.state,
+        following.manifest.aggregation,
+    )
 
 
 def _check_answers(head: Round, missing: list[int], needed: int) -> None:

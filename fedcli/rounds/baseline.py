@@ -4,35 +4,39 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from fedcli.algos import Arrays
 from fedcli.config import Config
 from fedcli.errors import NotReadyError
-from fedcli.rounds.opening import ADAPTER_CONFIG_NAME, ADAPTER_NAME
-from fedcli.rounds.runtime import Runtime
+from fedcli.rounds.opening import train_record
+from fedcli.rounds.runtime import Runtime, require_rows
 from fedcli.rounds.settings import check_client, read_running_config
 from fedcli.training.reports import StepReport
 from fedcli.workspace.baselines import (
     BaselineRecord,
     Progress,
     clear_progress,
-    is_published,
     publish_baseline,
+    read_baseline_record,
     read_progress,
     save_progress,
+    set_baseline_aside,
 )
 from fedcli.workspace.history import Round, read_round
-from fedcli.workspace.layout import Workspace
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Workspace
 from fedcli.workspace.locks import hold
-from fedcli.workspace.tensors import decode, encode
+from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.tensors import encode
 
 
 @dataclass(frozen=True)
 class BaselineResult:
-    """A baseline's name under baselines/, and the mean loss of its last round (None where it stood already)."""
+    """A baseline's name under baselines/, whether this call trained it, and the mean loss of its last round."""
 
+    status: Literal["trained", "exists"]
     name: str
-    last_loss: float | None
+    last_loss: float
 
 
 def train_alone(
@@ -44,28 +48,36 @@ def train_alone(
 ) -> BaselineResult:
     """Train one client alone: rounds x steps optimiser steps from round 0's adapter, and publish the adapter.
 
-    Each round is what the client would do in a federation of which it is the only member: the same learning-rate
-    schedule and order of rows, AdamW's state fresh. An interrupted call goes on at the round that it was in.
+    Each round is what the client would do in a federation of which it is the only member, with fedcli.yaml as it is
+    now: the same learning-rate schedule and order of rows, AdamW's state fresh. An interrupted call goes on at the
+    round that it was in; a baseline of other settings is set aside and trained anew. `on_step` hears of the round, the
+    number of rounds, their steps, and the step.
     """
     config = read_running_config(workspace)
     check_client(client, config)
-    name = f"alone-{client}"
-    if is_published(workspace, name):
-        return BaselineResult(name, None)
+    require_rows(workspace, client)
     start = read_round(workspace, 0)
     if start is None:
         raise NotReadyError(f"{workspace.root} has no round yet", hint="Run `fedcli server open`.")
-    with hold(workspace.client_lock(client), f"client {client}"):
+    plan = BaselineRecord(
+        name=f"alone-{client}", start=start.sha256, train=_train_record(config, 0), last_loss=0.0, files={}
+    )
+    with hold(workspace.baseline_lock(client), f"the baseline of client {client}"):
+        standing = read_baseline_record(workspace, plan.name)
+        if standing is not None:
+            if (standing.start, standing.train) == (plan.start, plan.train):
+                return BaselineResult("exists", plan.name, standing.last_loss)
+            set_baseline_aside(workspace, plan.name)
         runtime = Runtime(workspace, config, start, threads=threads)
-        adapter, losses = _train_rounds(workspace, runtime, config, start, client, on_step)
-        last_loss = math.fsum(losses) / len(losses) if losses else None
-        record = BaselineRecord(
-            name=name, start=start.sha256, rounds=config.federation.rounds, last_loss=last_loss, files={}
-        )
-        files = {ADAPTER_NAME: encode(adapter), ADAPTER_CONFIG_NAME: start.read(ADAPTER_CONFIG_NAME)}
-        publish_baseline(workspace, record, files)
+        progress = _train_rounds(workspace, runtime, config, start, client, plan, on_step)
+        files = {ADAPTER_NAME: encode(progress.adapter), ADAPTER_CONFIG_NAME: start.read(ADAPTER_CONFIG_NAME)}
+        publish_baseline(workspace, plan.model_copy(update={"last_loss": progress.last_loss}), files)
         clear_progress(workspace, client)
-    return BaselineResult(name, last_loss)
+    return BaselineResult("trained", plan.name, progress.last_loss)
+
+
+def _train_record(config: Config, number: int) -> TrainRecord:
+    return train_record(config, number, config.federation.rounds)
 
 
 def _train_rounds(
@@ -74,24 +86,23 @@ def _train_rounds(
     config: Config,
     start: Round,
     client: int,
+    plan: BaselineRecord,
     on_step: Callable[[int, int, int, StepReport], None],
-) -> tuple[Arrays, list[float]]:
-    """Train round after round, saving after each; return the last adapter and the losses of the last round."""
+) -> Progress:
+    """Train round after round, saving after each; return where the last one left off."""
     rounds = config.federation.rounds
-    progress = read_progress(workspace, client, start.sha256)
-    if progress is None:
-        progress = Progress(0, decode(start.read(ADAPTER_NAME), start.manifest.tensors))
-    adapter = progress.adapter
-    losses: list[float] = []
+    progress = read_progress(workspace, client, plan) or Progress(0, start.adapter(), 0.0)
     for number in range(progress.rounds_done, rounds):
-        train = start.manifest.train.model_copy(update={"learning_rate": config.train.learning_rate_of(number, rounds)})
+        train = _train_record(config, number)
+        adapter: Arrays
         adapter, losses = runtime.train(
-            adapter,
+            progress.adapter,
             train,
             client=client,
             round_number=number,
             first_draw=number * train.steps * train.batch_size,
             on_step=partial(on_step, number, rounds, train.steps),
         )
-        save_progress(workspace, client, start.sha256, Progress(number + 1, adapter))
-    return adapter, losses
+        progress = Progress(number + 1, adapter, math.fsum(losses) / len(losses))
+        save_progress(workspace, client, plan, progress)
+    return progress

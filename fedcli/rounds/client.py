@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedcli.errors import BusyError
-from fedcli.rounds.opening import ADAPTER_NAME
 from fedcli.rounds.runtime import Runtime, require_rows
-from fedcli.rounds.settings import check_client, read_running_config
+from fedcli.rounds.settings import POLL_SECONDS, check_client, read_running_config
 from fedcli.training.reports import StepReport
 from fedcli.workspace.history import Round, is_submitted, read_head, read_rounds
 from fedcli.workspace.inbox import drop_update
@@ -17,9 +16,7 @@ from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD, Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import remove_temporaries
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry
-from fedcli.workspace.tensors import decode, encode
-
-POLL_SECONDS = 0.5
+from fedcli.workspace.tensors import encode
 
 ClientStatus = Literal["not_selected", "already_submitted", "submitted", "finished", "due"]
 
@@ -108,7 +105,7 @@ def _train_due(
     if result.status != "due":  # another process did it while this one came to the lock
         return result
     manifest = head.manifest
-    adapter = decode(head.read(ADAPTER_NAME), manifest.tensors)
+    adapter = head.adapter()
     past = [earlier.manifest for earlier in read_rounds(workspace, before=head.number)]
     first_draw = sum(p.train.steps * p.train.batch_size for p in past if client in p.cohort)
     require_rows(workspace, client)

@@ -61,6 +61,11 @@ def create_workspace(root: Path, *, preset: str | None = None, overrides: Sequen
         for folder in (workspace.rounds, workspace.inbox, workspace.data):
             make_folder(folder)
         for path, contents in files.items():
+            if path.exists() and path.read_bytes() != contents:
+                raise WorkspaceError(
+                    f"{path} is there already, and is not what data.source gives",
+                    hint="Move it away; or keep it, and set data.source to null in fedcli.yaml or with --set.",
+                )
             publish_file(path, contents)
         if not workspace.config.exists():
             publish_file(workspace.config, text.encode())
@@ -88,7 +93,7 @@ def _configuration(workspace: Workspace, preset: str | None, overrides: Sequence
         document = read_document(text, Path("the preset"))
         apply_overrides(document, [_absolute(override) for override in overrides])
         text = (
-            f"# From the preset {preset or DEFAULT_PRESET} with {', '.join(override for override in overrides)}.\n"
+            f"# From the preset {preset or DEFAULT_PRESET}, with settings of the command line.\n"
             "# docs/CONFIG.md explains every key.\n" + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         )
     if standing and read_text(workspace.config) != text:

@@ -12,14 +12,12 @@ from fedcli.algos import Arrays
 from fedcli.data.rows import Example, alpaca_example, read_rows
 from fedcli.errors import NotReadyError, UsageError, WorkspaceError
 from fedcli.eval.exact_match import Answer, answer_examples
-from fedcli.rounds.opening import ADAPTER_NAME
 from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import read_running_config
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.history import Round, read_head, read_round
 from fedcli.workspace.layout import Workspace, update_name
 from fedcli.workspace.publish import publish_file
-from fedcli.workspace.tensors import decode
 
 BENCHMARK = "demo"
 SPLITS = ("test", "tuning")
@@ -87,16 +85,16 @@ def _targets(
     if base or everything:
         targets["base"] = {name: np.zeros(entry.shape, np.float32) for name, entry in tensors.items()}
     for name in names:
-        contents = read_baseline(workspace, name, ADAPTER_NAME)
+        contents = read_baseline(workspace, name, tensors)
         if contents is None:
             raise UsageError(
                 f"there is no baseline {name}", hint=f"Train it: `fedcli train-alone --id {name.rpartition('-')[2]}`."
             )
-        targets[name] = decode(contents, tensors)
+        targets[name] = contents
     if everything or round_name is not None:
         latest = round_name in (None, "latest")
         chosen = read_head(workspace) if latest else _round(workspace, int(str(round_name)))
-        targets[update_name(chosen.number)] = decode(chosen.read(ADAPTER_NAME), tensors)
+        targets[update_name(chosen.number)] = chosen.adapter()
     return targets
 
 
@@ -142,7 +140,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def _keep(workspace: Workspace, score: Score, split: str, answers: list[Answer]) -> None:
     """Write a target's score, and its answers beside it."""
-    path = workspace.scores(score.target, BENCHMARK)
+    path = workspace.scores(score.target, BENCHMARK if split == "test" else f"{BENCHMARK}-{split}")
     record = {"benchmark": BENCHMARK, "split": split, **asdict(score)}
     lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
     publish_file(path.with_suffix(".jsonl"), lines.encode())

@@ -1,20 +1,17 @@
 """The whole federation on one machine: clients take turns in one process, with the base model loaded once."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from fedcli.errors import BusyError, NotReadyError
 from fedcli.rounds.aggregation import AggregationResult, aggregate
-from fedcli.rounds.client import ClientResult, train_client
+from fedcli.rounds.client import train_client
 from fedcli.rounds.runtime import Runtime
-from fedcli.rounds.settings import read_running_config
+from fedcli.rounds.settings import POLL_SECONDS, read_running_config
 from fedcli.training.reports import StepReport
-from fedcli.workspace.history import Round, is_submitted, missing_clients, read_head
+from fedcli.workspace.history import Round, missing_clients, read_head
 from fedcli.workspace.layout import Workspace
-
-POLL_SECONDS = 0.5
 
 
 class FederationObserver(Protocol):
@@ -28,9 +25,6 @@ class FederationObserver(Protocol):
 
     def step_done(self, report: StepReport) -> None:
         """The client made an optimiser step."""
-
-    def client_done(self, result: ClientResult) -> None:
-        """The client has dropped its update, or another process had done so."""
 
     def round_done(self, result: AggregationResult) -> None:
         """The round's updates were merged."""
@@ -61,42 +55,35 @@ def run_federation(
         return runtime
 
     num_merged = 0
-    head = read_head(workspace)
-    while head.manifest.state == "open" and (rounds is None or num_merged < rounds):
-        observer.round_started(head)
-        for client in head.manifest.cohort:
-            if not is_submitted(workspace, head.number, client):
-                _train_in_turn(workspace, client, load_runtime, observer)
-        num_merged += _merge(workspace, head, observer)
-        head = read_head(workspace)
+    shown = -1
+    while (head := read_head(workspace)).manifest.state == "open" and (rounds is None or num_merged < rounds):
+        if head.number != shown:
+            observer.round_started(head)
+            shown = head.number
+        for client in missing_clients(workspace, head):
+            observer.client_started(client)
+            try:
+                result = train_client(workspace, client, load_runtime=load_runtime, on_step=observer.step_done)
+            except BusyError:  # another process trains it: it may finish, or die and leave it to the next turn
+                continue
+            if result.round != head.number:  # another process merged the round meanwhile
+                break
+        merged = _merge(workspace, head)
+        if merged is None:
+            time.sleep(POLL_SECONDS)
+        else:
+            observer.round_done(merged)
+            num_merged += merged.published
     return FederationResult(head.number, head.manifest.state, num_merged)
 
 
-def _train_in_turn(
-    workspace: Workspace, client: int, load_runtime: Callable[[Round], Runtime], observer: FederationObserver
-) -> None:
-    """Train one client, unless another process is doing so."""
-    observer.client_started(client)
+def _merge(workspace: Workspace, head: Round) -> AggregationResult | None:
+    """Merge the round, or return None where that must wait for other processes."""
     try:
-        result = train_client(workspace, client, load_runtime=load_runtime, on_step=observer.step_done)
+        return aggregate(workspace)
     except BusyError:
-        return
-    observer.client_done(result)
-
-
-def _merge(workspace: Workspace, head: Round, observer: FederationObserver) -> bool:
-    """Merge the round as soon as the clients that other processes train have answered; return whether we did."""
-    while True:
-        try:
-            result = aggregate(workspace)
-        except BusyError:
-            time.sleep(POLL_SECONDS)
-        except NotReadyError:
-            if not missing_clients(workspace, head):
-                raise  # no valid update: waiting would not help
-            time.sleep(POLL_SECONDS)
-        else:
-            observer.round_done(result)
-            return result.published
-        if read_head(workspace).number > head.number:
-            return False
+        return None
+    except NotReadyError:
+        if not missing_clients(workspace, head) and read_head(workspace).number == head.number:
+            raise  # no valid update: waiting would not help
+        return None

@@ -11,7 +11,14 @@ from fedcli.errors import ConfigError
 from fedcli.randomness import draw_cohort
 from fedcli.rounds.settings import read_running_config
 from fedcli.workspace.history import Round, read_head, read_identity, read_round
-from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, MANIFEST, Workspace
+from fedcli.workspace.layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FILE,
+    ADAPTER_NAME,
+    MANIFEST,
+    Workspace,
+)
 from fedcli.workspace.publish import SHARED_MODE, make_folder, publish_directory
 from fedcli.workspace.records import (
     Aggregation,
@@ -24,9 +31,6 @@ from fedcli.workspace.records import (
 )
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode, schema_of
-
-ADAPTER_NAME = f"adapter/{ADAPTER_FILE}"
-ADAPTER_CONFIG_NAME = f"adapter/{ADAPTER_CONFIG_FILE}"
 
 
 def open_first_round(workspace: Workspace) -> Round:
@@ -43,6 +47,7 @@ def open_first_round(workspace: Workspace) -> Round:
     folder = find_base(base, revision=config.model.revision, root=workspace.root)
     local = base.startswith(BUILTIN_PREFIX) or is_path(base, workspace.root)
     arrays, adapter_config = _start(config, folder, workspace.root, hub_id=None if local else base)
+    files = {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: adapter_config}
     manifest = _manifest(
         config,
         workspace_id=read_identity(workspace).id,
@@ -55,10 +60,10 @@ def open_first_round(workspace: Workspace) -> Round:
             quantization=config.model.quantization,
         ),
         tensors=schema_of(arrays),
-        files={ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: adapter_config},
+        files=files,
         aggregation=None,
     )
-    _publish(workspace, manifest, {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: adapter_config})
+    _publish(workspace, manifest, files)
     return read_head(workspace)
 
 
@@ -78,6 +83,23 @@ def open_next_round(
         aggregation=aggregation,
     )
     return _publish(workspace, manifest, files)
+
+
+def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
+    """Return what a client must obey in a round, as fedcli.yaml has it now."""
+    train = config.train
+    return TrainRecord(
+        steps=train.steps,
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size or train.batch_size,
+        max_length=train.max_length,
+        learning_rate=train.learning_rate_of(number, rounds),
+        schedule=Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        template=config.data.template,
+        seed=config.federation.seed,
+    )
 
 
 def _publish(workspace: Workspace, manifest: Manifest, files: dict[str, bytes]) -> bool:
@@ -143,7 +165,7 @@ def _manifest(
     aggregation: Aggregation | None,
 ) -> Manifest:
     """Shape a round's manifest from fedcli.yaml as it stands now."""
-    federation, train = config.federation, config.train
+    federation = config.federation
     rounds = max(federation.rounds, number)
     state: Literal["open", "finished"] = "finished" if number >= federation.rounds else "open"
     cohort = (
@@ -162,20 +184,7 @@ def _manifest(
         cohort=cohort,
         update_files=[ADAPTER_FILE],
         model=model,
-        train=TrainRecord(
-            steps=train.steps,
-            batch_size=train.batch_size,
-            micro_batch_size=train.micro_batch_size or train.batch_size,
-            max_length=train.max_length,
-            learning_rate=train.learning_rate_of(number, rounds),
-            schedule=Schedule(
-                learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds
-            ),
-            weight_decay=train.weight_decay,
-            max_grad_norm=train.max_grad_norm,
-            template=config.data.template,
-            seed=federation.seed,
-        ),
+        train=train_record(config, number, rounds),
         files={name: file_entry(contents) for name, contents in files.items()},
         tensors=tensors,
         aggregation=aggregation,

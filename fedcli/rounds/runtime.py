@@ -2,10 +2,13 @@
 
 import gc
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fedcli.algos import Array, Arrays
 from fedcli.config import Config
@@ -14,10 +17,9 @@ from fedcli.data.rows import alpaca_example, read_rows
 from fedcli.errors import ConfigError
 from fedcli.model.base import find_base, fingerprint
 from fedcli.randomness import stream_seed
-from fedcli.rounds.opening import ADAPTER_CONFIG_NAME
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import Workspace
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Workspace
 from fedcli.workspace.records import TrainRecord
 
 if TYPE_CHECKING:
@@ -34,26 +36,14 @@ class Runtime:
     def __init__(self, workspace: Workspace, config: Config, any_round: Round, *, threads: int | None = None) -> None:
         self._workspace = workspace
         folder = _find_same_base(workspace, config, any_round)
-        gc.disable()  # the imports make millions of objects that live for ever: collecting meanwhile costs a second
-        try:
-            self._load(folder, any_round.read(ADAPTER_CONFIG_NAME), config.model.trust_remote_code, threads)
-        finally:
-            gc.enable()
-        gc.freeze()
-        self._rows: dict[tuple[int, int], EncodedRows] = {}
-
-    def _load(self, folder: Path, adapter_config: bytes, trust_remote_code: bool, threads: int | None) -> None:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several clients starve each other
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        import torch
-
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _import_stack(threads)
         from fedcli.data.encoding import Encoder
         from fedcli.model.lora import AdaptedModel
 
-        self.adapted = AdaptedModel(folder, json.loads(adapter_config), trust_remote_code=trust_remote_code)
+        adapter_config = json.loads(any_round.read(ADAPTER_CONFIG_NAME))
+        self.adapted = AdaptedModel(folder, adapter_config, trust_remote_code=config.model.trust_remote_code)
         self.encoder = Encoder(self.adapted.tokenizer)
+        self._rows: dict[tuple[int, int], EncodedRows] = {}
 
     def rows(self, client: int, train: TrainRecord) -> "EncodedRows":
         """Return a client's rows as token ids; raise ConfigError where it has no usable row."""
@@ -82,7 +72,8 @@ class Runtime:
     ) -> tuple[dict[str, Array], list[float]]:
         """Train an adapter on a client's rows for one round; return its values and the losses of the steps.
 
-        `first_draw` is the number of rows that the client drew in its earlier rounds.
+        `first_draw` is the number of rows that the client drew in its earlier rounds. Raises ConfigError where the
+        training diverged.
         """
         from fedcli.training.sft import train_sft
 
@@ -100,7 +91,30 @@ class Runtime:
         )
         self.adapted.load(adapter)
         losses = train_sft(self.adapted, [examples[index] for index in order], settings, on_step)
-        return self.adapted.values(), losses
+        values = self.adapted.values()
+        if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
+            raise ConfigError(
+                f"client {client}: the training of round {round_number} diverged, its last loss is {losses[-1]}",
+                hint="Lower train.learning_rate in fedcli.yaml; it takes effect with the next round that is opened.",
+            )
+        return values, losses
+
+
+def _import_stack(threads: int | None) -> None:
+    """Import what training needs, without the garbage collector, which would go through it again and again."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several clients starve each other
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        import torch
+
+    finally:
+        if was_enabled:
+            gc.enable()
+    gc.freeze()
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def require_rows(workspace: Workspace, client: int) -> Path:

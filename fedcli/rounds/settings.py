@@ -8,6 +8,9 @@ from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.read import read_text
 
+POLL_SECONDS = 0.5
+"""How long to wait between two looks at the disk."""
+
 
 def read_config(workspace: Workspace) -> Config:
     """Read and validate fedcli.yaml; raise ConfigError, or WorkspaceError where it cannot be read."""
@@ -38,7 +41,7 @@ def check_client(client: int, config: Config) -> None:
 
 def _differences(prefix: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     lines = []
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before):  # a key that a later version adds has changed nothing
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += _differences(f"{prefix}{key}.", old, new)

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from fedcli.data.encoding import EncodedExample
+from fedcli.model.base import has_bfloat16
 from fedcli.model.lora import AdaptedModel
 from fedcli.model.quiet import quiet_libraries
 from fedcli.training.reports import StepReport, TrainSettings
@@ -47,6 +48,8 @@ def train_sft(
         trainer.remove_callback(PrinterCallback)
         with quiet_libraries():
             trainer.train()
+        # Under bf16 Trainer wraps the model's forward; unwrapped, scoring does not depend on what was trained before.
+        trainer.accelerator.unwrap_model(adapted.model, keep_fp32_wrapper=False)
     return observer.losses
 
 
@@ -147,7 +150,7 @@ def _sorted_batches(examples: Sequence[EncodedExample], batch_size: int) -> list
 
 
 def _arguments(scratch: str, steps: int, settings: TrainSettings) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=scratch,
         max_steps=steps,
         per_device_train_batch_size=settings.micro_batch_size,
@@ -166,6 +169,9 @@ def _arguments(scratch: str, steps: int, settings: TrainSettings) -> TrainingArg
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        bf16=torch.cuda.is_available(),
+        bf16=has_bfloat16(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one client trains on one GPU: DataParallel would multiply its batch
+    return arguments

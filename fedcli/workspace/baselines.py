@@ -7,36 +7,46 @@ from dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedcli.algos import Arrays
+from fedcli.algos import Array, Arrays
+from fedcli.errors import IntegrityError
 from fedcli.workspace.history import read_checked, read_whole
-from fedcli.workspace.layout import Workspace
-from fedcli.workspace.publish import SHARED_MODE, make_folder, publish_directory, publish_file
-from fedcli.workspace.records import FileEntry, Finite, Record, Sha256, file_entry, parse_record
+from fedcli.workspace.layout import ADAPTER_NAME, Workspace
+from fedcli.workspace.publish import SHARED_MODE, make_folder, publish_directory, publish_file, set_aside
+from fedcli.workspace.records import (
+    FileEntry,
+    Finite,
+    Record,
+    Sha256,
+    TensorEntry,
+    TrainRecord,
+    file_entry,
+    parse_record,
+    sha256,
+)
+from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.tensors import decode
 
 BASELINE_RECORD = "baseline.json"
+MAX_RECORD_BYTES = 2**24
 
 
 class BaselineRecord(Record):
-    """What a baseline is: the manifest it started from, its rounds, and the mean loss of its last one."""
+    """What a baseline is: the manifest it started from, its first round's settings, the mean loss of its last round."""
 
     name: str
     start: Sha256
-    rounds: int
-    last_loss: Finite | None
+    train: TrainRecord
+    last_loss: Finite
     files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The adapter after some rounds of a baseline."""
+    """The adapter after some rounds of a baseline, and the mean loss of the last of them."""
 
     rounds_done: int
     adapter: Arrays
-
-
-def is_published(workspace: Workspace, name: str) -> bool:
-    """Return whether a baseline is complete."""
-    return os.path.lexists(workspace.baseline(name))
+    last_loss: float
 
 
 def published_baselines(workspace: Workspace) -> list[str]:
@@ -46,13 +56,28 @@ def published_baselines(workspace: Workspace) -> list[str]:
     return sorted(name for name in os.listdir(workspace.baselines) if not name.startswith("."))
 
 
-def read_baseline(workspace: Workspace, name: str, file: str) -> bytes | None:
-    """Return one of a baseline's files, or None where there is no such baseline; raise IntegrityError on damage."""
-    if not is_published(workspace, name):
+def read_baseline_record(workspace: Workspace, name: str) -> BaselineRecord | None:
+    """Return what a complete baseline says of itself, or None where there is none such."""
+    path = workspace.baseline(name) / BASELINE_RECORD
+    if not os.path.lexists(workspace.baseline(name)):
+        return None
+    return parse_record(BaselineRecord, read_whole(path, MAX_RECORD_BYTES), path)
+
+
+def read_baseline(workspace: Workspace, name: str, tensors: Mapping[str, TensorEntry]) -> "dict[str, Array] | None":
+    """Return a complete baseline's adapter, or None where there is none such; raise IntegrityError on damage."""
+    record = read_baseline_record(workspace, name)
+    if record is None:
         return None
     folder = workspace.baseline(name)
-    record = parse_record(BaselineRecord, read_whole(folder / BASELINE_RECORD, 2**24), folder / BASELINE_RECORD)
-    return read_checked(folder / file, record.files[file])
+    contents = {file: read_checked(folder / file, entry) for file, entry in record.files.items()}
+    try:
+        return decode(contents[ADAPTER_NAME], tensors)
+    except (KeyError, Refusal) as error:
+        raise IntegrityError(
+            f"{folder} does not hold an adapter of this federation: {error}",
+            hint="Remove that folder and train the baseline again.",
+        ) from error
 
 
 def publish_baseline(workspace: Workspace, record: BaselineRecord, files: Mapping[str, bytes]) -> None:
@@ -63,20 +88,30 @@ def publish_baseline(workspace: Workspace, record: BaselineRecord, files: Mappin
     publish_directory(workspace.baseline(record.name), contents, mode=SHARED_MODE)
 
 
-def save_progress(workspace: Workspace, client: int, start: str, progress: Progress) -> None:
-    """Keep a client's unfinished baseline in its private folder; `start` is the hash of the manifest it began with."""
-    metadata = {"rounds_done": str(progress.rounds_done), "start": start}
+def set_baseline_aside(workspace: Workspace, name: str) -> None:
+    """Give a baseline's name free; what was there keeps a hidden name."""
+    set_aside(workspace.baseline(name))
+
+
+def save_progress(workspace: Workspace, client: int, plan: BaselineRecord, progress: Progress) -> None:
+    """Keep a client's unfinished baseline in its private folder."""
+    metadata = {
+        "plan": sha256(plan.to_bytes()),
+        "rounds_done": str(progress.rounds_done),
+        "last_loss": str(progress.last_loss),
+    }
     publish_file(workspace.baseline_progress(client), save(dict(progress.adapter), metadata), mode=0o600)
 
 
-def read_progress(workspace: Workspace, client: int, start: str) -> Progress | None:
-    """Return a client's unfinished baseline, or None where there is none that began with this manifest."""
+def read_progress(workspace: Workspace, client: int, plan: BaselineRecord) -> Progress | None:
+    """Return a client's unfinished baseline, or None where there is none with this plan."""
     try:
         with safe_open(workspace.baseline_progress(client), framework="numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("start") != start:
+            if metadata.get("plan") != sha256(plan.to_bytes()):
                 return None
-            return Progress(int(metadata["rounds_done"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            adapter = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            return Progress(int(metadata["rounds_done"]), adapter, float(metadata["last_loss"]))
     except (FileNotFoundError, SafetensorError):
         return None
 

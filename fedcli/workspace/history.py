@@ -2,11 +2,11 @@
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
+from fedcli.algos import Array
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
-from fedcli.workspace.layout import MANIFEST, Workspace, is_round_name
+from fedcli.workspace.layout import ADAPTER_NAME, MANIFEST, Workspace, is_round_name
 from fedcli.workspace.read import read_file
 from fedcli.workspace.records import FileEntry, Identity, Manifest, parse_record, sha256
 from fedcli.workspace.refusal import Refusal
@@ -24,10 +24,20 @@ class Round:
     sha256: str
     """The hash of manifest.json, which updates name as their base."""
 
-    @cached_property
+    @property
     def number(self) -> int:
         """The round's number."""
         return self.manifest.round
+
+    def adapter(self) -> "dict[str, Array]":
+        """Return the round's global adapter, float32; raise IntegrityError where it is damaged."""
+        from fedcli.workspace.tensors import decode
+
+        try:
+            return decode(self.read(ADAPTER_NAME), self.manifest.tensors)
+        except Refusal as refusal:
+            path = self.folder / ADAPTER_NAME
+            raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
 
     def read(self, name: str) -> bytes:
         """Return the contents of one of the round's files; raise IntegrityError where its hash is another."""

@@ -9,6 +9,8 @@ from fedcli.errors import WorkspaceError
 CONFIG_NAME = "fedcli.yaml"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_NAME = f"adapter/{ADAPTER_FILE}"
+ADAPTER_CONFIG_NAME = f"adapter/{ADAPTER_CONFIG_FILE}"
 UPDATE_RECORD = "update.json"
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
@@ -68,6 +70,10 @@ class Workspace:
         """The directory that a client drops its updates in."""
         return self.inbox / str(client)
 
+    def adapter(self, number: int) -> Path:
+        """The folder of a round's adapter, in PEFT's layout."""
+        return (self.round(number) / ADAPTER_NAME).parent
+
     def update(self, number: int, client: int) -> Path:
         """The directory of a client's update of a round."""
         return self.client_inbox(client) / update_name(number)
@@ -79,6 +85,10 @@ class Workspace:
     def client_lock(self, client: int) -> Path:
         """The lock that one process training a client holds."""
         return self.private(client) / "lock"
+
+    def baseline_lock(self, client: int) -> Path:
+        """The lock that one process training a client's baseline holds."""
+        return self.private(client) / "alone.lock"
 
     def baseline_progress(self, client: int) -> Path:
         """A client's unfinished `alone` baseline."""

@@ -11,7 +11,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fedcli.errors import BusyError, WorkspaceError
-from fedcli.workspace.publish import explained, make_folder
+from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager
@@ -20,7 +22,7 @@ def hold(path: Path, purpose: str) -> Iterator[None]:
 
     The file names its holder (host, pid, boot, start time, SLURM job), so that the error can say who it is.
     """
-    make_folder(path.parent)
+    make_folder(path.parent, PRIVATE_FOLDER_MODE)
     lock = FileLock(path, timeout=0, mode=0o644, fallback_to_soft=False)
     with explained(path):
         try:
@@ -35,12 +37,9 @@ def hold(path: Path, purpose: str) -> Iterator[None]:
                 f"the file system of {path} has no locks (flock)",
                 hint="Put the workspace on a file system that has them; on Lustre mount it with -o flock.",
             ) from error
-        try:
-            _name_holder(path)
-        except BaseException:
-            lock.release()
-            raise
     try:
+        with explained(path):
+            _name_holder(path)
         yield
     finally:
         lock.release()
@@ -50,7 +49,7 @@ def _name_holder(path: Path) -> None:
     holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "boot": _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else None,
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }

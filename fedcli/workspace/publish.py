@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,9 @@ SHARED_MODE = 0o644
 """What everybody who shares the workspace reads: rounds."""
 DROPPED_MODE = 0o640
 """What a client drops for the server: explicit, because a umask of 077 would hide it from the server's group."""
+PRIVATE_FOLDER_MODE = 0o700
+
+_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + "[0-9a-f]{32}")
 
 _CURES = {
     errno.ENOSPC: "Free some space on that disk and run the command again; nothing is lost.",
@@ -45,7 +49,7 @@ def publish_directory(final: Path, files: Iterable[tuple[str, bytes]], *, mode: 
 
     False means that somebody else's directory already stands there. Raises WorkspaceError where the disk refuses.
     """
-    temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    temporary = _temporary_beside(final)
     folder_mode = mode | (mode & 0o444) >> 2  # who may read a file may search its folder
     folder_mode |= 0o700
     with explained(final):
@@ -80,7 +84,7 @@ def publish_file(final: Path, contents: bytes, *, mode: int = SHARED_MODE) -> No
     """Replace one file whole, durably."""
     with explained(final):
         make_folder(final.parent)
-        temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        temporary = _temporary_beside(final)
         try:
             _write(temporary, contents, mode)
             os.rename(temporary, final)
@@ -89,21 +93,21 @@ def publish_file(final: Path, contents: bytes, *, mode: int = SHARED_MODE) -> No
         _sync_folder(final.parent)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, durably."""
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder (its mode less the umask) and its missing parents, durably."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
     with explained(folder):
         try:
-            os.mkdir(folder)
+            os.mkdir(folder, mode)
         except FileExistsError:
             return
         _sync_folder(folder.parent)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder.
+    """Remove what killed processes of this package left half-written in a folder; other names are not its own.
 
     Each is renamed first: should its writer live after all (a lock that did not hold), that one's own rename then
     fails, and it cannot publish what has been emptied under its hands.
@@ -111,8 +115,8 @@ def remove_temporaries(folder: Path) -> None:
     if not folder.is_dir():
         return
     for entry in folder.iterdir():
-        if entry.name.startswith(TEMPORARY_PREFIX):
-            doomed = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        if _TEMPORARY_NAME.fullmatch(entry.name):
+            doomed = _temporary_beside(entry)
             with suppress(FileNotFoundError):
                 os.rename(entry, doomed)
                 shutil.rmtree(doomed, ignore_errors=True) if doomed.is_dir() else doomed.unlink()
@@ -125,6 +129,10 @@ def set_aside(folder: Path) -> Path:
         os.rename(folder, hidden)
         _sync_folder(folder.parent)
     return hidden
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
 
 
 def _make_folder(folder: Path, mode: int) -> None:

@@ -12,24 +12,8 @@ from fedcli.workspace.refusal import Refusal
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-
-@contextmanager
-def opened_folder(name: str | Path, *, parent: int | None = None) -> Iterator[int]:
-    """Open a directory (below the open directory `parent`), yield its descriptor, and close it.
-
-    Raises FileNotFoundError, Refusal(symlink) or Refusal(not_regular).
-    """
-    try:
-        descriptor = os.open(name, _FOLDER_FLAGS, dir_fd=parent)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise _odd(name, parent, error, "directory") from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+_OWN_TROUBLE = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What is wrong with this machine or its disk, and not with what lies there."""
 
 
 def read_text(path: Path) -> str:
@@ -40,17 +24,26 @@ def read_text(path: Path) -> str:
         raise WorkspaceError(f"cannot read {path}: {error}", hint="Mend the file or its permissions.") from error
 
 
+@contextmanager
+def opened_folder(name: str | Path, *, parent: int | None = None) -> Iterator[int]:
+    """Open a directory (below the open directory `parent`), yield its descriptor, and close it.
+
+    Raises FileNotFoundError, Refusal(symlink) or Refusal(not_regular), WorkspaceError where this machine is in trouble.
+    """
+    descriptor = _open(name, _FOLDER_FLAGS, parent)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def read_file(name: str | Path, *, limit: int, parent: int | None = None, owner: int | None = None) -> bytes:
     """Read a regular file of at most `limit` bytes whole.
 
-    Raises FileNotFoundError or Refusal: symlink, not_regular, owner (another user id than `owner`) or size.
+    Raises FileNotFoundError or Refusal: symlink, not_regular, owner (another user id than `owner`) or size; and
+    WorkspaceError where this machine is in trouble.
     """
-    try:
-        descriptor = os.open(name, _FILE_FLAGS, dir_fd=parent)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise _odd(name, parent, error, "regular file") from error
+    descriptor = _open(name, _FILE_FLAGS, parent)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -59,8 +52,10 @@ def read_file(name: str | Path, *, limit: int, parent: int | None = None, owner:
             raise Refusal("owner", f"{name} belongs to user {status.st_uid}, its folder to user {owner}")
         if status.st_size > limit:
             raise Refusal("size", f"{name} has {status.st_size} bytes, at most {limit} are allowed")
-        with os.fdopen(os.dup(descriptor), "rb") as file:
-            contents = file.read(min(limit, status.st_size) + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            contents = file.read(status.st_size + 1)
+    except OSError as error:
+        raise _trouble(name, error) from error
     finally:
         os.close(descriptor)
     if len(contents) > status.st_size:
@@ -68,11 +63,19 @@ def read_file(name: str | Path, *, limit: int, parent: int | None = None, owner:
     return contents
 
 
-def _odd(name: str | Path, parent: int | None, error: OSError, wanted: str) -> Refusal | WorkspaceError:
-    """Say why something could not be opened: what lies there is odd, or this machine is in trouble."""
-    if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENXIO):
-        return WorkspaceError(f"cannot read {name}: {error.strerror}", hint="Check this machine, then run it again.")
-    with suppress(OSError):
-        if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-            return Refusal("symlink", f"{name} is a symbolic link")
-    return Refusal("not_regular", f"{name} is not a readable {wanted}: {error.strerror}")
+def _open(name: str | Path, flags: int, parent: int | None) -> int:
+    try:
+        return os.open(name, flags, dir_fd=parent)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in _OWN_TROUBLE:
+            raise _trouble(name, error) from error
+        with suppress(OSError):
+            if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+                raise Refusal("symlink", f"{name} is a symbolic link") from error
+        raise Refusal("not_regular", f"{name} cannot be opened: {error.strerror}") from error
+
+
+def _trouble(name: str | Path, error: OSError) -> WorkspaceError:
+    return WorkspaceError(f"cannot read {name}: {error.strerror}", hint="Check this machine, then run it again.")

@@ -12,8 +12,8 @@ from fedcli.workspace.refusal import Refusal, RefusalCode
 from fedcli.workspace.strict_json import parse_object
 
 PROTOCOL = 1
-MAX_NUM_SAMPLES = 2**53
-"""The largest num_samples: every integer up to it is exact in float64."""
+LARGEST_COUNT = 2**53
+"""The largest num_samples and steps: every integer up to it is exact in float64."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Natural = Annotated[int, Field(ge=0)]
@@ -144,7 +144,7 @@ class UpdateRecord(Record):
     base: str
     client: int
     num_samples: int
-    steps: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
     train_loss: Finite | None
     files: dict[str, FileEntry]
 
@@ -169,8 +169,8 @@ def parse_update_record(data: bytes) -> UpdateRecord:
     """Read a client's update.json; raise Refusal(json), (duplicate) or (samples)."""
     document = parse_object(data, "update.json")
     num_samples = document.get("num_samples", 1)  # its absence is noticed below, as that of any key
-    if type(num_samples) is not int or not 1 <= num_samples <= MAX_NUM_SAMPLES:
-        raise Refusal("samples", f"num_samples is {str(num_samples)[:40]}, not an integer from 1 to {MAX_NUM_SAMPLES}")
+    if type(num_samples) is not int or not 1 <= num_samples <= LARGEST_COUNT:
+        raise Refusal("samples", f"num_samples is {str(num_samples)[:40]}, not an integer from 1 to {LARGEST_COUNT}")
     try:
         return UpdateRecord.model_validate(document)
     except ValidationError as error:
