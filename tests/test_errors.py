@@ -474,7 +474,7 @@ def test_init_leaves_alone_what_is_not_its_own(refused: Callable[..., None], tmp
 
 def test_a_training_that_diverges_drops_nothing_and_says_why(refused: Callable[..., None], small: Path) -> None:
     config = yaml.safe_load((small / "fedcli.yaml").read_text())
-    config["train"]["learning_rate"] = 1e30
+    config["train"] |= {"learning_rate": 1e38, "steps": 4}
     (small / "fedcli.yaml").write_text(yaml.safe_dump(config))
     shutil.rmtree(small / "rounds")
     assert main(["init", str(small)]) == 0
