@@ -64,7 +64,7 @@ class TrainConfig(Section):
     batch_size: Count = 16
     micro_batch_size: Count | None = None
     max_length: Annotated[int, Field(ge=2)] = 512
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-5
     learning_rate_min: Annotated[float, Field(ge=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

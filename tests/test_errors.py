@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ENVIRONMENT, SMALL, command, fedcli, settings
+from safetensors.torch import load_file, save_file
 
 from fedcli.cli import main
 from fedcli.model.base import find_base
@@ -472,11 +473,15 @@ def test_init_leaves_alone_what_is_not_its_own(refused: Callable[..., None], tmp
     assert (tmp_path / ".tmp-mine/file").read_text() == "mine"
 
 
-def test_a_training_that_diverges_drops_nothing_and_says_why(refused: Callable[..., None], small: Path) -> None:
-    config = yaml.safe_load((small / "fedcli.yaml").read_text())
-    config["train"] |= {"learning_rate": 1e38, "steps": 4}
-    (small / "fedcli.yaml").write_text(yaml.safe_dump(config))
-    shutil.rmtree(small / "rounds")
-    assert main(["init", str(small)]) == 0
-    refused(3, ["client", "train", "--id", 1, "-w", small], "diverged", "train.learning_rate")
-    assert list(small.glob("inbox/1/*")) == []
+def test_a_training_that_diverges_drops_nothing_and_says_why(
+    run: Run, refused: Callable[..., None], tmp_path: Path
+) -> None:
+    """A base model with a broken weight: the loss is NaN from the first step."""
+    base = Path(shutil.copytree(find_base("builtin:tiny", revision=None, root=tmp_path), tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    here = tmp_path / "broken"
+    assert run("init", here, *settings(*SMALL, f"model.base={base}"))[0] == 0
+    refused(3, ["client", "train", "--id", 1, "-w", here], "diverged", "train.learning_rate")
+    assert list(here.glob("inbox/1/*")) == []
