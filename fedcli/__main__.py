@@ -1,5 +1,20 @@
-"""`python -m fedcli`."""
+"""`fedcli` and `python -m fedcli`: so small that Ctrl-C during the imports is caught too."""
 
-from fedcli.cli import entry_point
+import sys
+from typing import NoReturn
 
-entry_point()
+
+def entry_point() -> NoReturn:
+    """The console script."""
+    try:
+        from fedcli.cli import main
+
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may know ASCII only
+        code = main()
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,6 +1,7 @@
 """The command line: registers the commands, and turns errors into exit codes."""
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -29,6 +30,7 @@ from fedcli.errors import FedError, WorkspaceError
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
+PIPE_CLOSED = 128 + signal.SIGPIPE
 
 app = typer.Typer(
     name="fedcli",
@@ -75,16 +77,32 @@ def root(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (docs/PROTOCOL.md lists them)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug, as_json = "--debug" in arguments, "--json" in arguments
     signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except OSError as error:  # the reader of stdout has left, or the disk that it goes to is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at its end
+        if isinstance(error, BrokenPipeError):
+            return PIPE_CLOSED
+        print(f"fedcli: error: cannot print the result: {error.strerror}\n  The work itself is done.", file=sys.stderr)
+        return WorkspaceError.exit_code
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    debug, as_json = "--debug" in arguments, "--json" in arguments
     try:
         app(args=[argument for argument in arguments if argument != "--debug"], prog_name="fedcli")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
+        if code == 1:  # Typer's answer to a closed pipe, and to nothing else here
+            return PIPE_CLOSED
         if code in (INTERRUPTED, TERMINATED):
             print("stopped; nothing is lost: run the same command again to go on", file=sys.stderr)
-        elif code != 0 and as_json:  # Typer has said on stderr what is wrong with the command line
-            _print_error("the command line is not valid", "See `fedcli --help`.", code)
+        if code != 0 and as_json:  # what is wrong with a command line, Typer has said on stderr
+            message = "stopped" if code in (INTERRUPTED, TERMINATED) else "the command line is not valid"
+            _print_error(message, "See `fedcli --help`.", code)
         return code
     except Exception as error:
         raised, failure = error, _explain(error)
@@ -107,11 +125,6 @@ def _explain(error: Exception) -> FedError:
         return WorkspaceError(f"cannot use {error.filename}: {error.strerror}", hint=hint)
     hint = "This is a bug. Run it again with --debug and report what it prints."
     return FedError(f"internal error: {type(error).__name__}: {error}", hint=hint)
-
-
-def entry_point() -> NoReturn:
-    """The console script."""
-    sys.exit(main())
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

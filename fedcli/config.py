@@ -34,7 +34,7 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """The LoRA adapter (Hu et al. 2021); `init` names a folder with an adapter to start from."""
 
-    rank: Count = 32
+    rank: Annotated[int, Field(ge=1, le=8192)] = 32
     alpha: Annotated[float, Field(gt=0)] = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "v_proj")
@@ -181,11 +181,13 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
             raise UsageError(f"--set {override!r} is not of the form key.path=value", hint="As in train.steps=20.")
         target = document
         for section in sections:
-            child = target.setdefault(section, {})
-            if not isinstance(child, dict):
-                target[section] = child = {}
-            target = child
-        target[leaf] = read_document(f"value: {value}", Path(f"--set {key}"))["value"]
+            if not isinstance(target.get(section), dict):  # a plain value, as in partition: iid, gives way
+                target[section] = {}
+            target = target[section]
+        try:
+            target[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {override!r}: the value is not YAML", hint="Quote it.") from error
 
 
 def parse_config(document: dict[str, Any], where: Path) -> Config:
@@ -208,7 +210,9 @@ def _describe(fault: ErrorDetails) -> str:
         return f"{key}: unknown key. {did_you_mean(location[-1], _keys_of(location[:-1]))}"
     if location == ("algorithm", "name"):
         return f"{key}: unknown algorithm {fault['input']!r}. {did_you_mean(str(fault['input']), ALGORITHMS)}"
-    return f"{key}: {fault['msg'].removeprefix('Value error, ')} (found {fault['input']!r})"
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
+    return f"{key}: {fault['msg']} (found {fault['input']!r})"
 
 
 def _keys_of(section: tuple[str, ...]) -> list[str]:

@@ -249,9 +249,16 @@ def test_a_base_model_that_is_not_there_is_named_and_may_be_corrected(
 ) -> None:
     home = tmp_path / "w"
     refused(code, ["init", home, *settings(*ONE, f"model.base={name}")], *named, "model.base")
-    # The message says to check model.base in fedcli.yaml: that must be a cure.
-    edit(home, "model", "base", "builtin:tiny")
-    assert run("init", home)[0] == 0
+    assert not home.exists(), "all is validated before anything is written"
+    assert run("init", home, *settings(*ONE))[0] == 0
+
+
+def test_a_fedcli_yaml_of_ones_own_may_be_corrected(refused: Callable[..., None], run: Run, tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/fedcli.yaml").write_text("model: {base: ./nowhere}\n")
+    refused(8, ["init", tmp_path / "w"], tmp_path / "w/nowhere", "model.base")
+    edit(tmp_path / "w", "model", "base", "builtin:tiny")
+    assert run("init", tmp_path / "w")[0] == 0
 
 
 def test_a_hub_model_that_cannot_be_fetched_is_named(tmp_path: Path) -> None:
@@ -268,8 +275,23 @@ def test_a_target_module_that_is_not_there_is_named_and_may_be_corrected(
     home = tmp_path / "w"
     overrides = settings(*ONE, "adapter.target_modules=[q_prj]")
     refused(3, ["init", home, *overrides], "adapter.target_modules", "'q_prj'", "Did you mean")
-    edit(home, "adapter", "target_modules", ["q_proj"])
-    assert run("init", home)[0] == 0
+    assert run("init", home, *settings(*ONE, "adapter.target_modules=[q_proj]"))[0] == 0
+
+
+def test_a_closed_or_full_stdout_is_no_bug(small: Path) -> None:
+    for target, code in (("| head -c 0", 141), ("> /dev/full", 4)):
+        line = f"set -o pipefail; {' '.join(command('status', '-w', small))} {target}"
+        done = subprocess.run(["bash", "-c", line], env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+        assert "bug" not in done.stderr
+
+
+def test_an_inbox_that_a_umask_would_hide_is_readable_by_its_group(small: Path) -> None:
+    done = fedcli("client", "train", "--id", 1, cwd=small, umask=0o077)
+    assert done.returncode == 0, done.stderr
+    modes = {path: (small / path).stat().st_mode & 0o777 for path in ("inbox/1", "inbox/1/round-00000", "private/1")}
+    assert modes == {"inbox/1": 0o750, "inbox/1/round-00000": 0o750, "private/1": 0o700}
 
 
 def test_another_base_model_under_the_same_name_is_refused(

@@ -251,7 +251,7 @@ def test_of_servers_that_merge_at_once_one_publishes_and_kills_harm_nothing(answ
         finish(workspace)
         assert sorted(os.listdir(workspace / "rounds")) == ["00000", "00001", "00002"]
         assert stored_adapters(workspace) == stored_adapters(undisturbed)
-    assert kills >= 10
+    assert kills >= 3
 
 
 def test_a_server_whose_temporary_goes_while_it_writes_publishes_nothing(answered, undisturbed):

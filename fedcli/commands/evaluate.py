@@ -34,7 +34,7 @@ def evaluate(
         raise UsageError(f"unknown benchmark {name!r}", hint=did_you_mean(name, [evaluation.BENCHMARK]))
     if split not in evaluation.SPLITS:
         raise UsageError(f"unknown split {split!r}", hint=did_you_mean(split, evaluation.SPLITS))
-    if round_name not in (None, "latest") and not str(round_name).isdigit():
+    if round_name is not None and round_name != "latest" and not (round_name.isascii() and round_name.isdigit()):
         raise UsageError(f"--round {round_name}: no such round", hint="Give a round's number, or latest.")
     found = find_workspace(workspace)
     with progress_display(json_output) as progress:

@@ -10,7 +10,9 @@ from fedcli.commands.output import print_hint, print_json
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the workspace.")] = Path("."),
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="The folder of the workspace. Default: this one.")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="The settings to start from. Default: demo.", show_default=False)
     ] = None,
@@ -19,6 +21,7 @@ def init(
         typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; may be repeated."),
     ] = None,
     list_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and stop.")] = False,
+    workspace: Annotated[Path | None, typer.Option("--workspace", "-w", metavar="DIR", help="The same as DIR.")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Make a workspace and open its round 0.
@@ -31,6 +34,7 @@ def init(
         names = sorted(presets())
         print_json({"presets": names}) if json_output else print(*names, sep="\n")
         return
+    directory = directory or workspace or Path(".")
     head, created = create_workspace(directory, preset=preset, overrides=overrides or [])
     manifest = head.manifest
     if json_output:

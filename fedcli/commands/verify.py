@@ -27,7 +27,7 @@ def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
             print(f"{violation.path}: {violation.problem}")
     if result.violations:
         raise IntegrityError(
-            f"{len(result.violations)} violations",
+            f"{len(result.violations)} violation{'s' if len(result.violations) > 1 else ''}",
             hint="Restore what is damaged from a backup; what a client dropped, it may drop again.",
             is_reported=True,
         )

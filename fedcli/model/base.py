@@ -1,6 +1,7 @@
 """Base models: where one lies, and how two parties know that they have the same."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,13 +44,11 @@ def find_base(base: str, *, revision: str | None, root: Path) -> Path:
     Raises ConfigError for an unknown built-in name, RequirementError where the model is not to be had.
     """
     if base.startswith(BUILTIN_PREFIX):
-        name = base.removeprefix(BUILTIN_PREFIX)
-        folder = _BUILTIN_FOLDER / name
-        if not name or not (folder / "config.json").is_file():
-            known = [BUILTIN_PREFIX + path.parent.name for path in _BUILTIN_FOLDER.glob("*/config.json")]
+        known = {BUILTIN_PREFIX + path.parent.name: path.parent for path in _BUILTIN_FOLDER.glob("*/config.json")}
+        if base not in known:
             raise ConfigError(f"model.base: unknown built-in model {base!r}", hint=did_you_mean(base, known))
-        return folder
-    folder = root / Path(base).expanduser() if is_path(base, root) else _fetch(base, revision)
+        return known[base]
+    folder = root / os.path.expanduser(base) if is_path(base, root) else _fetch(base, revision)
     if not (folder / "config.json").is_file() or not _weights(folder):
         raise RequirementError(
             f"base model not found: {folder} does not hold config.json and weights",
@@ -82,7 +81,7 @@ def fingerprint(folder: Path) -> str:
 def load_base(folder: Path, *, trust_remote_code: bool) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load model and tokenizer onto the GPU, in bfloat16, where there is one that can; else in float32."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
@@ -90,8 +89,16 @@ def load_base(folder: Path, *, trust_remote_code: bool) -> "tuple[PreTrainedMode
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return model, tokenizer
+    return model, load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    """Load a base model's tokenizer; raise RequirementError where there is none that works."""
+    from transformers import AutoTokenizer
+
+    with loading(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return tokenizer
 
 
 def has_bfloat16() -> bool:
@@ -110,7 +117,7 @@ def loading(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         raise RequirementError(
-            f"the base model in {folder} cannot be loaded: {error}",
+            f"the base model in {folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
             hint="Check that the folder is whole and that the installed transformers knows this architecture.",
         ) from error
 

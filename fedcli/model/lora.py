@@ -53,7 +53,7 @@ def start_adapter(folder: Path, config: dict[str, Any], *, seed: int, trust_remo
         _check_targets(model, config["target_modules"])
         peft_model = get_peft_model(model, _peft_config(config))
     arrays: dict[str, Array] = {}
-    for name, tensor in sorted(get_peft_model_state_dict(peft_model).items()):
+    for name, tensor in sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()):
         shape = tuple(tensor.shape)
         if ".lora_A." in name:
             bound = 1 / math.sqrt(shape[1])
@@ -110,14 +110,10 @@ def _check_targets(model: "torch.nn.Module", targets: Iterable[str]) -> None:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    matrices = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-    }
+    matrices = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     for target in targets:
-        if target.rpartition(".")[2] not in matrices:
+        if not any(f".{name}".endswith(f".{target}") for name in matrices):
             raise ConfigError(
                 f"adapter.target_modules: the base model has no linear layer {target!r}",
-                hint=did_you_mean(target, matrices),
+                hint=did_you_mean(target, {name.rpartition(".")[2] for name in matrices}),
             )

@@ -180,5 +180,6 @@ def _check_answers(head: Round, missing: list[int], needed: int) -> None:
         raise NotReadyError(
             f"round {head.number} waits for {needed - answered} more of its {len(head.manifest.cohort)} clients; "
             f"missing: {names}",
-            hint=f"Run `fedcli client train --id {missing[0]}`, or go on without them: `server aggregate --partial`.",
+            hint=f"Run `fedcli client train --id {missing[0]}`"
+            + (", or go on without them: `server aggregate --partial`." if answered else "."),
         )

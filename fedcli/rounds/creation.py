@@ -1,5 +1,6 @@
 """Making a workspace from a preset or from a fedcli.yaml of one's own."""
 
+import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from fedcli.errors import ConfigError, UsageError, WorkspaceError, did_you_mean
 from fedcli.model.base import BUILTIN_PREFIX
 from fedcli.rounds.opening import open_first_round
 from fedcli.rounds.settings import read_config, read_running_config
+from fedcli.rounds.start import prepare_start
 from fedcli.workspace.history import Round, read_head, read_identity, read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
@@ -50,22 +52,19 @@ def create_workspace(root: Path, *, preset: str | None = None, overrides: Sequen
     workspace = Workspace(root.absolute())
     text = _configuration(workspace, preset, overrides)
     config = parse_config(read_document(text, workspace.config), workspace.config)
+    if _is_open(workspace):
+        read_running_config(workspace)
+        return read_head(workspace), False
+    files = _data_files(workspace, config)
+    start = prepare_start(config, workspace.root)  # all that can be wrong is found before anything is written
     make_folder(workspace.root)
     with hold(workspace.server_lock, "the server's work"):
+        if _is_open(workspace):
+            return read_head(workspace), False
         remove_temporaries(workspace.root)
         remove_temporaries(workspace.rounds)
-        if workspace.identity.exists() and read_round(workspace, 0) is not None:
-            read_running_config(workspace)
-            return read_head(workspace), False
-        files = _data_files(workspace, config)
-        for folder in (workspace.rounds, workspace.inbox, workspace.data):
-            make_folder(folder)
+        make_folder(workspace.inbox)
         for path, contents in files.items():
-            if path.exists() and path.read_bytes() != contents:
-                raise WorkspaceError(
-                    f"{path} is there already, and is not what data.source gives",
-                    hint="Move it away; or keep it, and set data.source to null in fedcli.yaml or with --set.",
-                )
             publish_file(path, contents)
         if not workspace.config.exists():
             publish_file(workspace.config, text.encode())
@@ -73,13 +72,20 @@ def create_workspace(root: Path, *, preset: str | None = None, overrides: Sequen
             publish_file(workspace.readme, (template_folder() / "README.md").read_bytes())
         workspace_id = read_identity(workspace).id if workspace.identity.exists() else uuid.uuid4().hex
         publish_file(workspace.identity, Identity(id=workspace_id, fixed=config.fixed()).to_bytes())
-        return open_first_round(workspace), True
+        return open_first_round(workspace, config, start), True
 
 
 def open_round(workspace: Workspace) -> Round:
     """Open round 0 unless it is open, and return the latest round."""
+    config = read_running_config(workspace)
     with hold(workspace.server_lock, "the server's work"):
-        return open_first_round(workspace)
+        if _is_open(workspace):
+            return read_head(workspace)
+        return open_first_round(workspace, config, prepare_start(config, workspace.root))
+
+
+def _is_open(workspace: Workspace) -> bool:
+    return workspace.identity.exists() and read_round(workspace, 0) is not None
 
 
 def _configuration(workspace: Workspace, preset: str | None, overrides: Sequence[str]) -> str:
@@ -114,7 +120,7 @@ def _preset_text(name: str) -> str:
 def _absolute(override: str) -> str:
     """Take a path that --set gives from the current folder; those in fedcli.yaml start at the file's own folder."""
     key, _, value = override.partition("=")
-    if key in _PATH_KEYS and value and (path := Path(value).expanduser()).exists():
+    if key in _PATH_KEYS and value and (path := Path(os.path.expanduser(value))).exists():
         return f"{key}={path.absolute()}"
     return override
 
@@ -128,7 +134,7 @@ def _data_files(workspace: Workspace, config: Config) -> dict[Path, bytes]:
     if source.startswith(BUILTIN_PREFIX):
         rows, held_out = _demo_files(workspace, config)
     else:
-        rows = read_rows(workspace.root / Path(source).expanduser())
+        rows = read_rows(workspace.root / os.path.expanduser(source))
     for row in rows:
         alpaca_example(row)
     choice = config.data.partition
@@ -142,7 +148,14 @@ def _data_files(workspace: Workspace, config: Config) -> dict[Path, bytes]:
     files = {
         workspace.client_rows(client): write_rows([row.fields for row in share]) for client, share in enumerate(shares)
     }
-    return files | held_out
+    files |= held_out
+    for path, contents in files.items():
+        if path.exists() and path.read_bytes() != contents:
+            raise WorkspaceError(
+                f"{path} is there already, and is not what data.source gives",
+                hint="Move it away; or keep it, and set data.source to null in fedcli.yaml or with --set.",
+            )
+    return files
 
 
 def _demo_files(workspace: Workspace, config: Config) -> tuple[list[Row], dict[Path, bytes]]:

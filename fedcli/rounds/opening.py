@@ -1,25 +1,21 @@
-"""Opening rounds: round 0 from the base model, round n + 1 from an aggregation."""
+"""Opening rounds: round 0 from its start, round n + 1 from an aggregation."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fedcli.algos import Array
 from fedcli.config import Config
-from fedcli.errors import ConfigError
 from fedcli.randomness import draw_cohort
-from fedcli.rounds.settings import read_running_config
-from fedcli.workspace.history import Round, read_head, read_identity, read_round
+from fedcli.rounds.start import Start
+from fedcli.workspace.history import Round, read_head, read_identity
 from fedcli.workspace.layout import (
-    ADAPTER_CONFIG_FILE,
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILE,
     ADAPTER_NAME,
     MANIFEST,
     Workspace,
 )
-from fedcli.workspace.publish import SHARED_MODE, make_folder, publish_directory
+from fedcli.workspace.publish import SHARED_FOLDER_MODE, SHARED_MODE, make_folder, publish_directory
 from fedcli.workspace.records import (
     Aggregation,
     Manifest,
@@ -29,41 +25,22 @@ from fedcli.workspace.records import (
     TrainRecord,
     file_entry,
 )
-from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.tensors import decode, encode, schema_of
+from fedcli.workspace.tensors import encode
 
 
-def open_first_round(workspace: Workspace) -> Round:
-    """Publish rounds/00000 unless it stands, and return the latest round.
-
-    Loads torch, for the shapes of the base model's layers. The caller holds the server's lock.
-    """
-    config = read_running_config(workspace)
-    if read_round(workspace, 0) is not None:
-        return read_head(workspace)
-    from fedcli.model.base import BUILTIN_PREFIX, find_base, fingerprint, is_path
-
-    base = config.model.base
-    folder = find_base(base, revision=config.model.revision, root=workspace.root)
-    local = base.startswith(BUILTIN_PREFIX) or is_path(base, workspace.root)
-    arrays, adapter_config = _start(config, folder, workspace.root, hub_id=None if local else base)
-    files = {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: adapter_config}
+def open_first_round(workspace: Workspace, config: Config, start: Start) -> Round:
+    """Publish rounds/00000, unless another server was first, and return the latest round."""
     manifest = _manifest(
         config,
         workspace_id=read_identity(workspace).id,
         number=0,
         parent=None,
-        model=ModelRecord(
-            base=folder.name if is_path(base, workspace.root) else base,
-            revision=config.model.revision,
-            fingerprint=fingerprint(folder),
-            quantization=config.model.quantization,
-        ),
-        tensors=schema_of(arrays),
-        files=files,
+        model=start.model,
+        tensors=start.tensors,
+        files=start.files,
         aggregation=None,
     )
-    _publish(workspace, manifest, files)
+    _publish(workspace, manifest, start.files)
     return read_head(workspace)
 
 
@@ -103,54 +80,9 @@ def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
 
 
 def _publish(workspace: Workspace, manifest: Manifest, files: dict[str, bytes]) -> bool:
-    make_folder(workspace.rounds)
+    make_folder(workspace.rounds, SHARED_FOLDER_MODE)
     contents = [*files.items(), (MANIFEST, manifest.to_bytes())]
     return publish_directory(workspace.round(manifest.round), contents, mode=SHARED_MODE)
-
-
-def _start(config: Config, folder: Path, root: Path, *, hub_id: str | None) -> tuple[dict[str, Array], bytes]:
-    """Return the arrays and the adapter_config.json that the federation starts from."""
-    from fedcli.model.lora import lora_config, start_adapter
-
-    adapter = config.adapter
-    peft_config = lora_config(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
-        base=hub_id,
-    )
-    arrays = start_adapter(
-        folder, peft_config, seed=config.federation.seed, trust_remote_code=config.model.trust_remote_code
-    )
-    if adapter.init is not None:
-        arrays = _read_adapter(root / Path(adapter.init).expanduser(), schema_of(arrays), peft_config)
-    return arrays, json.dumps(peft_config, indent=1, sort_keys=True).encode() + b"\n"
-
-
-def _read_adapter(folder: Path, schema: dict[str, TensorEntry], peft_config: dict[str, Any]) -> dict[str, Array]:
-    """Read the adapter that adapter.init names; it must be of the shape that the adapter section gives."""
-    try:
-        found = json.loads((folder / ADAPTER_CONFIG_FILE).read_bytes())
-        contents = (folder / ADAPTER_FILE).read_bytes()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"adapter.init: no adapter in {folder}: {error}", hint="Name a folder in PEFT's layout."
-        ) from error
-    for key in ("r", "lora_alpha"):
-        if found.get(key) != peft_config[key]:
-            raise ConfigError(
-                f"adapter.init: {folder} has {key} {found.get(key)!r}, the adapter section says {peft_config[key]!r}",
-                hint="Give rank, alpha and target_modules the values of the adapter to start from.",
-            )
-    try:
-        arrays = decode(contents, schema)
-    except Refusal as refusal:
-        raise ConfigError(
-            f"adapter.init: the adapter in {folder} does not fit: {refusal.reason}",
-            hint="Give rank, alpha and target_modules the values of the adapter to start from.",
-        ) from refusal
-    return {name: array.astype("float32") for name, array in arrays.items()}
 
 
 def _manifest(

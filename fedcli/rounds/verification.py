@@ -11,7 +11,7 @@ from fedcli.errors import FedError, IntegrityError
 from fedcli.rounds.aggregation import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.history import Round, listed_rounds, read_identity, read_round
-from fedcli.workspace.layout import ADAPTER_NAME, MANIFEST, Workspace, is_round_name
+from fedcli.workspace.layout import ADAPTER_NAME, MANIFEST, Workspace, is_round_name, round_name
 from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode
@@ -48,12 +48,18 @@ def verify(workspace: Workspace, *, on_round: Callable[[int], None] = lambda num
     updates that it counted.
     """
     result = Verification()
-    identity = read_identity(workspace)
+    identity = _read_identity(workspace, result)
     _check_names(workspace, result)
     seen: dict[str, int] = {}
     previous: Round | None = None
-    for number in range(max(listed_rounds(workspace), default=-1) + 1):
+    expected = 0
+    for number in listed_rounds(workspace):
         on_round(number)
+        if number != expected:
+            previous = None
+            missing = round_name(expected) + (f" to {round_name(number - 1)}" if number - 1 > expected else "")
+            result.report(workspace.rounds / missing, "is missing though a later round stands")
+        expected = number + 1
         current = _read(workspace, number, result)
         if current is not None:
             result.num_rounds += 1
@@ -63,12 +69,22 @@ def verify(workspace: Workspace, *, on_round: Callable[[int], None] = lambda num
                 _check_aggregation(current, current.manifest.aggregation, previous, seen, result)
                 if previous is not None:
                     _recompute(workspace, current, current.manifest.aggregation, previous, result)
+            if number == 0:
+                _check_baselines(workspace, current, result)
         previous = current
     if not result.num_rounds:
         result.report(workspace.rounds, "holds no round")
-    elif (start := read_round(workspace, 0)) is not None:
-        _check_baselines(workspace, start, result)
     return result
+
+
+def _read_identity(workspace: Workspace, result: Verification) -> Identity | None:
+    try:
+        return read_identity(workspace)
+    except FedError as error:
+        if not listed_rounds(workspace):
+            raise  # no damage: nothing was made here yet
+        result.report(workspace.identity, error.message)
+        return None
 
 
 def _check_baselines(workspace: Workspace, start: Round, result: Verification) -> None:
@@ -88,7 +104,7 @@ def _read(workspace: Workspace, number: int, result: Verification) -> Round | No
         result.report(workspace.round(number), error.message)
         return None
     if current is None:
-        result.report(workspace.round(number), "is missing or has no manifest.json though a later round stands")
+        result.report(workspace.round(number), f"has no {MANIFEST}")
     return current
 
 
@@ -101,10 +117,10 @@ def _check_names(workspace: Workspace, result: Verification) -> None:
             result.report(workspace.rounds / entry, "is no round; nothing else belongs there")
 
 
-def _check_round(current: Round, identity: Identity, result: Verification) -> None:
+def _check_round(current: Round, identity: Identity | None, result: Verification) -> None:
     """Every file that the manifest lists exists with its hash, and the adapter has the manifest's tensors."""
     manifest = current.manifest
-    if manifest.workspace != identity.id:
+    if identity is not None and manifest.workspace != identity.id:
         result.report(current.folder, f"belongs to workspace {manifest.workspace}, not to {identity.id}")
     for name in manifest.files:
         try:
@@ -112,13 +128,19 @@ def _check_round(current: Round, identity: Identity, result: Verification) -> No
             result.num_files += 1
             if name == ADAPTER_NAME:
                 decode(contents, manifest.tensors)
-        except IntegrityError as error:
+        except FedError as error:
             result.report(current.folder / name, error.message)
         except Refusal as refusal:
             result.report(current.folder / name, refusal.reason)
+        except (OSError, ValueError) as error:  # a name that no file can have
+            result.report(current.folder, f"lists {name[:80]!a}: {error}")
     found = {str(path.relative_to(current.folder)) for path in current.folder.rglob("*") if not path.is_dir()}
     for name in sorted(found - {MANIFEST, *manifest.files}):
         result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
+    try:
+        algorithm_from(manifest.algorithm)
+    except IntegrityError as error:
+        result.report(current.folder, error.message)
     if (manifest.state == "finished") != (manifest.cohort == []):
         result.report(current.folder, f"is {manifest.state} with a cohort of {len(manifest.cohort)}")
     if manifest.cohort != sorted(set(manifest.cohort)):

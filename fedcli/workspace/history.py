@@ -78,7 +78,7 @@ def read_head(workspace: Workspace) -> Round:
     """
     identity = read_identity(workspace)
     number = max(listed_rounds(workspace), default=0)
-    while number and _is_empty(workspace.round(number)):  # an empty folder is no round; the next one replaces it
+    while number and _is_vacant(workspace.round(number)):  # an empty folder is no round; the next one replaces it
         number -= 1
     head = None
     while (following := read_round(workspace, number)) is not None:
@@ -122,8 +122,8 @@ def missing_clients(workspace: Workspace, head: Round) -> list[int]:
     return [client for client in head.manifest.cohort if not is_submitted(workspace, head.number, client)]
 
 
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
+def _is_vacant(folder: Path) -> bool:
+    return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def read_checked(path: Path, entry: FileEntry) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedcli.algos import Array
 from fedcli.workspace.history import Round, is_submitted
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, update_name
-from fedcli.workspace.publish import DROPPED_MODE, make_folder, publish_directory, set_aside
+from fedcli.workspace.publish import DROPPED_FOLDER_MODE, DROPPED_MODE, make_folder, publish_directory, set_aside
 from fedcli.workspace.read import opened_folder, read_file
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Refusal
@@ -27,7 +27,7 @@ class Update:
 
 def drop_update(workspace: Workspace, round_number: int, client: int, files: Iterable[tuple[str, bytes]]) -> bool:
     """Publish a client's update; return False where another process was first (its update stands)."""
-    make_folder(workspace.client_inbox(client))
+    make_folder(workspace.client_inbox(client), DROPPED_FOLDER_MODE)
     return publish_directory(workspace.update(round_number, client), files, mode=DROPPED_MODE)
 
 
@@ -51,7 +51,7 @@ def read_update(workspace: Workspace, base: Round, client: int) -> Update | None
     """
     try:
         with (
-            opened_folder(workspace.inbox) as inbox,
+            opened_folder(workspace.inbox.resolve()) as inbox,
             opened_folder(str(client), parent=inbox) as own,
             opened_folder(update_name(base.number), parent=own) as folder,
         ):

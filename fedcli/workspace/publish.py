@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ SHARED_MODE = 0o644
 """What everybody who shares the workspace reads: rounds."""
 DROPPED_MODE = 0o640
 """What a client drops for the server: explicit, because a umask of 077 would hide it from the server's group."""
+DROPPED_FOLDER_MODE = 0o750
+SHARED_FOLDER_MODE = 0o755
 PRIVATE_FOLDER_MODE = 0o700
 
 _TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + "[0-9a-f]{32}")
@@ -93,14 +96,16 @@ def publish_file(final: Path, contents: bytes, *, mode: int = SHARED_MODE) -> No
         _sync_folder(final.parent)
 
 
-def make_folder(folder: Path, mode: int = 0o777) -> None:
-    """Make a folder (its mode less the umask) and its missing parents, durably."""
+def make_folder(folder: Path, mode: int | None = None) -> None:
+    """Make a folder and its missing parents, durably; `mode` holds whatever the umask is, without it the umask does."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
     with explained(folder):
         try:
-            os.mkdir(folder, mode)
+            os.mkdir(folder)
+            if mode is not None:
+                os.chmod(folder, mode | (os.stat(folder).st_mode & stat.S_ISGID))
         except FileExistsError:
             return
         _sync_folder(folder.parent)

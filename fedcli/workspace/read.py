@@ -69,6 +69,8 @@ def _open(name: str | Path, flags: int, parent: int | None) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
+        if parent is None and isinstance(error, PermissionError):
+            raise  # the server's own folders: nobody's update is at fault
         if error.errno in _OWN_TROUBLE:
             raise _trouble(name, error) from error
         with suppress(OSError):
