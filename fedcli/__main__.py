@@ -1,11 +1,13 @@
 """`fedcli` and `python -m fedcli`: so small that Ctrl-C during the imports is caught too."""
 
+import os
 import sys
 from typing import NoReturn
 
 
 def entry_point() -> NoReturn:
     """The console script."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some costs each command 20 ms
     try:
         from fedcli.cli import main
 
