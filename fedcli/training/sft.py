@@ -63,7 +63,7 @@ def supervised_logits(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[
     """
     predicts = torch.zeros_like(labels, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != IGNORED
-    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[operator]  # Module.__getattr__
 
     def select(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs[0][predicts], *inputs[1:])
