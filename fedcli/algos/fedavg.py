@@ -17,7 +17,7 @@ from fedcli.algos.weighting import by_num_samples
 class FedAvg:
     """x+ = x + sum_k (n_k / sum n) (y_k - x)."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # pydantic reads it; a ClassVar would not help it
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # pydantic reads it by this name
 
     name: Literal["fedavg"] = "fedavg"
 
