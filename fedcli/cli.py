@@ -122,7 +122,7 @@ def _explain(error: Exception) -> FedError:
         return error
     if isinstance(error, OSError):
         hint = "Check that path and its permissions."
-        return WorkspaceError(f"cannot use {error.filename}: {error.strerror}", hint=hint)
+        return WorkspaceError(f"cannot use {error.filename or 'a file'}: {error.strerror}", hint=hint)
     hint = "This is a bug. Run it again with --debug and report what it prints."
     return FedError(f"internal error: {type(error).__name__}: {error}", hint=hint)
 

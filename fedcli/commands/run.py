@@ -56,6 +56,7 @@ class _Display:
     def __init__(self, progress: "Progress") -> None:
         self._progress = progress
         self._task = progress.add_task("starting", total=None, loss=float("nan"), speed=0.0)
+        self._cohort: list[int] = []
         self._title = ""
         self._base = 0
         self._position = 0

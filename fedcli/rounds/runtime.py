@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,7 @@ def _import_stack(threads: int | None) -> None:
     try:
         import torch
 
+        import_module("fedcli.training.sft")  # by name: it is used by others, and a linter would drop the import
     finally:
         if was_enabled:
             gc.enable()
