@@ -70,6 +70,8 @@ def test_the_warm_run_equals_separate_processes_bit_for_bit(small: Path, tmp_pat
 def test_run_goes_on_after_sigint_and_sigkill_and_ends_where_an_undisturbed_run_does(
     small: Path, tmp_path: Path
 ) -> None:
+    config = small / "fedcli.yaml"  # long enough that it cannot finish before the signal is sent
+    config.write_text(config.read_text().replace("rounds: 2", "rounds: 15"))
     undisturbed = tmp_path / "undisturbed"
     subprocess.run(["cp", "-r", small, undisturbed], check=True)
     run_ok("run", cwd=undisturbed)
