@@ -96,7 +96,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedToken
     """Load a base model's tokenizer; raise RequirementError where there is none that works."""
     from transformers import AutoTokenizer
 
-    with loading(folder):
+    from fedcli.model.quiet import quiet_libraries
+
+    with quiet_libraries(), loading(folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return tokenizer
 
