@@ -75,7 +75,15 @@ def test_run_goes_on_after_sigint_and_sigkill_and_ends_where_an_undisturbed_run_
     undisturbed = tmp_path / "undisturbed"
     subprocess.run(["cp", "-r", small, undisturbed], check=True)
     run_ok("run", cwd=undisturbed)
-    interrupted = subprocess.Popen(command("run"), cwd=small, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    interrupted = subprocess.Popen(
+        command("run"),
+        cwd=small,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Background jobs of a shell ignore SIGINT, and their children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_until(lambda: (small / "inbox/0/round-00000").exists())
     interrupted.send_signal(signal.SIGINT)
     assert interrupted.wait(60) == 130
