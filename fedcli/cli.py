@@ -24,6 +24,7 @@ from fedcli.commands import (
     server_run,
     status,
     train_alone,
+    train_pooled,
     verify,
 )
 from fedcli.errors import FedError, WorkspaceError
@@ -48,6 +49,7 @@ app.command()(run.run)
 app.command()(status.status)
 app.command()(verify.verify)
 app.command("train-alone")(train_alone.train_alone)
+app.command("train-pooled")(train_pooled.train_pooled)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(client_app, name="client")
 client_app.command()(client_train.train)

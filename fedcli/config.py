@@ -4,7 +4,7 @@ import math
 from collections.abc import Hashable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -14,6 +14,10 @@ from fedcli.algos import ALGORITHMS, Algorithm, AnyAlgorithm, FedAvg
 from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
 
 Count = Annotated[int, Field(ge=1)]
+Task: TypeAlias = Literal["sft", "dpo"]
+Quantization: TypeAlias = Literal["none", "int8", "nf4"]
+RowFormat: TypeAlias = Literal["alpaca", "preference"]
+_TASK_FORMATS: dict[Task, RowFormat] = {"sft": "alpaca", "dpo": "preference"}
 
 
 class Section(BaseModel):
@@ -26,7 +30,7 @@ class ModelConfig(Section):
     """The base model: a name that ships with the package, a folder, or a hub id."""
 
     base: str = "builtin:tiny"
-    quantization: Literal["none"] = "none"
+    quantization: Quantization = "none"
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -51,7 +55,7 @@ class DataConfig(Section):
     """Where a simulation's rows come from; no source: data/client-N.jsonl are written by hand."""
 
     source: str | None = None
-    format: Literal["alpaca"] = "alpaca"
+    format: RowFormat | None = None
     template: Literal["alpaca"] = "alpaca"
     partition: Literal["iid"] | ShardsBy = "iid"
     max_rows: Count | None = None
@@ -66,6 +70,8 @@ class TrainConfig(Section):
     max_length: Annotated[int, Field(ge=2)] = 512
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-5
     learning_rate_min: Annotated[float, Field(ge=0)] = 1e-6
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    gradient_checkpointing: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
@@ -111,13 +117,21 @@ class FederationConfig(Section):
 class Config(Section):
     """The whole of fedcli.yaml."""
 
-    task: Literal["sft"] = "sft"
+    task: Task = "sft"
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
-    algorithm: AnyAlgorithm = FedAvg()
+    algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")] = FedAvg()
     federation: FederationConfig = FederationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data.format not in (None, _TASK_FORMATS[self.task]):
+            raise ValueError(
+                f"data.format {self.data.format} is not for task {self.task}, whose rows are {_TASK_FORMATS[self.task]}"
+            )
+        return self
 
     def fixed(self) -> dict[str, Any]:
         """Return what may not change once round 0 is open, as JSON values by key.
@@ -133,7 +147,7 @@ class Config(Section):
         }
 
 
-_ALGORITHM: TypeAdapter[AnyAlgorithm] = TypeAdapter(AnyAlgorithm)
+_ALGORITHM: TypeAdapter[AnyAlgorithm] = TypeAdapter(Annotated[AnyAlgorithm, Field(discriminator="name")])
 
 
 def algorithm_from(record: dict[str, Any]) -> Algorithm:
@@ -205,11 +219,16 @@ def parse_config(document: dict[str, Any], where: Path) -> Config:
 def _describe(fault: ErrorDetails) -> str:
     """Return one fault as `key: what is wrong`, with the nearest valid name where there is one."""
     location = tuple(str(part) for part in fault["loc"])
+    if location[:1] == ("algorithm",) and len(location) > 1:  # pydantic puts the algorithm's name in the path
+        location = (location[0], *location[2:])
     key = ".".join(location) or "the file"
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key}: unknown key. {did_you_mean(location[-1], _keys_of(location[:-1]))}"
-    if location == ("algorithm", "name"):
-        return f"{key}: unknown algorithm {fault['input']!r}. {did_you_mean(str(fault['input']), ALGORITHMS)}"
+        return f"{key}: unknown key. {did_you_mean(location[-1], _keys_of(tuple(map(str, fault['loc']))[:-1]))}"
+    if fault["type"] == "union_tag_invalid":
+        name = str(fault["ctx"]["tag"])
+        return f"algorithm.name: unknown algorithm {name!r}. {did_you_mean(name, ALGORITHMS)}"
+    if fault["type"] == "union_tag_not_found":
+        return f"algorithm: it has no name. Known: {', '.join(ALGORITHMS)}."
     if fault["type"] == "value_error":
         return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
     return f"{key}: {fault['msg']} (found {fault['input']!r})"
@@ -219,7 +238,7 @@ def _keys_of(section: tuple[str, ...]) -> list[str]:
     """Return the keys that a section knows."""
     fields = Config.model_fields
     if section[:1] == ("algorithm",):
-        return sorted({key for algorithm in ALGORITHMS.values() for key in algorithm.__dataclass_fields__})
+        return sorted(ALGORITHMS[section[1]].__dataclass_fields__)
     if section[:2] == ("data", "partition"):
         return list(ShardsBy.model_fields)
     if section:

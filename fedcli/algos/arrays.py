@@ -4,7 +4,7 @@ Only operators and methods of the arrays are used, so that commands that just re
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -20,13 +20,26 @@ def difference(minuend: Arrays, subtrahend: Arrays) -> "dict[str, Array]":
     return {name: array.astype("float64") - subtrahend[name] for name, array in minuend.items()}
 
 
+def apply(function: "Callable[..., Array]", first: Arrays, *others: Arrays) -> "dict[str, Array]":
+    """Apply a function, name by name, to the arrays of some mappings in float64."""
+    return {
+        name: function(array.astype("float64"), *(other[name].astype("float64") for other in others))
+        for name, array in first.items()
+    }
+
+
+def to_float32(arrays: Arrays) -> "dict[str, Array]":
+    """Return the arrays as they are stored, in float32."""
+    return {name: array.astype("float32") for name, array in arrays.items()}
+
+
 def norm(arrays: Arrays) -> float:
     """Return the Euclidean norm over all arrays together, in float64."""
     return math.sqrt(math.fsum(float((array * array).sum(dtype="float64")) for array in arrays.values()))
 
 
-class RunningMean:
-    """A weighted mean of named arrays that come one at a time; memory does not grow with their number."""
+class WeightedSum:
+    """A weighted sum of named arrays that come one at a time; memory does not grow with their number."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Array] = {}
@@ -42,11 +55,14 @@ class RunningMean:
                 self._sums[name] = weighted
         self.total_weight += weight
 
-    def mean(self) -> "dict[str, Array]":
-        """Return the mean in float64, and forget it; raise ZeroDivisionError where the total weight is zero."""
-        if self.total_weight == 0.0:
+    def over(self, divisor: float) -> "dict[str, Array]":
+        """Return the sum over a divisor in float64, and forget it; raise ZeroDivisionError where the divisor is zero.
+
+        Over `total_weight` it is the weighted mean.
+        """
+        if divisor == 0.0:
             raise ZeroDivisionError("the weights of all updates add up to zero")
-        mean, self._sums = self._sums, {}
-        for total in mean.values():
-            total /= self.total_weight  # in place: the sums are as large as two adapters
-        return mean
+        sums, self._sums = self._sums, {}
+        for total in sums.values():
+            total /= divisor  # in place: the sums are as large as two adapters
+        return sums

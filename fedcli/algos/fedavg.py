@@ -6,9 +6,11 @@ themselves are averaged.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from fedcli.algos.algorithm import MergedUpdates
 from fedcli.algos.arrays import Array, Arrays
+from fedcli.algos.hyperparameters import CLOSED
 from fedcli.algos.server_step import add_mean
 from fedcli.algos.weighting import by_num_samples
 
@@ -17,14 +19,21 @@ from fedcli.algos.weighting import by_num_samples
 class FedAvg:
     """x+ = x + sum_k (n_k / sum n) (y_k - x)."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # pydantic reads it by this name
+    __pydantic_config__ = CLOSED
+    uses_control: ClassVar[bool] = False
+    state_prefixes: ClassVar[tuple[str, ...]] = ()
 
     name: Literal["fedavg"] = "fedavg"
 
+    def client_rule(self, adapter: Arrays, correction: Arrays) -> None:
+        """Return nothing: clients train plainly."""
+
     def weight(self, num_samples: int) -> float:
-        """Return the weight of an update before normalisation."""
+        """Return n_k."""
         return by_num_samples(num_samples)
 
-    def apply(self, adapter: Arrays, mean_difference: Arrays) -> "dict[str, Array]":
-        """Return the next global adapter, float32."""
-        return add_mean(adapter, mean_difference)
+    def apply(
+        self, adapter: Arrays, merged: MergedUpdates, state: Arrays
+    ) -> "tuple[dict[str, Array], dict[str, Array]]":
+        """Return x + D, and no state."""
+        return add_mean(adapter, merged.difference), {}

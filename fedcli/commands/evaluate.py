@@ -20,6 +20,7 @@ def evaluate(
     alone: Annotated[
         list[int] | None, typer.Option("--alone", metavar="N", help="Score client N trained alone; may be repeated.")
     ] = None,
+    pooled: Annotated[bool, typer.Option("--pooled", help="Score the baseline of all rows together.")] = False,
     split: Annotated[str, typer.Option(help="The held-out rows: test, or tuning for choosing settings.")] = "test",
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = None,
@@ -43,6 +44,7 @@ def evaluate(
             found,
             base=base,
             alone=alone or [],
+            pooled=pooled,
             round_name=round_name,
             split=split,
             threads=threads,
@@ -60,10 +62,13 @@ def _print_table(scores: "list[Score]", split: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"exact match on {scores[0].num_rows} held-out rows ({split} split)")
-    for column in ("adapter", "score", "std. error", "ahead of the best alone"):
+    metric = scores[0].metric.replace("_", " ")
+    table = Table(title=f"{metric} on {scores[0].num_rows} held-out rows ({split} split)")
+    margins = ("margin",) if scores[0].margin is not None else ()
+    for column in ("adapter", "score", "std. error", *margins, "ahead of the best alone"):
         table.add_column(column, justify="left" if column == "adapter" else "right")
     for score in scores:
         lead = "" if score.lead is None else f"{score.lead:+.3f} ± {score.lead_error:.3f}"
-        table.add_row(score.target, f"{score.accuracy:.3f}", f"{score.standard_error:.3f}", lead)
+        margin = (f"{score.margin:+.2f}",) if score.margin is not None else ()
+        table.add_row(score.target, f"{score.accuracy:.3f}", f"{score.standard_error:.3f}", *margin, lead)
     Console().print(table)

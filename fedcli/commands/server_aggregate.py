@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def aggregate(
     algorithm: Annotated[
         str | None,
-        typer.Option("--algo", metavar="NAME", help="Use this algorithm, for this round only.", show_default=False),
+        typer.Option("--algo", metavar="NAME", help="Merge with this algorithm, this time only.", show_default=False),
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Go ahead with one valid update or more.")] = False,
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for missing updates.")] = 0.0,
@@ -26,18 +26,14 @@ def aggregate(
 
     Exits with 6, naming the missing clients, while too few of the cohort have answered.
     """
-    from fedcli.algos import ALGORITHMS
-    from fedcli.errors import UsageError, did_you_mean
     from fedcli.rounds import aggregation
     from fedcli.workspace.layout import find_workspace
 
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise UsageError(f"unknown algorithm {algorithm!r}", hint=did_you_mean(algorithm, ALGORITHMS))
     with progress_display(json_output) as progress:
         task = progress.add_task("updates", total=None)
         result = aggregation.aggregate(
             find_workspace(workspace),
-            algorithm=ALGORITHMS[algorithm]() if algorithm else None,
+            algorithm=algorithm,
             partial=partial,
             dry_run=dry_run,
             wait=wait,

@@ -1,5 +1,6 @@
 """fedcli status."""
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from fedcli.commands.options import JsonOption, WorkspaceOption
@@ -31,7 +32,29 @@ def _print(result: "Status") -> None:
         print(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
     for client, code in result.last_refused.items():
         print(f"refused    client {client} in round {result.round - 1}: {code}")
+    for run, following in zip_longest(result.history, result.history[1:]):
+        last = following.round - 1 if following else result.round - 1
+        print(f"merged     rounds {run.round} to {last} with {_describe(run.algorithm)}")
+    if result.cost is not None:
+        cost = result.cost
+        print(
+            f"cost       {_count(cost.base_parameters)} parameters in the base, {_count(cost.trainable_parameters)} "
+            f"trainable, {_count(cost.communicated_parameters)} sent by a client in a round"
+        )
+        print(
+            f"transfer   a client reads {_count(cost.client_bytes_down)} and sends {_count(cost.client_bytes_up)} bytes "
+            f"in a round; so far all read {_count(cost.total_bytes_down)} and sent {_count(cost.total_bytes_up)}"
+        )
     print_hint(f"next: {result.next_command}")
+
+
+def _describe(algorithm: dict[str, object]) -> str:
+    rest = ", ".join(f"{key} {value}" for key, value in algorithm.items() if key != "name")
+    return f"{algorithm['name']} ({rest})" if rest else str(algorithm["name"])
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
 
 
 def _names(clients: list[int]) -> str:

@@ -108,6 +108,12 @@ def demo_rows(seed: int) -> dict[str, list[dict[str, str]]]:
     }
 
 
+def demo_preferences(seed: int) -> dict[str, list[dict[str, str]]]:
+    """Return the same rows as preferences: the right level is chosen, one of the other three at random is rejected."""
+    generator = random.Random(f"demo preferences {seed}")
+    return {split: [_preference(generator, row) for row in rows] for split, rows in demo_rows(seed).items()}
+
+
 def pretraining_documents(seed: int, count: int) -> list[str]:
     """Return `count` texts for the base model: of 100, about 50 of headlines, 10 of colours, 40 questions and answers.
 
@@ -143,6 +149,13 @@ def _topic_rows(generator: random.Random, topic: str, num_rows: int, used: set[s
         rows.append({"instruction": question, "input": headline, "output": label, "topic": topic})
     generator.shuffle(rows)
     return rows
+
+
+def _preference(generator: random.Random, row: dict[str, str]) -> dict[str, str]:
+    """Return a row with the columns prompt, chosen, rejected and topic."""
+    wrong = generator.choice([label for label in LABELS if label != row["output"]])
+    prompt = f"{row['instruction']} {row['input']}"
+    return {"prompt": prompt, "chosen": row["output"], "rejected": wrong, "topic": row["topic"]}
 
 
 def _document(generator: random.Random) -> str:

@@ -25,6 +25,15 @@ class Example:
     response: str
 
 
+@dataclass(frozen=True)
+class Preference:
+    """What one row of a preference teaches: of two responses to a prompt, the better one."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
 def read_rows(path: Path) -> list[Row]:
     """Read a .jsonl file (an object a line) or a .json file (an array of objects).
 
@@ -64,13 +73,19 @@ def alpaca_example(row: Row) -> Example:
     return Example(f"{instruction} {extra}" if extra else instruction, response)
 
 
+def preference(row: Row) -> Preference:
+    """Read a row with the columns prompt, chosen and rejected; raise ConfigError where one is missing or not text."""
+    return Preference(*(_text(row, column) for column in ("prompt", "chosen", "rejected")))
+
+
 def _text(row: Row, column: str) -> str:
     value = row.fields.get(column)
     if not isinstance(value, str):
         problem = "has no text in" if column in row.fields else "has no"
         raise ConfigError(
             f"{row.where} {problem} column {column!r}; it has {', '.join(map(str, row.fields)) or 'none'}",
-            hint="Format alpaca needs the text columns instruction and output (input may be absent). Mend the row.",
+            hint="Task sft needs the text columns instruction and output (input may be absent), "
+            "task dpo prompt, chosen and rejected. Mend the row.",
         )
     return value
 

@@ -4,13 +4,16 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedcli.config import Quantization
 from fedcli.errors import ConfigError, RequirementError, did_you_mean
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN_PREFIX = "builtin:"
 _BUILTIN_FOLDER = Path(__file__).parent / "builtin"
@@ -78,8 +81,14 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_base(folder: Path, *, trust_remote_code: bool) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load model and tokenizer onto the GPU, in bfloat16, where there is one that can; else in float32."""
+def load_base(
+    folder: Path, *, trust_remote_code: bool, quantization: Quantization = "none"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load model and tokenizer onto the GPU, in bfloat16, where there is one that can; else in float32.
+
+    The linear layers of a quantised model hold bitsandbytes' int8 (Dettmers et al. 2022) or nf4 with double
+    quantisation (QLoRA, Dettmers et al. 2023); all else of it is float32, as PEFT prepares it for training.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -87,9 +96,46 @@ def load_base(folder: Path, *, trust_remote_code: bool) -> "tuple[PreTrainedMode
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     with loading(folder):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+            folder,
+            dtype=dtype,
+            device_map=device,
+            trust_remote_code=trust_remote_code,
+            quantization_config=_bitsandbytes(quantization, dtype),
         )
+        if quantization != "none":
+            from peft import prepare_model_for_kbit_training
+
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # training says when
     return model, load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def _bitsandbytes(quantization: Quantization, dtype: "torch.dtype") -> "BitsAndBytesConfig | None":
+    if quantization == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    require_bitsandbytes(quantization)
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def require_bitsandbytes(quantization: Quantization) -> None:
+    """Raise RequirementError where a quantised model is asked for and bitsandbytes is missing or does not import."""
+    if quantization == "none":
+        return
+    try:
+        import_module("bitsandbytes")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RequirementError(
+            f"model.quantization {quantization} needs the package bitsandbytes, which does not import: {error}",
+            hint="Install it (pip install bitsandbytes); `fedcli doctor` tells more.",
+        ) from error
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
@@ -117,7 +163,12 @@ def loading(folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+    except ImportError as error:  # transformers says which package the model needs, and how to install it
+        raise RequirementError(
+            f"the base model in {folder} needs a package that is missing: {' '.join(str(error).split())}",
+            hint="Install that package, or choose another base model; `fedcli doctor` shows what is there.",
+        ) from error
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         raise RequirementError(
             f"the base model in {folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
             hint="Check that the folder is whole and that the installed transformers knows this architecture.",

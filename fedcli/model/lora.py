@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedcli.algos import Array, Arrays
+from fedcli.config import Quantization
 from fedcli.errors import ConfigError, did_you_mean
 from fedcli.model.base import load_base, loading
 from fedcli.model.quiet import quiet_libraries
@@ -36,8 +37,12 @@ def lora_config(
     }
 
 
-def start_adapter(folder: Path, config: dict[str, Any], *, seed: int, trust_remote_code: bool) -> dict[str, Array]:
-    """Return the arrays that LoRA starts from: A uniform in +-1/sqrt(fan in), as in PEFT, and B zero.
+def start_adapter(
+    folder: Path, config: dict[str, Any], *, seed: int, trust_remote_code: bool
+) -> tuple[dict[str, Array], int]:
+    """Return the arrays that LoRA starts from, A uniform in +-1/sqrt(fan in), as in PEFT, and B zero.
+
+    With them the number of the base model's parameters.
 
     The base model's shapes come from its config alone; no weight is read. A's values come from the stream
     (seed, "lora", name). Raises ConfigError where a target module does not exist.
@@ -51,6 +56,7 @@ def start_adapter(folder: Path, config: dict[str, Any], *, seed: int, trust_remo
             model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         _check_targets(model, config["target_modules"])
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         peft_model = get_peft_model(model, _peft_config(config))
     arrays: dict[str, Array] = {}
     for name, tensor in sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()):
@@ -60,43 +66,47 @@ def start_adapter(folder: Path, config: dict[str, Any], *, seed: int, trust_remo
             arrays[name] = stream(seed, "lora", part=name).uniform(-bound, bound, shape).astype(np.float32)
         else:
             arrays[name] = np.zeros(shape, np.float32)
-    return arrays
+    return arrays, num_parameters
 
 
 class AdaptedModel:
     """A base model that carries one LoRA adapter, whose values are copied in and out in place."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], *, trust_remote_code: bool, quantization: Quantization = "none"
+    ) -> None:
         from peft import get_peft_model
 
         self.tokenizer: PreTrainedTokenizerBase
         with quiet_libraries():
-            base, self.tokenizer = load_base(folder, trust_remote_code=trust_remote_code)
+            base, self.tokenizer = load_base(folder, trust_remote_code=trust_remote_code, quantization=quantization)
             self.model: PeftModel = get_peft_model(base, _peft_config(config))
-        self._parameters: dict[str, torch.nn.Parameter] = {
+        pad_id = self.tokenizer.pad_token_id
+        self.pad_id: int = pad_id if isinstance(pad_id, int) else 0
+        self.parameters: dict[str, torch.nn.Parameter] = {
             name.replace(".default.", "."): parameter.requires_grad_()
             for name, parameter in self.model.named_parameters()
             if ".lora_" in name
         }
-        for parameter in self._parameters.values():
+        for parameter in self.parameters.values():
             parameter.data = parameter.data.float()
 
     def load(self, arrays: Arrays) -> None:
         """Put an adapter's values in place; raise KeyError or ValueError where names or shapes are not this model's."""
         import torch
 
-        if arrays.keys() != self._parameters.keys():
-            raise KeyError(f"adapter names differ: {sorted(arrays.keys() ^ self._parameters.keys())[:3]}")
-        for name, parameter in self._parameters.items():
+        if arrays.keys() != self.parameters.keys():
+            raise KeyError(f"adapter names differ: {sorted(arrays.keys() ^ self.parameters.keys())[:3]}")
+        for name, parameter in self.parameters.items():
             if arrays[name].shape != tuple(parameter.shape):
                 raise ValueError(f"{name} has shape {arrays[name].shape}, not {tuple(parameter.shape)}")
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self.parameters.items():
                 parameter.copy_(torch.tensor(arrays[name]))
 
     def values(self) -> dict[str, Array]:
         """Return a copy of the adapter's values, float32."""
-        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self._parameters.items()}
+        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()}
 
 
 def _peft_config(config: dict[str, Any]) -> Any:

@@ -5,19 +5,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from fedcli.algos import Algorithm, Array, Arrays
-from fedcli.algos.arrays import RunningMean, difference, norm
-from fedcli.config import algorithm_from
-from fedcli.errors import BusyError, NotReadyError
+import numpy as np
+
+from fedcli.algos import ALGORITHMS, Algorithm, Arrays, MergedUpdates
+from fedcli.algos.arrays import WeightedSum, difference, norm
+from fedcli.config import Config, algorithm_from
+from fedcli.errors import BusyError, IntegrityError, NotReadyError, UsageError, did_you_mean
 from fedcli.rounds.opening import open_next_round
 from fedcli.rounds.settings import POLL_SECONDS, check_client, read_running_config
-from fedcli.workspace.history import Round, missing_clients, read_head
+from fedcli.workspace.history import Round, missing_clients, read_head, state_file
 from fedcli.workspace.inbox import discard_update, read_update
-from fedcli.workspace.layout import ADAPTER_FILE, Workspace
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, CONTROL_DELTA_FILE, Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import remove_temporaries
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.tensors import encode
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class AggregationResult:
 def aggregate(
     workspace: Workspace,
     *,
-    algorithm: Algorithm | None = None,
+    algorithm: str | None = None,
     partial: bool = False,
     dry_run: bool = False,
     wait: float = 0.0,
@@ -49,9 +52,11 @@ def aggregate(
 ) -> AggregationResult:
     """Merge the open round's updates and publish the next round, as soon as enough of the cohort has answered.
 
-    `algorithm` replaces the round's own for this aggregation; `partial` asks for one valid update only; `dry_run`
-    publishes nothing; `wait` is how many seconds to wait for updates or the lock; `on_update` hears of every client
-    whose update was read. Raises NotReadyError with the missing clients, BusyError while another process aggregates.
+    `algorithm` names another than the round's own for this aggregation, with the hyperparameters of fedcli.yaml where
+    that has the same name, else the defaults; `partial` asks for one valid update only; `dry_run` publishes nothing;
+    `wait` is how many seconds to wait for updates or the lock; `on_update` hears of every client whose update was read.
+    Raises NotReadyError with the missing clients, BusyError while another process aggregates, UsageError for an
+    algorithm that is unknown or needs what the round's clients did not do.
     """
     deadline = time.monotonic() + wait
     while True:
@@ -96,38 +101,73 @@ def discard(workspace: Workspace, client: int) -> bool:
         return discard_update(workspace, head.number, client)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What is kept of the updates that were read: the weighted differences, and the changes of control variates."""
+
+    differences: WeightedSum
+    control: WeightedSum
+
+
 def combine(
-    workspace: Workspace, base: Round, algorithm: Algorithm, on_update: Callable[[int], None]
-) -> tuple[dict[str, Array] | None, Aggregation]:
-    """Read a round's updates one at a time and return the next global adapter (None if no update is valid)."""
+    workspace: Workspace, base: Round, algorithm: Algorithm, num_clients: int, on_update: Callable[[int], None]
+) -> tuple[dict[str, bytes] | None, Aggregation]:
+    """Read a round's updates one at a time; return the next round's merged files (None if no update is valid).
+
+    The files are the adapter and the algorithm's state. Raises IntegrityError where they would not be finite.
+    """
     adapter = base.adapter()
-    mean = RunningMean()
+    sums = Sums(WeightedSum(), WeightedSum())
     counted: list[CountedUpdate] = []
     refused: list[RefusedUpdate] = []
     missing: list[int] = []
     for client in base.manifest.cohort:
         try:
-            entry = _count(workspace, base, client, algorithm, adapter, mean)
+            entry = _count(workspace, base, client, algorithm, adapter, sums)
         except Refusal as refusal:
             refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
         else:
             missing.append(client) if entry is None else counted.append(entry)
         on_update(client)
-    shares = [entry.model_copy(update={"weight": entry.weight / mean.total_weight}) for entry in counted]
+    total = sums.differences.total_weight
+    shares = [entry.model_copy(update={"weight": entry.weight / total}) for entry in counted]
     aggregation = Aggregation(algorithm=asdict(algorithm), counted=shares, refused=refused, missing=missing)
-    return (algorithm.apply(adapter, mean.mean()) if counted else None), aggregation
+    if not counted:
+        return None, aggregation
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
+        merged = MergedUpdates(sums.differences.over(total), sums.control.over(num_clients))
+        following, state = algorithm.apply(adapter, merged, base.state(algorithm))
+    _check_finite(base, following, state, counted)
+    files = {ADAPTER_NAME: encode(following)}
+    if state:
+        files[state_file(algorithm)] = encode(state)
+    return files, aggregation
+
+
+def _check_finite(base: Round, adapter: Arrays, state: Arrays, counted: list[CountedUpdate]) -> None:
+    """Raise IntegrityError where finite updates add up to what float32 cannot hold."""
+    if all(np.isfinite(array).all() for arrays in (adapter, state) for array in arrays.values()):
+        return
+    largest = max(counted, key=lambda entry: entry.delta_norm)
+    raise IntegrityError(
+        f"the updates of round {base.number} are too large for float32: the largest is client {largest.client}'s, "
+        f"of norm {largest.delta_norm:.3g}",
+        hint=f"Set it aside with `fedcli server discard --id {largest.client}`.",
+    )
 
 
 def _count(
-    workspace: Workspace, base: Round, client: int, algorithm: Algorithm, adapter: Arrays, mean: RunningMean
+    workspace: Workspace, base: Round, client: int, algorithm: Algorithm, adapter: Arrays, sums: Sums
 ) -> CountedUpdate | None:
-    """Add one client's update to the mean and let go of it; None where there is none, Refusal where it is not valid."""
+    """Add one client's update to the sums and let go of it; None where there is none, Refusal where it is not valid."""
     update = read_update(workspace, base, client)
     if update is None:
         return None
     delta = difference(update.files[ADAPTER_FILE], adapter)
     weight = algorithm.weight(update.record.num_samples)
-    mean.add(delta, weight)
+    sums.differences.add(delta, weight)
+    if algorithm.uses_control:
+        sums.control.add(update.files[CONTROL_DELTA_FILE], 1.0)
     return CountedUpdate(
         client=client,
         update=update.sha256,
@@ -135,12 +175,13 @@ def _count(
         num_samples=update.record.num_samples,
         train_loss=update.record.train_loss,
         delta_norm=norm(delta),
+        bytes=update.num_bytes,
     )
 
 
 def _aggregate(
     workspace: Workspace,
-    algorithm: Algorithm | None,
+    algorithm_name: str | None,
     partial: bool,
     dry_run: bool,
     on_update: Callable[[int], None],
@@ -152,9 +193,10 @@ def _aggregate(
     needed = 1 if partial else config.federation.needed_answers(len(head.manifest.cohort))
     _check_answers(head, missing_clients(workspace, head), needed)
     remove_temporaries(workspace.rounds)
-    adapter, aggregation = combine(workspace, head, algorithm or algorithm_from(head.manifest.algorithm), on_update)
+    algorithm = _algorithm(head, config, algorithm_name)
+    files, aggregation = combine(workspace, head, algorithm, config.federation.clients, on_update)
     _check_answers(head, aggregation.missing, needed)
-    if adapter is None:
+    if files is None:
         faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)
         raise NotReadyError(
             f"round {head.number} has no valid update:{faults}",
@@ -162,7 +204,7 @@ def _aggregate(
         )
     if dry_run:
         return AggregationResult("dry_run", head.number, "open", aggregation)
-    published = open_next_round(workspace, head, config, adapter, aggregation)
+    published = open_next_round(workspace, head, config, files, aggregation)
     following = read_head(workspace)
     return AggregationResult(
         "published" if published else "overtaken",
@@ -170,6 +212,23 @@ def _aggregate(
         following.manifest.state,
         following.manifest.aggregation,
     )
+
+
+def _algorithm(head: Round, config: Config, name: str | None) -> Algorithm:
+    """Return the algorithm to merge a round with: its own, or the named one where the clients did what that needs."""
+    own = algorithm_from(head.manifest.algorithm)
+    if name is None or name == own.name:
+        return own
+    if name not in ALGORITHMS:
+        raise UsageError(f"unknown algorithm {name!r}", hint=did_you_mean(name, ALGORITHMS))
+    algorithm = config.algorithm if config.algorithm.name == name else ALGORITHMS[name]()
+    if algorithm.uses_control or algorithm.client_rule({}, {}) is not None:
+        raise UsageError(
+            f"--algo {name}: it changes how clients train, too, and those of round {head.number} train for {own.name}",
+            hint=f"To switch from the next round on, set algorithm.name to {name} in fedcli.yaml and aggregate without "
+            "--algo: the round that this opens carries it.",
+        )
+    return algorithm
 
 
 def _check_answers(head: Round, missing: list[int], needed: int) -> None:

@@ -1,4 +1,4 @@
-"""Baselines: what one client reaches on its own rows with the federation's step budget and schedule."""
+"""Baselines: what one client alone, or all rows pooled, reach with the federation's step budget and schedule."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,6 @@ from typing import Literal
 
 from fedcli.algos import Arrays
 from fedcli.config import Config
-from fedcli.errors import NotReadyError
 from fedcli.rounds.opening import train_record
 from fedcli.rounds.runtime import Runtime, require_rows
 from fedcli.rounds.settings import check_client, read_running_config
@@ -16,6 +15,7 @@ from fedcli.training.reports import StepReport
 from fedcli.workspace.baselines import (
     BaselineRecord,
     Progress,
+    baseline_name,
     clear_progress,
     publish_baseline,
     read_baseline_record,
@@ -23,7 +23,7 @@ from fedcli.workspace.baselines import (
     save_progress,
     set_baseline_aside,
 )
-from fedcli.workspace.history import Round, read_round
+from fedcli.workspace.history import Round, read_start
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import TrainRecord
@@ -39,30 +39,29 @@ class BaselineResult:
     last_loss: float
 
 
-def train_alone(
+def train_baseline(
     workspace: Workspace,
-    client: int,
+    client: int | None,
     *,
     threads: int | None = None,
     on_step: Callable[[int, int, int, StepReport], None] = lambda round_number, rounds, steps, report: None,
 ) -> BaselineResult:
-    """Train one client alone: rounds x steps optimiser steps from round 0's adapter, and publish the adapter.
+    """Train one client alone, or for None on all clients' rows together (a simulation's only), and publish the adapter.
 
-    Each round is what the client would do in a federation of which it is the only member, with fedcli.yaml as it is
-    now: the same learning-rate schedule and order of rows, AdamW's state fresh. An interrupted call goes on at the
-    round that it was in; a baseline of other settings is set aside and trained anew. `on_step` hears of the round, the
-    number of rounds, their steps, and the step.
+    It makes rounds x steps optimiser steps from round 0's adapter. Each round is what the only member of a federation
+    would do in it, plainly, with fedcli.yaml as it is now: the same learning-rate schedule and order of rows, AdamW's
+    state fresh. An interrupted call goes on at the round that it was in; a baseline of other settings is set aside and
+    trained anew. `on_step` hears of the round, the number of rounds, their steps, and the step.
     """
     config = read_running_config(workspace)
-    check_client(client, config)
-    require_rows(workspace, client)
-    start = read_round(workspace, 0)
-    if start is None:
-        raise NotReadyError(f"{workspace.root} has no round yet", hint="Run `fedcli server open`.")
-    plan = BaselineRecord(
-        name=f"alone-{client}", start=start.sha256, train=_train_record(config, 0), last_loss=0.0, files={}
-    )
-    with hold(workspace.baseline_lock(client), f"the baseline of client {client}"):
+    if client is not None:
+        check_client(client, config)
+    for number in range(config.federation.clients) if client is None else [client]:
+        require_rows(workspace, number)
+    start = read_start(workspace)
+    name = baseline_name(client)
+    plan = BaselineRecord(name=name, start=start.sha256, train=_train_record(config, 0), last_loss=0.0, files={})
+    with hold(workspace.baseline_lock(client), f"the baseline {name}"):
         standing = read_baseline_record(workspace, plan.name)
         if standing is not None:
             if (standing.start, standing.train) == (plan.start, plan.train):
@@ -85,7 +84,7 @@ def _train_rounds(
     runtime: Runtime,
     config: Config,
     start: Round,
-    client: int,
+    client: int | None,
     plan: BaselineRecord,
     on_step: Callable[[int, int, int, StepReport], None],
 ) -> Progress:
@@ -101,6 +100,7 @@ def _train_rounds(
             client=client,
             round_number=number,
             first_draw=number * train.steps * train.batch_size,
+            rule=None,
             on_step=partial(on_step, number, rounds, train.steps),
         )
         progress = Progress(number + 1, adapter, math.fsum(losses) / len(losses))

@@ -6,16 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+from fedcli.algos import Algorithm, Array, Arrays, ClientRule
+from fedcli.algos.arrays import difference, to_float32
+from fedcli.algos.scaffold import control_delta
+from fedcli.config import algorithm_from
 from fedcli.errors import BusyError
 from fedcli.rounds.runtime import Runtime, require_rows
 from fedcli.rounds.settings import POLL_SECONDS, check_client, read_running_config
 from fedcli.training.reports import StepReport
+from fedcli.workspace.controls import read_control, remove_old_candidates, save_candidate
 from fedcli.workspace.history import Round, is_submitted, read_head, read_rounds
 from fedcli.workspace.inbox import drop_update
-from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD, Workspace
+from fedcli.workspace.layout import ADAPTER_FILE, CONTROL_DELTA_FILE, UPDATE_RECORD, Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import remove_temporaries
-from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry
+from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sha256
 from fedcli.workspace.tensors import encode
 
 ClientStatus = Literal["not_selected", "already_submitted", "submitted", "finished", "due"]
@@ -106,9 +113,14 @@ def _train_due(
         return result
     manifest = head.manifest
     adapter = head.adapter()
-    past = [earlier.manifest for earlier in read_rounds(workspace, before=head.number)]
-    first_draw = sum(p.train.steps * p.train.batch_size for p in past if client in p.cohort)
+    past = read_rounds(workspace, before=head.number)
+    first_draw = sum(
+        earlier.manifest.train.steps * earlier.manifest.train.batch_size
+        for earlier in past
+        if client in earlier.manifest.cohort
+    )
     require_rows(workspace, client)
+    rule = _Rule.read(workspace, [*past, head], adapter, client)
     runtime = load_runtime(head)
     rows = runtime.rows(client, manifest.train)
     started = time.monotonic()
@@ -120,7 +132,13 @@ def _train_due(
         on_step(report)
 
     values, losses = runtime.train(
-        adapter, manifest.train, client=client, round_number=head.number, first_draw=first_draw, on_step=count
+        adapter,
+        manifest.train,
+        client=client,
+        round_number=head.number,
+        first_draw=first_draw,
+        rule=rule.client_rule,
+        on_step=count,
     )
     training = Training(
         num_samples=len(rows.examples),
@@ -130,13 +148,52 @@ def _train_due(
         seconds=time.monotonic() - started,
         num_tokens=num_tokens,
     )
-    dropped = drop_update(workspace, head.number, client, _update_files(head, client, encode(values), training))
+    files = {ADAPTER_FILE: encode(values)}
+    candidate: dict[str, Array] = {}
+    if rule.algorithm.uses_control:
+        delta, candidate = rule.next_control(adapter, values, len(losses), manifest.train.learning_rate)
+        files[CONTROL_DELTA_FILE] = encode(delta)
+    record = _update_record(head, client, files, training).to_bytes()
+    if candidate:
+        remove_old_candidates(workspace, client, [*past, head])
+        save_candidate(workspace, head.number, client, sha256(record), candidate)
+    dropped = drop_update(workspace, head.number, client, [*files.items(), (UPDATE_RECORD, record)])
     return ClientResult("submitted" if dropped else "already_submitted", client, head.number, training)
 
 
-def _update_files(head: Round, client: int, adapter: bytes, training: Training) -> list[tuple[str, bytes]]:
-    """Return the files of an update: the adapter first, the record that names its hash last."""
-    record = UpdateRecord(
+@dataclass(frozen=True)
+class _Rule:
+    """The open round's algorithm as one client applies it, with SCAFFOLD's c and the client's own c_k."""
+
+    algorithm: Algorithm
+    client_rule: ClientRule | None
+    control: Arrays
+    own: Arrays
+
+    @classmethod
+    def read(cls, workspace: Workspace, rounds: list[Round], adapter: Arrays, client: int) -> "_Rule":
+        """Read what the last of `rounds` asks of a client."""
+        head = rounds[-1]
+        algorithm = algorithm_from(head.manifest.algorithm)
+        if not algorithm.uses_control:
+            return cls(algorithm, algorithm.client_rule(adapter, {}), {}, {})
+        zeros = {name: np.zeros_like(array) for name, array in adapter.items()}
+        control = head.state(algorithm) or zeros
+        own = read_control(workspace, rounds, algorithm, client) or zeros
+        correction = to_float32(difference(control, own))
+        return cls(algorithm, algorithm.client_rule(adapter, correction), control, own)
+
+    def next_control(
+        self, adapter: Arrays, trained: Arrays, steps: int, learning_rate: float
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Return c_k+ - c_k, which goes to the server, and c_k+, which stays here."""
+        delta = control_delta(adapter, trained, self.control, steps=steps, learning_rate=learning_rate)
+        return delta, {name: self.own[name] + change for name, change in delta.items()}
+
+
+def _update_record(head: Round, client: int, files: dict[str, bytes], training: Training) -> UpdateRecord:
+    """Return what a client says of its update."""
+    return UpdateRecord(
         protocol=PROTOCOL,
         workspace=head.manifest.workspace,
         round=head.number,
@@ -145,6 +202,5 @@ def _update_files(head: Round, client: int, adapter: bytes, training: Training) 
         num_samples=training.num_samples,
         steps=len(training.losses),
         train_loss=training.mean_loss,
-        files={ADAPTER_FILE: file_entry(adapter)},
+        files={name: file_entry(contents) for name, contents in files.items()},
     )
-    return [(ADAPTER_FILE, adapter), (UPDATE_RECORD, record.to_bytes())]

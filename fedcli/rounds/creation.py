@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 
 from fedcli.config import Config, ShardsBy, apply_overrides, parse_config, read_document
-from fedcli.data.demo import demo_rows
+from fedcli.data.demo import demo_preferences, demo_rows
 from fedcli.data.partition import partition
-from fedcli.data.rows import Row, alpaca_example, read_rows, write_rows
+from fedcli.data.rows import Row, alpaca_example, preference, read_rows, write_rows
 from fedcli.errors import ConfigError, UsageError, WorkspaceError, did_you_mean
 from fedcli.model.base import BUILTIN_PREFIX
 from fedcli.rounds.opening import open_first_round
@@ -136,7 +136,7 @@ def _data_files(workspace: Workspace, config: Config) -> dict[Path, bytes]:
     else:
         rows = read_rows(workspace.root / os.path.expanduser(source))
     for row in rows:
-        alpaca_example(row)
+        preference(row) if config.task == "dpo" else alpaca_example(row)
     choice = config.data.partition
     shares = partition(
         rows,
@@ -168,7 +168,7 @@ def _demo_files(workspace: Workspace, config: Config) -> tuple[list[Row], dict[P
             f"not {config.federation.clients}",
             hint="Use a number in that range, or rows of your own.",
         )
-    splits = demo_rows(config.federation.seed)
+    splits = (demo_preferences if config.task == "dpo" else demo_rows)(config.federation.seed)
     rows = [Row(fields, f"{DEMO_SOURCE}, row {number}") for number, fields in enumerate(splits["train"], 1)]
     held_out = {workspace.held_out_rows(split): write_rows(list(splits[split])) for split in ("tuning", "test")}
     return rows, held_out

@@ -5,22 +5,27 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
 from fedcli.algos import Arrays
-from fedcli.data.rows import Example, alpaca_example, read_rows
+from fedcli.config import Task
+from fedcli.data.rows import Row, alpaca_example, preference, read_rows
 from fedcli.errors import NotReadyError, UsageError, WorkspaceError
 from fedcli.eval.exact_match import Answer, answer_examples
+from fedcli.eval.preference import Verdict, judge_pairs
 from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import read_running_config
-from fedcli.workspace.baselines import published_baselines, read_baseline
+from fedcli.workspace.baselines import baseline_name, published_baselines, read_baseline
 from fedcli.workspace.history import Round, read_head, read_round
 from fedcli.workspace.layout import Workspace, update_name
 from fedcli.workspace.publish import publish_file
 
 BENCHMARK = "demo"
 SPLITS = ("test", "tuning")
+METRICS: dict[Task, str] = {"sft": "exact_match", "dpo": "preference_accuracy"}
+Answers: TypeAlias = Sequence[Answer] | Sequence[Verdict]
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,12 @@ class Score:
     """
 
     target: str
+    metric: str
     num_rows: int
     accuracy: float
     standard_error: float
+    margin: float | None = None
+    """Of preferences: the mean of log p(chosen) - log p(rejected)."""
     lead: float | None = None
     lead_error: float | None = None
 
@@ -44,6 +52,7 @@ def evaluate(
     *,
     base: bool = False,
     alone: Sequence[int] = (),
+    pooled: bool = False,
     round_name: str | None = None,
     split: str = "test",
     threads: int | None = None,
@@ -56,40 +65,41 @@ def evaluate(
     """
     config = read_running_config(workspace)
     start = _round(workspace, 0)
-    examples = _held_out(workspace, split)
-    targets = _targets(workspace, start, base, alone, round_name)
+    rows = _held_out(workspace, split)
+    named = [baseline_name(client) for client in alone] + ([baseline_name(None)] if pooled else [])
+    targets = _targets(workspace, start, base, named, round_name)
     runtime = Runtime(workspace, config, start, threads=threads)
-    answers: dict[str, list[Answer]] = {}
+    answers: dict[str, Answers] = {}
     for target, adapter in targets.items():
         runtime.adapted.load(adapter)
-        answers[target] = answer_examples(
-            runtime.adapted,
-            runtime.encoder,
-            examples,
-            partial(on_answers, target, len(examples)),
-        )
-    scores = _scores(answers)
+        report = partial(on_answers, target, len(rows))
+        if start.manifest.task == "dpo":
+            answers[target] = judge_pairs(runtime.adapted, runtime.encoder, [preference(row) for row in rows], report)
+        else:
+            examples = [alpaca_example(row) for row in rows]
+            answers[target] = answer_examples(runtime.adapted, runtime.encoder, examples, report)
+    scores = _scores(answers, METRICS[start.manifest.task])
     for score in scores:
         _keep(workspace, score, split, answers[score.target])
     return scores
 
 
 def _targets(
-    workspace: Workspace, start: Round, base: bool, alone: Sequence[int], round_name: str | None
+    workspace: Workspace, start: Round, base: bool, baselines: Sequence[str], round_name: str | None
 ) -> dict[str, Arrays]:
     """Return the adapters to score, by name; the base model is the adapter of zeros."""
-    everything = not base and not alone and round_name is None
+    everything = not base and not baselines and round_name is None
     tensors = start.manifest.tensors
-    names = published_baselines(workspace) if everything else [f"alone-{client}" for client in alone]
+    names = published_baselines(workspace) if everything else baselines
     targets: dict[str, Arrays] = {}
     if base or everything:
         targets["base"] = {name: np.zeros(entry.shape, np.float32) for name, entry in tensors.items()}
     for name in names:
         contents = read_baseline(workspace, name, tensors)
         if contents is None:
-            raise UsageError(
-                f"there is no baseline {name}", hint=f"Train it: `fedcli train-alone --id {name.rpartition('-')[2]}`."
-            )
+            kind, _, client = name.partition("-")
+            command = f"train-{kind} --id {client}" if client else f"train-{kind}"
+            raise UsageError(f"there is no baseline {name}", hint=f"Train it: `fedcli {command}`.")
         targets[name] = contents
     if everything or round_name is not None:
         latest = round_name in (None, "latest")
@@ -105,17 +115,17 @@ def _round(workspace: Workspace, number: int) -> Round:
     return found
 
 
-def _held_out(workspace: Workspace, split: str) -> list[Example]:
+def _held_out(workspace: Workspace, split: str) -> list[Row]:
     path = workspace.held_out_rows(split)
     if not path.is_file():
         raise WorkspaceError(
             f"this workspace has no held-out rows: {path} is missing",
             hint="Only workspaces of the built-in rows have them (data.source: builtin:demo).",
         )
-    return [alpaca_example(row) for row in read_rows(path)]
+    return read_rows(path)
 
 
-def _scores(answers: dict[str, list[Answer]]) -> list[Score]:
+def _scores(answers: dict[str, Answers], metric: str) -> list[Score]:
     """Return each target's score; the last round's lead is over the best client alone."""
     right = {target: [float(answer.is_correct) for answer in given] for target, given in answers.items()}
     alone = [target for target in right if target.startswith("alone-")]
@@ -127,7 +137,9 @@ def _scores(answers: dict[str, list[Answer]]) -> list[Score]:
         if best is not None and target.startswith("round-"):
             differences = [mark - other for mark, other in zip(marks, right[best], strict=True)]
             lead, lead_error = mean_and_error(differences)
-        scores.append(Score(target, len(marks), accuracy, error, lead, lead_error))
+        margins = [answer.margin for answer in answers[target] if isinstance(answer, Verdict)]
+        margin = math.fsum(margins) / len(margins) if margins else None
+        scores.append(Score(target, metric, len(marks), accuracy, error, margin, lead, lead_error))
     return scores
 
 
@@ -138,7 +150,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
-def _keep(workspace: Workspace, score: Score, split: str, answers: list[Answer]) -> None:
+def _keep(workspace: Workspace, score: Score, split: str, answers: Answers) -> None:
     """Write a target's score, and its answers beside it."""
     path = workspace.scores(score.target, BENCHMARK if split == "test" else f"{BENCHMARK}-{split}")
     record = {"benchmark": BENCHMARK, "split": split, **asdict(score)}

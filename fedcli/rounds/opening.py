@@ -1,9 +1,9 @@
 """Opening rounds: round 0 from its start, round n + 1 from an aggregation."""
 
+import math
 from dataclasses import asdict
 from typing import Literal
 
-from fedcli.algos import Array
 from fedcli.config import Config
 from fedcli.randomness import draw_cohort
 from fedcli.rounds.start import Start
@@ -12,12 +12,18 @@ from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILE,
     ADAPTER_NAME,
+    CONTROL_DELTA_FILE,
+    CONTROL_NAME,
     MANIFEST,
+    OPTIMIZER_NAME,
     Workspace,
 )
 from fedcli.workspace.publish import SHARED_FOLDER_MODE, SHARED_MODE, make_folder, publish_directory
 from fedcli.workspace.records import (
     Aggregation,
+    AlgorithmRun,
+    Cost,
+    FileEntry,
     Manifest,
     ModelRecord,
     Schedule,
@@ -25,7 +31,6 @@ from fedcli.workspace.records import (
     TrainRecord,
     file_entry,
 )
-from fedcli.workspace.tensors import encode
 
 
 def open_first_round(workspace: Workspace, config: Config, start: Start) -> Round:
@@ -45,10 +50,10 @@ def open_first_round(workspace: Workspace, config: Config, start: Start) -> Roun
 
 
 def open_next_round(
-    workspace: Workspace, previous: Round, config: Config, arrays: dict[str, Array], aggregation: Aggregation
+    workspace: Workspace, previous: Round, config: Config, files: dict[str, bytes], aggregation: Aggregation
 ) -> bool:
-    """Publish the round behind `previous` with its aggregated adapter; return False where another server was first."""
-    files = {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}
+    """Publish the round behind `previous` with its merged files; return False where another server was first."""
+    files = {**files, ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}
     manifest = _manifest(
         config,
         workspace_id=previous.manifest.workspace,
@@ -58,6 +63,7 @@ def open_next_round(
         tensors=previous.manifest.tensors,
         files=files,
         aggregation=aggregation,
+        previous=previous.manifest,
     )
     return _publish(workspace, manifest, files)
 
@@ -74,6 +80,8 @@ def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
         schedule=Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
+        beta=train.beta if config.task == "dpo" else None,
+        gradient_checkpointing=train.gradient_checkpointing,
         template=config.data.template,
         seed=config.federation.seed,
     )
@@ -95,6 +103,7 @@ def _manifest(
     tensors: dict[str, TensorEntry],
     files: dict[str, bytes],
     aggregation: Aggregation | None,
+    previous: Manifest | None = None,
 ) -> Manifest:
     """Shape a round's manifest from fedcli.yaml as it stands now."""
     federation = config.federation
@@ -105,6 +114,8 @@ def _manifest(
         if state == "open"
         else []
     )
+    update_files = [ADAPTER_FILE, CONTROL_DELTA_FILE] if config.algorithm.uses_control else [ADAPTER_FILE]
+    entries = {name: file_entry(contents) for name, contents in files.items()}
     return Manifest(
         workspace=workspace_id,
         round=number,
@@ -114,10 +125,49 @@ def _manifest(
         task=config.task,
         algorithm=asdict(config.algorithm),
         cohort=cohort,
-        update_files=[ADAPTER_FILE],
+        update_files=update_files,
         model=model,
         train=train_record(config, number, rounds),
-        files={name: file_entry(contents) for name, contents in files.items()},
+        files=entries,
         tensors=tensors,
         aggregation=aggregation,
+        cost=_cost(model, tensors, entries, update_files, aggregation, previous),
+        history=_history(aggregation, previous),
     )
+
+
+def _cost(
+    model: ModelRecord,
+    tensors: dict[str, TensorEntry],
+    files: dict[str, FileEntry],
+    update_files: list[str],
+    aggregation: Aggregation | None,
+    previous: Manifest | None,
+) -> Cost:
+    """Count what is communicated in the round, and add up what was before it."""
+    trainable = sum(math.prod(entry.shape) for entry in tensors.values())
+    read = [name for name in files if name != OPTIMIZER_NAME and (name != CONTROL_NAME or len(update_files) > 1)]
+    down = up = 0
+    if aggregation is not None and previous is not None and previous.cost is not None:
+        readers = len(aggregation.counted) + len(aggregation.refused)
+        down = previous.cost.total_bytes_down + readers * previous.cost.client_bytes_down
+        up = previous.cost.total_bytes_up + sum(entry.bytes for entry in aggregation.counted)
+    return Cost(
+        base_parameters=model.num_parameters,
+        trainable_parameters=trainable,
+        communicated_parameters=trainable * len(update_files),
+        client_bytes_down=sum(files[name].bytes for name in read),
+        client_bytes_up=files[ADAPTER_NAME].bytes * len(update_files),
+        total_bytes_down=down,
+        total_bytes_up=up,
+    )
+
+
+def _history(aggregation: Aggregation | None, previous: Manifest | None) -> list[AlgorithmRun]:
+    """Return which algorithm merged which rounds, one entry for each change."""
+    if aggregation is None or previous is None:
+        return []
+    history = previous.history
+    if history and history[-1].algorithm == aggregation.algorithm:
+        return history
+    return [*history, AlgorithmRun(round=previous.round, algorithm=aggregation.algorithm)]

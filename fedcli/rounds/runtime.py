@@ -4,27 +4,31 @@ import gc
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcli.algos import Array, Arrays
+from fedcli.algos import Array, Arrays, ClientRule
 from fedcli.config import Config
 from fedcli.data.order import draw
-from fedcli.data.rows import alpaca_example, read_rows
-from fedcli.errors import ConfigError
-from fedcli.model.base import find_base, fingerprint
+from fedcli.data.rows import alpaca_example, preference, read_rows
+from fedcli.errors import ConfigError, RequirementError
+from fedcli.model.base import find_base, fingerprint, require_bitsandbytes
+from fedcli.model.quiet import without_bitsandbytes
 from fedcli.randomness import stream_seed
 from fedcli.training.reports import StepReport, TrainSettings
-from fedcli.workspace.history import Round
+from fedcli.workspace.history import Round, read_start
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Workspace
 from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.reference import read_reference, reference_key, save_reference
 
 if TYPE_CHECKING:
-    from fedcli.data.encoding import EncodedRows
+    from fedcli.data.encoding import EncodedPair, EncodedRows
+    from fedcli.training.dpo import ReferredPair
 
 
 class Runtime:
@@ -36,27 +40,46 @@ class Runtime:
 
     def __init__(self, workspace: Workspace, config: Config, any_round: Round, *, threads: int | None = None) -> None:
         self._workspace = workspace
+        self._num_clients = config.federation.clients
+        self.task = any_round.manifest.task
         folder = _find_same_base(workspace, config, any_round)
-        _import_stack(threads)
-        from fedcli.data.encoding import Encoder
-        from fedcli.model.lora import AdaptedModel
+        quantization = any_round.manifest.model.quantization
+        require_bitsandbytes(quantization)
+        with without_bitsandbytes(quantization == "none"):
+            _import_stack(threads)
+            from fedcli.data.encoding import Encoder
+            from fedcli.model.lora import AdaptedModel
 
-        adapter_config = json.loads(any_round.read(ADAPTER_CONFIG_NAME))
-        self.adapted = AdaptedModel(folder, adapter_config, trust_remote_code=config.model.trust_remote_code)
+            self.adapted = AdaptedModel(
+                folder,
+                json.loads(any_round.read(ADAPTER_CONFIG_NAME)),
+                trust_remote_code=config.model.trust_remote_code,
+                quantization=quantization,
+            )
         self.encoder = Encoder(self.adapted.tokenizer)
-        self._rows: dict[tuple[int, int], EncodedRows] = {}
+        self._rows: dict[tuple[int | None, int], EncodedRows[Any]] = {}
+        self._start: Round | None = None
 
-    def rows(self, client: int, train: TrainRecord) -> "EncodedRows":
-        """Return a client's rows as token ids; raise ConfigError where it has no usable row."""
+    def rows(self, client: int | None, train: TrainRecord) -> "EncodedRows[Any]":
+        """Return a client's rows, or all clients' for None, as token ids: examples for sft, pairs for dpo.
+
+        Raises ConfigError where there is no usable row.
+        """
         key = (client, train.max_length)
         if key not in self._rows:
-            path = require_rows(self._workspace, client)
-            examples = [alpaca_example(row) for row in read_rows(path)]
-            encoded = self.encoder.rows(examples, train.max_length)
+            clients = range(self._num_clients) if client is None else [client]
+            paths = [require_rows(self._workspace, number) for number in clients]
+            rows = [row for path in paths for row in read_rows(path)]
+            encoded: EncodedRows[Any]
+            if self.task == "dpo":
+                encoded = self.encoder.pairs([preference(row) for row in rows], train.max_length)
+            else:
+                encoded = self.encoder.rows([alpaca_example(row) for row in rows], train.max_length)
             if not encoded.examples:
                 raise ConfigError(
-                    f"{path}: none of its {len(examples)} rows is usable at max_length {train.max_length}",
-                    hint="Responses must not be empty, and prompts must leave room for them: raise train.max_length.",
+                    f"{paths[0]}: none of its {len(rows)} rows is usable at max_length {train.max_length}",
+                    hint="Responses must not be empty (nor alike, in a pair), and prompts must leave room for them: "
+                    "raise train.max_length.",
                 )
             self._rows[key] = encoded
         return self._rows[key]
@@ -66,39 +89,94 @@ class Runtime:
         adapter: Arrays,
         train: TrainRecord,
         *,
-        client: int,
+        client: int | None,
         round_number: int,
         first_draw: int,
+        rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
     ) -> tuple[dict[str, Array], list[float]]:
-        """Train an adapter on a client's rows for one round; return its values and the losses of the steps.
+        """Train an adapter on a client's rows (all clients' for None) for one round; return values and steps' losses.
 
         `first_draw` is the number of rows that the client drew in its earlier rounds. Raises ConfigError where the
-        training diverged.
+        training diverged, RequirementError where the GPU's memory is too small.
         """
-        from fedcli.training.sft import train_sft
-
         examples = self.rows(client, train).examples
-        order = draw(
-            len(examples), seed=train.seed, client=client, first=first_draw, count=train.steps * train.batch_size
-        )
+        stream_client = self._num_clients if client is None else client
+        count = train.steps * train.batch_size
+        order = draw(len(examples), seed=train.seed, client=stream_client, first=first_draw, count=count)
         settings = TrainSettings(
             batch_size=train.batch_size,
             micro_batch_size=train.micro_batch_size,
             learning_rate=train.learning_rate,
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
-            seed=stream_seed(train.seed, "training", round_number=round_number, client=client) % 2**32,
+            gradient_checkpointing=train.gradient_checkpointing,
+            seed=stream_seed(train.seed, "training", round_number=round_number, client=stream_client) % 2**32,
         )
-        self.adapted.load(adapter)
-        losses = train_sft(self.adapted, [examples[index] for index in order], settings, on_step)
+        drawn = [examples[index] for index in order]
+        with _enough_memory():
+            losses = self._train(adapter, drawn, client, train, settings, rule, on_step)
         values = self.adapted.values()
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
+            who = "all rows" if client is None else f"client {client}"
             raise ConfigError(
-                f"client {client}: the training of round {round_number} diverged, its last loss is {losses[-1]}",
+                f"{who}: the training of round {round_number} diverged, its last loss is {losses[-1]}",
                 hint="Lower train.learning_rate in fedcli.yaml; it takes effect with the next round that is opened.",
             )
         return values, losses
+
+    def _train(
+        self,
+        adapter: Arrays,
+        drawn: Sequence[Any],
+        client: int | None,
+        train: TrainRecord,
+        settings: TrainSettings,
+        rule: ClientRule | None,
+        on_step: Callable[[StepReport], None],
+    ) -> list[float]:
+        """Train in place; return the losses of the steps."""
+        if self.task == "sft":
+            from fedcli.training.sft import train_sft
+
+            self.adapted.load(adapter)
+            return train_sft(self.adapted, drawn, settings, on_step, rule)
+        from fedcli.training.dpo import train_dpo
+
+        assert train.beta is not None
+        referred = self._refer(drawn, client)
+        self.adapted.load(adapter)
+        return train_dpo(self.adapted, referred, train.beta, settings, on_step, rule)
+
+    def _refer(self, pairs: "Sequence[EncodedPair]", client: int | None) -> "list[ReferredPair]":
+        """Return pairs with the log-probabilities of the reference model, round 0's, each computed once a client."""
+        from fedcli.training.dpo import ReferredPair, pair_log_probs
+
+        if self._start is None:
+            self._start = read_start(self._workspace)
+        key = reference_key(self._start.manifest)
+        known = read_reference(self._workspace, client, key)
+        missing = {pair.key: pair for pair in pairs if pair.key not in known}
+        if missing:
+            self.adapted.load(self._start.adapter())
+            known |= zip(missing, pair_log_probs(self.adapted, list(missing.values())), strict=True)
+            save_reference(self._workspace, client, key, known)
+        return [ReferredPair(pair, *known[pair.key]) for pair in pairs]
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Turn a GPU that is too small into a RequirementError with the cure."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RequirementError(
+            f"the GPU's memory is too small for this training: {str(error).partition('.')[0]}",
+            hint="In fedcli.yaml lower train.micro_batch_size or train.max_length, or set gradient_checkpointing; "
+            "`fedcli doctor` estimates what is needed.",
+        ) from error
 
 
 def _import_stack(threads: int | None) -> None:
@@ -110,7 +188,7 @@ def _import_stack(threads: int | None) -> None:
     try:
         import torch
 
-        import_module("fedcli.training.sft")  # by name: it is used by others, and a linter would drop the import
+        import_module("fedcli.training.trainer")  # by name: it is used by others, and a linter would drop the import
     finally:
         if was_enabled:
             gc.enable()

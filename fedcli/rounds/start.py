@@ -32,23 +32,26 @@ def prepare_start(config: Config, root: Path) -> Start:
     """
     from fedcli.data.encoding import Encoder
     from fedcli.model.base import BUILTIN_PREFIX, find_base, fingerprint, is_path, load_tokenizer
+    from fedcli.model.quiet import without_bitsandbytes
 
     base = config.model.base
     folder = find_base(base, revision=config.model.revision, root=root)
     Encoder(load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code))
     local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
-    arrays, adapter_config = _adapter(config, folder, root, hub_id=None if local else base)
+    with without_bitsandbytes(config.model.quantization == "none"):
+        arrays, adapter_config, num_parameters = _adapter(config, folder, root, hub_id=None if local else base)
     model = ModelRecord(
         base=folder.name if is_path(base, root) else base,  # no path of this machine
         revision=config.model.revision,
         fingerprint=fingerprint(folder),
         quantization=config.model.quantization,
+        num_parameters=num_parameters,
     )
     return Start(model, {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: adapter_config}, schema_of(arrays))
 
 
-def _adapter(config: Config, folder: Path, root: Path, *, hub_id: str | None) -> tuple[dict[str, Array], bytes]:
-    """Return the arrays and the adapter_config.json that the federation starts from."""
+def _adapter(config: Config, folder: Path, root: Path, *, hub_id: str | None) -> tuple[dict[str, Array], bytes, int]:
+    """Return the arrays and the adapter_config.json that the federation starts from, and the base's parameters."""
     from fedcli.model.lora import lora_config, start_adapter
 
     adapter = config.adapter
@@ -59,12 +62,12 @@ def _adapter(config: Config, folder: Path, root: Path, *, hub_id: str | None) ->
         target_modules=adapter.target_modules,
         base=hub_id,
     )
-    arrays = start_adapter(
+    arrays, num_parameters = start_adapter(
         folder, peft_config, seed=config.federation.seed, trust_remote_code=config.model.trust_remote_code
     )
     if adapter.init is not None:
         arrays = _read_adapter(root / os.path.expanduser(adapter.init), schema_of(arrays), peft_config)
-    return arrays, json.dumps(peft_config, indent=1, sort_keys=True).encode() + b"\n"
+    return arrays, json.dumps(peft_config, indent=1, sort_keys=True).encode() + b"\n", num_parameters
 
 
 def _read_adapter(folder: Path, schema: dict[str, TensorEntry], peft_config: dict[str, Any]) -> dict[str, Array]:

@@ -6,6 +6,7 @@ from typing import Any
 from fedcli.rounds.settings import read_running_config
 from fedcli.workspace.history import missing_clients, read_head
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.records import AlgorithmRun, Cost
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Status:
     """By client, of the updates that went into the open round's adapter."""
     last_refused: dict[int, str]
     last_missing: list[int]
+    cost: Cost | None
+    """None where the round was opened by a version that did not count."""
+    history: list[AlgorithmRun]
+    """Which algorithm merged which rounds."""
     next_command: str
 
 
@@ -54,6 +59,8 @@ def read_status(workspace: Workspace) -> Status:
         last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
         last_missing=last.missing if last else [],
+        cost=manifest.cost,
+        history=manifest.history,
         next_command=_next_command(manifest.state, missing, len(answered) >= needed),
     )
 

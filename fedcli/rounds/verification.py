@@ -11,10 +11,18 @@ from fedcli.errors import FedError, IntegrityError
 from fedcli.rounds.aggregation import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.history import Round, listed_rounds, read_identity, read_round
-from fedcli.workspace.layout import ADAPTER_NAME, MANIFEST, Workspace, is_round_name, round_name
+from fedcli.workspace.layout import (
+    ADAPTER_NAME,
+    CONTROL_NAME,
+    MANIFEST,
+    OPTIMIZER_NAME,
+    Workspace,
+    is_round_name,
+    round_name,
+)
 from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.tensors import decode, encode
+from fedcli.workspace.tensors import decode
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,9 @@ def verify(workspace: Workspace, *, on_round: Callable[[int], None] = lambda num
             _check_links(current, previous, number, result)
             if current.manifest.aggregation is not None:
                 _check_aggregation(current, current.manifest.aggregation, previous, seen, result)
-                if previous is not None:
-                    _recompute(workspace, current, current.manifest.aggregation, previous, result)
+                if previous is not None and identity is not None:
+                    num_clients = identity.fixed["federation.clients"]
+                    _recompute(workspace, current, current.manifest.aggregation, previous, num_clients, result)
             if number == 0:
                 _check_baselines(workspace, current, result)
         previous = current
@@ -191,14 +200,19 @@ def _check_aggregation(
 
 
 def _recompute(
-    workspace: Workspace, current: Round, aggregation: Aggregation, previous: Round, result: Verification
+    workspace: Workspace,
+    current: Round,
+    aggregation: Aggregation,
+    previous: Round,
+    num_clients: int,
+    result: Verification,
 ) -> None:
-    """The counted updates still lie in the inbox, and give this round's adapter, byte for byte."""
+    """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
     counted = [entry.client for entry in aggregation.counted]
     narrowed = Round(previous.folder, previous.manifest.model_copy(update={"cohort": counted}), previous.sha256)
     try:
         algorithm = algorithm_from(aggregation.algorithm)
-        adapter, again = combine(workspace, narrowed, algorithm, lambda client: None)
+        files, again = combine(workspace, narrowed, algorithm, num_clients, lambda client: None)
     except FedError as error:
         result.report(current.folder, f"cannot be computed again: {error}")
         return
@@ -218,13 +232,15 @@ def _recompute(
         if entry.update != hashes[entry.client]:
             whole = False
             result.report(workspace.update(previous.number, entry.client), "is not the update that was counted")
-    if not whole or adapter is None:
+    if not whole or files is None:
         return
     if not all(map(_same, again.counted, aggregation.counted)):
         result.report(current.folder, "records other weights, losses or norms than the counted updates give")
     result.num_recomputed += 1
-    if current.manifest.files.get(ADAPTER_NAME) != file_entry(encode(adapter)):
-        result.report(current.folder / ADAPTER_NAME, "is not what the counted updates give")
+    stored = {name: current.manifest.files.get(name) for name in (ADAPTER_NAME, OPTIMIZER_NAME, CONTROL_NAME)}
+    for name, found in stored.items():
+        if found != (file_entry(files[name]) if name in files else None):
+            result.report(current.folder / name, "is not what the counted updates give")
 
 
 def _same(again: CountedUpdate, recorded: CountedUpdate) -> bool:

@@ -12,6 +12,7 @@ class TrainSettings:
     learning_rate: float
     weight_decay: float
     max_grad_norm: float
+    gradient_checkpointing: bool
     seed: int
     """Of dropout; 32 bits."""
 

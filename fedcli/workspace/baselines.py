@@ -49,6 +49,11 @@ class Progress:
     last_loss: float
 
 
+def baseline_name(client: int | None) -> str:
+    """Return the name of a client's baseline, or of the pooled one."""
+    return "pooled" if client is None else f"alone-{client}"
+
+
 def published_baselines(workspace: Workspace) -> list[str]:
     """Return the names of the complete baselines."""
     if not workspace.baselines.is_dir():
@@ -93,8 +98,8 @@ def set_baseline_aside(workspace: Workspace, name: str) -> None:
     set_aside(workspace.baseline(name))
 
 
-def save_progress(workspace: Workspace, client: int, plan: BaselineRecord, progress: Progress) -> None:
-    """Keep a client's unfinished baseline in its private folder."""
+def save_progress(workspace: Workspace, client: int | None, plan: BaselineRecord, progress: Progress) -> None:
+    """Keep an unfinished baseline in a private folder."""
     metadata = {
         "plan": sha256(plan.to_bytes()),
         "rounds_done": str(progress.rounds_done),
@@ -103,8 +108,8 @@ def save_progress(workspace: Workspace, client: int, plan: BaselineRecord, progr
     publish_file(workspace.baseline_progress(client), save(dict(progress.adapter), metadata), mode=0o600)
 
 
-def read_progress(workspace: Workspace, client: int, plan: BaselineRecord) -> Progress | None:
-    """Return a client's unfinished baseline, or None where there is none with this plan."""
+def read_progress(workspace: Workspace, client: int | None, plan: BaselineRecord) -> Progress | None:
+    """Return an unfinished baseline, or None where there is none with this plan."""
     try:
         with safe_open(workspace.baseline_progress(client), framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -116,6 +121,6 @@ def read_progress(workspace: Workspace, client: int, plan: BaselineRecord) -> Pr
         return None
 
 
-def clear_progress(workspace: Workspace, client: int) -> None:
+def clear_progress(workspace: Workspace, client: int | None) -> None:
     """Remove what a finished baseline no longer needs."""
     workspace.baseline_progress(client).unlink(missing_ok=True)

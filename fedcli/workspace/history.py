@@ -1,14 +1,15 @@
 """Published rounds: finding the head, reading manifests and files with their hashes checked, and who has answered."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcli.algos import Array
+from fedcli.algos import Algorithm, Array
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
-from fedcli.workspace.layout import ADAPTER_NAME, MANIFEST, Workspace, is_round_name
+from fedcli.workspace.layout import ADAPTER_NAME, CONTROL_NAME, MANIFEST, OPTIMIZER_NAME, Workspace, is_round_name
 from fedcli.workspace.read import read_file
-from fedcli.workspace.records import FileEntry, Identity, Manifest, parse_record, sha256
+from fedcli.workspace.records import FileEntry, Identity, Manifest, TensorEntry, parse_record, sha256
 from fedcli.workspace.refusal import Refusal
 
 MAX_MANIFEST_BYTES = 2**28
@@ -31,17 +32,42 @@ class Round:
 
     def adapter(self) -> "dict[str, Array]":
         """Return the round's global adapter, float32; raise IntegrityError where it is damaged."""
+        return self.arrays(ADAPTER_NAME, self.manifest.tensors)
+
+    def state(self, algorithm: Algorithm) -> "dict[str, Array]":
+        """Return the server's state that the round before left for an algorithm; empty where it was another's."""
+        manifest, name = self.manifest, state_file(algorithm)
+        if (
+            manifest.aggregation is None
+            or manifest.aggregation.algorithm.get("name") != algorithm.name
+            or name not in manifest.files
+        ):
+            return {}
+        return self.arrays(name, state_schema(algorithm, manifest.tensors))
+
+    def arrays(self, name: str, schema: Mapping[str, TensorEntry]) -> "dict[str, Array]":
+        """Return the arrays of one of the round's files; raise IntegrityError where it does not hold them."""
         from fedcli.workspace.tensors import decode
 
         try:
-            return decode(self.read(ADAPTER_NAME), self.manifest.tensors)
+            return decode(self.read(name), schema)
         except Refusal as refusal:
-            path = self.folder / ADAPTER_NAME
+            path = self.folder / name
             raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
 
     def read(self, name: str) -> bytes:
         """Return the contents of one of the round's files; raise IntegrityError where its hash is another."""
         return read_checked(self.folder / name, self.manifest.files[name])
+
+
+def state_file(algorithm: Algorithm) -> str:
+    """Return the file of a round that holds an algorithm's state."""
+    return CONTROL_NAME if algorithm.uses_control else OPTIMIZER_NAME
+
+
+def state_schema(algorithm: Algorithm, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return the tensors of an algorithm's state."""
+    return {prefix + name: entry for prefix in algorithm.state_prefixes for name, entry in tensors.items()}
 
 
 def read_identity(workspace: Workspace) -> Identity:
@@ -92,6 +118,14 @@ def read_head(workspace: Workspace) -> Round:
             f"{head.folder} belongs to workspace {head.manifest.workspace}, not to {identity.id}", hint=_RESTORE
         )
     return head
+
+
+def read_start(workspace: Workspace) -> Round:
+    """Return round 0; raise NotReadyError where it is not open yet."""
+    start = read_round(workspace, 0)
+    if start is None:
+        raise NotReadyError(f"{workspace.root} has no round yet", hint="Run `fedcli server open`.")
+    return start
 
 
 def read_rounds(workspace: Workspace, *, before: int) -> list[Round]:

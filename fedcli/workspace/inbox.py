@@ -23,6 +23,8 @@ class Update:
     record: UpdateRecord
     sha256: str
     files: dict[str, dict[str, Array]]
+    num_bytes: int
+    """Of all its files."""
 
 
 def drop_update(workspace: Workspace, round_number: int, client: int, files: Iterable[tuple[str, bytes]]) -> bool:
@@ -67,6 +69,7 @@ def _read_folder(folder: int, owner: int, base: Round, client: int) -> Update:
     record = parse_update_record(contents)
     _check_record(record, base, client)
     files = {}
+    num_bytes = len(contents)
     for name in base.manifest.update_files:
         entry = record.files.get(name)
         if entry is None:
@@ -77,7 +80,8 @@ def _read_folder(folder: int, owner: int, base: Round, client: int) -> Update:
         if sha256(data) != entry.sha256:
             raise Refusal("hash", f"{name} does not have the hash that update.json gives")
         files[name] = decode(data, base.manifest.tensors)
-    return Update(record, sha256(contents), files)
+        num_bytes += len(data)
+    return Update(record, sha256(contents), files, num_bytes)
 
 
 def _read_expected(folder: int, name: str, limit: int, owner: int) -> bytes:

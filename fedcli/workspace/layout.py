@@ -11,6 +11,9 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_NAME = f"adapter/{ADAPTER_FILE}"
 ADAPTER_CONFIG_NAME = f"adapter/{ADAPTER_CONFIG_FILE}"
+OPTIMIZER_NAME = "optimizer.safetensors"
+CONTROL_NAME = "control.safetensors"
+CONTROL_DELTA_FILE = "control_delta.safetensors"
 UPDATE_RECORD = "update.json"
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
@@ -82,17 +85,28 @@ class Workspace:
         """A simulated client's private state."""
         return self.root / "private" / str(client)
 
+    def candidate(self, client: int, round_number: int, update: str) -> Path:
+        """The control variate that a client will have once its update (the hash of update.json) is counted."""
+        return self.private(client) / "control" / f"{update_name(round_number)}-{update}.safetensors"
+
     def client_lock(self, client: int) -> Path:
         """The lock that one process training a client holds."""
         return self.private(client) / "lock"
 
-    def baseline_lock(self, client: int) -> Path:
-        """The lock that one process training a client's baseline holds."""
-        return self.private(client) / "alone.lock"
+    def baseline_lock(self, client: int | None) -> Path:
+        """The lock that one process training a baseline holds: a client's `alone`, or the pooled one."""
+        return self._baseline_private(client).with_suffix(".lock")
 
-    def baseline_progress(self, client: int) -> Path:
-        """A client's unfinished `alone` baseline."""
-        return self.private(client) / "alone.safetensors"
+    def baseline_progress(self, client: int | None) -> Path:
+        """An unfinished baseline."""
+        return self._baseline_private(client).with_suffix(".safetensors")
+
+    def reference(self, client: int | None, key: str) -> Path:
+        """A client's cache of the reference model's log-probabilities; None: all clients' together."""
+        return self._baseline_private(client).parent / f"reference-{key}.safetensors"
+
+    def _baseline_private(self, client: int | None) -> Path:
+        return self.root / "private" / "pooled" / "pooled" if client is None else self.private(client) / "alone"
 
     def client_rows(self, client: int) -> Path:
         """A simulated client's rows."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedcli.config import Quantization, Task
 from fedcli.errors import IntegrityError
 from fedcli.workspace.refusal import Refusal, RefusalCode
 from fedcli.workspace.strict_json import parse_object
@@ -52,7 +53,9 @@ class ModelRecord(Record):
     base: str
     revision: str | None
     fingerprint: str
-    quantization: Literal["none"]
+    quantization: Quantization
+    num_parameters: Natural | None = None
+    """None in rounds of versions that did not count them."""
 
 
 class Schedule(Record):
@@ -75,6 +78,9 @@ class TrainRecord(Record):
     schedule: Schedule
     weight_decay: Finite
     max_grad_norm: Finite
+    beta: Finite | None = None
+    """Of DPO; None for other tasks."""
+    gradient_checkpointing: bool = False
     template: Literal["alpaca"]
     seed: Natural
 
@@ -88,6 +94,8 @@ class CountedUpdate(Record):
     num_samples: int
     train_loss: Finite | None
     delta_norm: Finite
+    bytes: Natural = 0
+    """Of the files that the client sent."""
 
 
 class RefusedUpdate(Record):
@@ -107,6 +115,28 @@ class Aggregation(Record):
     missing: list[Natural]
 
 
+class Cost(Record):
+    """What is communicated: by one client in this round, and by all in the rounds before it (Table 3 of the paper)."""
+
+    base_parameters: Natural | None
+    trainable_parameters: Natural
+    communicated_parameters: Natural
+    """Sent by a client: the adapter's, and as many again for a control variate."""
+    client_bytes_down: Natural
+    """The files that a client reads, manifest.json aside."""
+    client_bytes_up: Natural
+    """The files that it sends in float32, update.json aside."""
+    total_bytes_down: Natural
+    total_bytes_up: Natural
+
+
+class AlgorithmRun(Record):
+    """From round `round` on, rounds were merged with this algorithm, up to the next entry's."""
+
+    round: Natural
+    algorithm: dict[str, Any]
+
+
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
@@ -116,7 +146,7 @@ class Manifest(Record):
     rounds: Annotated[int, Field(ge=1)]
     state: Literal["open", "finished"]
     parent: Sha256 | None
-    task: Literal["sft"]
+    task: Task
     algorithm: dict[str, Any]
     cohort: list[Natural]
     update_files: list[str]
@@ -125,6 +155,8 @@ class Manifest(Record):
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
     aggregation: Aggregation | None
+    cost: Cost | None = None
+    history: list[AlgorithmRun] = Field(default_factory=list)
 
 
 class Identity(Record):

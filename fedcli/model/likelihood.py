@@ -1,0 +1,69 @@
+"""The likelihood that a causal language model gives to responses; logits are made at their positions only."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedcli.data.encoding import EncodedExample
+
+IGNORED = -100
+"""The label of a token that is not supervised."""
+
+
+def collate(examples: Sequence[EncodedExample], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad examples on the right to the longest: input_ids, attention_mask and labels, each (examples, length)."""
+    shape = (len(examples), max(len(example.ids) for example in examples))
+    input_ids = torch.full(shape, pad_id)
+    labels = torch.full(shape, IGNORED)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for row, example in enumerate(examples):
+        ids = torch.from_numpy(example.ids)
+        input_ids[row, : len(ids)] = ids
+        labels[row, example.prompt_length : len(ids)] = ids[example.prompt_length :]
+        attention_mask[row, : len(ids)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def supervised_cross_entropy(
+    model: Any, base: Any, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return -log p of every supervised token, float32, and the row of the batch that it belongs to.
+
+    `model` is called, and may be a wrapper; `base` is the transformers model in it.
+    """
+    labels = inputs["labels"]
+    with supervised_logits(base, labels) as targets:
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    rows = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
+    return cross_entropy(logits.float(), targets, reduction="none"), rows
+
+
+def response_log_probs(model: Any, base: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the log-probability of every row's response given its prompt, float32, shape (rows,)."""
+    losses, rows = supervised_cross_entropy(model, base, inputs)
+    return losses.new_zeros(len(inputs["labels"])).index_add(0, rows, -losses)
+
+
+@contextmanager
+def supervised_logits(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Make the model's output head see only the positions that predict a supervised token; yield their labels.
+
+    labels: (batch, length), IGNORED where not supervised. Inside the block the model's logits have the shape
+    (supervised tokens, vocabulary), in the order of the yielded labels. What the model does with logits behind its
+    head (scaling, soft-capping) stays in force.
+    """
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORED
+    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[operator]  # Module.__getattr__
+
+    def select(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0][predicts], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield labels[:, 1:][predicts[:, :-1]]
+    finally:
+        handle.remove()

@@ -1,0 +1,74 @@
+"""Direct preference optimisation: Rafailov et al., "Direct Preference Optimization", NeurIPS 2023, equation 7."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from fedcli.algos import ClientRule
+from fedcli.data.encoding import EncodedPair
+from fedcli.model.likelihood import collate, response_log_probs
+from fedcli.model.lora import AdaptedModel
+from fedcli.training.reports import StepReport, TrainSettings
+from fedcli.training.trainer import Batch, fit
+
+
+@dataclass(frozen=True)
+class ReferredPair:
+    """A pair, and the log-probabilities that the reference model gives to its two responses."""
+
+    pair: EncodedPair
+    chosen: float
+    rejected: float
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of both sides."""
+        return self.pair.num_tokens
+
+
+def train_dpo(
+    adapted: AdaptedModel,
+    pairs: Sequence[ReferredPair],
+    beta: float,
+    settings: TrainSettings,
+    on_step: Callable[[StepReport], None],
+    rule: ClientRule | None = None,
+) -> list[float]:
+    """Train the adapter in place, one optimiser step for every `batch_size` pairs; return the losses of the steps.
+
+    A step's loss is the mean over its pairs of -log sigmoid(beta ((log p(chosen) - log p(rejected)) - the same of the
+    reference)), however the batch is cut into micro-batches.
+    """
+    pad = partial(_collate, pad_id=adapted.pad_id)
+    loss = partial(_loss, beta, settings.batch_size)
+    return fit(adapted, pairs, settings, collate=pad, loss=loss, rule=rule, on_step=on_step)
+
+
+def pair_log_probs(adapted: AdaptedModel, pairs: Sequence[EncodedPair]) -> Iterator[tuple[float, float]]:
+    """Yield, pair by pair, the log-probabilities that the model as it is gives to the chosen and the rejected response.
+
+    Without dropout, and one pair at a time, so that a pair's figures do not depend on its neighbours in a batch.
+    """
+    model = adapted.model
+    model.eval()
+    for pair in pairs:
+        batch = collate([pair.chosen, pair.rejected], adapted.pad_id)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with torch.no_grad():
+            chosen, rejected = response_log_probs(model, model.get_base_model(), batch).tolist()
+        yield chosen, rejected
+
+
+def _collate(pairs: Sequence[ReferredPair], pad_id: int) -> Batch:
+    """Return a micro-batch: all chosen sides, then all rejected ones, and the reference's margin of each pair."""
+    sides = [item.pair.chosen for item in pairs] + [item.pair.rejected for item in pairs]
+    return collate(sides, pad_id) | {"reference_margin": torch.tensor([item.chosen - item.rejected for item in pairs])}
+
+
+def _loss(beta: float, batch_size: int, model: Any, base: Any, batch: Batch, _num_tokens: object) -> torch.Tensor:
+    chosen, rejected = response_log_probs(model, base, batch).chunk(2)
+    return -logsigmoid(beta * (chosen - rejected - batch["reference_margin"])).sum() / batch_size

@@ -1,0 +1,43 @@
+"""A client's cache of the reference model's log-probabilities, so that each row is computed once."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedcli.algos import Array
+from fedcli.workspace.layout import ADAPTER_NAME, Workspace
+from fedcli.workspace.publish import publish_file
+from fedcli.workspace.records import Manifest
+
+LogProbs = dict[bytes, tuple[float, float]]
+"""By a pair's key: of the chosen and of the rejected response."""
+
+
+def reference_key(start: Manifest) -> str:
+    """Return what tells one reference model from another: round 0's base model, as it is quantised, and adapter."""
+    adapter = start.files[ADAPTER_NAME].sha256
+    return hashlib.sha256(f"{start.model.fingerprint} {start.model.quantization} {adapter}".encode()).hexdigest()[:32]
+
+
+def read_reference(workspace: Workspace, client: int | None, key: str) -> LogProbs:
+    """Return what a client has computed so far; nothing where the file is missing or damaged."""
+    try:
+        arrays = load(workspace.reference(client, key).read_bytes())
+        keys, values = arrays["keys"], arrays["values"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return {}
+    return {bytes(row): (float(pair[0]), float(pair[1])) for row, pair in zip(keys, values, strict=True)}
+
+
+def save_reference(
+    workspace: Workspace, client: int | None, key: str, log_probs: Mapping[bytes, tuple[float, float]]
+) -> None:
+    """Replace a client's cache."""
+    arrays: dict[str, Array] = {
+        "keys": np.frombuffer(b"".join(log_probs), np.uint8).reshape(len(log_probs), -1),
+        "values": np.array(list(log_probs.values()), np.float64),
+    }
+    publish_file(workspace.reference(client, key), save(arrays), mode=0o600)
