@@ -44,6 +44,12 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def commit() -> str:
+    """Return the commit that is checked out, marked where files differ from it."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def main() -> int:
     """Print the table and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -64,9 +70,7 @@ def main() -> int:
             f"| {row['lead']:+.3f} ± {row['lead_error']:.3f} |",
             flush=True,
         )
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    record = {"date": datetime.now(UTC).date().isoformat(), "commit": commit, "machine": processor()}
+    record = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "machine": processor()}
     record |= {"cores": os.cpu_count(), "split": arguments.split, "seeds": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"demo_seeds-{arguments.split}.json").write_text(json.dumps(record, indent=1) + "\n")

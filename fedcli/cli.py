@@ -15,6 +15,7 @@ from fedcli import __version__
 from fedcli.commands import (
     client_status,
     client_train,
+    doctor,
     evaluate,
     init,
     run,
@@ -48,6 +49,7 @@ app.command()(init.init)
 app.command()(run.run)
 app.command()(status.status)
 app.command()(verify.verify)
+app.command()(doctor.doctor)
 app.command("train-alone")(train_alone.train_alone)
 app.command("train-pooled")(train_pooled.train_pooled)
 app.command("eval")(evaluate.evaluate)

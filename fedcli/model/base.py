@@ -1,6 +1,7 @@
 """Base models: where one lies, and how two parties know that they have the same."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,6 +130,7 @@ def require_bitsandbytes(quantization: Quantization) -> None:
     """Raise RequirementError where a quantised model is asked for and bitsandbytes is missing or does not import."""
     if quantization == "none":
         return
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of faster kernels that are not installed
     try:
         import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:
@@ -136,6 +138,17 @@ def require_bitsandbytes(quantization: Quantization) -> None:
             f"model.quantization {quantization} needs the package bitsandbytes, which does not import: {error}",
             hint="Install it (pip install bitsandbytes); `fedcli doctor` tells more.",
         ) from error
+
+
+def load_shapes(source: Path | str, *, revision: str | None, trust_remote_code: bool) -> "PreTrainedModel":
+    """Return a base model without weights, on the meta device: of a folder, or of a hub id's config.json."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"), loading(source):
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
@@ -157,7 +170,7 @@ def has_bfloat16() -> bool:
 
 
 @contextmanager
-def loading(folder: Path) -> Iterator[None]:
+def loading(folder: Path | str) -> Iterator[None]:
     """Turn what transformers raises for a folder that is no whole model into a RequirementError."""
     from safetensors import SafetensorError
 
@@ -165,12 +178,12 @@ def loading(folder: Path) -> Iterator[None]:
         yield
     except ImportError as error:  # transformers says which package the model needs, and how to install it
         raise RequirementError(
-            f"the base model in {folder} needs a package that is missing: {' '.join(str(error).split())}",
+            f"the base model {folder} needs a package that is missing: {' '.join(str(error).split())}",
             hint="Install that package, or choose another base model; `fedcli doctor` shows what is there.",
         ) from error
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         raise RequirementError(
-            f"the base model in {folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
+            f"the base model {folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
             hint="Check that the folder is whole and that the installed transformers knows this architecture.",
         ) from error
 

@@ -10,7 +10,7 @@ import numpy as np
 from fedcli.algos import Array, Arrays
 from fedcli.config import Quantization
 from fedcli.errors import ConfigError, did_you_mean
-from fedcli.model.base import load_base, loading
+from fedcli.model.base import load_base, load_shapes
 from fedcli.model.quiet import quiet_libraries
 from fedcli.randomness import stream
 
@@ -49,12 +49,9 @@ def start_adapter(
     """
     import torch
     from peft import get_peft_model, get_peft_model_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet_libraries(), torch.device("meta"):
-        with loading(folder):
-            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        model = load_shapes(folder, revision=None, trust_remote_code=trust_remote_code)
         _check_targets(model, config["target_modules"])
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         peft_model = get_peft_model(model, _peft_config(config))

@@ -1,0 +1,39 @@
+"""fedcli doctor."""
+
+from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.output import print_json, progress_display
+
+
+def doctor(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+    """Check this machine, and whether the workspace's experiment can run on it; exit with 8 where it cannot.
+
+    Outside a workspace it looks at the machine alone.
+    """
+    from fedcli.errors import RequirementError, WorkspaceError
+    from fedcli.rounds.diagnosis import examine
+    from fedcli.workspace.layout import find_workspace
+
+    try:
+        found = find_workspace(workspace)
+    except WorkspaceError:
+        if workspace is not None:
+            raise
+        found = None
+    with progress_display(json_output) as progress:
+        task = progress.add_task("", total=None)
+        findings = examine(found, on_check=lambda name: progress.update(task, advance=1, description=name))
+    if json_output:
+        print_json({"findings": findings})
+    else:
+        for finding in findings:
+            print(f"{finding.state:8} {finding.name:17} {finding.detail}")
+            if finding.cure:
+                print(f"{'':26} {finding.cure}")
+        if found is None:
+            print("no workspace here: its file system and its model were not looked at")
+    if failed := [finding.name for finding in findings if finding.state == "failed"]:
+        raise RequirementError(
+            f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}",
+            hint="Do what is said beside them.",
+            is_reported=True,
+        )

@@ -1,0 +1,205 @@
+"""What `fedcli doctor` looks at: this machine, and whether the workspace's experiment can run on it."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from fedcli.config import Config
+from fedcli.errors import FedError
+from fedcli.rounds.settings import read_config
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.probe import probe_file_system
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "filelock")
+OLDEST_PYTHON = (3, 11)
+HUB_TIMEOUT = 5.0
+"""Seconds."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; a cure stands where it is not as it should be."""
+
+    name: str
+    state: Literal["ok", "warning", "failed"]
+    detail: str
+    cure: str = ""
+
+
+def examine(workspace: Workspace | None, *, on_check: Callable[[str], None] = lambda name: None) -> list[Finding]:
+    """Look at Python, packages, devices, bitsandbytes, the hub and, where there is one, the workspace.
+
+    What the experiment needs and has not is "failed"; what is missing and not needed, or cannot be told, a "warning".
+    """
+    config = None
+    findings = [_python()]
+    if workspace is not None:
+        try:
+            config = read_config(workspace)
+        except FedError as error:
+            findings.append(Finding("fedcli.yaml", "failed", error.message, error.hint))
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("packages", lambda: _packages(config)),
+        ("devices", _devices),
+        ("bitsandbytes", lambda: _bitsandbytes(config)),
+        ("hub", _hub),
+    ]
+    if workspace is not None:
+        checks.append(("file system", lambda: _file_system(workspace)))
+    for name, check in checks:
+        on_check(name)
+        findings += check()
+    if workspace is not None and config is not None:
+        on_check("memory")
+        findings.append(_memory(workspace, config))
+    return findings
+
+
+def _python() -> Finding:
+    state: Literal["ok", "failed"] = "ok" if sys.version_info[:2] >= OLDEST_PYTHON else "failed"
+    return Finding("python", state, platform.python_version(), "" if state == "ok" else "Install Python 3.11 or later.")
+
+
+def _packages(config: Config | None) -> Iterator[Finding]:
+    for package in PACKAGES:
+        try:
+            yield Finding(package, "ok", metadata.version(package))
+        except metadata.PackageNotFoundError:
+            is_needed = package != "bitsandbytes" or _is_quantized(config)
+            yield Finding(package, "failed" if is_needed else "warning", "not installed", f"pip install {package}")
+
+
+def _is_quantized(config: Config | None) -> bool:
+    return config is not None and config.model.quantization != "none"
+
+
+def _devices() -> Iterator[Finding]:
+    yield Finding("cpu", "ok", f"{os.cpu_count()} cores, {_size(_available_memory())} of memory available")
+    try:
+        import torch
+    except ImportError:
+        return
+    if not torch.cuda.is_available():
+        yield Finding("gpu", "warning", "none that torch can use", "Large models train far faster on a GPU.")
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        yield Finding(f"gpu {number}", "ok", f"{name}, {_size(free)} of {_size(total)} free")
+
+
+def _bitsandbytes(config: Config | None) -> Iterator[Finding]:
+    """Multiply two small matrices in int8 and nf4, and compare with the product in float32."""
+    from fedcli.model.base import require_bitsandbytes
+
+    bad: Literal["failed", "warning"] = "failed" if _is_quantized(config) else "warning"
+    try:
+        require_bitsandbytes("int8")
+        errors = _quantized_matmul_errors()
+    except FedError as error:
+        yield Finding("quantised matmul", bad, error.message, error.hint)
+    except Exception as error:  # whatever a broken binary raises, it does not work here
+        cure = "Reinstall bitsandbytes for this machine's torch and CUDA."
+        yield Finding("quantised matmul", bad, f"{type(error).__name__}: {error}", cure)
+    else:
+        detail = ", ".join(f"{name} off by {error:.1%}" for name, error in errors.items())
+        is_right = all(error < 0.25 for error in errors.values())
+        cure = "" if is_right else "Reinstall bitsandbytes."
+        yield Finding("quantised matmul", "ok" if is_right else bad, detail, cure)
+
+
+def _quantized_matmul_errors() -> dict[str, float]:
+    """Return the relative error of a quantised product by kind."""
+    import torch
+    from bitsandbytes import functional
+    from bitsandbytes.autograd._functions import matmul_4bit
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(64, 64, generator=generator).to(device) for _ in range(2))
+    exact = left @ right.T
+    left8, left_scale, _ = functional.int8_vectorwise_quant(left.half())
+    right8, right_scale, _ = functional.int8_vectorwise_quant(right.half())
+    product = functional.int8_mm_dequant(functional.int8_linear_matmul(left8, right8), left_scale, right_scale)
+    right4, state = functional.quantize_4bit(right, quant_type="nf4")
+    products = {"int8": product.float(), "nf4": matmul_4bit(left, right4.t(), state)}
+    return {name: float((product - exact).norm() / exact.norm()) for name, product in products.items()}
+
+
+def _hub() -> Iterator[Finding]:
+    """Ask the hub for the head of its front page."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        yield Finding(
+            "hub", "warning", "not asked: HF_HUB_OFFLINE is set", "Unset it to fetch models and rows by name."
+        )
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception as error:  # which errors there are depends on the HTTP library that the hub's client uses
+        cure = "Models and rows must lie in local folders, or in the hub's cache; $HF_ENDPOINT names a mirror."
+        yield Finding("hub", "warning", f"{constants.ENDPOINT} cannot be reached: {error}", cure)
+    else:
+        yield Finding("hub", "ok", constants.ENDPOINT)
+
+
+def _file_system(workspace: Workspace) -> Iterator[Finding]:
+    for name, problem in probe_file_system(workspace.root).items():
+        cure = "Put the workspace on a file system that has this (docs/PROTOCOL.md); on Lustre mount it with -o flock."
+        yield Finding(
+            f"disk: {name}", "failed" if problem else "ok", problem or str(workspace.root), cure if problem else ""
+        )
+
+
+def _memory(workspace: Workspace, config: Config) -> Finding:
+    """Compare what training is estimated to need with what the device has."""
+    import torch
+
+    from fedcli.model.base import BUILTIN_PREFIX, find_base, has_bfloat16, is_path, load_shapes
+    from fedcli.model.memory import estimate_memory
+
+    base, train, root = config.model.base, config.train, workspace.root
+    try:
+        local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
+        source = find_base(base, revision=None, root=root) if local else base  # of a hub's model only its config.json
+        model = load_shapes(source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    except FedError as error:
+        return Finding("memory", "warning", f"cannot be estimated: {error.message}", error.hint)
+    estimate = estimate_memory(
+        model,
+        quantization=config.model.quantization,
+        rank=config.adapter.rank,
+        target_modules=config.adapter.target_modules,
+        rows=(train.micro_batch_size or train.batch_size) * (2 if config.task == "dpo" else 1),
+        length=train.max_length,
+        has_checkpointing=train.gradient_checkpointing,
+        compute_bytes=2 if has_bfloat16() else 4,
+    )
+    available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _available_memory()
+    detail = (
+        f"{base}: about {_size(estimate.total)} (weights {_size(estimate.weights)}, adapter "
+        f"{_size(estimate.adapter)}, optimiser {_size(estimate.optimizer)}, activations {_size(estimate.activations)}) "
+        f"of {_size(available)}"
+    )
+    if estimate.total <= available:
+        return Finding("memory", "ok", detail)
+    cure = "Lower train.micro_batch_size or max_length, set train.gradient_checkpointing, or quantise the base."
+    return Finding("memory", "failed", detail, cure)
+
+
+def _available_memory() -> int:
+    """Return the bytes of main memory that a new process may use."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:.1f} MiB"
