@@ -1,6 +1,6 @@
 """Every algorithm, each client alone and all rows pooled on the demo, for several seeds, as a table.
 
-    python benchmarks/algorithms.py [--task sft|dpo] [--seeds 0 1 2] [--split test] [--algorithms NAME[:key=value,...] ...]
+    python benchmarks/algorithms.py [--task sft|dpo] [--seeds 0 1 2] [--algorithms NAME[:KEY=VALUE,...] ...]
 
 An entry such as `fedyogi:eta=0.01` sets hyperparameters; without them an algorithm has its defaults. Two processes run
 at a time. Exits 1 where a federation is not ahead of the best client alone in the mean over the seeds.

@@ -42,8 +42,8 @@ def _print(result: "Status") -> None:
             f"trainable, {_count(cost.communicated_parameters)} sent by a client in a round"
         )
         print(
-            f"transfer   {_count(cost.client_bytes_down)} bytes down and {_count(cost.client_bytes_up)} up a client and "
-            f"round; {_count(cost.total_bytes_down)} down and {_count(cost.total_bytes_up)} up by all so far"
+            f"transfer   {_count(cost.client_bytes_down)} bytes down and {_count(cost.client_bytes_up)} up "
+            f"a client and round; {_count(cost.total_bytes_down)} down and {_count(cost.total_bytes_up)} up so far"
         )
     print_hint(f"next: {result.next_command}")
 
