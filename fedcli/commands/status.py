@@ -22,7 +22,9 @@ def status(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
 def _print(result: "Status") -> None:
     print(f"workspace  {result.workspace}")
     print(f"round      {result.round} of {result.rounds}, {result.state}")
-    print(f"algorithm  {result.algorithm['name']}, task {result.task}, learning rate {result.learning_rate:.3g}")
+    print(f"algorithm  {_describe(result.algorithm)}, task {result.task}, learning rate {result.learning_rate:.3g}")
+    if result.next_algorithm != result.algorithm and result.state == "open":
+        print(f"next       {_describe(result.next_algorithm)}, from round {result.round + 1} on, as fedcli.yaml has it")
     if result.cohort:
         print(f"cohort     {_names(result.cohort)}; {result.needed} must answer")
         print(f"answered   {_names(result.answered)}")

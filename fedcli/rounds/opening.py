@@ -1,29 +1,23 @@
 """Opening rounds: round 0 from its start, round n + 1 from an aggregation."""
 
-import math
 from dataclasses import asdict
 from typing import Literal
 
 from fedcli.config import Config
 from fedcli.randomness import draw_cohort
+from fedcli.rounds.accounting import cost_of, history_of
 from fedcli.rounds.start import Start
 from fedcli.workspace.history import Round, read_head, read_identity
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILE,
-    ADAPTER_NAME,
     CONTROL_DELTA_FILE,
-    CONTROL_NAME,
     MANIFEST,
-    OPTIMIZER_NAME,
     Workspace,
 )
 from fedcli.workspace.publish import SHARED_FOLDER_MODE, SHARED_MODE, make_folder, publish_directory
 from fedcli.workspace.records import (
     Aggregation,
-    AlgorithmRun,
-    Cost,
-    FileEntry,
     Manifest,
     ModelRecord,
     Schedule,
@@ -115,8 +109,7 @@ def _manifest(
         else []
     )
     update_files = [ADAPTER_FILE, CONTROL_DELTA_FILE] if config.algorithm.uses_control else [ADAPTER_FILE]
-    entries = {name: file_entry(contents) for name, contents in files.items()}
-    return Manifest(
+    manifest = Manifest(
         workspace=workspace_id,
         round=number,
         rounds=rounds,
@@ -128,46 +121,10 @@ def _manifest(
         update_files=update_files,
         model=model,
         train=train_record(config, number, rounds),
-        files=entries,
+        files={name: file_entry(contents) for name, contents in files.items()},
         tensors=tensors,
         aggregation=aggregation,
-        cost=_cost(model, tensors, entries, update_files, aggregation, previous),
-        history=_history(aggregation, previous),
     )
-
-
-def _cost(
-    model: ModelRecord,
-    tensors: dict[str, TensorEntry],
-    files: dict[str, FileEntry],
-    update_files: list[str],
-    aggregation: Aggregation | None,
-    previous: Manifest | None,
-) -> Cost:
-    """Count what is communicated in the round, and add up what was before it."""
-    trainable = sum(math.prod(entry.shape) for entry in tensors.values())
-    read = [name for name in files if name != OPTIMIZER_NAME and (name != CONTROL_NAME or len(update_files) > 1)]
-    down = up = 0
-    if aggregation is not None and previous is not None and previous.cost is not None:
-        readers = len(aggregation.counted) + len(aggregation.refused)
-        down = previous.cost.total_bytes_down + readers * previous.cost.client_bytes_down
-        up = previous.cost.total_bytes_up + sum(entry.bytes for entry in aggregation.counted)
-    return Cost(
-        base_parameters=model.num_parameters,
-        trainable_parameters=trainable,
-        communicated_parameters=trainable * len(update_files),
-        client_bytes_down=sum(files[name].bytes for name in read),
-        client_bytes_up=files[ADAPTER_NAME].bytes * len(update_files),
-        total_bytes_down=down,
-        total_bytes_up=up,
+    return manifest.model_copy(
+        update={"cost": cost_of(manifest, previous), "history": history_of(manifest, previous)},
     )
-
-
-def _history(aggregation: Aggregation | None, previous: Manifest | None) -> list[AlgorithmRun]:
-    """Return which algorithm merged which rounds, one entry for each change."""
-    if aggregation is None or previous is None:
-        return []
-    history = previous.history
-    if history and history[-1].algorithm == aggregation.algorithm:
-        return history
-    return [*history, AlgorithmRun(round=previous.round, algorithm=aggregation.algorithm)]

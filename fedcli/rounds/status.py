@@ -1,6 +1,6 @@
 """Where a federation stands; reads manifests and listings only, so it is quick and disturbs nobody."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedcli.rounds.settings import read_running_config
@@ -19,6 +19,8 @@ class Status:
     state: str
     task: str
     algorithm: dict[str, Any]
+    next_algorithm: dict[str, Any]
+    """What the next round will carry: fedcli.yaml's as it stands."""
     learning_rate: float
     cohort: list[int]
     answered: list[int]
@@ -51,6 +53,7 @@ def read_status(workspace: Workspace) -> Status:
         state=manifest.state,
         task=manifest.task,
         algorithm=manifest.algorithm,
+        next_algorithm=asdict(config.algorithm),
         learning_rate=manifest.train.learning_rate,
         cohort=manifest.cohort,
         answered=answered,

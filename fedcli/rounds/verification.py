@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedcli.config import algorithm_from
 from fedcli.errors import FedError, IntegrityError
+from fedcli.rounds.accounting import cost_of, history_of
 from fedcli.rounds.aggregation import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.history import Round, listed_rounds, read_identity, read_round
@@ -171,6 +172,10 @@ def _check_links(current: Round, previous: Round | None, number: int, result: Ve
         result.report(current.folder, f"names another parent than round {number - 1}'s manifest.json")
     if previous.manifest.state == "finished":
         result.report(current.folder, "follows a finished round")
+    if manifest.cost not in (None, cost_of(manifest, previous.manifest)):
+        result.report(current.folder, "states another cost than its files and counted updates give")
+    if manifest.cost and manifest.history != history_of(manifest, previous.manifest):
+        result.report(current.folder, "states another history of algorithms than the rounds before it")
     for key in ("task", "model", "tensors"):
         if getattr(manifest, key) != getattr(previous.manifest, key):
             result.report(current.folder, f"changes {key}, which is fixed")

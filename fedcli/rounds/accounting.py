@@ -1,0 +1,37 @@
+"""What a federation has communicated, and which algorithms merged it: running totals that every manifest carries on."""
+
+import math
+
+from fedcli.workspace.layout import ADAPTER_NAME, CONTROL_NAME, OPTIMIZER_NAME
+from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
+
+
+def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
+    """Count what is communicated in a round, and add up what was in all rounds before it."""
+    num_files = len(manifest.update_files)
+    trainable = sum(math.prod(entry.shape) for entry in manifest.tensors.values())
+    unread = {OPTIMIZER_NAME} if num_files > 1 else {OPTIMIZER_NAME, CONTROL_NAME}
+    down = up = 0
+    if manifest.aggregation is not None and previous is not None and previous.cost is not None:
+        num_readers = len(manifest.aggregation.counted) + len(manifest.aggregation.refused)
+        down = previous.cost.total_bytes_down + num_readers * previous.cost.client_bytes_down
+        up = previous.cost.total_bytes_up + sum(entry.bytes for entry in manifest.aggregation.counted)
+    return Cost(
+        base_parameters=manifest.model.num_parameters,
+        trainable_parameters=trainable,
+        communicated_parameters=trainable * num_files,
+        client_bytes_down=sum(entry.bytes for name, entry in manifest.files.items() if name not in unread),
+        client_bytes_up=num_files * sum(entry.bytes for name, entry in manifest.files.items() if name == ADAPTER_NAME),
+        total_bytes_down=down,
+        total_bytes_up=up,
+    )
+
+
+def history_of(manifest: Manifest, previous: Manifest | None) -> list[AlgorithmRun]:
+    """Return which algorithm merged which rounds, one entry for each change."""
+    if manifest.aggregation is None or previous is None:
+        return []
+    history = previous.history
+    if history and history[-1].algorithm == manifest.aggregation.algorithm:
+        return history
+    return [*history, AlgorithmRun(round=previous.round, algorithm=manifest.aggregation.algorithm)]
