@@ -16,7 +16,6 @@ from protocol_client import take_part
 from safetensors.numpy import save
 from test_protocol import ADAPTER, all_take_part, configure, noisy, read_manifest, stored_hashes
 
-from fedcli.algos import FedAvg
 from fedcli.cli import main
 from fedcli.config import FederationConfig
 from fedcli.rounds.aggregation import aggregate
@@ -139,8 +138,16 @@ def test_wait_gives_up_when_its_time_is_over(here):
 def test_an_unknown_algorithm_exits_2_with_the_nearest_name(here, capsys):
     all_take_part(here)
     assert main(["server", "aggregate", "--algo", "fedavgg"]) == 2
-    assert "unknown algorithm 'fedavgg'\n  Did you mean fedavg?" in capsys.readouterr().err
+    assert "unknown algorithm 'fedavgg'\n  Did you mean fedavg or fedavgm?" in capsys.readouterr().err
+    assert main(["server", "aggregate", "--algo", "fedyoga", "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["message"], error["hint"]) == ("unknown algorithm 'fedyoga'", "Did you mean fedyogi or fedavg?")
     assert published(here) == ["00000"]
+
+
+def test_an_unknown_algorithm_is_not_waited_for(here, capsys):
+    assert main(["server", "aggregate", "--algo", "fedavgg", "--wait", "2"]) == 2  # nobody has answered
+    assert "unknown algorithm 'fedavgg'" in capsys.readouterr().err
 
 
 def test_the_algorithm_that_merged_a_round_is_recorded(here):
@@ -156,7 +163,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(small, tmp_path):
     for client in (2, 0, 1):
         take_part(other, client, noisy(client), 10**client)
     for workspace in (small, other):
-        aggregate(Workspace(workspace), algorithm=FedAvg())
+        aggregate(Workspace(workspace), algorithm="fedavg")
     assert stored_hashes(small / "rounds") == stored_hashes(other / "rounds")
 
 

@@ -1,14 +1,17 @@
-"""The recorded campaign: kill -9 of real processes at random moments, the federation going on after each.
+"""The recorded campaigns: kill -9 of real processes at random moments, the federation going on after each.
 
-$FEDCLI_KILLS kills (50; CI: 5). With $FEDCLI_RECORD=FILE the kills and their moments are written there as JSON.
+$FEDCLI_KILLS kills for each algorithm (50 for fedavg, 25 for the others; CI: 5). With $FEDCLI_RECORD=DIR the kills and
+their moments are written there as kill_campaign.json (fedavg) and kill_campaign-ALGORITHM.json.
 """
 
 import json
 import os
+import platform
 import random
 import subprocess
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -18,25 +21,37 @@ from fedcli.rounds.status import read_status
 from fedcli.rounds.verification import verify
 from fedcli.workspace.layout import Workspace
 
-NUM_KILLS = int(os.environ.get("FEDCLI_KILLS", "50"))
-LONGEST_LIFE = {"client train": 9.0, "server aggregate": 0.6, "run": 9.0}
-"""Seconds; a process is killed at a moment drawn evenly from its life."""
+NUM_KILLS = {"fedavg": 50, "scaffold": 25, "fedyogi": 25}
+LIFE = 1.5
+"""A process is killed at a moment drawn evenly from so many times what it takes undisturbed, if it still lives then."""
+MERGED = {
+    "fedavg": ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"],
+    "scaffold": ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "control.safetensors"],
+    "fedyogi": ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "optimizer.safetensors"],
+}
+"""The files of a merged round, manifest.json aside."""
 
 
 @pytest.mark.slow
-def test_a_federation_survives_kill_9_at_random_moments_and_ends_as_if_undisturbed(tmp_path: Path) -> None:
-    rounds = NUM_KILLS + 5
+@pytest.mark.parametrize("algorithm", NUM_KILLS)
+def test_a_federation_survives_kill_9_at_random_moments_and_ends_as_if_undisturbed(
+    tmp_path: Path, algorithm: str
+) -> None:
+    num_kills = int(os.environ.get("FEDCLI_KILLS", NUM_KILLS[algorithm]))
+    rounds = num_kills + 5
     # Cohorts of one: so a round needs one training, and the server gets its share of the kills.
     overrides = [*SMALL[2:], "federation.clients=3", "federation.per_round=1", f"federation.rounds={rounds}"]
     for name in ("killed", "undisturbed"):
-        assert fedcli("init", name, *settings(*overrides), cwd=tmp_path).returncode == 0
+        done = fedcli("init", name, *settings(*overrides, f"algorithm.name={algorithm}"), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     workspace = Workspace(tmp_path / "killed")
+    longest_life = {name: LIFE * seconds for name, seconds in undisturbed_seconds(tmp_path / "undisturbed").items()}
     rng = random.Random(2026)
     kills = []
-    while len(kills) < NUM_KILLS:
+    while len(kills) < num_kills:
         status = read_status(workspace)
         name, arguments = choose(rng, status.missing)
-        life = rng.uniform(0, LONGEST_LIFE[name])
+        life = rng.uniform(0, longest_life[name])
         process = subprocess.Popen(
             command(*arguments), cwd=workspace.root, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
@@ -56,13 +71,48 @@ def test_a_federation_survives_kill_9_at_random_moments_and_ends_as_if_undisturb
     assert result.violations == []
     assert result.num_recomputed == rounds
     for number in range(rounds + 1):
-        relative = f"rounds/{number:05d}/adapter/adapter_model.safetensors"
-        assert (workspace.root / relative).read_bytes() == (tmp_path / "undisturbed" / relative).read_bytes()
-    print(f"{NUM_KILLS} kills: {dict(Counter(kill['command'] for kill in kills))}")
-    if record := os.environ.get("FEDCLI_RECORD"):
-        summary = {"kills": kills, "rounds": rounds, "violations": 0, "equal_to_undisturbed": True}
-        summary["seconds_to_finish_both"] = round(time.monotonic() - started, 1)
-        Path(record).write_text(json.dumps(summary, indent=1) + "\n")
+        ours, theirs = (round_files(tmp_path / name, number) for name in ("killed", "undisturbed"))
+        assert sorted(ours) == (MERGED[algorithm] if number else MERGED["fedavg"])
+        assert ours == theirs, f"round {number} differs"
+    seconds = round(time.monotonic() - started, 1)
+    print(f"{algorithm}: {num_kills} kills: {dict(Counter(kill['command'] for kill in kills))}")
+    if folder := os.environ.get("FEDCLI_RECORD"):
+        file = Path(folder) / ("kill_campaign.json" if algorithm == "fedavg" else f"kill_campaign-{algorithm}.json")
+        summary = {"algorithm": algorithm, "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
+        summary |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"}
+        summary |= {"kills": kills, "rounds": rounds, "violations": 0, "equal_to_undisturbed": True}
+        summary |= {"seconds_to_finish_both": seconds}
+        file.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def undisturbed_seconds(root: Path) -> dict[str, float]:
+    """Let the first round pass; return how long each command takes on this machine, `run` for one round."""
+    (client,) = read_status(Workspace(root)).missing
+    seconds = {}
+    for name in ("client train", "server aggregate"):
+        arguments = [*name.split(), *(["--id", client] if name == "client train" else [])]
+        started = time.monotonic()
+        assert fedcli(*arguments, cwd=root).returncode == 0
+        seconds[name] = time.monotonic() - started
+    return seconds | {"run": sum(seconds.values())}
+
+
+def round_files(root: Path, number: int) -> dict[str, bytes]:
+    """Return the files of a round, its manifest aside: that names the workspace's id and the hashes of updates."""
+    folder = root / "rounds" / f"{number:05d}"
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    del files["manifest.json"]
+    return files
+
+
+def commit() -> str:
+    """Return the commit that is checked out, and whether the package differs from it."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parents[1]
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "fedcli") else "")
 
 
 def choose(rng: random.Random, missing: list[int]) -> tuple[str, list[object]]:

@@ -1,6 +1,7 @@
 """fedcli.yaml: defaults, faults, overrides, the schedule, and what may not change."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import yaml
 from conftest import settings
 from pydantic import ValidationError
 
+from fedcli.algos import ALGORITHMS
 from fedcli.cli import main
-from fedcli.config import Config, apply_overrides, parse_config, read_document
-from fedcli.errors import ConfigError, UsageError
+from fedcli.config import Config, algorithm_from, apply_overrides, parse_config, read_document
+from fedcli.errors import ConfigError, IntegrityError, UsageError
 from fedcli.rounds.creation import presets
 from fedcli.rounds.settings import read_running_config
 from fedcli.workspace.layout import Workspace
@@ -52,7 +54,10 @@ def test_the_defaults_are_the_contracts() -> None:
             "max_length": 512,
             "learning_rate": 5e-5,
             "learning_rate_min": 1e-6,
+            "beta": 0.1,
+            "gradient_checkpointing": False,
         },
+        "data": {"format": None},
         "algorithm": {"name": "fedavg"},
         "federation": {"quorum": 1.0},
     }
@@ -60,6 +65,42 @@ def test_the_defaults_are_the_contracts() -> None:
     for section, values in expected.items():
         chosen = {key: found[section][key] for key in values} if isinstance(values, dict) else found[section]
         assert chosen == values
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters"),
+    [
+        ("fedavg", {}),
+        ("fedprox", {"mu": 0.01}),
+        ("scaffold", {}),
+        ("fedavgm", {"beta1": 0.9, "momentum": "damped"}),
+        ("fedadagrad", {"eta": 1e-3, "tau": 1e-3}),
+        ("fedyogi", {"eta": 1e-3, "tau": 1e-3, "beta1": 0.9, "beta2": 0.99, "second_moment": "momentum"}),
+        ("fedadam", {"eta": 1e-3, "tau": 1e-3, "beta1": 0.9, "beta2": 0.99, "second_moment": "momentum"}),
+    ],
+)
+def test_an_algorithm_has_its_hyperparameters_with_their_defaults_and_no_other(
+    name: str, hyperparameters: dict[str, object]
+) -> None:
+    config = config_of(f"algorithm: {{name: {name}}}")
+    assert config.model_dump(mode="json")["algorithm"] == {"name": name, **hyperparameters}
+    assert asdict(config.algorithm) == {"name": name, **hyperparameters}  # as a manifest has it
+    assert algorithm_from({"name": name}) == algorithm_from(asdict(config.algorithm)) == config.algorithm
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"name": "odd"},
+        {"name": "fedprox", "mu": -1.0},
+        {"name": "fedavg", "mu": 0.01},
+        {"name": "fedadam", "tau": 0},
+    ],
+)
+def test_a_manifest_with_an_unknown_algorithm_is_no_fault_of_the_configuration(record: dict[str, object]) -> None:
+    with pytest.raises(IntegrityError, match="this version does not know"):
+        algorithm_from(record)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +113,22 @@ def test_the_defaults_are_the_contracts() -> None:
         ("model: {bse: x}", "model.bse: unknown key. Did you mean base?"),
         ("data: {sorce: x}", "data.sorce: unknown key. Did you mean source?"),
         ("algorithm: {name: fedavg, nam: 1}", "algorithm.nam: unknown key. Did you mean name?"),
-        ("algorithm: {name: fedagv}", "algorithm.name: unknown algorithm 'fedagv'. Did you mean fedavg?"),
-        ("algorithm: {name: zzz}", "algorithm.name: unknown algorithm 'zzz'. Known: fedavg."),
+        ("algorithm: {name: fedagv}", "algorithm.name: unknown algorithm 'fedagv'. Did you mean fedavg or fedavgm?"),
+        (
+            "algorithm: {name: zzz}",
+            f"algorithm.name: unknown algorithm 'zzz'. Known: {', '.join(sorted(ALGORITHMS))}.",
+        ),
+        ("algorithm: {name: fedyogi, second: delta}", "algorithm.second: unknown key. Did you mean second_moment?"),
+        ("algorithm: {name: fedadam, beta: 0.1}", "algorithm.beta: unknown key. Did you mean beta2 or beta1?"),
+        # Hyperparameters of another algorithm:
+        ("algorithm: {name: fedavg, mu: 0.1}", "algorithm.mu: unknown key. Known: name."),
+        ("algorithm: {name: scaffold, state_prefixes: 1}", "algorithm.state_prefixes: unknown key. Known: name."),
+        ("algorithm: {name: fedprox, eta: 0.1}", "algorithm.eta: unknown key. Known: mu, name."),
+        (
+            "algorithm: {name: fedavgm, second_moment: delta}",
+            "algorithm.second_moment: unknown key. Known: beta1, momentum, name.",
+        ),
+        ("algorithm: {name: fedadagrad, beta1: 0.9}", "algorithm.beta1: unknown key. Did you mean eta?"),
     ],
 )
 def test_an_unknown_name_is_a_fault_that_names_the_nearest_match(text: str, fault: str) -> None:
@@ -94,6 +149,27 @@ def test_an_unknown_key_of_a_partition_names_the_nearest_match() -> None:
         ("train: {learning_rate: .inf}", "train.learning_rate: Input should be a finite number (found inf)"),
         ("train: {learning_rate: 1e-7}", "train: learning_rate_min is larger than learning_rate"),
         ("train: {micro_batch_size: 3}", "train: micro_batch_size 3 does not divide batch_size 16"),
+        ("train: {beta: 0}", "train.beta: Input should be greater than 0 (found 0)"),
+        ("train: {beta: -0.1}", "train.beta: Input should be greater than 0 (found -0.1)"),
+        ("train: {beta: .inf}", "train.beta: Input should be a finite number (found inf)"),
+        ("train: {gradient_checkpointing: maybe}", "train.gradient_checkpointing: Input should be a valid boolean"),
+        ("task: rlhf", "task: Input should be 'sft' or 'dpo' (found 'rlhf')"),
+        ("model: {quantization: int4}", "model.quantization: Input should be 'none', 'int8' or 'nf4' (found 'int4')"),
+        ("data: {format: csv}", "data.format: Input should be 'alpaca' or 'preference' (found 'csv')"),
+        ("algorithm: {name: fedprox, mu: -1}", "algorithm.mu: Input should be greater than or equal to 0 (found -1)"),
+        ("algorithm: {name: fedadagrad, eta: 0}", "algorithm.eta: Input should be greater than 0 (found 0)"),
+        ("algorithm: {name: fedadam, tau: .nan}", "algorithm.tau: Input should be a finite number (found nan)"),
+        ("algorithm: {name: fedavgm, beta1: 1.0}", "algorithm.beta1: Input should be less than 1 (found 1.0)"),
+        ("algorithm: {name: fedyogi, beta2: -0.1}", "algorithm.beta2: Input should be greater than or equal to 0"),
+        (
+            "algorithm: {name: fedyogi, second_moment: square}",
+            "algorithm.second_moment: Input should be 'momentum' or 'delta' (found 'square')",
+        ),
+        (
+            "algorithm: {name: fedavgm, momentum: nesterov}",
+            "algorithm.momentum: Input should be 'damped' or 'heavy_ball' (found 'nesterov')",
+        ),
+        ("algorithm: fedavg", "algorithm: Input should be a valid dictionary"),
         ("federation: {per_round: 6}", "federation: per_round 6 is more than the 5 clients"),
         ("federation: {quorum: 0}", "federation.quorum: Input should be greater than 0 (found 0)"),
         ("train: 5", "train: Input should be"),
@@ -101,6 +177,24 @@ def test_an_unknown_key_of_a_partition_names_the_nearest_match() -> None:
 )
 def test_a_value_out_of_range_is_a_fault_of_its_key(text: str, fault: str) -> None:
     assert fault_of(text).startswith(fault)
+
+
+@pytest.mark.parametrize("text", ["algorithm: {}", "algorithm: {mu: 0.1}"])
+def test_an_algorithm_needs_a_name(text: str) -> None:
+    assert fault_of(text) == f"algorithm: it has no name. Known: {', '.join(ALGORITHMS)}."
+
+
+@pytest.mark.parametrize(("task", "fits", "other"), [("sft", "alpaca", "preference"), ("dpo", "preference", "alpaca")])
+def test_the_rows_must_be_of_the_format_of_the_task(task: str, fits: str, other: str) -> None:
+    assert config_of(f"task: {task}").task == task
+    assert config_of(f"task: {task}\ndata: {{format: {fits}}}").data.format == fits
+    fault = fault_of(f"task: {task}\ndata: {{format: {other}}}")
+    assert fault.endswith(f"data.format {other} is not for task {task}, whose rows are {fits}")
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_a_base_model_may_be_quantised(quantization: str) -> None:
+    assert config_of(f"model: {{quantization: {quantization}}}").model.quantization == quantization
 
 
 def test_all_faults_are_listed_at_once() -> None:
@@ -215,6 +309,7 @@ def test_a_config_is_frozen() -> None:
     ("section", "key", "value", "fault"),
     [
         ("model", "revision", "v2", "model.revision: was None, is now 'v2'"),
+        ("model", "quantization", "nf4", "model.quantization: was 'none', is now 'nf4'"),
         ("adapter", "rank", 8, "adapter.rank: was 4, is now 8"),
         ("federation", "clients", 4, "federation.clients: was 3, is now 4"),
         ("federation", "seed", 1, "federation.seed: was 0, is now 1"),
@@ -231,6 +326,8 @@ def test_what_init_fixed_may_not_change(small: Path, section: str, key: str, val
     [
         ("model", "base", "moved/there"),
         ("train", "steps", 7),
+        ("train", "beta", 0.5),
+        ("train", "gradient_checkpointing", True),
         ("federation", "rounds", 9),
         ("federation", "quorum", 0.5),
         ("data", "max_rows", 3),
@@ -238,6 +335,23 @@ def test_what_init_fixed_may_not_change(small: Path, section: str, key: str, val
 )
 def test_the_rest_may_change_between_rounds(small: Path, section: str, key: str, value: object) -> None:
     assert getattr(getattr(read_running_config(edited(small, section, key, value)), section), key) == value
+
+
+def test_the_task_may_not_change(small: Path) -> None:
+    path = small / "fedcli.yaml"
+    document = yaml.safe_load(path.read_text())
+    del document["data"]
+    path.write_text(yaml.safe_dump(document | {"task": "dpo"}))
+    with pytest.raises(ConfigError, match="task: was 'sft', is now 'dpo'"):
+        read_running_config(Workspace(small))
+
+
+def test_the_algorithm_may_change_between_rounds(small: Path) -> None:
+    path = small / "fedcli.yaml"
+    document = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(document | {"algorithm": {"name": "fedprox", "mu": 0.5}}))
+    algorithm = read_running_config(Workspace(small)).algorithm
+    assert asdict(algorithm) == {"name": "fedprox", "mu": 0.5}
 
 
 def edited(folder: Path, section: str, key: str, value: object) -> Workspace:

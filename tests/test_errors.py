@@ -111,7 +111,7 @@ def test_a_workspace_that_is_not_initialised_says_so(
     ("section", "key", "value", "fault"),
     [
         ("train", "stepz", 3, "train.stepz: unknown key. Did you mean steps?"),
-        ("algorithm", "name", "fedagv", "algorithm.name: unknown algorithm 'fedagv'. Did you mean fedavg?"),
+        ("algorithm", "name", "fedagv", "algorithm.name: unknown algorithm 'fedagv'. Did you mean fedavg or fedavgm?"),
         ("adapter", "rank", 8, "adapter.rank: was 4, is now 8"),
     ],
 )
@@ -133,7 +133,10 @@ def test_a_fault_in_fedcli_yaml_names_file_key_and_cure(
         (["client", "train", "--id", 3], ["there is no client 3", "3 clients, ids 0 to 2"]),
         (["client", "status", "--id", -1], ["there is no client -1", "ids 0 to 2"]),
         (["train-alone", "--id", 3], ["there is no client 3", "ids 0 to 2"]),
-        (["server", "aggregate", "--algo", "fedagv"], ["unknown algorithm 'fedagv'", "Did you mean fedavg?"]),
+        (
+            ["server", "aggregate", "--algo", "fedagv"],
+            ["unknown algorithm 'fedagv'", "Did you mean fedavg or fedavgm?"],
+        ),
         (["eval", "dmo"], ["unknown benchmark 'dmo'", "demo"]),
         (["eval", "demo", "--split", "tets"], ["unknown split 'tets'", "Did you mean test?"]),
     ],

@@ -14,15 +14,19 @@ from pathlib import Path
 
 import pytest
 from protocol_client import take_part
-from test_protocol import ADAPTER, NUM_SAMPLES, all_take_part, noisy, read_manifest
+from test_protocol import ADAPTER, NUM_SAMPLES, all_take_part, configure, noisy, read_manifest, stored_hashes
 
+from fedcli.data.encoding import EncodedRows
 from fedcli.errors import BusyError, FedError, NotReadyError
 from fedcli.rounds import aggregation, opening
 from fedcli.rounds.aggregation import aggregate
+from fedcli.rounds.client import train_client
+from fedcli.rounds.creation import open_round
 from fedcli.rounds.verification import verify
 from fedcli.workspace.history import read_head
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.records import TrainRecord
 
 CALLS = ("open", "write", "fsync", "close", "mkdir", "chmod", "fchmod", "rename", "replace", "link", "unlink", "rmdir")
 
@@ -178,6 +182,133 @@ def test_killed_at_any_system_call_nothing_is_lost_or_counted_twice(
         result = verify(Workspace(workspace))
         assert (result.violations, result.num_updates, result.num_recomputed) == ([], 6, 2)
     assert points >= least
+
+
+class Stub:
+    """Stands in for the loaded model: a few steps of gradient descent to a point of the client's, by the client rule."""
+
+    def __init__(self, goal: float = 0.0) -> None:
+        self.goal = goal
+
+    def rows(self, client: int, train: TrainRecord) -> EncodedRows:
+        """Return as many rows as the client has, none of which is looked at."""
+        return EncodedRows([None] * NUM_SAMPLES[client], 0, 0)
+
+    def train(self, adapter, train: TrainRecord, *, client: int, rule, **_: object):
+        """Return the values after the round's steps, and the steps' losses."""
+        values = {}
+        for name, weight in adapter.items():
+            for _step in range(train.steps):
+                weight = weight - train.learning_rate * (weight - (client - self.goal))
+                if rule is not None:
+                    weight = weight + rule.weight_term(rule.arrays[name], train.learning_rate)
+            values[name] = weight.astype("float32")
+        return values, [1.0] * train.steps
+
+
+def train_as(client: int, workspace: Path, goal: float = 0.0) -> None:
+    """Let a client do all that `client train` does, but for the model."""
+    result = train_client(Workspace(workspace), client, load_runtime=lambda head: Stub(goal))
+    assert result.status in ("submitted", "already_submitted")
+
+
+def go_on(workspace: Path) -> None:
+    """Let clients and server go on until the last round."""
+    while read_head(Workspace(workspace)).manifest.state == "open":
+        for client in NUM_SAMPLES:
+            train_as(client, workspace)
+        assert aggregate(Workspace(workspace)).published
+
+
+def stored(workspace: Path) -> dict[str, str]:
+    """Return the hashes of all files of the rounds and of the updates."""
+    return {
+        f"{part}/{name}": found
+        for part in ("rounds", "inbox")
+        for name, found in stored_hashes(workspace / part).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def second_rounds(template: Path) -> dict[str, Path]:
+    """Workspaces whose round 1 of 3 is open, by algorithm: servers and clients have a state to go on from."""
+    workspaces = {}
+    for algorithm in ("scaffold", "fedyogi"):
+        folder = workspaces[algorithm] = Path(shutil.copytree(template, template.parent / algorithm))
+        configure(folder, f"algorithm.name={algorithm}", "federation.rounds=3", "train.steps=3")
+        shutil.rmtree(folder / "rounds")
+        open_round(Workspace(folder))
+        (folder / "data").mkdir()
+        for client in NUM_SAMPLES:
+            (folder / "data" / f"client-{client}.jsonl").touch()  # the stub looks at none
+            train_as(client, folder)
+        assert aggregate(Workspace(folder)).published
+    return workspaces
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_scaffold_client_killed_at_any_system_call_goes_on_with_the_candidate_of_its_counted_update(
+    second_rounds, after
+):
+    """The process that is killed trains to another end than the one behind it: its candidate must not be taken."""
+    start = second_rounds["scaffold"]
+    undisturbed = {}
+    for goal in (0.0, 7.0):
+        folder = Path(shutil.copytree(start, start.parent / f"undisturbed-{goal}-{after}"))
+        train_as(0, folder, goal)
+        go_on(folder)
+        undisturbed[goal] = stored(folder)
+    points = {0.0: 0, 7.0: 0}
+    strays = 0
+    for workspace in copies_killed_at_every_call(start, partial(train_as, 0, goal=7.0), after):
+        counts = 7.0 if (workspace / "inbox" / "0" / "round-00001").exists() else 0.0
+        points[counts] += 1
+        assert verify(Workspace(workspace)).violations == []
+        train_as(0, workspace)
+        strays += len(list((workspace / "private" / "0" / "control").glob("round-00001-*"))) - 1
+        go_on(workspace)
+        assert stored(workspace) == undisturbed[counts]
+        assert verify(Workspace(workspace)).violations == []
+        left = sorted(path.name[:11] for path in (workspace / "private" / "0" / "control").glob("round-*"))
+        assert left == ["round-00001", "round-00002"]  # the counted one of before, and the last
+    assert points[0.0] >= 20
+    assert points[7.0] >= 1
+    assert strays >= 10  # kills between the candidate and the drop
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("algorithm", "state"), [("scaffold", "control.safetensors"), ("fedyogi", "optimizer.safetensors")]
+)
+def test_a_server_with_a_state_killed_at_any_system_call_loses_nothing_of_it(second_rounds, algorithm, state, after):
+    start = Path(
+        shutil.copytree(second_rounds[algorithm], template_beside(second_rounds, algorithm, f"answered-{after}"))
+    )
+    for client in NUM_SAMPLES:
+        train_as(client, start)
+    folder = Path(shutil.copytree(start, template_beside(second_rounds, algorithm, f"whole-{after}")))
+    go_on(folder)
+    undisturbed = stored(folder)
+    assert [f"rounds/0000{number}/{state}" in undisturbed for number in range(4)] == [False, True, True, True]
+
+    def merge(workspace: Path) -> None:
+        if read_head(Workspace(workspace)).number == 1:
+            assert aggregate(Workspace(workspace)).published
+
+    points = 0
+    for workspace in copies_killed_at_every_call(start, merge, after):
+        points += 1
+        assert verify(Workspace(workspace)).violations == []
+        merge(workspace)
+        go_on(workspace)
+        assert stored(workspace) == undisturbed
+        assert verify(Workspace(workspace)).violations == []
+    assert points >= 50
+
+
+def template_beside(workspaces: dict[str, Path], algorithm: str, name: str) -> Path:
+    """Return a path for another workspace of an algorithm."""
+    return workspaces[algorithm].parent / f"{algorithm}-{name}"
 
 
 def careless(final: Path, files, *, mode: int) -> bool:

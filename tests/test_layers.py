@@ -72,8 +72,11 @@ def test_a_module_imports_only_from_the_layers_above_it(module: Path) -> None:
 
 
 def test_the_algorithms_import_the_standard_library_and_numpy_only() -> None:
-    tops = {name.split(".")[0] for module in (PACKAGE / "algos").glob("*.py") for name in imports(module)}
-    assert tops - sys.stdlib_module_names <= {"fedcli", "numpy"}
+    for module in (PACKAGE / "algos").glob("*.py"):
+        tops = {name.split(".")[0] for name in imports(module)}
+        # A hyperparameter's range is written with annotated_types: names without behaviour, which pydantic reads.
+        ranges = {"annotated_types"} if module.name == "hyperparameters.py" else set()
+        assert tops - sys.stdlib_module_names <= {"fedcli", "numpy"} | ranges
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["client", "train", "--help"]])

@@ -7,17 +7,28 @@ import json
 import math
 import re
 import shutil
+import sys
+import textwrap
+import types
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import protocol_client
 import pytest
+import scaffold_client
 import yaml
-from conftest import fedcli
+from conftest import SMALL, fedcli, settings
 from protocol_client import take_part
+from pydantic import Field, TypeAdapter
+from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
+from fedcli import config
+from fedcli.algos import ALGORITHMS, AnyAlgorithm
 from fedcli.config import apply_overrides, read_document
+from fedcli.model.base import find_base
 from fedcli.randomness import draw_cohort
 from fedcli.rounds.aggregation import aggregate
 from fedcli.rounds.verification import verify
@@ -26,6 +37,7 @@ from fedcli.workspace.layout import Workspace
 
 PAGE = Path(__file__).parent.parent / "docs" / "PROTOCOL.md"
 ADAPTER = "adapter_model.safetensors"
+CONTROL_DELTA = "control_delta.safetensors"
 NUM_SAMPLES = {0: 3, 1: 50, 2: 447}
 
 
@@ -100,6 +112,7 @@ def test_the_protocol_client_is_short_and_has_nothing_of_fedcli():
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
     assert imported == {"json", "hashlib", "numpy", "safetensors", "os"}
+    assert "fedcli" not in re.sub('""".*?"""', "", Path(scaffold_client.__file__).read_text(), flags=re.DOTALL)
 
 
 def test_the_server_merges_what_protocol_clients_drop(small):
@@ -140,11 +153,16 @@ def test_half_precision_updates_are_counted_and_the_global_adapter_stays_float32
 def test_the_manifest_has_every_key_of_the_page_with_its_value(small):
     section = PAGE.read_text().split("## manifest.json\n")[1].split("\n\n")[0]
     documented = re.findall(r"^    ([a-z_]+) ", section, re.MULTILINE)
+    pieces = dict(zip(documented, re.split(r"^    [a-z_]+ ", section, flags=re.MULTILINE)[1:], strict=True))
     all_take_part(small)
     aggregate(Workspace(small))
     manifest = read_manifest(small, 1)
     assert set(documented) == set(manifest)
-    assert len(documented) == len(manifest) == 15
+    assert len(documented) == len(manifest) == 17
+    for key in ("model", "cost"):
+        assert set(re.findall('"([a-z_]+)"', pieces[key])) - {"none", "int8", "nf4"} == manifest[key].keys()
+    names = re.sub(r"\([^)]*\)", "", pieces["train"].partition(":")[2].partition(".")[0])
+    assert {name.strip() for name in re.split("[,;]", names)} - {"else null"} == manifest["train"].keys()
     first = small / "rounds" / "00000" / "manifest.json"
     tensors = {name: {"shape": list(array.shape), "dtype": "F32"} for name, array in read_adapter(small, 1).items()}
     expected = {
@@ -160,10 +178,12 @@ def test_the_manifest_has_every_key_of_the_page_with_its_value(small):
         "update_files": [ADAPTER],
         "model": read_manifest(small, 0)["model"],
         "tensors": tensors,
+        "history": [{"round": 0, "algorithm": {"name": "fedavg"}}],
     }
     assert {key: manifest[key] for key in expected} == expected
-    assert manifest["model"].keys() == {"base", "revision", "fingerprint", "quantization"}
-    assert manifest["model"]["base"] == "builtin:tiny"
+    assert manifest["model"].keys() == {"base", "revision", "fingerprint", "quantization", "num_parameters"}
+    assert (manifest["model"]["base"], manifest["model"]["num_parameters"]) == ("builtin:tiny", 158_272)
+    assert read_manifest(small, 0)["history"] == []
     assert read_manifest(small, 0)["parent"] is None
     assert read_manifest(small, 0)["aggregation"] is None
 
@@ -182,9 +202,18 @@ def test_the_manifest_says_what_a_client_must_obey(small):
         "schedule": schedule,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
+        "beta": None,
+        "gradient_checkpointing": False,
         "template": "alpaca",
         "seed": 0,
     }
+
+
+def test_beta_is_for_dpo_only(tmp_path):
+    done = fedcli("init", *settings(*SMALL, "train.beta=0.3"), "--preset", "demo-dpo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path, 0)
+    assert (manifest["task"], manifest["train"]["beta"]) == ("dpo", 0.3)
 
 
 def test_the_manifest_gives_the_hash_of_every_file_beside_it(small):
@@ -214,13 +243,201 @@ def test_the_manifest_accounts_for_each_client_once_with_its_share_and_norm(smal
     ]
     before = read_adapter(small, 0)
     for entry in counted:
-        assert entry.keys() == {"client", "update", "weight", "num_samples", "train_loss", "delta_norm"}
+        assert entry.keys() == {"client", "update", "weight", "num_samples", "train_loss", "delta_norm", "bytes"}
         assert entry["train_loss"] is None
         record = small / "inbox" / str(entry["client"]) / "round-00000" / "update.json"
+        assert entry["bytes"] == sizes(record.parent, "update.json", ADAPTER)
         assert entry["update"] == hashlib.sha256(record.read_bytes()).hexdigest()
         update = read_update(small, 0, entry["client"])
         delta = np.concatenate([(array - before[name]).ravel() for name, array in update.items()])
         assert math.isclose(entry["delta_norm"], np.linalg.norm(delta), rel_tol=1e-12)
+
+
+def sizes(folder: Path, *names: str) -> int:
+    """Return how many bytes some files of a folder have together."""
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def test_the_cost_is_what_lies_on_disk(small):
+    """Three clients, of which one is refused in round 0 and one is missing in round 1."""
+    weights = find_base("builtin:tiny", revision=None, root=small) / "model.safetensors"
+    with safe_open(weights, framework="numpy") as file:
+        base = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # it is no dict
+    trainable = sum(array.size for array in read_adapter(small, 0).values())
+    assert (base, trainable) == (158_272, 2 * 2 * 2 * 4 * 64)
+    down = sizes(small / "rounds/00000/adapter", ADAPTER, "adapter_config.json")
+    up = (small / "rounds/00000/adapter" / ADAPTER).stat().st_size
+    fixed = {"base_parameters": 158_272, "trainable_parameters": trainable, "communicated_parameters": trainable}
+    fixed |= {"client_bytes_down": down, "client_bytes_up": up}
+    assert read_manifest(small, 0)["cost"] == fixed | {"total_bytes_down": 0, "total_bytes_up": 0}
+
+    all_take_part(small)
+    (small / "inbox/1/round-00000/update.json").write_bytes(b"[]")
+    aggregate(Workspace(small))
+    counted = [small / "inbox" / str(client) / "round-00000" for client in (0, 2)]
+    total_up = sum(sizes(folder, "update.json", ADAPTER) for folder in counted)
+    assert read_manifest(small, 1)["cost"] == fixed | {"total_bytes_down": 3 * down, "total_bytes_up": total_up}
+
+    take_part(small, 0)
+    take_part(small, 1)
+    halves = {name: array.astype(np.float16) for name, array in read_update(small, 1, 1).items()}
+    replace_adapter(small / "inbox/1/round-00001", save(halves))
+    aggregate(Workspace(small), partial=True)
+    counted += [small / "inbox" / str(client) / "round-00001" for client in (0, 1)]
+    total_up = sum(sizes(folder, "update.json", ADAPTER) for folder in counted)
+    assert sizes(counted[-1], ADAPTER) < up
+    assert read_manifest(small, 2)["cost"] == fixed | {"total_bytes_down": 5 * down, "total_bytes_up": total_up}
+    done = fedcli("status", "--json", cwd=small)
+    assert json.loads(done.stdout)["cost"] == read_manifest(small, 2)["cost"]
+
+
+def test_the_page_lists_every_algorithm_with_its_hyperparameters_and_defaults():
+    table = PAGE.read_text().split("| name | hyperparameters | server |")[1].split("\n\n")[0]
+    rows = {cells[0].strip("` "): cells[1] for line in table.splitlines() if len(cells := line.split("|")[1:]) > 2}
+    for name, algorithm in ALGORITHMS.items():
+        given = rows[name].strip().replace("as fedyogi", rows["fedyogi"].strip())
+        pairs = [part.split() for part in given.split(",") if part]
+        written = {key: value.strip('"') if value.startswith('"') else float(value) for key, value in pairs}
+        assert written | {"name": name} == asdict(algorithm())
+
+
+def test_the_walk_to_an_eighth_algorithm_is_true(small, monkeypatch):
+    walk = (PAGE.parents[1] / "CONTRIBUTING.md").read_text().split("## Adding an algorithm")[1]
+    source = textwrap.dedent(walk.split("```python\n")[1].split("   ```")[0])
+    module = types.ModuleType("fedcli.algos.fedrate")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "fedrate.py", "exec"), module.__dict__)
+    registry = Annotated[AnyAlgorithm | module.FedRate, Field(discriminator="name")]
+    monkeypatch.setitem(ALGORITHMS, "fedrate", module.FedRate)
+    monkeypatch.setattr(config, "_ALGORITHM", TypeAdapter(registry))
+    all_take_part(small)
+    aggregate(Workspace(small), algorithm="fedrate")
+    assert read_manifest(small, 1)["aggregation"]["algorithm"] == {"name": "fedrate", "eta": 0.5}
+    before = read_adapter(small, 0)
+    for name, array in read_adapter(small, 1).items():
+        mean = sum(n * read_update(small, 0, client)[name] for client, n in NUM_SAMPLES.items()) / 500
+        np.testing.assert_allclose(array, before[name] + 0.5 * (mean - before[name]), rtol=0, atol=1e-7)
+    assert verify(Workspace(small)).violations == []
+
+
+@pytest.fixture
+def scaffold(small: Path) -> Path:
+    """The small workspace whose round 1 is open, the first of four scaffold rounds with cohorts of two clients."""
+    configure(small, "algorithm.name=scaffold", "federation.rounds=5", "federation.per_round=2", "train.steps=7")
+    all_take_part(small)
+    aggregate(Workspace(small))
+    return small
+
+
+def answer(workspace: Path, number: int) -> list[int]:
+    """Let the cohort of a scaffold round answer; return it."""
+    cohort = read_manifest(workspace, number)["cohort"]
+    for client in cohort:
+        assert scaffold_client.take_part(workspace, client, f"{workspace}/home/{client}", client - 1.0, 10 + client)
+    return cohort
+
+
+def read_control_delta(workspace: Path, number: int, client: int) -> dict[str, np.ndarray]:
+    """Return the change of a control variate that a client dropped, in float64."""
+    arrays = load_file(workspace / "inbox" / str(client) / f"round-{number:05d}" / CONTROL_DELTA)
+    return {name: array.astype(np.float64) for name, array in arrays.items()}
+
+
+def test_a_scaffold_client_written_from_the_page_is_counted(scaffold):
+    manifest = read_manifest(scaffold, 1)
+    assert (manifest["algorithm"], manifest["update_files"]) == ({"name": "scaffold"}, [ADAPTER, CONTROL_DELTA])
+    assert manifest["aggregation"]["algorithm"] == {"name": "fedavg"}  # its own clients trained for that
+    control = {name: np.zeros(array.shape) for name, array in read_adapter(scaffold, 1).items()}
+    own = dict.fromkeys(range(3), control)
+    for number in range(1, 5):
+        cohort = answer(scaffold, number)
+        assert fedcli("server", "aggregate", cwd=scaffold).returncode == 0
+        manifest = read_manifest(scaffold, number + 1)
+        assert [entry["client"] for entry in manifest["aggregation"]["counted"]] == cohort
+        for entry in manifest["aggregation"]["counted"]:
+            folder = scaffold / "inbox" / str(entry["client"]) / f"round-{number:05d}"
+            assert entry["bytes"] == sizes(folder, "update.json", ADAPTER, CONTROL_DELTA)
+        deltas = {client: read_control_delta(scaffold, number, client) for client in cohort}
+        stored = load_file(scaffold / "rounds" / f"{number + 1:05d}" / "control.safetensors")
+        rate, before = read_manifest(scaffold, number)["train"]["learning_rate"], read_adapter(scaffold, number)
+        for name, array in stored.items():
+            for client in cohort:  # c_k+ - c_k = (x - y_k) / (K lr) - c
+                change = before[name] - read_update(scaffold, number, client)[name]
+                np.testing.assert_allclose(deltas[client][name], change / (7 * rate) - control[name], atol=2e-5)
+            expected = control[name] + sum(delta[name] for delta in deltas.values()) / 3
+            assert array.dtype == np.float32
+            np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6)
+        own |= {client: {name: own[client][name] + deltas[client][name] for name in control} for client in cohort}
+        control = {name: array.astype(np.float64) for name, array in stored.items()}
+        for name, array in control.items():  # c is the mean of all c_k
+            np.testing.assert_allclose(array, sum(own[client][name] for client in range(3)) / 3, rtol=0, atol=1e-5)
+    assert read_manifest(scaffold, 5)["history"] == [
+        {"round": 0, "algorithm": {"name": "fedavg"}},
+        {"round": 1, "algorithm": {"name": "scaffold"}},
+    ]
+    result = verify(Workspace(scaffold))
+    assert (result.violations, result.num_recomputed) == ([], 5)
+
+
+def test_the_cost_of_scaffold_counts_the_control_variates(scaffold):
+    first = read_manifest(scaffold, 1)["cost"]
+    assert first["communicated_parameters"] == 2 * first["trainable_parameters"] == 2 * 2048
+    adapter = sizes(scaffold / "rounds/00001/adapter", ADAPTER)
+    config = sizes(scaffold / "rounds/00001/adapter", "adapter_config.json")
+    assert (first["client_bytes_down"], first["client_bytes_up"]) == (adapter + config, 2 * adapter)  # no c yet
+    cohorts = [answer(scaffold, 1)]
+    aggregate(Workspace(scaffold))
+    second = read_manifest(scaffold, 2)["cost"]
+    control = sizes(scaffold / "rounds/00002", "control.safetensors")
+    assert second["client_bytes_down"] == adapter + config + control
+    cohorts.append(answer(scaffold, 2))
+    aggregate(Workspace(scaffold))
+    third = read_manifest(scaffold, 3)["cost"]
+    dropped = [scaffold / "inbox" / str(client) / "round-00000" for client in range(3)]
+    total_up = sum(sizes(folder, "update.json", ADAPTER) for folder in dropped)
+    dropped = [scaffold / f"inbox/{client}/round-{n:05d}" for n, cohort in enumerate(cohorts, 1) for client in cohort]
+    total_up += sum(sizes(folder, "update.json", ADAPTER, CONTROL_DELTA) for folder in dropped)
+    assert third["total_bytes_up"] == total_up
+    assert third["total_bytes_down"] == (3 + 2) * (adapter + config) + 2 * (adapter + config + control)
+
+
+@pytest.mark.parametrize(
+    ("code", "spoil"),
+    [
+        ("not_regular", lambda path: path.unlink()),
+        ("size", lambda path: path.write_bytes(path.read_bytes()[:100])),
+        ("hash", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01")),
+        ("json", lambda path: drop_from_list(path)),
+        ("nonfinite", lambda path: replace_file(path, lambda array: array * np.float32(np.nan))),
+        ("schema", lambda path: replace_file(path, lambda array: array[:1])),
+    ],
+)
+def test_a_spoiled_control_delta_is_refused(scaffold, code, spoil):
+    first, second = answer(scaffold, 1)
+    spoil(scaffold / "inbox" / str(first) / "round-00001" / CONTROL_DELTA)
+    aggregate(Workspace(scaffold))
+    aggregation = read_manifest(scaffold, 2)["aggregation"]
+    assert [(entry["client"], entry["code"]) for entry in aggregation["refused"]] == [(first, code)]
+    assert [entry["client"] for entry in aggregation["counted"]] == [second]
+    for name, array in load_file(scaffold / "rounds/00002/control.safetensors").items():  # N stays 3
+        expected = read_control_delta(scaffold, 1, second)[name] / 3
+        np.testing.assert_allclose(array, expected, rtol=1e-6)
+
+
+def drop_from_list(path: Path) -> None:
+    """Take a file out of update.json's list."""
+    record = json.loads((path.parent / "update.json").read_bytes())
+    del record["files"][path.name]
+    (path.parent / "update.json").write_text(json.dumps(record))
+
+
+def replace_file(path: Path, change) -> None:
+    """Change the arrays of an update's file, with its size and hash in update.json."""
+    contents = save({name: change(array) for name, array in load_file(path).items()})
+    path.write_bytes(contents)
+    record = json.loads((path.parent / "update.json").read_bytes())
+    record["files"][path.name] = {"sha256": hashlib.sha256(contents).hexdigest(), "bytes": len(contents)}
+    (path.parent / "update.json").write_text(json.dumps(record))
 
 
 def test_an_answer_to_a_closed_round_changes_nothing(small, tmp_path):

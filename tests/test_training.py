@@ -18,9 +18,10 @@ from fedcli.data.encoding import EncodedExample, Encoder
 from fedcli.data.rows import Example, Row, alpaca_example
 from fedcli.data.template import alpaca
 from fedcli.model.base import find_base
+from fedcli.model.likelihood import IGNORED, supervised_logits
 from fedcli.model.lora import AdaptedModel, lora_config, start_adapter
 from fedcli.training.reports import StepReport, TrainSettings
-from fedcli.training.sft import IGNORED, supervised_logits, train_sft
+from fedcli.training.sft import train_sft
 
 LONGER = (
     Example("Give the alert level.", "green, because the bank soars and the fund climbs after the quarterly report"),
@@ -63,7 +64,7 @@ def encoded(adapted: AdaptedModel, rows: list[Example]) -> list[EncodedExample]:
 def start() -> dict[str, Array]:
     """An adapter whose B is not zero: with B zero the gradient of A is zero, and nothing would be compared."""
     folder = find_base("builtin:tiny", revision=None, root=Path.cwd())
-    arrays = start_adapter(folder, make_config(), seed=3, trust_remote_code=False)
+    arrays, _ = start_adapter(folder, make_config(), seed=3, trust_remote_code=False)
     generator = np.random.default_rng(0)
     return {
         name: generator.normal(0, 0.1, array.shape).astype(np.float32) if ".lora_B." in name else array
@@ -76,7 +77,7 @@ def train(
 ) -> tuple[list[float], dict[str, Array], list[StepReport]]:
     """Train from `start`; return the losses, the adapter and what was told after each step."""
     values = {"batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0} | changes
-    settings = TrainSettings(**{"micro_batch_size": values["batch_size"], **values})
+    settings = TrainSettings(**{"micro_batch_size": values["batch_size"], "gradient_checkpointing": False, **values})
     reports: list[StepReport] = []
     adapted.load(start)
     losses = train_sft(adapted, examples, settings, reports.append)
@@ -328,7 +329,7 @@ def test_an_adapter_with_another_shape_is_an_error(adapted: AdaptedModel, start:
 def test_a_fresh_adapter_changes_nothing_and_follows_its_seed() -> None:
     folder = find_base("builtin:tiny", revision=None, root=Path.cwd())
     first, same, other = (
-        start_adapter(folder, make_config(), seed=seed, trust_remote_code=False) for seed in (1, 1, 2)
+        start_adapter(folder, make_config(), seed=seed, trust_remote_code=False)[0] for seed in (1, 1, 2)
     )
     assert same_bits(first, same)
     assert len(first) == 2 * len(TARGETS) * 2  # A and B of three matrices in each of two layers

@@ -13,16 +13,28 @@ import numpy as np
 import pytest
 from conftest import ENVIRONMENT
 from safetensors.numpy import load_file, save
-from test_protocol import ADAPTER, all_take_part, configure, replace_adapter, stored_hashes
+from test_protocol import (
+    ADAPTER,
+    CONTROL_DELTA,
+    all_take_part,
+    answer,
+    configure,
+    replace_adapter,
+    replace_file,
+    stored_hashes,
+)
 
 from fedcli.cli import main
 from fedcli.rounds.aggregation import aggregate
+from fedcli.rounds.creation import open_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import file_entry
 
 ROUND = "rounds/00001"
 LAST = "rounds/00002"
 UPDATE = "inbox/1/round-00000"
+OPTIMIZER = "optimizer.safetensors"
+CONTROL = "control.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +117,37 @@ def rewritten(value: float, workspace: Path) -> None:
     edited(lambda manifest: manifest["files"].update({f"adapter/{ADAPTER}": entry}), workspace)
 
 
+def state_rewritten(name: str, workspace: Path) -> None:
+    """Change the last value of a state file of the last round, and give the manifest its right hash."""
+    path = workspace / LAST / name
+    arrays = load_file(path)
+    last = max(arrays)
+    arrays[last] = arrays[last].copy()
+    arrays[last].flat[-1] += 1e-3
+    contents = save(arrays, {"format": "pt"})
+    path.write_bytes(contents)
+    edited(lambda manifest: manifest["files"].update({name: file_entry(contents).model_dump()}), workspace)
+
+
+def state_forgotten(name: str, workspace: Path) -> None:
+    """Remove a state file of the last round, and from the manifest's list."""
+    removed(f"{LAST}/{name}", workspace)
+    edited(lambda manifest: manifest["files"].pop(name), workspace)
+
+
+def state_invented(name: str, workspace: Path) -> None:
+    """Add a state file that no algorithm made to the last round, and to the manifest's list."""
+    contents = (workspace / LAST / "adapter" / ADAPTER).read_bytes()
+    (workspace / LAST / name).write_bytes(contents)
+    edited(lambda manifest: manifest["files"].update({name: file_entry(contents).model_dump()}), workspace)
+
+
+def control_delta_rewritten(workspace: Path) -> None:
+    """Replace the control_delta of a counted update by a valid one of other values."""
+    path = workspace / UPDATE / CONTROL_DELTA
+    replace_file(path, lambda array: array + np.float32(1))
+
+
 def update_rewritten(workspace: Path) -> None:
     """Replace a counted update by a valid one of other values."""
     path = workspace / UPDATE / ADAPTER
@@ -145,6 +188,11 @@ DAMAGES: list[tuple[str, str, Callable[[Path], object]]] = [
     ("a client less", LAST, partial(counted_edited, lambda counted: counted.pop())),
     ("another weight", LAST, partial(counted_edited, lambda counted: counted[0].update(weight=0.5))),
     ("another norm", LAST, partial(counted_edited, lambda counted: counted[0].update(delta_norm=1.0))),
+    ("another size", LAST, partial(counted_edited, lambda counted: counted[0].update(bytes=1))),
+    ("another algorithm", f"{LAST}/adapter/{ADAPTER}", partial(
+        edited, lambda m: m["aggregation"].update(algorithm={"name": "fedadagrad"}))),
+    ("a state that nothing needs", f"{LAST}/{OPTIMIZER}", partial(state_invented, OPTIMIZER)),
+    ("a control variate that nothing needs", f"{LAST}/{CONTROL}", partial(state_invented, CONTROL)),
     ("an update counted twice", LAST, count_again),
     ("another adapter, hashed", f"{LAST}/adapter/{ADAPTER}", partial(rewritten, 0.5)),
     ("an adapter of NaN, hashed", f"{LAST}/adapter/{ADAPTER}", partial(rewritten, np.nan)),
@@ -185,6 +233,96 @@ def test_verify_exits_7_and_names_the_path_of_what_is_damaged(finished, capsys, 
     assert f"{finished / where}" in output.out
     assert "no violation" not in output.out
     assert "violation" in output.err
+
+
+NOT_WHAT = "is not what the counted updates give"
+STATE_DAMAGES: list[tuple[str, str, str, str, Callable[[Path], object]]] = [
+    ("another state, hashed", "fedyogi", f"{LAST}/{OPTIMIZER}", NOT_WHAT, partial(state_rewritten, OPTIMIZER)),
+    ("another m, hashed", "fedavgm", f"{LAST}/{OPTIMIZER}", NOT_WHAT, partial(state_rewritten, OPTIMIZER)),
+    ("another c, hashed", "scaffold", f"{LAST}/{CONTROL}", NOT_WHAT, partial(state_rewritten, CONTROL)),
+    ("a state forgotten", "fedyogi", f"{LAST}/{OPTIMIZER}", NOT_WHAT, partial(state_forgotten, OPTIMIZER)),
+    ("a c forgotten", "scaffold", f"{LAST}/{CONTROL}", NOT_WHAT, partial(state_forgotten, CONTROL)),
+    ("no state", "fedyogi", f"{LAST}/{OPTIMIZER}", "is missing", partial(removed, f"{LAST}/{OPTIMIZER}")),
+    ("no c", "scaffold", f"{LAST}/{CONTROL}", "is missing", partial(removed, f"{LAST}/{CONTROL}")),
+    ("no earlier state", "fedyogi", f"{ROUND}/{OPTIMIZER}", "is missing", partial(removed, f"{ROUND}/{OPTIMIZER}")),
+    ("a byte of a state", "fedyogi", f"{ROUND}/{OPTIMIZER}", "hash", partial(flipped, f"{ROUND}/{OPTIMIZER}", -1)),
+    ("a byte of c", "scaffold", f"{ROUND}/{CONTROL}", "hash", partial(flipped, f"{ROUND}/{CONTROL}", -1)),
+    ("another update", "fedyogi", UPDATE, "was counted", update_rewritten),
+    ("a change of c_k less", "scaffold", UPDATE, "not_regular", partial(removed, f"{UPDATE}/{CONTROL_DELTA}")),
+    ("a byte of a change of c_k", "scaffold", UPDATE, "hash", partial(flipped, f"{UPDATE}/{CONTROL_DELTA}", -1)),
+    ("another change of c_k", "scaffold", UPDATE, "is not the update that was counted", control_delta_rewritten),
+    ("other hyperparameters", "fedyogi", LAST, NOT_WHAT, partial(
+        edited, lambda m: m["aggregation"]["algorithm"].update(second_moment="delta"))),
+    ("an unknown hyperparameter", "fedyogi", LAST, "does not know", partial(
+        edited, lambda m: m["aggregation"]["algorithm"].update(beta3=0.5))),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished_templates(small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Federations of algorithms with a state that finished after two rounds; tests must not change them."""
+    folder = tmp_path_factory.mktemp("states")
+    templates = {}
+    for algorithm in ("fedavgm", "fedyogi", "scaffold"):
+        workspace = templates[algorithm] = Path(shutil.copytree(small_template, folder / algorithm))
+        restart(workspace, algorithm)
+        for number in range(2):
+            if algorithm == "scaffold":
+                assert answer(workspace, number) == [0, 1, 2]
+            else:
+                all_take_part(workspace)
+            aggregate(Workspace(workspace))
+    return templates
+
+
+def restart(workspace: Path, algorithm: str) -> None:
+    """Let round 0, which nobody has answered, be one of another algorithm."""
+    configure(workspace, f"algorithm.name={algorithm}")
+    shutil.rmtree(workspace / "rounds")
+    open_round(Workspace(workspace))
+
+
+@pytest.fixture(params=["fedavgm", "fedyogi", "scaffold"])
+def finished_with_state(
+    request: pytest.FixtureRequest, finished_templates: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A copy of a finished federation of an algorithm with a state, as the current folder."""
+    folder = Path(shutil.copytree(finished_templates[request.param], tmp_path / "workspace"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_verify_computes_the_states_again(finished_with_state, capsys):
+    assert main(["verify"]) == 0
+    assert capsys.readouterr().out == (
+        "checked 3 rounds: 8 files by hash, 6 counted updates, 2 aggregates computed again, 0 baselines\nno violation\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("finished_with_state", "where", "says", "damage"),
+    [damage[1:] for damage in STATE_DAMAGES],
+    ids=[damage[0] for damage in STATE_DAMAGES],
+    indirect=["finished_with_state"],
+)
+def test_verify_exits_7_and_names_the_state_that_is_damaged(finished_with_state, capsys, where, says, damage):
+    damage(finished_with_state)
+    assert main(["verify", "--json"]) == 7
+    violations = json.loads(capsys.readouterr().out)["violations"]
+    at_place = [each["problem"] for each in violations if each["path"].startswith(str(finished_with_state / where))]
+    assert any(says in problem for problem in at_place), violations
+
+
+def test_rounds_of_a_version_that_counted_no_bytes_are_no_violation(finished):
+    """`cost`, `history`, `model.num_parameters` and a counted update's `bytes` came later than the protocol."""
+
+    def strip(manifest: dict) -> None:
+        del manifest["cost"], manifest["history"]
+        for entry in manifest["aggregation"]["counted"]:
+            del entry["bytes"]
+
+    edited(strip, finished)
+    assert main(["verify"]) == 0
 
 
 def test_the_json_document_lists_the_violations(finished, capsys):

@@ -101,7 +101,7 @@ def load_base(
             dtype=dtype,
             device_map=device,
             trust_remote_code=trust_remote_code,
-            quantization_config=_bitsandbytes(quantization, dtype),
+            **_bitsandbytes(quantization, dtype),
         )
         if quantization != "none":
             from peft import prepare_model_for_kbit_training
@@ -110,20 +110,22 @@ def load_base(
     return model, load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
-def _bitsandbytes(quantization: Quantization, dtype: "torch.dtype") -> "BitsAndBytesConfig | None":
+def _bitsandbytes(quantization: Quantization, dtype: "torch.dtype") -> "dict[str, BitsAndBytesConfig]":
+    """Return the option that quantises a base while it is loaded; one that comes quantised gets none but its own."""
     if quantization == "none":
-        return None
+        return {}
     from transformers import BitsAndBytesConfig
 
     require_bitsandbytes(quantization)
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+    return {"quantization_config": config}
 
 
 def require_bitsandbytes(quantization: Quantization) -> None:

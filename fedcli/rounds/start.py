@@ -31,9 +31,17 @@ def prepare_start(config: Config, root: Path) -> Start:
     tokenizer or target modules that will not do.
     """
     from fedcli.data.encoding import Encoder
-    from fedcli.model.base import BUILTIN_PREFIX, find_base, fingerprint, is_path, load_tokenizer
+    from fedcli.model.base import (
+        BUILTIN_PREFIX,
+        find_base,
+        fingerprint,
+        is_path,
+        load_tokenizer,
+        require_bitsandbytes,
+    )
     from fedcli.model.quiet import without_bitsandbytes
 
+    require_bitsandbytes(config.model.quantization)
     base = config.model.base
     folder = find_base(base, revision=config.model.revision, root=root)
     Encoder(load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code))

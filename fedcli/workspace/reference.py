@@ -26,10 +26,12 @@ def read_reference(workspace: Workspace, client: int | None, key: str) -> LogPro
     """Return what a client has computed so far; nothing where the file is missing or damaged."""
     try:
         arrays = load(workspace.reference(client, key).read_bytes())
-        keys, values = arrays["keys"], arrays["values"]
-    except (FileNotFoundError, SafetensorError, KeyError):
+        if arrays["sha256"].tobytes() != _digest(arrays["keys"], arrays["values"]):
+            return {}
+        pairs = zip(arrays["keys"], arrays["values"].tolist(), strict=True)
+        return {row.tobytes(): (chosen, rejected) for row, (chosen, rejected) in pairs}
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError):
         return {}
-    return {bytes(row): (float(pair[0]), float(pair[1])) for row, pair in zip(keys, values, strict=True)}
 
 
 def save_reference(
@@ -40,4 +42,9 @@ def save_reference(
         "keys": np.frombuffer(b"".join(log_probs), np.uint8).reshape(len(log_probs), -1),
         "values": np.array(list(log_probs.values()), np.float64),
     }
+    arrays["sha256"] = np.frombuffer(_digest(arrays["keys"], arrays["values"]), np.uint8)
     publish_file(workspace.reference(client, key), save(arrays), mode=0o600)
+
+
+def _digest(keys: Array, values: Array) -> bytes:
+    return hashlib.sha256(keys.tobytes() + values.tobytes()).digest()

@@ -1,0 +1,338 @@
+"""The seven algorithms: their formulas, written again here from the contract, and what real servers make of them."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, fedcli, settings
+from safetensors.numpy import load_file, save
+from test_protocol import read_adapter, read_manifest, stored_hashes
+
+from fedcli.algos import ALGORITHMS, FedAvg, MergedUpdates
+from fedcli.algos.arrays import WeightedSum, difference, to_float32
+from fedcli.algos.fedadagrad import FedAdagrad
+from fedcli.algos.fedadam import FedAdam
+from fedcli.algos.fedavgm import FedAvgM
+from fedcli.algos.fedprox import FedProx
+from fedcli.algos.fedyogi import FedYogi
+from fedcli.algos.scaffold import Scaffold, control_delta
+from fedcli.cli import main
+from fedcli.config import apply_overrides, parse_config
+from fedcli.errors import ConfigError
+from fedcli.rounds.aggregation import aggregate
+from fedcli.workspace.layout import Workspace
+
+NUM_SAMPLES = {0: 3, 1: 50, 2: 447}
+OTHER = MappingProxyType({"eta": 0.05, "tau": 0.01, "beta1": 0.8, "beta2": 0.95})
+VARIANTS = (
+    {"name": "fedavg"},
+    {"name": "fedprox", "mu": 0.5},
+    {"name": "scaffold"},
+    {"name": "fedavgm"},
+    {"name": "fedavgm", "beta1": 0.8, "momentum": "heavy_ball"},
+    {"name": "fedadagrad", "eta": 0.05, "tau": 0.01},
+    {"name": "fedyogi"},
+    {"name": "fedyogi", "second_moment": "delta", **OTHER},
+    {"name": "fedadam", **OTHER},
+    {"name": "fedadam", "second_moment": "delta"},
+)
+
+
+class Formulas:
+    """The contract's server rules in float64, with nothing of fedcli: x, m, v and c by the adapter's names."""
+
+    def __init__(self, start, *, name, eta=1e-3, tau=1e-3, beta1=0.9, beta2=0.99, num_clients=3, **variant):
+        self.name, self.eta, self.tau, self.beta1, self.beta2 = name, eta, tau, beta1, beta2
+        self.num_clients, self.variant = num_clients, variant
+        self.x = {key: array.astype(np.float64) for key, array in start.items()}
+        self.m, self.v, self.c = {}, {}, {}
+
+    def step(self, updates):
+        """Merge a round's updates: num_samples, adapter and control delta by client."""
+        unweighted = self.name in ("fedadagrad", "fedyogi", "fedadam")
+        shares = {client: 1 if unweighted else samples for client, (samples, _, _) in updates.items()}
+        for key, x in self.x.items():
+            sent = {client: adapter[key].astype(np.float64) for client, (_, adapter, _) in updates.items()}
+            mean = sum(shares[client] * (sent[client] - x) for client in updates) / sum(shares.values())
+            if self.name == "scaffold":
+                change = sum(delta[key].astype(np.float64) for _, _, delta in updates.values()) / self.num_clients
+                self.c[key] = self.c.get(key, 0) + change
+            self.x[key] = x + self._move(key, mean)
+
+    def _move(self, key, mean):
+        if self.name in ("fedavg", "fedprox", "scaffold"):
+            return mean
+        v = self.v.get(key, np.full_like(mean, self.tau**2))
+        if self.name == "fedadagrad":
+            self.v[key] = v + mean**2
+            return self.eta * mean / (np.sqrt(self.v[key]) + self.tau)
+        new = 1 if self.variant.get("momentum") == "heavy_ball" else 1 - self.beta1
+        self.m[key] = m = self.beta1 * self.m[key] + new * mean if key in self.m else mean
+        if self.name == "fedavgm":
+            return m
+        square = mean**2 if self.variant.get("second_moment") == "delta" else m**2
+        if self.name == "fedyogi":
+            self.v[key] = v - (1 - self.beta2) * square * np.sign(v - square)
+        else:
+            self.v[key] = self.beta2 * v + (1 - self.beta2) * square
+        return self.eta * m / (np.sqrt(self.v[key]) + self.tau)
+
+    def check(self, workspace, number):
+        """Assert that a round on disk holds this adapter, and this state and no other."""
+        optimizer = {f"m.{key}": m for key, m in self.m.items()} | {f"v.{key}": v for key, v in self.v.items()}
+        expected = {"adapter/adapter_model": self.x, "optimizer": optimizer, "control": self.c}
+        for name, exact in expected.items():
+            path = workspace / "rounds" / f"{number:05d}" / f"{name}.safetensors"
+            assert path.exists() == bool(exact)
+            found = load_file(path) if exact else {}
+            assert found.keys() == exact.keys()
+            for key, array in found.items():
+                assert array.dtype == np.float32
+                assert np.abs(array - exact[key]).max() <= 1e-6 * np.abs(exact[key]).max(), (number, name, key)
+
+
+def random_update(workspace, number, client):
+    """Return num_samples, a random adapter and a random control delta, the same for the same round and client."""
+    generator = np.random.default_rng([number, client])
+    shapes = {name: entry["shape"] for name, entry in sorted(read_manifest(workspace, number)["tensors"].items())}
+    adapter, control = (
+        {name: generator.normal(scale=scale, size=shape).astype(np.float32) for name, shape in shapes.items()}
+        for scale in (0.2, 1.0)
+    )
+    return NUM_SAMPLES[client], adapter, control
+
+
+def drop(workspace, number, client, update):
+    """Drop an update as the contract says, with the files that the manifest asks for."""
+    num_samples, adapter, control = update
+    manifest = (workspace / "rounds" / f"{number:05d}" / "manifest.json").read_bytes()
+    known = {"adapter_model.safetensors": adapter, "control_delta.safetensors": control}
+    files = {name: save(known[name]) for name in json.loads(manifest)["update_files"]}
+    entries = {name: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)} for name, c in files.items()}
+    record = {"protocol": 1, "workspace": json.loads(manifest)["workspace"], "round": number, "client": client}
+    record |= {"base": hashlib.sha256(manifest).hexdigest(), "num_samples": num_samples, "steps": 1}
+    record |= {"train_loss": None, "files": entries}
+    temporary = workspace / "inbox" / str(client) / ".tmp-here"
+    temporary.mkdir(parents=True)
+    for name, contents in (files | {"update.json": json.dumps(record).encode()}).items():
+        (temporary / name).write_bytes(contents)
+    os.rename(temporary, temporary.with_name(f"round-{number:05d}"))
+
+
+def drop_all(workspace, number):
+    """Let the round's cohort drop random updates; return these."""
+    updates = {c: random_update(workspace, number, c) for c in read_manifest(workspace, number)["cohort"]}
+    for client, update in updates.items():
+        drop(workspace, number, client, update)
+    return updates
+
+
+@pytest.mark.parametrize("algorithm", VARIANTS, ids=lambda algorithm: "-".join(map(str, algorithm.values())))
+def test_five_rounds_are_the_formulas_and_a_restart_between_them_changes_no_bit(tmp_path, algorithm):
+    processes = tmp_path / "processes"
+    overrides = ["federation.rounds=5", "federation.per_round=2", *(f"algorithm.{k}={v}" for k, v in algorithm.items())]
+    assert main(["init", str(processes), *settings(*SMALL, *overrides)]) == 0
+    looped = Path(shutil.copytree(processes, tmp_path / "looped"))
+    formulas = Formulas(read_adapter(looped, 0), **algorithm)
+    formulas.check(processes, 0)
+    took_part = []
+    for number in range(5):
+        updates = drop_all(processes, number)
+        drop_all(looped, number)
+        took_part.append(sorted(updates))
+        formulas.step(updates)
+        done = fedcli("server", "aggregate", cwd=processes)
+        assert done.returncode == 0, done.stderr
+        assert aggregate(Workspace(looped)).published
+        formulas.check(processes, number + 1)
+        assert stored_hashes(processes / "rounds") == stored_hashes(looped / "rounds")
+    assert [len(cohort) for cohort in took_part] == [2] * 5
+    assert {client for cohort in took_part for client in cohort} == {0, 1, 2}
+    recorded = read_manifest(processes, 5)["aggregation"]["algorithm"]
+    assert recorded.items() >= algorithm.items()
+
+
+QUARTERS = {"eta": 0.5, "tau": 2.0, "beta1": 0.5, "beta2": 0.75}
+PLAIN = ([1, -2, 0.5], [-1, 0, 0.25])
+ADAM = ([2, -2, 0], [6, -2, 0])
+ADAM_FIRST = ([1.25, 1.75, 3], {"m.w": ADAM[0], "v.w": [4, 4, 3]})
+YOGI = ([2, 1, -4], [-2, 5, 0])  # g is v, under it, and over it
+Y, Z = 2 + 0.5 / (3.75**0.5 + 2), 3 - 2 / (8**0.5 + 2)
+YOGI_FIRST = ([1.25, Y, Z], {"m.w": YOGI[0], "v.w": [4, 3.75, 8]})
+MOMENTUM_FIRST = ([2, 0, 3.5], {"m.w": PLAIN[0]})
+STEPS = (
+    (FedAvg(), PLAIN, ([2, 0, 3.5], {}), ([1, 0, 3.75], {})),
+    (FedProx(mu=0.5), PLAIN, ([2, 0, 3.5], {}), ([1, 0, 3.75], {})),
+    (Scaffold(), PLAIN, ([2, 0, 3.5], {"w": [0.5, -1, 0]}), ([1, 0, 3.75], {"w": [0.75, 0, 2]})),
+    (FedAvgM(beta1=0.5), PLAIN, MOMENTUM_FIRST, ([2, -1, 3.875], {"m.w": [0, -1, 0.375]})),
+    (FedAvgM(beta1=0.5, momentum="heavy_ball"), PLAIN, MOMENTUM_FIRST, ([1.5, -1, 4], {"m.w": [-0.5, -1, 0.5]})),
+    (
+        FedAdagrad(eta=0.5, tau=3.0),
+        ([4, -4, 0], [12, 0, -4]),
+        ([1.25, 1.75, 3], {"v.w": [25, 25, 9]}),
+        ([1.625, 1.75, 2.75], {"v.w": [169, 25, 25]}),
+    ),
+    (
+        FedAdam(**QUARTERS),
+        ADAM,
+        ADAM_FIRST,
+        ([1.25 + 2 / (7**0.5 + 2), 1.5, 3], {"m.w": [4, -2, 0], "v.w": [7, 4, 2.25]}),
+    ),
+    (
+        FedAdam(**QUARTERS, second_moment="delta"),
+        ADAM,
+        ADAM_FIRST,
+        ([1.25 + 2 / (12**0.5 + 2), 1.5, 3], {"m.w": [4, -2, 0], "v.w": [12, 4, 2.25]}),
+    ),
+    (
+        FedYogi(**QUARTERS),
+        YOGI,
+        YOGI_FIRST,
+        ([1.25, Y + 1.5 / (6**0.5 + 2), Z - 1 / (7**0.5 + 2)], {"m.w": [0, 3, -2], "v.w": [4, 6, 7]}),
+    ),
+    (
+        FedYogi(**QUARTERS, second_moment="delta"),
+        YOGI,
+        YOGI_FIRST,
+        ([1.25, Y + 1.5 / (10**0.5 + 2), Z - 1 / (8**0.5 + 2)], {"m.w": [0, 3, -2], "v.w": [4, 10, 8]}),
+    ),
+)
+
+
+@pytest.mark.parametrize(("algorithm", "means", "first", "second"), STEPS)
+def test_two_steps_give_these_numbers_and_leave_their_inputs_alone(algorithm, means, first, second):
+    adapter, state = {"w": np.array([1, 2, 3], np.float32)}, {}
+    controls = ([0.5, -1, 0], [0.25, 1, 2]) if algorithm.uses_control else (None, None)
+    for mean, control, (expected, expected_state) in zip(means, controls, (first, second), strict=True):
+        merged = MergedUpdates({"w": np.array(mean, float)}, {"w": np.array(control)} if control else {})
+        inputs = [adapter, merged.difference, merged.control, state]
+        copies = [{name: array.copy() for name, array in arrays.items()} for arrays in inputs]
+        adapter, state = algorithm.apply(*inputs[:1], merged, state)
+        for before, after in zip(copies, inputs, strict=True):
+            assert before.keys() == after.keys()
+            assert all((before[name] == after[name]).all() for name in before)
+        assert {array.dtype for array in (adapter | state).values()} == {np.dtype(np.float32)}
+        np.testing.assert_allclose(adapter["w"], expected, rtol=2e-7, atol=0)
+        assert {name: array.tolist() for name, array in state.items()} == expected_state
+
+
+def test_the_table_of_steps_has_every_algorithm():
+    assert {type(algorithm) for algorithm, *_ in STEPS} == set(ALGORITHMS.values())
+    assert {variant["name"] for variant in VARIANTS} == set(ALGORITHMS)
+
+
+@pytest.mark.parametrize("make", [lambda values: np.array(values, np.float32), torch.tensor])
+def test_client_rules_give_arrays_and_tensors_the_same_terms(make):
+    w, x, c = make([1.0, -2.0, 4.0]), make([0.5, 2.0, 4.0]), make([4.0, -8.0, 0.0])
+    prox, scaffold = FedProx(mu=0.5).client_rule({"w": x}, {}), Scaffold().client_rule({"w": x}, {"w": c})
+    assert (prox.arrays["w"] is x, scaffold.arrays["w"] is c) == (True, True)
+    assert type(prox.gradient_term(w, x)) is type(scaffold.weight_term(c, 0.25)) is type(w)
+    assert prox.gradient_term(w, x).tolist() == [0.25, -2.0, 0.0]
+    assert scaffold.weight_term(c, 0.25).tolist() == [-1.0, 2.0, 0.0]
+    assert (prox.weight_term(x, 0.25), scaffold.gradient_term(w, c)) == (None, None)
+
+
+def test_only_fedprox_and_scaffold_change_how_clients_train():
+    rules = {name for name, kind in ALGORITHMS.items() if kind().client_rule({}, {}) is not None}
+    assert rules == {"fedprox", "scaffold"}
+
+
+def test_a_control_delta_is_the_second_option_of_the_paper():
+    x, y, c = ({"w": np.array(v, np.float32)} for v in ([1, 2, 3], [0.5, 2.5, 3], [0.25, 0, -1]))
+    delta = control_delta(x, y, c, steps=2, learning_rate=0.25)
+    assert (delta["w"].dtype, delta["w"].tolist()) == (np.float32, [0.75, -1, 1])
+
+
+OUT_OF_RANGE = """
+fedprox.mu=-0.01 fedprox.mu=.nan fedadagrad.eta=0 fedadagrad.tau=0 fedadam.eta=-1 fedadam.eta=.inf fedadam.beta2=1
+fedyogi.tau=-0.001 fedyogi.tau=.nan fedyogi.beta1=1.5 fedyogi.second_moment=difference fedavgm.beta1=1
+fedavgm.beta1=-0.1 fedavgm.momentum=nesterov fedavg.mu=0.01
+"""
+
+
+@pytest.mark.parametrize("setting", OUT_OF_RANGE.split())
+def test_a_hyperparameter_out_of_range_is_a_fault_of_its_key(setting):
+    name, _, override = setting.partition(".")
+    document = {"algorithm": {"name": name}}
+    apply_overrides(document, [f"algorithm.{override}"])
+    with pytest.raises(ConfigError, match=rf"has 1 fault:\n  algorithm\.{override.split('=')[0]}: "):
+        parse_config(document, Path("fedcli.yaml"))
+
+
+CURVATURES = np.array([[1, 2, 4], [3, 1, 0.5]])
+OPTIMA = np.array([[1, 0, -1], [-1, 2, 3]])
+SGD_STEPS, RATE = 50, 0.05
+
+
+def train_on_quadratics(algorithm, rounds, clients=(0, 1)):
+    """Return x after some rounds of plain SGD on sum_i a_i (w_i - b_i)^2 / 2, two clients of equal weight."""
+    x, state = {"w": np.zeros(3, np.float32)}, {}
+    zeros = {"w": np.zeros(3, np.float32)}
+    own = dict.fromkeys(clients, zeros)
+    for _ in range(rounds):
+        differences, controls = WeightedSum(), WeightedSum()
+        for client in clients:
+            control = state or zeros
+            rule = algorithm.client_rule(x, to_float32(difference(control, own[client])))
+            w = x["w"].astype(np.float64)
+            for _ in range(SGD_STEPS):
+                gradient = CURVATURES[client] * (w - OPTIMA[client])
+                pull = rule.gradient_term(w, rule.arrays["w"]) if rule else None
+                w = w - RATE * (gradient if pull is None else gradient + pull)
+                shift = rule.weight_term(rule.arrays["w"], RATE) if rule else None
+                w = w if shift is None else w + shift
+            differences.add(difference({"w": w}, x), algorithm.weight(10))
+            if algorithm.uses_control:
+                delta = control_delta(x, {"w": w}, control, steps=SGD_STEPS, learning_rate=RATE)
+                controls.add(delta, 1.0)
+                own[client] = {"w": own[client]["w"] + delta["w"]}
+        merged = MergedUpdates(differences.over(differences.total_weight), controls.over(2))
+        x, state = algorithm.apply(x, merged, state)
+    return x["w"]
+
+
+def test_scaffold_reaches_the_joint_optimum_of_two_quadratics_and_fedavg_does_not():
+    optimum = (CURVATURES * OPTIMA).sum(axis=0) / CURVATURES.sum(axis=0)
+    reached = 1 - (1 - RATE * CURVATURES) ** SGD_STEPS  # of the way to its own optimum, by a client in one round
+    drifted = (reached * OPTIMA).sum(axis=0) / reached.sum(axis=0)
+    assert np.abs(drifted - optimum).min() > 0.25
+    np.testing.assert_allclose(train_on_quadratics(FedAvg(), 100), drifted, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(train_on_quadratics(Scaffold(), 100), optimum, rtol=0, atol=1e-5)
+
+
+def test_fedprox_is_fedavg_without_mu_and_tends_to_it():
+    fedavg = train_on_quadratics(FedAvg(), 20)
+    assert (train_on_quadratics(FedProx(mu=0.0), 20) == fedavg).all()
+    distances = [np.abs(train_on_quadratics(FedProx(mu=mu), 20) - fedavg).max() for mu in (1e-1, 1e-2, 1e-3)]
+    assert 1e-2 < distances[0] < 1e-1
+    assert distances[0] / distances[1] == pytest.approx(10, rel=0.2)
+    assert distances[1] / distances[2] == pytest.approx(10, rel=0.2)
+
+
+def test_the_order_of_clients_changes_a_mean_by_rounding_only():
+    generator = np.random.default_rng(0)
+    members = [({"w": generator.normal(size=1000)}, float(weight)) for weight in generator.integers(1, 10**6, size=50)]
+    means = []
+    for order in (range(50), reversed(range(50)), generator.permutation(50)):
+        total = WeightedSum()
+        for index in order:
+            total.add(*members[index])
+        means.append(total.over(total.total_weight)["w"])
+    for mean in means[1:]:
+        assert np.abs(mean - means[0]).max() <= 1e-12 * np.abs(means[0]).max()
+    np.testing.assert_array_equal(train_on_quadratics(Scaffold(), 20), train_on_quadratics(Scaffold(), 20, (1, 0)))
+
+
+def test_a_mean_without_weight_is_an_error():
+    total = WeightedSum()
+    with pytest.raises(ZeroDivisionError):
+        total.over(total.total_weight)
+    total.add({"w": np.ones(3)}, 0.0)
+    with pytest.raises(ZeroDivisionError):
+        total.over(total.total_weight)

@@ -1,0 +1,278 @@
+"""Direct preference optimisation against trl, plain forward passes and a small federation of real rows."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, fedcli, settings
+from test_training import adapter_parameters, farthest, make_config, make_model
+
+from fedcli.algos import Array, Arrays
+from fedcli.cli import main
+from fedcli.data.demo import demo_preferences
+from fedcli.data.encoding import EncodedPair, Encoder
+from fedcli.data.rows import Preference
+from fedcli.data.template import alpaca
+from fedcli.model.base import find_base
+from fedcli.model.lora import AdaptedModel, start_adapter
+from fedcli.training.dpo import ReferredPair, pair_log_probs, train_dpo
+from fedcli.training.reports import TrainSettings
+
+TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())
+FEW = (*SMALL, "federation.clients=2", "train.steps=4", "train.learning_rate=2e-2", "train.beta=0.5")
+LN2 = math.log(2)
+LONGER = Preference("Tell of the wet harbour.", "The storm howls over the coast", "red, as the night is so very long")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def adapted() -> AdaptedModel:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def preferences() -> list[Preference]:
+    """Pairs of different lengths."""
+    rows = demo_preferences(0)["train"][::173]
+    return [*(Preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows), LONGER]
+
+
+@pytest.fixture(scope="module")
+def pairs(adapted: AdaptedModel, preferences: list[Preference]) -> list[EncodedPair]:
+    return Encoder(adapted.tokenizer).pairs(preferences, 512).examples
+
+
+def noisy_adapter(seed: int) -> dict[str, Array]:
+    """Return an adapter that changes the model."""
+    arrays, _ = start_adapter(TINY, make_config(), seed=seed, trust_remote_code=False)
+    generator = np.random.default_rng(seed)
+    return {
+        name: generator.normal(0, 0.1, array.shape).astype(np.float32) if ".lora_B." in name else array
+        for name, array in arrays.items()
+    }
+
+
+def gradients_of(adapted: AdaptedModel, run: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """Return the adapter's gradients of the one backward pass that `run` makes, before they are clipped."""
+    gradients: dict[str, torch.Tensor] = {}
+    parameters = {name: p for name, p in adapter_parameters(adapted).items() if ".ref." not in name}  # trl's own
+    hooks = [
+        parameter.register_hook(lambda gradient, name=name: gradients.update({name: gradient.clone()}))
+        for name, parameter in parameters.items()
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return gradients
+
+
+def train_step(
+    adapted: AdaptedModel, start: Arrays, referred: list[ReferredPair], beta: float
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Make one step over one batch of all pairs; return its loss and its gradients."""
+    settings = TrainSettings(
+        batch_size=len(referred), micro_batch_size=len(referred), learning_rate=1e-3, weight_decay=0.0,
+        max_grad_norm=1.0, gradient_checkpointing=False, seed=0,
+    )  # fmt: skip
+    losses: list[float] = []
+    adapted.load(start)
+    gradients = gradients_of(
+        adapted, lambda: losses.extend(train_dpo(adapted, referred, beta, settings, lambda report: None))
+    )
+    return losses[0], gradients
+
+
+def refer(adapted: AdaptedModel, reference: Arrays, pairs: list[EncodedPair]) -> list[ReferredPair]:
+    adapted.load(reference)
+    log_probs = list(pair_log_probs(adapted, pairs))
+    return [ReferredPair(pair, *found) for pair, found in zip(pairs, log_probs, strict=True)]
+
+
+# The oracle
+
+
+@pytest.mark.parametrize("reference_is_base", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_loss_and_gradients_are_those_of_trls_trainer(
+    adapted: AdaptedModel,
+    preferences: list[Preference],
+    pairs: list[EncodedPair],
+    tmp_path: Path,
+    reference_is_base: bool,
+) -> None:
+    from datasets import Dataset
+    from peft import set_peft_model_state_dict
+    from trl import DPOConfig, DPOTrainer
+
+    start, reference = noisy_adapter(1), noisy_adapter(2)
+    nothing = {name: np.zeros_like(array) for name, array in reference.items()}
+    referred = refer(adapted, nothing if reference_is_base else reference, pairs)
+    loss, ours = train_step(adapted, start, referred, 0.1)
+    other = make_model()
+    other.load(start)
+    columns = [
+        {"prompt": alpaca(p.prompt), "chosen": " " + p.chosen, "rejected": " " + p.rejected} for p in preferences
+    ]
+    trainer = DPOTrainer(
+        model=other.model,
+        processing_class=other.tokenizer,
+        train_dataset=Dataset.from_list(columns),
+        args=DPOConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=len(pairs), max_length=512, beta=0.1,
+            bf16=False, gradient_checkpointing=False, use_cpu=True, dataloader_pin_memory=False, report_to="none",
+            save_strategy="no", logging_steps=1, disable_tqdm=True,
+        ),
+    )  # fmt: skip
+    if reference_is_base:
+        trainer.model.delete_adapter("ref")  # trl's own reference would be a copy of the start
+    else:
+        tensors = {name: torch.tensor(array) for name, array in reference.items()}
+        set_peft_model_state_dict(trainer.model, tensors, adapter_name="ref")
+    theirs = gradients_of(other, trainer.train)
+    assert loss == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-5)
+    assert abs(loss - LN2) > 1e-3
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    assert largest > 1e-4
+    assert farthest(ours, theirs) <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.5, 3.0])
+def test_beta_scales_the_margin_in_the_loss(adapted: AdaptedModel, pairs: list[EncodedPair], beta: float) -> None:
+    start, reference = noisy_adapter(1), noisy_adapter(2)
+    referred = refer(adapted, reference, pairs)
+    policy = refer(adapted, start, pairs)
+    margins = [
+        (ours.chosen - ours.rejected) - (theirs.chosen - theirs.rejected)
+        for ours, theirs in zip(policy, referred, strict=True)
+    ]
+    assert max(map(abs, margins)) > 0.1
+    expected = sum(math.log1p(math.exp(-beta * margin)) for margin in margins) / len(margins)
+    assert train_step(adapted, start, referred, beta)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pairs_reference_does_not_depend_on_its_neighbours(adapted: AdaptedModel, pairs: list[EncodedPair]) -> None:
+    adapted.load(noisy_adapter(1))
+    together = list(pair_log_probs(adapted, pairs))
+    assert together == [next(pair_log_probs(adapted, [pair])) for pair in pairs]
+    assert adapted.model.training is False
+
+
+# Truncation
+
+
+def test_long_responses_are_cut_and_counted_and_lose_their_end_token(adapted: AdaptedModel) -> None:
+    encoder = Encoder(adapted.tokenizer)
+    (whole,) = encoder.pairs([LONGER], 512).examples
+    lengths = sorted((whole.chosen.num_tokens, whole.rejected.num_tokens))
+    assert lengths[0] < lengths[1]
+    assert whole.chosen.ids[-1] == whole.rejected.ids[-1] == encoder.end_id
+    one_cut = encoder.pairs([LONGER], lengths[0])
+    both_cut = encoder.pairs([LONGER], lengths[0] - 1)
+    assert (one_cut.num_truncated, one_cut.num_unusable) == (1, 0)
+    assert (both_cut.num_truncated, both_cut.num_unusable) == (1, 0)
+    ends = [side.ids[-1] == encoder.end_id for side in (one_cut.examples[0].chosen, one_cut.examples[0].rejected)]
+    assert sorted(ends) == [False, True]
+    for side, before in (("chosen", whole.chosen), ("rejected", whole.rejected)):
+        cut = getattr(both_cut.examples[0], side)
+        assert cut.ids.tolist() == before.ids[: lengths[0] - 1].tolist()
+        assert encoder.end_id not in cut.ids
+        assert cut.prompt_length == before.prompt_length
+    assert len({pair.examples[0].key for pair in (encoder.pairs([LONGER], 512), one_cut, both_cut)}) == 3
+    assert encoder.pairs([LONGER], whole.chosen.prompt_length).num_unusable == 1
+
+
+# Rows that will not do
+
+
+def results(run: Run, *arguments: object) -> dict[str, Any]:
+    code, out, err = run(*arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def runner(capsys: pytest.CaptureFixture) -> Run:
+    """Return what runs a command in this process: exit code, stdout and stderr."""
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return (code, *capsys.readouterr())
+
+    return run_main
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture) -> Run:
+    return runner(capsys)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation of task dpo with round 0 open."""
+    folder = tmp_path_factory.mktemp("dpo") / "workspace"
+    assert main(["init", str(folder), "--preset", "demo-dpo", *settings(*FEW)]) == 0
+    return folder
+
+
+@pytest.fixture
+def workspace(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "workspace"))
+
+
+def write_rows(workspace: Path, client: int, rows: list[dict[str, object]]) -> Path:
+    path = workspace / f"data/client-{client}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_pairs_that_teach_nothing_are_counted_unusable_and_cut_ones_truncated(workspace: Path, run: Run) -> None:
+    config = workspace / "fedcli.yaml"
+    assert "max_length: 128" in config.read_text()
+    pair = {"prompt": "Say it.", "chosen": "green", "rejected": "red"}
+    long = " ".join(["the storm howls"] * 60)
+    write_rows(
+        workspace,
+        0,
+        [
+            pair,
+            pair | {"rejected": "green"},
+            pair | {"chosen": ""},
+            pair | {"rejected": "  "},
+            pair | {"chosen": long},
+            pair | {"chosen": long + " now", "rejected": long + " then"},  # cut, they are alike
+            pair | {"prompt": long},
+        ],
+    )
+    done = results(run, "client", "train", "--id", 0, "-w", workspace)
+    assert (done["num_samples"], done["num_truncated"], done["num_unusable"]) == (2, 1, 5)
+
+
+def test_a_client_without_a_usable_pair_is_told_so(workspace: Path, run: Run) -> None:
+    path = write_rows(workspace, 0, [{"prompt": "Say it.", "chosen": "red", "rejected": "red"}])
+    code, out, err = run("client", "train", "--id", 0, "-w", workspace)
+    assert (code, out) == (3, "")
+    assert f"{path}: none of its 1 rows is usable" in err
+
+
+def test_a_row_without_rejected_is_a_fault_that_names_its_line(workspace: Path, run: Run, tmp_path: Path) -> None:
+    pair = {"prompt": "Say it.", "chosen": "green", "rejected": "red"}
+    wrong = [pair, pair, {"prompt": "Say it.", "chosen": "green"}]
+    path = write_rows(workspace, 0, wrong)
+    code, out, err = run("client", "train", "--id", 0, "-w", workspace)
+    assert (code, out) == (3, "")
+    assert f"{path}, line 3 has no column 'rejected'; it has prompt, chosen" in err
+    assert not (workspace / "inbox/0").exists() or not any((workspace / "inbox/0").iterdir())
+    other = tmp_path / "other"
+    overrides = settings(*FEW, f"data.source={path}", "data.partition=iid")
+    done = fedcli("init", other, "--preset", "demo-dpo", *overrides, cwd=tmp_path)  # a process: nothing of it is left
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "line 3 has no column 'rejected'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not other.exists()
