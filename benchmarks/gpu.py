@@ -35,8 +35,9 @@ def make_model(shape: str, folder: Path) -> None:
 
     from fedcli.model.base import find_base
 
+    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, **SHAPES[shape])).to(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, **SHAPES[shape]))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(find_base("builtin:tiny", revision=None, root=folder)).save_pretrained(folder)
 
@@ -80,15 +81,20 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--quantization", nargs="+", default=["int8", "nf4"])
     parser.add_argument("--algorithms", nargs="+", default=["fedavg", "scaffold"])
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.make:
+        make_model(arguments.shape, arguments.make)
+        return 0
     if arguments.measure:
         print(json.dumps(measure(arguments.measure)))
         return 0
     results = []
     scratch = Path(tempfile.mkdtemp())
     try:
-        make_model(arguments.shape, scratch / "model")
+        make = [sys.executable, __file__, "--shape", arguments.shape, "--make", str(scratch / "model")]
+        subprocess.run(make, check=True)  # a process of its own: what it leaves on the GPU would be measured, too
         make_rows(scratch / "rows.jsonl")
         for quantization in arguments.quantization:
             for algorithm in arguments.algorithms:

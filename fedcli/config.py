@@ -157,7 +157,7 @@ def algorithm_from(record: dict[str, Any]) -> Algorithm:
     except ValidationError as error:
         raise IntegrityError(
             f"a manifest asks for an algorithm that this version does not know: {record}",
-            hint="Aggregate with the version of fedcli that opened the round, or name one with --algo.",
+            hint="Use the version of fedcli that opened the round, or a later one.",
         ) from error
 
 

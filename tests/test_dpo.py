@@ -20,8 +20,9 @@ from fedcli.data.encoding import EncodedPair, Encoder
 from fedcli.data.rows import Preference
 from fedcli.data.template import alpaca
 from fedcli.model.base import find_base
+from fedcli.model.likelihood import pair_log_probs
 from fedcli.model.lora import AdaptedModel, start_adapter
-from fedcli.training.dpo import ReferredPair, pair_log_probs, train_dpo
+from fedcli.training.dpo import ReferredPair, train_dpo
 from fedcli.training.reports import TrainSettings
 
 TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())

@@ -76,7 +76,7 @@ def cached(workspace: Path, client: int) -> list[tuple[Preference, tuple[float, 
     rows = [json.loads(line) for line in (workspace / f"data/client-{client}.jsonl").read_text().splitlines()]
     preferences = [Preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
     start = read_round(Workspace(workspace), 0)
-    known = read_reference(Workspace(workspace), client, reference_key(start.manifest))
+    known = read_reference(Workspace(workspace), client, reference_key(start.manifest, "float32"))
     from transformers import AutoTokenizer
 
     examples = Encoder(AutoTokenizer.from_pretrained(TINY)).pairs(preferences, 128).examples

@@ -36,7 +36,8 @@ def _print(result: "Status") -> None:
         print(f"refused    client {client} in round {result.round - 1}: {code}")
     for run, following in zip_longest(result.history, result.history[1:]):
         last = following.round - 1 if following else result.round - 1
-        print(f"merged     rounds {run.round} to {last} with {_describe(run.algorithm)}")
+        rounds = f"round {last}" if last == run.round else f"rounds {run.round} to {last}"
+        print(f"merged     {rounds} with {_describe(run.algorithm)}")
     if result.cost is not None:
         cost = result.cost
         print(

@@ -40,7 +40,7 @@ def judge_pairs(
     adapted: "AdaptedModel", encoder: "Encoder", preferences: Sequence[Preference], on_batch: Callable[[int], None]
 ) -> list[Verdict]:
     """Return the model's verdict on every pair; raise ConfigError where a pair's sides are empty or alike."""
-    from fedcli.training.dpo import pair_log_probs
+    from fedcli.model.likelihood import pair_log_probs
 
     rows = encoder.pairs(preferences, NO_LIMIT)
     if rows.num_unusable:

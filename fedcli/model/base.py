@@ -1,6 +1,7 @@
 """Base models: where one lies, and how two parties know that they have the same."""
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -80,6 +81,14 @@ def fingerprint(folder: Path) -> str:
                     file.seek((size - _CHUNK) * chunk // (_NUM_CHUNKS - 1))
                     digest.update(file.read(_CHUNK))
     return digest.hexdigest()
+
+
+def comes_quantized(folder: Path) -> bool:
+    """Return whether a base model's weights are stored quantised, as its config.json says."""
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False  # loading it will say what is wrong
 
 
 def load_base(
@@ -168,16 +177,22 @@ def has_bfloat16() -> bool:
     """Return whether there is a GPU that computes in bfloat16."""
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @contextmanager
 def loading(folder: Path | str) -> Iterator[None]:
     """Turn what transformers raises for a folder that is no whole model into a RequirementError."""
+    import torch
     from safetensors import SafetensorError
 
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise RequirementError(
+            f"the GPU's memory is too small for the base model {folder}",
+            hint="Free the GPU, or start a workspace with model.quantization int8 or nf4; `fedcli doctor` tells more.",
+        ) from error
     except ImportError as error:  # transformers says which package the model needs, and how to install it
         raise RequirementError(
             f"the base model {folder} needs a package that is missing: {' '.join(str(error).split())}",

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedcli.data.encoding import EncodedExample
+from fedcli.data.encoding import EncodedExample, EncodedPair
+from fedcli.model.base import has_bfloat16
+from fedcli.model.lora import AdaptedModel
 
 IGNORED = -100
 """The label of a token that is not supervised."""
@@ -45,6 +47,22 @@ def response_log_probs(model: Any, base: Any, inputs: dict[str, torch.Tensor]) -
     """Return the log-probability of every row's response given its prompt, float32, shape (rows,)."""
     losses, rows = supervised_cross_entropy(model, base, inputs)
     return losses.new_zeros(len(inputs["labels"])).index_add(0, rows, -losses)
+
+
+def pair_log_probs(adapted: AdaptedModel, pairs: Sequence[EncodedPair]) -> Iterator[tuple[float, float]]:
+    """Yield, pair by pair, the log-probabilities that the model as it is gives to the chosen and the rejected response.
+
+    Without dropout, and one pair at a time, so that a pair's figures do not depend on its neighbours in a batch.
+    """
+    model = adapted.model
+    model.eval()
+    for pair in pairs:
+        batch = collate([pair.chosen, pair.rejected], adapted.pad_id)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        # Trainer's precision, so that before the first step policy and reference agree
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=has_bfloat16()):
+            chosen, rejected = response_log_probs(model, model.get_base_model(), batch).tolist()
+        yield chosen, rejected
 
 
 @contextmanager

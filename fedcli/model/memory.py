@@ -49,19 +49,21 @@ def estimate_memory(
     and optimiser; activations of a small Llama on a CPU were 0.9 to 1.1 of this, but with int8 there 1.7.
     """
     import torch
+    from transformers.pytorch_utils import Conv1D
 
-    config: Any = model.config
+    model_config: Any = model.config
+    config = model_config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
     head: Any = model.get_output_embeddings()  # type: ignore[operator]  # Module.__getattr__
     layers_by_name = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
     linear = sum(module.weight.numel() for module in layers_by_name.values())
     adapter_parameters = sum(
-        rank * (module.in_features + module.out_features)
+        rank * sum(module.weight.shape)
         for name, module in layers_by_name.items()
         if name.rpartition(".")[2] in target_modules
     )

@@ -2,20 +2,21 @@
 
 import math
 
-from fedcli.workspace.layout import ADAPTER_NAME, CONTROL_NAME, OPTIMIZER_NAME
+from fedcli.workspace.layout import ADAPTER_NAME, CONTROL_DELTA_FILE, CONTROL_NAME, OPTIMIZER_NAME
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 
 
 def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
     """Count what is communicated in a round, and add up what was in all rounds before it."""
     num_files = len(manifest.update_files)
+    uses_control = CONTROL_DELTA_FILE in manifest.update_files
     trainable = sum(math.prod(entry.shape) for entry in manifest.tensors.values())
-    unread = {OPTIMIZER_NAME} if num_files > 1 else {OPTIMIZER_NAME, CONTROL_NAME}
+    unread = {OPTIMIZER_NAME} if uses_control else {OPTIMIZER_NAME, CONTROL_NAME}
     down = up = 0
     if manifest.aggregation is not None and previous is not None and previous.cost is not None:
         num_readers = len(manifest.aggregation.counted) + len(manifest.aggregation.refused)
         down = previous.cost.total_bytes_down + num_readers * previous.cost.client_bytes_down
-        up = previous.cost.total_bytes_up + sum(entry.bytes for entry in manifest.aggregation.counted)
+        up = previous.cost.total_bytes_up + sum(entry.bytes or 0 for entry in manifest.aggregation.counted)
     return Cost(
         base_parameters=manifest.model.num_parameters,
         trainable_parameters=trainable,

@@ -107,6 +107,8 @@ class Sums:
 
     differences: WeightedSum
     control: WeightedSum
+    magnitudes: dict[int, float]
+    """The largest norm of an update's files, by client."""
 
 
 def combine(
@@ -117,7 +119,7 @@ def combine(
     The files are the adapter and the algorithm's state. Raises IntegrityError where they would not be finite.
     """
     adapter = base.adapter()
-    sums = Sums(WeightedSum(), WeightedSum())
+    sums = Sums(WeightedSum(), WeightedSum(), {})
     counted: list[CountedUpdate] = []
     refused: list[RefusedUpdate] = []
     missing: list[int] = []
@@ -130,6 +132,8 @@ def combine(
             missing.append(client) if entry is None else counted.append(entry)
         on_update(client)
     total = sums.differences.total_weight
+    if counted and total == 0.0:
+        raise ZeroDivisionError("the weights of all updates add up to zero")
     shares = [entry.model_copy(update={"weight": entry.weight / total}) for entry in counted]
     aggregation = Aggregation(algorithm=asdict(algorithm), counted=shares, refused=refused, missing=missing)
     if not counted:
@@ -137,22 +141,22 @@ def combine(
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
         merged = MergedUpdates(sums.differences.over(total), sums.control.over(num_clients))
         following, state = algorithm.apply(adapter, merged, base.state(algorithm))
-    _check_finite(base, following, state, counted)
+    _check_finite(base, following, state, sums.magnitudes)
     files = {ADAPTER_NAME: encode(following)}
     if state:
         files[state_file(algorithm)] = encode(state)
     return files, aggregation
 
 
-def _check_finite(base: Round, adapter: Arrays, state: Arrays, counted: list[CountedUpdate]) -> None:
+def _check_finite(base: Round, adapter: Arrays, state: Arrays, magnitudes: dict[int, float]) -> None:
     """Raise IntegrityError where finite updates add up to what float32 cannot hold."""
     if all(np.isfinite(array).all() for arrays in (adapter, state) for array in arrays.values()):
         return
-    largest = max(counted, key=lambda entry: entry.delta_norm)
+    client, magnitude = max(magnitudes.items(), key=lambda item: item[1])
     raise IntegrityError(
-        f"the updates of round {base.number} are too large for float32: the largest is client {largest.client}'s, "
-        f"of norm {largest.delta_norm:.3g}",
-        hint=f"Set it aside with `fedcli server discard --id {largest.client}`.",
+        f"the updates of round {base.number} are too large for float32: the largest is client {client}'s, "
+        f"of norm {magnitude:.3g}",
+        hint=f"Set it aside with `fedcli server discard --id {client}`.",
     )
 
 
@@ -165,16 +169,22 @@ def _count(
         return None
     delta = difference(update.files[ADAPTER_FILE], adapter)
     weight = algorithm.weight(update.record.num_samples)
+    delta_norm = norm(delta)
     sums.differences.add(delta, weight)
+    sums.magnitudes[client] = delta_norm
     if algorithm.uses_control:
-        sums.control.add(update.files[CONTROL_DELTA_FILE], 1.0)
+        control = update.files[CONTROL_DELTA_FILE]
+        sums.control.add(control, 1.0)
+        sums.magnitudes[client] = max(
+            delta_norm, norm({name: array.astype("float64") for name, array in control.items()})
+        )
     return CountedUpdate(
         client=client,
         update=update.sha256,
         weight=weight,
         num_samples=update.record.num_samples,
         train_loss=update.record.train_loss,
-        delta_norm=norm(delta),
+        delta_norm=delta_norm,
         bytes=update.num_bytes,
     )
 

@@ -51,12 +51,15 @@ def examine(workspace: Workspace | None, *, on_check: Callable[[str], None] = la
     ]
     if workspace is not None:
         checks.append(("file system", lambda: _file_system(workspace)))
+        if config is not None:
+            checks.append(("memory", lambda: _memory(workspace, config)))
     for name, check in checks:
         on_check(name)
-        findings += check()
-    if workspace is not None and config is not None:
-        on_check("memory")
-        findings.append(_memory(workspace, config))
+        try:
+            findings += check()
+        except Exception as error:  # a look at a broken machine must not break
+            cure = "Reinstall fedcli and its packages."
+            findings.append(Finding(name, "failed", f"{type(error).__name__}: {error}", cure))
     return findings
 
 
@@ -156,7 +159,7 @@ def _file_system(workspace: Workspace) -> Iterator[Finding]:
         )
 
 
-def _memory(workspace: Workspace, config: Config) -> Finding:
+def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
     """Compare what training is estimated to need with what the device has."""
     import torch
 
@@ -164,12 +167,14 @@ def _memory(workspace: Workspace, config: Config) -> Finding:
     from fedcli.model.memory import estimate_memory
 
     base, train, root = config.model.base, config.train, workspace.root
+    local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
     try:
-        local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
         source = find_base(base, revision=None, root=root) if local else base  # of a hub's model only its config.json
         model = load_shapes(source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
     except FedError as error:
-        return Finding("memory", "warning", f"cannot be estimated: {error.message}", error.hint)
+        yield Finding("base model", "failed", error.message, error.hint)
+        return
+    yield Finding("base model", "ok", base)
     estimate = estimate_memory(
         model,
         quantization=config.model.quantization,
@@ -182,14 +187,15 @@ def _memory(workspace: Workspace, config: Config) -> Finding:
     )
     available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _available_memory()
     detail = (
-        f"{base}: about {_size(estimate.total)} (weights {_size(estimate.weights)}, adapter "
+        f"about {_size(estimate.total)} (weights {_size(estimate.weights)}, adapter "
         f"{_size(estimate.adapter)}, optimiser {_size(estimate.optimizer)}, activations {_size(estimate.activations)}) "
         f"of {_size(available)}"
     )
     if estimate.total <= available:
-        return Finding("memory", "ok", detail)
+        yield Finding("memory", "ok", detail)
+        return
     cure = "Lower train.micro_batch_size or max_length, set train.gradient_checkpointing, or quantise the base."
-    return Finding("memory", "failed", detail, cure)
+    yield Finding("memory", "failed", detail, cure)
 
 
 def _available_memory() -> int:

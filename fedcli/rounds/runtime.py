@@ -17,7 +17,7 @@ from fedcli.config import Config
 from fedcli.data.order import draw
 from fedcli.data.rows import alpaca_example, preference, read_rows
 from fedcli.errors import ConfigError, RequirementError
-from fedcli.model.base import find_base, fingerprint, require_bitsandbytes
+from fedcli.model.base import comes_quantized, find_base, fingerprint, has_bfloat16, require_bitsandbytes
 from fedcli.model.quiet import without_bitsandbytes
 from fedcli.randomness import stream_seed
 from fedcli.training.reports import StepReport, TrainSettings
@@ -45,7 +45,7 @@ class Runtime:
         folder = _find_same_base(workspace, config, any_round)
         quantization = any_round.manifest.model.quantization
         require_bitsandbytes(quantization)
-        with without_bitsandbytes(quantization == "none"):
+        with without_bitsandbytes(quantization == "none" and not comes_quantized(folder)):
             _import_stack(threads)
             from fedcli.data.encoding import Encoder
             from fedcli.model.lora import AdaptedModel
@@ -150,11 +150,12 @@ class Runtime:
 
     def _refer(self, pairs: "Sequence[EncodedPair]", client: int | None) -> "list[ReferredPair]":
         """Return pairs with the log-probabilities of the reference model, round 0's, each computed once a client."""
-        from fedcli.training.dpo import ReferredPair, pair_log_probs
+        from fedcli.model.likelihood import pair_log_probs
+        from fedcli.training.dpo import ReferredPair
 
         if self._start is None:
             self._start = read_start(self._workspace)
-        key = reference_key(self._start.manifest)
+        key = reference_key(self._start.manifest, "bfloat16" if has_bfloat16() else "float32")
         known = read_reference(self._workspace, client, key)
         missing = {pair.key: pair for pair in pairs if pair.key not in known}
         if missing:

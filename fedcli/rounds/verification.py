@@ -14,6 +14,7 @@ from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.history import Round, listed_rounds, read_identity, read_round
 from fedcli.workspace.layout import (
     ADAPTER_NAME,
+    CONTROL_DELTA_FILE,
     CONTROL_NAME,
     MANIFEST,
     OPTIMIZER_NAME,
@@ -77,7 +78,7 @@ def verify(workspace: Workspace, *, on_round: Callable[[int], None] = lambda num
             if current.manifest.aggregation is not None:
                 _check_aggregation(current, current.manifest.aggregation, previous, seen, result)
                 if previous is not None and identity is not None:
-                    num_clients = identity.fixed["federation.clients"]
+                    num_clients = int(identity.fixed.get("federation.clients", 0)) or len(previous.manifest.cohort)
                     _recompute(workspace, current, current.manifest.aggregation, previous, num_clients, result)
             if number == 0:
                 _check_baselines(workspace, current, result)
@@ -148,7 +149,9 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
     for name in sorted(found - {MANIFEST, *manifest.files}):
         result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
     try:
-        algorithm_from(manifest.algorithm)
+        uses_control = algorithm_from(manifest.algorithm).uses_control
+        if (CONTROL_DELTA_FILE in manifest.update_files) != uses_control:
+            result.report(current.folder, f"asks for {manifest.update_files}, which its algorithm does not fit")
     except IntegrityError as error:
         result.report(current.folder, error.message)
     if (manifest.state == "finished") != (manifest.cohort == []):
@@ -174,7 +177,7 @@ def _check_links(current: Round, previous: Round | None, number: int, result: Ve
         result.report(current.folder, "follows a finished round")
     if manifest.cost not in (None, cost_of(manifest, previous.manifest)):
         result.report(current.folder, "states another cost than its files and counted updates give")
-    if manifest.cost and manifest.history != history_of(manifest, previous.manifest):
+    if manifest.cost is not None and manifest.history != history_of(manifest, previous.manifest):
         result.report(current.folder, "states another history of algorithms than the rounds before it")
     for key in ("task", "model", "tensors"):
         if getattr(manifest, key) != getattr(previous.manifest, key):
@@ -217,6 +220,9 @@ def _recompute(
     narrowed = Round(previous.folder, previous.manifest.model_copy(update={"cohort": counted}), previous.sha256)
     try:
         algorithm = algorithm_from(aggregation.algorithm)
+        if algorithm.uses_control and CONTROL_DELTA_FILE not in previous.manifest.update_files:
+            result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
+            return
         files, again = combine(workspace, narrowed, algorithm, num_clients, lambda client: None)
     except FedError as error:
         result.report(current.folder, f"cannot be computed again: {error}")
@@ -251,4 +257,5 @@ def _recompute(
 def _same(again: CountedUpdate, recorded: CountedUpdate) -> bool:
     """Return whether two records agree; the norm's last digits depend on how numpy was built."""
     close = math.isclose(again.delta_norm, recorded.delta_norm, rel_tol=1e-9)
-    return close and again.model_copy(update={"delta_norm": recorded.delta_norm}) == recorded
+    unchecked = {"delta_norm": recorded.delta_norm} | ({"bytes": None} if recorded.bytes is None else {})
+    return close and again.model_copy(update=unchecked) == recorded

@@ -1,6 +1,7 @@
 """Direct preference optimisation: Rafailov et al., "Direct Preference Optimization", NeurIPS 2023, equation 7."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,26 +42,24 @@ def train_dpo(
     """Train the adapter in place, one optimiser step for every `batch_size` pairs; return the losses of the steps.
 
     A step's loss is the mean over its pairs of -log sigmoid(beta ((log p(chosen) - log p(rejected)) - the same of the
-    reference)), however the batch is cut into micro-batches.
+    reference)), however the batch is cut into micro-batches. Dropout is off, as in trl: the reference has none.
     """
     pad = partial(_collate, pad_id=adapted.pad_id)
     loss = partial(_loss, beta, settings.batch_size)
-    return fit(adapted, pairs, settings, collate=pad, loss=loss, rule=rule, on_step=on_step)
+    with _no_dropout(adapted.model):
+        return fit(adapted, pairs, settings, collate=pad, loss=loss, rule=rule, on_step=on_step)
 
 
-def pair_log_probs(adapted: AdaptedModel, pairs: Sequence[EncodedPair]) -> Iterator[tuple[float, float]]:
-    """Yield, pair by pair, the log-probabilities that the model as it is gives to the chosen and the rejected response.
-
-    Without dropout, and one pair at a time, so that a pair's figures do not depend on its neighbours in a batch.
-    """
-    model = adapted.model
-    model.eval()
-    for pair in pairs:
-        batch = collate([pair.chosen, pair.rejected], adapted.pad_id)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        with torch.no_grad():
-            chosen, rejected = response_log_probs(model, model.get_base_model(), batch).tolist()
-        yield chosen, rejected
+@contextmanager
+def _no_dropout(model: torch.nn.Module) -> Iterator[None]:
+    rates = {module: module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    for module in rates:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, rate in rates.items():
+            module.p = rate
 
 
 def _collate(pairs: Sequence[ReferredPair], pad_id: int) -> Batch:

@@ -88,6 +88,7 @@ class _LossTrainer(Trainer):
 
     def __init__(self, loss: Loss, **options: Any) -> None:
         super().__init__(**options)
+        self.model_accepts_loss_kwargs = True  # the loss divides by the whole batch: Trainer must not divide again
         self._loss = loss
 
     def compute_loss(
@@ -188,6 +189,7 @@ def _arguments(scratch: str, steps: int, settings: TrainSettings) -> TrainingArg
         disable_tqdm=True,
         remove_unused_columns=False,
         bf16=has_bfloat16(),
+        use_cpu=not torch.cuda.is_available(),  # where load_base puts the model
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if arguments.n_gpu > 1:

@@ -1,15 +1,13 @@
 """A client's own control variates (SCAFFOLD's c_k): one candidate an update, of which a counted one becomes current."""
 
-from safetensors.numpy import save
-
 from fedcli.algos import Algorithm, Array, Arrays
 from fedcli.errors import IntegrityError
 from fedcli.workspace.history import Round, state_file
 from fedcli.workspace.layout import Workspace, update_name
-from fedcli.workspace.publish import publish_file
+from fedcli.workspace.publish import publish_file, remove_temporaries
 from fedcli.workspace.read import read_file
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.tensors import decode
+from fedcli.workspace.tensors import decode, encode
 
 
 def read_control(workspace: Workspace, rounds: list[Round], algorithm: Algorithm, client: int) -> "dict[str, Array]":
@@ -36,7 +34,7 @@ def read_control(workspace: Workspace, rounds: list[Round], algorithm: Algorithm
 def save_candidate(workspace: Workspace, round_number: int, client: int, update: str, arrays: Arrays) -> None:
     """Keep, durably, what c_k will be once the update with this hash of its update.json is counted."""
     path = workspace.candidate(client, round_number, update)
-    publish_file(path, save(dict(arrays)), mode=0o600)
+    publish_file(path, encode(arrays), mode=0o600)
 
 
 def remove_old_candidates(workspace: Workspace, client: int, rounds: list[Round]) -> None:
@@ -54,6 +52,7 @@ def remove_old_candidates(workspace: Workspace, client: int, rounds: list[Round]
         for entry in closing.manifest.aggregation.counted
         if entry.client == client
     ]
+    remove_temporaries(folder)
     for path in folder.glob("round-*"):  # a name begins with its round
         if path.name < update_name(rounds[-1].number) and path.name not in counted[-1:]:
             path.unlink(missing_ok=True)
@@ -68,5 +67,5 @@ def _read_candidate(workspace: Workspace, closing: Round, client: int, update: s
         raise IntegrityError(
             f"client {client}'s control variate is gone or damaged: {path}",
             hint="Restore it from a backup; or let one round be merged with another algorithm "
-            "(`server aggregate --algo fedavg`), after which all control variates start afresh.",
+            "(`server aggregate --partial --algo fedavg`), after which all control variates start afresh.",
         ) from error

@@ -94,8 +94,8 @@ class CountedUpdate(Record):
     num_samples: int
     train_loss: Finite | None
     delta_norm: Finite
-    bytes: Natural = 0
-    """Of the files that the client sent."""
+    bytes: Natural | None = None
+    """Of the files that the client sent; None where the server did not count them."""
 
 
 class RefusedUpdate(Record):

@@ -16,10 +16,10 @@ LogProbs = dict[bytes, tuple[float, float]]
 """By a pair's key: of the chosen and of the rejected response."""
 
 
-def reference_key(start: Manifest) -> str:
-    """Return what tells one reference model from another: round 0's base model, as it is quantised, and adapter."""
-    adapter = start.files[ADAPTER_NAME].sha256
-    return hashlib.sha256(f"{start.model.fingerprint} {start.model.quantization} {adapter}".encode()).hexdigest()[:32]
+def reference_key(start: Manifest, precision: str) -> str:
+    """Return what tells one reference from another: round 0's base model, as quantised, and adapter; the precision."""
+    parts = (start.model.fingerprint, start.model.quantization, start.files[ADAPTER_NAME].sha256, precision)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
 
 
 def read_reference(workspace: Workspace, client: int | None, key: str) -> LogProbs:
