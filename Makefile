@@ -18,7 +18,7 @@ demo: .venv/installed  ## a whole federation on the built-in model and rows, and
 test: .venv/installed-dev  ## the default test suite
 	$(PYTEST)
 
-slow: .venv/installed-dev  ## the recorded kill -9 campaign; KILLS=50 for the whole of it
+slow: .venv/installed-dev  ## the kill -9 campaigns in their short form; KILLS=50 for more
 	FEDCLI_KILLS=$(KILLS) $(PYTEST) -m slow
 
 lint: .venv/installed-dev  ## ruff and mypy

@@ -241,7 +241,7 @@ def second_rounds(template: Path) -> dict[str, Path]:
 
 
 def go_on(workspace: Path) -> None:
-    """Let round 1 be merged, unless it was, and client 0 answer round 2: its c_k, if any, is that of its update before."""
+    """Let round 1 be merged, unless it was, and client 0 answer round 2, with the c_k of its update before."""
     if read_head(Workspace(workspace)).number == 1:
         assert aggregate(Workspace(workspace)).published
     train_as(0, workspace)

@@ -191,6 +191,12 @@ DAMAGES: list[tuple[str, str, Callable[[Path], object]]] = [
     ("another size", LAST, partial(counted_edited, lambda counted: counted[0].update(bytes=1))),
     ("another algorithm", f"{LAST}/adapter/{ADAPTER}", partial(
         edited, lambda m: m["aggregation"].update(algorithm={"name": "fedadagrad"}))),
+    ("another cost", LAST, partial(edited, lambda manifest: manifest["cost"].update(total_bytes_up=1))),
+    ("another history", LAST, partial(edited, lambda manifest: manifest.update(history=[]))),
+    ("update_files of another algorithm", LAST, partial(
+        edited, lambda manifest: manifest["update_files"].append(CONTROL_DELTA))),
+    ("a merge for which nothing was sent", LAST, partial(
+        edited, lambda m: m["aggregation"].update(algorithm={"name": "scaffold"}))),
     ("a state that nothing needs", f"{LAST}/{OPTIMIZER}", partial(state_invented, OPTIMIZER)),
     ("a control variate that nothing needs", f"{LAST}/{CONTROL}", partial(state_invented, CONTROL)),
     ("an update counted twice", LAST, count_again),
