@@ -1,5 +1,6 @@
 """fedcli.yaml: typed, closed and validated whole before any work."""
 
+import dataclasses
 import math
 from collections.abc import Hashable, Sequence
 from fractions import Fraction
@@ -238,7 +239,7 @@ def _keys_of(section: tuple[str, ...]) -> list[str]:
     """Return the keys that a section knows."""
     fields = Config.model_fields
     if section[:1] == ("algorithm",):
-        return sorted(ALGORITHMS[section[1]].__dataclass_fields__)
+        return sorted(field.name for field in dataclasses.fields(ALGORITHMS[section[1]]))
     if section[:2] == ("data", "partition"):
         return list(ShardsBy.model_fields)
     if section:

@@ -196,14 +196,16 @@ def _aggregate(
     dry_run: bool,
     on_update: Callable[[int], None],
 ) -> AggregationResult:
+    if algorithm_name is not None and algorithm_name not in ALGORITHMS:
+        raise UsageError(f"unknown algorithm {algorithm_name!r}", hint=did_you_mean(algorithm_name, ALGORITHMS))
     head = read_head(workspace)
     if head.manifest.state == "finished":
         return AggregationResult("finished", head.number, "finished", None)
     config = read_running_config(workspace)
+    algorithm = _algorithm(head, config, algorithm_name)
     needed = 1 if partial else config.federation.needed_answers(len(head.manifest.cohort))
     _check_answers(head, missing_clients(workspace, head), needed)
     remove_temporaries(workspace.rounds)
-    algorithm = _algorithm(head, config, algorithm_name)
     files, aggregation = combine(workspace, head, algorithm, config.federation.clients, on_update)
     _check_answers(head, aggregation.missing, needed)
     if files is None:
@@ -229,8 +231,6 @@ def _algorithm(head: Round, config: Config, name: str | None) -> Algorithm:
     own = algorithm_from(head.manifest.algorithm)
     if name is None or name == own.name:
         return own
-    if name not in ALGORITHMS:
-        raise UsageError(f"unknown algorithm {name!r}", hint=did_you_mean(name, ALGORITHMS))
     algorithm = config.algorithm if config.algorithm.name == name else ALGORITHMS[name]()
     if algorithm.uses_control or algorithm.client_rule({}, {}) is not None:
         raise UsageError(
