@@ -263,4 +263,9 @@ def test_gradient_checkpointing_draws_the_same_dropout(start: dict[str, Array], 
     again_losses, again = task.train(dropping, start, gradient_checkpointing=True)
     assert again_losses == pytest.approx(losses, rel=1e-6)
     assert farthest(plain, again) <= 1e-6
-    assert farthest(plain, task.train(dropping, start, seed=1)[1]) > 1e-5
+    other_seed = task.train(dropping, start, seed=1)[1]
+    if task.name == "sft":
+        assert farthest(plain, other_seed) > 1e-5
+    else:  # the reference has no dropout, so DPO trains without
+        assert same_bits(plain, other_seed)
+        assert same_bits(plain, task.train(make_model(dropout=0.0), start)[1])
