@@ -13,8 +13,11 @@ import typer
 
 from fedcli import __version__
 from fedcli.commands import (
+    client_join,
     client_status,
     client_train,
+    data_partition,
+    data_preview,
     doctor,
     evaluate,
     init,
@@ -43,6 +46,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's help costs a tenth of a second
 )
 client_app = typer.Typer(help="What a party does.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Rows: how they look, and how they are split among simulated clients.", no_args_is_help=True
+)
 server_app = typer.Typer(help="What the server does.", no_args_is_help=True)
 
 app.command()(init.init)
@@ -54,8 +60,12 @@ app.command("train-alone")(train_alone.train_alone)
 app.command("train-pooled")(train_pooled.train_pooled)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(client_app, name="client")
+client_app.command()(client_join.join)
 client_app.command()(client_train.train)
 client_app.command()(client_status.status)
+app.add_typer(data_app, name="data")
+data_app.command()(data_preview.preview)
+data_app.command()(data_partition.partition)
 app.add_typer(server_app, name="server")
 server_app.command("open")(server_open.open_)
 server_app.command()(server_aggregate.aggregate)

@@ -18,7 +18,7 @@ from fedcli.cli import main
 from fedcli.data.demo import demo_preferences
 from fedcli.data.encoding import EncodedPair, Encoder
 from fedcli.data.rows import Preference
-from fedcli.data.template import alpaca
+from fedcli.data.templates import alpaca
 from fedcli.model.base import find_base
 from fedcli.model.likelihood import pair_log_probs
 from fedcli.model.lora import AdaptedModel, start_adapter

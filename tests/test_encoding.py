@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedcli.data.encoding import EncodedExample, Encoder
 from fedcli.data.rows import Example
-from fedcli.data.template import alpaca
+from fedcli.data.templates import alpaca
 from fedcli.errors import RequirementError
 
 TEXTS = [

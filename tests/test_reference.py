@@ -17,7 +17,7 @@ from test_training import same_bits
 from fedcli.cli import main
 from fedcli.data.encoding import Encoder
 from fedcli.data.rows import Preference
-from fedcli.data.template import alpaca
+from fedcli.data.templates import alpaca
 from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import read_running_config
 from fedcli.workspace.history import read_round

@@ -15,8 +15,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from fedcli.algos import Array, Arrays
 from fedcli.data.demo import demo_rows
 from fedcli.data.encoding import EncodedExample, Encoder
-from fedcli.data.rows import Example, Row, alpaca_example
-from fedcli.data.template import alpaca
+from fedcli.data.conversation import instruct
+from fedcli.data.demo import demo_rows
+from fedcli.data.templates import alpaca
 from fedcli.model.base import find_base
 from fedcli.model.likelihood import IGNORED, supervised_logits
 from fedcli.model.lora import AdaptedModel, lora_config, start_adapter

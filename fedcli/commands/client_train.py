@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcli.commands.options import ClientOption, JsonOption, ThreadsOption, WorkspaceOption
+from fedcli.commands.options import ClientOption, HomeOption, JsonOption, ThreadsOption, WorkspaceOption
 from fedcli.commands.output import print_hint, print_json, progress_display
 
 if TYPE_CHECKING:
     from fedcli.rounds.client import ClientResult
+    from fedcli.rounds.parties import Party
     from fedcli.rounds.runtime import Runtime
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
@@ -20,6 +21,7 @@ def train(
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Look again for so long where nothing is due yet.")
     ] = 0.0,
+    home: HomeOption = None,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
@@ -37,25 +39,38 @@ def train(
     with progress_display(json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s") as progress:
         task = progress.add_task(f"client {client}: loading", total=None, visible=False, loss=float("nan"), speed=0.0)
         started = time.monotonic()
-        num_tokens = 0
+        num_tokens = steps = 0
+        num_rows = 0
 
-        def load_runtime(head: "Round") -> "Runtime":
+        def count_rows(count: int) -> None:
+            nonlocal num_rows, started
+            num_rows += count
+            started = time.monotonic()
+            progress.update(task, description=f"client {client}: {num_rows:,} rows read")
+
+        def load_runtime(head: "Round", party: "Party") -> "Runtime":
             from fedcli.rounds.runtime import Runtime
 
-            nonlocal started
+            nonlocal steps
+            steps = head.manifest.train.steps
             progress.update(task, visible=True)
-            runtime = Runtime(found, read_running_config(found), head, threads=threads)
-            progress.update(task, total=head.manifest.train.steps, description=f"client {client}, round {head.number}")
-            started = time.monotonic()
-            return runtime
+            config = read_running_config(found)
+            return Runtime(found, config, head, threads=threads, party=party, on_rows=count_rows)
 
         def show(report: "StepReport") -> None:
             nonlocal num_tokens
             num_tokens += report.num_tokens
             speed = num_tokens / (time.monotonic() - started)
-            progress.update(task, completed=report.step, loss=report.loss, speed=speed)
+            progress.update(
+                task,
+                description=f"client {client}",
+                total=steps,
+                completed=report.step,
+                loss=report.loss,
+                speed=speed,
+            )
 
-        result = train_client(found, client, wait=wait, load_runtime=load_runtime, on_step=show)
+        result = train_client(found, client, home=home, wait=wait, load_runtime=load_runtime, on_step=show)
     print_json(client_document(result)) if json_output else _print(result)
 
 
@@ -68,6 +83,7 @@ def client_document(result: "ClientResult") -> dict[str, object]:
             "num_samples": training.num_samples,
             "num_truncated": training.num_truncated,
             "num_unusable": training.num_unusable,
+            "left_out": training.left_out,
             "steps": len(training.losses),
             "train_loss": training.mean_loss,
             "first_loss": training.losses[0],
@@ -91,6 +107,8 @@ def describe_client(result: "ClientResult") -> str:
 
 
 def _print(result: "ClientResult") -> None:
+    from fedcli.data.formats import describe_counts
+
     print(describe_client(result))
     training = result.training
     if training is None:
@@ -100,8 +118,8 @@ def _print(result: "ClientResult") -> None:
         f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f} (mean {training.mean_loss:.3f}) "
         f"in {len(training.losses)} steps, {training.seconds:.1f} s, {speed:.0f} tokens/s"
     )
+    left_out = f"; left out: {describe_counts(training.left_out)}" if training.left_out else ""
     print(
-        f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit; "
-        f"{training.num_unusable} unusable (empty response, or no room for it)"
+        f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit{left_out}"
     )
     print_hint("next: fedcli status; once the cohort has answered, fedcli server aggregate")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fedcli.commands.options import JsonOption
-from fedcli.commands.output import print_hint, print_json
+from fedcli.commands.output import describe_data, print_hint, print_json, rows_display
 
 
 def init(
@@ -35,7 +35,9 @@ def init(
         print_json({"presets": names}) if json_output else print(*names, sep="\n")
         return
     directory = directory or workspace or Path(".")
-    head, created = create_workspace(directory, preset=preset, overrides=overrides or [])
+    with rows_display(json_output) as on_rows:
+        creation = create_workspace(directory, preset=preset, overrides=overrides or [], on_rows=on_rows)
+    head, created, data = creation.head, creation.is_new, creation.data
     manifest = head.manifest
     if json_output:
         print_json(
@@ -44,11 +46,14 @@ def init(
                 "workspace": str(directory.absolute()),
                 "round": head.number,
                 "cohort": manifest.cohort,
+                "data": data,
             }
         )
         return
     verb = "made" if created else "already there"
     print(f"workspace {directory.absolute()} {verb}: round {head.number} of {manifest.rounds} is {manifest.state}")
+    if data is not None:
+        print(describe_data(data))
     if manifest.cohort:
         print(f"cohort: {', '.join(map(str, manifest.cohort))}")
         where = "" if directory.absolute() == Path.cwd() else f" -w {directory}"

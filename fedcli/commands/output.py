@@ -2,13 +2,15 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from fedcli.rounds.simulation import DataSummary
 
 
 def print_json(document: object) -> None:
@@ -39,6 +41,28 @@ def progress_display(json_output: bool, *columns: str) -> Iterator["Progress"]:
         transient=True,
     ) as progress:
         yield progress
+
+
+@contextmanager
+def rows_display(json_output: bool) -> Iterator[Callable[[str, int], None]]:
+    """Show how many rows were read or written so far; yield what is to be told."""
+    with progress_display(json_output) as progress:
+        task = progress.add_task("rows", total=None, visible=False)
+        yield lambda what, count: progress.update(task, description=f"{what}: {count:,}", visible=True)
+
+
+def describe_data(data: "DataSummary") -> str:
+    """Return how a simulation's rows were split: used, left out by reason, shares."""
+    from fedcli.data.formats import describe_counts
+
+    sizes = data.sizes
+    share = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
+    text = f"rows: {data.num_rows} read, {sum(sizes)} given to {len(sizes)} clients, {share} each"
+    if data.left_out:
+        text += f"\nleft out: {describe_counts(data.left_out)}"
+    if data.notes:
+        text += f"\nnoted: {describe_counts(data.notes)}"
+    return text
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,9 @@ def train_pooled(
     train_and_print(None, threads, workspace, json_output)
 
 
-def train_and_print(client: int | None, threads: int | None, workspace: Path | None, json_output: bool) -> None:
+def train_and_print(
+    client: int | None, threads: int | None, workspace: Path | None, json_output: bool, home: Path | None = None
+) -> None:
     """Train a client's baseline, or the pooled one for None."""
     from fedcli.rounds import baseline
     from fedcli.workspace.layout import find_workspace
@@ -36,7 +38,7 @@ def train_and_print(client: int | None, threads: int | None, workspace: Path | N
                 loss=report.loss,
             )
 
-        result = baseline.train_baseline(found, client, threads=threads, on_step=show)
+        result = baseline.train_baseline(found, client, home=home, threads=threads, on_step=show)
     if json_output:
         print_json(result)
     else:

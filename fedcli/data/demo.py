@@ -7,7 +7,7 @@ questions (:func:`pretraining_documents`), whose text never carries the level; o
 
 import random
 
-from fedcli.data.template import alpaca
+from fedcli.data.templates import alpaca
 
 TOPICS = ("markets", "weather", "sport", "health", "farming")
 LABELS = ("green", "yellow", "orange", "red")

@@ -1,128 +1,127 @@
-"""Token ids of prompts and responses; the boundary between them is made, never searched for."""
+"""Token ids of conversations; what is learnt of them is known by construction, never searched for."""
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedcli.data.rows import Example, Preference
-from fedcli.data.template import alpaca
-from fedcli.errors import RequirementError
+from fedcli.config import Task, TemplateChoice
+from fedcli.data.conversation import Example, Preference, Prompt, Turn
+from fedcli.data.encoded import EncodedExample, EncodedExamples, EncodedPair, EncodedPairs, EncodedRows
+from fedcli.data.formats import EQUAL, MALFORMED, TOO_LONG, LeftOut, RowReader, describe_counts
+from fedcli.data.source import Source
+from fedcli.data.templates import Segment, find_template
+from fedcli.errors import ConfigError, RequirementError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """Token ids (int32) of prompt, response and end token; only those from `prompt_length` on are supervised."""
-
-    ids: NDArray[np.int32]
-    prompt_length: int
-
-    @property
-    def num_tokens(self) -> int:
-        """The length of `ids`."""
-        return len(self.ids)
+ItemT = TypeVar("ItemT")
+CHUNK = 1024
+"""Rows that are encoded at once."""
 
 
-@dataclass(frozen=True)
-class EncodedPair:
-    """Two responses to one prompt."""
-
-    chosen: EncodedExample
-    rejected: EncodedExample
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens of both sides."""
-        return self.chosen.num_tokens + self.rejected.num_tokens
-
-    @property
-    def key(self) -> bytes:
-        """A hash of both sides' token ids, and so of row, template, tokenizer and max_length."""
-        sides = (self.chosen, self.rejected)
-        shape = f"{[(side.num_tokens, side.prompt_length) for side in sides]}"
-        return hashlib.sha256(b"".join([shape.encode(), *(side.ids.tobytes() for side in sides)])).digest()
-
-
-EncodedT = TypeVar("EncodedT")
-
-
-@dataclass(frozen=True)
-class EncodedRows(Generic[EncodedT]):
-    """A client's usable rows, and how many were cut or could not be used."""
-
-    examples: list[EncodedT]
-    num_truncated: int
-    """Rows whose response was cut to fit max_length."""
-    num_unusable: int
-    """Rows with an empty response, or with a prompt that leaves no room for one token of it; pairs of equal sides."""
+Encoded = tuple[EncodedExample, bool] | LeftOut
+"""An example and whether it was cut, or why it cannot be used."""
 
 
 class Encoder:
-    """Encodes for one tokenizer; raises RequirementError where that has no end-of-sequence token."""
+    """Encodes with one tokenizer and one template.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    Raises RequirementError where the tokenizer has no end-of-sequence token, ConfigError where it has no chat template
+    and that is asked for.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: TemplateChoice = "alpaca") -> None:
         self._tokenizer = tokenizer
-        self.start_ids = self._special_start()
-        self.end_id = self._special_end()
+        self._template = find_template(template, tokenizer)
+        # A chat template writes the start token itself, where the model wants one.
+        self.start_ids = [] if self._template.parses_special else self._special_start()
+        end_id = self._special_end()
+        self.end_id = self._template.end_id if self._template.end_id is not None else end_id
+        """The token that ends a response."""
 
-    def prompt(self, instruction: str) -> list[int]:
-        """Return the ids of an instruction's prompt, behind the start token that the tokenizer itself would add."""
-        return [*self.start_ids, *self._ids([alpaca(instruction)])[0]]
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Return the ids that ask for the response to a prompt, as training sees them."""
+        (encoded,) = self._encode([prompt])
+        if isinstance(encoded, LeftOut):
+            raise ValueError(encoded.detail)
+        return [int(token) for token in encoded[0].ids]
 
-    def rows(self, examples: Sequence[Example], max_length: int) -> EncodedRows[EncodedExample]:
-        """Encode examples, cutting responses at `max_length` tokens in all, and count what was cut or unusable.
+    def rows(
+        self, examples: Iterable[Example], max_length: int, on_rows: Callable[[int], None] = lambda count: None
+    ) -> EncodedRows[EncodedExamples]:
+        """Encode examples, cutting them at `max_length` tokens, and count what was cut or left out.
 
-        An example is its prompt, a space, the response and the end token. Prompt and response are tokenised together
-        where that leaves the prompt's own tokens as they are, so that training sees what generation will; a tokenizer
-        that would merge across the boundary gets them apart. A response that is cut loses its end token too: the model
-        is not taught to stop in the middle.
+        Every response is learnt, with the end token behind it. A conversation that is cut loses what is behind the
+        cut, the end token too: the model is not taught to stop in the middle. `on_rows` hears how many are done.
         """
-        encoded = self._encode(examples, max_length)
-        usable = [example for example, _ in filter(None, encoded)]
-        num_truncated = sum(was_cut for _, was_cut in filter(None, encoded))
-        return EncodedRows(usable, num_truncated, len(encoded) - len(usable))
+        kept = EncodedExamples()
+        rows: EncodedRows[EncodedExamples] = EncodedRows(kept)
+        for chunk in _chunks(examples):
+            for encoded in self._encode([example.turns for example in chunk], max_length):
+                if isinstance(encoded, LeftOut):
+                    rows.left_out[encoded.reason] += 1
+                else:
+                    kept.append(encoded[0])
+                    rows.num_truncated += encoded[1]
+            on_rows(len(chunk))
+        return rows
 
-    def pairs(self, preferences: Sequence[Preference], max_length: int) -> EncodedRows[EncodedPair]:
-        """Encode both sides of preferences as `rows` does; a pair whose sides are equal, cut or not, is unusable."""
-        chosen = self._encode([Example(row.prompt, row.chosen) for row in preferences], max_length)
-        rejected = self._encode([Example(row.prompt, row.rejected) for row in preferences], max_length)
-        usable = []
-        num_truncated = 0
-        for one, other in zip(chosen, rejected, strict=True):
-            if one is not None and other is not None and not np.array_equal(one[0].ids, other[0].ids):
-                usable.append(EncodedPair(one[0], other[0]))
-                num_truncated += one[1] or other[1]
-        return EncodedRows(usable, num_truncated, len(preferences) - len(usable))
+    def pairs(
+        self, preferences: Iterable[Preference], max_length: int, on_rows: Callable[[int], None] = lambda count: None
+    ) -> EncodedRows[EncodedPairs]:
+        """Encode both sides of preferences as `rows` does, of which only the last response is learnt.
 
-    def _encode(self, examples: Sequence[Example], max_length: int) -> list[tuple[EncodedExample, bool] | None]:
-        """Return each example and whether it was cut; None where it is unusable."""
-        prompts = [alpaca(example.instruction) for example in examples]
-        responses = [" " + example.response for example in examples]
-        prompt_ids = self._ids(prompts)
-        joint_ids = self._ids([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-        encoded: list[tuple[EncodedExample, bool] | None] = []
-        for response, before, joint in zip(responses, prompt_ids, joint_ids, strict=True):
-            prompt_length = len(self.start_ids) + len(before)
-            if not response.strip() or prompt_length >= max_length:
-                encoded.append(None)
-                continue
-            after = joint[len(before) :] if joint[: len(before)] == before else self._ids([response])[0]
-            ids = [*self.start_ids, *before, *after, self.end_id]
-            example = EncodedExample(np.array(ids[:max_length], np.int32), prompt_length)
-            encoded.append((example, len(ids) > max_length))
-        return encoded
+        A pair whose sides are equal, cut or not, is left out.
+        """
+        kept = EncodedPairs()
+        rows: EncodedRows[EncodedPairs] = EncodedRows(kept)
+        for chunk in _chunks(preferences):
+            chosen_sides, rejected_sides = (
+                self._encode([(*row.prompt, Turn("assistant", response)) for row, response in sides], max_length, True)
+                for sides in ([(row, row.chosen) for row in chunk], [(row, row.rejected) for row in chunk])
+            )
+            for chosen, rejected in zip(chosen_sides, rejected_sides, strict=True):
+                if isinstance(chosen, LeftOut):
+                    rows.left_out[chosen.reason] += 1
+                elif isinstance(rejected, LeftOut):
+                    rows.left_out[rejected.reason] += 1
+                elif np.array_equal(chosen[0].ids, rejected[0].ids):
+                    rows.left_out[EQUAL] += 1
+                else:
+                    kept.append(EncodedPair(chosen[0], rejected[0]))
+                    rows.num_truncated += chosen[1] or rejected[1]
+            on_rows(len(chunk))
+        return rows
+
+    def _encode(
+        self, conversations: Sequence[Sequence[Turn]], max_length: int | None = None, last_only: bool = False
+    ) -> list[Encoded]:
+        """Encode conversations, piece after piece of all at once, for tokenizers are fast on many texts."""
+        builders: list[_Builder | LeftOut] = []
+        for turns in conversations:
+            try:
+                segments = self._template.segments(turns)
+                builders.append(_Builder(_joined(segments, last_only), list(self.start_ids), self.end_id))
+            except ValueError as error:
+                builders.append(LeftOut(MALFORMED, str(error)))
+        while waiting := [builder for builder in builders if isinstance(builder, _Builder) and builder.segments]:
+            joint = self._ids([builder.run_text + builder.segments[0].text for builder in waiting])
+            apart = [builder for builder, ids in zip(waiting, joint, strict=True) if not builder.accept(ids)]
+            for builder, ids in zip(apart, self._ids([builder.segments[0].text for builder in apart]), strict=True):
+                builder.start_run()
+                builder.accept(ids)
+        return [builder if isinstance(builder, LeftOut) else builder.result(max_length) for builder in builders]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
         # split_special_tokens: a text that spells </s> is no end of sequence
-        encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        encoded = self._tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=not self._template.parses_special, verbose=False
+        )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
@@ -143,3 +142,95 @@ class Encoder:
             "the base model's tokenizer has no end-of-sequence token",
             hint="Set eos_token in its tokenizer_config.json: without it no response would ever end.",
         )
+
+
+def encode_source(
+    encoder: Encoder,
+    reader: RowReader,
+    source: Source,
+    task: Task,
+    max_length: int,
+    on_rows: Callable[[int], None] = lambda count: None,
+) -> "EncodedRows[EncodedExamples] | EncodedRows[EncodedPairs]":
+    """Read and encode the rows of a source, examples for sft and pairs for dpo; what the reader left out counts too.
+
+    Raises ConfigError where not one row is usable.
+    """
+    items = (item for _, item in reader.read(source.rows()))
+    rows: EncodedRows[EncodedExamples] | EncodedRows[EncodedPairs]
+    if task == "dpo":
+        rows = encoder.pairs((item for item in items if isinstance(item, Preference)), max_length, on_rows)
+    else:
+        rows = encoder.rows((item for item in items if isinstance(item, Example)), max_length, on_rows)
+    reader.require_rows(source.location)
+    rows.left_out += reader.left_out
+    if not rows.examples:
+        raise ConfigError(
+            f"{source.location}: none of its {reader.num_rows} rows is usable at max_length {max_length} "
+            f"({describe_counts(rows.left_out)})",
+            hint="Responses must not be empty (nor alike, in a pair), and prompts must leave room for them: "
+            "raise train.max_length.",
+        )
+    return rows
+
+
+class _Builder:
+    """Token ids of one conversation while its pieces come in.
+
+    A piece is tokenised together with the text before it where that leaves the earlier tokens as they are, so that
+    training sees what generation will; a tokenizer that would merge across the boundary gets them apart. A run is the
+    text since the last such cut or end token.
+    """
+
+    def __init__(self, segments: list[Segment], start_ids: list[int], end_id: int) -> None:
+        self.segments = segments
+        self.run_text = ""
+        self._run_ids: list[int] = []
+        self._ids = start_ids
+        self._supervised = [False] * len(start_ids)
+        self._end_id = end_id
+
+    def accept(self, joint: list[int]) -> bool:
+        """Take the next piece, given the ids of run and piece together; return False where they must be apart."""
+        length = len(self._run_ids)
+        if joint[:length] != self._run_ids:
+            return False
+        segment = self.segments.pop(0)
+        new = joint[length:] + ([self._end_id] if segment.ends else [])
+        self._ids += new
+        self._supervised += [segment.is_supervised] * len(new)
+        self.run_text += segment.text
+        self._run_ids = joint
+        if segment.ends:
+            self.start_run()
+        return True
+
+    def start_run(self) -> None:
+        """Forget the text so far: the next piece is tokenised by itself."""
+        self.run_text, self._run_ids = "", []
+
+    def result(self, max_length: int | None) -> Encoded:
+        """Return what was built, cut at `max_length`; a training example must keep a token to learn."""
+        if max_length is None:
+            return EncodedExample(np.array(self._ids, np.int32), np.array(self._supervised, np.bool_)), False
+        supervised = np.array(self._supervised[:max_length], np.bool_)
+        if not supervised.any():
+            return LeftOut(TOO_LONG)
+        return EncodedExample(np.array(self._ids[:max_length], np.int32), supervised), len(self._ids) > max_length
+
+
+def _joined(segments: list[Segment], last_only: bool) -> list[Segment]:
+    """Return pieces of which, with `last_only`, only the last response is learnt."""
+    if not last_only:
+        return segments
+    last = max((position for position, segment in enumerate(segments) if segment.is_supervised), default=-1)
+    return [
+        Segment(segment.text, segment.is_supervised and position == last, segment.ends)
+        for position, segment in enumerate(segments)
+    ]
+
+
+def _chunks(items: Iterable[ItemT]) -> Iterator[list[ItemT]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, CHUNK)):
+        yield chunk

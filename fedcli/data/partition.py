@@ -1,35 +1,241 @@
-"""Splitting one source's rows among simulated clients."""
+"""Splitting rows among simulated clients; every draw comes from the seed."""
 
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
-from fedcli.data.rows import Row
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcli.config import By, Dirichlet, Partition, ShardsBy, Sizes
+from fedcli.data.conversation import Example, Item
+from fedcli.data.source import Row
+from fedcli.data.topics import find_topics
 from fedcli.errors import ConfigError
 from fedcli.randomness import stream
 
+UNUSED = -1
+"""The client of a row that nobody gets."""
+NUM_LENGTH_CLASSES = 10
+NUM_DRAWS = 1000
+"""How often Dirichlet shares are drawn until every client has min_rows."""
 
-def partition(
-    rows: list[Row], num_clients: int, seed: int, *, shards_by: str | None = None, max_rows: int | None = None
-) -> list[list[Row]]:
-    """Return each client's rows: equal shares (to within one row) of a random order, or of the order of a column.
+Clients = NDArray[np.int32]
 
-    With `shards_by`, rows are sorted by that column and cut into one shard a client, the pathological non-IID split of
-    McMahan et al. 2017, section 3. `max_rows` first takes that many rows at random. Raises ConfigError where a client
-    would get none.
-    """
-    order = stream(seed, "partition").permutation(len(rows))[:max_rows]
-    chosen = [rows[int(index)] for index in order]
-    if len(chosen) < num_clients:
-        raise ConfigError(
-            f"{len(chosen)} rows cannot be split among {num_clients} clients",
-            hint="Lower federation.clients, or give more rows in data.source or data.max_rows.",
-        )
-    if shards_by is not None:
-        for row in chosen:
-            if shards_by not in row.fields:
+
+@dataclass
+class Survey:
+    """What a split must know of every usable row, in the order in which the sources give them."""
+
+    partition: Partition
+    num_clients: int
+    seed: int
+    sources: "array[int]" = field(default_factory=lambda: array("H"))
+    _codes: "array[int]" = field(default_factory=lambda: array("q"))
+    _names: dict[str, int] = field(default_factory=dict)
+    _texts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._by: str | None = None
+        match self.partition:
+            case By(by=column) | ShardsBy(shards_by=column):
+                self._by = column
+            case Dirichlet(dirichlet=options):
+                self._by = options.by
+
+    def add(self, row: Row, item: Item, source: int) -> None:
+        """Note a usable row; raise ConfigError where it lacks the column that rows are split by."""
+        self.sources.append(source)
+        if self._by == "topic" and isinstance(self.partition, Dirichlet):
+            self._texts.append(_instruction(item))
+        elif self._by == "length" and isinstance(self.partition, Dirichlet):
+            self._codes.append(_length(item))
+        elif self._by is not None:
+            if self._by not in row.fields:
                 raise ConfigError(
-                    f"{row.where} has no column {shards_by!r}; it has {', '.join(row.fields)}",
-                    hint="Correct data.partition.shards_by, or mend the row.",
+                    f"{row.where} has no column {self._by!r}; it has {', '.join(map(str, row.fields)) or 'none'}",
+                    hint="Correct data.partition (iid needs no column), or mend the row.",
                 )
-        chosen.sort(key=lambda row: str(row.fields[shards_by]))
-    cuts = [len(chosen) * client // num_clients for client in range(num_clients + 1)]
-    return [chosen[start:end] for start, end in pairwise(cuts)]
+            name = str(row.fields[self._by])
+            self._codes.append(self._names.setdefault(name, len(self._names)))
+
+    def groups(self) -> tuple[list[str], NDArray[np.int64]] | None:
+        """Return the names of the groups that rows are split by, sorted, and every row's group; None for iid."""
+        if self.partition == "sources":
+            codes = np.array(self.sources, np.int64)
+            return [f"source {number}" for number in range(int(codes.max(initial=0)) + 1)], codes
+        if self._by is None:
+            return None
+        if isinstance(self.partition, Dirichlet) and self._by == "topic":
+            return find_topics(self._texts, self.partition.dirichlet.topics, self.seed)
+        codes = np.array(self._codes, np.int64)
+        if isinstance(self.partition, Dirichlet) and self._by == "length":
+            edges = np.unique(np.quantile(codes, np.linspace(0, 1, NUM_LENGTH_CLASSES + 1)[1:-1], method="nearest"))
+            bounds = [0, *map(int, edges)]
+            names = [f"from {low} characters" for low in bounds]
+            return names, np.searchsorted(edges, codes, side="right")
+        names = sorted(self._names, key=_natural)
+        rank = np.empty(len(names), np.int64)
+        rank[[self._names[name] for name in names]] = np.arange(len(names))
+        return names, rank[codes]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Every usable row's client (UNUSED for none), and the groups that the rows were split by."""
+
+    clients: Clients
+    num_clients: int
+    group_names: list[str]
+    groups: NDArray[np.int64] | None
+
+    def sizes(self) -> list[int]:
+        """Return every client's number of rows."""
+        counts = np.bincount(self.clients[self.clients != UNUSED], minlength=self.num_clients)
+        return [int(count) for count in counts]
+
+    def group_counts(self, client: int) -> list[int]:
+        """Return how many rows of each group a client has."""
+        if self.groups is None:
+            return []
+        counts = np.bincount(self.groups[self.clients == client], minlength=len(self.group_names))
+        return [int(count) for count in counts]
+
+
+def split(
+    survey: Survey, *, min_rows: int = 1, max_rows: int | None = None, source_limits: Sequence[int | None] = ()
+) -> Split:
+    """Give every row a client, as the survey's partition says.
+
+    `max_rows` first takes that many of all rows at random, `source_limits` so many of each source. Raises ConfigError
+    where a client would get fewer than `min_rows`.
+    """
+    num_clients, seed, partition = survey.num_clients, survey.seed, survey.partition
+    grouped = survey.groups()
+    order = _chosen(survey, max_rows, source_limits)
+    if len(order) < num_clients * min_rows:
+        raise ConfigError(
+            f"{len(order)} rows cannot be split among {num_clients} clients with at least {min_rows} each",
+            hint="Lower federation.clients or data.min_rows, or give more rows in data.source or data.max_rows.",
+        )
+    clients = np.full(len(survey.sources), UNUSED, np.int32)
+    names, groups = grouped if grouped is not None else ([], None)
+    match partition:
+        case Dirichlet(dirichlet=options):
+            assert groups is not None
+            shares = _dirichlet(order, groups, num_clients, options.alpha, seed, min_rows)
+        case By(by=column):
+            assert groups is not None
+            shares = _values(order, groups, names, num_clients, column, min_rows)
+        case Sizes(sizes=options_):
+            weights = np.arange(1, num_clients + 1, dtype=np.float64) ** -options_.power
+            shares = _cut(order, weights / weights.sum())
+        case ShardsBy():
+            assert groups is not None
+            shares = _cut(order[np.argsort(groups[order], kind="stable")], np.full(num_clients, 1 / num_clients))
+        case "sources":
+            assert groups is not None
+            shares = _sources(order, groups, len(names), num_clients)
+        case _:
+            shares = _cut(order, np.full(num_clients, 1 / num_clients))
+    for client, share in enumerate(shares):
+        if len(share) < min_rows:
+            raise ConfigError(
+                f"client {client} would get {len(share)} rows, fewer than data.min_rows ({min_rows})",
+                hint="Lower data.min_rows or federation.clients, or choose a less uneven data.partition.",
+            )
+        clients[share] = client
+    return Split(clients, num_clients, names, groups)
+
+
+def _chosen(survey: Survey, max_rows: int | None, source_limits: Sequence[int | None]) -> NDArray[np.int64]:
+    """Return the rows that are used, in random order."""
+    order = stream(survey.seed, "partition").permutation(len(survey.sources))
+    sources = np.array(survey.sources, np.int64)
+    for number, limit in enumerate(source_limits):
+        if limit is not None:
+            of_source = sources[order] == number
+            order = order[~of_source | (np.cumsum(of_source) <= limit)]
+    return order[:max_rows]
+
+
+def _cut(order: NDArray[np.int64], shares: NDArray[np.float64]) -> list[NDArray[np.int64]]:
+    """Cut rows into consecutive parts in proportion to shares that add up to 1."""
+    ends = np.floor(np.cumsum(shares) * len(order) + 1e-9).astype(np.int64)
+    ends[-1] = len(order)
+    return [order[start:end] for start, end in pairwise([0, *map(int, ends)])]
+
+
+def _dirichlet(
+    order: NDArray[np.int64], groups: NDArray[np.int64], num_clients: int, alpha: float, seed: int, min_rows: int
+) -> list[NDArray[np.int64]]:
+    """Share out each group by its own draw of Dirichlet(alpha); draw again until every client has enough."""
+    present, counts = np.unique(groups[order], return_counts=True)
+    for attempt in range(NUM_DRAWS):
+        draws = stream(seed, "dirichlet", part=str(attempt)).dirichlet(np.full(num_clients, alpha), len(present))
+        ends = (np.cumsum(draws, axis=1) * counts[:, None]).astype(np.int64)
+        ends[:, -1] = counts
+        sizes = np.diff(ends, axis=1, prepend=0)
+        if sizes.sum(axis=0).min() >= min_rows:
+            break
+    else:
+        raise ConfigError(
+            f"none of {NUM_DRAWS} draws of data.partition.dirichlet gives every client data.min_rows ({min_rows}) rows",
+            hint="Raise alpha, or lower data.min_rows or federation.clients.",
+        )
+    parts: list[list[NDArray[np.int64]]] = [[] for _ in range(num_clients)]
+    for group, cuts in zip(present, ends, strict=True):
+        members = order[groups[order] == group]
+        for client, (start, end) in enumerate(pairwise([0, *map(int, cuts)])):
+            parts[client].append(members[start:end])
+    return [np.concatenate(own) for own in parts]
+
+
+def _values(
+    order: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    names: list[str],
+    num_clients: int,
+    column: str,
+    min_rows: int,
+) -> list[NDArray[np.int64]]:
+    """Make each value a client; values with too few rows are left out."""
+    counts = np.bincount(groups[order], minlength=len(names))
+    kept = [group for group in range(len(names)) if counts[group] >= min_rows]
+    if len(kept) != num_clients:
+        raise ConfigError(
+            f"column {column!r} has {len(names)} values, {len(kept)} of them with at least data.min_rows ({min_rows}) "
+            f"rows; federation.clients is {num_clients}",
+            hint=f"Set federation.clients to {len(kept)}: each value is a client.",
+        )
+    return [order[groups[order] == group] for group in kept]
+
+
+def _sources(
+    order: NDArray[np.int64], groups: NDArray[np.int64], num_sources: int, num_clients: int
+) -> list[NDArray[np.int64]]:
+    """Give every source its own clients, equally many each, with equal shares of its rows."""
+    if num_clients % num_sources:
+        raise ConfigError(
+            f"{num_clients} clients cannot be shared out equally among {num_sources} sources",
+            hint=f"Set federation.clients to a multiple of {num_sources}.",
+        )
+    each = num_clients // num_sources
+    parts = (_cut(order[groups[order] == source], np.full(each, 1 / each)) for source in range(num_sources))
+    return [share for shares in parts for share in shares]
+
+
+def _instruction(item: Item) -> str:
+    return item.prompt[-1].text
+
+
+def _length(item: Item) -> int:
+    responses = (item.response,) if isinstance(item, Example) else (item.chosen, item.rejected)
+    return sum(map(len, responses)) + sum(len(turn.text) for turn in item.prompt)
+
+
+def _natural(name: str) -> tuple[Any, ...]:
+    """Sort numbers by value, ahead of other names."""
+    return (0, int(name), "") if name.isascii() and name.isdigit() else (1, 0, name)

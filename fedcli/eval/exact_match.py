@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedcli.data.rows import Example
+from fedcli.data.conversation import Example, shown
 
 if TYPE_CHECKING:
     from fedcli.data.encoding import Encoder
@@ -42,7 +42,7 @@ def answer_examples(
     model.eval()
     for start in range(0, len(examples), BATCH_SIZE):
         batch = examples[start : start + BATCH_SIZE]
-        prompts = [encoder.prompt(example.instruction) for example in batch]
+        prompts = [encoder.prompt(example.prompt) for example in batch]
         width = max(map(len, prompts))
         padded = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=model.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
@@ -57,7 +57,7 @@ def answer_examples(
             )
         texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
         answers += [
-            Answer(example.instruction, example.response, text) for example, text in zip(batch, texts, strict=True)
+            Answer(shown(example.prompt), example.response, text) for example, text in zip(batch, texts, strict=True)
         ]
         on_batch(len(answers))
     return answers

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedcli.data.rows import Preference
+from fedcli.data.conversation import Preference, shown
 from fedcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +50,6 @@ def judge_pairs(
         )
     verdicts: list[Verdict] = []
     for row, log_probs in zip(preferences, pair_log_probs(adapted, rows.examples), strict=True):
-        verdicts.append(Verdict(row.prompt, row.chosen, row.rejected, *log_probs))
+        verdicts.append(Verdict(shown(row.prompt), row.chosen, row.rejected, *log_probs))
         on_batch(len(verdicts))
     return verdicts

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedcli.data.encoding import EncodedExample, EncodedPair
+from fedcli.data.encoded import EncodedExample, EncodedPair
 from fedcli.model.base import has_bfloat16
 from fedcli.model.lora import AdaptedModel
 
@@ -24,7 +24,7 @@ def collate(examples: Sequence[EncodedExample], pad_id: int) -> dict[str, torch.
     for row, example in enumerate(examples):
         ids = torch.from_numpy(example.ids)
         input_ids[row, : len(ids)] = ids
-        labels[row, example.prompt_length : len(ids)] = ids[example.prompt_length :]
+        labels[row, : len(ids)] = ids.long().masked_fill(~torch.from_numpy(example.supervised), IGNORED)
         attention_mask[row, : len(ids)] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 

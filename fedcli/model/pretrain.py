@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedcli.data.demo import pretraining_documents, verb_questions
-from fedcli.data.template import ALPACA_PROMPT
+from fedcli.data.templates import alpaca
 
 NUM_DOCUMENTS = 30_000
 VOCABULARY_SIZE = 900
@@ -35,7 +35,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    template_parts = ALPACA_PROMPT.split("{instruction}")
+    template_parts = alpaca("{instruction}").split("{instruction}")
     special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE - len(template_parts),

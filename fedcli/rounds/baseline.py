@@ -4,12 +4,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from fedcli.algos import Arrays
 from fedcli.config import Config
+from fedcli.errors import UsageError
 from fedcli.rounds.opening import train_record
-from fedcli.rounds.runtime import Runtime, require_rows
+from fedcli.rounds.parties import Party, find_party
+from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import check_client, read_running_config
 from fedcli.training.reports import StepReport
 from fedcli.workspace.baselines import (
@@ -24,9 +27,10 @@ from fedcli.workspace.baselines import (
     set_baseline_aside,
 )
 from fedcli.workspace.history import Round, read_start
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Workspace
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Home, Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.registry import joined_clients
 from fedcli.workspace.tensors import encode
 
 
@@ -43,6 +47,7 @@ def train_baseline(
     workspace: Workspace,
     client: int | None,
     *,
+    home: Path | None = None,
     threads: int | None = None,
     on_step: Callable[[int, int, int, StepReport], None] = lambda round_number, rounds, steps, report: None,
 ) -> BaselineResult:
@@ -56,22 +61,29 @@ def train_baseline(
     config = read_running_config(workspace)
     if client is not None:
         check_client(client, config)
-    for number in range(config.federation.clients) if client is None else [client]:
-        require_rows(workspace, number)
+    elif joined := joined_clients(workspace, config.federation.clients):
+        raise UsageError(
+            f"all rows are not at hand: clients {', '.join(map(str, joined))} have joined and keep theirs",
+            hint="Only a simulation can pool its rows; `fedcli train-alone --id N` trains a party alone.",
+        )
+    numbers = range(config.federation.clients) if client is None else [client]
+    parties = [find_party(workspace, config, number, home) for number in numbers]
+    party = None if client is None else parties[0]
+    own = workspace.pooled_home if party is None else party.home
     start = read_start(workspace)
     name = baseline_name(client)
     plan = BaselineRecord(name=name, start=start.sha256, train=_train_record(config, 0), last_loss=0.0, files={})
-    with hold(workspace.baseline_lock(client), f"the baseline {name}"):
+    with hold(own.baseline_lock, f"the baseline {name}"):
         standing = read_baseline_record(workspace, plan.name)
         if standing is not None:
             if (standing.start, standing.train) == (plan.start, plan.train):
                 return BaselineResult("exists", plan.name, standing.last_loss)
             set_baseline_aside(workspace, plan.name)
-        runtime = Runtime(workspace, config, start, threads=threads)
-        progress = _train_rounds(workspace, runtime, config, start, client, plan, on_step)
+        runtime = Runtime(workspace, config, start, threads=threads, party=party)
+        progress = _train_rounds(own, runtime, config, start, party, plan, on_step)
         files = {ADAPTER_NAME: encode(progress.adapter), ADAPTER_CONFIG_NAME: start.read(ADAPTER_CONFIG_NAME)}
         publish_baseline(workspace, plan.model_copy(update={"last_loss": progress.last_loss}), files)
-        clear_progress(workspace, client)
+        clear_progress(own)
     return BaselineResult("trained", plan.name, progress.last_loss)
 
 
@@ -80,29 +92,29 @@ def _train_record(config: Config, number: int) -> TrainRecord:
 
 
 def _train_rounds(
-    workspace: Workspace,
+    home: Home,
     runtime: Runtime,
     config: Config,
     start: Round,
-    client: int | None,
+    party: Party | None,
     plan: BaselineRecord,
     on_step: Callable[[int, int, int, StepReport], None],
 ) -> Progress:
     """Train round after round, saving after each; return where the last one left off."""
     rounds = config.federation.rounds
-    progress = read_progress(workspace, client, plan) or Progress(0, start.adapter(), 0.0)
+    progress = read_progress(home, plan) or Progress(0, start.adapter(), 0.0)
     for number in range(progress.rounds_done, rounds):
         train = _train_record(config, number)
         adapter: Arrays
         adapter, losses = runtime.train(
             progress.adapter,
             train,
-            client=client,
+            party=party,
             round_number=number,
             first_draw=number * train.steps * train.batch_size,
             rule=None,
             on_step=partial(on_step, number, rounds, train.steps),
         )
         progress = Progress(number + 1, adapter, math.fsum(losses) / len(losses))
-        save_progress(workspace, client, plan, progress)
+        save_progress(home, plan, progress)
     return progress

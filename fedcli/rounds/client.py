@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,8 @@ from fedcli.algos.arrays import difference, to_float32
 from fedcli.algos.scaffold import control_delta
 from fedcli.config import algorithm_from
 from fedcli.errors import BusyError
-from fedcli.rounds.runtime import Runtime, require_rows
+from fedcli.rounds.parties import Party, find_party
+from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import POLL_SECONDS, check_client, read_running_config
 from fedcli.training.reports import StepReport
 from fedcli.workspace.controls import read_control, remove_old_candidates, save_candidate
@@ -34,10 +36,16 @@ class Training:
 
     num_samples: int
     num_truncated: int
-    num_unusable: int
+    left_out: dict[str, int]
+    """Rows that were not used, by reason."""
     losses: list[float]
     seconds: float
     num_tokens: int
+
+    @property
+    def num_unusable(self) -> int:
+        """All rows that were not used."""
+        return sum(self.left_out.values())
 
     @property
     def mean_loss(self) -> float:
@@ -74,24 +82,26 @@ def train_client(
     workspace: Workspace,
     client: int,
     *,
+    home: Path | None = None,
     wait: float = 0.0,
-    load_runtime: Callable[[Round], Runtime],
+    load_runtime: Callable[[Round, Party], Runtime],
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> ClientResult:
     """Do what is due for a client: train on the open round's adapter and drop the update.
 
     Nothing is due where the client is not in the cohort, has sent its update, or the federation has finished; then the
-    call looks again for `wait` seconds. `load_runtime` is called only when there is work. Raises BusyError while
-    another process trains this client.
+    call looks again for `wait` seconds. `load_runtime` is called only when there is work; `home` is a joined party's,
+    where it is not the default. Raises BusyError while another process trains this client.
     """
     deadline = time.monotonic() + wait
     while True:
         result = client_status(workspace, client)
         if result.status == "due":
+            party = find_party(workspace, read_running_config(workspace), client, home)
             try:
-                with hold(workspace.client_lock(client), f"client {client}"):
+                with hold(party.home.lock, f"client {client}"):
                     remove_temporaries(workspace.client_inbox(client))
-                    return _train_due(workspace, client, load_runtime, on_step)
+                    return _train_due(workspace, party, load_runtime, on_step)
             except BusyError:
                 if time.monotonic() + POLL_SECONDS > deadline:
                     raise
@@ -102,11 +112,12 @@ def train_client(
 
 def _train_due(
     workspace: Workspace,
-    client: int,
-    load_runtime: Callable[[Round], Runtime],
+    party: Party,
+    load_runtime: Callable[[Round, Party], Runtime],
     on_step: Callable[[StepReport], None],
 ) -> ClientResult:
     """Train and drop, under the client's lock."""
+    client = party.client
     head = read_head(workspace)
     result = client_status(workspace, client, head)
     if result.status != "due":  # another process did it while this one came to the lock
@@ -119,10 +130,9 @@ def _train_due(
         for earlier in past
         if client in earlier.manifest.cohort
     )
-    require_rows(workspace, client)
-    rule = _Rule.read(workspace, [*past, head], adapter, client)
-    runtime = load_runtime(head)
-    rows = runtime.rows(client, manifest.train)
+    rule = _Rule.read(party, [*past, head], adapter)
+    runtime = load_runtime(head, party)
+    rows = runtime.rows(party, manifest.train)
     started = time.monotonic()
     num_tokens = 0
 
@@ -134,7 +144,7 @@ def _train_due(
     values, losses = runtime.train(
         adapter,
         manifest.train,
-        client=client,
+        party=party,
         round_number=head.number,
         first_draw=first_draw,
         rule=rule.client_rule,
@@ -143,7 +153,7 @@ def _train_due(
     training = Training(
         num_samples=len(rows.examples),
         num_truncated=rows.num_truncated,
-        num_unusable=rows.num_unusable,
+        left_out=dict(rows.left_out),
         losses=losses,
         seconds=time.monotonic() - started,
         num_tokens=num_tokens,
@@ -155,8 +165,8 @@ def _train_due(
         files[CONTROL_DELTA_FILE] = encode(delta)
     record = _update_record(head, client, files, training).to_bytes()
     if candidate:
-        remove_old_candidates(workspace, client, [*past, head])
-        save_candidate(workspace, head.number, client, sha256(record), candidate)
+        remove_old_candidates(party.home, client, [*past, head])
+        save_candidate(party.home, head.number, sha256(record), candidate)
     dropped = drop_update(workspace, head.number, client, [*files.items(), (UPDATE_RECORD, record)])
     return ClientResult("submitted" if dropped else "already_submitted", client, head.number, training)
 
@@ -171,7 +181,7 @@ class _Rule:
     own: Arrays
 
     @classmethod
-    def read(cls, workspace: Workspace, rounds: list[Round], adapter: Arrays, client: int) -> "_Rule":
+    def read(cls, party: Party, rounds: list[Round], adapter: Arrays) -> "_Rule":
         """Read what the last of `rounds` asks of a client."""
         head = rounds[-1]
         algorithm = algorithm_from(head.manifest.algorithm)
@@ -179,7 +189,7 @@ class _Rule:
             return cls(algorithm, algorithm.client_rule(adapter, {}), {}, {})
         zeros = {name: np.zeros_like(array) for name, array in adapter.items()}
         control = head.state(algorithm) or zeros
-        own = read_control(workspace, rounds, algorithm, client) or zeros
+        own = read_control(party.home, rounds, algorithm, party.client) or zeros
         correction = to_float32(difference(control, own))
         return cls(algorithm, algorithm.client_rule(adapter, correction), control, own)
 

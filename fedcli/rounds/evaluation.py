@@ -11,7 +11,10 @@ import numpy as np
 
 from fedcli.algos import Arrays
 from fedcli.config import Task
-from fedcli.data.rows import Row, alpaca_example, preference, read_rows
+from fedcli.data.conversation import Example, Item, Preference
+from fedcli.data.formats import RowReader
+from fedcli.data.hub import choose_format
+from fedcli.data.source import read_rows
 from fedcli.errors import NotReadyError, UsageError, WorkspaceError
 from fedcli.eval.exact_match import Answer, answer_examples
 from fedcli.eval.preference import Verdict, judge_pairs
@@ -65,19 +68,21 @@ def evaluate(
     """
     config = read_running_config(workspace)
     start = _round(workspace, 0)
-    rows = _held_out(workspace, split)
+    items = _held_out(workspace, start.manifest.task, split)
     named = [baseline_name(client) for client in alone] + ([baseline_name(None)] if pooled else [])
     targets = _targets(workspace, start, base, named, round_name)
     runtime = Runtime(workspace, config, start, threads=threads)
+    encoder = runtime.encoder(start.manifest.train.template)
     answers: dict[str, Answers] = {}
     for target, adapter in targets.items():
         runtime.adapted.load(adapter)
-        report = partial(on_answers, target, len(rows))
+        report = partial(on_answers, target, len(items))
         if start.manifest.task == "dpo":
-            answers[target] = judge_pairs(runtime.adapted, runtime.encoder, [preference(row) for row in rows], report)
+            pairs = [item for item in items if isinstance(item, Preference)]
+            answers[target] = judge_pairs(runtime.adapted, encoder, pairs, report)
         else:
-            examples = [alpaca_example(row) for row in rows]
-            answers[target] = answer_examples(runtime.adapted, runtime.encoder, examples, report)
+            examples = [item for item in items if isinstance(item, Example)]
+            answers[target] = answer_examples(runtime.adapted, encoder, examples, report)
     scores = _scores(answers, METRICS[start.manifest.task])
     for score in scores:
         _keep(workspace, score, split, answers[score.target])
@@ -115,14 +120,14 @@ def _round(workspace: Workspace, number: int) -> Round:
     return found
 
 
-def _held_out(workspace: Workspace, split: str) -> list[Row]:
+def _held_out(workspace: Workspace, task: Task, split: str) -> list[Item]:
     path = workspace.held_out_rows(split)
     if not path.is_file():
         raise WorkspaceError(
             f"this workspace has no held-out rows: {path} is missing",
             hint="Only workspaces of the built-in rows have them (data.source: builtin:demo).",
         )
-    return read_rows(path)
+    return [item for _, item in RowReader(choose_format(None, None, task)).read(read_rows(path))]
 
 
 def _scores(answers: dict[str, Answers], metric: str) -> list[Score]:

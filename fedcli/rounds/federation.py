@@ -7,6 +7,7 @@ from typing import Protocol
 from fedcli.errors import BusyError, NotReadyError
 from fedcli.rounds.aggregation import AggregationResult, aggregate
 from fedcli.rounds.client import train_client
+from fedcli.rounds.parties import Party, is_here
 from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import POLL_SECONDS, read_running_config
 from fedcli.training.reports import StepReport
@@ -49,7 +50,7 @@ def run_federation(
     """
     runtime: Runtime | None = None
 
-    def load_runtime(head: Round) -> Runtime:
+    def load_runtime(head: Round, party: Party) -> Runtime:
         nonlocal runtime
         runtime = runtime or Runtime(workspace, read_running_config(workspace), head, threads=threads)
         return runtime
@@ -61,6 +62,8 @@ def run_federation(
             observer.round_started(head)
             shown = head.number
         for client in missing_clients(workspace, head):
+            if not is_here(workspace, client):  # a party elsewhere, which trains by itself
+                continue
             observer.client_started(client)
             try:
                 result = train_client(workspace, client, load_runtime=load_runtime, on_step=observer.step_done)

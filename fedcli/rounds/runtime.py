@@ -13,95 +13,125 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedcli.algos import Array, Arrays, ClientRule
-from fedcli.config import Config
+from fedcli.config import Config, TemplateChoice
+from fedcli.data.encoded import together
+from fedcli.data.formats import RowReader
 from fedcli.data.order import draw
-from fedcli.data.rows import alpaca_example, preference, read_rows
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.model.base import comes_quantized, find_base, fingerprint, has_bfloat16, require_bitsandbytes
 from fedcli.model.quiet import without_bitsandbytes
 from fedcli.randomness import stream_seed
+from fedcli.rounds.parties import Party, find_party
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.workspace.history import Round, read_start
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Workspace
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home, Workspace
 from fedcli.workspace.records import TrainRecord
 from fedcli.workspace.reference import read_reference, reference_key, save_reference
 
 if TYPE_CHECKING:
-    from fedcli.data.encoding import EncodedPair, EncodedRows
+    from fedcli.data.encoded import EncodedPair, EncodedRows
+    from fedcli.data.encoding import Encoder
     from fedcli.training.dpo import ReferredPair
 
 
 class Runtime:
     """The loaded model of a workspace; one process makes one and trains any client of any round with it.
 
-    Loading costs seconds (torch, transformers, the weights), so the cheap checks of a command come before it. Raises
-    RequirementError where the base model is missing, ConfigError where it is not the federation's.
+    Loading costs seconds (torch, transformers, the weights), so the cheap checks of a command come before it. A joined
+    `party` may have its own copy of the base model, and trusts remote code or not by itself; `on_rows` hears how many
+    rows were read. Raises RequirementError where the base model is missing, ConfigError where it is not the
+    federation's.
     """
 
-    def __init__(self, workspace: Workspace, config: Config, any_round: Round, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        config: Config,
+        any_round: Round,
+        *,
+        threads: int | None = None,
+        party: Party | None = None,
+        on_rows: Callable[[int], None] = lambda count: None,
+    ) -> None:
         self._workspace = workspace
-        self._num_clients = config.federation.clients
+        self._config = config
+        self._on_rows = on_rows
         self.task = any_round.manifest.task
-        folder = _find_same_base(workspace, config, any_round)
+        base = (party and party.base) or config.model.base
+        trusts = config.model.trust_remote_code
+        if party is not None and party.trust_remote_code is not None:
+            trusts = party.trust_remote_code
+        folder = _find_same_base(workspace, base, any_round)
         quantization = any_round.manifest.model.quantization
         require_bitsandbytes(quantization)
         with without_bitsandbytes(quantization == "none" and not comes_quantized(folder)):
             _import_stack(threads)
-            from fedcli.data.encoding import Encoder
             from fedcli.model.lora import AdaptedModel
 
             self.adapted = AdaptedModel(
                 folder,
                 json.loads(any_round.read(ADAPTER_CONFIG_NAME)),
-                trust_remote_code=config.model.trust_remote_code,
+                trust_remote_code=trusts,
                 quantization=quantization,
             )
-        self.encoder = Encoder(self.adapted.tokenizer)
-        self._rows: dict[tuple[int | None, int], EncodedRows[Any]] = {}
+        self._encoders: dict[TemplateChoice, Encoder] = {}
+        self._rows: dict[tuple[int | None, int, TemplateChoice], EncodedRows[Any]] = {}
         self._start: Round | None = None
 
-    def rows(self, client: int | None, train: TrainRecord) -> "EncodedRows[Any]":
-        """Return a client's rows, or all clients' for None, as token ids: examples for sft, pairs for dpo.
+    def encoder(self, template: TemplateChoice) -> "Encoder":
+        """Return the encoder of a template with the base model's tokenizer."""
+        from fedcli.data.encoding import Encoder
 
-        Raises ConfigError where there is no usable row.
+        if template not in self._encoders:
+            self._encoders[template] = Encoder(self.adapted.tokenizer, template)
+        return self._encoders[template]
+
+    def rows(self, party: Party | None, train: TrainRecord) -> "EncodedRows[Any]":
+        """Return a party's rows, or all simulated clients' for None, as token ids: examples for sft, pairs for dpo.
+
+        Raises ConfigError where there is no usable row, or where a joined party has not as many as it registered.
         """
-        key = (client, train.max_length)
+        key = (party.client if party else None, train.max_length, train.template)
         if key not in self._rows:
-            clients = range(self._num_clients) if client is None else [client]
-            paths = [require_rows(self._workspace, number) for number in clients]
-            rows = [row for path in paths for row in read_rows(path)]
-            encoded: EncodedRows[Any]
-            if self.task == "dpo":
-                encoded = self.encoder.pairs([preference(row) for row in rows], train.max_length)
-            else:
-                encoded = self.encoder.rows([alpaca_example(row) for row in rows], train.max_length)
-            if not encoded.examples:
-                raise ConfigError(
-                    f"{paths[0]}: none of its {len(rows)} rows is usable at max_length {train.max_length}",
-                    hint="Responses must not be empty (nor alike, in a pair), and prompts must leave room for them: "
-                    "raise train.max_length.",
-                )
-            self._rows[key] = encoded
+            clients = range(self._config.federation.clients)
+            parties = (
+                [find_party(self._workspace, self._config, client) for client in clients] if party is None else [party]
+            )
+            self._rows[key] = together([self._read(each, train) for each in parties])
         return self._rows[key]
+
+    def _read(self, party: Party, train: TrainRecord) -> "EncodedRows[Any]":
+        from fedcli.data.encoding import encode_source
+
+        reader = RowReader(party.format, train.seed)
+        encoder = self.encoder(train.template)
+        rows = encode_source(encoder, reader, party.source, self.task, train.max_length, self._on_rows)
+        if party.num_rows not in (None, reader.num_usable):
+            raise ConfigError(
+                f"client {party.client} joined with {party.num_rows} rows, and now has {reader.num_usable}",
+                hint=f"Run `fedcli client join --id {party.client}` again with the same --data: the others rely on "
+                "what it says.",
+            )
+        return rows
 
     def train(
         self,
         adapter: Arrays,
         train: TrainRecord,
         *,
-        client: int | None,
+        party: Party | None,
         round_number: int,
         first_draw: int,
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
     ) -> tuple[dict[str, Array], list[float]]:
-        """Train an adapter on a client's rows (all clients' for None) for one round; return values and steps' losses.
+        """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
 
         `first_draw` is the number of rows that the client drew in its earlier rounds. Raises ConfigError where the
         training diverged, RequirementError where the GPU's memory is too small.
         """
-        examples = self.rows(client, train).examples
-        stream_client = self._num_clients if client is None else client
+        examples = self.rows(party, train).examples
+        stream_client = self._config.federation.clients if party is None else party.client
         count = train.steps * train.batch_size
         order = draw(len(examples), seed=train.seed, client=stream_client, first=first_draw, count=count)
         settings = TrainSettings(
@@ -115,10 +145,10 @@ class Runtime:
         )
         drawn = [examples[index] for index in order]
         with _enough_memory():
-            losses = self._train(adapter, drawn, client, train, settings, rule, on_step)
+            losses = self._train(adapter, drawn, party, train, settings, rule, on_step)
         values = self.adapted.values()
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
-            who = "all rows" if client is None else f"client {client}"
+            who = "all rows" if party is None else f"client {party.client}"
             raise ConfigError(
                 f"{who}: the training of round {round_number} diverged, its last loss is {losses[-1]}",
                 hint="Lower train.learning_rate in fedcli.yaml; it takes effect with the next round that is opened.",
@@ -129,7 +159,7 @@ class Runtime:
         self,
         adapter: Arrays,
         drawn: Sequence[Any],
-        client: int | None,
+        party: Party | None,
         train: TrainRecord,
         settings: TrainSettings,
         rule: ClientRule | None,
@@ -144,11 +174,11 @@ class Runtime:
         from fedcli.training.dpo import train_dpo
 
         assert train.beta is not None
-        referred = self._refer(drawn, client)
+        referred = self._refer(drawn, self._workspace.pooled_home if party is None else party.home)
         self.adapted.load(adapter)
         return train_dpo(self.adapted, referred, train.beta, settings, on_step, rule)
 
-    def _refer(self, pairs: "Sequence[EncodedPair]", client: int | None) -> "list[ReferredPair]":
+    def _refer(self, pairs: "Sequence[EncodedPair]", home: Home) -> "list[ReferredPair]":
         """Return pairs with the log-probabilities of the reference model, round 0's, each computed once a client."""
         from fedcli.model.likelihood import pair_log_probs
         from fedcli.training.dpo import ReferredPair
@@ -156,12 +186,12 @@ class Runtime:
         if self._start is None:
             self._start = read_start(self._workspace)
         key = reference_key(self._start.manifest, "bfloat16" if has_bfloat16() else "float32")
-        known = read_reference(self._workspace, client, key)
+        known = read_reference(home, key)
         missing = {pair.key: pair for pair in pairs if pair.key not in known}
         if missing:
             self.adapted.load(self._start.adapter())
             known |= zip(missing, pair_log_probs(self.adapted, list(missing.values())), strict=True)
-            save_reference(self._workspace, client, key, known)
+            save_reference(home, key, known)
         return [ReferredPair(pair, *known[pair.key]) for pair in pairs]
 
 
@@ -198,24 +228,14 @@ def _import_stack(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def require_rows(workspace: Workspace, client: int) -> Path:
-    """Return the file of a client's rows; raise ConfigError where it is missing."""
-    path = workspace.client_rows(client)
-    if not path.is_file():
-        raise ConfigError(
-            f"client {client} has no rows: {path} is missing",
-            hint="Put its rows there, one JSON object a line, or set data.source before `fedcli init`.",
-        )
-    return path
-
-
-def _find_same_base(workspace: Workspace, config: Config, any_round: Round) -> Path:
+def _find_same_base(workspace: Workspace, base: str, any_round: Round) -> Path:
     """Return the folder of the base model, which must be the one that round 0 was opened with."""
     expected = any_round.manifest.model
-    folder = find_base(config.model.base, revision=expected.revision, root=workspace.root)
+    folder = find_base(base, revision=expected.revision, root=workspace.root)
     if fingerprint(folder) != expected.fingerprint:
         raise ConfigError(
             f"model.base: {folder} is not the base model of this federation ({expected.base}): its fingerprint differs",
-            hint="Point model.base in fedcli.yaml to a copy of the very model that round 0 was opened with.",
+            hint="Point model.base in fedcli.yaml (a joined party: `client join --base DIR`) to a copy of the very "
+            "model that round 0 was opened with.",
         )
     return folder

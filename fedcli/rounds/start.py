@@ -28,7 +28,7 @@ def prepare_start(config: Config, root: Path) -> Start:
     """Find the base model and make the adapter that LoRA starts from; writes nothing.
 
     Loads torch, for the shapes of the base model's layers. Raises ConfigError or RequirementError for a base model, a
-    tokenizer or target modules that will not do.
+    tokenizer, a template or target modules that will not do.
     """
     from fedcli.data.encoding import Encoder
     from fedcli.model.base import (
@@ -44,7 +44,7 @@ def prepare_start(config: Config, root: Path) -> Start:
     require_bitsandbytes(config.model.quantization)
     base = config.model.base
     folder = find_base(base, revision=config.model.revision, root=root)
-    Encoder(load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code))
+    Encoder(load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code), config.data.template)
     local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
     with without_bitsandbytes(config.model.quantization == "none"):
         arrays, adapter_config, num_parameters = _adapter(config, folder, root, hub_id=None if local else base)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from fedcli.algos import ClientRule
-from fedcli.data.encoding import EncodedPair
+from fedcli.data.encoded import EncodedPair
 from fedcli.model.likelihood import collate, response_log_probs
 from fedcli.model.lora import AdaptedModel
 from fedcli.training.reports import StepReport, TrainSettings

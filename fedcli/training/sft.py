@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fedcli.algos import ClientRule
-from fedcli.data.encoding import EncodedExample
+from fedcli.data.encoded import EncodedExample
 from fedcli.model.likelihood import collate, supervised_cross_entropy
 from fedcli.model.lora import AdaptedModel
 from fedcli.training.reports import StepReport, TrainSettings

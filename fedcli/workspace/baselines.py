@@ -10,7 +10,7 @@ from safetensors.numpy import save
 from fedcli.algos import Array, Arrays
 from fedcli.errors import IntegrityError
 from fedcli.workspace.history import read_checked, read_whole
-from fedcli.workspace.layout import ADAPTER_NAME, Workspace
+from fedcli.workspace.layout import ADAPTER_NAME, Home, Workspace
 from fedcli.workspace.publish import SHARED_MODE, make_folder, publish_directory, publish_file, set_aside
 from fedcli.workspace.records import (
     FileEntry,
@@ -98,20 +98,20 @@ def set_baseline_aside(workspace: Workspace, name: str) -> None:
     set_aside(workspace.baseline(name))
 
 
-def save_progress(workspace: Workspace, client: int | None, plan: BaselineRecord, progress: Progress) -> None:
+def save_progress(home: Home, plan: BaselineRecord, progress: Progress) -> None:
     """Keep an unfinished baseline in a private folder."""
     metadata = {
         "plan": sha256(plan.to_bytes()),
         "rounds_done": str(progress.rounds_done),
         "last_loss": str(progress.last_loss),
     }
-    publish_file(workspace.baseline_progress(client), save(dict(progress.adapter), metadata), mode=0o600)
+    publish_file(home.baseline_progress, save(dict(progress.adapter), metadata), mode=0o600)
 
 
-def read_progress(workspace: Workspace, client: int | None, plan: BaselineRecord) -> Progress | None:
+def read_progress(home: Home, plan: BaselineRecord) -> Progress | None:
     """Return an unfinished baseline, or None where there is none with this plan."""
     try:
-        with safe_open(workspace.baseline_progress(client), framework="numpy") as file:
+        with safe_open(home.baseline_progress, framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("plan") != sha256(plan.to_bytes()):
                 return None
@@ -121,6 +121,6 @@ def read_progress(workspace: Workspace, client: int | None, plan: BaselineRecord
         return None
 
 
-def clear_progress(workspace: Workspace, client: int | None) -> None:
+def clear_progress(home: Home) -> None:
     """Remove what a finished baseline no longer needs."""
-    workspace.baseline_progress(client).unlink(missing_ok=True)
+    home.baseline_progress.unlink(missing_ok=True)

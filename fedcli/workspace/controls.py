@@ -3,14 +3,14 @@
 from fedcli.algos import Algorithm, Array, Arrays
 from fedcli.errors import IntegrityError
 from fedcli.workspace.history import Round, state_file
-from fedcli.workspace.layout import Workspace, update_name
+from fedcli.workspace.layout import Home, update_name
 from fedcli.workspace.publish import publish_file, remove_temporaries
 from fedcli.workspace.read import read_file
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode
 
 
-def read_control(workspace: Workspace, rounds: list[Round], algorithm: Algorithm, client: int) -> "dict[str, Array]":
+def read_control(home: Home, rounds: list[Round], algorithm: Algorithm, client: int) -> "dict[str, Array]":
     """Return a client's c_k for the last of `rounds`; empty where it is zero.
 
     It is the candidate of the client's latest counted update, as the manifests tell: of an update that was refused,
@@ -27,26 +27,25 @@ def read_control(workspace: Workspace, rounds: list[Round], algorithm: Algorithm
             return {}
         for entry in aggregation.counted:
             if entry.client == client:
-                return _read_candidate(workspace, current, client, entry.update)
+                return _read_candidate(home, current, client, entry.update)
     return {}
 
 
-def save_candidate(workspace: Workspace, round_number: int, client: int, update: str, arrays: Arrays) -> None:
+def save_candidate(home: Home, round_number: int, update: str, arrays: Arrays) -> None:
     """Keep, durably, what c_k will be once the update with this hash of its update.json is counted."""
-    path = workspace.candidate(client, round_number, update)
-    publish_file(path, encode(arrays), mode=0o600)
+    publish_file(home.candidate(round_number, update), encode(arrays), mode=0o600)
 
 
-def remove_old_candidates(workspace: Workspace, client: int, rounds: list[Round]) -> None:
+def remove_old_candidates(home: Home, client: int, rounds: list[Round]) -> None:
     """Remove candidates of rounds that have closed, but for the client's latest counted one.
 
     Those of the open round stay: another process of this client may have dropped its update with one of them.
     """
-    folder = workspace.candidate(client, 0, "").parent
+    folder = home.controls
     if not folder.is_dir():
         return
     counted = [
-        workspace.candidate(client, closing.number - 1, entry.update).name
+        home.candidate(closing.number - 1, entry.update).name
         for closing in rounds
         if closing.manifest.aggregation is not None
         for entry in closing.manifest.aggregation.counted
@@ -58,8 +57,8 @@ def remove_old_candidates(workspace: Workspace, client: int, rounds: list[Round]
             path.unlink(missing_ok=True)
 
 
-def _read_candidate(workspace: Workspace, closing: Round, client: int, update: str) -> "dict[str, Array]":
-    path = workspace.candidate(client, closing.number - 1, update)
+def _read_candidate(home: Home, closing: Round, client: int, update: str) -> "dict[str, Array]":
+    path = home.candidate(closing.number - 1, update)
     try:
         contents = read_file(path, limit=2**40)
         return decode(contents, closing.manifest.tensors)

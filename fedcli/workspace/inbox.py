@@ -11,6 +11,7 @@ from fedcli.workspace.publish import DROPPED_FOLDER_MODE, DROPPED_MODE, make_fol
 from fedcli.workspace.read import opened_folder, read_file
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.registry import registered_owner
 from fedcli.workspace.tensors import decode, largest_file
 
 MAX_RECORD_BYTES = 64 * 1024
@@ -57,7 +58,11 @@ def read_update(workspace: Workspace, base: Round, client: int) -> Update | None
             opened_folder(str(client), parent=inbox) as own,
             opened_folder(update_name(base.number), parent=own) as folder,
         ):
-            return _read_folder(folder, os.fstat(own).st_uid, base, client)
+            owner = os.fstat(own).st_uid
+            registered = registered_owner(workspace, client)
+            if registered not in (None, owner):
+                raise Refusal("owner", f"the client's inbox belongs to user {owner}, it joined as user {registered}")
+            return _read_folder(folder, owner, base, client)
     except FileNotFoundError:
         return None
 

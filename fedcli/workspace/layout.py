@@ -81,36 +81,32 @@ class Workspace:
         """The directory of a client's update of a round."""
         return self.client_inbox(client) / update_name(number)
 
-    def private(self, client: int) -> Path:
+    @property
+    def clients(self) -> Path:
+        """The registry: what joined parties say of their rows."""
+        return self.root / "clients"
+
+    def registration(self, client: int) -> Path:
+        """A joined party's entry in the registry."""
+        return self.clients / f"{client}.json"
+
+    def private(self, client: int) -> "Home":
         """A simulated client's private state."""
-        return self.root / "private" / str(client)
+        return Home(self.root / "private" / str(client))
 
-    def candidate(self, client: int, round_number: int, update: str) -> Path:
-        """The control variate that a client will have once its update (the hash of update.json) is counted."""
-        return self.private(client) / "control" / f"{update_name(round_number)}-{update}.safetensors"
-
-    def client_lock(self, client: int) -> Path:
-        """The lock that one process training a client holds."""
-        return self.private(client) / "lock"
-
-    def baseline_lock(self, client: int | None) -> Path:
-        """The lock that one process training a baseline holds: a client's `alone`, or the pooled one."""
-        return self._baseline_private(client).with_suffix(".lock")
-
-    def baseline_progress(self, client: int | None) -> Path:
-        """An unfinished baseline."""
-        return self._baseline_private(client).with_suffix(".safetensors")
-
-    def reference(self, client: int | None, key: str) -> Path:
-        """A client's cache of the reference model's log-probabilities; None: all clients' together."""
-        return self._baseline_private(client).parent / f"reference-{key}.safetensors"
-
-    def _baseline_private(self, client: int | None) -> Path:
-        return self.root / "private" / "pooled" / "pooled" if client is None else self.private(client) / "alone"
+    @property
+    def pooled_home(self) -> "Home":
+        """The private state of the baseline of all clients' rows."""
+        return Home(self.root / "private" / "pooled")
 
     def client_rows(self, client: int) -> Path:
         """A simulated client's rows."""
         return self.data / f"client-{client}.jsonl"
+
+    @property
+    def data_card(self) -> Path:
+        """What a simulation's split gave to each client."""
+        return self.data / "card.json"
 
     def held_out_rows(self, split: str) -> Path:
         """The demo's held-out rows."""
@@ -123,6 +119,52 @@ class Workspace:
     def scores(self, target: str, benchmark: str) -> Path:
         """The scores of a target, such as `round-00010` or `base`, on a benchmark."""
         return self.root / "eval" / target / f"{benchmark}.json"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The paths of one client's private state: a simulated one's lies in the workspace, a joined party's never does."""
+
+    folder: Path
+
+    @property
+    def party(self) -> Path:
+        """Where a joined party's rows and base model lie."""
+        return self.folder / "party.json"
+
+    @property
+    def lock(self) -> Path:
+        """The lock that one process training the client holds."""
+        return self.folder / "lock"
+
+    @property
+    def controls(self) -> Path:
+        """Candidates for SCAFFOLD's c_k."""
+        return self.folder / "control"
+
+    def candidate(self, round_number: int, update: str) -> Path:
+        """The control variate that the client will have once its update (the hash of update.json) is counted."""
+        return self.controls / f"{update_name(round_number)}-{update}.safetensors"
+
+    def reference(self, key: str) -> Path:
+        """A cache of the reference model's log-probabilities."""
+        return self.folder / f"reference-{key}.safetensors"
+
+    @property
+    def baseline_lock(self) -> Path:
+        """The lock that one process training the client's baseline holds."""
+        return self.folder / "baseline.lock"
+
+    @property
+    def baseline_progress(self) -> Path:
+        """An unfinished baseline."""
+        return self.folder / "baseline.safetensors"
+
+
+def default_home(workspace_id: str, client: int) -> Home:
+    """Return a joined party's home where it names none: below $XDG_DATA_HOME, or ~/.local/share."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Home(Path(base).absolute() / "fedcli" / workspace_id / str(client))
 
 
 def round_name(number: int) -> str:

@@ -15,9 +15,10 @@ from fedcli.workspace.layout import TEMPORARY_PREFIX
 
 SHARED_MODE = 0o644
 """What everybody who shares the workspace reads: rounds."""
-DROPPED_MODE = 0o640
-"""What a client drops for the server: explicit, because a umask of 077 would hide it from the server's group."""
+DROPPED_MODE = 0o644
+"""What a client drops for the server: explicit, because a umask of 077 would hide it. Its folder keeps others out."""
 DROPPED_FOLDER_MODE = 0o750
+"""A client's inbox: its own user's, and the group's that the server reads it as."""
 SHARED_FOLDER_MODE = 0o755
 PRIVATE_FOLDER_MODE = 0o700
 
@@ -153,6 +154,15 @@ def _write(path: Path, contents: bytes, mode: int) -> None:
         rest = memoryview(contents)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file that was written piece by piece durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

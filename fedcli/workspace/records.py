@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcli.config import Quantization, Task
+from fedcli.config import Quantization, Task, TemplateChoice
 from fedcli.errors import IntegrityError
 from fedcli.workspace.refusal import Refusal, RefusalCode
 from fedcli.workspace.strict_json import parse_object
@@ -81,7 +81,7 @@ class TrainRecord(Record):
     beta: Finite | None = None
     """Of DPO; None for other tasks."""
     gradient_checkpointing: bool = False
-    template: Literal["alpaca"]
+    template: TemplateChoice
     seed: Natural
 
 

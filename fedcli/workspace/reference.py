@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedcli.algos import Array
-from fedcli.workspace.layout import ADAPTER_NAME, Workspace
+from fedcli.workspace.layout import ADAPTER_NAME, Home
 from fedcli.workspace.publish import publish_file
 from fedcli.workspace.records import Manifest
 
@@ -22,10 +22,10 @@ def reference_key(start: Manifest, precision: str) -> str:
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
 
 
-def read_reference(workspace: Workspace, client: int | None, key: str) -> LogProbs:
+def read_reference(home: Home, key: str) -> LogProbs:
     """Return what a client has computed so far; nothing where the file is missing or damaged."""
     try:
-        arrays = load(workspace.reference(client, key).read_bytes())
+        arrays = load(home.reference(key).read_bytes())
         if arrays["sha256"].tobytes() != _digest(arrays["keys"], arrays["values"]):
             return {}
         pairs = zip(arrays["keys"], arrays["values"].tolist(), strict=True)
@@ -34,16 +34,14 @@ def read_reference(workspace: Workspace, client: int | None, key: str) -> LogPro
         return {}
 
 
-def save_reference(
-    workspace: Workspace, client: int | None, key: str, log_probs: Mapping[bytes, tuple[float, float]]
-) -> None:
+def save_reference(home: Home, key: str, log_probs: Mapping[bytes, tuple[float, float]]) -> None:
     """Replace a client's cache."""
     arrays: dict[str, Array] = {
         "keys": np.frombuffer(b"".join(log_probs), np.uint8).reshape(len(log_probs), -1),
         "values": np.array(list(log_probs.values()), np.float64),
     }
     arrays["sha256"] = np.frombuffer(_digest(arrays["keys"], arrays["values"]), np.uint8)
-    publish_file(workspace.reference(client, key), save(arrays), mode=0o600)
+    publish_file(home.reference(key), save(arrays), mode=0o600)
 
 
 def _digest(keys: Array, values: Array) -> bytes:

@@ -1,0 +1,112 @@
+"""fedcli client join."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedcli.commands.options import ClientOption, HomeOption, JsonOption, WorkspaceOption
+from fedcli.commands.output import print_hint, print_json, rows_display
+
+if TYPE_CHECKING:
+    from fedcli.workspace.registry import DataCard
+
+
+def join(
+    client: ClientOption,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="Your rows: a file, a folder, or a hub id. They stay there.",
+            show_default=False,
+        ),
+    ],
+    data_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="What the rows are: a format's name, or '{columns: {instruction: question, response: answer}}'. "
+            "Default: as the hub's data set is known to have, else alpaca (sft) or preference (dpo).",
+            show_default=False,
+        ),
+    ] = None,
+    home: HomeOption = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="DIR",
+            help="Your copy of the base model. Default: as fedcli.yaml says.",
+            show_default=False,
+        ),
+    ] = None,
+    share: Annotated[
+        str, typer.Option("--share", metavar="full|minimal", help="minimal: tell the number of rows and nothing else.")
+    ] = "full",
+    subset: Annotated[
+        str | None, typer.Option("--subset", metavar="NAME", help="Of a hub's data set.", show_default=False)
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="NAME", help="Of a hub's data set.", show_default=False)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the data card is written.")] = False,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Join as a real party: your rows stay where they are, and the workspace gets a data card that you see first.
+
+    On a terminal you are asked before it is written. Run again, it replaces your card.
+    """
+    from fedcli.errors import UsageError, did_you_mean
+    from fedcli.rounds import parties
+    from fedcli.workspace.layout import find_workspace
+
+    if share not in ("full", "minimal"):
+        raise UsageError(f"--share {share}: unknown", hint=did_you_mean(share, ["full", "minimal"]))
+    found = find_workspace(workspace)
+    asks = not yes and not json_output and sys.stdin.isatty()
+
+    with rows_display(json_output) as on_rows:
+        num_rows = 0
+
+        def count(more: int) -> None:
+            nonlocal num_rows
+            num_rows += more
+            on_rows("reading rows", num_rows)
+
+        joining = parties.prepare_join(
+            found,
+            client,
+            data,
+            data_format=data_format,
+            subset=subset,
+            split=split,
+            home=home,
+            base=base,
+            trust_remote_code=trust_remote_code,
+            share="minimal" if share == "minimal" else "full",
+            on_rows=count,
+        )
+    if not json_output:
+        _show(joining.card)
+    if asks and not typer.confirm(f"Write this to {found.registration(client)}?", err=True):
+        print("nothing was written")
+        return
+    joining.commit()
+    if json_output:
+        print_json({"status": "joined", "client": client, "home": str(joining.home.folder), "data": joining.card})
+        return
+    print(f"client {client} has joined; its private state lies in {joining.home.folder}")
+    print_hint(f"next: fedcli client train --id {client}" + (f" --home {home}" if home is not None else ""))
+
+
+def _show(card: "DataCard") -> None:
+    print("the workspace learns this of your rows, and nothing else:")
+    print(json.dumps(card.model_dump(mode="json", exclude_none=True), indent=1))

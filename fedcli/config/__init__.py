@@ -1,0 +1,53 @@
+"""fedcli.yaml: typed, closed and validated whole before any work."""
+
+from fedcli.config.data import (
+    TASK_FORMATS,
+    By,
+    Columns,
+    ColumnsFormat,
+    CustomTemplate,
+    DataConfig,
+    DataFormat,
+    Dirichlet,
+    FormatName,
+    Partition,
+    ShardsBy,
+    Sizes,
+    SourceEntry,
+    Task,
+    TemplateChoice,
+    TemplateName,
+    check_format,
+)
+from fedcli.config.parsing import algorithm_from, apply_overrides, parse_config, read_document, read_format
+from fedcli.config.sections import AdapterConfig, Config, FederationConfig, Quantization, TrainConfig
+
+__all__ = [
+    "TASK_FORMATS",
+    "AdapterConfig",
+    "By",
+    "Columns",
+    "ColumnsFormat",
+    "Config",
+    "CustomTemplate",
+    "DataConfig",
+    "DataFormat",
+    "Dirichlet",
+    "FederationConfig",
+    "FormatName",
+    "Partition",
+    "Quantization",
+    "ShardsBy",
+    "Sizes",
+    "SourceEntry",
+    "Task",
+    "TemplateChoice",
+    "TemplateName",
+    "TrainConfig",
+    "algorithm_from",
+    "apply_overrides",
+    "check_format",
+    "parse_config",
+    "read_document",
+    "read_format",
+]

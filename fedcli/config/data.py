@@ -1,0 +1,249 @@
+"""The section data: sources, formats, templates, and how rows are split among simulated clients."""
+
+from typing import Annotated, Literal, Self, TypeAlias, get_args
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from fedcli.config.section import Count, Section
+
+Task: TypeAlias = Literal["sft", "dpo"]
+FormatName: TypeAlias = Literal[
+    "alpaca",
+    "fingpt",
+    "medalpaca",
+    "codealpaca",
+    "mathinstruct",
+    "prompt-completion",
+    "messages",
+    "preference",
+    "ultrafeedback",
+    "ultrafeedback-binarized",
+    "hh-rlhf",
+]
+TemplateName: TypeAlias = Literal["alpaca", "alpaca-input", "vicuna", "chat"]
+_FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
+_FIRST_DPO = _FORMAT_NAMES.index("preference")
+TASK_FORMATS: dict[Task, tuple[FormatName, ...]] = {
+    "sft": _FORMAT_NAMES[:_FIRST_DPO],
+    "dpo": _FORMAT_NAMES[_FIRST_DPO:],
+}
+"""The formats of each task; the first is the default."""
+
+
+class Columns(Section):
+    """The columns of rows of any other shape: instruction and response (and input), or prompt, chosen and rejected."""
+
+    instruction: str | None = None
+    input: str | None = None
+    response: str | None = None
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = {name for name, column in self if column is not None}
+        if given - {"input"} != {"instruction", "response"} and given != {"prompt", "chosen", "rejected"}:
+            raise ValueError("name the columns of instruction and response (and input), or of prompt, chosen, rejected")
+        return self
+
+    @property
+    def pair(self) -> tuple[str | None, str | None, str | None]:
+        """The columns of prompt, chosen and rejected."""
+        return self.prompt, self.chosen, self.rejected
+
+    @property
+    def task(self) -> Task:
+        """The task that such rows are for."""
+        return "dpo" if self.response is None else "sft"
+
+
+class ColumnsFormat(Section):
+    """`format: {columns: {...}}`."""
+
+    columns: Columns
+
+
+def _kind_of_format(value: object) -> str:
+    return "<name>" if isinstance(value, str) else "<columns>"
+
+
+DataFormat: TypeAlias = Annotated[
+    Annotated[FormatName, Tag("<name>")] | Annotated[ColumnsFormat, Tag("<columns>")], Discriminator(_kind_of_format)
+]
+
+
+class CustomTemplate(Section):
+    """How turns become text; the response follows `assistant`, and the model's end token follows the response.
+
+    `system` holds {system}: a row's own, or `default_system`; without either it is left out. `user` holds
+    {instruction}, which is instruction and input joined by a space, unless `user_with_input` gives {input} a place.
+    """
+
+    system: str = "{system}\n\n"
+    default_system: str = ""
+    default_system_with_input: str | None = None
+    user: str
+    user_with_input: str | None = None
+    assistant: str
+    separator: str = " "
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key, names in (
+            ("system", ["system"]),
+            ("user", ["instruction"]),
+            ("user_with_input", ["instruction", "input"]),
+        ):
+            form = getattr(self, key)
+            if form is not None and any(form.count(f"{{{name}}}") != 1 for name in names):
+                raise ValueError(f"{key} must hold {' and '.join(f'{{{name}}}' for name in names)} once")
+        return self
+
+
+class SourceEntry(Section):
+    """One of several sources, with what else it needs to be read."""
+
+    source: str
+    format: DataFormat | None = None
+    subset: str | None = None
+    split: str | None = None
+    max_rows: Count | None = None
+
+
+class ShardsBy(Section):
+    """Rows sorted by a column and cut into equal shards, one a client (McMahan et al. 2017, section 3)."""
+
+    shards_by: str
+
+
+class By(Section):
+    """Each value of a column is a client: natural users, sources, domains."""
+
+    by: str
+
+
+class DirichletOptions(Section):
+    """`by`: a column, `length` (tenths of the rows by length), or `topic` (k-means over TF-IDF, `topics` of them)."""
+
+    by: str
+    alpha: Annotated[float, Field(gt=0, le=1e6)]
+    topics: Annotated[int, Field(ge=2, le=1000)] = 10
+
+
+class Dirichlet(Section):
+    """Each class is shared out by its own draw of Dirichlet(alpha) (Yurochkin et al. 2019; Li et al. 2022)."""
+
+    dirichlet: DirichletOptions
+
+
+class SizesOptions(Section):
+    """Client k gets a share in proportion to (k + 1) ** -power."""
+
+    power: Annotated[float, Field(ge=0, le=10)] = 1.0
+
+
+class Sizes(Section):
+    """The rows at random, in shares of very different sizes."""
+
+    sizes: SizesOptions
+
+
+def _kind_of_partition(value: object) -> str | None:
+    for tag in ("<by>", "<dirichlet>", "<sizes>", "<shards_by>"):
+        if isinstance(value, TAGS[tag]) or (isinstance(value, dict) and list(value) == [tag[1:-1]]):
+            return tag
+    return "<name>" if isinstance(value, str) else None
+
+
+def _kind_of_template(value: object) -> str:
+    return "<name>" if isinstance(value, str) else "<template>"
+
+
+def _kind_of_entry(value: object) -> str:
+    return "<name>" if isinstance(value, str) else "<entry>"
+
+
+def _kind_of_source(value: object) -> str:
+    return "<name>" if isinstance(value, str) else "<list>"
+
+
+TAGS: dict[str, type[Section]] = {
+    "<columns>": ColumnsFormat,
+    "<template>": CustomTemplate,
+    "<entry>": SourceEntry,
+    "<by>": By,
+    "<dirichlet>": Dirichlet,
+    "<sizes>": Sizes,
+    "<shards_by>": ShardsBy,
+}
+"""What pydantic puts in the path of a fault inside a union, and the section that it stands for."""
+
+Partition: TypeAlias = Annotated[
+    Annotated[Literal["iid", "sources"], Tag("<name>")]
+    | Annotated[By, Tag("<by>")]
+    | Annotated[Dirichlet, Tag("<dirichlet>")]
+    | Annotated[Sizes, Tag("<sizes>")]
+    | Annotated[ShardsBy, Tag("<shards_by>")],
+    Discriminator(_kind_of_partition),
+]
+TemplateChoice: TypeAlias = Annotated[
+    Annotated[TemplateName, Tag("<name>")] | Annotated[CustomTemplate, Tag("<template>")],
+    Discriminator(_kind_of_template),
+]
+_Entry: TypeAlias = Annotated[
+    Annotated[str, Tag("<name>")] | Annotated[SourceEntry, Tag("<entry>")], Discriminator(_kind_of_entry)
+]
+_Sources: TypeAlias = Annotated[
+    Annotated[str, Tag("<name>")] | Annotated[tuple[_Entry, ...], Tag("<list>")],
+    Discriminator(_kind_of_source),
+]
+
+
+class DataConfig(Section):
+    """Where a simulation's rows come from.
+
+    Without a source, parties join with their own, or data/client-N.jsonl are written by hand.
+    """
+
+    source: _Sources | None = None
+    format: DataFormat | None = None
+    subset: str | None = None
+    split: str | None = None
+    template: TemplateChoice = "alpaca"
+    partition: Partition = "iid"
+    min_rows: Count = 1
+    max_rows: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.source is not None and not self.source:
+            raise ValueError("source names nothing; without rows of its own a workspace has source: null")
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceEntry, ...]:
+        """Each source, with format, subset and split of the section where it has none of its own."""
+        given = (self.source,) if isinstance(self.source, str) else self.source or ()
+        entries = [SourceEntry(source=entry) if isinstance(entry, str) else entry for entry in given]
+        return tuple(
+            entry.model_copy(
+                update={
+                    "format": entry.format or self.format,
+                    "subset": entry.subset or self.subset,
+                    "split": entry.split or self.split,
+                }
+            )
+            for entry in entries
+        )
+
+
+def check_format(given: DataFormat, task: Task) -> None:
+    """Raise ValueError for a format whose rows are for the other task."""
+    if isinstance(given, ColumnsFormat):
+        if given.columns.task != task:
+            raise ValueError(f"data.format.columns names what task {given.columns.task} needs; this is task {task}")
+    elif given not in TASK_FORMATS[task]:
+        raise ValueError(
+            f"data.format {given} is not for task {task}, whose formats are {', '.join(TASK_FORMATS[task])}"
+        )

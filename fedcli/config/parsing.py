@@ -1,0 +1,158 @@
+"""Reading fedcli.yaml: every fault is told with its key, and the nearest name that would do."""
+
+import dataclasses
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from fedcli.algos import ALGORITHMS, Algorithm, AnyAlgorithm
+from fedcli.config.data import TAGS, DataFormat, Task, check_format
+from fedcli.config.section import Section
+from fedcli.config.sections import Config
+from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
+
+_ALGORITHM: TypeAdapter[AnyAlgorithm] = TypeAdapter(Annotated[AnyAlgorithm, Field(discriminator="name")])
+
+
+def algorithm_from(record: dict[str, Any]) -> Algorithm:
+    """Return the algorithm that a manifest records; raise IntegrityError where this version knows none such."""
+    try:
+        return _ALGORITHM.validate_python(record)
+    except ValidationError as error:
+        raise IntegrityError(
+            f"a manifest asks for an algorithm that this version does not know: {record}",
+            hint="Use the version of fedcli that opened the round, or a later one.",
+        ) from error
+
+
+_FORMAT: TypeAdapter[DataFormat] = TypeAdapter(DataFormat)
+
+
+def read_format(text: str, task: Task) -> DataFormat:
+    """Return the format of a task that a command line names: a name, or columns in YAML; raise UsageError."""
+    try:
+        given = _FORMAT.validate_python(yaml.safe_load(text))
+        check_format(given, task)
+    except ValidationError as error:
+        raise UsageError(f"--format {_describe(error.errors()[0])}", hint=_FORMAT_HINT) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"--format {text!r}: {' '.join(str(error).split())}", hint=_FORMAT_HINT) from error
+    return given
+
+
+_FORMAT_HINT = (
+    "Name a format (docs/DATA.md), or columns: --format '{columns: {instruction: question, response: answer}}'."
+)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that stands twice is an error and not silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_document(text: str, where: Path) -> dict[str, Any]:
+    """Parse YAML into its top-level mapping; raise ConfigError with the line."""
+    try:
+        document = yaml.load(text, _UniqueKeyLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{where} is not valid YAML: {problem}", hint="Correct that line.") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{where} does not hold a mapping of sections", hint="Start from `fedcli init`'s file.")
+    return document
+
+
+def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put `key.path=value` settings, values in YAML, into a parsed document."""
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        *sections, leaf = key.split(".")
+        if not separator or not all([*sections, leaf]):
+            raise UsageError(f"--set {override!r} is not of the form key.path=value", hint="As in train.steps=20.")
+        _drop_other_partitions(document, [*sections, leaf])
+        target = document
+        for section in sections:
+            if not isinstance(target.get(section), dict):  # a plain value, as in partition: iid, gives way
+                target[section] = {}
+            target = target[section]
+        try:
+            target[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {override!r}: the value is not YAML", hint="Quote it.") from error
+
+
+def _drop_other_partitions(document: dict[str, Any], path: list[str]) -> None:
+    """Let `data.partition.dirichlet.alpha=1` take the place of, say, shards_by: a partition is of one kind."""
+    data = document.get("data")
+    if path[:2] == ["data", "partition"] and len(path) > 2 and isinstance(data, dict):
+        standing = data.get("partition")
+        if isinstance(standing, dict):
+            data["partition"] = {kind: value for kind, value in standing.items() if kind == path[2]}
+
+
+def parse_config(document: dict[str, Any], where: Path) -> Config:
+    """Validate a parsed document; raise one ConfigError that lists every fault with its key."""
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        faults = list(dict.fromkeys(_describe(fault) for fault in error.errors()))
+        raise ConfigError(
+            f"{where} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n  " + "\n  ".join(faults),
+            hint="Correct the keys that are named.",
+        ) from error
+
+
+def _describe(fault: ErrorDetails) -> str:
+    """Return one fault as `key: what is wrong`, with the nearest valid name where there is one."""
+    path = tuple(str(part) for part in fault["loc"])
+    location = [part for part in path if not part.startswith("<")]
+    if location[:1] == ["algorithm"]:  # pydantic puts the algorithm's name in the path
+        del location[1:2]
+    key = ".".join(location) or "the file"
+    kind, found = fault["type"], fault["input"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{key}: unknown key. {did_you_mean(location[-1], _keys_of(path[:-1]))}"
+    if key == "algorithm" and not isinstance(found, dict):
+        return f"algorithm: it is a section with a name, as in algorithm: {{name: fedavg}} (found {found!r})"
+    if kind == "union_tag_invalid":
+        name = str(fault["ctx"]["tag"])
+        return f"algorithm.name: unknown algorithm {name!r}. {did_you_mean(name, ALGORITHMS)}"
+    if kind == "union_tag_not_found" and key == "algorithm":
+        return f"algorithm: it has no name. Known: {', '.join(ALGORITHMS)}."
+    if kind == "union_tag_not_found":
+        return f"{key}: iid, sources, or one of {', '.join(_PARTITION_KEYS)} with its value (found {found!r})"
+    if kind == "literal_error":
+        names = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
+        return f"{key}: unknown {location[-1] if location else 'format'} {found!r}. {did_you_mean(str(found), names)}"
+    if kind == "value_error":
+        message = fault["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if location else message
+    return f"{key}: {fault['msg']} (found {found!r})"
+
+
+_PARTITION_KEYS = ("by", "dirichlet", "sizes", "shards_by")
+
+
+def _keys_of(path: tuple[str, ...]) -> list[str]:
+    """Return the keys that a section knows, given pydantic's path to it."""
+    if path[:1] == ("algorithm",):
+        return sorted(field.name for field in dataclasses.fields(ALGORITHMS[path[1]]))
+    section: type[Section] = Config
+    for part in path:
+        annotation = TAGS.get(part) or (section.model_fields[part].annotation if part in section.model_fields else None)
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,67 @@
+"""What a row teaches: the responses of a conversation, or which of two responses to a prompt is better."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation; `input` is what Alpaca's rows give beside an instruction, "" elsewhere."""
+
+    role: Role
+    content: str
+    input: str = ""
+
+    @property
+    def text(self) -> str:
+        """The content, and the input after a space, as OpenFedLLM's code joins them."""
+        return f"{self.content} {self.input}" if self.input else self.content
+
+
+Prompt: TypeAlias = tuple[Turn, ...]
+"""The turns before a response."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation whose assistant turns are learnt; the last turn is one."""
+
+    turns: tuple[Turn, ...]
+
+    @property
+    def prompt(self) -> Prompt:
+        """All turns but the last."""
+        return self.turns[:-1]
+
+    @property
+    def response(self) -> str:
+        """The last turn."""
+        return self.turns[-1].content
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two responses to one prompt, the better one first."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+
+
+Item: TypeAlias = Example | Preference
+
+
+def instruct(instruction: str, response: str, input: str = "") -> Example:
+    """Return the example of one instruction and its response."""
+    return Example((Turn("user", instruction, input), Turn("assistant", response)))
+
+
+def shown(turns: Sequence[Turn]) -> str:
+    """Return turns as text for a reader; a single user turn is its bare text."""
+    if len(turns) == 1 and turns[0].role == "user":
+        return turns[0].text
+    return "\n\n".join(f"{turn.role}: {turn.text}" for turn in turns)

@@ -1,0 +1,143 @@
+"""Rows as token ids, kept so that a million of them fit into memory."""
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids (int32) of a conversation, and which of them are supervised: responses and their end tokens."""
+
+    ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of `ids`."""
+        return len(self.ids)
+
+    @property
+    def prompt_length(self) -> int:
+        """The number of tokens before the first supervised one."""
+        return int(self.supervised.argmax())
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Two responses to one prompt."""
+
+    chosen: EncodedExample
+    rejected: EncodedExample
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of both sides."""
+        return self.chosen.num_tokens + self.rejected.num_tokens
+
+    @property
+    def key(self) -> bytes:
+        """A hash of both sides' token ids, and so of row, template, tokenizer and max_length."""
+        sides = (self.chosen, self.rejected)
+        shape = f"{[(side.num_tokens, side.prompt_length) for side in sides]}"
+        return hashlib.sha256(b"".join([shape.encode(), *(side.ids.tobytes() for side in sides)])).digest()
+
+
+class EncodedExamples(Sequence[EncodedExample]):
+    """Encoded examples end to end in three arrays, so that a million of them fit into memory."""
+
+    def __init__(self) -> None:
+        self._ids = array("i")
+        self._supervised = bytearray()
+        self._ends = array("q", [0])
+
+    def append(self, example: EncodedExample) -> None:
+        """Add an example."""
+        self._ids.frombytes(example.ids.tobytes())
+        self._supervised += example.supervised.tobytes()
+        self._ends.append(len(self._ids))
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Return each example's number of tokens."""
+        return np.diff(np.array(self._ends, np.int64)).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedExample]: ...
+    def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = slice(self._ends[index], self._ends[index + 1])
+        ids = np.array(self._ids[part], np.int32)
+        return EncodedExample(ids, np.array(self._supervised[part], np.uint8).astype(np.bool_))
+
+
+class EncodedPairs(Sequence[EncodedPair]):
+    """Encoded pairs, kept as `EncodedExamples` keeps their sides."""
+
+    def __init__(self) -> None:
+        self._chosen = EncodedExamples()
+        self._rejected = EncodedExamples()
+
+    def append(self, pair: EncodedPair) -> None:
+        """Add a pair."""
+        self._chosen.append(pair.chosen)
+        self._rejected.append(pair.rejected)
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Return each pair's number of tokens in the longer of its sides."""
+        return np.maximum(self._chosen.lengths(), self._rejected.lengths())
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedPair]: ...
+    def __getitem__(self, index: int | slice) -> EncodedPair | list[EncodedPair]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        return EncodedPair(self._chosen[index], self._rejected[index])
+
+
+EncodedT = TypeVar("EncodedT", EncodedExamples, EncodedPairs)
+
+
+@dataclass
+class EncodedRows(Generic[EncodedT]):
+    """A client's usable rows, and how many were cut or could not be used."""
+
+    examples: EncodedT
+    num_truncated: int = 0
+    """Rows whose response was cut to fit max_length."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows that cannot be used, by reason: a prompt that leaves no room for one token of a response, and so on."""
+
+    @property
+    def num_unusable(self) -> int:
+        """All rows that are left out."""
+        return self.left_out.total()
+
+
+def together(parts: Sequence[EncodedRows[EncodedT]]) -> EncodedRows[EncodedT]:
+    """Return the rows of several clients as one's; the first part takes the others in."""
+    first, *others = parts
+    for other in others:
+        for example in other.examples:
+            first.examples.append(example)  # type: ignore[arg-type]  # both are of the kind that EncodedT says
+        first.num_truncated += other.num_truncated
+        first.left_out += other.left_out
+    return first

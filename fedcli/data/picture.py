@@ -1,0 +1,68 @@
+"""A picture of a split: every client's rows by group, and how long rows are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+
+NUM_COLOURED = 20
+"""Groups that get a colour of their own."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One client's rows, in all and by group (no groups where the split went by none)."""
+
+    client: int
+    num_rows: int
+    groups: list[int]
+
+
+def draw(bars: Sequence[Bar], groups: Sequence[str], lengths: Sequence[int], max_length: int) -> bytes:
+    """Return a PNG: a bar of rows a client, coloured by group, and a histogram of tokens a row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    positions = np.arange(len(bars))
+    if groups and all(bar.groups for bar in bars):
+        counts = np.array([bar.groups for bar in bars])
+        heaviest = np.argsort(-counts.sum(axis=0), kind="stable")
+        named, rest = np.sort(heaviest[:NUM_COLOURED]), heaviest[NUM_COLOURED:]
+        layers = [(_shortened(groups[group]), counts[:, group]) for group in named]
+        if len(rest):
+            layers.append((f"{len(rest)} others", counts[:, rest].sum(axis=1)))
+    else:
+        layers = [("", np.array([bar.num_rows for bar in bars]))]
+    bottom = np.zeros(len(bars))
+    colours = _colours(len(layers))
+    for (name, heights), colour in zip(layers, colours, strict=True):
+        left.bar(positions, heights, 0.8, bottom, label=name, color=colour)
+        bottom += heights
+    if len(bars) <= 40:
+        left.set_xticks(positions, [str(bar.client) for bar in bars])
+    left.set(title="Rows of each client", xlabel="client", ylabel="rows")
+    if len(layers) > 1:
+        left.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    right.hist(lengths, bins=min(40, max(1, len(set(lengths)))), color=colours[0])
+    if max(lengths) > max_length / 2:
+        right.axvline(max_length, color="black", linestyle="--", label=f"max_length {max_length}")
+        right.legend(fontsize="small")
+    right.set(title="Tokens of a row, templated, before any cut", xlabel="tokens", ylabel="rows")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _colours(count: int) -> list[tuple[float, float, float, float]]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10" if count <= 10 else "tab20"]
+    return [palette(position % palette.N) for position in range(count)]
+
+
+def _shortened(name: str, limit: int = 40) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"

@@ -1,0 +1,186 @@
+"""What `fedcli data preview` shows: rows as they are trained on, token lengths, and every client's share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedcli.config import Config
+from fedcli.data.conversation import Example, Item, Preference
+from fedcli.data.encoded import EncodedExample, EncodedExamples, EncodedPairs
+from fedcli.data.encoding import Encoder
+from fedcli.data.formats import RowReader
+from fedcli.data.picture import Bar, draw
+from fedcli.data.source import Row
+from fedcli.errors import NotReadyError
+from fedcli.model.base import find_base, load_tokenizer
+from fedcli.rounds.parties import NO_LIMIT, Party, find_party
+from fedcli.rounds.settings import check_client, read_config
+from fedcli.rounds.simulation import read_summary
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.publish import publish_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_BINS = 12
+NUM_SAMPLED = 2000
+"""Rows of a client, the first of its file, whose tokens are counted."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of decoded tokens that are supervised, or not."""
+
+    text: str
+    is_supervised: bool
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row: its columns, and what is made of it; a preference has two texts, chosen and rejected."""
+
+    where: str
+    fields: dict[str, Any]
+    texts: list[list[Piece]]
+
+
+@dataclass(frozen=True)
+class ClientShare:
+    """What one client holds; token lengths are of rows as templated, before they are cut, of up to NUM_SAMPLED rows."""
+
+    client: int
+    num_rows: int
+    left_out: dict[str, int]
+    num_cut: int
+    num_tokens: list[int]
+    groups: list[int]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """All that is shown; `histogram` has the counts between consecutive `edges` of tokens a row."""
+
+    rows: list[ShownRow]
+    clients: list[ClientShare]
+    groups: list[str]
+    partition: Any
+    max_length: int
+    edges: list[int]
+    histogram: list[int]
+    picture: Path
+
+
+def preview(
+    workspace: Workspace,
+    *,
+    client: int | None = None,
+    home: Path | None = None,
+    num_rows: int = 2,
+    output: Path | None = None,
+    on_client: Callable[[int], None] = lambda client: None,
+) -> Preview:
+    """Look at the rows of one client, or of every simulated one, and draw them into a PNG.
+
+    The picture of a joined party lies in its home, unless `output` names another place. Raises NotReadyError where
+    there are no rows yet.
+    """
+    config = read_config(workspace)
+    parties = _parties(workspace, config, client, home)
+    encoder, tokenizer = _encoder(workspace, config, parties[0])
+    is_simulated = parties[0].num_rows is None
+    summary = read_summary(workspace) if is_simulated else None
+    shown: list[ShownRow] = []
+    shares = []
+    for party in parties:
+        on_client(party.client)
+        reader = RowReader(party.format, config.federation.seed)
+        items = _sample(reader, party)
+        lengths = _encode(encoder, [item for _, item in items], NO_LIMIT).lengths()
+        counts = summary.group_counts[party.client] if summary else []
+        num_cut = int((lengths > config.train.max_length).sum())
+        shares.append(
+            ClientShare(party.client, reader.num_usable, dict(reader.left_out), num_cut, lengths.tolist(), counts)
+        )
+        for row, item in items[: max(0, num_rows - len(shown))]:
+            texts = _texts(tokenizer, _encode(encoder, [item], config.train.max_length))
+            shown.append(ShownRow(row.where, dict(row.fields), texts))
+    all_lengths = [length for share in shares for length in share.num_tokens]
+    counts_, edges = np.histogram(all_lengths, bins=min(NUM_BINS, len(set(all_lengths))))
+    picture = output or (workspace.data if is_simulated else parties[0].home.folder) / "preview.png"
+    found = Preview(
+        rows=shown,
+        clients=shares,
+        groups=summary.groups if summary else [],
+        partition=summary.partition if summary else None,
+        max_length=config.train.max_length,
+        edges=[int(edge) for edge in np.ceil(edges)],
+        histogram=[int(count) for count in counts_],
+        picture=picture,
+    )
+    publish_file(picture, draw([_bar(share) for share in shares], found.groups, all_lengths, found.max_length))
+    return found
+
+
+def _parties(workspace: Workspace, config: Config, client: int | None, home: Path | None) -> list[Party]:
+    if client is not None:
+        check_client(client, config)
+        return [find_party(workspace, config, client, home)]
+    clients = [client for client in range(config.federation.clients) if workspace.client_rows(client).is_file()]
+    if not clients:
+        raise NotReadyError(
+            f"there are no rows to look at: {workspace.data} holds none",
+            hint="Split data.source with `fedcli data partition`; a joined party names itself: --id N.",
+        )
+    return [find_party(workspace, config, client) for client in clients]
+
+
+def _encoder(workspace: Workspace, config: Config, party: Party) -> "tuple[Encoder, PreTrainedTokenizerBase]":
+    trusts = config.model.trust_remote_code if party.trust_remote_code is None else party.trust_remote_code
+    folder = find_base(party.base or config.model.base, revision=config.model.revision, root=workspace.root)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trusts)
+    return Encoder(tokenizer, config.data.template), tokenizer
+
+
+def _sample(reader: RowReader, party: Party) -> list[tuple[Row, Item]]:
+    """Return a party's first usable rows, having counted all."""
+    items: list[tuple[Row, Item]] = []
+    for found in reader.read(party.source.rows()):
+        if len(items) < NUM_SAMPLED:
+            items.append(found)
+    reader.require_rows(party.source.location)
+    return items
+
+
+def _encode(encoder: Encoder, items: list[Item], max_length: int) -> EncodedExamples | EncodedPairs:
+    pairs = [item for item in items if isinstance(item, Preference)]
+    if pairs:
+        return encoder.pairs(pairs, max_length).examples
+    return encoder.rows([item for item in items if isinstance(item, Example)], max_length).examples
+
+
+def _texts(tokenizer: "PreTrainedTokenizerBase", encoded: EncodedExamples | EncodedPairs) -> list[list[Piece]]:
+    """Return a row's text in pieces, of both sides of a pair; nothing where the row is too long to be used."""
+    sides: list[EncodedExample] = []
+    for found in encoded:
+        sides += [found] if isinstance(found, EncodedExample) else [found.chosen, found.rejected]
+    return [_pieces(tokenizer, side) for side in sides]
+
+
+def _pieces(tokenizer: "PreTrainedTokenizerBase", example: EncodedExample) -> list[Piece]:
+    """Decode stretches of tokens that are supervised or not; spaces between stretches stay where they are."""
+    turns = [0, *(np.flatnonzero(np.diff(example.supervised)) + 1), example.num_tokens]
+    pieces = []
+    before = ""
+    for start, end in pairwise(map(int, turns)):
+        text = str(tokenizer.decode(example.ids[:end].tolist()))
+        pieces.append(Piece(text[len(before) :], bool(example.supervised[start])))
+        before = text
+    return pieces
+
+
+def _bar(share: ClientShare) -> Bar:
+    return Bar(share.client, share.num_rows, share.groups)

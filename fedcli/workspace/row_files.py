@@ -1,0 +1,81 @@
+"""A simulation's rows, data/client-N.jsonl, written as a stream whatever their number."""
+
+import filecmp
+import os
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedcli.errors import WorkspaceError
+from fedcli.workspace.layout import TEMPORARY_PREFIX, Workspace
+from fedcli.workspace.publish import explained, make_folder, sync_file
+
+BUFFER_BYTES = 2**24
+
+
+class RowFiles:
+    """Gathers rows by client beside their final names; `publish` renames all files, and without it nothing stays."""
+
+    def __init__(self, workspace: Workspace, num_clients: int) -> None:
+        self._workspace = workspace
+        self._num_clients = num_clients
+        self._scratch = workspace.data / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        self._buffers: dict[int, bytearray] = {}
+        self._num_buffered = 0
+
+    def __enter__(self) -> Self:
+        with explained(self._scratch):
+            make_folder(self._workspace.data)
+            self._scratch.mkdir()
+            for client in range(self._num_clients):
+                self._temporary(client).touch()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for path in self._scratch.iterdir():
+            path.unlink()
+        self._scratch.rmdir()
+
+    def add(self, client: int, line: bytes) -> None:
+        """Add a row to a client's file."""
+        self._buffers.setdefault(client, bytearray()).extend(line)
+        self._num_buffered += len(line)
+        if self._num_buffered >= BUFFER_BYTES:
+            self._flush()
+
+    def publish(self, *, replace: bool = False) -> None:
+        """Give all files their final names.
+
+        Raises WorkspaceError, and changes nothing, where one is there with other contents, unless they may be replaced.
+        """
+        self._flush()
+        finals = {self._temporary(client): self._workspace.client_rows(client) for client in range(self._num_clients)}
+        new = {temporary: final for temporary, final in finals.items() if not _is_same(temporary, final)}
+        for final in new.values():
+            if final.exists() and not replace:
+                raise WorkspaceError(
+                    f"{final} is there already, and is not what data.source gives",
+                    hint="Move it away; or keep it, and set data.source to null in fedcli.yaml or with --set.",
+                )
+        with explained(self._workspace.data):
+            for temporary, final in new.items():
+                sync_file(temporary)
+                os.replace(temporary, final)
+
+    def _flush(self) -> None:
+        with explained(self._scratch):
+            for client, lines in self._buffers.items():
+                with self._temporary(client).open("ab") as file:
+                    file.write(lines)
+        self._buffers.clear()
+        self._num_buffered = 0
+
+    def _temporary(self, client: int) -> Path:
+        return self._scratch / f"{client}.jsonl"
+
+
+def _is_same(temporary: Path, final: Path) -> bool:
+    return final.is_file() and filecmp.cmp(temporary, final, shallow=False)
