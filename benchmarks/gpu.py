@@ -63,7 +63,7 @@ def measure(folder: Path) -> dict:
     result = train_client(
         workspace,
         0,
-        load_runtime=lambda head: Runtime(workspace, read_running_config(workspace), head),
+        load_runtime=lambda head, party: Runtime(workspace, read_running_config(workspace), head, party=party),
         on_step=lambda report: moments.append(time.monotonic()),
     )
     has_gpu = torch.cuda.is_available()

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import adapter_parameters, farthest, make_config, make_model, same_bits
+from test_dpo import preference
+from test_training import adapter_parameters, examples_of, farthest, make_config, make_model, same_bits
 from torch.nn.functional import logsigmoid
 
 from fedcli.algos import Array, Arrays, ClientRule
 from fedcli.algos.client_rule import ControlVariate, Proximal
 from fedcli.data.demo import demo_preferences, demo_rows
-from fedcli.data.encoding import EncodedExample, Encoder
-from fedcli.data.rows import Preference, Row, alpaca_example
+from fedcli.data.encoded import EncodedExample
+from fedcli.data.encoding import Encoder
 from fedcli.model.base import find_base
 from fedcli.model.lora import AdaptedModel, start_adapter
 from fedcli.training.dpo import ReferredPair, train_dpo
@@ -144,9 +145,9 @@ def task(request: pytest.FixtureRequest, adapted: AdaptedModel) -> Task:
     encoder = Encoder(adapted.tokenizer)
     step = 1200 // (BATCH_SIZE * NUM_STEPS)
     if request.param == "sft":
-        examples = [alpaca_example(Row(row, "demo")) for row in demo_rows(0)["train"][::step]]
-        return Task("sft", encoder.rows(examples, 512).examples, sft_loss)
-    rows = [Preference(row["prompt"], row["chosen"], row["rejected"]) for row in demo_preferences(0)["train"][::step]]
+        examples = examples_of(demo_rows(0)["train"][::step])
+        return Task("sft", list(encoder.rows(examples, 512).examples), sft_loss)
+    rows = [preference(row["prompt"], row["chosen"], row["rejected"]) for row in demo_preferences(0)["train"][::step]]
     generator = np.random.default_rng(2)
     referred = [
         ReferredPair(pair, *generator.uniform(-4, -1, 2).tolist()) for pair in encoder.pairs(rows, 512).examples

@@ -15,9 +15,10 @@ from test_training import adapter_parameters, farthest, make_config, make_model
 
 from fedcli.algos import Array, Arrays
 from fedcli.cli import main
+from fedcli.data.conversation import Preference, Turn
 from fedcli.data.demo import demo_preferences
-from fedcli.data.encoding import EncodedPair, Encoder
-from fedcli.data.rows import Preference
+from fedcli.data.encoded import EncodedPair
+from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
 from fedcli.model.base import find_base
 from fedcli.model.likelihood import pair_log_probs
@@ -28,9 +29,14 @@ from fedcli.training.reports import TrainSettings
 TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())
 FEW = (*SMALL, "federation.clients=2", "train.steps=4", "train.learning_rate=2e-2", "train.beta=0.5")
 LN2 = math.log(2)
-LONGER = Preference("Tell of the wet harbour.", "The storm howls over the coast", "red, as the night is so very long")
-
 Run = Callable[..., tuple[int, str, str]]
+
+
+def preference(prompt: str, chosen: str, rejected: str) -> Preference:
+    return Preference((Turn("user", prompt),), chosen, rejected)
+
+
+LONGER = preference("Tell of the wet harbour.", "The storm howls over the coast", "red, as the night is so very long")
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +48,12 @@ def adapted() -> AdaptedModel:
 def preferences() -> list[Preference]:
     """Pairs of different lengths."""
     rows = demo_preferences(0)["train"][::173]
-    return [*(Preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows), LONGER]
+    return [*(preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows), LONGER]
 
 
 @pytest.fixture(scope="module")
 def pairs(adapted: AdaptedModel, preferences: list[Preference]) -> list[EncodedPair]:
-    return Encoder(adapted.tokenizer).pairs(preferences, 512).examples
+    return list(Encoder(adapted.tokenizer).pairs(preferences, 512).examples)
 
 
 def noisy_adapter(seed: int) -> dict[str, Array]:
@@ -119,7 +125,8 @@ def test_loss_and_gradients_are_those_of_trls_trainer(
     other = make_model()
     other.load(start)
     columns = [
-        {"prompt": alpaca(p.prompt), "chosen": " " + p.chosen, "rejected": " " + p.rejected} for p in preferences
+        {"prompt": alpaca(p.prompt[0].text), "chosen": " " + p.chosen, "rejected": " " + p.rejected}
+        for p in preferences
     ]
     trainer = DPOTrainer(
         model=other.model,
@@ -253,27 +260,45 @@ def test_pairs_that_teach_nothing_are_counted_unusable_and_cut_ones_truncated(wo
     )
     done = results(run, "client", "train", "--id", 0, "-w", workspace)
     assert (done["num_samples"], done["num_truncated"], done["num_unusable"]) == (2, 1, 5)
+    assert done["left_out"] == {"same responses": 2, "empty response": 2, "too long": 1}
 
 
 def test_a_client_without_a_usable_pair_is_told_so(workspace: Path, run: Run) -> None:
     path = write_rows(workspace, 0, [{"prompt": "Say it.", "chosen": "red", "rejected": "red"}])
     code, out, err = run("client", "train", "--id", 0, "-w", workspace)
     assert (code, out) == (3, "")
-    assert f"{path}: none of its 1 rows is usable" in err
+    assert f"{path}: none of 1 rows is usable as preference (1 same responses)" in err
 
 
-def test_a_row_without_rejected_is_a_fault_that_names_its_line(workspace: Path, run: Run, tmp_path: Path) -> None:
-    pair = {"prompt": "Say it.", "chosen": "green", "rejected": "red"}
-    wrong = [pair, pair, {"prompt": "Say it.", "chosen": "green"}]
-    path = write_rows(workspace, 0, wrong)
+PAIR = {"prompt": "Say it.", "chosen": "green", "rejected": "red"}
+LACKING = {"prompt": "Say it.", "chosen": "green"}
+
+
+def test_a_row_without_rejected_is_left_out_and_counted(workspace: Path, run: Run, tmp_path: Path) -> None:
+    path = write_rows(workspace, 0, [PAIR, PAIR, LACKING])
+    done = results(run, "client", "train", "--id", 0, "-w", workspace)
+    assert (done["num_samples"], done["num_unusable"], done["left_out"]) == (2, 1, {"malformed": 1})
+    other = tmp_path / "other"
+    overrides = settings(*FEW, f"data.source={path}", "data.partition=iid")
+    assert results(run, "init", other, "--preset", "demo-dpo", *overrides)["status"] == "created"
+    kept = [json.loads(line) for client in range(2) for line in (other / f"data/client-{client}.jsonl").open()]
+    assert kept == [PAIR, PAIR]
+    assert json.loads((other / "data/card.json").read_text())["left_out"] == {"malformed": 1}
+
+
+def test_rows_that_all_lack_rejected_are_a_fault_that_names_the_first(
+    workspace: Path, run: Run, tmp_path: Path
+) -> None:
+    path = write_rows(workspace, 0, [LACKING, LACKING])
+    problem = f"{path}, line 1: no column 'rejected'; it has prompt, chosen"
     code, out, err = run("client", "train", "--id", 0, "-w", workspace)
     assert (code, out) == (3, "")
-    assert f"{path}, line 3 has no column 'rejected'; it has prompt, chosen" in err
+    assert f"{path}: none of 2 rows is usable as preference (2 malformed); first, {problem}" in err
     assert not (workspace / "inbox/0").exists() or not any((workspace / "inbox/0").iterdir())
     other = tmp_path / "other"
     overrides = settings(*FEW, f"data.source={path}", "data.partition=iid")
     done = fedcli("init", other, "--preset", "demo-dpo", *overrides, cwd=tmp_path)  # a process: nothing of it is left
     assert (done.returncode, done.stdout) == (3, "")
-    assert "line 3 has no column 'rejected'" in done.stderr
+    assert problem in done.stderr
     assert "Traceback" not in done.stderr
     assert not other.exists()

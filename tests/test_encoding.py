@@ -3,7 +3,9 @@
 The tokenizers are made here, one for each family that base models come with.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,8 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fedcli.data.encoding import EncodedExample, Encoder
-from fedcli.data.rows import Example
+from fedcli.data.conversation import Turn, instruct
+from fedcli.data.encoded import EncodedExample
+from fedcli.data.encoding import Encoder, encode_source
+from fedcli.data.formats import RowReader
+from fedcli.data.source import Source
 from fedcli.data.templates import alpaca
 from fedcli.errors import RequirementError
 
@@ -22,7 +27,7 @@ TEXTS = [
     "red green blue yellow one two three",
 ] * 20
 RESPONSES = ["blue", "the sky is blue", "  two  ", "x", "three\none\n", "Blue, of course.", "\n\nyellow: red", "zebra!"]
-EXAMPLES = [Example(f"add {number} to the sky", response) for number, response in enumerate(RESPONSES)]
+EXAMPLES = [instruct(f"add {number} to the sky", response) for number, response in enumerate(RESPONSES)]
 
 
 def wrapped(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
@@ -106,8 +111,12 @@ def plain() -> PreTrainedTokenizerFast:
     return byte_level()
 
 
+def asked(instruction: str) -> tuple[Turn, ...]:
+    return (Turn("user", instruction),)
+
+
 def one(tokenizer: PreTrainedTokenizerFast, instruction: str, response: str, max_length: int = 512) -> EncodedExample:
-    (example,) = Encoder(tokenizer).rows([Example(instruction, response)], max_length).examples
+    (example,) = Encoder(tokenizer).rows([instruct(instruction, response)], max_length).examples
     return example
 
 
@@ -120,14 +129,15 @@ def test_the_prompt_in_training_is_the_prompt_in_generation(tokenizer: PreTraine
     encoded = encoder.rows(EXAMPLES, 512)
     assert (len(encoded.examples), encoded.num_truncated, encoded.num_unusable) == (len(EXAMPLES), 0, 0)
     for example, row in zip(EXAMPLES, encoded.examples, strict=True):
-        assert row.ids[: row.prompt_length].tolist() == encoder.prompt(example.instruction)
+        assert row.ids[: row.prompt_length].tolist() == encoder.prompt(example.prompt)
 
 
 def test_the_prompt_starts_as_the_tokenizer_starts_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer)
     whole = tokenizer(alpaca("name the sky"))["input_ids"]
     start = whole[: len(encoder.start_ids)]
-    assert encoder.prompt("name the sky") == whole[: len(encoder.prompt("name the sky"))]
+    prompt = encoder.prompt(asked("name the sky"))
+    assert prompt == whole[: len(prompt)]
     assert encoder.start_ids == start
     assert tokenizer.convert_ids_to_tokens(start) in ([], ["<s>"], ["[CLS]"])
 
@@ -137,6 +147,7 @@ def test_what_is_supervised_is_the_response_and_one_end_token(tokenizer: PreTrai
     assert tokenizer.convert_ids_to_tokens(encoder.end_id) in ("</s>", "[SEP]")
     for example, row in zip(EXAMPLES, encoder.rows(EXAMPLES, 512).examples, strict=True):
         supervised = row.ids[row.prompt_length :].tolist()
+        assert row.supervised.tolist() == [False] * row.prompt_length + [True] * len(supervised)
         assert supervised[-1] == encoder.end_id
         assert row.ids.tolist().count(encoder.end_id) == 1
         response = example.response.lower() if tokenizer.sep_token else example.response  # BERT's is uncased
@@ -161,7 +172,7 @@ def test_a_tokenizer_that_merges_across_the_boundary_gets_prompt_and_response_ap
 
 def test_a_response_that_does_not_fit_is_cut_and_has_no_end(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer)
-    example = Example("name it", "blue red green three")
+    example = instruct("name it", "blue red green three")
     (whole,) = encoder.rows([example], 512).examples
     for max_length in range(whole.prompt_length + 1, len(whole.ids)):
         encoded = encoder.rows([example], max_length)
@@ -171,18 +182,25 @@ def test_a_response_that_does_not_fit_is_cut_and_has_no_end(tokenizer: PreTraine
         assert encoder.end_id not in encoded.examples[0].ids
     assert encoder.rows([example], len(whole.ids)).num_truncated == 0
     too_short = encoder.rows([example], whole.prompt_length)
-    assert (too_short.examples, too_short.num_truncated, too_short.num_unusable) == ([], 0, 1)
+    assert (list(too_short.examples), too_short.num_truncated, too_short.num_unusable) == ([], 0, 1)
 
 
 @pytest.mark.parametrize("response", ["", " ", "\n\t", "\u3000"])
-def test_an_empty_or_blank_response_is_unusable(tokenizer: PreTrainedTokenizerFast, response: str) -> None:
-    encoded = Encoder(tokenizer).rows([Example("name it", response), EXAMPLES[0]], 512)
-    assert (len(encoded.examples), encoded.num_truncated, encoded.num_unusable) == (1, 0, 1)
+def test_an_empty_or_blank_response_is_unusable(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, response: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"instruction": "name it", "output": text}) + "\n" for text in (response, "blue"))
+    )
+    encoded = encode_source(Encoder(tokenizer), RowReader("alpaca"), Source(path), "sft", 512)
+    assert (len(encoded.examples), encoded.num_truncated, encoded.left_out) == (1, 0, {"empty response": 1})
+    assert encoded.examples[0].ids.tolist() == one(tokenizer, "name it", "blue").ids.tolist()
 
 
 def test_no_rows_give_no_examples(plain: PreTrainedTokenizerFast) -> None:
     encoded = Encoder(plain).rows([], 512)
-    assert (encoded.examples, encoded.num_truncated, encoded.num_unusable) == ([], 0, 0)
+    assert (list(encoded.examples), encoded.num_truncated, encoded.num_unusable) == ([], 0, 0)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused() -> None:
@@ -199,12 +217,12 @@ def test_any_text_keeps_its_prompt_whole_and_its_response_as_it_is(
     plain: PreTrainedTokenizerFast, instruction: str, response: str, room: int
 ) -> None:
     encoder = Encoder(plain)
-    prompt = encoder.prompt(instruction)
+    prompt = encoder.prompt(asked(instruction))
     max_length = len(prompt) + room
-    encoded = encoder.rows([Example(instruction, response)], max_length)
+    encoded = encoder.rows([instruct(instruction, response)], max_length)
     assert len(encoded.examples) + encoded.num_unusable == 1
     if encoded.num_unusable:
-        assert room <= 0 or not response.strip()
+        assert room <= 0
         return
     (row,) = encoded.examples
     supervised = row.ids[row.prompt_length :].tolist()

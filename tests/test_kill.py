@@ -16,12 +16,13 @@ import pytest
 from protocol_client import take_part
 from test_protocol import ADAPTER, NUM_SAMPLES, all_take_part, configure, noisy, read_manifest, stored_hashes
 
-from fedcli.data.encoding import EncodedRows
+from fedcli.data.encoded import EncodedRows
 from fedcli.errors import BusyError, FedError, NotReadyError
 from fedcli.rounds import aggregation, opening
 from fedcli.rounds.aggregation import aggregate
 from fedcli.rounds.client import train_client
 from fedcli.rounds.creation import open_round
+from fedcli.rounds.parties import Party
 from fedcli.rounds.verification import verify
 from fedcli.workspace.history import read_head
 from fedcli.workspace.inbox import drop_update
@@ -190,16 +191,16 @@ class Stub:
     def __init__(self, goal: float = 0.0) -> None:
         self.goal = goal
 
-    def rows(self, client: int, train: TrainRecord) -> EncodedRows:
+    def rows(self, party: Party, train: TrainRecord) -> EncodedRows:
         """Return as many rows as the client has, none of which is looked at."""
-        return EncodedRows([None] * NUM_SAMPLES[client], 0, 0)
+        return EncodedRows([None] * NUM_SAMPLES[party.client])
 
-    def train(self, adapter, train: TrainRecord, *, client: int, rule, **_: object):
+    def train(self, adapter, train: TrainRecord, *, party: Party, rule, **_: object):
         """Return the values after the round's steps, and the steps' losses."""
         values = {}
         for name, weight in adapter.items():
             for _step in range(train.steps):
-                weight = weight - train.learning_rate * (weight - (client - self.goal))
+                weight = weight - train.learning_rate * (weight - (party.client - self.goal))
                 if rule is not None:
                     weight = weight + rule.weight_term(rule.arrays[name], train.learning_rate)
             values[name] = weight.astype("float32")
@@ -208,7 +209,7 @@ class Stub:
 
 def train_as(client: int, workspace: Path, goal: float = 0.0) -> None:
     """Let a client do all that `client train` does, but for the model."""
-    result = train_client(Workspace(workspace), client, load_runtime=lambda head: Stub(goal))
+    result = train_client(Workspace(workspace), client, load_runtime=lambda head, party: Stub(goal))
     assert result.status in ("submitted", "already_submitted")
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import settings
 from safetensors.numpy import load_file, save_file
-from test_dpo import FEW, LN2, TINY, Run, results, runner
+from test_dpo import FEW, LN2, TINY, Run, preference, results, runner
 from test_training import same_bits
 
 from fedcli.cli import main
+from fedcli.data.conversation import Preference
 from fedcli.data.encoding import Encoder
-from fedcli.data.rows import Preference
 from fedcli.data.templates import alpaca
+from fedcli.rounds.parties import Party, find_party
 from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import read_running_config
 from fedcli.workspace.history import read_round
@@ -47,8 +48,8 @@ def plain_log_probs(model: Any, tokenizer: Any, rows: list[Preference]) -> list[
     """Return the log-probabilities of both responses of each row, by a plain forward pass over its text."""
 
     def response(row: Preference, text: str) -> float:
-        prompt = tokenizer(alpaca(row.prompt))["input_ids"]
-        ids = torch.tensor([*tokenizer(alpaca(row.prompt) + " " + text)["input_ids"], tokenizer.eos_token_id])
+        prompt = tokenizer(alpaca(row.prompt[0].text))["input_ids"]
+        ids = torch.tensor([*tokenizer(alpaca(row.prompt[0].text) + " " + text)["input_ids"], tokenizer.eos_token_id])
         assert ids[: len(prompt)].tolist() == prompt
         with torch.no_grad():
             log_probs = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
@@ -74,9 +75,9 @@ def cache_of(workspace: Path, client: int) -> Path:
 def cached(workspace: Path, client: int) -> list[tuple[Preference, tuple[float, float]]]:
     """Return the rows whose reference a client has computed, and what it is."""
     rows = [json.loads(line) for line in (workspace / f"data/client-{client}.jsonl").read_text().splitlines()]
-    preferences = [Preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    preferences = [preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
     start = read_round(Workspace(workspace), 0)
-    known = read_reference(Workspace(workspace), client, reference_key(start.manifest, "float32"))
+    known = read_reference(Workspace(workspace).private(client), reference_key(start.manifest, "float32"))
     from transformers import AutoTokenizer
 
     examples = Encoder(AutoTokenizer.from_pretrained(TINY)).pairs(preferences, 128).examples
@@ -143,6 +144,10 @@ def warm(workspace: Path) -> tuple[Workspace, Runtime]:
     return found, Runtime(found, read_running_config(found), read_round(found, 0))
 
 
+def party_of(workspace: Workspace) -> Party:
+    return find_party(workspace, read_running_config(workspace), 0)
+
+
 def forwards(warm: tuple[Workspace, Runtime], **changes: Any) -> int:
     """Train client 0 on round 0; return how many forward passes were made beside those of the steps."""
     workspace, runtime = warm
@@ -151,7 +156,13 @@ def forwards(warm: tuple[Workspace, Runtime], **changes: Any) -> int:
     calls: list[None] = []
     hook = runtime.adapted.model.get_base_model().register_forward_pre_hook(lambda *_: calls.append(None))
     runtime.train(
-        start.adapter(), train, client=0, round_number=0, first_draw=0, rule=None, on_step=lambda report: None
+        start.adapter(),
+        train,
+        party=party_of(workspace),
+        round_number=0,
+        first_draw=0,
+        rule=None,
+        on_step=lambda report: None,
     )
     hook.remove()
     return len(calls) - train.steps
@@ -174,7 +185,7 @@ def test_a_changed_row_and_another_max_length_are_computed_anew(warm: tuple[Work
     forwards(warm)
     (drawn, _), *_ = cached(workspace.root, 0)
     longest = max(
-        side.num_tokens for pair in runtime.rows(0, read_round(workspace, 0).manifest.train).examples
+        side.num_tokens for pair in runtime.rows(party_of(workspace), read_round(workspace, 0).manifest.train).examples
         for side in (pair.chosen, pair.rejected)
     )  # fmt: skip
     assert forwards(warm, max_length=longest) == 0  # nothing is cut: the same tokens
@@ -182,7 +193,7 @@ def test_a_changed_row_and_another_max_length_are_computed_anew(warm: tuple[Work
     path = workspace.client_rows(0)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
-        if row["prompt"] == drawn.prompt:
+        if row["prompt"] == drawn.prompt[0].text:
             row["chosen"] += " indeed"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert forwards(fresh(warm)) == 1

@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedcli.config import ShardsBy
+from fedcli.data.conversation import Example, instruct
 from fedcli.data.demo import LABELS, TOPICS, demo_rows
+from fedcli.data.formats import RowReader
 from fedcli.data.order import draw
-from fedcli.data.partition import partition
-from fedcli.data.rows import Example, Row, alpaca_example, read_rows, write_rows
+from fedcli.data.partition import UNUSED, Survey, split
+from fedcli.data.source import Row, read_rows, write_row
 from fedcli.errors import ConfigError
 
 GOOD = '{"instruction": "a", "output": "b"}'
@@ -27,8 +30,26 @@ def numbered(count: int) -> list[Row]:
     return [Row({"instruction": f"i{number}", "kind": "abc"[number % 3]}, f"row {number}") for number in range(count)]
 
 
-def examples_in(path: Path) -> list[Example]:
-    return [alpaca_example(row) for row in read_rows(path)]
+def read(rows: list[Row]) -> tuple[list[Example], RowReader]:
+    """Return what Alpaca rows teach, and the reader that knows what was left out."""
+    reader = RowReader("alpaca")
+    examples = [item for _, item in reader.read(rows) if isinstance(item, Example)]
+    return examples, reader
+
+
+def partition(
+    rows: list[Row], num_clients: int, seed: int, *, shards_by: str | None = None, max_rows: int | None = None
+) -> list[list[Row]]:
+    """Return each client's rows, in the order in which they stood."""
+    survey = Survey("iid" if shards_by is None else ShardsBy(shards_by=shards_by), num_clients, seed)
+    for row in rows:
+        survey.add(row, instruct("", ""), 0)
+    made = split(survey, max_rows=max_rows)
+    assert len(made.clients) == len(rows)
+    assert set(made.clients.tolist()) <= {UNUSED, *range(num_clients)}
+    shares = [[row for row, client in zip(rows, made.clients, strict=True) if client == k] for k in range(num_clients)]
+    assert made.sizes() == [len(share) for share in shares]
+    return shares
 
 
 # Reading
@@ -44,36 +65,55 @@ def examples_in(path: Path) -> list[Example]:
     ],
 )
 def test_alpaca_joins_instruction_and_input_with_one_space(columns: dict[str, str], instruction: str) -> None:
-    assert alpaca_example(Row(columns, "here")) == Example(instruction, "2")
+    (example,), _ = read([Row(columns, "here")])
+    assert example.response == "2"
+    assert [(turn.role, turn.text) for turn in example.prompt] == [("user", instruction)]
 
 
-FAULTS = {
-    "a missing column": ('{"instruction": "a"}', "has no column 'output'; it has instruction"),
-    "an empty object": ("{}", "has no column 'instruction'; it has none"),
-    "a null": ('{"instruction": "a", "output": null}', "has no text in column 'output'"),
-    "a number": ('{"instruction": 7, "output": "b"}', "has no text in column 'instruction'"),
-    "a list as input": ('{"instruction": "a", "input": ["x"], "output": "b"}', "has no text in column 'input'"),
-    "an array for a row": ('["a", "b"]', "is not a JSON object"),
-    "a bare null": ("null", "is not a JSON object"),
+COLUMN_FAULTS = {
+    "a missing column": ('{"instruction": "a"}', "no column 'output'; it has instruction"),
+    "an empty object": ("{}", "no column 'instruction'; it has none"),
+    "a null": ('{"instruction": "a", "output": null}', "no text in column 'output'"),
+    "a number": ('{"instruction": 7, "output": "b"}', "no text in column 'instruction'"),
+    "a list as input": ('{"instruction": "a", "input": ["x"], "output": "b"}', "no text in column 'input'"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_jsonl_row_is_named_by_file_and_line(tmp_path: Path, fault: str) -> None:
-    line, problem = FAULTS[fault]
-    path = written(tmp_path, f"{GOOD}\n\n{line}\n{GOOD}\n")
-    with pytest.raises(ConfigError) as caught:
-        examples_in(path)
-    assert caught.value.message.startswith(f"{path}, line 3 {problem}")
+@pytest.mark.parametrize("fault", COLUMN_FAULTS)
+@pytest.mark.parametrize(("name", "place"), [("rows.jsonl", "line 3"), ("rows.json", "row 2")])
+def test_a_row_with_faulty_columns_is_left_out_counted_and_named(
+    tmp_path: Path, fault: str, name: str, place: str
+) -> None:
+    row, problem = COLUMN_FAULTS[fault]
+    contents = f"{GOOD}\n\n{row}\n{GOOD}\n" if name.endswith("l") else f"[{GOOD}, {row}, {GOOD}]"
+    path = written(tmp_path, contents, name)
+    examples, reader = read(read_rows(path))
+    reader.require_rows(path)
+    assert examples == [instruct("a", "b")] * 2
+    assert (reader.num_rows, reader.num_usable, reader.left_out) == (3, 2, {"malformed": 1})
+    assert reader.first_cases["malformed"].startswith(f"{path}, {place}: {problem}")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_json_row_is_named_by_file_and_row(tmp_path: Path, fault: str) -> None:
-    row, problem = FAULTS[fault]
-    path = written(tmp_path, f"[{GOOD}, {row}, {GOOD}]", "rows.json")
+@pytest.mark.parametrize("fault", COLUMN_FAULTS)
+def test_a_file_of_rows_with_faulty_columns_is_a_fault_that_names_the_first(tmp_path: Path, fault: str) -> None:
+    row, problem = COLUMN_FAULTS[fault]
+    path = written(tmp_path, f"\n{row}\n{row}\n")
+    examples, reader = read(read_rows(path))
+    assert examples == []
     with pytest.raises(ConfigError) as caught:
-        examples_in(path)
-    assert caught.value.message.startswith(f"{path}, row 2 {problem}")
+        reader.require_rows(path)
+    told = f"{path}: none of 2 rows is usable as alpaca (2 malformed); first, {path}, line 2: {problem}"
+    assert caught.value.message.startswith(told)
+
+
+@pytest.mark.parametrize("row", ['["a", "b"]', "null", "7", '"text"'])
+@pytest.mark.parametrize(("name", "place"), [("rows.jsonl", "line 3"), ("rows.json", "row 2")])
+def test_a_row_that_is_no_object_is_named_by_file_and_place(tmp_path: Path, row: str, name: str, place: str) -> None:
+    contents = f"{GOOD}\n\n{row}\n{GOOD}\n" if name.endswith("l") else f"[{GOOD}, {row}, {GOOD}]"
+    path = written(tmp_path, contents, name)
+    with pytest.raises(ConfigError) as caught:
+        read_rows(path)
+    assert caught.value.message == f"{path}, {place} is not a JSON object"
 
 
 def test_a_line_that_is_not_json_is_named_by_file_and_line(tmp_path: Path) -> None:
@@ -87,11 +127,12 @@ def test_a_line_that_is_not_json_is_named_by_file_and_line(tmp_path: Path) -> No
     ("name", "contents", "problem"),
     [
         ("rows.json", "[", "is not JSON"),
-        ("rows.json", "", "is not JSON"),
-        ("rows.json", GOOD, "does not hold a JSON array of rows"),
+        ("rows.json", "{", "is not JSON"),
+        ("rows.json", "", "holds no rows"),
+        ("rows.json", "7", "is not a JSON object"),
         ("rows.jsonl", b'{"instruction": "caf\xe9", "output": "b"}\n', "is not UTF-8 text"),
-        ("rows.csv", "instruction,output\n", "rows are read from .json and .jsonl files"),
-        ("rows", GOOD, "rows are read from .json and .jsonl files"),
+        ("rows.txt", GOOD, r"rows are read from \.jsonl, .*\.json, .* files"),
+        ("rows", GOOD, r"rows are read from \.jsonl, .*\.json, .* files"),
     ],
 )
 def test_a_faulty_file_is_named(tmp_path: Path, name: str, contents: str | bytes, problem: str) -> None:
@@ -103,7 +144,7 @@ def test_a_faulty_file_is_named(tmp_path: Path, name: str, contents: str | bytes
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
-    for name, problem in (("absent.jsonl", "No such file or directory"), ("folder.jsonl", "Is a directory")):
+    for name, problem in (("absent.jsonl", "no such file or folder"), ("folder.jsonl", "holds no rows")):
         with pytest.raises(ConfigError, match=problem) as caught:
             read_rows(tmp_path / name)
         assert str(tmp_path / name) in caught.value.message
@@ -122,7 +163,8 @@ def test_a_unicode_line_separator_inside_a_string_ends_no_line(tmp_path: Path, s
     text = f"one{separator}two"
     # JSON forbids raw control characters, so those below U+0020 are escaped; the others stand as they are.
     line = json.dumps({"instruction": text, "output": "b"}, ensure_ascii=False)
-    assert [example.instruction for example in examples_in(written(tmp_path, f"{line}\n{GOOD}\n"))] == [text, "a"]
+    examples, _ = read(read_rows(written(tmp_path, f"{line}\n{GOOD}\n")))
+    assert [example.prompt[0].text for example in examples] == [text, "a"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
@@ -133,14 +175,14 @@ def test_lines_may_end_as_on_windows_or_not_at_all(tmp_path: Path, end: str) -> 
 
 def test_rows_that_are_written_are_read_again(tmp_path: Path) -> None:
     fields = [{"instruction": 'naïve \u2028 \n "x"', "output": "\U0001f600", "n": 3}, {"output": ""}]
-    assert [row.fields for row in read_rows(written(tmp_path, write_rows(fields)))] == fields
+    assert [row.fields for row in read_rows(written(tmp_path, b"".join(map(write_row, fields))))] == fields
 
 
 def test_half_a_surrogate_pair_is_a_fault_of_its_row(tmp_path: Path) -> None:
     # JSON can escape what UTF-8 cannot hold; no tokenizer takes it either.
     path = written(tmp_path, f"{GOOD}\n" + r'{"instruction": "\ud800", "output": "b"}' + "\n")
-    with pytest.raises(ConfigError, match="line 2"):
-        examples_in(path)
+    with pytest.raises(ConfigError, match="line 2 holds half of a UTF-16 pair"):
+        read_rows(path)
 
 
 def test_a_row_that_nests_without_end_is_a_fault_of_its_row(tmp_path: Path) -> None:
@@ -158,7 +200,7 @@ def test_shares_are_equal_to_within_one_row_disjoint_and_cover_all(
 ) -> None:
     rows, by = numbered(num_rows), "kind" if sort else None
     if num_rows < num_clients:
-        with pytest.raises(ConfigError, match=f"^{num_rows} rows cannot be split among {num_clients} clients$"):
+        with pytest.raises(ConfigError, match=f"^{num_rows} rows cannot be split among {num_clients} clients "):
             partition(rows, num_clients, seed, shards_by=by)
         return
     shares = partition(rows, num_clients, seed, shards_by=by)
@@ -175,7 +217,7 @@ def test_the_seed_decides_the_split() -> None:
 
 def test_shards_follow_the_order_of_their_column() -> None:
     shares = partition(numbered(31), 4, 0, shards_by="kind")
-    kinds = [row.fields["kind"] for share in shares for row in share]
+    kinds = [kind for share in shares for kind in sorted(row.fields["kind"] for row in share)]
     assert kinds == sorted(kinds)
     assert [len(share) for share in shares] == [7, 8, 8, 8]
 
@@ -192,7 +234,7 @@ def test_max_rows_takes_that_many_at_random() -> None:
     assert len(set(taken)) == 10
     assert set(taken) != {row.where for row in rows[:10]}
     assert sum(map(len, partition(rows, 3, 0, max_rows=1000))) == 100
-    with pytest.raises(ConfigError, match=r"^2 rows cannot be split among 3 clients$"):
+    with pytest.raises(ConfigError, match=r"^2 rows cannot be split among 3 clients "):
         partition(rows, 3, 0, max_rows=2)
 
 
@@ -226,8 +268,8 @@ def test_clients_seeds_and_epochs_have_orders_of_their_own() -> None:
 
 
 def test_the_demos_labels_are_balanced_in_every_topic_and_split() -> None:
-    for split, num_rows in (("train", 240), ("tuning", 72), ("test", 72)):
-        counts = Counter((row["topic"], row["output"]) for row in demo_rows(0)[split])
+    for part, num_rows in (("train", 240), ("tuning", 72), ("test", 72)):
+        counts = Counter((row["topic"], row["output"]) for row in demo_rows(0)[part])
         assert counts == {(topic, label): num_rows // 4 for topic in TOPICS for label in LABELS}
 
 

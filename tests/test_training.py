@@ -4,6 +4,7 @@ The built-in model is small enough that every number here is a real one, and flo
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedcli.algos import Array, Arrays
+from fedcli.data.conversation import Example, instruct
 from fedcli.data.demo import demo_rows
-from fedcli.data.encoding import EncodedExample, Encoder
-from fedcli.data.conversation import instruct
-from fedcli.data.demo import demo_rows
+from fedcli.data.encoded import EncodedExample
+from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
 from fedcli.model.base import find_base
 from fedcli.model.likelihood import IGNORED, supervised_logits
@@ -25,11 +26,16 @@ from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.training.sft import train_sft
 
 LONGER = (
-    Example("Give the alert level.", "green, because the bank soars and the fund climbs after the quarterly report"),
-    Example("Tell a story of a wet harbour and a long night, with an island and the wind.", "The storm howls."),
-    Example("Name it", "red"),
+    instruct("Give the alert level.", "green, because the bank soars and the fund climbs after the quarterly report"),
+    instruct("Tell a story of a wet harbour and a long night, with an island and the wind.", "The storm howls."),
+    instruct("Name it", "red"),
 )
 TARGETS = ("q_proj", "v_proj", "down_proj")
+
+
+def examples_of(rows: Sequence[Mapping[str, str]]) -> list[Example]:
+    """Return what rows of the demo teach."""
+    return [instruct(row["instruction"], row["output"], row["input"]) for row in rows]
 
 
 def make_config(dropout: float = 0.0) -> dict[str, Any]:
@@ -48,8 +54,7 @@ def adapted() -> AdaptedModel:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Example]:
-    demo = [alpaca_example(Row(row, "demo")) for row in demo_rows(0)["train"][::97]]
-    return [*demo, *LONGER]
+    return [*examples_of(demo_rows(0)["train"][::97]), *LONGER]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def encoded(adapted: AdaptedModel, rows: list[Example]) -> list[EncodedExample]:
     found = Encoder(adapted.tokenizer).rows(rows, 512)
     assert found.num_truncated == found.num_unusable == 0
     assert len({len(example.ids) for example in found.examples}) > 5
-    return found.examples
+    return list(found.examples)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,7 @@ def test_loss_gradients_ids_and_labels_are_those_of_trls_trainer(
     ours = gradients_of(adapted, lambda: losses.extend(train(adapted, start, encoded, batch_size=len(encoded))[0]))
     other = make_model()
     other.load(start)
-    columns = [{"prompt": alpaca(row.instruction), "completion": " " + row.response} for row in rows]
+    columns = [{"prompt": alpaca(row.prompt[0].text), "completion": " " + row.response} for row in rows]
     trainer = SFTTrainer(
         model=other.model,
         processing_class=other.tokenizer,
@@ -157,8 +162,7 @@ def test_loss_gradients_ids_and_labels_are_those_of_trls_trainer(
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], whole, strict=True)
     }
     assert theirs == {
-        (tuple(row.ids.tolist()), (IGNORED,) * row.prompt_length + tuple(row.ids[row.prompt_length :].tolist()))
-        for row in encoded
+        (tuple(row.ids.tolist()), tuple(np.where(row.supervised, row.ids, IGNORED).tolist())) for row in encoded
     }
     their_gradients = gradients_of(other, trainer.train)
     assert losses == pytest.approx([trainer.state.log_history[0]["loss"]], rel=1e-5)

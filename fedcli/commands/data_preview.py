@@ -24,6 +24,15 @@ def preview(
         int | None,
         typer.Option("--id", metavar="N", help="Look at one client. Default: all simulated ones.", show_default=False),
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by",
+            metavar="COLUMN",
+            help="Count this column's values for each client. Default: what the rows were split by.",
+            show_default=False,
+        ),
+    ] = None,
     rows: Annotated[int, typer.Option(min=0, metavar="N", help="How many rows to show.")] = 2,
     output: Annotated[
         Path | None,
@@ -49,6 +58,7 @@ def preview(
             found,
             client=client,
             home=home,
+            by=by,
             num_rows=rows,
             output=output,
             on_client=lambda number: progress.update(task, description=f"client {number}"),

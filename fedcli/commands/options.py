@@ -33,7 +33,8 @@ HomeOption = Annotated[
         "--home",
         envvar="FEDCLI_HOME",
         metavar="DIR",
-        help="A joined party's own folder, outside the workspace. Default: $FEDCLI_HOME, else below $XDG_DATA_HOME or ~/.local/share.",
+        help="A joined party's own folder, outside the workspace. Default: $FEDCLI_HOME, else one below "
+        "$XDG_DATA_HOME or ~/.local/share.",
         show_envvar=False,
         show_default=False,
     ),

@@ -1,4 +1,4 @@
-"""A picture of a split: every client's rows by group, and how long rows are."""
+"""A picture of a split: every client's rows by group, as numbers and as shares, and how long rows are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +20,9 @@ class Bar:
 
 
 def draw(bars: Sequence[Bar], groups: Sequence[str], lengths: Sequence[int], max_length: int) -> bytes:
-    """Return a PNG: a bar of rows a client, coloured by group, and a histogram of tokens a row."""
+    """Return a PNG: a bar of rows a client, coloured by group, the same as shares, and a histogram of tokens a row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     positions = np.arange(len(bars))
     if groups and all(bar.groups for bar in bars):
         counts = np.array([bar.groups for bar in bars])
@@ -35,22 +33,29 @@ def draw(bars: Sequence[Bar], groups: Sequence[str], lengths: Sequence[int], max
             layers.append((f"{len(rest)} others", counts[:, rest].sum(axis=1)))
     else:
         layers = [("", np.array([bar.num_rows for bar in bars]))]
-    bottom = np.zeros(len(bars))
     colours = _colours(len(layers))
-    for (name, heights), colour in zip(layers, colours, strict=True):
-        left.bar(positions, heights, 0.8, bottom, label=name, color=colour)
-        bottom += heights
-    if len(bars) <= 40:
-        left.set_xticks(positions, [str(bar.client) for bar in bars])
-    left.set(title="Rows of each client", xlabel="client", ylabel="rows")
+    totals = np.maximum(sum(heights for _, heights in layers), 1)
+    kinds = [("Rows of each client", "rows", np.ones(len(bars)))]
     if len(layers) > 1:
-        left.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        kinds.append(("What they are, client by client", "share of its rows", 1 / totals))
+    figure = Figure(figsize=(6 * (len(kinds) + 1), 5), layout="constrained")
+    *stacks, right = figure.subplots(1, len(kinds) + 1)
+    for axes, (title, label, scale) in zip(stacks, kinds, strict=True):
+        bottom = np.zeros(len(bars))
+        for (name, heights), colour in zip(layers, colours, strict=True):
+            axes.bar(positions, heights * scale, 0.8, bottom, label=name, color=colour)
+            bottom += heights * scale
+        if len(bars) <= 40:
+            axes.set_xticks(positions, [str(bar.client) for bar in bars])
+        axes.set(title=title, xlabel="client", ylabel=label)
+    if len(layers) > 1:
+        stacks[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     right.hist(lengths, bins=min(40, max(1, len(set(lengths)))), color=colours[0])
     if max(lengths) > max_length / 2:
         right.axvline(max_length, color="black", linestyle="--", label=f"max_length {max_length}")
         right.legend(fontsize="small")
     right.set(title="Tokens of a row, templated, before any cut", xlabel="tokens", ylabel="rows")
-    for axes in (left, right):
+    for axes in (*stacks, right):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -1,7 +1,8 @@
 """What `fedcli data preview` shows: rows as they are trained on, token lengths, and every client's share."""
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from fedcli.data.encoding import Encoder
 from fedcli.data.formats import RowReader
 from fedcli.data.picture import Bar, draw
 from fedcli.data.source import Row
-from fedcli.errors import NotReadyError
+from fedcli.errors import NotReadyError, UsageError
 from fedcli.model.base import find_base, load_tokenizer
 from fedcli.rounds.parties import NO_LIMIT, Party, find_party
 from fedcli.rounds.settings import check_client, read_config
@@ -79,12 +80,14 @@ def preview(
     *,
     client: int | None = None,
     home: Path | None = None,
+    by: str | None = None,
     num_rows: int = 2,
     output: Path | None = None,
     on_client: Callable[[int], None] = lambda client: None,
 ) -> Preview:
     """Look at the rows of one client, or of every simulated one, and draw them into a PNG.
 
+    `by` names a column whose values are counted for each client, instead of what the rows were split by.
     The picture of a joined party lies in its home, unless `output` names another place. Raises NotReadyError where
     there are no rows yet.
     """
@@ -94,13 +97,15 @@ def preview(
     is_simulated = parties[0].num_rows is None
     summary = read_summary(workspace) if is_simulated else None
     shown: list[ShownRow] = []
-    shares = []
+    shares: list[ClientShare] = []
+    by_value: list[Counter[str]] = []
     for party in parties:
         on_client(party.client)
         reader = RowReader(party.format, config.federation.seed)
-        items = _sample(reader, party)
+        items, values = _sample(reader, party, by)
         lengths = _encode(encoder, [item for _, item in items], NO_LIMIT).lengths()
         counts = summary.group_counts[party.client] if summary else []
+        by_value.append(values)
         num_cut = int((lengths > config.train.max_length).sum())
         shares.append(
             ClientShare(party.client, reader.num_usable, dict(reader.left_out), num_cut, lengths.tolist(), counts)
@@ -108,13 +113,20 @@ def preview(
         for row, item in items[: max(0, num_rows - len(shown))]:
             texts = _texts(tokenizer, _encode(encoder, [item], config.train.max_length))
             shown.append(ShownRow(row.where, dict(row.fields), texts))
+    groups = summary.groups if summary else []
+    if by is not None:
+        groups = sorted(set().union(*by_value))
+        shares = [
+            replace(share, groups=[values[name] for name in groups])
+            for share, values in zip(shares, by_value, strict=True)
+        ]
     all_lengths = [length for share in shares for length in share.num_tokens]
     counts_, edges = np.histogram(all_lengths, bins=min(NUM_BINS, len(set(all_lengths))))
     picture = output or (workspace.data if is_simulated else parties[0].home.folder) / "preview.png"
     found = Preview(
         rows=shown,
         clients=shares,
-        groups=summary.groups if summary else [],
+        groups=groups,
         partition=summary.partition if summary else None,
         max_length=config.train.max_length,
         edges=[int(edge) for edge in np.ceil(edges)],
@@ -145,14 +157,20 @@ def _encoder(workspace: Workspace, config: Config, party: Party) -> "tuple[Encod
     return Encoder(tokenizer, config.data.template), tokenizer
 
 
-def _sample(reader: RowReader, party: Party) -> list[tuple[Row, Item]]:
-    """Return a party's first usable rows, having counted all."""
+def _sample(reader: RowReader, party: Party, by: str | None) -> tuple[list[tuple[Row, Item]], Counter[str]]:
+    """Return a party's first usable rows, and how many of all have each value of a column."""
     items: list[tuple[Row, Item]] = []
-    for found in reader.read(party.source.rows()):
+    values: Counter[str] = Counter()
+    for row, item in reader.read(party.source.rows()):
         if len(items) < NUM_SAMPLED:
-            items.append(found)
+            items.append((row, item))
+        if by is not None:
+            if by not in row.fields:
+                columns = ", ".join(map(str, row.fields))
+                raise UsageError(f"{row.where} has no column {by!r}; it has {columns}", hint="Correct --by.")
+            values[str(row.fields[by])] += 1
     reader.require_rows(party.source.location)
-    return items
+    return items, values
 
 
 def _encode(encoder: Encoder, items: list[Item], max_length: int) -> EncodedExamples | EncodedPairs:
