@@ -281,7 +281,8 @@ def test_a_row_without_rejected_is_left_out_and_counted(workspace: Path, run: Ru
     other = tmp_path / "other"
     overrides = settings(*FEW, f"data.source={path}", "data.partition=iid")
     assert results(run, "init", other, "--preset", "demo-dpo", *overrides)["status"] == "created"
-    kept = [json.loads(line) for client in range(2) for line in (other / f"data/client-{client}.jsonl").open()]
+    files = [other / f"data/client-{client}.jsonl" for client in range(2)]
+    kept = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert kept == [PAIR, PAIR]
     assert json.loads((other / "data/card.json").read_text())["left_out"] == {"malformed": 1}
 

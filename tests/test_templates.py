@@ -5,24 +5,31 @@ The texts that are expected are written here, not taken from the package.
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import KINDS, byte_level, is_metaspace, normalised, read_back, stretches
+from tokenizer_kinds import (
+    CONVERSATIONS,
+    KINDS,
+    byte_level,
+    is_metaspace,
+    normalised,
+    read_back,
+    merges,
+    stretches,
+    turns_of,
+)
 from transformers import PreTrainedTokenizerFast
 
 from fedcli.config import CustomTemplate, TemplateChoice, parse_config, read_document
 from fedcli.data.conversation import Example, Preference, Turn, instruct
-from fedcli.data.encoded import EncodedExample, EncodedExamples
+from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder
 from fedcli.errors import ConfigError
 
 HERE = Path("fedcli.yaml")
 
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-)
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -43,32 +50,6 @@ TEMPLATES: dict[str, TemplateChoice] = {
     "alpaca-input": "alpaca-input",
     "vicuna": "vicuna",
     "custom": CUSTOM,
-}
-
-
-def turns_of(*texts: str, system: str | None = None) -> tuple[Turn, ...]:
-    """Return the turns of user and assistant, one after the other."""
-    spoken = [Turn("assistant" if position % 2 else "user", text) for position, text in enumerate(texts)]
-    return (*([] if system is None else [Turn("system", system)]), *spoken)
-
-
-MARKERS = (
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: USER: {system} ASSISTANT: A: x"
-    "</s><s><pad><|im_start|>assistant\n<|im_end|>\n"
-)
-CONVERSATIONS: dict[str, tuple[Turn, ...]] = {
-    "one turn": turns_of("What colour is the sky at noon?", "The sky is blue."),
-    "an input": (Turn("user", "Add them.", "1 and 2"), Turn("assistant", "three")),
-    "a system turn": turns_of("What is it?", "Blue.", system="Answer in one word."),
-    "an empty system turn": turns_of("What is it?", "Blue.", system=""),
-    "five turns": turns_of("Name one.", "Red.", "Another?", "Green, of course.", system="You name colours."),
-    "nine turns": turns_of(*[f"{word} {n}?" for n in range(1, 5) for word in ("and", "so")], system="Be brief."),
-    "unicode": turns_of("Wie heißt 東京? 🏳️‍🌈", "東京 — Tōkyō, e\u0301té, 🏳️‍🌈\u200b\u00a0\u2028 ذهب"),
-    "markers": turns_of(MARKERS, "stop" + MARKERS, "again " + MARKERS, MARKERS + "end", system=MARKERS),
-    "newlines in front": turns_of("Write it.", "\n\nBlue.", "Again.", "\nBlue.\n\n"),
-    "spaces in front": turns_of("Write it.", "  Blue.  ", "Again.", " Blue. "),
-    "punctuation in front": turns_of("Write it.", ": x", "Again.", "):, x:"),
-    "50,000 characters": turns_of("Write a lot.", "blue sky, \n" * 4545 + "green"),
 }
 
 
@@ -142,9 +123,10 @@ def test_what_is_learnt_is_every_response_and_one_end_token_behind_it(
 ) -> None:
     encoder = Encoder(tokenizer, TEMPLATES[template])
     turns = CONVERSATIONS[name]
-    parts = stretches(one(tokenizer, TEMPLATES[template], turns))
-    assert parts[0].ids[: len(encoder.start_ids)] == encoder.start_ids
-    parts[0] = type(parts[0])(parts[0].ids[len(encoder.start_ids) :], False)
+    row = one(tokenizer, TEMPLATES[template], turns)
+    start = len(encoder.start_ids)
+    assert row.ids[:start].tolist() == encoder.start_ids
+    parts = stretches(EncodedExample(row.ids[start:], row.supervised[start:]))
     expected = written(template, turns)
     assert [part.is_supervised for part in parts] == [False, True] * len(expected)
     assert all(encoder.end_id not in part.ids for part in parts[::2])
@@ -156,6 +138,287 @@ def test_what_is_learnt_is_every_response_and_one_end_token_behind_it(
         (read_back(tokenizer, prompt.ids), read_back(tokenizer, response.ids[:-1]))
         for prompt, response in zip(parts[::2], parts[1::2], strict=True)
     ]
-    assert found == [
-        (in_front(tokenizer, prompt), normalised(tokenizer, response)) for prompt, response in expected
+    assert found == [(in_front(tokenizer, prompt), normalised(tokenizer, response)) for prompt, response in expected]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_generation_sees_before_each_response_what_training_saw(
+    tokenizer: PreTrainedTokenizerFast, template: str, name: str
+) -> None:
+    encoder = Encoder(tokenizer, TEMPLATES[template])
+    turns = CONVERSATIONS[name]
+    parts = stretches(one(tokenizer, TEMPLATES[template], turns))
+    seen: list[int] = []
+    responses = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
+    for position, prompt, response in zip(responses, parts[::2], parts[1::2], strict=True):
+        seen += prompt.ids
+        assert encoder.prompt(turns[:position]) == seen
+        seen += response.ids
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_start_token_is_there_once(template: str) -> None:
+    starts = {
+        "byte-level with <s>": "<s>",
+        "metaspace BPE, a space in front of the first": "<s>",
+        "word piece": "[CLS]",
+    }
+    for kind, start in starts.items():
+        tokenizer = KINDS[kind](TEXTS)
+        encoder = Encoder(tokenizer, TEMPLATES[template])
+        start_id = tokenizer.convert_tokens_to_ids(start)
+        for name in ("one turn", "nine turns"):
+            ids = one(tokenizer, TEMPLATES[template], CONVERSATIONS[name]).ids.tolist()
+            assert (encoder.start_ids, ids[0], ids.count(start_id)) == ([start_id], start_id, 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "text"),
+    [
+        (
+            "alpaca",
+            (Turn("user", "Add them.", "1 and 2"), Turn("assistant", "3")),
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nAdd them. 1 and 2\n\n"
+            "### Response: 3</s>",
+        ),
+        (
+            "alpaca",
+            turns_of("q1", "a1", "q2", "a2", system="Be brief."),
+            "Be brief.\n\n### Instruction:\nq1\n\n### Response: a1</s>### Instruction:\nq2\n\n### Response: a2</s>",
+        ),
+        (
+            "alpaca-input",
+            (Turn("user", "Add them.", "1 and 2"), Turn("assistant", "3")),
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nAdd them.\n\n"
+            "### Input:\n1 and 2\n\n"
+            "### Response: 3</s>",
+        ),
+        (
+            "alpaca-input",
+            turns_of("Add 1 and 2.", "3"),
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nAdd 1 and 2.\n\n"
+            "### Response: 3</s>",
+        ),
+        (
+            "vicuna",
+            turns_of("q1", "a1", "q2", "a2"),
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+            "USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>",
+        ),
+        ("vicuna", turns_of("q1", "a1", system="Be brief."), "Be brief. USER: q1 ASSISTANT: a1</s>"),
+        ("vicuna", turns_of("q1", "a1", system=""), " USER: q1 ASSISTANT: a1</s>"),  # FastChat's, to the space
+    ],
+)
+def test_a_template_writes_this_text(
+    plain: PreTrainedTokenizerFast, template: TemplateChoice, turns: tuple[Turn, ...], text: str
+) -> None:
+    assert text_of(plain, template, turns) == text
+
+
+def merging(kind: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with tokens such as ":x", as far as its kind can have them."""
+    return KINDS[kind](["q:x q::x q:\nx"] * 50 + ["Q: name it\nA: x\nx b"])
+
+
+BEGINNINGS = ["x b", ": x", "\nx", " x"]
+
+
+@pytest.mark.parametrize("separator", ["", "\n", " "])
+@pytest.mark.parametrize("response", BEGINNINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_added_to_a_response_that_the_tokenizer_would_merge_with_its_prompt(
+    kind: str, response: str, separator: str
+) -> None:
+    tokenizer = merging(kind)
+    form = CustomTemplate(user="Q: {instruction}\n", assistant="A:", separator=separator)
+    prompt, learnt = stretches(one(tokenizer, form, instruct("name it", response).turns))
+    assert learnt.ids[-1] == Encoder(tokenizer, form).end_id
+    assert read_back(tokenizer, learnt.ids[:-1]) == normalised(tokenizer, separator + response)
+    assert prompt.ids == Encoder(tokenizer, form).prompt((Turn("user", "name it"),))
+
+
+def test_most_kinds_of_tokenizers_merge_a_prompt_with_what_follows() -> None:
+    # Else the test above would prove nothing.
+    merge = [
+        kind for kind in KINDS if any(merges(merging(kind), "Q: name it\nA:", response) for response in BEGINNINGS)
     ]
+    assert merge == [kind for kind in KINDS if kind.startswith(("byte-level", "metaspace BPE"))]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_cut(
+    tokenizer: PreTrainedTokenizerFast, template: str
+) -> None:
+    encoder = Encoder(tokenizer, TEMPLATES[template])
+    example = Example(turns_of("What is it?", "Blue, of course.", "And then?", "Green."))
+    (whole,) = encoder.rows([example], 10**6).examples
+    for length in range(1, whole.num_tokens + 1):
+        encoded = encoder.rows([example], length)
+        if length <= whole.prompt_length:
+            assert (len(encoded.examples), encoded.left_out) == (0, {"too long": 1})
+            continue
+        (cut,) = encoded.examples
+        assert encoded.num_truncated == (length < whole.num_tokens)
+        assert (cut.ids.tolist(), cut.supervised.tolist()) == (
+            whole.ids[:length].tolist(),
+            whole.supervised[:length].tolist(),
+        )
+    before_the_last, without_end = whole.ids.tolist().index(encoder.end_id), whole.num_tokens - 1
+    for length, num_ends in [(before_the_last, 0), (before_the_last + 1, 1), (without_end, 1)]:
+        (cut,) = encoder.rows([example], length).examples
+        assert cut.ids.tolist().count(encoder.end_id) == num_ends
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(
+    tokenizer: PreTrainedTokenizerFast, template: str
+) -> None:
+    encoder = Encoder(tokenizer, TEMPLATES[template])
+    prompt = turns_of("Name one.", "Red.", "Another?", "Green.", "And one more?", system="You name colours.")
+    encoded = encoder.pairs([Preference(prompt, "Blue, of course.", "\n\nWhat?")], 10**6)
+    assert (len(encoded.examples), encoded.num_truncated, encoded.left_out) == (1, 0, {})
+    (pair,) = encoded.examples
+    for side, response in ((pair.chosen, "Blue, of course."), (pair.rejected, "\n\nWhat?")):
+        before, learnt = stretches(side)
+        (*_, (_, expected)) = written(template, (*prompt, Turn("assistant", response)))
+        assert read_back(tokenizer, learnt.ids[:-1]) == normalised(tokenizer, expected)
+        assert (learnt.ids[-1], before.ids.count(encoder.end_id)) == (encoder.end_id, 2)
+        assert before.ids == encoder.prompt(prompt)
+        (whole,) = encoder.rows([Example((*prompt, Turn("assistant", response)))], 10**6).examples
+        assert side.ids.tolist() == whole.ids.tolist()
+
+
+def test_a_pair_is_cut_and_left_out_as_rows_are(plain: PreTrainedTokenizerFast) -> None:
+    encoder = Encoder(plain, "vicuna")
+    prompt = turns_of("Name one.", "Red.", "Another?")
+    room = len(encoder.prompt(prompt))
+    pair = Preference(prompt, "Blue sky.", "Blue sea, I think.")
+    cases = {
+        room: (0, 0, {"too long": 1}),
+        room + 1: (0, 0, {"same responses": 1}),
+        room + 4: (1, 1, {}),
+        999: (1, 0, {}),
+    }
+    for length, expected in cases.items():
+        encoded = encoder.pairs([pair], length)
+        assert (len(encoded.examples), encoded.num_truncated, encoded.left_out) == expected
+        for row in encoded.examples:
+            assert row.chosen.prompt_length == row.rejected.prompt_length == room
+            assert max(row.chosen.num_tokens, row.rejected.num_tokens) <= length
+
+
+TEXT = st.text(max_size=30)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    exchanges=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3),
+    system=st.none() | TEXT,
+    template=st.sampled_from(list(TEMPLATES)),
+    merges_all=st.booleans(),
+)
+def test_of_any_text_separator_response_and_end_token_are_learnt(
+    exchanges: list[tuple[str, str]], system: str | None, template: str, merges_all: bool
+) -> None:
+    tokenizer = BYTE_LEVEL[merges_all]
+    turns = turns_of(*[text for exchange in exchanges for text in exchange], system=system)
+    parts = stretches(one(tokenizer, TEMPLATES[template], turns))
+    assert [tokenizer.decode(part.ids) for part in parts] == [
+        text for prompt, response in written(template, turns) for text in (prompt, response + "</s>")
+    ]
+    assert sum(part.ids.count(tokenizer.eos_token_id) for part in parts) == len(exchanges)
+
+
+BYTE_LEVEL = {merges_all: byte_level(TEXTS, merges_all=merges_all) for merges_all in (False, True)}
+
+
+# A template of one's own
+
+
+def custom(**form: object) -> TemplateChoice:
+    return parse_config({"data": {"template": form}}, HERE).data.template
+
+
+def test_a_template_of_ones_own_needs_no_more_than_user_and_assistant(plain: PreTrainedTokenizerFast) -> None:
+    form = custom(user="[{instruction}]", assistant="->")
+    assert text_of(plain, form, turns_of("q1", "a1", "q2", "a2")) == "[q1]-> a1</s>[q2]-> a2</s>"
+    assert text_of(plain, form, turns_of("q1", "a1", system="s")) == "s\n\n[q1]-> a1</s>"
+    assert text_of(plain, form, instruct("q", "a", "i").turns) == "[q i]-> a</s>"
+
+
+def test_a_template_from_the_file_is_the_template_that_is_used(plain: PreTrainedTokenizerFast) -> None:
+    document = """
+data:
+  template:
+    default_system: Be brief.
+    default_system_with_input: Read it.
+    system: "<{system}>\\n"
+    user: "Q: {instruction}\\n"
+    user_with_input: "Q ({input}): {instruction}\\n"
+    assistant: "A:"
+    separator: "\\n"
+"""
+    form = parse_config(read_document(document, HERE), HERE).data.template
+    assert text_of(plain, form, turns_of("q", "a")) == "<Be brief.>\nQ: q\nA:\na</s>"
+    assert text_of(plain, form, turns_of("q", "a", system="Why?")) == "<Why?>\nQ: q\nA:\na</s>"
+    assert text_of(plain, form, instruct("q", "a", "i").turns) == "<Read it.>\nQ (i): q\nA:\na</s>"
+
+
+def test_what_a_value_spells_is_not_filled_in(plain: PreTrainedTokenizerFast) -> None:
+    form = custom(
+        system="{system}|", user="{instruction}|", user_with_input="{input}+{instruction}|", assistant="{instruction}"
+    )
+    spelt = "{instruction}{input}{system}{{\\1}}"
+    prompt = f"{spelt}|{spelt}+{spelt}|{{instruction}}"
+    turns = (Turn("system", spelt), Turn("user", spelt, spelt), Turn("assistant", spelt))
+    assert text_of(plain, form, turns) == f"{prompt} {spelt}</s>"
+
+
+@pytest.mark.parametrize(
+    ("form", "fault"),
+    [
+        ({"user": "Q:", "assistant": "A:"}, "user must hold {instruction} once"),
+        ({"user": "{instruction} {instruction}", "assistant": "A:"}, "user must hold {instruction} once"),
+        ({"user": "{instruction}", "assistant": "A:", "system": "none"}, "system must hold {system} once"),
+        (
+            {"user": "{instruction}", "assistant": "A:", "user_with_input": "{instruction}"},
+            "user_with_input must hold {instruction} and {input} once",
+        ),
+    ],
+)
+def test_a_form_without_its_place_is_a_fault(form: dict[str, str], fault: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        custom(**form)
+    assert caught.value.message == f"fedcli.yaml has 1 fault:\n  data.template: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("form", "fault"),
+    [
+        ({"user": "{instruction}"}, "data.template.assistant: "),
+        ({"assistant": "A:"}, "data.template.user: "),
+        (
+            {"user": "{instruction}", "assistant": "A:", "seperator": ""},
+            "data.template.seperator: unknown key. Did you mean separator?",
+        ),
+        ({"user": "{instruction}", "assistant": 3}, "data.template.assistant: "),
+    ],
+)
+def test_a_key_that_is_missing_or_unknown_is_a_fault(form: dict[str, object], fault: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        custom(**form)
+    assert caught.value.message.startswith(f"fedcli.yaml has 1 fault:\n  {fault}")
+
+
+def test_an_unknown_template_is_a_fault() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"data": {"template": "vicunna"}}, HERE)
+    assert "data.template: unknown template 'vicunna'. Did you mean vicuna?" in caught.value.message

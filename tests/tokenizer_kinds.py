@@ -4,13 +4,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fedcli.data.conversation import Turn
 from fedcli.data.encoded import EncodedExample
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+LLAMA_3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _wrapped(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
@@ -20,9 +25,12 @@ def _wrapped(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
 
 
 def byte_level(texts: Iterable[str], *, starts: bool = False, merges_all: bool = False) -> PreTrainedTokenizerFast:
-    """GPT-2's kind; with `starts` it puts <s> in front as Llama 3's does, with `merges_all` no word ends a merge."""
+    """GPT-2's kind; with `starts` Llama 3's, which puts <s> in front; with `merges_all` no word ends a merge."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not merges_all)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not (merges_all or starts))
+    if starts:
+        words = pre_tokenizers.Split(Regex(LLAMA_3_WORDS), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, tokenizer.pre_tokenizer])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600,
@@ -109,6 +117,12 @@ def normalised(tokenizer: PreTrainedTokenizerFast, text: str, *, parses_special:
     return tokenizer.decode(ids)
 
 
+def merges(tokenizer: PreTrainedTokenizerFast, prompt: str, rest: str) -> bool:
+    """Whether a prompt has other tokens where the rest of the text follows it."""
+    alone, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + rest))
+    return whole[: len(alone)] != alone
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Neighbouring tokens that are supervised, or not."""
@@ -120,3 +134,29 @@ class Stretch:
 def stretches(example: EncodedExample) -> list[Stretch]:
     pairs = zip(example.ids.tolist(), example.supervised.tolist(), strict=True)
     return [Stretch([token for token, _ in group], key) for key, group in groupby(pairs, key=lambda pair: pair[1])]
+
+
+def turns_of(*texts: str, system: str | None = None) -> tuple[Turn, ...]:
+    """Return the turns of user and assistant, one after the other."""
+    spoken = [Turn("assistant" if position % 2 else "user", text) for position, text in enumerate(texts)]
+    return (*([] if system is None else [Turn("system", system)]), *spoken)
+
+
+MARKERS = (
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: USER: {system} ASSISTANT: A: x"
+    "</s><s><pad><|im_start|>assistant\n<|im_end|>\n"
+)
+CONVERSATIONS: dict[str, tuple[Turn, ...]] = {
+    "one turn": turns_of("What colour is the sky at noon?", "The sky is blue."),
+    "an input": (Turn("user", "Add them.", "1 and 2"), Turn("assistant", "three")),
+    "a system turn": turns_of("What is it?", "Blue.", system="Answer in one word."),
+    "an empty system turn": turns_of("What is it?", "Blue.", system=""),
+    "five turns": turns_of("Name one.", "Red.", "Another?", "Green, of course.", system="You name colours."),
+    "nine turns": turns_of(*[f"{word} {n}?" for n in range(1, 5) for word in ("and", "so")], system="Be brief."),
+    "unicode": turns_of("Wie heißt 東京? 🏳️‍🌈", "東京 — Tōkyō, e\u0301té, 🏳️‍🌈\u200b\u00a0\u2028 ذهب"),
+    "markers": turns_of(MARKERS, "stop" + MARKERS, "again " + MARKERS, MARKERS + "end", system=MARKERS),
+    "newlines in front": turns_of("Write it.", "\n\nBlue.", "Again.", "\nBlue.\n\n"),
+    "spaces in front": turns_of("Write it.", "  Blue.  ", "Again.", " Blue. "),
+    "punctuation in front": turns_of("Write it.", ": x", "Again.", "):, x:"),
+    "50,000 characters": turns_of("Write a lot.", "blue sky, \n" * 4545 + "green"),
+}

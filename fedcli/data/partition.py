@@ -72,7 +72,7 @@ class Survey:
             return find_topics(self._texts, self.partition.dirichlet.topics, self.seed)
         codes = np.array(self._codes, np.int64)
         if isinstance(self.partition, Dirichlet) and self._by == "length":
-            edges = np.unique(np.quantile(codes, np.linspace(0, 1, NUM_LENGTH_CLASSES + 1)[1:-1], method="nearest"))
+            edges = np.unique(np.quantile(codes, np.linspace(0, 1, NUM_LENGTH_CLASSES + 1)[1:-1], method="higher"))
             bounds = [0, *map(int, edges)]
             names = [f"from {low} characters" for low in bounds]
             return names, np.searchsorted(edges, codes, side="right")

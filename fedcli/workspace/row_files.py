@@ -58,7 +58,8 @@ class RowFiles:
             if final.exists() and not replace:
                 raise WorkspaceError(
                     f"{final} is there already, and is not what data.source gives",
-                    hint="Move it away; or keep it, and set data.source to null in fedcli.yaml or with --set.",
+                    hint="Move it away, or write over it with `fedcli data partition --replace`; or keep it, and set "
+                    "data.source to null in fedcli.yaml or with --set.",
                 )
         with explained(self._workspace.data):
             for temporary, final in new.items():

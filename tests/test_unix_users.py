@@ -1,0 +1,343 @@
+"""Three parties and a server, four unix users on one workspace: nothing of a party's gets out, and none gets in."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, SMALL, settings
+from warm import Warm
+
+import fedcli
+
+SERVER = 20_000
+"""The user and group id of the server; party k has the k + 1-th after it."""
+ROUNDS = 3
+REACHABLE = """
+mkdir python packages repository tests
+mount --bind "$1" python
+mount --bind "$2" packages
+mount --bind "$3" repository
+mount --bind "$4" tests
+mount --bind passwd /etc/passwd
+export LD_LIBRARY_PATH="$PWD/python/lib" PYTHONPATH="$PWD/repository:$PWD/packages" PYTHONDONTWRITEBYTECODE=1
+program="$PWD/python/bin/$5"
+cd tests
+shift 5
+exec "$program" "$@"
+"""
+"""Runs Python where every user can reach it (a home of root's, say, is closed); mounts and names end with the process."""
+
+
+@dataclass(frozen=True)
+class Party:
+    """A party and its canaries: `secret` stands in the text of every row, `column` is one of a file's."""
+
+    client: int
+    name: str
+    host: str
+    folder: Path
+    rows: Path
+    home: Path | None
+    format: str
+    secret: str
+    umask: int
+    column: str | None = None
+
+    @property
+    def user(self) -> int:
+        return SERVER + 1 + self.client
+
+    def found_home(self, workspace: Path) -> Path:
+        identity = json.loads((workspace / "workspace.json").read_bytes())["id"]
+        return self.home or self.folder / ".local/share/fedcli" / identity / str(self.client)
+
+    def canaries(self) -> list[str]:
+        names = [self.name, self.host, self.folder.name, self.rows.name, self.rows.parent.name, self.secret]
+        return [*names, *([self.home.name] if self.home else []), *([self.column] if self.column else [])]
+
+
+@dataclass(frozen=True)
+class World:
+    """The folder with all of it; `warm` starts processes."""
+
+    folder: Path
+    workspace: Path
+    parties: tuple[Party, ...]
+    warm: Warm
+
+    def copy(self, name: str, source: str = "workspace") -> Path:
+        """Return a copy of a workspace, owners and modes too."""
+        target = self.workspace.with_name(name)
+        subprocess.run(["cp", "-a", self.workspace.with_name(source), target], check=True)
+        return target
+
+    def server(self, *arguments: object, workspace: Path | None = None) -> subprocess.CompletedProcess[str]:
+        folder = workspace or self.workspace
+        return self.warm(
+            *arguments, cwd=folder, user=SERVER, host="the-server", environment={"HOME": str(self.folder / "server")}
+        )
+
+    def run(self, party: Party, *arguments: object, workspace: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a command as a party's user, with what a login would set."""
+        names = dict.fromkeys(("USER", "LOGNAME"), party.name) | {"HOSTNAME": party.host}
+        paths = {"HOME": party.folder, "PWD": party.folder, "FEDCLI_WORKSPACE": workspace or self.workspace}
+        return self.warm(
+            *arguments,
+            cwd=party.folder,
+            user=party.user,
+            host=party.host,
+            umask=party.umask,
+            environment=names | {name: str(path) for name, path in paths.items()},
+        )
+
+    def join(self, party: Party, workspace: Path | None = None) -> subprocess.CompletedProcess[str]:
+        where = ["--data", party.rows, *(["--home", party.home] if party.home else [])]
+        return self.run(party, "client", "join", "--id", party.client, "--format", party.format, *where, workspace=workspace)
+
+    def train(self, party: Party, workspace: Path | None = None) -> subprocess.CompletedProcess[str]:
+        where = ["--home", party.home] if party.home else []
+        return self.run(party, "client", "train", "--id", party.client, *where, workspace=workspace)
+
+
+def write_alpaca(party: Party) -> None:
+    rows = [{"instruction": f"{party.secret} {n}", "output": f"{n} {party.secret}"} for n in range(6)]
+    party.rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_parquet(party: Party) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    column = [f"{party.secret} {number}" for number in range(7)]
+    table = pyarrow.table({party.column: column, "answer": column})
+    parquet.write_table(table, party.rows, compression="none", use_dictionary=False)
+
+
+def write_csv(party: Party) -> None:
+    lines = [f'"{party.secret}, {number}",{party.secret} {number}' for number in range(8)]
+    party.rows.write_text("\n".join(["prompt,completion", *lines, ""]))
+
+
+def make_parties(folder: Path) -> tuple[Party, ...]:
+    """Make the folders and rows of three parties, each its own user's."""
+    homes = [folder / "nightingalefolder", folder / "kingfisherfolder", folder / "woodpeckerfolder"]
+    columns = "{columns: {instruction: wagtailcolumn, response: answer}}"
+    parties = (
+        Party(0, "sparrowuser", "goshawk-host", homes[0], homes[0] / "ospreydata/linnetrows.jsonl",
+              homes[0] / "buzzardhome", "alpaca", "Zaunkönigsgeheimnis", 0o077),
+        Party(1, "lapwinguser", "plover-host", homes[1], homes[1] / "siskindata/fulmarrows.parquet",
+              homes[1] / "curlewhome", columns, "whimbrelsecret", 0o022, "wagtailcolumn"),
+        Party(2, "dunlinuser", "gannet-host", homes[2], homes[2] / "avocetdata/bitternrows.csv",
+              None, "prompt-completion", "cormorantsecret", 0o002),
+    )  # fmt: skip
+    for party, write in zip(parties, (write_alpaca, write_parquet, write_csv), strict=True):
+        party.rows.parent.mkdir(parents=True)
+        write(party)
+        for path in (party.folder, party.rows.parent, party.rows):
+            os.chown(path, party.user, party.user)
+    return parties
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """A folder that all can reach, a workspace of the server's with round 0 open, and three parties' rows."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be several users")
+    if subprocess.run(["unshare", "--mount", "--uts", "true"], capture_output=True).returncode:
+        pytest.skip("needs mounts and a host name of its own, and may not have them here")
+    folder = Path(tempfile.mkdtemp(prefix="fedcli-users-", dir="/tmp"))
+    folder.chmod(0o755)
+    try:
+        parties = make_parties(folder)
+        entries = [(party.name, party.user, party.folder) for party in parties]
+        entries += [("root", 0, Path("/root")), ("server", SERVER, folder / "server")]
+        lines = [f"{name}:x:{number}:{number}::{home}:/bin/sh\n" for name, number, home in entries]
+        (folder / "passwd").write_text("".join(lines))
+        (folder / "server").mkdir()
+        os.chown(folder / "server", SERVER, SERVER)
+        stage = folder / "stage"
+        stage.mkdir()
+        (stage / "cache").mkdir()
+        (stage / "cache").chmod(0o1777)  # `datasets` locks what it reads
+        shutil.move(folder / "passwd", stage)
+        sources = [sys.base_prefix, sysconfig.get_path("purelib"), Path(fedcli.__file__).parents[1], Path(__file__).parent]
+        program = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        python = ["unshare", "--mount", "--uts", "sh", "-ec", f"cd '{stage}'{REACHABLE}", "sh", *sources, program]
+        with Warm(list(map(str, python)), ENVIRONMENT | {"HF_DATASETS_CACHE": str(stage / "cache")}) as warm:
+            created = World(folder, folder / "server/workspace", parties, warm)
+            done = warm("init", created.workspace, *settings(*SETTINGS), cwd=folder, user=SERVER)
+            assert done.returncode == 0, done.stderr
+            created.copy("fresh")
+            yield created
+    finally:
+        shutil.rmtree(folder)
+
+
+SETTINGS = (
+    *SMALL,
+    f"federation.rounds={ROUNDS}",
+    "data.source=null",
+    "algorithm.name=scaffold",
+    "federation.multi_user=true",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(world: World) -> World:
+    """The federation after its last round."""
+    for party in world.parties:
+        done = world.join(party)
+        assert done.returncode == 0, done.stderr
+    for _ in range(ROUNDS):
+        for party in world.parties:
+            done = world.train(party)
+            assert (done.returncode, done.stderr.splitlines()[:-1]) == (0, []), done.stderr
+        done = world.server("server", "aggregate")
+        assert done.returncode == 0, done.stderr
+    return world
+
+
+def forms(canary: str) -> set[bytes]:
+    """Return what a text may look like in a file."""
+    escaped = (json.dumps(canary)[1:-1].encode(), canary.encode("unicode_escape"))
+    return {canary.encode(encoding) for encoding in ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le")} | {*escaped}
+
+
+def everything_in(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield every name below a folder and what is there: bytes, or where a link points."""
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            if path.is_symlink():
+                yield str(path.relative_to(folder)), os.fsencode(path.readlink())
+            else:
+                yield str(path.relative_to(folder)), path.read_bytes() if path.is_file() else b""
+
+
+def leaks(folder: Path, canaries: list[str]) -> list[tuple[str, str]]:
+    """Return every canary that stands in a name or in a file below a folder, in capitals or not."""
+    return [
+        (name, canary)
+        for name, contents in everything_in(folder)
+        if name != "server.lock"
+        for canary in canaries
+        if any(form.lower() in os.fsencode(name).lower() + b"\0" + contents.lower() for form in forms(canary))
+    ]
+
+
+def test_three_users_finish_three_rounds_in_which_each_is_counted(finished: World) -> None:
+    counts = []
+    for number in range(1, ROUNDS + 1):
+        manifest = json.loads((finished.workspace / f"rounds/{number:05d}/manifest.json").read_bytes())
+        aggregation = manifest["aggregation"]
+        counts.append([(entry["client"], entry["num_samples"]) for entry in aggregation["counted"]])
+        assert (aggregation["refused"], aggregation["missing"]) == ([], [])
+    assert counts == [[(0, 6), (1, 7), (2, 8)]] * ROUNDS
+    assert manifest["state"] == "finished"
+    done = finished.server("verify", "--json")
+    assert (done.returncode, json.loads(done.stdout)["violations"]) == (0, [])
+
+
+def test_no_canary_of_a_party_is_anywhere_in_the_workspace(finished: World) -> None:
+    canaries = [canary for party in finished.parties for canary in party.canaries()]
+    assert len(canaries) == len(set(canaries)) == 21
+    names = [name for name, _ in everything_in(finished.workspace)]
+    assert "inbox/2/round-00002/control_delta.safetensors" in names
+    assert "clients/0.json" in names
+    assert leaks(finished.workspace, canaries) == []
+
+
+def test_every_canary_was_planted_where_fedcli_saw_it(finished: World) -> None:
+    for party in finished.parties:
+        home = party.found_home(finished.workspace)
+        record = (home / "party.json").read_text()
+        assert str(party.rows) in record
+        if party.column:
+            assert party.column in record
+        assert party.host in (home / "lock").read_text()
+        assert party.secret.encode() in party.rows.read_bytes()
+        assert {canary for _, canary in leaks(party.folder, party.canaries())} >= {party.rows.name, party.secret}
+        whoami = "import getpass, os, pwd, socket; print(getpass.getuser(), pwd.getpwuid(os.getuid()).pw_name)"
+        assert finished.run(party, "-c", whoami).stdout.split() == [party.name] * 2
+
+
+def test_a_planted_canary_is_found_in_every_form(tmp_path: Path) -> None:
+    for number, form in enumerate(sorted(forms("Zaunkönig"))):
+        (tmp_path / f"{number}.bin").write_bytes(b"\0\xff" + form + b"\xfe")
+    (tmp_path / "a zaunkönig").mkdir()
+    (tmp_path / "link").symlink_to("/home/zaunkönig")
+    (tmp_path / "server.lock").write_text("Zaunkönig")
+    found = sorted(name for name, _ in leaks(tmp_path, ["Zaunkönig"]))
+    assert found == [*(f"{number}.bin" for number in range(6)), "a zaunkönig", "link"]
+
+
+def test_the_registry_holds_data_cards_and_nothing_else(finished: World) -> None:
+    identity = json.loads((finished.workspace / "workspace.json").read_bytes())["id"]
+    for party, (name, num_rows) in zip(
+        finished.parties, [("alpaca", 6), ("columns", 7), ("prompt-completion", 8)], strict=True
+    ):
+        registration = json.loads((finished.workspace / f"clients/{party.client}.json").read_bytes())
+        assert set(registration.pop("data").pop("token_quantiles")) == {"0.05", "0.25", "0.5", "0.75", "0.95"}
+        assert registration == {"protocol": 1, "workspace": identity, "client": party.client}
+        registration = json.loads((finished.workspace / f"clients/{party.client}.json").read_bytes())
+        assert set(registration["data"]) == {"num_rows", "format", "left_out", "token_quantiles"}
+        assert (registration["data"]["num_rows"], registration["data"]["format"]) == (num_rows, name)
+        assert registration["data"]["left_out"] == {}
+
+
+def test_private_state_is_closed_to_others_whatever_the_umask(finished: World) -> None:
+    for party in finished.parties:
+        home = party.found_home(finished.workspace)
+        assert (home.stat().st_mode & 0o7777, home.stat().st_uid) == (0o700, party.user)
+        candidates = sorted(path.name for path in (home / "control").iterdir())
+        assert [name[:11] for name in candidates] == ["round-00001", "round-00002"]
+        for path in [home / "party.json", *(home / "control").iterdir()]:
+            assert path.stat().st_mode & 0o777 == 0o600
+        inbox = finished.workspace / "inbox" / str(party.client)
+        assert (inbox.stat().st_mode & 0o777, inbox.stat().st_uid, inbox.stat().st_gid) == (0o750, party.user, SERVER)
+
+
+READS: dict[str, Callable[[World, Party], list[str]]] = {
+    "list its home": lambda world, other: ["ls", str(other.found_home(world.workspace))],
+    "read its record": lambda world, other: ["cat", f"{other.found_home(world.workspace)}/party.json"],
+    "list its inbox": lambda world, other: ["ls", f"{world.workspace}/inbox/{other.client}"],
+    "read its update": lambda world, other: [
+        "cat", f"{world.workspace}/inbox/{other.client}/round-00000/update.json"],
+    "remove its registration": lambda world, other: ["rm", "-f", f"{world.workspace}/clients/{other.client}.json"],
+    "rewrite its registration": lambda world, other: [
+        "sh", "-c", f"echo >> {world.workspace}/clients/{other.client}.json"],
+    "replace its registration": lambda world, other: [
+        "mv", "-f", f"{world.workspace}/clients/0.json", f"{world.workspace}/clients/{other.client}.json"],
+    "remove its inbox": lambda world, other: ["rm", "-rf", f"{world.workspace}/inbox/{other.client}"],
+    "move its inbox": lambda world, other: [
+        "mv", f"{world.workspace}/inbox/{other.client}", f"{world.workspace}/inbox/.gone"],
+    "drop into its inbox": lambda world, other: ["mkdir", f"{world.workspace}/inbox/{other.client}/round-00009"],
+    "add a round": lambda world, other: ["mkdir", f"{world.workspace}/rounds/00004"],
+    "change a manifest": lambda world, other: ["sh", "-c", f"echo >> {world.workspace}/rounds/00000/manifest.json"],
+    "remove a round's adapter": lambda world, other: ["rm", "-rf", f"{world.workspace}/rounds/00000/adapter"],
+    "change the experiment": lambda world, other: ["sh", "-c", f"echo >> {world.workspace}/fedcli.yaml"],
+    "remove the identity": lambda world, other: ["rm", "-f", f"{world.workspace}/workspace.json"],
+    "take the inbox away": lambda world, other: ["mv", f"{world.workspace}/inbox", f"{world.workspace}/.gone"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("deed", READS)
+def test_no_party_can(finished: World, deed: str) -> None:
+    thief, victim = finished.parties[0], finished.parties[1]
+    before = sorted(everything_in(finished.workspace))
+    command = READS[deed](finished, victim)
+    done = subprocess.run(
+        command, user=thief.user, group=thief.user, extra_groups=[], cwd="/", capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "Permission denied" in done.stderr or "Operation not permitted" in done.stderr
+    assert sorted(everything_in(finished.workspace)) == before
