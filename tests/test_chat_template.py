@@ -15,9 +15,9 @@ from tokenizer_kinds import (
     KINDS,
     byte_level,
     is_metaspace,
+    merges,
     normalised,
     read_back,
-    merges,
     stretches,
     turns_of,
 )
@@ -285,8 +285,9 @@ def test_ids_are_the_tokenizers_own_and_the_mask_is_where_the_responses_are(
         assert row.ids.tolist() == tokenizer.apply_chat_template(messages(CONVERSATIONS[name]))["input_ids"]
         spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         assert row.supervised.tolist() == [sum(bound <= start for bound in bounds) % 2 == 1 for start, _ in spans]
-    if "merges" not in kind:
-        print(kind, chat, sorted(set(NAMES) - compared))
+    # GPT-2's words part two newlines where a word follows, so that headers that end with two stand apart from it.
+    if "merges" not in kind and (kind != "byte-level" or chat not in ("llama 3", "thinks")):
+        assert compared >= {"one turn", "an input", "unicode", "punctuation in front"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -301,3 +302,205 @@ def test_the_mask_is_that_of_a_template_with_generation_marks(plain: PreTrainedT
         return
     assert row.ids.tolist() == marked["input_ids"]
     assert row.supervised.astype(int).tolist() == marked["assistant_masks"]
+
+
+@pytest.mark.parametrize("name", ["unicode", "newlines in front", "spaces in front"])
+@pytest.mark.parametrize("chat", CHATS)
+def test_generation_sees_before_each_response_what_training_saw(
+    any_tokenizer: PreTrainedTokenizerFast, chat: str, name: str
+) -> None:
+    tokenizer = with_chat(any_tokenizer, CHATS[chat].jinja)
+    turns = CONVERSATIONS[name]
+    encoder = Encoder(tokenizer, "chat")
+    seen: list[int] = []
+    responses = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
+    for part in stretches(one(tokenizer, turns)):
+        if part.is_supervised:
+            assert encoder.prompt(turns[: responses.pop(0)]) == seen
+        seen += part.ids
+    assert responses == []
+
+
+@pytest.mark.parametrize(
+    ("chat", "num_starts"), [("chatml", 0), ("llama 2", 4), ("llama 3", 1), ("gemma", 1), ("thinks", 0)]
+)
+def test_the_start_token_is_where_the_chat_template_writes_it(chat: str, num_starts: int) -> None:
+    turns = turns_of(*"abcdefgh")
+    for kind in ("byte-level", "byte-level with <s>", "metaspace BPE, always a space in front"):
+        tokenizer = with_chat(made(kind), CHATS[chat].jinja)
+        ids = one(tokenizer, turns).ids.tolist()
+        assert ids.count(tokenizer.bos_token_id) == num_starts
+        assert (ids[0] == tokenizer.bos_token_id) == (num_starts > 0)
+
+
+def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_cut(
+    any_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    encoder = Encoder(with_chat(any_tokenizer, CHATML), "chat")
+    example = Example(turns_of("What is it?", "Blue, of course.", "And then?", "Green."))
+    (whole,) = encoder.rows([example], 10**6).examples
+    for length in range(1, whole.num_tokens + 1):
+        encoded = encoder.rows([example], length)
+        if length <= whole.prompt_length:
+            assert (len(encoded.examples), encoded.left_out) == (0, {"too long": 1})
+            continue
+        (cut,) = encoded.examples
+        assert encoded.num_truncated == (length < whole.num_tokens)
+        assert cut.ids.tolist() == whole.ids[:length].tolist()
+        assert cut.supervised.tolist() == whole.supervised[:length].tolist()
+    first_end = whole.prompt_length + whole.supervised[whole.prompt_length :].tolist().index(False) - 1
+    (cut,) = encoder.rows([example], first_end).examples
+    assert encoder.end_id == whole.ids[first_end]
+    assert encoder.end_id not in cut.ids[whole.prompt_length :]
+
+
+@pytest.mark.parametrize("chat", [chat for chat in CHATS if CHATS[chat].system])
+def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(
+    any_tokenizer: PreTrainedTokenizerFast, chat: str
+) -> None:
+    tokenizer = with_chat(any_tokenizer, CHATS[chat].jinja)
+    encoder = Encoder(tokenizer, "chat")
+    prompt = turns_of("Name one.", "Red.", "Another?", "Green.", "And one more?", system="You name colours.")
+    (pair,) = encoder.pairs([Preference(prompt, "Blue, of course.", "What?")], 10**6).examples
+    for side, response in ((pair.chosen, "Blue, of course."), (pair.rejected, "What?")):
+        before, learnt, *rest = stretches(side)
+        turns = (*prompt, Turn("assistant", response))
+        expected = CHATS[chat].parts(turns)
+        assert (before.is_supervised, learnt.is_supervised, len(rest) <= 1) == (False, True, True)
+        assert comparable(tokenizer, read_back(tokenizer, learnt.ids)) == comparable(
+            tokenizer, normalised(tokenizer, expected[-2], parses_special=True)
+        )
+        assert before.ids == encoder.prompt(prompt)
+        assert side.ids.tolist() == one(tokenizer, turns).ids.tolist()
+
+
+# What a chat template does not write as it is given
+
+
+def left_out(tokenizer: PreTrainedTokenizerFast, *conversations: tuple[Turn, ...]) -> dict[str, int]:
+    encoded = Encoder(tokenizer, "chat").rows(map(Example, conversations), 10**6)
+    assert len(encoded.examples) == len(conversations) - encoded.num_unusable
+    return dict(encoded.left_out)
+
+
+SHORT, LONG = turns_of("q1", "a1"), turns_of("q1", "a1", "q2", "a2")
+
+
+@pytest.mark.parametrize(
+    ("jinja", "conversation", "detail"),
+    [
+        (GEMMA, turns_of("q", "a", system="s"), "the chat template refuses it: System role not supported"),
+        (LLAMA_2, (*SHORT[:1], *SHORT), "the chat template refuses it: Conversation roles must alternate"),
+        (THINKS_ONCE, LONG, "the chat template rewrites earlier turns"),
+        (LAST_QUESTION, LONG, "the chat template writes a prompt differently once its response is there"),
+        (
+            CHATML.replace("message['content']", "message['content'] | replace('b', '')"),
+            turns_of("q", "abc"),
+            "as it is",
+        ),
+        (CHATML.replace("message['content']", "message['content'][:12]"), turns_of("q", "a" * 13), "as it is"),
+        (CHATML, turns_of("q", ""), "the chat template does not write a response as it is given"),
+        (CHATML, SHORT[1:], "Cannot apply chat template to an empty conversation"),
+    ],
+)
+def test_what_a_template_refuses_or_rewrites_is_left_out_and_nothing_else(
+    plain: PreTrainedTokenizerFast, jinja: str, conversation: tuple[Turn, ...], detail: str
+) -> None:
+    tokenizer = with_chat(plain, jinja)
+    assert left_out(tokenizer, SHORT, conversation, SHORT) == {"malformed": 1}
+    pairs = [Preference(turns[:-1], turns[-1].content, "b") for turns in (conversation, SHORT)]
+    if conversation[0].role != "assistant":
+        assert Encoder(tokenizer, "chat").pairs(pairs[1:], 10**6).left_out == {}
+    with pytest.raises(ValueError, match=re.escape(detail)):
+        Encoder(tokenizer, "chat").prompt((*conversation, Turn("user", "more")))
+
+
+@pytest.mark.parametrize("token", ["</s>", "<s>", "<pad>", "<|im_end|>", "<|im_start|>user\n"])
+@pytest.mark.parametrize("place", range(4))
+def test_a_special_token_that_is_spelt_out_leaves_the_conversation_out(
+    any_tokenizer: PreTrainedTokenizerFast, token: str, place: int
+) -> None:
+    texts = ["s", "q", "a", "q2"]
+    texts[place] = f"a {token} b"
+    system, *spoken = texts
+    turns = turns_of(*spoken, "a2", system=system)
+    tokenizer = with_chat(any_tokenizer, CHATML)
+    assert left_out(tokenizer, turns, SHORT) == {"malformed": 1}
+    encoded = Encoder(tokenizer, "chat").pairs([Preference(turns[:-1], "a", "b"), Preference(SHORT[:1], "a", "b")], 999)
+    assert (len(encoded.examples), encoded.left_out) == (1, {"malformed": 1})
+    with pytest.raises(ValueError, match="^a special token is spelt out in the text$"):
+        Encoder(tokenizer, "chat").prompt(turns[:-1])
+
+
+@pytest.mark.parametrize(
+    "text", ["< /s>", "<|im_end |>", "im_end", "[INST] ### Response: ASSISTANT:", "<think>", "{{ x }}"]
+)
+def test_text_that_only_looks_special_is_text(plain: PreTrainedTokenizerFast, text: str) -> None:
+    _, learnt, _ = stretches(one(with_chat(plain, CHATML), turns_of(text, text)))
+    assert plain.decode(learnt.ids) == f"{text}<|im_end|>"
+
+
+def test_a_think_block_of_the_last_turn_is_part_of_its_prompt(plain: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_chat(plain, THINKS_ONCE)
+    prompt, learnt, _ = stretches(one(tokenizer, SHORT))
+    assert tokenizer.decode(prompt.ids) == (
+        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert tokenizer.decode(learnt.ids) == "a1<|im_end|>"
+    assert Encoder(tokenizer, "chat").prompt(SHORT[:1]) == prompt.ids
+
+
+def test_what_a_template_writes_behind_the_end_token_is_not_learnt(plain: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_chat(
+        plain, CHATML.replace("{%- if add", "{%- if not add_generation_prompt %}</s>{% endif %}{%- if add")
+    )
+    assert [tokenizer.decode(part.ids) for part in stretches(one(tokenizer, SHORT))] == [
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n",
+        "a1<|im_end|>",
+        "\n</s>",
+    ]
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        CHATML.replace(
+            "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"
+        ),  # no think block in its turns
+        CHATML.replace("message['content']", "message['content'] | upper"),
+        CHATML.replace("message['content']", "message['content'] + message['content']"),
+        "{{ raise_exception('no') }}",
+    ],
+)
+def test_a_template_that_cannot_be_followed_is_refused(plain: PreTrainedTokenizerFast, jinja: str) -> None:
+    with pytest.raises(ConfigError, match="the tokenizer's chat template cannot be followed"):
+        Encoder(with_chat(plain, jinja), "chat")
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(plain: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Encoder(plain, "chat")
+    assert caught.value.message == "data.template is chat, and the base model's tokenizer has no chat template"
+    assert "alpaca, alpaca-input or vicuna" in caught.value.hint
+
+
+def test_templates_do_not_disturb_each_other_on_one_tokenizer(plain: PreTrainedTokenizerFast) -> None:
+    encoders = [Encoder(with_chat(plain, CHATML), "chat"), Encoder(plain, "vicuna")]
+    before = [encoder.prompt(SHORT[:1]) for encoder in encoders]
+    assert [encoder.prompt(SHORT[:1]) for encoder in encoders[::-1]] == before[::-1]
+
+
+TEXT = st.text(min_size=1, max_size=30)
+BYTE_LEVEL = [with_chat(byte_level(TEXTS, merges_all=merges_all), CHATML) for merges_all in (False, True)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    texts=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), system=TEXT, tokenizer=st.sampled_from(BYTE_LEVEL)
+)
+def test_of_any_text_response_and_end_token_are_learnt(
+    texts: list[tuple[str, str]], system: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    turns = turns_of(*[text for pair in texts for text in pair], system=system)
+    parts = stretches(one(tokenizer, turns))
+    assert [tokenizer.decode(part.ids) for part in parts] == CHATS["chatml"].parts(turns)
