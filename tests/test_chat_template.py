@@ -1,13 +1,21 @@
 """The template chat, told by decoding: the tokenizer's own chat template, with the mask on the responses alone.
 
-The chat templates are written here in the forms that base models come with, and the texts that are expected too.
+The texts that are expected are not taken from the package: chat_templates.py writes them out.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
+from chat_templates import (
+    CHATML,
+    CHATML_WITH_MARKS,
+    CHATS,
+    GEMMA,
+    LAST_QUESTION,
+    LLAMA_2,
+    THINKS_ONCE,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import (
@@ -28,172 +36,6 @@ from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder
 from fedcli.errors import ConfigError
 
-CHATML = """
-{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-CHATML_WITH_MARKS = """
-{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\n' }}
-    {%- if message['role'] == 'assistant' %}
-        {%- generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}
-    {%- else %}
-        {{- message['content'] + '<|im_end|>' }}
-    {%- endif %}
-    {{- '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-LLAMA_2 = """
-{%- if messages[0]['role'] == 'system' %}
-    {%- set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}
-{%- else %}
-    {%- set loop_messages = messages %}{% set system_message = false %}
-{%- endif %}
-{%- for message in loop_messages %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
-    {%- endif %}
-    {%- if loop.index0 == 0 and system_message != false %}
-        {%- set content = '<<SYS>>\n' + system_message + '\n<</SYS>>\n\n' + message['content'] %}
-    {%- else %}
-        {%- set content = message['content'] %}
-    {%- endif %}
-    {%- if message['role'] == 'user' %}
-        {{- bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
-    {%- else %}
-        {{- ' ' + content.strip() + ' ' + eos_token }}
-    {%- endif %}
-{%- endfor %}"""
-
-LLAMA_3 = """
-{%- for message in messages %}
-    {%- set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}
-    {%- set content = content + message['content'] | trim + '<|eot_id|>' %}
-    {%- if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}
-    {{- content }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-
-GEMMA = """
-{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
-{%- for message in messages %}
-    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
-    {{- '<|im_start|>' + role + '\n' + message['content'] | trim + '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"""
-
-THINKS = """
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\n' }}
-    {%- if message['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
-    {{- message['content'] + '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"""
-"""A think block in the prompt for generation and in every turn."""
-
-NO_GENERATION_PROMPT = """
-{%- for message in messages %}
-    {{- '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}
-{%- endfor %}"""
-"""Zephyr's, without the end that asks for a response."""
-
-NO_END = """
-{%- for message in messages %}
-    {{- message['role'] + ': ' + message['content'] + '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
-"""A response ends with its line."""
-
-THINKS_ONCE = """
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\n' }}
-    {%- if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
-    {{- message['content'] + '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-"""Qwen 3's: a think block in the last turn, dropped once the conversation goes on."""
-
-LAST_QUESTION = """
-{%- for message in messages if loop.revindex <= 2 or add_generation_prompt and loop.last %}
-    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A chat template, and what it writes of each turn, with what is learnt between [[ and ]]."""
-
-    jinja: str
-    user: str
-    assistant: str
-    system: str = ""
-    begin: str = ""
-    without_system: str = ""
-    end: str = "<|im_end|>"
-    strips: bool = False
-
-    def parts(self, turns: Sequence[Turn]) -> list[str]:
-        """Return what is not learnt and what is learnt, in turn; what is behind the last response comes last."""
-        text = self.begin + (self.without_system if turns[0].role != "system" else "")
-        for turn in turns:
-            form = {"system": self.system, "user": self.user, "assistant": self.assistant}[turn.role]
-            text += form.replace("...", turn.text.strip() if self.strips else turn.text)
-        return re.split(r"\[\[|\]\]", text.replace("<</SYS>>\n\n<s>[INST] ", "<</SYS>>\n\n"))
-
-
-TURN = "<|im_start|>user\n...<|im_end|>\n"
-SYSTEM = "<|im_start|>system\n...<|im_end|>\n"
-HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-CHATS = {
-    "chatml": Chat(
-        CHATML,
-        system=SYSTEM,
-        user=TURN,
-        assistant="<|im_start|>assistant\n[[...<|im_end|>]]\n",
-        without_system="<|im_start|>system\nYou are helpful.<|im_end|>\n",
-    ),
-    "llama 2": Chat(
-        LLAMA_2,
-        system="<s>[INST] <<SYS>>\n...\n<</SYS>>\n\n",
-        user="<s>[INST] ... [/INST]",
-        assistant="[[ ... </s>]]",
-        end="</s>",
-        strips=True,
-    ),
-    "llama 3": Chat(
-        LLAMA_3,
-        begin="<s>",
-        system="<|start_header_id|>system<|end_header_id|>\n\n...<|eot_id|>",
-        user="<|start_header_id|>user<|end_header_id|>\n\n...<|eot_id|>",
-        assistant="<|start_header_id|>assistant<|end_header_id|>\n\n[[...<|eot_id|>]]",
-        end="<|eot_id|>",
-        strips=True,
-    ),
-    "gemma": Chat(GEMMA, begin="<s>", user=TURN, assistant="<|im_start|>model\n[[...<|im_end|>]]\n", strips=True),
-    "thinks": Chat(
-        THINKS,
-        system=SYSTEM,
-        user=TURN,
-        assistant="<|im_start|>assistant\n<think>\n\n</think>\n\n[[...<|im_end|>]]\n",
-    ),
-    "no generation prompt": Chat(
-        NO_GENERATION_PROMPT,
-        system="<|system|>\n...</s>\n",
-        user="<|user|>\n...</s>\n",
-        assistant="<|assistant|>\n[[...</s>]]\n",
-        end="</s>",
-    ),
-    "no end": Chat(
-        NO_END, system="system: ...\n", user="user: ...\n", assistant="assistant:[[ ...</s>]]\n", end="</s>"
-    ),
-}
 NAMES = [name for name in CONVERSATIONS if name != "markers"]
 PAIRS = [
     (chat, name)
@@ -345,7 +187,7 @@ def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_
             assert (len(encoded.examples), encoded.left_out) == (0, {"too long": 1})
             continue
         (cut,) = encoded.examples
-        assert encoded.num_truncated == (length < whole.num_tokens)
+        assert encoded.num_truncated == whole.supervised[length:].any()  # losing what follows the end token is no cut
         assert cut.ids.tolist() == whole.ids[:length].tolist()
         assert cut.supervised.tolist() == whole.supervised[:length].tolist()
     first_end = whole.prompt_length + whole.supervised[whole.prompt_length :].tolist().index(False) - 1
@@ -383,6 +225,10 @@ def left_out(tokenizer: PreTrainedTokenizerFast, *conversations: tuple[Turn, ...
     return dict(encoded.left_out)
 
 
+def chatml_of(content: str) -> str:
+    return CHATML.replace("message['content']", content)
+
+
 SHORT, LONG = turns_of("q1", "a1"), turns_of("q1", "a1", "q2", "a2")
 
 
@@ -391,28 +237,37 @@ SHORT, LONG = turns_of("q1", "a1"), turns_of("q1", "a1", "q2", "a2")
     [
         (GEMMA, turns_of("q", "a", system="s"), "the chat template refuses it: System role not supported"),
         (LLAMA_2, (*SHORT[:1], *SHORT), "the chat template refuses it: Conversation roles must alternate"),
-        (THINKS_ONCE, LONG, "the chat template rewrites earlier turns"),
-        (LAST_QUESTION, LONG, "the chat template writes a prompt differently once its response is there"),
-        (
-            CHATML.replace("message['content']", "message['content'] | replace('b', '')"),
-            turns_of("q", "abc"),
-            "as it is",
-        ),
-        (CHATML.replace("message['content']", "message['content'][:12]"), turns_of("q", "a" * 13), "as it is"),
+        (chatml_of("message['content'] | replace('x', '')"), turns_of("q", "axb"), "as it is given"),
+        (chatml_of("message['content'][:12]"), turns_of("q", "a" * 13), "as it is given"),
         (CHATML, turns_of("q", ""), "the chat template does not write a response as it is given"),
         (CHATML, SHORT[1:], "Cannot apply chat template to an empty conversation"),
     ],
 )
-def test_what_a_template_refuses_or_rewrites_is_left_out_and_nothing_else(
+def test_what_a_template_refuses_is_left_out_and_nothing_else(
     plain: PreTrainedTokenizerFast, jinja: str, conversation: tuple[Turn, ...], detail: str
 ) -> None:
     tokenizer = with_chat(plain, jinja)
     assert left_out(tokenizer, SHORT, conversation, SHORT) == {"malformed": 1}
-    pairs = [Preference(turns[:-1], turns[-1].content, "b") for turns in (conversation, SHORT)]
-    if conversation[0].role != "assistant":
-        assert Encoder(tokenizer, "chat").pairs(pairs[1:], 10**6).left_out == {}
-    with pytest.raises(ValueError, match=re.escape(detail)):
+    with pytest.raises(ConfigError, match=re.escape(detail)):
         Encoder(tokenizer, "chat").prompt((*conversation, Turn("user", "more")))
+
+
+@pytest.mark.parametrize("jinja", [THINKS_ONCE, LAST_QUESTION])
+def test_where_a_template_rewrites_earlier_turns_the_last_response_alone_is_learnt(
+    plain: PreTrainedTokenizerFast, jinja: str
+) -> None:
+    tokenizer = with_chat(plain, jinja)
+    encoder = Encoder(tokenizer, "chat")
+    (row,) = encoder.rows([Example(LONG)], 10**6).examples
+    before, learnt, *rest = stretches(row)
+    assert (before.is_supervised, learnt.is_supervised, len(rest) <= 1) == (False, True, True)
+    assert before.ids[: len(encoder.prompt(LONG[:-1]))] == encoder.prompt(LONG[:-1])
+    assert tokenizer.decode(learnt.ids).removeprefix("<think>\n\n</think>\n\n") == "a2<|im_end|>"
+    rendered = tokenizer.apply_chat_template(
+        [{"role": turn.role, "content": turn.content} for turn in LONG], tokenize=False
+    )
+    whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert row.ids.tolist() == whole
 
 
 @pytest.mark.parametrize("token", ["</s>", "<s>", "<pad>", "<|im_end|>", "<|im_start|>user\n"])
@@ -428,7 +283,7 @@ def test_a_special_token_that_is_spelt_out_leaves_the_conversation_out(
     assert left_out(tokenizer, turns, SHORT) == {"malformed": 1}
     encoded = Encoder(tokenizer, "chat").pairs([Preference(turns[:-1], "a", "b"), Preference(SHORT[:1], "a", "b")], 999)
     assert (len(encoded.examples), encoded.left_out) == (1, {"malformed": 1})
-    with pytest.raises(ValueError, match="^a special token is spelt out in the text$"):
+    with pytest.raises(ConfigError, match="a special token is spelt out in the text"):
         Encoder(tokenizer, "chat").prompt(turns[:-1])
 
 
@@ -451,9 +306,8 @@ def test_a_think_block_of_the_last_turn_is_part_of_its_prompt(plain: PreTrainedT
 
 
 def test_what_a_template_writes_behind_the_end_token_is_not_learnt(plain: PreTrainedTokenizerFast) -> None:
-    tokenizer = with_chat(
-        plain, CHATML.replace("{%- if add", "{%- if not add_generation_prompt %}</s>{% endif %}{%- if add")
-    )
+    tail = "{%- if not add_generation_prompt %}</s>{% endif %}"
+    tokenizer = with_chat(plain, CHATML.replace("{%- if add", tail + "{%- if add"))
     assert [tokenizer.decode(part.ids) for part in stretches(one(tokenizer, SHORT))] == [
         "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n",
         "a1<|im_end|>",
@@ -464,11 +318,9 @@ def test_what_a_template_writes_behind_the_end_token_is_not_learnt(plain: PreTra
 @pytest.mark.parametrize(
     "jinja",
     [
-        CHATML.replace(
-            "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"
-        ),  # no think block in its turns
-        CHATML.replace("message['content']", "message['content'] | upper"),
-        CHATML.replace("message['content']", "message['content'] + message['content']"),
+        CHATML.replace("assistant\n", "assistant\n<think>\n"),  # which its turns have not
+        chatml_of("message['content'] | upper"),
+        chatml_of("message['content'] + message['content']"),
         "{{ raise_exception('no') }}",
     ],
 )

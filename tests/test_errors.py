@@ -198,8 +198,8 @@ def test_a_source_without_rows_is_named_at_init(refused: Callable[..., None], tm
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ('{"instruction": "a"}', "has no column 'output'"),
         ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
         (r'{"instruction": "\ud800", "output": "b"}', ""),  # JSON can escape what UTF-8 cannot hold
     ],
 )
@@ -218,6 +218,38 @@ def test_a_faulty_row_is_named_by_file_and_line_at_init_and_at_training(
     assert list((small / "inbox").rglob("*")) == []
 
 
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"instruction": "a"}', "no column 'output'; it has instruction"),
+        ('{"instruction": "a", "output": 7}', "no text in column 'output'"),
+        ("{}", "no column 'instruction'; it has none"),
+    ],
+)
+def test_rows_without_a_column_are_left_out_and_counted_and_if_all_lack_it_the_first_is_named(
+    refused: Callable[..., None], run: Run, small: Path, tmp_path: Path, line: str, fault: str
+) -> None:
+    good = '{"instruction": "a", "output": "b"}\n'
+    source = tmp_path / "rows.jsonl"
+    rows = small / "data" / "client-0.jsonl"
+    overrides = settings(*SMALL, f"data.source={source}", "data.partition=iid")
+    for path in (source, rows):
+        path.write_text(f"\n{line}\n{line}\n")
+    refused(3, ["init", tmp_path / "w", *overrides], f"{source}, line 2: {fault}", "none of 2 rows", "data.format")
+    assert not (tmp_path / "w").exists()
+    refused(3, ["client", "train", "--id", 0, "-w", small], f"{rows}, line 2: {fault}", "none of 2 rows")
+    assert list((small / "inbox").rglob("*")) == []
+    for path in (source, rows):
+        path.write_text(f"{good * 6}{line}\n")
+    code, out, err = run("init", tmp_path / "w", *overrides, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "w/data/card.json").read_text())["left_out"] == {"malformed": 1}
+    assert sum(len(path.read_text().splitlines()) for path in (tmp_path / "w/data").glob("client-*.jsonl")) == 6
+    code, out, err = run("client", "train", "--id", 0, "-w", small, "--json")
+    assert (code, err) == (0, "")
+    assert (json.loads(out)["num_samples"], json.loads(out)["left_out"]) == (6, {"malformed": 1})
+
+
 def test_a_client_without_rows_is_told_which_file_it_lacks(refused: Callable[..., None], small: Path) -> None:
     rows = small / "data" / "client-1.jsonl"
     rows.unlink()
@@ -227,7 +259,10 @@ def test_a_client_without_rows_is_told_which_file_it_lacks(refused: Callable[...
 def test_a_client_whose_rows_are_all_unusable_is_told_why(refused: Callable[..., None], small: Path) -> None:
     rows = small / "data" / "client-1.jsonl"
     rows.write_text('{"instruction": "a", "output": " "}\n')
-    refused(3, ["client", "train", "--id", 1, "-w", small], rows, "none of its 1 rows is usable", "train.max_length")
+    refused(3, ["client", "train", "--id", 1, "-w", small], rows, "none of 1 rows is usable", "line 1: empty response")
+    rows.write_text(json.dumps({"instruction": "the storm howls " * 200, "output": "b"}) + "\n")
+    told = ("none of its 1 rows is usable at max_length 128 (1 too long)", "train.max_length")
+    refused(3, ["client", "train", "--id", 1, "-w", small], rows, *told)
 
 
 # Base models
@@ -293,8 +328,9 @@ def test_a_closed_or_full_stdout_is_no_bug(small: Path) -> None:
 def test_an_inbox_that_a_umask_would_hide_is_readable_by_its_group(small: Path) -> None:
     done = fedcli("client", "train", "--id", 1, cwd=small, umask=0o077)
     assert done.returncode == 0, done.stderr
-    modes = {path: (small / path).stat().st_mode & 0o777 for path in ("inbox/1", "inbox/1/round-00000", "private/1")}
-    assert modes == {"inbox/1": 0o750, "inbox/1/round-00000": 0o750, "private/1": 0o700}
+    update = "inbox/1/round-00000"
+    paths = ("inbox/1", update, f"{update}/update.json", f"{update}/adapter_model.safetensors", "private/1")
+    assert [(small / path).stat().st_mode & 0o777 for path in paths] == [0o750, 0o755, 0o644, 0o644, 0o700]
 
 
 def test_another_base_model_under_the_same_name_is_refused(

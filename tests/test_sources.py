@@ -115,12 +115,9 @@ def test_every_kind_has_been_written_here() -> None:
     assert {Path(name).suffix.lower() for name in WRITERS} == set(KINDS)
 
 
-# JSON
-
 JSON = {
     "a byte order mark": ('\ufeff{"a": "b"}\n', [{"a": "b"}]),
     "ends of Windows": ('\ufeff\r\n [{"a": "b"},\r\n{"a": "c"}]\r\n', [{"a": "b"}, {"a": "c"}]),
-    "no end of the last line": ('{"a": "b"}\r\n{"a": "c"}', [{"a": "b"}, {"a": "c"}]),
     "blank lines": ('\n\n{"a": "b"}\n  \n\r\n{"a": "c"}\n\n', [{"a": "b"}, {"a": "c"}]),
     "ends of lines of Unicode": ('{"a": "b\u2028c\u2029d\u0085"}\n', [{"a": "b\u2028c\u2029d\u0085"}]),
     "escapes": ('{"a": "\\ud83d\\ude00 \\r\\n \\u0000"}\n', [{"a": "😀 \r\n \x00"}]),
@@ -161,8 +158,6 @@ def test_rows_of_a_truncated_gzip_come_before_its_end_is_missed(tmp_path: Path) 
         list(rows)
 
 
-# CSV
-
 CELLS = {
     "gaps and zeros": ("a,b\nNA,null\n007,\n,1.0\n", [("NA", "null"), ("007", ""), ("", "1.0")]),
     "what pandas would turn": ("a,b\nTrue,1e5\nnan,2024-01-02\n", [("True", "1e5"), ("nan", "2024-01-02")]),
@@ -170,9 +165,8 @@ CELLS = {
     "lines inside a cell": ('a,b\n"x\n\ny","z"\n"1\r\n2",3\n', [("x\n\ny", "z"), ("1\r\n2", "3")]),
     "quotes and commas": ('a,b\n"say ""hi"", now",5" disk\n', [('say "hi", now', '5" disk')]),
     "ends of Windows, a blank line": ("a,b\r\n1,2\r\n\r\n3,4\r\n", [("1", "2"), ("3", "4")]),
-    "spaces": ("a,b\n 1 ,  \n", [(" 1 ", "  ")]),
+    "spaces, no end of the last line": ("a,b\n 1 ,  ", [(" 1 ", "  ")]),
     "ends of lines of Unicode": ("a,b\nx\u2028y,z\u0085\n", [("x\u2028y", "z\u0085")]),
-    "no end of the last line": ("a,b\n1,2", [("1", "2")]),
 }
 
 
@@ -181,8 +175,6 @@ def test_a_cell_of_csv_is_its_text(case: str, tmp_path: Path) -> None:
     contents, cells = CELLS[case]
     assert fields_in(written(tmp_path / "rows.csv", contents)) == [{"a": a, "b": b} for a, b in cells]
 
-
-# Parquet and Arrow
 
 NESTED: list[Fields] = [
     {
@@ -212,9 +204,6 @@ def test_a_row_that_is_written_is_read_again_and_its_dates_are_texts(tmp_path: P
     assert b"".join(write_row(row.fields) for row in Source(path).rows()) == path.read_bytes()
 
 
-# Folders
-
-
 def test_a_folder_is_its_files_sorted_by_name(tmp_path: Path) -> None:
     written(tmp_path / "b.jsonl", '{"a": 2}\n{"a": 3}\n')
     written(tmp_path / "c.csv.gz", "a\n4\n")
@@ -223,21 +212,16 @@ def test_a_folder_is_its_files_sorted_by_name(tmp_path: Path) -> None:
         written(tmp_path / name, "no rows")
     rows = list(Source(tmp_path).rows())
     assert [row.fields["a"] for row in rows] == [1, 2, 3, "4"]
-    places = ["a.parquet, row 1", "b.jsonl, line 1", "b.jsonl, line 2", "c.csv.gz, row 1"]
-    assert [row.where for row in rows] == [f"{tmp_path}/{place}" for place in places]
+    assert (rows[2].where, rows[3].where) == (f"{tmp_path}/b.jsonl, line 2", f"{tmp_path}/c.csv.gz, row 1")
 
 
-@pytest.mark.parametrize("num_shards", [1, 2])
-def test_a_folder_saved_by_datasets_gives_its_rows_in_order(num_shards: int, tmp_path: Path) -> None:
-    datasets.Dataset.from_list(ROWS).select([3, 1, 0]).save_to_disk(tmp_path / "saved", num_shards=num_shards)
-    assert fields_in(tmp_path / "saved") == [ROWS[3], ROWS[1], ROWS[0]]
-
-
-def test_a_folder_of_splits_gives_the_split_that_is_asked_for(tmp_path: Path) -> None:
-    splits = {name: datasets.Dataset.from_list([row]) for name, row in zip(("train", "test"), ROWS, strict=False)}
-    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
-    assert fields_in(tmp_path / "saved") == [ROWS[0]]
-    assert fields_in(tmp_path / "saved", "test") == [ROWS[1]]
+def test_a_folder_that_datasets_saved_gives_its_rows_in_order_or_a_split(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list(ROWS).select([3, 1, 0])
+    rows.save_to_disk(tmp_path / "shards", num_shards=2)
+    assert fields_in(tmp_path / "shards") == [ROWS[3], ROWS[1], ROWS[0]]
+    datasets.DatasetDict({"train": rows.select([0, 1]), "test": rows.select([2])}).save_to_disk(tmp_path / "saved")
+    assert fields_in(tmp_path / "saved") == [ROWS[3], ROWS[1]]
+    assert fields_in(tmp_path / "saved", "test") == [ROWS[0]]
     assert refusal(tmp_path / "saved", "validation") == "FILE holds no rows"
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path / "empty") == "FILE holds no rows"
@@ -253,13 +237,11 @@ BROKEN = {
     "an unknown suffix": ("rows.txt", "x", NO_KIND),
     "no suffix": ("rows", "x", NO_KIND),
     "an empty file": ("rows.jsonl", "", "FILE holds no rows"),
-    "an empty packed file": ("rows.jsonl.gz", "", "FILE holds no rows"),
     "blank lines alone": ("rows.json", "\n \r\n\n", "FILE holds no rows"),
     "an empty array": ("rows.json", "[]", "FILE holds no rows"),
     "a broken line": ("rows.jsonl", '{"a": 1}\n\n{"a": }\n', "FILE, line 3 is not JSON: Expecting value"),
     "two objects on a line": ("rows.jsonl", '{"a": 1} {"a": 2}\n', "FILE, line 1 is not JSON: Extra data"),
     "a line that is an array": ("rows.jsonl", '{"a": 1}\n[1]\n', "FILE, line 2 is not a JSON object"),
-    "a line that is null": ("rows.jsonl", "null\n", "FILE, line 1 is not a JSON object"),
     "an array of texts": ("rows.json", '[{"a": 1}, "x"]', "FILE, row 2 is not a JSON object"),
     "an array that is not closed": ("rows.json", '[{"a": 1},\n{"b": 2}', "FILE is not JSON: Expecting ',' delimiter"),
     "half of a pair": ("rows.jsonl", '{"a": "\\ud83d"}\n', "FILE, line 1 holds half of a UTF-16 pair"),
@@ -267,7 +249,6 @@ BROKEN = {
     "Latin-1 in JSON": ("rows.jsonl", b'{"a": "caf\xe9"}\n', f"{NOT_UTF8}e9 in position 10"),
     "Latin-1 in CSV": ("rows.csv", b"a\ncaf\xe9\n", f"{NOT_UTF8}e9"),
     "UTF-16": ("rows.jsonl", '{"a": 1}\n'.encode("utf-16"), f"{NOT_UTF8}ff in position 0"),
-    "UTF-16 in CSV": ("rows.csv", "a\n1\n".encode("utf-16"), f"{NOT_UTF8}ff in position 0"),
     "an empty CSV": ("rows.csv", "", HEADER),
     "a CSV that begins with a blank line": ("rows.csv", "\na,b\n1,2\n", HEADER),
     "a header that repeats a name": ("rows.csv", "a,b,a\n1,2,3\n", HEADER),
@@ -346,9 +327,6 @@ def test_a_file_is_closed_where_reading_stops_early(tmp_path: Path) -> None:
         rows.close()
         gc.collect()
     assert caught == []
-
-
-# Which name is what
 
 
 @pytest.mark.parametrize(
@@ -432,7 +410,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 
 def shown(*names: str, cwd: Path, **environment: str) -> list[Any]:
     """Return rows, or exit code, message and hint, of each name."""
-    folders = {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HOME": str(cwd / "hub"), "TMPDIR": str(cwd / "tmp")}
+    folders = {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HOME": str(cwd / "hub"), "TMPDIR": str(cwd)}
     arguments = [sys.executable, "-c", SHOW, *names]
     done = subprocess.run(arguments, cwd=cwd, env=ENVIRONMENT | folders | environment, capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr.decode()
@@ -443,13 +421,12 @@ def test_a_data_set_of_the_hub_is_fetched_once_and_local_rows_are_copied_nowhere
     hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:
     address, requests = hub
-    (tmp_path / "tmp").mkdir()
     for name in ("rows.csv.gz", "file.arrow"):
         written(tmp_path / name, WRITERS[name.removesuffix(".gz")](ROWS))
     local = shown("rows.csv.gz", "file.arrow", cwd=tmp_path, HF_ENDPOINT=address)
     assert [[row for row, _ in rows] for rows in local] == [ROWS, ROWS]
-    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != tmp_path]
-    assert [path for path in left if path.stat().st_size] == []  # locks of the cache are empty
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size}
+    assert left == {"rows.csv.gz", "file.arrow"}  # the cache holds empty locks
     assert requests == []
 
     expected = [[row, f"tatsu-lab/alpaca, row {number}"] for number, row in enumerate(ROWS, 1)]

@@ -205,7 +205,7 @@ def test_the_pooled_baseline_goes_on_where_it_was_killed(
     config.write_text(config.read_text().replace("rounds: 2", "rounds: 30"))
     other = Path(shutil.copytree(workspace, tmp_path / "other"))
     process = subprocess.Popen(command("train-pooled"), cwd=workspace, env=ENVIRONMENT)
-    progress = workspace / "private/pooled/pooled.safetensors"
+    progress = workspace / "private/pooled/baseline.safetensors"
     deadline = time.monotonic() + 60
     while not progress.exists():
         assert time.monotonic() < deadline, "it never trained a round"

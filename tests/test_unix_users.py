@@ -100,7 +100,9 @@ class World:
 
     def join(self, party: Party, workspace: Path | None = None) -> subprocess.CompletedProcess[str]:
         where = ["--data", party.rows, *(["--home", party.home] if party.home else [])]
-        return self.run(party, "client", "join", "--id", party.client, "--format", party.format, *where, workspace=workspace)
+        return self.run(
+            party, "client", "join", "--id", party.client, "--format", party.format, *where, workspace=workspace
+        )
 
     def train(self, party: Party, workspace: Path | None = None) -> subprocess.CompletedProcess[str]:
         where = ["--home", party.home] if party.home else []
@@ -168,7 +170,12 @@ def world() -> Iterator[World]:
         (stage / "cache").mkdir()
         (stage / "cache").chmod(0o1777)  # `datasets` locks what it reads
         shutil.move(folder / "passwd", stage)
-        sources = [sys.base_prefix, sysconfig.get_path("purelib"), Path(fedcli.__file__).parents[1], Path(__file__).parent]
+        sources = [
+            sys.base_prefix,
+            sysconfig.get_path("purelib"),
+            Path(fedcli.__file__).parents[1],
+            Path(__file__).parent,
+        ]
         program = f"python{sys.version_info.major}.{sys.version_info.minor}"
         python = ["unshare", "--mount", "--uts", "sh", "-ec", f"cd '{stage}'{REACHABLE}", "sh", *sources, program]
         with Warm(list(map(str, python)), ENVIRONMENT | {"HF_DATASETS_CACHE": str(stage / "cache")}) as warm:

@@ -8,12 +8,14 @@ from fedcli.commands.output import print_hint, print_json
 def status(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Show how a client stands in the open round."""
     from fedcli.rounds.client import client_status
+    from fedcli.rounds.status import next_of_client
     from fedcli.workspace.layout import find_workspace
 
-    result = client_status(find_workspace(workspace), client)
+    found = find_workspace(workspace)
+    result = client_status(found, client)
     if json_output:
         print_json(client_document(result))
         return
     print(describe_client(result))
     if result.status == "due":
-        print_hint(f"next: fedcli client train --id {client}")
+        print_hint(f"next: {next_of_client(found, client)}")

@@ -57,4 +57,9 @@ def init(
     if manifest.cohort:
         print(f"cohort: {', '.join(map(str, manifest.cohort))}")
         where = "" if directory.absolute() == Path.cwd() else f" -w {directory}"
-        print_hint(f"next: fedcli client train --id {manifest.cohort[0]}{where}, or fedcli run{where} for all rounds")
+        if creation.has_rows:
+            print_hint(
+                f"next: fedcli client train --id {manifest.cohort[0]}{where}, or fedcli run{where} for all rounds"
+            )
+        else:
+            print_hint(f"next: each party: fedcli client join --id N --data SOURCE{where}")

@@ -29,6 +29,8 @@ def _print(result: "Status") -> None:
         print(f"cohort     {_names(result.cohort)}; {result.needed} must answer")
         print(f"answered   {_names(result.answered)}")
         print(f"missing    {_names(result.missing)}")
+    if result.joined:
+        print(f"joined     {_names(result.joined)}: parties that keep their rows")
     if result.last_losses:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
         print(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")

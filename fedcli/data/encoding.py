@@ -36,17 +36,17 @@ class Encoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: TemplateChoice = "alpaca") -> None:
         self._tokenizer = tokenizer
         self._template = find_template(template, tokenizer)
+        self._spellings = _spellings(tokenizer)
         # A chat template writes the start token itself, where the model wants one.
         self.start_ids = [] if self._template.parses_special else self._special_start()
-        end_id = self._special_end()
-        self.end_id = self._template.end_id if self._template.end_id is not None else end_id
+        self.end_id = self._template.end_id if self._template.end_id is not None else self._special_end()
         """The token that ends a response."""
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Return the ids that ask for the response to a prompt, as training sees them."""
         (encoded,) = self._encode([prompt])
         if isinstance(encoded, LeftOut):
-            raise ValueError(encoded.detail)
+            raise ConfigError(f"a prompt cannot be written: {encoded.detail}", hint="Mend or remove that row.")
         return [int(token) for token in encoded[0].ids]
 
     def rows(
@@ -110,7 +110,9 @@ class Encoder:
         while waiting := [builder for builder in builders if isinstance(builder, _Builder) and builder.segments]:
             joint = self._ids([builder.run_text + builder.segments[0].text for builder in waiting])
             apart = [builder for builder, ids in zip(waiting, joint, strict=True) if not builder.accept(ids)]
-            for builder, ids in zip(apart, self._ids([builder.segments[0].text for builder in apart]), strict=True):
+            for builder, ids in zip(
+                apart, self._ids_apart([builder.segments[0].text for builder in apart]), strict=True
+            ):
                 builder.start_run()
                 builder.accept(ids)
         return [builder if isinstance(builder, LeftOut) else builder.result(max_length) for builder in builders]
@@ -123,7 +125,29 @@ class Encoder:
             texts, add_special_tokens=False, split_special_tokens=not self._template.parses_special, verbose=False
         )
         ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        if self._template.parses_special:
+            return ids
+        return [row if self._spellings.keys().isdisjoint(row) else self._spelt(row) for row in ids]
+
+    def _spelt(self, ids: list[int]) -> list[int]:
+        """Replace special tokens by their characters: a Unigram model reads them out of plain text all the same."""
+        return [part for token in ids for part in self._spellings.get(token, [token])]
+
+    def _ids_apart(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of texts that stand behind other text, but are not to merge with it.
+
+        A tokenizer that marks the start of a text (sentencepiece) would take them for one; behind a guard it does not.
+        """
+        found: list[list[int] | None] = [None] * len(texts)
+        for guard in ("\n", ".", ""):
+            before = self._ids([guard])[0] if guard else []
+            waiting = [position for position, ids in enumerate(found) if ids is None]
+            for position, ids in zip(
+                waiting, self._ids([guard + texts[position] for position in waiting]), strict=True
+            ):
+                if ids[: len(before)] == before:
+                    found[position] = ids[len(before) :]
+        return [ids for ids in found if ids is not None]
 
     def _special_start(self) -> list[int]:
         """Return the special tokens that the tokenizer puts in front of a text: [bos], [cls] or none."""
@@ -174,6 +198,18 @@ def encode_source(
     return rows
 
 
+def _spellings(tokenizer: "PreTrainedTokenizerBase") -> dict[int, list[int]]:
+    """Return the ids of the characters of every special token, but for that of what is unknown."""
+    special = set(tokenizer.all_special_ids)
+    special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.discard(tokenizer.unk_token_id)
+    spellings = {}
+    for number in special:
+        ids: list[int] = tokenizer.convert_tokens_to_ids(list(str(tokenizer.convert_ids_to_tokens(number))))
+        spellings[number] = ids
+    return spellings
+
+
 class _Builder:
     """Token ids of one conversation while its pieces come in.
 
@@ -216,7 +252,9 @@ class _Builder:
         supervised = np.array(self._supervised[:max_length], np.bool_)
         if not supervised.any():
             return LeftOut(TOO_LONG)
-        return EncodedExample(np.array(self._ids[:max_length], np.int32), supervised), len(self._ids) > max_length
+        return EncodedExample(np.array(self._ids[:max_length], np.int32), supervised), any(
+            self._supervised[max_length:]
+        )
 
 
 def _joined(segments: list[Segment], last_only: bool) -> list[Segment]:

@@ -28,7 +28,7 @@ ALPACA_INPUT = ALPACA.model_copy(
         "user_with_input": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n",
     }
 )
-"""Stanford Alpaca's own form."""
+"""Stanford Alpaca's form, but for the space that a response begins with."""
 
 VICUNA = CustomTemplate(
     default_system="A chat between a curious user and an artificial intelligence assistant. "
@@ -105,7 +105,9 @@ class ChatTemplate:
     """The tokenizer's own chat template.
 
     Pieces are what each turn adds to the rendered text. The constant text before and after a response's content is
-    learnt from a probe; of what follows the content, the first special token ends the response.
+    learnt from a probe; of what follows the content, the first special token ends the response. A template that
+    rewrites earlier turns (drops their thoughts, say) cannot be followed: of such a conversation the last response
+    alone is learnt.
     """
 
     parses_special = True
@@ -126,63 +128,69 @@ class ChatTemplate:
                 f"data.template is chat, and the tokenizer's chat template cannot be followed: {error}",
                 hint="Use another template: this one does not write a response as it is given, behind its prompt.",
             ) from error
-        self._header = before
+        self._header = before.rstrip(" ")
+        self._lead = before[len(self._header) :]  # a space belongs to the token that follows it
         self._end = next((after[: match.end()] for match in self._special.finditer(after)), None)
-        self._rest = after[len(self._end or "") :]
-        self.end_id = None
+        self.end_id: int | None = None
         if self._end is not None:
             ids = tokenizer(self._end, add_special_tokens=False)["input_ids"]
             self.end_id = int(ids[-1])
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
-        """Return a conversation's pieces; raise ValueError where the template rewrites or refuses a turn."""
+        """Return a conversation's pieces; raise ValueError where the template refuses a turn."""
         if any(self._special.search(turn.text) for turn in turns):
             raise ValueError("a special token is spelt out in the text")
-        pieces = []
-        rendered = ""
-        for position, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            prompt = self._render(turns[:position], rendered)
-            added = self._added(turns[: position + 1])
-            content = next((text for text in (turn.content, turn.content.strip()) if self._is_written(added, text)), "")
-            if not content:
-                raise ValueError("the chat template does not write a response as it is given")
-            pieces.append(Segment(prompt[len(rendered) :] + self._header))
-            pieces.append(Segment(content + (self._end or ""), is_supervised=True, ends=self._end is None))
-            rest = added[len(self._header + content + (self._end or "")) :]
-            if rest:
-                pieces.append(Segment(rest))
-            rendered = prompt + added
-        if not turns or turns[-1].role != "assistant":
-            pieces.append(Segment(self._render(turns, rendered)[len(rendered) :] + self._header))
+        responses = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
+        last = [position for position in responses if position == len(turns) - 1]
+        pieces = self._followed(turns, responses)
+        if pieces is None:
+            pieces = self._followed(turns, last)
+        assert pieces is not None  # one response cannot be rewritten by a later one
         return pieces
 
-    def _is_written(self, added: str, content: str) -> bool:
-        return added.startswith(self._header + content + (self._end or ""))
+    def _followed(self, turns: Sequence[Turn], responses: Sequence[int]) -> list[Segment] | None:
+        """Return the pieces with the named responses learnt; None where the template rewrites one of them later."""
+        pieces = []
+        known, rest = "", ""
+        for position in responses:
+            prompt = self._render(turns[:position], asks=True)
+            if not prompt.startswith(known):
+                return None
+            added = self._added(turns[: position + 1])
+            response = self._written(added, turns[position].content)
+            pieces.append(Segment(rest + prompt[len(known) :] + self._header))
+            pieces.append(Segment(response, is_supervised=True, ends=self._end is None))
+            rest = added[len(self._header + response) :]
+            known = prompt + added
+        if not turns or turns[-1].role != "assistant":
+            prompt = self._render(turns, asks=True)
+            if not prompt.startswith(known):
+                return None
+            pieces.append(Segment(rest + prompt[len(known) :] + self._header))
+        elif rest:
+            pieces.append(Segment(rest))
+        return pieces
+
+    def _written(self, added: str, content: str) -> str:
+        """Return a response as the template writes it, with what ends it; it may strip white space."""
+        for text in (content, content.strip()):
+            response = self._lead + text + (self._end or "")
+            if text and added.startswith(self._header + response):
+                return response
+        raise ValueError("the chat template does not write a response as it is given")
 
     def _added(self, turns: Sequence[Turn]) -> str:
         """Return what a last, assistant, turn adds behind the prompt."""
-        prompt = self._render(turns[:-1], "")
-        whole = self._apply(turns, asks=False)
+        prompt, whole = self._render(turns[:-1], asks=True), self._render(turns, asks=False)
         if not whole.startswith(prompt):
             raise ValueError("the chat template writes a prompt differently once its response is there")
         return whole[len(prompt) :]
 
-    def _render(self, turns: Sequence[Turn], known: str) -> str:
-        """Return the text that asks for a response; it must go on from the text that is known already."""
-        text = self._apply(turns, asks=True)
-        if not text.startswith(known):
-            raise ValueError("the chat template rewrites earlier turns")
-        return text
-
-    def _apply(self, turns: Sequence[Turn], *, asks: bool) -> str:
-        from jinja2 import TemplateError
-
+    def _render(self, turns: Sequence[Turn], *, asks: bool) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of the model's publisher: it may raise anything
             raise ValueError(f"the chat template refuses it: {error}") from error
         return str(text)
 

@@ -41,10 +41,11 @@ def presets() -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Creation:
-    """The latest round, whether anything was made, and how a simulation's rows were split."""
+    """The latest round, whether anything was made, how a simulation's rows were split, and whether there are rows."""
 
     head: Round
     is_new: bool
+    has_rows: bool
     data: DataSummary | None = None
 
 
@@ -62,13 +63,13 @@ def create_workspace(
     config = parse_config(read_document(text, workspace.config), workspace.config)
     if _is_open(workspace):
         read_running_config(workspace)
-        return Creation(read_head(workspace), False)
+        return _standing(workspace)
     plan = plan_split(config, workspace.root, on_rows)
     start = prepare_start(config, workspace.root)  # all that can be wrong is found before anything is written
     make_folder(workspace.root)
     with hold(workspace.server_lock, "the server's work"):
         if _is_open(workspace):
-            return Creation(read_head(workspace), False)
+            return _standing(workspace)
         remove_temporaries(workspace.root)
         remove_temporaries(workspace.rounds)
         open_to_parties(workspace, multi_user=config.federation.multi_user)
@@ -81,7 +82,7 @@ def create_workspace(
         workspace_id = read_identity(workspace).id if workspace.identity.exists() else uuid.uuid4().hex
         publish_file(workspace.identity, Identity(id=workspace_id, fixed=config.fixed()).to_bytes())
         head = open_first_round(workspace, config, start)
-        return Creation(head, True, plan.summary if plan else None)
+        return Creation(head, True, _has_rows(workspace), plan.summary if plan else None)
 
 
 def open_round(workspace: Workspace) -> Round:
@@ -92,6 +93,15 @@ def open_round(workspace: Workspace) -> Round:
         if _is_open(workspace):
             return read_head(workspace)
         return open_first_round(workspace, config, prepare_start(config, workspace.root))
+
+
+def _standing(workspace: Workspace) -> Creation:
+    return Creation(read_head(workspace), False, _has_rows(workspace))
+
+
+def _has_rows(workspace: Workspace) -> bool:
+    """Return whether a simulated client has rows, or a party has joined."""
+    return any(workspace.data.glob("client-*.jsonl")) or any(workspace.clients.glob("*.json"))
 
 
 def _is_open(workspace: Workspace) -> bool:

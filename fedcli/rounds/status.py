@@ -7,6 +7,7 @@ from fedcli.rounds.settings import read_running_config
 from fedcli.workspace.history import missing_clients, read_head
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost
+from fedcli.workspace.registry import joined_clients
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Status:
     cohort: list[int]
     answered: list[int]
     missing: list[int]
+    joined: list[int]
+    """Parties whose rows stay where they are."""
     needed: int
     last_losses: dict[int, float | None]
     """By client, of the updates that went into the open round's adapter."""
@@ -58,19 +61,27 @@ def read_status(workspace: Workspace) -> Status:
         cohort=manifest.cohort,
         answered=answered,
         missing=missing,
+        joined=joined_clients(workspace, config.federation.clients),
         needed=needed,
         last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
         last_missing=last.missing if last else [],
         cost=manifest.cost,
         history=manifest.history,
-        next_command=_next_command(manifest.state, missing, len(answered) >= needed),
+        next_command=_next_command(workspace, manifest.state, missing, len(answered) >= needed),
     )
 
 
-def _next_command(state: str, missing: list[int], is_ready: bool) -> str:
+def _next_command(workspace: Workspace, state: str, missing: list[int], is_ready: bool) -> str:
     if state == "finished":
         return "fedcli verify"
     if is_ready:
         return "fedcli server aggregate"
-    return f"fedcli client train --id {missing[0]}"
+    return next_of_client(workspace, missing[0])
+
+
+def next_of_client(workspace: Workspace, client: int) -> str:
+    """Return what a client whose update is missing has to run: join, where it has no rows yet, or train."""
+    if workspace.registration(client).exists() or workspace.client_rows(client).exists():
+        return f"fedcli client train --id {client}"
+    return f"fedcli client join --id {client} --data SOURCE"
