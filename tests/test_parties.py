@@ -9,13 +9,14 @@ import stat
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ENVIRONMENT, SMALL, command, settings
 from test_kill import arm, fork, was_killed
-from warm import Warm
+from warm import Place, Warm, write_rows
 
 from fedcli.data.templates import ALPACA
 from fedcli.rounds.parties import prepare_join
@@ -29,51 +30,6 @@ ADAPTER = "adapter_model.safetensors"
 def warm() -> Iterator[Warm]:
     with Warm([sys.executable], ENVIRONMENT) as started:
         yield started
-
-
-class Place:
-    """A folder with a workspace `W` in it; commands run in the folder."""
-
-    def __init__(self, folder: Path, warm: Warm) -> None:
-        self.folder, self.warm = folder, warm
-        self.workspace = folder / "W"
-
-    def __call__(self, *arguments: object, code: int = 0, **options) -> subprocess.CompletedProcess[str]:
-        """Run a command, which must end with `code`."""
-        environment = {"FEDCLI_WORKSPACE": str(self.workspace), "XDG_DATA_HOME": str(self.folder / "xdg")}
-        options.setdefault("cwd", self.folder)
-        done = self.warm(*arguments, environment=environment | options.pop("environment", {}), **options)
-        assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
-        assert (code != 0) == ("fedcli: error: " in done.stderr or "Usage" in done.stderr), done.stderr
-        assert "Traceback" not in done.stderr
-        return done
-
-    def rows(self, name: str, count: int, word: str = "say", start: int = 0) -> Path:
-        """Write rows that are told apart by their numbers."""
-        texts = [{"instruction": f"{word} {n}", "output": f"{n} is {word}"} for n in range(start, start + count)]
-        return write_rows(self.folder / name, texts)
-
-    def join(self, client: int, data: object, *more: object, code: int = 0, **options):
-        home = [] if "--home" in more or options.pop("at_default", False) else ["--home", f"H{client}"]
-        return self("client", "join", "--id", client, "--data", data, *home, *more, code=code, **options)
-
-    def train(self, client: int, *more: object, code: int = 0, **options):
-        return self("client", "train", "--id", client, *(more or ["--home", f"H{client}"]), code=code, **options)
-
-    def registration(self, client: int) -> dict:
-        return json.loads((self.workspace / f"clients/{client}.json").read_bytes())
-
-    def identity(self) -> str:
-        return json.loads((self.workspace / "workspace.json").read_bytes())["id"]
-
-    def names(self) -> set[str]:
-        """Return all names in the workspace."""
-        return {str(path.relative_to(self.workspace)) for path in self.workspace.rglob("*")}
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +69,7 @@ def answer(place: Place, typed: bytes, *more: object) -> tuple[int, str]:
             if typed and screen.rstrip().endswith(b"[y/N]:"):
                 assert b'"num_rows": 6' in screen  # the card comes first
                 assert not (place.folder / "H0").exists()
+                time.sleep(0.3)  # until it reads: Python loses a Ctrl-C that comes just before
                 os.write(terminal, typed)
                 typed = b""
     except OSError:  # the other end is closed
@@ -138,11 +95,12 @@ def test_on_a_terminal_yes_joins(place: Place) -> None:
     assert place.registration(0)["data"] == {"num_rows": 6}
 
 
-def test_leaving_the_question_writes_nothing_and_is_no_closed_pipe(place: Place) -> None:
+@pytest.mark.parametrize(("typed", "codes"), [(b"\x03", [130]), (b"\x04", [0, 130])], ids=["Ctrl-C", "Ctrl-D"])
+def test_leaving_the_question_writes_nothing(place: Place, typed: bytes, codes: list[int]) -> None:
     before = place.names()
-    code, screen = answer(place, b"\x04")
+    code, screen = answer(place, typed)
     assert (place.names(), (place.folder / "H0").exists()) == (before, False)
-    assert code not in (1, 141), screen  # 1: a bug; 141: nobody reads what is printed
+    assert code in codes, screen
 
 
 @pytest.mark.parametrize("option", ["--yes", "--json"])
@@ -449,7 +407,7 @@ def test_dpo_parties_bring_hh_rlhf_rows(warm: Warm, tmp_path: Path) -> None:
 
 def test_a_party_may_have_its_own_copy_of_the_base_model_and_no_other_model(warm: Warm, tmp_path: Path) -> None:
     place = Place(tmp_path, warm)
-    server_copy, own, other = (Path(shutil.copytree(BUILTIN, tmp_path / name)) for name in ("server", "own", "other"))
+    server_copy, _, other = (Path(shutil.copytree(BUILTIN, tmp_path / name)) for name in ("server", "own", "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     place("init", "W", *settings(*SMALL, "data.source=null", f"model.base={server_copy}"))
     shutil.rmtree(server_copy)  # what fedcli.yaml names is not on the parties' machines

@@ -33,7 +33,7 @@ cd tests
 shift 5
 exec "$program" "$@"
 """
-"""Runs Python where every user can reach it (a home of root's, say, is closed); mounts and names end with the process."""
+"""Runs Python where every user can reach it (a home of root's is closed); mounts and names end with the process."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def test_private_state_is_closed_to_others_whatever_the_umask(finished: World) -
         assert (inbox.stat().st_mode & 0o777, inbox.stat().st_uid, inbox.stat().st_gid) == (0o750, party.user, SERVER)
 
 
-READS: dict[str, Callable[[World, Party], list[str]]] = {
+DEEDS: dict[str, Callable[[World, Party], list[str]]] = {
     "list its home": lambda world, other: ["ls", str(other.found_home(world.workspace))],
     "read its record": lambda world, other: ["cat", f"{other.found_home(world.workspace)}/party.json"],
     "list its inbox": lambda world, other: ["ls", f"{world.workspace}/inbox/{other.client}"],
@@ -336,11 +336,11 @@ READS: dict[str, Callable[[World, Party], list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("deed", READS)
+@pytest.mark.parametrize("deed", DEEDS)
 def test_no_party_can(finished: World, deed: str) -> None:
     thief, victim = finished.parties[0], finished.parties[1]
     before = sorted(everything_in(finished.workspace))
-    command = READS[deed](finished, victim)
+    command = DEEDS[deed](finished, victim)
     done = subprocess.run(
         command, user=thief.user, group=thief.user, extra_groups=[], cwd="/", capture_output=True, text=True
     )
@@ -348,3 +348,103 @@ def test_no_party_can(finished: World, deed: str) -> None:
     assert done.stdout == ""
     assert "Permission denied" in done.stderr or "Operation not permitted" in done.stderr
     assert sorted(everything_in(finished.workspace)) == before
+
+
+def drop(world: World, thief: Party, client: int, workspace: Path) -> None:
+    """Let a party's user drop a valid update in a client's inbox, with a program of its own; it may fail."""
+    home = thief.folder / f"{workspace.name}-{client}"
+    code = "import os; os.umask(0o022); from scaffold_client import take_part; "
+    world.run(thief, "-c", f"{code}take_part({str(workspace)!r}, {client}, {str(home)!r}, 0.0)", workspace=workspace)
+
+
+def closing(world: World, workspace: Path, *more: object) -> dict:
+    """Merge the open round 0; return how."""
+    done = world.server("server", "aggregate", *more, workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    return json.loads((workspace / "rounds/00001/manifest.json").read_bytes())["aggregation"]
+
+
+def test_an_update_in_an_inbox_that_is_not_the_registered_users_is_refused(world: World) -> None:
+    workspace = world.copy("owner", "fresh")
+    thief, victim = world.parties[1], world.parties[2]
+    assert world.join(thief, workspace).returncode == 0
+    registration = json.loads((workspace / "clients/1.json").read_bytes()) | {"client": 2}
+    code = f"open({str(workspace / 'clients/2.json')!r}, 'w').write({json.dumps(registration)!r})"
+    assert world.run(victim, "-c", code).returncode == 0
+    for client in (1, 2):
+        drop(world, thief, client, workspace)
+    aggregation = closing(world, workspace, "--partial")
+    assert [entry["client"] for entry in aggregation["counted"]] == [1]
+    assert [(entry["client"], entry["code"]) for entry in aggregation["refused"]] == [(2, "owner")]
+
+
+def test_an_id_whose_inbox_another_user_has_made_cannot_be_joined(world: World) -> None:
+    workspace = world.copy("squatted", "fresh")
+    thief, victim = world.parties[1], world.parties[2]
+    drop(world, thief, 2, workspace)
+    done = world.join(victim, workspace)
+    assert done.returncode == 4
+    assert f"client 2 belongs to another user: {workspace}/inbox/2 is not yours" in done.stderr
+    assert not (workspace / "clients/2.json").exists()
+
+
+def test_an_update_of_an_id_that_nobody_has_joined_as_is_not_counted(world: World) -> None:
+    workspace = world.copy("unregistered", "fresh")
+    party = world.parties[1]
+    assert world.join(party, workspace).returncode == 0
+    for client in (0, 1, 2):
+        drop(world, party, client, workspace)
+    assert [entry["client"] for entry in closing(world, workspace, "--partial")["counted"]] == [1]
+
+
+def test_a_link_in_the_place_of_an_inbox_does_not_lead_an_update_astray(world: World) -> None:
+    workspace = world.copy("linked", "fresh")
+    thief, victim = world.parties[1], world.parties[2]
+    public = victim.folder / "public"
+    public.mkdir()
+    os.chown(public, victim.user, victim.user)
+    code = f"import os; os.symlink({str(public)!r}, {str(workspace / 'inbox/2')!r})"
+    assert world.run(thief, "-c", code).returncode == 0
+    done = world.join(victim, workspace)
+    world.train(victim, workspace)
+    assert list(public.iterdir()) == []
+    assert done.returncode == 4
+
+
+def test_another_home_does_not_take_over_an_id(world: World) -> None:
+    workspace = world.copy("taken", "fresh")
+    thief, victim = world.parties[1], world.parties[2]
+    assert world.join(victim, workspace).returncode == 0
+    arguments = ["client", "join", "--id", 2, "--data", thief.rows, "--format", thief.format]
+    done = world.run(thief, *arguments, "--home", thief.folder / "second", workspace=workspace)
+    assert (done.returncode, "client 2 has joined already" in done.stderr) == (4, True)
+    assert (workspace / "clients/2.json").stat().st_uid == victim.user
+
+
+def test_the_operator_can_set_a_partys_update_aside(world: World) -> None:
+    workspace = world.copy("aside", "fresh")
+    party = world.parties[1]
+    assert world.join(party, workspace).returncode == 0
+    assert world.train(party, workspace).returncode == 0
+    done = world.server("server", "discard", "--id", 1, workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(world.server("status", "--json", workspace=workspace).stdout)["answered"] == []
+    assert world.train(party, workspace).returncode == 0
+    assert json.loads(world.server("status", "--json", workspace=workspace).stdout)["answered"] == [1]
+
+
+def test_no_party_can_keep_the_server_from_its_lock(world: World) -> None:
+    workspace = world.copy("locked", "fresh")
+    thief = world.parties[1]
+    assert world.join(thief, workspace).returncode == 0
+    assert world.train(thief, workspace).returncode == 0
+    holding = f"exec 9< {workspace}/server.lock && flock -n 9 && echo held && exec sleep 60"
+    with subprocess.Popen(
+        ["sh", "-c", holding], user=thief.user, group=thief.user, extra_groups=[], cwd="/", stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()  # empty where it may not even open the file
+        try:
+            assert [entry["client"] for entry in closing(world, workspace, "--partial")["counted"]] == [1]
+        finally:
+            holder.kill()

@@ -47,7 +47,7 @@ class Warm:
         umask: int = 0o022,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run `fedcli` with these arguments, or Python's `-c CODE`; `user` is user and group id, without other groups."""
+        """Run `fedcli` with these arguments, or Python's `-c CODE`; `user` is user and group id, without others."""
         request = {
             "arguments": list(map(str, arguments)),
             "cwd": str(cwd),
@@ -62,6 +62,51 @@ class Warm:
         self._process.stdin.flush()
         code, out, err = json.loads(self._process.stdout.readline())
         return subprocess.CompletedProcess(request["arguments"], code, out, err)
+
+
+class Place:
+    """A folder with a workspace `W` in it; commands run in the folder."""
+
+    def __init__(self, folder: Path, warm: Warm) -> None:
+        self.folder, self.warm = folder, warm
+        self.workspace = folder / "W"
+
+    def __call__(self, *arguments: object, code: int = 0, **options) -> subprocess.CompletedProcess[str]:
+        """Run a command, which must end with `code`."""
+        environment = {"FEDCLI_WORKSPACE": str(self.workspace), "XDG_DATA_HOME": str(self.folder / "xdg")}
+        options.setdefault("cwd", self.folder)
+        done = self.warm(*arguments, environment=environment | options.pop("environment", {}), **options)
+        assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
+        assert (code != 0) == ("fedcli: error: " in done.stderr or "Usage" in done.stderr), done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def rows(self, name: str, count: int, word: str = "say", start: int = 0) -> Path:
+        """Write rows that are told apart by their numbers."""
+        texts = [{"instruction": f"{word} {n}", "output": f"{n} is {word}"} for n in range(start, start + count)]
+        return write_rows(self.folder / name, texts)
+
+    def join(self, client: int, data: object, *more: object, code: int = 0, **options):
+        home = [] if "--home" in more or options.pop("at_default", False) else ["--home", f"H{client}"]
+        return self("client", "join", "--id", client, "--data", data, *home, *more, code=code, **options)
+
+    def train(self, client: int, *more: object, code: int = 0, **options):
+        return self("client", "train", "--id", client, *(more or ["--home", f"H{client}"]), code=code, **options)
+
+    def registration(self, client: int) -> dict:
+        return json.loads((self.workspace / f"clients/{client}.json").read_bytes())
+
+    def identity(self) -> str:
+        return json.loads((self.workspace / "workspace.json").read_bytes())["id"]
+
+    def names(self) -> set[str]:
+        """Return all names in the workspace."""
+        return {str(path.relative_to(self.workspace)) for path in self.workspace.rglob("*")}
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def _import_all() -> None:

@@ -19,7 +19,7 @@ class Turn:
     @property
     def text(self) -> str:
         """The content, and the input after a space, as OpenFedLLM's code joins them."""
-        return f"{self.content} {self.input}" if self.input else self.content
+        return f"{self.content} {self.input}" if self.content and self.input else self.content or self.input
 
 
 Prompt: TypeAlias = tuple[Turn, ...]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
@@ -205,8 +205,8 @@ def _spellings(tokenizer: "PreTrainedTokenizerBase") -> dict[int, list[int]]:
     special.discard(tokenizer.unk_token_id)
     spellings = {}
     for number in special:
-        ids: list[int] = tokenizer.convert_tokens_to_ids(list(str(tokenizer.convert_ids_to_tokens(number))))
-        spellings[number] = ids
+        characters = list(str(tokenizer.convert_ids_to_tokens(number)))
+        spellings[number] = list(cast("list[int]", tokenizer.convert_tokens_to_ids(characters)))
     return spellings
 
 

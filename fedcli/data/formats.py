@@ -61,6 +61,8 @@ class RowReader:
 
     def __post_init__(self) -> None:
         self._context = Context(self.seed)
+        self.notes: Counter[str] = Counter()
+        """Decisions that formats had to take on rows that are used."""
         self._read = (
             _columns_reader(self.format.columns) if isinstance(self.format, ColumnsFormat) else READERS[self.format]
         )
@@ -76,29 +78,32 @@ class RowReader:
         if self.num_usable == 0:
             raise ConfigError(
                 f"{where}: none of {self.num_rows} rows is usable as {format_name(self.format)} "
-                f"({describe_counts(self.left_out)}); first, {next(iter(self.first_cases.values()))}",
+                f"({describe_counts(self.left_out)}); first, {next(iter(self.first_cases.values()), 'none')}",
                 hint="Set data.format (or --format) to what the rows are; docs/DATA.md lists the formats.",
             )
-
-    @property
-    def notes(self) -> Counter[str]:
-        """Decisions that formats had to take on rows that are used."""
-        return self._context.notes
 
     def read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Item]]:
         """Yield every usable row and what it teaches."""
         for row in rows:
             self.num_rows += 1
+            self._context.notes.clear()
             try:
-                yield row, self._checked(self._read(row.fields, self._context))
+                item = self._checked(self._read(row.fields, self._context))
             except LeftOut as left_out:
                 self.left_out[left_out.reason] += 1
                 self.first_cases.setdefault(left_out.reason, f"{row.where}: {left_out.detail}")
+                continue
+            self.notes += self._context.notes
+            yield row, item
 
     def _checked(self, item: Item) -> Item:
-        responses = [item.response] if isinstance(item, Example) else [item.chosen, item.rejected]
-        if not all(response.strip() for response in responses):
+        learnt = [item.chosen, item.rejected] if isinstance(item, Preference) else []
+        if isinstance(item, Example):
+            learnt = [turn.content for turn in item.turns if turn.role == "assistant"]
+        if not all(response.strip() for response in learnt):
             raise LeftOut(EMPTY)
+        if not item.prompt or item.prompt[-1].role != "user":
+            raise LeftOut(MALFORMED, "the prompt does not end with the user's turn")
         if isinstance(item, Preference) and item.chosen == item.rejected:
             raise LeftOut(EQUAL)
         if self._seen is not None and isinstance(item, Example):
@@ -146,8 +151,15 @@ def _preference(fields: Fields, _: Context) -> Preference:
 
 
 def _binarized(fields: Fields, _: Context) -> Preference:
-    """UltraFeedback, binarised: chosen and rejected are dialogues (lists of messages) with one prompt."""
-    return _last_turns(*(_turns(fields.get(column), column) for column in ("chosen", "rejected")))
+    """UltraFeedback, binarised: chosen and rejected are dialogues (lists of messages) with one prompt.
+
+    Or they are the answers alone, and the prompt stands in its own column, as trl has it.
+    """
+    chosen, rejected = (_turns(fields.get(column), column) for column in ("chosen", "rejected"))
+    if chosen[0].role == rejected[0].role == "assistant":
+        prompt = _prompt(fields)
+        chosen, rejected = (*prompt, *chosen), (*prompt, *rejected)
+    return _last_turns(chosen, rejected)
 
 
 def _ultrafeedback(fields: Fields, context: Context) -> Preference:
@@ -161,9 +173,9 @@ def _ultrafeedback(fields: Fields, context: Context) -> Preference:
     if not isinstance(completions, list) or not all(isinstance(entry, Mapping) for entry in completions):
         raise LeftOut(MALFORMED, "column 'completions' is not a list of completions")
     scored = [
-        (float(score), entry["response"])
+        (float(score), str(entry["response"]))
         for entry in completions
-        if _is_finite(score := entry.get("overall_score")) and isinstance(entry.get("response"), str)
+        if _is_finite(score := entry.get("overall_score")) and str(entry.get("response") or "").strip()
     ]
     if len(scored) < 2:
         raise LeftOut(UNSCORED)
@@ -211,8 +223,6 @@ def _last_turns(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> Prefere
     prompt = chosen[:-1]
     if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
         raise LeftOut(MALFORMED, "a dialogue does not end with the assistant's turn")
-    if not prompt or prompt[-1].role != "user":
-        raise LeftOut(MALFORMED, "the prompt does not end with the user's turn")
     return Preference(prompt, chosen[-1].content, rejected[-1].content)
 
 
@@ -248,7 +258,9 @@ def _columns_reader(columns: Columns) -> Reader:
         if columns.response is None:
             prompt, chosen, rejected = (_plain(fields, str(name)) for name in columns.pair)
             return Preference((Turn("user", prompt),), chosen, rejected)
-        extra = _plain(fields, columns.input) if columns.input is not None else ""
+        extra = ""
+        if columns.input is not None and fields.get(columns.input) is not None:
+            extra = _plain(fields, columns.input)
         return instruct(_plain(fields, str(columns.instruction)), _plain(fields, columns.response), extra)
 
     return read
@@ -264,7 +276,7 @@ def _text(fields: Fields, column: str) -> str:
 def _plain(fields: Fields, column: str) -> str:
     """Return a column as text; numbers (labels, scores) as they are written."""
     value = fields.get(column)
-    return str(value) if isinstance(value, int | float) else _text(fields, column)
+    return str(value) if isinstance(value, bool) or _is_finite(value) else _text(fields, column)
 
 
 def _found(fields: Fields) -> str:
@@ -298,4 +310,7 @@ def _example(turns: tuple[Turn, ...]) -> Example:
 
 
 def _is_finite(score: object) -> bool:
-    return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+    try:
+        return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+    except OverflowError:
+        return False

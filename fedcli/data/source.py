@@ -1,13 +1,16 @@
 """Where rows come from: local files and folders, read as a stream, and data sets of the hub.
 
-JSON is read with the standard library and the other kinds with `datasets`, whose JSON reader makes dates out of texts
-that look like one, ends at a column that appears late, and names no line of a broken file (version 5.2).
+Local files are read with the standard library and pyarrow, and data sets of the hub with `datasets` (5.2), whose
+readers of local files make dates out of texts that look like one, stop at a column that appears late, shift the columns
+of a CSV with a cell too many, take a path for a pattern, and name no line of a broken file.
 """
 
+import csv
 import gzip
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
-from fedcli.errors import ConfigError, FedError, RequirementError
+from fedcli.errors import ConfigError, RequirementError
 
 KINDS = {
     ".jsonl": "json",
@@ -27,9 +30,12 @@ KINDS = {
     ".arrow": "arrow",
 }
 """By the suffix of a file, a further .gz aside."""
-_NO_ROWS = {"dataset_info.json", "state.json", "dataset_dict.json"}
-"""What `datasets` writes beside the rows in a folder."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+_SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+"""Words in the names of files that tell which split they hold."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_LONGEST_CELL = 2**31 - 1
+_CHUNK = 1000
+"""Rows of a parquet file that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,11 @@ def find_source(name: str, root: Path, *, subset: str | None = None, split: str 
     path = root / Path(name).expanduser()
     if path.exists():
         return Source(path, subset, split or "train")
-    if _HUB_ID.fullmatch(name) and _suffix(path) not in KINDS and not name.startswith("."):
+    if _HUB_ID.fullmatch(name) and _suffix(path) not in KINDS:
         return Source(name, subset, split or "train")
     raise ConfigError(
         f"cannot read the rows in {path}: no such file or folder",
-        hint="Check data.source in fedcli.yaml (or --data), or put the file there.",
+        hint="Check data.source in fedcli.yaml (or --data), or put the file there; on the hub a name is OWNER/NAME.",
     )
 
 
@@ -88,19 +94,41 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _folder_or_file(path: Path, split: str) -> Iterator[Row]:
-    if not path.is_dir():
-        yield from _file_rows(path)
-        return
-    files = sorted(file for file in path.iterdir() if _suffix(file) in KINDS and file.name not in _NO_ROWS)
-    if not files and (path / split).is_dir():  # a folder of splits, as `datasets` saves it
-        yield from _folder_or_file(path / split, split)
-        return
-    for file in files:
+    for file in _files(path, split) if path.is_dir() else [path]:
         yield from _file_rows(file)
 
 
+def _files(folder: Path, split: str) -> list[Path]:
+    """Return a folder's files of a split, in the order of their names; all files, where names tell no split."""
+    if (folder / "state.json").is_file():  # as `datasets` saves it; other files beside these are its cache
+        return [folder / entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if _suffix(file) in KINDS
+        and file.is_file()
+        and not file.name.startswith((".", "dataset_info.", "dataset_dict."))
+    )
+    splits = {file: _SPLITS & set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
+    if any(splits.values()):
+        files = [file for file in files if split in splits[file]]
+    for inner in (folder / split, folder / "data"):
+        if not files and inner.is_dir():
+            return _files(inner, split)
+    if not files:
+        raise ConfigError(
+            f"{folder} holds no files of rows for the split {split}",
+            hint=f"Files of rows end in {', '.join(KINDS)} (or .gz behind it); data.split names another split.",
+        )
+    return files
+
+
 def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    return (path.with_suffix("") if _is_packed(path) else path).suffix.lower()
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
@@ -112,13 +140,15 @@ def _file_rows(path: Path) -> Iterator[Row]:
     try:
         if kind == "json":
             yield from _json_rows(path)
+        elif kind == "csv":
+            yield from _csv_rows(path)
         else:
             with _unpacked(path) as plain:
-                yield from _datasets_rows(path, plain, kind)
+                yield from _arrow_rows(path, plain, kind)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}", hint="Convert it to UTF-8.") from error
-    except EOFError as error:
-        raise ConfigError(f"{path} ends too early: {error}", hint="Fetch the file again.") from error
+    except (EOFError, zlib.error) as error:
+        raise ConfigError(f"{path} is damaged: {error}", hint="Fetch the file again.") from error
     except OSError as error:
         raise ConfigError(
             f"cannot read the rows in {path}: {error.strerror or error}",
@@ -136,11 +166,11 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield from _array(file, path) if start == "[" else _lines(file, path)
 
 
-def _opened(path: Path) -> TextIO:
+def _opened(path: Path, newline: str = "\n") -> TextIO:
     # newline="\n": only this ends a line; U+2028 and its like may stand inside a JSON string
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
-    return path.open(encoding="utf-8-sig", newline="\n")
+    if _is_packed(path):
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)
 
 
 def _lines(file: Iterable[str], path: Path) -> Iterator[Row]:
@@ -178,7 +208,7 @@ def _parse(text: str, where: str) -> object:
 @contextmanager
 def _unpacked(path: Path) -> Iterator[Path]:
     """Yield a file's own path, or for a .gz that of its contents in a temporary folder."""
-    if path.suffix != ".gz":
+    if not _is_packed(path):
         yield path
         return
     with TemporaryDirectory() as scratch:
@@ -188,57 +218,71 @@ def _unpacked(path: Path) -> Iterator[Path]:
         yield plain
 
 
-def _datasets_rows(path: Path, plain: Path, kind: str) -> Iterator[Row]:
-    """Read a file of another kind with `datasets`, without its cache: no copy of private rows is made."""
-    from pyarrow import ArrowException
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """Read a file with a header line; every cell is its text."""
+    csv.field_size_limit(_LONGEST_CELL)
+    with _opened(path, newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
+        try:
+            names = next(filter(None, reader), [])  # blank lines may come before the header
+            if len(set(names)) < len(names):
+                raise ConfigError(
+                    f"{path}: its first line does not name the columns, each once", hint="Put a header line in front."
+                )
+            for number, cells in enumerate(filter(None, reader), 1):  # blank lines are no rows
+                if len(cells) != len(names):
+                    raise ConfigError(
+                        f"{path}, line {reader.line_num} has {len(cells)} cells, the header {len(names)}",
+                        hint="Quote cells that hold the separator.",
+                    )
+                yield Row(dict(zip(names, cells, strict=True)), f"{path}, row {number}")
+        except csv.Error as error:
+            raise ConfigError(f"{path}, line {reader.line_num}: {error}", hint="Mend that line.") from error
 
-    datasets = _import_datasets()
-    options: dict[str, Any] = {}
-    if kind == "csv":  # every cell is its text: "NA" is no gap, and "007" no number
-        separator = "\t" if _suffix(path) == ".tsv" else ","
-        options = {"sep": separator, "keep_default_na": False, "features": _csv_features(datasets, plain, separator)}
+
+def _arrow_rows(path: Path, plain: Path, kind: str) -> Iterator[Row]:
+    """Read a parquet file, or an arrow file of either form, batch by batch."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
     try:
-        rows = datasets.load_dataset(kind, data_files=[str(plain)], split="train", streaming=True, **options)
-        for number, fields in enumerate(rows, 1):
-            yield Row(fields, f"{path}, row {number}")
-    except (ValueError, TypeError, KeyError, ArrowException, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        problem = " ".join(str(error.__cause__ or error).split())
+        with pyarrow.memory_map(str(plain)) as file:
+            if kind == "parquet":
+                # without threads: with them the interpreter sometimes aborts at its end
+                batches = parquet.ParquetFile(file).iter_batches(_CHUNK, use_threads=False)
+            else:
+                batches = _arrow_batches(ipc, file)
+            number = 0
+            for batch in batches:
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(fields, f"{path}, row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        problem = " ".join(str(error).split())
         raise ConfigError(f"{path} is no {kind} file that can be read: {problem}", hint="Mend the file.") from error
 
 
-def _csv_features(datasets: Any, path: Path, separator: str) -> Any:
-    import csv
-
-    with path.open(encoding="utf-8", newline="") as file:
-        names = next(csv.reader(file, delimiter=separator), [])
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(
-            f"{path}: its first line does not name the columns, each once", hint="Put a header line in front."
-        )
-    return datasets.Features({name: datasets.Value("string") for name in names})
+def _arrow_batches(ipc: Any, file: Any) -> Iterator[Any]:
+    if file.read(6) == b"ARROW1":  # the form with a footer; the other is a stream
+        reader = ipc.open_file(file)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        file.seek(0)
+        yield from ipc.open_stream(file)
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:
     """Read a data set of the hub, fetched once into the hub's cache and mapped into memory from there."""
-    datasets = _import_datasets()
-    try:
-        rows = datasets.load_dataset(source.location, source.subset, split=source.split)
-    except FedError:
-        raise
-    except Exception as error:  # a dozen kinds, of datasets, huggingface_hub and its HTTP library
-        raise RequirementError(
-            f"cannot load the data set {source.location!r} (split {source.split}): {' '.join(str(error).split())}",
-            hint="Check its name, data.subset and data.split, the network and the hub's cache (HF_HOME); "
-            "or set data.source to a local file.",
-        ) from error
-    for number, fields in enumerate(rows, 1):
-        yield Row(fields, f"{source.location}, row {number}")
-
-
-def _import_datasets() -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    return datasets
+    try:
+        rows = datasets.load_dataset(source.location, source.subset, split=source.split)
+    except Exception as error:  # a dozen kinds, of datasets, huggingface_hub and its HTTP library
+        raise RequirementError(
+            f"cannot load the data set {source.location!r} (split {source.split}): {' '.join(str(error).split())}",
+            hint="There is no such file or folder here. For a data set of the hub check its name, data.subset, "
+            "data.split, the network and the hub's cache (HF_HOME).",
+        ) from error
+    for number, fields in enumerate(rows, 1):
+        yield Row(fields, f"{source.location}, row {number}")
