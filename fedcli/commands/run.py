@@ -45,7 +45,7 @@ def run(
     if json_output:
         print_json(result)
         return
-    print(f"merged {result.num_merged} rounds; round {result.round} is {result.state}")
+    print(f"merged {result.num_merged} round{'s' * (result.num_merged != 1)}; round {result.round} is {result.state}")
     print(f"adapter: {found.adapter(result.round)}")
     print_hint("next: fedcli status, fedcli verify")
 

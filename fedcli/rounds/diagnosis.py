@@ -15,7 +15,21 @@ from fedcli.rounds.settings import read_config
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.probe import probe_file_system
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "filelock")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "numpy",
+    "filelock",
+    "datasets",
+    "pyarrow",
+    "scikit-learn",
+    "matplotlib",
+    "jinja2",
+)
 OLDEST_PYTHON = (3, 11)
 HUB_TIMEOUT = 5.0
 """Seconds."""

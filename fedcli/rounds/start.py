@@ -84,9 +84,10 @@ def _read_adapter(folder: Path, schema: dict[str, TensorEntry], peft_config: dic
         found = json.loads((folder / ADAPTER_CONFIG_FILE).read_bytes())
         contents = (folder / ADAPTER_FILE).read_bytes()
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"adapter.init: no adapter in {folder}: {error}", hint="Name a folder in PEFT's layout."
-        ) from error
+        inner = folder / Path(ADAPTER_NAME).parent
+        hint = f"Name {inner}." if inner.is_dir() else "Name a folder in PEFT's layout, as rounds/00015/adapter."
+        problem = (error.strerror or error) if isinstance(error, OSError) else f"not JSON: {error}"
+        raise ConfigError(f"adapter.init: no adapter in {folder}: {problem}", hint=hint) from error
     if odd := [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if found.get(key)]:
         raise ConfigError(f"adapter.init: {folder} uses {odd[0]}", hint="Start from an adapter of plain LoRA.")
     for key in ("r", "lora_alpha"):
