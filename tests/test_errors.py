@@ -316,23 +316,6 @@ def test_a_target_module_that_is_not_there_is_named_and_may_be_corrected(
     assert run("init", home, *settings(*ONE, "adapter.target_modules=[q_proj]"))[0] == 0
 
 
-def test_a_closed_or_full_stdout_is_no_bug(small: Path) -> None:
-    for target, code in (("| head -c 0", 141), ("> /dev/full", 4)):
-        line = f"set -o pipefail; {' '.join(command('status', '-w', small))} {target}"
-        done = subprocess.run(["bash", "-c", line], env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == code
-        assert "Traceback" not in done.stderr
-        assert "bug" not in done.stderr
-
-
-def test_an_inbox_that_a_umask_would_hide_is_readable_by_its_group(small: Path) -> None:
-    done = fedcli("client", "train", "--id", 1, cwd=small, umask=0o077)
-    assert done.returncode == 0, done.stderr
-    update = "inbox/1/round-00000"
-    paths = ("inbox/1", update, f"{update}/update.json", f"{update}/adapter_model.safetensors", "private/1")
-    assert [(small / path).stat().st_mode & 0o777 for path in paths] == [0o750, 0o755, 0o644, 0o644, 0o700]
-
-
 def test_another_base_model_under_the_same_name_is_refused(
     refused: Callable[..., None], run: Run, base: Path, tmp_path: Path
 ) -> None:

@@ -292,3 +292,20 @@ def test_progress_goes_to_a_terminal_only(small: Path) -> None:
     assert out.startswith("merged 1 rounds; round 1 is open")
     for word in (b"round 0/2 client 2", b"loss ", b"tokens/s", b"ETA", b"mean loss"):
         assert word in shown
+
+
+def test_a_closed_or_full_stdout_is_no_bug(small: Path) -> None:
+    for target, code in (("| head -c 0", 141), ("> /dev/full", 4)):
+        line = f"set -o pipefail; {' '.join(command('status', '-w', small))} {target}"
+        done = subprocess.run(["bash", "-c", line], env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+        assert "bug" not in done.stderr
+
+
+def test_an_inbox_that_a_umask_would_hide_is_readable_by_its_group(small: Path) -> None:
+    done = fedcli("client", "train", "--id", 1, cwd=small, umask=0o077)
+    assert done.returncode == 0, done.stderr
+    update = "inbox/1/round-00000"
+    paths = ("inbox/1", update, f"{update}/update.json", f"{update}/adapter_model.safetensors", "private/1")
+    assert [(small / path).stat().st_mode & 0o777 for path in paths] == [0o750, 0o755, 0o644, 0o644, 0o700]

@@ -417,7 +417,12 @@ def test_a_party_may_have_its_own_copy_of_the_base_model_and_no_other_model(warm
     place.train(0)
     update = json.loads((place.workspace / "inbox/0/round-00000/update.json").read_bytes())
     assert update["num_samples"] == 6
-    place.join(1, rows, "--share", "minimal", "--base", "other")
-    error = place.train(1, code=3).stderr
-    assert f"{other} is not the base model of this federation (server): its fingerprint differs" in error
+    for share in ("minimal", "full"):
+        error = place.join(1, rows, "--share", share, "--base", "other", code=3).stderr
+        assert f"{other} is not the base model of this federation (server): its fingerprint differs" in error
+    assert not (place.workspace / "clients/1.json").exists()
+    place.join(1, rows, "--base", "own")
+    party = place.folder / "H1/party.json"
+    party.write_text(party.read_text().replace(str(tmp_path / "own"), str(other)))
+    assert "fingerprint differs" in place.train(1, code=3).stderr
     assert not (place.workspace / "inbox/1/round-00000").exists()

@@ -139,6 +139,92 @@ def test_quantisations_train_differently(federations: tuple[Path, dict[str, Any]
     assert 1e-5 < abs(first["int8-fedavg"] - first["nf4-fedavg"]) < 0.2
 
 
+# An evaluation pass before a training
+
+EVAL_SCRIPT = """
+import contextlib, io, json, shutil, sys
+from pathlib import Path
+import bitsandbytes.nn.modules
+import torch
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: True  # as on a CPU where an evaluation pass would repack the weights
+from fedcli.cli import main
+from fedcli.model.base import find_base
+from fedcli.model.lora import AdaptedModel, lora_config
+
+def run(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main([*map(str, arguments), "--json"])
+    assert code == 0, out.getvalue()
+
+def gradients():
+    adapted.model.train()
+    adapted.model(ids, labels=ids).loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in adapted.parameters.items()}
+    adapted.model.zero_grad()
+    return found
+
+config = lora_config(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "v_proj"], base=None)
+base = find_base("builtin:tiny", revision=None, root=Path.cwd())
+adapted = AdaptedModel(base, config, trust_remote_code=False, quantization="nf4")
+generator = torch.Generator().manual_seed(0)
+adapted.load({  # with a B of zeros the gradient of A would be zero
+    name: torch.normal(0, 0.1, parameter.shape, generator=generator).numpy()
+    for name, parameter in adapted.parameters.items()
+})
+ids = torch.randint(1, 200, (2, 24), generator=generator)
+before = gradients()
+adapted.model.eval()
+with torch.no_grad():
+    adapted.model(ids)
+after = gradients()
+assert before.keys() == after.keys()
+
+overrides = json.loads(sys.argv[1])
+run("init", "dpo", "--preset", "demo-dpo", *overrides)
+shutil.copytree("dpo", "again")
+for folder in ("dpo", "again"):
+    run("client", "train", "--id", 0, "-w", folder)
+shutil.copytree("dpo", "cached")
+shutil.rmtree("cached/inbox/0/round-00000")
+run("client", "train", "--id", 0, "-w", "cached")
+print(json.dumps({
+    "smallest": min(float(gradient.abs().max()) for gradient in before.values()),
+    "changed": [name for name in before if not torch.equal(before[name], after[name])],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def after_evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """What an nf4 base's gradients are before and after an evaluation pass, and DPO trainings of one client."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    arguments = json.dumps(settings(*SMALL, "federation.clients=2", "model.quantization=nf4"))
+    done = subprocess.run(
+        [sys.executable, "-c", EVAL_SCRIPT, arguments], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder, json.loads(done.stdout)
+
+
+def test_an_evaluation_pass_of_an_nf4_base_changes_no_gradient_of_a_later_step(
+    after_evaluation: tuple[Path, dict[str, Any]],
+) -> None:
+    found = after_evaluation[1]
+    assert found["smallest"] > 1e-6
+    assert found["changed"] == []
+
+
+def test_an_nf4_client_of_task_dpo_trains_the_same_bits_again_with_and_without_a_cached_reference(
+    after_evaluation: tuple[Path, dict[str, Any]],
+) -> None:
+    first, again, cached = (
+        (after_evaluation[0] / name / "inbox/0/round-00000/adapter_model.safetensors").read_bytes()
+        for name in ("dpo", "again", "cached")
+    )
+    assert first == again
+    assert first == cached  # without an evaluation pass before it
+
+
 # A package is missing
 
 

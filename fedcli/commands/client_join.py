@@ -96,7 +96,7 @@ def join(
         )
     if not json_output:
         _show(joining.card)
-    if asks and not typer.confirm(f"Write this to {found.registration(client)}?", err=True):
+    if asks and not _confirmed(f"Write this to {found.registration(client)}? [y/N]: "):
         print("nothing was written")
         return
     joining.commit()
@@ -105,6 +105,11 @@ def join(
         return
     print(f"client {client} has joined; its private state lies in {joining.home.folder}")
     print_hint(f"next: fedcli client train --id {client}" + (f" --home {home}" if home is not None else ""))
+
+
+def _confirmed(question: str) -> bool:
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _show(card: "DataCard") -> None:

@@ -29,6 +29,8 @@ def _print(result: "Status") -> None:
         print(f"cohort     {_names(result.cohort)}; {result.needed} must answer")
         print(f"answered   {_names(result.answered)}")
         print(f"missing    {_names(result.missing)}")
+    if result.hidden:
+        print(f"hidden     {_names(result.hidden)}: only they and the server see whether they have answered")
     if result.joined:
         print(f"joined     {_names(result.joined)}: parties that keep their rows")
     if result.last_losses:

@@ -23,6 +23,10 @@ def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
             f"{result.num_updates} counted updates, {result.num_recomputed} aggregates computed again, "
             f"{result.num_baselines} baselines"
         )
+        if result.num_hidden:
+            print(
+                f"{result.num_hidden} counted updates may not be read by this user: let the server's user verify them"
+            )
         for violation in result.violations:
             print(f"{violation.path}: {violation.problem}")
     if result.violations:

@@ -10,14 +10,16 @@ from fedcli.data.formats import RowReader, format_name
 from fedcli.data.hub import choose_format, choose_split
 from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError, UsageError, WorkspaceError
+from fedcli.model.base import find_base, fingerprint
 from fedcli.rounds.settings import check_client, read_running_config
-from fedcli.workspace.history import read_identity, read_start
+from fedcli.workspace.history import Round, read_identity, read_start
 from fedcli.workspace.layout import Home, Workspace, default_home
 from fedcli.workspace.locks import hold
 from fedcli.workspace.registry import (
     DataCard,
     PartyRecord,
     Registration,
+    make_home,
     read_party,
     read_registration,
     register,
@@ -118,6 +120,19 @@ def _home(workspace: Workspace, client: int, given: Path | None) -> Home:
     return home
 
 
+def find_same_base(workspace: Workspace, base: str, any_round: Round) -> Path:
+    """Return the folder of the base model, which must be the one that round 0 was opened with."""
+    expected = any_round.manifest.model
+    folder = find_base(base, revision=expected.revision, root=workspace.root)
+    if fingerprint(folder) != expected.fingerprint:
+        raise ConfigError(
+            f"model.base: {folder} is not the base model of this federation ({expected.base}): its fingerprint differs",
+            hint="Point model.base in fedcli.yaml (a joined party: `client join --base DIR`) to a copy of the very "
+            "model that round 0 was opened with.",
+        )
+    return folder
+
+
 @dataclass(frozen=True)
 class Joining:
     """A party that is ready to join: what the workspace will learn, and what its home will keep."""
@@ -130,6 +145,7 @@ class Joining:
     def commit(self) -> None:
         """Write the home's record, then the registration."""
         client = self.record.client
+        make_home(self.home)
         with hold(self.home.lock, f"client {client}"):
             save_party(self.home, self.record)
             register(self.workspace, Registration(workspace=self.record.workspace, client=client, data=self.card))
@@ -173,6 +189,8 @@ def prepare_join(
     source = find_source(record.source, Path.cwd(), subset=record.subset, split=record.split)
     reader = RowReader(record.format, config.federation.seed)
     if share == "minimal":
+        if base is not None:
+            find_same_base(workspace, record.base or base, read_start(workspace))
         card = _minimal_card(reader, source, on_rows)
     else:
         card = _full_card(workspace, config, record, reader, source, on_rows)
@@ -227,12 +245,12 @@ def _full_card(
     import numpy as np
 
     from fedcli.data.encoding import Encoder, encode_source
-    from fedcli.model.base import find_base, load_tokenizer
+    from fedcli.model.base import load_tokenizer
 
-    start = read_start(workspace).manifest
-    folder = find_base(record.base or config.model.base, revision=start.model.revision, root=workspace.root)
+    start = read_start(workspace)
+    folder = find_same_base(workspace, record.base or config.model.base, start)
     tokenizer = load_tokenizer(folder, trust_remote_code=record.trust_remote_code)
-    encoder = Encoder(tokenizer, start.train.template)
+    encoder = Encoder(tokenizer, start.manifest.train.template)
     rows = encode_source(encoder, reader, source, config.task, NO_LIMIT, on_rows)
     quantiles = np.quantile(rows.examples.lengths(), QUANTILES, method="nearest")
     return DataCard(

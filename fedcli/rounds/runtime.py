@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +17,10 @@ from fedcli.data.encoded import together
 from fedcli.data.formats import RowReader
 from fedcli.data.order import draw
 from fedcli.errors import ConfigError, RequirementError
-from fedcli.model.base import comes_quantized, find_base, fingerprint, has_bfloat16, require_bitsandbytes
+from fedcli.model.base import comes_quantized, has_bfloat16, require_bitsandbytes
 from fedcli.model.quiet import without_bitsandbytes
 from fedcli.randomness import stream_seed
-from fedcli.rounds.parties import Party, find_party
+from fedcli.rounds.parties import Party, find_party, find_same_base
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.workspace.history import Round, read_start
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home, Workspace
@@ -61,7 +60,7 @@ class Runtime:
         trusts = config.model.trust_remote_code
         if party is not None and party.trust_remote_code is not None:
             trusts = party.trust_remote_code
-        folder = _find_same_base(workspace, base, any_round)
+        folder = find_same_base(workspace, base, any_round)
         quantization = any_round.manifest.model.quantization
         require_bitsandbytes(quantization)
         with without_bitsandbytes(quantization == "none" and not comes_quantized(folder)):
@@ -226,16 +225,3 @@ def _import_stack(threads: int | None) -> None:
     gc.freeze()
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def _find_same_base(workspace: Workspace, base: str, any_round: Round) -> Path:
-    """Return the folder of the base model, which must be the one that round 0 was opened with."""
-    expected = any_round.manifest.model
-    folder = find_base(base, revision=expected.revision, root=workspace.root)
-    if fingerprint(folder) != expected.fingerprint:
-        raise ConfigError(
-            f"model.base: {folder} is not the base model of this federation ({expected.base}): its fingerprint differs",
-            hint="Point model.base in fedcli.yaml (a joined party: `client join --base DIR`) to a copy of the very "
-            "model that round 0 was opened with.",
-        )
-    return folder

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedcli.rounds.settings import read_running_config
-from fedcli.workspace.history import missing_clients, read_head
+from fedcli.workspace.history import is_hidden, missing_clients, read_head
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost
 from fedcli.workspace.registry import joined_clients
@@ -26,6 +26,8 @@ class Status:
     cohort: list[int]
     answered: list[int]
     missing: list[int]
+    hidden: list[int]
+    """Of the cohort, those whose inbox this user cannot see into."""
     joined: list[int]
     """Parties whose rows stay where they are."""
     needed: int
@@ -45,8 +47,9 @@ def read_status(workspace: Workspace) -> Status:
     config = read_running_config(workspace)
     head = read_head(workspace)
     manifest = head.manifest
-    missing = missing_clients(workspace, head)
-    answered = [client for client in manifest.cohort if client not in missing]
+    hidden = [client for client in manifest.cohort if is_hidden(workspace, client)]
+    missing = [client for client in missing_clients(workspace, head) if client not in hidden]
+    answered = [client for client in manifest.cohort if client not in missing and client not in hidden]
     needed = config.federation.needed_answers(len(manifest.cohort))
     last = manifest.aggregation
     return Status(
@@ -61,6 +64,7 @@ def read_status(workspace: Workspace) -> Status:
         cohort=manifest.cohort,
         answered=answered,
         missing=missing,
+        hidden=hidden,
         joined=joined_clients(workspace, config.federation.clients),
         needed=needed,
         last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
@@ -77,7 +81,7 @@ def _next_command(workspace: Workspace, state: str, missing: list[int], is_ready
         return "fedcli verify"
     if is_ready:
         return "fedcli server aggregate"
-    return next_of_client(workspace, missing[0])
+    return next_of_client(workspace, missing[0]) if missing else "fedcli client status --id N"
 
 
 def next_of_client(workspace: Workspace, client: int) -> str:

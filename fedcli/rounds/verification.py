@@ -11,7 +11,7 @@ from fedcli.errors import FedError, IntegrityError
 from fedcli.rounds.accounting import cost_of, history_of
 from fedcli.rounds.aggregation import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
-from fedcli.workspace.history import Round, listed_rounds, read_identity, read_round
+from fedcli.workspace.history import Round, is_hidden, listed_rounds, read_identity, read_round
 from fedcli.workspace.layout import (
     ADAPTER_NAME,
     CONTROL_DELTA_FILE,
@@ -43,6 +43,8 @@ class Verification:
     num_files: int = 0
     num_updates: int = 0
     num_recomputed: int = 0
+    num_hidden: int = 0
+    """Counted updates that this user may not read; the rounds made of them were not computed again."""
     num_baselines: int = 0
     violations: list[Violation] = field(default_factory=list)
 
@@ -217,6 +219,10 @@ def _recompute(
 ) -> None:
     """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
     counted = [entry.client for entry in aggregation.counted]
+    hidden = [client for client in counted if is_hidden(workspace, client)]
+    if hidden:  # parties of other users: the server can check, this user cannot
+        result.num_hidden += len(hidden)
+        return
     narrowed = Round(previous.folder, previous.manifest.model_copy(update={"cohort": counted}), previous.sha256)
     try:
         algorithm = algorithm_from(aggregation.algorithm)

@@ -151,6 +151,12 @@ def is_submitted(workspace: Workspace, round_number: int, client: int) -> bool:
     return os.path.lexists(workspace.update(round_number, client))
 
 
+def is_hidden(workspace: Workspace, client: int) -> bool:
+    """Return whether a client's inbox is closed to this user: only the server and its own user see into it."""
+    inbox = workspace.client_inbox(client)
+    return os.path.lexists(inbox) and not os.access(inbox, os.R_OK | os.X_OK)
+
+
 def missing_clients(workspace: Workspace, head: Round) -> list[int]:
     """Return the clients of a round's cohort that have dropped nothing."""
     return [client for client in head.manifest.cohort if not is_submitted(workspace, head.number, client)]

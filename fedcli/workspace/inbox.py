@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedcli.algos import Array
+from fedcli.errors import WorkspaceError
 from fedcli.workspace.history import Round, is_submitted
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, update_name
 from fedcli.workspace.publish import DROPPED_FOLDER_MODE, DROPPED_MODE, make_folder, publish_directory, set_aside
 from fedcli.workspace.read import opened_folder, read_file
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.registry import registered_owner
+from fedcli.workspace.registry import is_stranger, registered_owner
 from fedcli.workspace.tensors import decode, largest_file
 
 MAX_RECORD_BYTES = 64 * 1024
@@ -30,7 +31,10 @@ class Update:
 
 def drop_update(workspace: Workspace, round_number: int, client: int, files: Iterable[tuple[str, bytes]]) -> bool:
     """Publish a client's update; return False where another process was first (its update stands)."""
-    make_folder(workspace.client_inbox(client), DROPPED_FOLDER_MODE)
+    inbox = workspace.client_inbox(client)
+    if inbox.is_symlink():  # whoever made it would get the update
+        raise WorkspaceError(f"{inbox} is a symbolic link", hint="Ask the server's operator to remove it.")
+    make_folder(inbox, DROPPED_FOLDER_MODE)
     return publish_directory(workspace.update(round_number, client), files, mode=DROPPED_MODE)
 
 
@@ -42,6 +46,12 @@ def discard_update(workspace: Workspace, round_number: int, client: int) -> bool
         return True
     if not is_submitted(workspace, round_number, client):
         return False
+    owner = os.lstat(inbox).st_uid
+    if owner not in (os.geteuid(), os.stat(workspace.inbox).st_uid) and not os.access(inbox, os.W_OK):
+        raise WorkspaceError(
+            f"client {client}'s inbox belongs to another user ({owner}), who alone can set its update aside",
+            hint=f"Ask that party to run `fedcli server discard --id {client}`, while the server does not merge.",
+        )
     set_aside(workspace.update(round_number, client))
     return True
 
@@ -60,6 +70,8 @@ def read_update(workspace: Workspace, base: Round, client: int) -> Update | None
         ):
             owner = os.fstat(own).st_uid
             registered = registered_owner(workspace, client)
+            if registered is None and is_stranger(workspace, owner):
+                raise Refusal("unknown_client", f"nobody has joined as client {client}")
             if registered not in (None, owner):
                 raise Refusal("owner", f"the client's inbox belongs to user {owner}, it joined as user {registered}")
             return _read_folder(folder, owner, base, client)

@@ -20,10 +20,11 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def hold(path: Path, purpose: str) -> Iterator[None]:
     """Hold the lock file at `path` (flock: the kernel frees it when its holder dies); raise BusyError if it is taken.
 
-    The file names its holder (host, pid, boot, start time, SLURM job), so that the error can say who it is.
+    The file names its holder (host, pid, boot, start time, SLURM job), so that the error can say who it is. It is for
+    its own user alone: who can read it could hold it for ever.
     """
     make_folder(path.parent, PRIVATE_FOLDER_MODE)
-    lock = FileLock(path, timeout=0, mode=0o644, fallback_to_soft=False)
+    lock = FileLock(path, timeout=0, mode=0o600, fallback_to_soft=False)
     with explained(path):
         try:
             lock.acquire()
@@ -53,6 +54,7 @@ def _name_holder(path: Path) -> None:
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
+    path.chmod(0o600)  # where an earlier version made it
     path.write_text(json.dumps(holder) + "\n")
 
 

@@ -104,7 +104,7 @@ def make_folder(folder: Path, mode: int | None = None) -> None:
     make_folder(folder.parent)
     with explained(folder):
         try:
-            os.mkdir(folder)
+            os.mkdir(folder, 0o777 if mode is None else mode)
             if mode is not None:
                 os.chmod(folder, mode | (os.stat(folder).st_mode & stat.S_ISGID))
         except FileExistsError:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from typing import Literal
 
 from pydantic import ValidationError
@@ -9,13 +10,13 @@ from pydantic import ValidationError
 from fedcli.config import DataFormat
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
 from fedcli.workspace.layout import Home, Workspace
-from fedcli.workspace.publish import DROPPED_FOLDER_MODE, PRIVATE_FOLDER_MODE, make_folder, publish_file
+from fedcli.workspace.publish import DROPPED_FOLDER_MODE, PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
 from fedcli.workspace.read import read_file
 from fedcli.workspace.records import Natural, Record, parse_record
 from fedcli.workspace.refusal import Refusal
 
 MAX_REGISTRATION_BYTES = 64 * 1024
-OPEN_FOLDER_MODE = 0o3773
+OPEN_FOLDER_MODE = 0o3777
 """Everybody may make an entry and nobody another's away; entries get the server's group, which may read them."""
 
 
@@ -80,6 +81,12 @@ def registered_owner(workspace: Workspace, client: int) -> int | None:
         return None
 
 
+def is_stranger(workspace: Workspace, owner: int) -> bool:
+    """Return whether a user who has not joined may send nothing: where anybody can make an inbox, all but its owner."""
+    inbox = os.stat(workspace.inbox)
+    return bool(inbox.st_mode & stat.S_IWOTH) and owner != inbox.st_uid
+
+
 def joined_clients(workspace: Workspace, num_clients: int) -> list[int]:
     """Return the ids of the parties that have joined."""
     if not workspace.clients.is_dir():
@@ -91,12 +98,16 @@ def joined_clients(workspace: Workspace, num_clients: int) -> list[int]:
 def register(workspace: Workspace, registration: Registration) -> None:
     """Write a party's registration, and make the folder that it will drop its updates in."""
     client = registration.client
-    make_folder(workspace.client_inbox(client), DROPPED_FOLDER_MODE)
-    if os.stat(workspace.client_inbox(client)).st_uid != os.geteuid():
+    inbox = workspace.client_inbox(client)
+    make_folder(inbox, DROPPED_FOLDER_MODE)
+    found = os.lstat(inbox)
+    if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
         raise WorkspaceError(
-            f"client {client} belongs to another user: {workspace.client_inbox(client)} is not yours",
+            f"client {client} belongs to another user: {inbox} is not yours",
             hint="Ask the server's operator which id is yours.",
         )
+    with explained(inbox):  # a join that was killed may have left it as the umask has it
+        os.chmod(inbox, DROPPED_FOLDER_MODE | (found.st_mode & (stat.S_ISGID | 0o070)))
     publish_file(workspace.registration(client), registration.to_bytes())
 
 
@@ -118,7 +129,13 @@ def read_party(home: Home) -> PartyRecord | None:
         raise ConfigError(f"{home.party} is damaged", hint="Run `fedcli client join` again.") from error
 
 
-def save_party(home: Home, record: PartyRecord) -> None:
-    """Keep a party's record in its home, for its own user alone."""
+def make_home(home: Home) -> None:
+    """Make a party's home, or close one that stands there, for its own user alone."""
     make_folder(home.folder, PRIVATE_FOLDER_MODE)
+    with explained(home.folder):
+        os.chmod(home.folder, PRIVATE_FOLDER_MODE)
+
+
+def save_party(home: Home, record: PartyRecord) -> None:
+    """Keep a party's record in its home."""
     publish_file(home.party, record.to_bytes(), mode=0o600)
