@@ -289,7 +289,7 @@ def test_progress_goes_to_a_terminal_only(small: Path) -> None:
     os.close(leader)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 0
-    assert out.startswith("merged 1 rounds; round 1 is open")
+    assert out.startswith("merged 1 round; round 1 is open")
     for word in (b"round 0/2 client 2", b"loss ", b"tokens/s", b"ETA", b"mean loss"):
         assert word in shown
 

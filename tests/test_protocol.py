@@ -25,9 +25,8 @@ from pydantic import Field, TypeAdapter
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
-from fedcli import config
 from fedcli.algos import ALGORITHMS, AnyAlgorithm
-from fedcli.config import apply_overrides, read_document
+from fedcli.config import apply_overrides, parsing, read_document
 from fedcli.model.base import find_base
 from fedcli.randomness import draw_cohort
 from fedcli.rounds.aggregation import aggregate
@@ -161,7 +160,7 @@ def test_the_manifest_has_every_key_of_the_page_with_its_value(small):
     assert len(documented) == len(manifest) == 17
     for key in ("model", "cost"):
         assert set(re.findall('"([a-z_]+)"', pieces[key])) - {"none", "int8", "nf4"} == manifest[key].keys()
-    names = re.sub(r"\([^)]*\)", "", pieces["train"].partition(":")[2].partition(".")[0])
+    names = re.sub(r"\([^)]*\)", "", pieces["train"].partition(":")[2]).partition(".")[0]
     assert {name.strip() for name in re.split("[,;]", names)} - {"else null"} == manifest["train"].keys()
     first = small / "rounds" / "00000" / "manifest.json"
     tensors = {name: {"shape": list(array.shape), "dtype": "F32"} for name, array in read_adapter(small, 1).items()}
@@ -309,7 +308,7 @@ def test_the_walk_to_an_eighth_algorithm_is_true(small, monkeypatch):
     exec(compile(source, "fedrate.py", "exec"), module.__dict__)
     registry = Annotated[AnyAlgorithm | module.FedRate, Field(discriminator="name")]
     monkeypatch.setitem(ALGORITHMS, "fedrate", module.FedRate)
-    monkeypatch.setattr(config, "_ALGORITHM", TypeAdapter(registry))
+    monkeypatch.setattr(parsing, "_ALGORITHM", TypeAdapter(registry))
     all_take_part(small)
     aggregate(Workspace(small), algorithm="fedrate")
     assert read_manifest(small, 1)["aggregation"]["algorithm"] == {"name": "fedrate", "eta": 0.5}

@@ -179,7 +179,7 @@ def own(workspace: Path, client: int) -> dict[str, np.ndarray]:
     """Return a client's c_k for the open round as fedcli finds it; empty for zero."""
     head = read_head(Workspace(workspace))
     rounds = [*read_rounds(Workspace(workspace), before=head.number), head]
-    return read_control(Workspace(workspace), rounds, Scaffold(), client)
+    return read_control(Workspace(workspace).private(client), rounds, Scaffold(), client)
 
 
 def flat(arrays: dict[str, np.ndarray]) -> np.ndarray:

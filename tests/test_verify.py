@@ -220,7 +220,14 @@ def test_verify_says_what_it_checked_and_exits_0(finished, capsys):
     )
     assert main(["verify", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    counts = {"num_rounds": 3, "num_files": 6, "num_updates": 6, "num_recomputed": 2, "num_baselines": 0}
+    counts = {
+        "num_rounds": 3,
+        "num_files": 6,
+        "num_updates": 6,
+        "num_recomputed": 2,
+        "num_baselines": 0,
+        "num_hidden": 0,
+    }
     assert document == {**counts, "violations": []}
     assert stored_hashes(finished) == before
 

@@ -133,7 +133,12 @@ def _describe(fault: ErrorDetails) -> str:
     if kind == "union_tag_not_found" and key == "algorithm":
         return f"algorithm: it has no name. Known: {', '.join(ALGORITHMS)}."
     if kind == "union_tag_not_found":
-        return f"{key}: iid, sources, or one of {', '.join(_PARTITION_KEYS)} with its value (found {found!r})"
+        unknown = [name for name in found if name not in _PARTITION_KEYS] if isinstance(found, dict) else []
+        if unknown:
+            return f"{key}.{unknown[0]}: unknown key. {did_you_mean(str(unknown[0]), _PARTITION_KEYS)}"
+        return f"{key}: iid, sources, or just one of {', '.join(_PARTITION_KEYS)} with its value (found {found!r})"
+    if kind in ("model_type", "model_attributes_type", "tuple_type"):
+        return f"{key}: {'a list' if kind == 'tuple_type' else 'a section'} is wanted here (found {found!r})"
     if kind == "literal_error":
         names = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
         return f"{key}: unknown {location[-1] if location else 'format'} {found!r}. {did_you_mean(str(found), names)}"

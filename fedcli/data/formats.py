@@ -76,10 +76,13 @@ class RowReader:
     def require_rows(self, where: object) -> None:
         """Raise ConfigError where not one row is usable."""
         if self.num_usable == 0:
+            hint = "Set data.format (or --format) to what the rows are; docs/DATA.md lists the formats."
+            if self.left_out.keys() <= {EMPTY, EQUAL}:
+                hint = "Responses must not be empty (nor alike, in a pair): mend the rows."
             raise ConfigError(
                 f"{where}: none of {self.num_rows} rows is usable as {format_name(self.format)} "
                 f"({describe_counts(self.left_out)}); first, {next(iter(self.first_cases.values()), 'none')}",
-                hint="Set data.format (or --format) to what the rows are; docs/DATA.md lists the formats.",
+                hint=hint,
             )
 
     def read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Item]]:
