@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 
 SECONDS = 120
 """A process that takes longer is killed."""
@@ -23,6 +24,7 @@ class Warm:
 
     def __init__(self, python: Sequence[str | Path], environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
+        self._one_at_a_time = Lock()
         self._process = subprocess.Popen(
             [*python, Path(__file__).name],
             cwd=Path(__file__).parent,
@@ -58,9 +60,10 @@ class Warm:
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        code, out, err = json.loads(self._process.stdout.readline())
+        with self._one_at_a_time:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            code, out, err = json.loads(self._process.stdout.readline())
         return subprocess.CompletedProcess(request["arguments"], code, out, err)
 
 
