@@ -253,6 +253,12 @@ def test_three_users_finish_three_rounds_in_which_each_is_counted(finished: Worl
     assert (done.returncode, json.loads(done.stdout)["violations"]) == (0, [])
 
 
+def test_a_party_cannot_check_the_others_updates_and_does_not_call_them_damaged(finished: World) -> None:
+    done = finished.run(finished.parties[0], "verify", "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["violations"], found["num_hidden"]) == (0, [], 2 * ROUNDS)
+
+
 def test_no_canary_of_a_party_is_anywhere_in_the_workspace(finished: World) -> None:
     canaries = [canary for party in finished.parties for canary in party.canaries()]
     assert len(canaries) == len(set(canaries)) == 21
@@ -452,3 +458,14 @@ def test_no_party_can_keep_the_server_from_its_lock(world: World) -> None:
             assert [entry["client"] for entry in closing(world, workspace, "--partial")["counted"]] == [1]
         finally:
             holder.kill()
+
+
+def test_a_party_sees_who_is_hidden_and_not_that_they_are_missing(world: World) -> None:
+    workspace = world.copy("hidden", "fresh")
+    for party in world.parties:
+        assert world.join(party, workspace).returncode == 0
+    assert world.train(world.parties[1], workspace).returncode == 0
+    seen = json.loads(world.run(world.parties[0], "status", "--json", workspace=workspace).stdout)
+    assert (seen["answered"], seen["missing"], seen["hidden"], seen["joined"]) == ([], [0], [1, 2], [0, 1, 2])
+    seen = json.loads(world.server("status", "--json", workspace=workspace).stdout)
+    assert (seen["answered"], seen["missing"], seen["hidden"]) == ([1], [0, 2], [])

@@ -34,6 +34,7 @@ def run(
 
     Interrupted and started again, it goes on where it was.
     """
+    from fedcli.data.formats import describe_counts
     from fedcli.rounds.federation import run_federation
     from fedcli.workspace.layout import find_workspace
 
@@ -46,6 +47,8 @@ def run(
         print_json(result)
         return
     print(f"merged {result.num_merged} round{'s' * (result.num_merged != 1)}; round {result.round} is {result.state}")
+    if result.left_out:
+        print(f"left out of the clients' rows: {describe_counts(result.left_out)}")
     print(f"adapter: {found.adapter(result.round)}")
     print_hint("next: fedcli status, fedcli verify")
 

@@ -1,6 +1,7 @@
 """The whole federation on one machine: clients take turns in one process, with the base model loaded once."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,11 +34,15 @@ class FederationObserver(Protocol):
 
 @dataclass(frozen=True)
 class FederationResult:
-    """How far the federation came: its round now, and how many this call merged."""
+    """How far the federation came: its round now, and how many this call merged.
+
+    `left_out` counts rows of the clients that this call trained which they could not use, by reason.
+    """
 
     round: int
     state: str
     num_merged: int
+    left_out: dict[str, int]
 
 
 def run_federation(
@@ -56,6 +61,7 @@ def run_federation(
         return runtime
 
     num_merged = 0
+    left_out: dict[int, dict[str, int]] = {}
     shown = -1
     while (head := read_head(workspace)).manifest.state == "open" and (rounds is None or num_merged < rounds):
         if head.number != shown:
@@ -69,6 +75,8 @@ def run_federation(
                 result = train_client(workspace, client, load_runtime=load_runtime, on_step=observer.step_done)
             except BusyError:  # another process trains it: it may finish, or die and leave it to the next turn
                 continue
+            if result.training is not None:
+                left_out[client] = result.training.left_out
             if result.round != head.number:  # another process merged the round meanwhile
                 break
         merged = _merge(workspace, head)
@@ -77,7 +85,8 @@ def run_federation(
         else:
             observer.round_done(merged)
             num_merged += merged.published
-    return FederationResult(head.number, head.manifest.state, num_merged)
+    total = sum(map(Counter, left_out.values()), Counter())
+    return FederationResult(head.number, head.manifest.state, num_merged, dict(total))
 
 
 def _merge(workspace: Workspace, head: Round) -> AggregationResult | None:
