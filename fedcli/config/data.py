@@ -7,26 +7,13 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from fedcli.config.section import Count, Section
 
 Task: TypeAlias = Literal["sft", "dpo"]
-FormatName: TypeAlias = Literal[
-    "alpaca",
-    "fingpt",
-    "medalpaca",
-    "codealpaca",
-    "mathinstruct",
-    "prompt-completion",
-    "messages",
-    "preference",
-    "ultrafeedback",
-    "ultrafeedback-binarized",
-    "hh-rlhf",
+SftFormat: TypeAlias = Literal[
+    "alpaca", "fingpt", "medalpaca", "codealpaca", "mathinstruct", "prompt-completion", "messages"
 ]
+DpoFormat: TypeAlias = Literal["preference", "ultrafeedback", "ultrafeedback-binarized", "hh-rlhf"]
+FormatName: TypeAlias = Literal[SftFormat, DpoFormat]
 TemplateName: TypeAlias = Literal["alpaca", "alpaca-input", "vicuna", "chat"]
-_FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
-_FIRST_DPO = _FORMAT_NAMES.index("preference")
-TASK_FORMATS: dict[Task, tuple[FormatName, ...]] = {
-    "sft": _FORMAT_NAMES[:_FIRST_DPO],
-    "dpo": _FORMAT_NAMES[_FIRST_DPO:],
-}
+TASK_FORMATS: dict[Task, tuple[FormatName, ...]] = {"sft": get_args(SftFormat), "dpo": get_args(DpoFormat)}
 """The formats of each task; the first is the default."""
 
 
