@@ -179,6 +179,31 @@ def test_a_split_that_is_killed_leaves_no_rows_behind_and_goes_on_when_run_again
     assert not list(workspace.glob("data/.tmp-*"))
 
 
+def test_paths_of_set_start_at_the_current_folder_however_they_are_named(tmp_path: Path) -> None:
+    names = ["a,b.jsonl", "rows #1.jsonl", "[y].jsonl", "k: v.jsonl"]
+    for number, name in enumerate(names):
+        written(tmp_path / name, ALPACA)
+        done = fedcli(
+            "init", f"w{number}", *settings(*SMALL, "data.partition=iid", f"data.source={name}"), cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+    lists = [json.dumps(names), json.dumps([{"source": name, "format": "alpaca"} for name in names])]
+    for number, value in enumerate(lists):
+        overrides = (*SMALL, "federation.clients=4", "data.partition=sources", f"data.source={value}")
+        done = fedcli("init", f"l{number}", *settings(*overrides), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert [len(rows) for rows in client_rows(tmp_path / f"l{number}").values()] == [60] * 4
+
+
+def test_rows_are_read_as_what_they_were_split_as_whatever_fedcli_yaml_says_later(tmp_path: Path) -> None:
+    written(tmp_path / "rows.jsonl", ROWS["fingpt"])
+    workspace = made(tmp_path, *SMALL, "data.source=rows.jsonl", "data.format=fingpt", "data.partition=iid")
+    path = workspace / "fedcli.yaml"
+    path.write_text(path.read_text().replace("format: fingpt", "format: medalpaca"))
+    document = json.loads(fedcli("data", "preview", "-w", workspace, "--json", cwd=tmp_path).stdout)
+    assert "What is the sentiment of this news? Profit" in document["rows"][0]["texts"][0][0]["text"]
+
+
 # Preview
 
 
@@ -276,7 +301,7 @@ def test_reading_says_how_far_it_is_on_a_terminal_and_nothing_elsewhere(tmp_path
     assert process.returncode == 0
     assert re.search(rb"(reading|writing) rows: \d,000", shown)
     quiet = fedcli("data", "partition", "-w", workspace, cwd=tmp_path)
-    assert quiet.stderr == "next: fedcli data preview\n"
+    assert quiet.stderr == f"next: fedcli data preview -w {workspace}\n"
 
 
 # Presets

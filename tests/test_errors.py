@@ -185,7 +185,9 @@ def test_debug_shows_where_an_error_came_from(run: Run) -> None:
 
 def test_a_source_that_is_missing_is_named_at_init(refused: Callable[..., None], tmp_path: Path) -> None:
     home = tmp_path / "w"
-    refused(3, ["init", home, *settings(*SMALL, "data.source=rows.jsonl")], home / "rows.jsonl", "data.source")
+    for name in ("rows.jsonl", "odd #1.jsonl", "[y].jsonl"):  # paths that --set gives start at the current folder
+        given = settings(*SMALL, f"data.source={json.dumps(name)}")
+        refused(3, ["init", home, *given], Path.cwd() / name, "data.source")
     assert not (home / "workspace.json").exists()
 
 

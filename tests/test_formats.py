@@ -6,6 +6,7 @@ import math
 import os
 import typing
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ import pytest
 from fedcli.config import TASK_FORMATS, Columns, ColumnsFormat, DataFormat, FormatName, Task
 from fedcli.data import formats
 from fedcli.data.conversation import Example, Item, Preference, Turn, instruct, shown
-from fedcli.data.formats import EMPTY, EQUAL, FORKED, MALFORMED, TIED, UNSCORED, RowReader, format_dialogue
+from fedcli.data.formats import EMPTY, EQUAL, FORKED, MALFORMED, TIED, UNSCORED, RowReader
 from fedcli.data.hub import HUB_DATASETS, choose_format, choose_split
 from fedcli.data.source import Row, Source
 from fedcli.errors import ConfigError
 
 Fields = dict[str, Any]
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+def format_dialogue(turns: Iterable[Turn]) -> str:
+    """Write turns as HH-RLHF does."""
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{names[turn.role]}: {turn.content}" for turn in turns)
 
 
 def read(given: DataFormat, *rows: Fields, seed: int = 0) -> tuple[list[Item], RowReader]:
@@ -89,8 +96,8 @@ TAUGHT: dict[str, tuple[DataFormat, Fields, Item]] = {
     "messages, nine and one": ("messages", {"messages": TO_A}, NINE_TO_A),
     "messages with a system's": (
         "messages",
-        {"messages": [{"role": "system", "content": ODD}, *turns("user: ", f"assistant: {LONG}")]},
-        Example((Turn("system", ODD), Turn("user", ""), Turn("assistant", LONG))),
+        {"messages": [{"role": "system", "content": ODD}, *turns("user: q", f"assistant: {LONG}")]},
+        Example((Turn("system", ODD), Turn("user", "q"), Turn("assistant", LONG))),
     ),
     "preference": ("preference", {"prompt": ODD, "chosen": "a", "rejected": LONG}, pair(ODD, "a", LONG)),
     "a dialogue as prompt": ("preference", {"prompt": NINE_MESSAGES, "chosen": "A", "rejected": "B"}, A_OR_B),
@@ -442,6 +449,11 @@ UNUSUAL: dict[str, tuple[DataFormat, Fields, list[Item]]] = {
 def test_a_row_is_used_where_it_can_be(case: str) -> None:
     given, fields, expected = UNUSUAL[case]
     assert read(given, fields)[0] == expected
+
+
+def test_a_row_that_asks_nothing_is_left_out() -> None:
+    reader = read("alpaca", {"instruction": " ", "input": "", "output": "a"}, {"instruction": "q", "output": "a"})[1]
+    assert reader.left_out == {"empty prompt": 1}
 
 
 def test_notes_are_of_rows_that_are_used() -> None:

@@ -426,3 +426,37 @@ def test_a_party_may_have_its_own_copy_of_the_base_model_and_no_other_model(warm
     party.write_text(party.read_text().replace(str(tmp_path / "own"), str(other)))
     assert "fingerprint differs" in place.train(1, code=3).stderr
     assert not (place.workspace / "inbox/1/round-00000").exists()
+
+
+def test_run_obeys_a_partys_own_base_and_waits_aloud_for_parties_elsewhere(warm: Warm, tmp_path: Path) -> None:
+    place = Place(tmp_path, warm)
+    server_copy, _ = (Path(shutil.copytree(BUILTIN, tmp_path / name)) for name in ("server", "own"))
+    place("init", "W", *settings(*SMALL, "data.source=null", f"model.base={server_copy}", "federation.clients=2"))
+    shutil.rmtree(server_copy)
+    place.join(0, place.rows("rows.jsonl", 6), "--base", "own", at_default=True)
+    place.join(1, place.rows("rows.jsonl", 6), "--base", "own")
+    with subprocess.Popen(
+        command("run", "-w", place.workspace, "--rounds", 1),
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"XDG_DATA_HOME": str(tmp_path / "xdg")},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stderr is not None
+        assert running.stderr.readline() == "round 0 waits for parties that are not here: 1\n"
+        assert (place.workspace / "inbox/0/round-00000").is_dir()
+        place.train(1)
+        assert running.wait(60) == 0
+
+
+def test_a_home_in_the_environment_is_a_partys_and_no_simulated_clients(warm: Warm, tmp_path: Path) -> None:
+    place = Place(tmp_path, warm)
+    place("init", "W", *settings(*SMALL))
+    place("client", "train", "--id", 0, environment={"FEDCLI_HOME": str(tmp_path / "H9")})
+    assert not (tmp_path / "H9").exists()
+
+
+def test_data_that_names_nothing_is_refused(place: Place) -> None:
+    before = place.names()
+    assert "--data names nothing" in place.join(0, "", code=2).stderr
+    assert place.names() == before

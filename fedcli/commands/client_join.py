@@ -1,13 +1,14 @@
 """fedcli client join."""
 
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedcli.commands.options import ClientOption, HomeOption, JsonOption, WorkspaceOption
-from fedcli.commands.output import print_hint, print_json, rows_display
+from fedcli.commands.output import at, print_hint, print_json, rows_display
 
 if TYPE_CHECKING:
     from fedcli.workspace.registry import DataCard
@@ -62,7 +63,8 @@ def join(
 ) -> None:
     """Join as a real party: your rows stay where they are, and the workspace gets a data card that you see first.
 
-    On a terminal you are asked before it is written. Run again, it replaces your card.
+    On a terminal you are asked before it is written; elsewhere, and with --json, you are not. Run again, it replaces
+    your card.
     """
     from fedcli.errors import UsageError, did_you_mean
     from fedcli.rounds import parties
@@ -101,10 +103,12 @@ def join(
         return
     joining.commit()
     if json_output:
-        print_json({"status": "joined", "client": client, "home": str(joining.home.folder), "data": joining.card})
+        card = joining.card.model_dump(mode="json", exclude_none=True)
+        print_json({"status": "joined", "client": client, "home": str(joining.home.folder), "data": card})
         return
     print(f"client {client} has joined; its private state lies in {joining.home.folder}")
-    print_hint(f"next: fedcli client train --id {client}" + (f" --home {home}" if home is not None else ""))
+    own = "" if home is None else f" --home {shlex.quote(str(home.absolute()))}"
+    print_hint(f"next: fedcli client train --id {client}{own}{at(workspace)}")
 
 
 def _confirmed(question: str) -> bool:

@@ -2,7 +2,7 @@
 
 from fedcli.commands.client_train import client_document, describe_client
 from fedcli.commands.options import ClientOption, JsonOption, WorkspaceOption
-from fedcli.commands.output import print_hint, print_json
+from fedcli.commands.output import at, print_hint, print_json
 
 
 def status(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
@@ -18,4 +18,4 @@ def status(client: ClientOption, workspace: WorkspaceOption = None, json_output:
         return
     print(describe_client(result))
     if result.status == "due":
-        print_hint(f"next: {next_of_client(found, client)}")
+        print_hint(f"next: {next_of_client(found, client)}{at(workspace)}")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from fedcli.commands.options import JsonOption, WorkspaceOption
-from fedcli.commands.output import describe_data, print_hint, print_json, rows_display
+from fedcli.commands.output import at, describe_data, print_hint, print_json, rows_display
 
 
 def partition(
@@ -30,4 +30,4 @@ def partition(
         return
     print(describe_data(summary))
     print(f"rows: {found.data}/client-N.jsonl    data card: {found.data_card}")
-    print_hint("next: fedcli data preview")
+    print_hint(f"next: fedcli data preview{at(workspace)}")

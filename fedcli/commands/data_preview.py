@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 MOST_CHARACTERS = 1200
 """Of a piece of text; longer ones lose their middle on the terminal, and are whole under --json."""
 MOST_GROUPS = 8
+MOST_HEADER = 36
+"""Characters of all groups' names together, beyond which letters stand for them."""
 
 
 def preview(
@@ -37,7 +39,11 @@ def preview(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE.png", help="The picture. Default: data/preview.png.", show_default=False
+            "--output",
+            "-o",
+            metavar="FILE.png",
+            help="The picture. Default: data/preview.png; a joined party's lies in its home.",
+            show_default=False,
         ),
     ] = None,
     home: HomeOption = None,
@@ -104,29 +110,41 @@ def _highlighted(pieces: "list[Piece]") -> "Text":
 
 def _print_histogram(console: "Console", result: "Preview") -> None:
     highest = max(result.histogram)
+    num_rows = sum(share.num_rows for share in result.clients)
     console.rule("tokens a row, templated, before any cut")
+    if result.num_sampled < num_rows:
+        console.print(f"of the first rows of each client: {result.num_sampled} of {num_rows}")
     for low, high, count in zip(result.edges, result.edges[1:], result.histogram, strict=False):
         bar = "█" * round(40 * count / highest) if count else ""
         console.print(f"{low:>6} to {high:<6} {bar} {count}")
     num_cut = sum(share.num_cut for share in result.clients)
     if num_cut:
-        console.print(f"{num_cut} rows are longer than train.max_length ({result.max_length}) and are cut, or left out")
+        of = f"{num_cut} of {result.num_sampled}"
+        console.print(f"{of} rows are longer than train.max_length ({result.max_length}) and are cut, or left out")
 
 
 def _print_clients(console: "Console", result: "Preview") -> None:
+    import yaml
     from rich.table import Table
 
-    table = Table(title="clients" + (f", split by {result.partition}" if result.partition else ""))
+    kind = yaml.safe_dump(result.partition, default_flow_style=True).partition("\n")[0] if result.partition else ""
+    table = Table(title=f"clients, partition {kind}" if kind else "clients")
     groups = sorted(range(len(result.groups)), key=lambda group: -sum(share.groups[group] for share in result.clients))[
         :MOST_GROUPS
     ]
-    for column in ("client", "rows", "left out", "tokens (median)", *(result.groups[group] for group in groups)):
-        table.add_column(column, justify="right")
+    names = [result.groups[group] for group in groups]
+    has_legend = sum(map(len, names)) > MOST_HEADER
+    heads = [f"({letter})" for letter in "abcdefgh"[: len(names)]] if has_legend else names
+    for column in ("client", "rows", "left out", "tokens", *heads):
+        table.add_column(column, justify="right", no_wrap=True)
     for share in result.clients:
         median = sorted(share.num_tokens)[len(share.num_tokens) // 2] if share.num_tokens else 0
         counts = [str(share.groups[group]) for group in groups]
         table.add_row(str(share.client), str(share.num_rows), str(sum(share.left_out.values())), str(median), *counts)
     console.print(table)
+    console.print("tokens: the median of its rows")
+    for head, name in zip(heads, names, strict=True) if has_legend else ():
+        console.print(f"{head} {name}", markup=False)
     if len(result.groups) > len(groups):
         console.print(f"the {len(groups)} largest of {len(result.groups)} groups; --json has all")
 

@@ -31,11 +31,9 @@ HomeOption = Annotated[
     Path | None,
     typer.Option(
         "--home",
-        envvar="FEDCLI_HOME",
         metavar="DIR",
         help="A joined party's own folder, outside the workspace. Default: $FEDCLI_HOME, else one below "
         "$XDG_DATA_HOME or ~/.local/share.",
-        show_envvar=False,
         show_default=False,
     ),
 ]

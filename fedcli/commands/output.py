@@ -1,10 +1,12 @@
 """Printing: data to stdout, progress and hints to stderr, or one JSON document."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +23,11 @@ def print_json(document: object) -> None:
 def print_hint(text: str) -> None:
     """Print what to do next on stderr."""
     print(text, file=sys.stderr)
+
+
+def at(workspace: Path | None) -> str:
+    """Return the option that names the workspace again in the next command; nothing where it was found without."""
+    return "" if workspace is None else f" -w {shlex.quote(str(workspace))}"
 
 
 @contextmanager

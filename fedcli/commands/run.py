@@ -87,6 +87,10 @@ class _Display:
         speed = self._num_tokens / (time.monotonic() - self._started)
         self._progress.update(self._task, completed=self._position + report.step, loss=report.loss, speed=speed)
 
+    def waiting(self, round_number: int, clients: list[int]) -> None:
+        names = ", ".join(map(str, clients))
+        print_hint(f"round {round_number} waits for parties that are not here: {names}")
+
     def round_done(self, result: "AggregationResult") -> None:
         done = result.aggregation
         if done is None or not self._progress.live.is_started:

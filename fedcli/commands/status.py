@@ -4,7 +4,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from fedcli.commands.options import JsonOption, WorkspaceOption
-from fedcli.commands.output import print_hint, print_json
+from fedcli.commands.output import at, print_hint, print_json
 
 if TYPE_CHECKING:
     from fedcli.rounds.status import Status
@@ -16,7 +16,11 @@ def status(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
     from fedcli.workspace.layout import find_workspace
 
     result = read_status(find_workspace(workspace))
-    print_json(result) if json_output else _print(result)
+    if json_output:
+        print_json(result)
+        return
+    _print(result)
+    print_hint(f"next: {result.next_command}{at(workspace)}")
 
 
 def _print(result: "Status") -> None:
@@ -52,7 +56,6 @@ def _print(result: "Status") -> None:
             f"transfer   {_count(cost.client_bytes_down)} bytes down and {_count(cost.client_bytes_up)} up "
             f"a client and round; {_count(cost.total_bytes_down)} down and {_count(cost.total_bytes_up)} up so far"
         )
-    print_hint(f"next: {result.next_command}")
 
 
 def _describe(algorithm: dict[str, object]) -> str:

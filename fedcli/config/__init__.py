@@ -19,7 +19,14 @@ from fedcli.config.data import (
     TemplateName,
     check_format,
 )
-from fedcli.config.parsing import algorithm_from, apply_overrides, parse_config, read_document, read_format
+from fedcli.config.parsing import (
+    algorithm_from,
+    apply_overrides,
+    parse_config,
+    parse_format,
+    read_document,
+    read_format,
+)
 from fedcli.config.sections import AdapterConfig, Config, FederationConfig, Quantization, TrainConfig
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "apply_overrides",
     "check_format",
     "parse_config",
+    "parse_format",
     "read_document",
     "read_format",
 ]

@@ -33,15 +33,22 @@ def algorithm_from(record: dict[str, Any]) -> Algorithm:
 _FORMAT: TypeAdapter[DataFormat] = TypeAdapter(DataFormat)
 
 
+def parse_format(record: object) -> DataFormat:
+    """Return the format that a data card records."""
+    return _FORMAT.validate_python(record)
+
+
 def read_format(text: str, task: Task) -> DataFormat:
     """Return the format of a task that a command line names: a name, or columns in YAML; raise UsageError."""
     try:
         given = _FORMAT.validate_python(yaml.safe_load(text))
         check_format(given, task)
     except ValidationError as error:
-        raise UsageError(f"--format {_describe(error.errors()[0])}", hint=_FORMAT_HINT) from error
+        fault = _describe(error.errors()[0]).removeprefix("the file: ")
+        raise UsageError(f"--format {text!r}: {fault}", hint=_FORMAT_HINT) from error
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"--format {text!r}: {' '.join(str(error).split())}", hint=_FORMAT_HINT) from error
+        fault = " ".join(str(error).split()).removeprefix("data.")
+        raise UsageError(f"--format {text!r}: {fault}", hint=_FORMAT_HINT) from error
     return given
 
 

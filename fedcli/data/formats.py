@@ -18,6 +18,7 @@ from fedcli.randomness import stream
 
 MALFORMED = "malformed"
 EMPTY = "empty response"
+NO_PROMPT = "empty prompt"
 EQUAL = "same responses"
 DUPLICATE = "duplicate"
 FORKED = "the dialogues fork before their last turn"
@@ -107,6 +108,8 @@ class RowReader:
             raise LeftOut(EMPTY)
         if not item.prompt or item.prompt[-1].role != "user":
             raise LeftOut(MALFORMED, "the prompt does not end with the user's turn")
+        if not item.prompt[-1].text.strip():
+            raise LeftOut(NO_PROMPT)
         if isinstance(item, Preference) and item.chosen == item.rejected:
             raise LeftOut(EQUAL)
         if self._seen is not None and isinstance(item, Example):
@@ -146,11 +149,11 @@ def _messages(fields: Fields, _: Context) -> Example:
     return _example(_turns(fields.get("messages"), "messages"))
 
 
-def _preference(fields: Fields, _: Context) -> Preference:
+def _preference(fields: Fields, context: Context) -> Preference:
     """Prompt, chosen and rejected: texts, or lists of messages."""
     if isinstance(fields.get("chosen"), str):
         return Preference(_prompt(fields), _text(fields, "chosen"), _text(fields, "rejected"))
-    return _binarized(fields, _)
+    return _binarized(fields, context)
 
 
 def _binarized(fields: Fields, _: Context) -> Preference:
@@ -206,12 +209,6 @@ def parse_dialogue(text: str) -> tuple[Turn, ...]:
     return tuple(Turn(_SPEAKERS[who], said) for who, said in zip(parts[::2], parts[1::2], strict=True))
 
 
-def format_dialogue(turns: Iterable[Turn]) -> str:
-    """Return turns as HH-RLHF writes them: the inverse of `parse_dialogue`."""
-    names = {role: name for name, role in _SPEAKERS.items()}
-    return "".join(f"\n\n{names[turn.role]}: {turn.content}" for turn in turns)
-
-
 def _hh_rlhf(fields: Fields, _: Context) -> Preference:
     """HH-RLHF: chosen and rejected are whole dialogues that differ in the assistant's last turn."""
     return _last_turns(parse_dialogue(_text(fields, "chosen")), parse_dialogue(_text(fields, "rejected")))
@@ -221,7 +218,7 @@ def _last_turns(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> Prefere
     """Return the preference of two dialogues that share all but the assistant's last turn."""
     if chosen == rejected:
         raise LeftOut(EQUAL)
-    if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
+    if chosen[:-1] != rejected[:-1]:
         raise LeftOut(FORKED)
     prompt = chosen[:-1]
     if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":

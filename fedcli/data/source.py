@@ -8,6 +8,7 @@ of a CSV with a cell too many, take a path for a pattern, and name no line of a 
 import csv
 import gzip
 import json
+import os
 import re
 import shutil
 import zlib
@@ -72,7 +73,9 @@ class Source:
 
 def find_source(name: str, root: Path, *, subset: str | None = None, split: str | None = None) -> Source:
     """Return the source that a path (from `root`) or a hub id names; raise ConfigError where it can be neither."""
-    path = root / Path(name).expanduser()
+    if not name.strip():
+        raise ConfigError("a source of rows names nothing", hint="Set data.source to a file, a folder or a hub id.")
+    path = root / os.path.expanduser(name)
     if path.exists():
         return Source(path, subset, split or "train")
     if _HUB_ID.fullmatch(name) and _suffix(path) not in KINDS:
@@ -81,6 +84,11 @@ def find_source(name: str, root: Path, *, subset: str | None = None, split: str 
         f"cannot read the rows in {path}: no such file or folder",
         hint="Check data.source in fedcli.yaml (or --data), or put the file there; on the hub a name is OWNER/NAME.",
     )
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a name that nothing has can only be meant for a file of rows, and no data set of the hub."""
+    return _suffix(Path(name)) in KINDS
 
 
 def write_row(fields: Mapping[str, Any]) -> bytes:
@@ -100,8 +108,12 @@ def _folder_or_file(path: Path, split: str) -> Iterator[Row]:
 
 def _files(folder: Path, split: str) -> list[Path]:
     """Return a folder's files of a split, in the order of their names; all files, where names tell no split."""
-    if (folder / "state.json").is_file():  # as `datasets` saves it; other files beside these are its cache
-        return [folder / entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+    state = folder / "state.json"
+    if state.is_file():  # as `datasets` saves it; other files beside these are its cache
+        try:
+            return [folder / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{state} does not list the files of rows", hint="Save the folder again.") from error
     files = sorted(
         file
         for file in folder.iterdir()

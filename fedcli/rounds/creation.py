@@ -1,14 +1,17 @@
 """Making a workspace from a preset or from a fedcli.yaml of one's own."""
 
+import json
 import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from fedcli.config import apply_overrides, parse_config, read_document
+from fedcli.data.source import is_file_name
 from fedcli.errors import UsageError, WorkspaceError, did_you_mean
 from fedcli.rounds.opening import open_first_round
 from fedcli.rounds.settings import read_config, read_running_config
@@ -138,16 +141,29 @@ def _preset_text(name: str) -> str:
 
 
 def _absolute(override: str) -> str:
-    """Take a path that --set gives from the current folder; those in fedcli.yaml start at the file's own folder."""
-    key, _, value = override.partition("=")
-    if key not in _PATH_KEYS:
+    """Take paths that --set gives from the current folder; those in fedcli.yaml start at the file's own folder."""
+    key, separator, text = override.partition("=")
+    if key not in _PATH_KEYS or not separator:
         return override
-    if value.startswith("["):  # several sources
-        paths = [_absolute_path(entry.strip()) for entry in value.strip("[]").split(",")]
-        return f"{key}=[{', '.join(paths)}]" if "{" not in value else override
-    return f"{key}={_absolute_path(value)}"
+    if Path(os.path.expanduser(text)).exists() and text:  # a name that YAML would read as something else
+        return f"{key}={json.dumps(_absolute_path(text))}"
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return override  # the error is told where the value is read
+    if isinstance(value, str):
+        value = _absolute_path(value)
+    elif isinstance(value, list):
+        value = [_absolute_entry(entry) for entry in value]
+    return f"{key}={json.dumps(value)}"
 
 
-def _absolute_path(value: str) -> str:
-    path = Path(os.path.expanduser(value))
-    return str(path.absolute()) if value and path.exists() else value
+def _absolute_entry(entry: Any) -> Any:
+    if isinstance(entry, dict) and isinstance(entry.get("source"), str):
+        return entry | {"source": _absolute_path(entry["source"])}
+    return _absolute_path(entry) if isinstance(entry, str) else entry
+
+
+def _absolute_path(name: str) -> str:
+    path = Path(os.path.expanduser(name))
+    return str(path.absolute()) if name and (path.exists() or is_file_name(name)) else name

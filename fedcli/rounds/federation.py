@@ -28,6 +28,9 @@ class FederationObserver(Protocol):
     def step_done(self, report: StepReport) -> None:
         """The client made an optimiser step."""
 
+    def waiting(self, round_number: int, clients: list[int]) -> None:
+        """Only parties that train elsewhere are missing now."""
+
     def round_done(self, result: AggregationResult) -> None:
         """The round's updates were merged."""
 
@@ -53,16 +56,19 @@ def run_federation(
     Each step is the one that `client train` and `server aggregate` make, on a model that stays loaded: with the same
     number of threads the results are the same, bit for bit.
     """
-    runtime: Runtime | None = None
+    runtimes: dict[tuple[str | None, bool | None], Runtime] = {}
 
     def load_runtime(head: Round, party: Party) -> Runtime:
-        nonlocal runtime
-        runtime = runtime or Runtime(workspace, read_running_config(workspace), head, threads=threads)
-        return runtime
+        """Load the model once for all clients, and again for a joined party with a copy or a trust of its own."""
+        key = (party.base, party.trust_remote_code)
+        if key not in runtimes:
+            config = read_running_config(workspace)
+            runtimes[key] = Runtime(workspace, config, head, threads=threads, party=party)
+        return runtimes[key]
 
     num_merged = 0
     left_out: dict[int, dict[str, int]] = {}
-    shown = -1
+    shown = told = -1
     while (head := read_head(workspace)).manifest.state == "open" and (rounds is None or num_merged < rounds):
         if head.number != shown:
             observer.round_started(head)
@@ -81,6 +87,10 @@ def run_federation(
                 break
         merged = _merge(workspace, head)
         if merged is None:
+            elsewhere = [client for client in missing_clients(workspace, head) if not is_here(workspace, client)]
+            if elsewhere and told != head.number:
+                observer.waiting(head.number, elsewhere)
+                told = head.number
             time.sleep(POLL_SECONDS)
         else:
             observer.round_done(merged)

@@ -1,17 +1,19 @@
 """Clients as those who hold rows: simulated ones, and parties that joined with rows that stay where they are."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedcli.config import Config, DataFormat, read_format
+from fedcli.config import Config, DataFormat, parse_format, read_format
 from fedcli.data.formats import RowReader, format_name
 from fedcli.data.hub import choose_format, choose_split
 from fedcli.data.source import Source, find_source
-from fedcli.errors import ConfigError, UsageError, WorkspaceError
+from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
 from fedcli.rounds.settings import check_client, read_running_config
+from fedcli.rounds.simulation import read_summary
 from fedcli.workspace.history import Round, read_identity, read_start
 from fedcli.workspace.layout import Home, Workspace, default_home
 from fedcli.workspace.locks import hold
@@ -69,23 +71,24 @@ def find_party(workspace: Workspace, config: Config, client: int, home: Path | N
             hint=f"A party joins with `fedcli client join --id {client} --data SOURCE`; for a simulation set "
             "data.source and run `fedcli data partition`, or put its rows there.",
         )
-    return Party(client, workspace.private(client), Source(rows), client_format(config, client))
+    return Party(client, workspace.private(client), Source(rows), _simulated_format(workspace, config, client))
 
 
-def client_format(config: Config, client: int) -> DataFormat:
-    """Return the format of a simulated client's rows: its source's."""
-    entries = config.data.sources
-    if not entries:
-        return choose_format(None, config.data.format, config.task)
-    position = client * len(entries) // config.federation.clients if config.data.partition == "sources" else 0
-    return choose_format(entries[position].source, entries[position].format, config.task)
+def _simulated_format(workspace: Workspace, config: Config, client: int) -> DataFormat:
+    """Return the format of a simulated client's rows: what they were split as; fedcli.yaml's, if written by hand."""
+    summary = read_summary(workspace)
+    if summary is not None and client < len(summary.formats):
+        return parse_format(summary.formats[client])
+    return choose_format(None, config.data.format, config.task)
 
 
 def is_here(workspace: Workspace, client: int) -> bool:
     """Return whether a client can be trained from here without naming a home."""
-    if read_registration(workspace, client) is None:
+    registration = read_registration(workspace, client)
+    if registration is None:
         return True
-    return default_home(read_identity(workspace).id, client).party.is_file()
+    record = read_party(_home(workspace, client, None))
+    return record is not None and (record.workspace, record.client) == (registration.workspace, client)
 
 
 def _joined(workspace: Workspace, registration: Registration, home: Path | None) -> Party:
@@ -98,10 +101,15 @@ def _joined(workspace: Workspace, registration: Registration, home: Path | None)
             hint=f"Run this as the user who joined, or name the home: --home DIR. To join anew: "
             f"`fedcli client join --id {client} --data SOURCE`.",
         )
+    try:
+        source = find_source(record.source, Path.cwd(), subset=record.subset, split=record.split)
+    except ConfigError as error:
+        again = f"`fedcli client join --id {client} --data SOURCE`"
+        raise ConfigError(error.message, hint=f"Put it back, or name another source: {again}.") from error
     return Party(
         client=client,
         home=found,
-        source=find_source(record.source, Path.cwd(), subset=record.subset, split=record.split),
+        source=source,
         format=record.format,
         num_rows=registration.data.num_rows,
         base=record.base,
@@ -111,13 +119,25 @@ def _joined(workspace: Workspace, registration: Registration, home: Path | None)
 
 def _home(workspace: Workspace, client: int, given: Path | None) -> Home:
     """Return a joined party's home, which never lies in the workspace."""
-    home = Home(given.absolute()) if given is not None else default_home(read_identity(workspace).id, client)
+    named = given or os.environ.get("FEDCLI_HOME")
+    home = Home(Path(named).absolute()) if named else default_home(read_identity(workspace).id, client)
     if home.folder.resolve().is_relative_to(workspace.root.resolve()):
         raise UsageError(
             f"--home {home.folder} lies in the workspace, where everybody could see it",
             hint="Name a folder outside of it.",
         )
     return home
+
+
+def _own_base(workspace: Workspace, config: Config, record: PartyRecord, start: Round) -> Path:
+    try:
+        return find_same_base(workspace, record.base or config.model.base, start)
+    except FedError as error:
+        if record.base is None:
+            error.hint += " Or name your own copy with --base DIR."
+        else:
+            error.hint = "Let --base name a copy of the very model that round 0 was opened with."
+        raise
 
 
 def find_same_base(workspace: Workspace, base: str, any_round: Round) -> Path:
@@ -170,6 +190,8 @@ def prepare_join(
     Writes nothing. Raises UsageError for an id or a home that will not do, ConfigError for rows that cannot be used,
     WorkspaceError where another party has this id.
     """
+    if not data.strip():
+        raise UsageError("--data names nothing", hint="Name your rows: a file, a folder, or a hub id.")
     config = read_running_config(workspace)
     check_client(client, config)
     workspace_id = read_identity(workspace).id
@@ -190,7 +212,7 @@ def prepare_join(
     reader = RowReader(record.format, config.federation.seed)
     if share == "minimal":
         if base is not None:
-            find_same_base(workspace, record.base or base, read_start(workspace))
+            _own_base(workspace, config, record, read_start(workspace))
         card = _minimal_card(reader, source, on_rows)
     else:
         card = _full_card(workspace, config, record, reader, source, on_rows)
@@ -198,7 +220,7 @@ def prepare_join(
 
 
 def _absolute(name: str) -> str:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return str(path.absolute()) if path.exists() else name
 
 
@@ -248,7 +270,7 @@ def _full_card(
     from fedcli.model.base import load_tokenizer
 
     start = read_start(workspace)
-    folder = find_same_base(workspace, record.base or config.model.base, start)
+    folder = _own_base(workspace, config, record, start)
     tokenizer = load_tokenizer(folder, trust_remote_code=record.trust_remote_code)
     encoder = Encoder(tokenizer, start.manifest.train.template)
     rows = encode_source(encoder, reader, source, config.task, NO_LIMIT, on_rows)

@@ -72,6 +72,8 @@ class Preview:
     max_length: int
     edges: list[int]
     histogram: list[int]
+    num_sampled: int
+    """Rows that were tokenised: the first NUM_SAMPLED of each client."""
     picture: Path
 
 
@@ -122,7 +124,8 @@ def preview(
         ]
     all_lengths = [length for share in shares for length in share.num_tokens]
     counts_, edges = np.histogram(all_lengths, bins=min(NUM_BINS, len(set(all_lengths))))
-    picture = output or (workspace.data if is_simulated else parties[0].home.folder) / "preview.png"
+    folder = workspace.data if is_simulated else parties[0].home.folder
+    picture = output or folder / ("preview.png" if client is None else f"preview-{client}.png")
     found = Preview(
         rows=shown,
         clients=shares,
@@ -131,6 +134,7 @@ def preview(
         max_length=config.train.max_length,
         edges=[int(edge) for edge in np.ceil(edges)],
         histogram=[int(count) for count in counts_],
+        num_sampled=len(all_lengths),
         picture=picture,
     )
     publish_file(picture, draw([_bar(share) for share in shares], found.groups, all_lengths, found.max_length))

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedcli.config import Config, SourceEntry
+from fedcli.config import ColumnsFormat, Config, SourceEntry
 from fedcli.data import partition
 from fedcli.data.conversation import Item
 from fedcli.data.demo import demo_preferences, demo_rows
@@ -39,7 +39,8 @@ def _quiet(_what: str, _count: int) -> None:
 class DataSummary:
     """How a simulation's rows were split; `left_out` and `notes` count rows by reason.
 
-    `group_counts` has a list a client, of how many rows it has of each of `groups`, what the split went by.
+    `formats` has what each client's rows were split as; `group_counts` has a list a client, of how many rows it has of
+    each of `groups`, what the split went by.
     """
 
     partition: Any
@@ -48,6 +49,7 @@ class DataSummary:
     left_out: dict[str, int]
     notes: dict[str, int]
     sizes: list[int]
+    formats: list[Any]
     groups: list[str]
     group_counts: list[list[int]]
 
@@ -85,12 +87,13 @@ def plan_split(config: Config, root: Path, on_rows: OnRows = _quiet) -> Plan | N
     )
     names = [entry.source for entry in entries] if config.data.partition == "sources" else made.group_names
     summary = DataSummary(
-        partition=config.model_dump(mode="json")["data"]["partition"],
+        partition=config.data.model_dump(mode="json", exclude_unset=True).get("partition", "iid"),
         num_rows=sum(reader.num_rows for reader in readers),
         num_usable=sum(reader.num_usable for reader in readers),
         left_out=dict(sum((reader.left_out for reader in readers), Counter())),
         notes=dict(sum((+reader.notes for reader in readers), Counter())),
         sizes=made.sizes(),
+        formats=[_client_format(config, client) for client in range(config.federation.clients)],
         groups=[Path(name).name if config.data.partition == "sources" else name for name in names],
         group_counts=[made.group_counts(client) for client in range(config.federation.clients)],
     )
@@ -158,6 +161,14 @@ def _check_formats(config: Config) -> None:
             "data.source: the sources have rows of different formats, which cannot be mixed in one client",
             hint="Set data.partition to sources: every source gets clients of its own.",
         )
+
+
+def _client_format(config: Config, client: int) -> Any:
+    """Return the format of a client's rows, its source's, as JSON has it."""
+    entries = config.data.sources
+    position = client * len(entries) // config.federation.clients if config.data.partition == "sources" else 0
+    chosen = choose_format(entries[position].source, entries[position].format, config.task)
+    return chosen.model_dump(exclude_none=True) if isinstance(chosen, ColumnsFormat) else chosen
 
 
 def _reader(config: Config, entry: SourceEntry) -> RowReader:
