@@ -383,3 +383,14 @@ def test_finance_on_the_phrase_bank_for_two_rounds(partition: str, tmp_path: Pat
     largest = [max(Counter(row["label"] for row in own).values()) / len(own) for own in client_rows(workspace).values()]
     assert (max(largest) > 0.9) == (partition != "iid")
     assert fedcli("verify", "-w", workspace, cwd=tmp_path).returncode == 0
+
+
+def test_a_thousand_users_make_a_card_of_kilobytes(tmp_path: Path) -> None:
+    rows = [{"instruction": f"{number}?", "output": "yes", "user": number} for number in range(1000)]
+    written(tmp_path / "rows.jsonl", rows)
+    overrides = (*SMALL, "data.source=rows.jsonl", "data.partition={by: user}", "federation.clients=1000")
+    workspace = made(tmp_path, *overrides, "federation.per_round=2")
+    assert len(client_rows(workspace)) == 1000
+    assert (workspace / "data/card.json").stat().st_size < 200_000
+    preview = fedcli("data", "preview", "-w", workspace, "--id", 7, "--rows", 0, "--json", cwd=tmp_path)
+    assert json.loads(preview.stdout)["clients"][0]["num_rows"] == 1

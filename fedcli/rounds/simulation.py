@@ -27,6 +27,8 @@ from fedcli.workspace.row_files import RowFiles
 
 DEMO_SOURCE = "builtin:demo"
 MIN_DEMO_CLIENTS, MAX_DEMO_CLIENTS = 2, 64
+MOST_COUNTS = 100_000
+"""Counts, a group and client each, that a data card holds; where there would be more it holds none."""
 OnRows: TypeAlias = Callable[[str, int], None]
 """Hears what is being done, and how many rows of it are done."""
 
@@ -40,7 +42,7 @@ class DataSummary:
     """How a simulation's rows were split; `left_out` and `notes` count rows by reason.
 
     `formats` has what each client's rows were split as; `group_counts` has a list a client, of how many rows it has of
-    each of `groups`, what the split went by.
+    each of `groups`, what the split went by (none, where that would be a card of megabytes).
     """
 
     partition: Any
@@ -85,7 +87,9 @@ def plan_split(config: Config, root: Path, on_rows: OnRows = _quiet) -> Plan | N
         max_rows=config.data.max_rows,
         source_limits=[entry.max_rows for entry in entries],
     )
-    names = [entry.source for entry in entries] if config.data.partition == "sources" else made.group_names
+    names = [Path(entry.source).name for entry in entries] if config.data.partition == "sources" else made.group_names
+    if len(names) * config.federation.clients > MOST_COUNTS:
+        names = []
     summary = DataSummary(
         partition=config.data.model_dump(mode="json", exclude_unset=True).get("partition", "iid"),
         num_rows=sum(reader.num_rows for reader in readers),
@@ -94,8 +98,8 @@ def plan_split(config: Config, root: Path, on_rows: OnRows = _quiet) -> Plan | N
         notes=dict(sum((+reader.notes for reader in readers), Counter())),
         sizes=made.sizes(),
         formats=[_client_format(config, client) for client in range(config.federation.clients)],
-        groups=[Path(name).name if config.data.partition == "sources" else name for name in names],
-        group_counts=[made.group_counts(client) for client in range(config.federation.clients)],
+        groups=names,
+        group_counts=[made.group_counts(client) if names else [] for client in range(config.federation.clients)],
     )
     return Plan(made, summary)
 
