@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -47,19 +48,25 @@ def place(template: Path, tmp_path: Path, warm: Warm) -> Place:
     return Place(tmp_path / "place", warm)
 
 
+def own_terminal() -> None:
+    """Make the new session's terminal its own, and end the process after half a minute."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.alarm(30)
+
+
 def answer(place: Place, typed: bytes, *more: object) -> tuple[int, str]:
     """Join on a terminal and type an answer to the question, if there is one; return exit code and screen."""
     terminal, end = pty.openpty()
     arguments = ["--id", 0, "--data", place.rows("rows.jsonl", 6), "--home", "H0", "--share", "minimal", *more]
     process = subprocess.Popen(
-        ["timeout", "--foreground", "30", *command("client", "join", "-w", place.workspace, *arguments)],
+        command("client", "join", "-w", place.workspace, *arguments),
         cwd=place.folder,
         env=ENVIRONMENT | {"TERM": "dumb"},
         stdin=end,
         stdout=end,
         stderr=end,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
     )
     os.close(end)
     screen = b""
