@@ -51,6 +51,7 @@ def place(template: Path, tmp_path: Path, warm: Warm) -> Place:
 def own_terminal() -> None:
     """Make the new session's terminal its own, and end the process after half a minute."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so their children
     signal.alarm(30)
 
 
