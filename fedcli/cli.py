@@ -118,7 +118,7 @@ def _run(arguments: list[str]) -> int:
             message = "stopped" if code in (INTERRUPTED, TERMINATED) else "the command line is not valid"
             _print_error(message, "See `fedcli --help`.", code)
         return code
-    except Exception as error:
+    except Exception as error:  # whatever it is, the user gets one line and an exit code
         raised, failure = error, _explain(error)
     else:
         return 0

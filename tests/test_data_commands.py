@@ -394,3 +394,12 @@ def test_a_thousand_users_make_a_card_of_kilobytes(tmp_path: Path) -> None:
     assert (workspace / "data/card.json").stat().st_size < 200_000
     preview = fedcli("data", "preview", "-w", workspace, "--id", 7, "--rows", 0, "--json", cwd=tmp_path)
     assert json.loads(preview.stdout)["clients"][0]["num_rows"] == 1
+
+
+def test_preview_shows_what_the_open_round_asks_and_not_what_fedcli_yaml_says_of_the_next(tmp_path: Path) -> None:
+    written(tmp_path / "rows.jsonl", ALPACA)
+    workspace = made(tmp_path, *SMALL, "data.source=rows.jsonl", "data.partition=iid")
+    path = workspace / "fedcli.yaml"
+    path.write_text(path.read_text().replace("template: alpaca", "template: vicuna"))
+    document = json.loads(fedcli("data", "preview", "-w", workspace, "--json", cwd=tmp_path).stdout)
+    assert "### Instruction:" in document["rows"][0]["texts"][0][0]["text"]

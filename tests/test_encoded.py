@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedcli.data.encoded import EncodedExample, EncodedExamples
 
@@ -58,3 +60,16 @@ def test_an_example_that_was_taken_out_is_a_copy() -> None:
     store[4].ids[:] = 0
     store[4].supervised[:] = False
     assert as_lists(store) == before
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), max_size=5), st.integers(0, 5))
+def test_stores_that_are_joined_hold_what_one_would_hold(masks: list[list[bool]], cut: int) -> None:
+    examples = [EncodedExample(np.arange(len(mask), dtype=np.int32), np.array(mask)) for mask in masks]
+    whole, first, second = EncodedExamples(), EncodedExamples(), EncodedExamples()
+    for position, example in enumerate(examples):
+        whole.append(example)
+        (first if position < cut else second).append(example)
+    first.extend(second)
+    assert first.lengths().tolist() == whole.lengths().tolist()
+    for one, other in zip(first, whole, strict=True):
+        assert (one.ids.tolist(), one.supervised.tolist()) == (other.ids.tolist(), other.supervised.tolist())

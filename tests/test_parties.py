@@ -134,7 +134,7 @@ def test_minimal_shares_the_number_of_rows_and_nothing_else(place: Place) -> Non
     contents = {"protocol": 1, "workspace": place.identity(), "client": 0, "data": {"num_rows": 6}}
     assert place.registration(0) == contents
     hint = place.join(0, "rows.jsonl", "--share", "minimum", code=2).stderr
-    assert "Did you mean minimal?" in hint
+    assert "'minimum' is not one of 'full', 'minimal'" in hint
 
 
 def test_the_cards_numbers_are_those_of_the_rows(place: Place) -> None:

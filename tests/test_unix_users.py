@@ -286,7 +286,7 @@ def test_a_planted_canary_is_found_in_every_form(tmp_path: Path) -> None:
     for number, form in enumerate(sorted(forms("Zaunkönig"))):
         (tmp_path / f"{number}.bin").write_bytes(b"\0\xff" + form + b"\xfe")
     (tmp_path / "a zaunkönig").mkdir()
-    (tmp_path / "link").symlink_to("/home/zaunkönig")
+    (tmp_path / "link").symlink_to("../zaunkönig")
     (tmp_path / "server.lock").write_text("Zaunkönig")
     found = sorted(name for name, _ in leaks(tmp_path, ["Zaunkönig"]))
     assert found == [*(f"{number}.bin" for number in range(6)), "a zaunkönig", "link"]

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -46,7 +46,7 @@ def join(
         ),
     ] = None,
     share: Annotated[
-        str, typer.Option("--share", metavar="full|minimal", help="minimal: tell the number of rows and nothing else.")
+        Literal["full", "minimal"], typer.Option("--share", help="minimal: tell the number of rows and nothing else.")
     ] = "full",
     subset: Annotated[
         str | None, typer.Option("--subset", metavar="NAME", help="Of a hub's data set.", show_default=False)
@@ -66,12 +66,9 @@ def join(
     On a terminal you are asked before it is written; elsewhere, and with --json, you are not. Run again, it replaces
     your card.
     """
-    from fedcli.errors import UsageError, did_you_mean
     from fedcli.rounds import parties
     from fedcli.workspace.layout import find_workspace
 
-    if share not in ("full", "minimal"):
-        raise UsageError(f"--share {share}: unknown", hint=did_you_mean(share, ["full", "minimal"]))
     found = find_workspace(workspace)
     asks = not yes and not json_output and sys.stdin.isatty()
 
@@ -93,7 +90,7 @@ def join(
             home=home,
             base=base,
             trust_remote_code=trust_remote_code,
-            share="minimal" if share == "minimal" else "full",
+            share=share,
             on_rows=count,
         )
     if not json_output:

@@ -136,10 +136,14 @@ class Sizes(Section):
     sizes: SizesOptions
 
 
+PARTITIONS: dict[str, type[Section]] = {"by": By, "dirichlet": Dirichlet, "sizes": Sizes, "shards_by": ShardsBy}
+"""Partitions that are a section of one key."""
+
+
 def _kind_of_partition(value: object) -> str | None:
-    for tag in ("<by>", "<dirichlet>", "<sizes>", "<shards_by>"):
-        if isinstance(value, TAGS[tag]) or (isinstance(value, dict) and list(value) == [tag[1:-1]]):
-            return tag
+    for name, kind in PARTITIONS.items():
+        if isinstance(value, kind) or (isinstance(value, dict) and list(value) == [name]):
+            return f"<{name}>"
     return "<name>" if isinstance(value, str) else None
 
 
@@ -159,10 +163,7 @@ TAGS: dict[str, type[Section]] = {
     "<columns>": ColumnsFormat,
     "<template>": CustomTemplate,
     "<entry>": SourceEntry,
-    "<by>": By,
-    "<dirichlet>": Dirichlet,
-    "<sizes>": Sizes,
-    "<shards_by>": ShardsBy,
+    **{f"<{name}>": kind for name, kind in PARTITIONS.items()},
 }
 """What pydantic puts in the path of a fault inside a union, and the section that it stands for."""
 

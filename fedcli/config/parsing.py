@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedcli.algos import ALGORITHMS, Algorithm, AnyAlgorithm
-from fedcli.config.data import TAGS, DataFormat, Task, check_format
+from fedcli.config.data import PARTITIONS, TAGS, DataFormat, Task, check_format
 from fedcli.config.section import Section
 from fedcli.config.sections import Config
 from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
@@ -140,10 +140,10 @@ def _describe(fault: ErrorDetails) -> str:
     if kind == "union_tag_not_found" and key == "algorithm":
         return f"algorithm: it has no name. Known: {', '.join(ALGORITHMS)}."
     if kind == "union_tag_not_found":
-        unknown = [name for name in found if name not in _PARTITION_KEYS] if isinstance(found, dict) else []
+        unknown = [name for name in found if name not in PARTITIONS] if isinstance(found, dict) else []
         if unknown:
-            return f"{key}.{unknown[0]}: unknown key. {did_you_mean(str(unknown[0]), _PARTITION_KEYS)}"
-        return f"{key}: iid, sources, or just one of {', '.join(_PARTITION_KEYS)} with its value (found {found!r})"
+            return f"{key}.{unknown[0]}: unknown key. {did_you_mean(str(unknown[0]), PARTITIONS)}"
+        return f"{key}: iid, sources, or just one of {', '.join(PARTITIONS)} with its value (found {found!r})"
     if kind in ("model_type", "model_attributes_type", "tuple_type"):
         return f"{key}: {'a list' if kind == 'tuple_type' else 'a section'} is wanted here (found {found!r})"
     if kind == "literal_error":
@@ -153,9 +153,6 @@ def _describe(fault: ErrorDetails) -> str:
         message = fault["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if location else message
     return f"{key}: {fault['msg']} (found {found!r})"
-
-
-_PARTITION_KEYS = ("by", "dirichlet", "sizes", "shards_by")
 
 
 def _keys_of(path: tuple[str, ...]) -> list[str]:

@@ -63,6 +63,13 @@ class EncodedExamples(Sequence[EncodedExample]):
         self._supervised += example.supervised.tobytes()
         self._ends.append(len(self._ids))
 
+    def extend(self, other: "EncodedExamples") -> None:
+        """Add another's examples."""
+        start = len(self._ids)
+        self._ids.extend(other._ids)
+        self._supervised += other._supervised
+        self._ends.extend(start + end for end in other._ends[1:])
+
     def lengths(self) -> NDArray[np.int64]:
         """Return each example's number of tokens."""
         return np.diff(np.array(self._ends, np.int64)).astype(np.int64)
@@ -95,6 +102,11 @@ class EncodedPairs(Sequence[EncodedPair]):
         """Add a pair."""
         self._chosen.append(pair.chosen)
         self._rejected.append(pair.rejected)
+
+    def extend(self, other: "EncodedPairs") -> None:
+        """Add another's pairs."""
+        self._chosen.extend(other._chosen)
+        self._rejected.extend(other._rejected)
 
     def lengths(self) -> NDArray[np.int64]:
         """Return each pair's number of tokens in the longer of its sides."""
@@ -134,10 +146,9 @@ class EncodedRows(Generic[EncodedT]):
 
 def together(parts: Sequence[EncodedRows[EncodedT]]) -> EncodedRows[EncodedT]:
     """Return the rows of several clients as one's; the first part takes the others in."""
-    first, *others = parts
-    for other in others:
-        for example in other.examples:
-            first.examples.append(example)  # type: ignore[arg-type]  # both are of the kind that EncodedT says
+    first = parts[0]
+    for other in parts[1:]:
+        first.examples.extend(other.examples)
         first.num_truncated += other.num_truncated
         first.left_out += other.left_out
     return first

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 
 from fedcli.config import Task, TemplateChoice
-from fedcli.data.conversation import Example, Preference, Prompt, Turn
+from fedcli.data.conversation import Example, Item, Preference, Prompt, Turn
 from fedcli.data.encoded import EncodedExample, EncodedExamples, EncodedPair, EncodedPairs, EncodedRows
 from fedcli.data.formats import EQUAL, MALFORMED, TOO_LONG, LeftOut, RowReader, describe_counts
 from fedcli.data.source import Source
@@ -168,6 +168,19 @@ class Encoder:
         )
 
 
+def encode_items(
+    encoder: Encoder,
+    items: Iterable[Item],
+    task: Task,
+    max_length: int,
+    on_rows: Callable[[int], None] = lambda count: None,
+) -> "EncodedRows[EncodedExamples] | EncodedRows[EncodedPairs]":
+    """Encode what rows of a task's formats teach: examples for sft, pairs for dpo."""
+    if task == "dpo":
+        return encoder.pairs((item for item in items if isinstance(item, Preference)), max_length, on_rows)
+    return encoder.rows((item for item in items if isinstance(item, Example)), max_length, on_rows)
+
+
 def encode_source(
     encoder: Encoder,
     reader: RowReader,
@@ -180,12 +193,7 @@ def encode_source(
 
     Raises ConfigError where not one row is usable.
     """
-    items = (item for _, item in reader.read(source.rows()))
-    rows: EncodedRows[EncodedExamples] | EncodedRows[EncodedPairs]
-    if task == "dpo":
-        rows = encoder.pairs((item for item in items if isinstance(item, Preference)), max_length, on_rows)
-    else:
-        rows = encoder.rows((item for item in items if isinstance(item, Example)), max_length, on_rows)
+    rows = encode_items(encoder, (item for _, item in reader.read(source.rows())), task, max_length, on_rows)
     reader.require_rows(source.location)
     rows.left_out += reader.left_out
     if not rows.examples:

@@ -86,9 +86,10 @@ def find_source(name: str, root: Path, *, subset: str | None = None, split: str 
     )
 
 
-def is_file_name(name: str) -> bool:
-    """Return whether a name that nothing has can only be meant for a file of rows, and no data set of the hub."""
-    return _suffix(Path(name)) in KINDS
+def absolute_path(name: str) -> str:
+    """Return a path of the current folder absolute; a name that is no file's (of the hub, say) as it is."""
+    path = Path(os.path.expanduser(name))
+    return str(path.absolute()) if name and (path.exists() or _suffix(path) in KINDS) else name
 
 
 def write_row(fields: Mapping[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fedcli.config import apply_overrides, parse_config, read_document
-from fedcli.data.source import is_file_name
+from fedcli.data.source import absolute_path
 from fedcli.errors import UsageError, WorkspaceError, did_you_mean
 from fedcli.rounds.opening import open_first_round
 from fedcli.rounds.settings import read_config, read_running_config
@@ -146,13 +146,13 @@ def _absolute(override: str) -> str:
     if key not in _PATH_KEYS or not separator:
         return override
     if Path(os.path.expanduser(text)).exists() and text:  # a name that YAML would read as something else
-        return f"{key}={json.dumps(_absolute_path(text))}"
+        return f"{key}={json.dumps(absolute_path(text))}"
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return override  # the error is told where the value is read
     if isinstance(value, str):
-        value = _absolute_path(value)
+        value = absolute_path(value)
     elif isinstance(value, list):
         value = [_absolute_entry(entry) for entry in value]
     return f"{key}={json.dumps(value)}"
@@ -160,10 +160,5 @@ def _absolute(override: str) -> str:
 
 def _absolute_entry(entry: Any) -> Any:
     if isinstance(entry, dict) and isinstance(entry.get("source"), str):
-        return entry | {"source": _absolute_path(entry["source"])}
-    return _absolute_path(entry) if isinstance(entry, str) else entry
-
-
-def _absolute_path(name: str) -> str:
-    path = Path(os.path.expanduser(name))
-    return str(path.absolute()) if name and (path.exists() or is_file_name(name)) else name
+        return entry | {"source": absolute_path(entry["source"])}
+    return absolute_path(entry) if isinstance(entry, str) else entry

@@ -9,7 +9,7 @@ from typing import Literal
 from fedcli.config import Config, DataFormat, parse_format, read_format
 from fedcli.data.formats import RowReader, format_name
 from fedcli.data.hub import choose_format, choose_split
-from fedcli.data.source import Source, find_source
+from fedcli.data.source import Source, absolute_path, find_source
 from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
 from fedcli.rounds.settings import check_client, read_running_config
@@ -48,6 +48,14 @@ class Party:
     num_rows: int | None = None
     base: str | None = None
     trust_remote_code: bool | None = None
+
+    def base_of(self, config: Config) -> str:
+        """Return where the party's base model lies."""
+        return self.base or config.model.base
+
+    def trusts_code(self, config: Config) -> bool:
+        """Return whether code that comes with the model may run."""
+        return config.model.trust_remote_code if self.trust_remote_code is None else self.trust_remote_code
 
 
 def find_party(workspace: Workspace, config: Config, client: int, home: Path | None = None) -> Party:
@@ -201,11 +209,11 @@ def prepare_join(
     record = PartyRecord(
         workspace=workspace_id,
         client=client,
-        source=_absolute(data),
+        source=absolute_path(data),
         format=choose_format(data, given, config.task),
         subset=subset,
         split=choose_split(data, split),
-        base=None if base is None else _absolute(base),
+        base=None if base is None else absolute_path(base),
         trust_remote_code=trust_remote_code,
     )
     source = find_source(record.source, Path.cwd(), subset=record.subset, split=record.split)
@@ -217,11 +225,6 @@ def prepare_join(
     else:
         card = _full_card(workspace, config, record, reader, source, on_rows)
     return Joining(workspace, found, record, card)
-
-
-def _absolute(name: str) -> str:
-    path = Path(os.path.expanduser(name))
-    return str(path.absolute()) if path.exists() else name
 
 
 def _check_free(workspace: Workspace, client: int, home: Home, workspace_id: str) -> None:

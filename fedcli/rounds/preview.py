@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedcli.config import Config
-from fedcli.data.conversation import Example, Item, Preference
+from fedcli.data.conversation import Item
 from fedcli.data.encoded import EncodedExample, EncodedExamples, EncodedPairs
-from fedcli.data.encoding import Encoder
+from fedcli.data.encoding import Encoder, encode_items
 from fedcli.data.formats import RowReader
 from fedcli.data.picture import Bar, draw
 from fedcli.data.source import Row
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.model.base import find_base, load_tokenizer
-from fedcli.rounds.parties import NO_LIMIT, Party, find_party
+from fedcli.rounds.opening import train_record
+from fedcli.rounds.parties import NO_LIMIT, Party, find_party, find_same_base
 from fedcli.rounds.settings import check_client, read_config
 from fedcli.rounds.simulation import read_summary
+from fedcli.workspace.history import read_head, read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.publish import publish_file
+from fedcli.workspace.records import TrainRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +98,10 @@ def preview(
     """
     config = read_config(workspace)
     parties = _parties(workspace, config, client, home)
-    encoder, tokenizer = _encoder(workspace, config, parties[0])
+    train = _open_train(workspace, config)
+    max_length = train.max_length
+    tokenizer = _tokenizer(workspace, config, parties[0])
+    encoder = Encoder(tokenizer, train.template)
     is_simulated = parties[0].num_rows is None
     summary = read_summary(workspace) if is_simulated else None
     shown: list[ShownRow] = []
@@ -105,16 +111,16 @@ def preview(
         on_client(party.client)
         reader = RowReader(party.format, config.federation.seed)
         items, values = _sample(reader, party, by)
-        lengths = _encode(encoder, [item for _, item in items], NO_LIMIT).lengths()
+        lengths = encode_items(encoder, (item for _, item in items), config.task, NO_LIMIT).examples.lengths()
         counts = summary.group_counts[party.client] if summary else []
         by_value.append(values)
-        num_cut = int((lengths > config.train.max_length).sum())
+        num_cut = int((lengths > max_length).sum())
         shares.append(
             ClientShare(party.client, reader.num_usable, dict(reader.left_out), num_cut, lengths.tolist(), counts)
         )
         for row, item in items[: max(0, num_rows - len(shown))]:
-            texts = _texts(tokenizer, _encode(encoder, [item], config.train.max_length))
-            shown.append(ShownRow(row.where, dict(row.fields), texts))
+            encoded = encode_items(encoder, [item], config.task, max_length).examples
+            shown.append(ShownRow(row.where, dict(row.fields), _texts(tokenizer, encoded)))
     groups = summary.groups if summary else []
     if by is not None:
         groups = sorted(set().union(*by_value))
@@ -131,13 +137,21 @@ def preview(
         clients=shares,
         groups=groups,
         partition=summary.partition if summary else None,
-        max_length=config.train.max_length,
+        max_length=max_length,
         edges=[int(edge) for edge in np.ceil(edges)],
         histogram=[int(count) for count in counts_],
         num_sampled=len(all_lengths),
         picture=picture,
     )
-    publish_file(picture, draw([_bar(share) for share in shares], found.groups, all_lengths, found.max_length))
+    publish_file(
+        picture,
+        draw(
+            [Bar(share.client, share.num_rows, share.groups) for share in shares],
+            found.groups,
+            all_lengths,
+            found.max_length,
+        ),
+    )
     return found
 
 
@@ -154,11 +168,20 @@ def _parties(workspace: Workspace, config: Config, client: int | None, home: Pat
     return [find_party(workspace, config, client) for client in clients]
 
 
-def _encoder(workspace: Workspace, config: Config, party: Party) -> "tuple[Encoder, PreTrainedTokenizerBase]":
-    trusts = config.model.trust_remote_code if party.trust_remote_code is None else party.trust_remote_code
-    folder = find_base(party.base or config.model.base, revision=config.model.revision, root=workspace.root)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trusts)
-    return Encoder(tokenizer, config.data.template), tokenizer
+def _open_train(workspace: Workspace, config: Config) -> TrainRecord:
+    """Return what clients obey: the open round's record, or before there is one what fedcli.yaml would make of it."""
+    if workspace.identity.exists() and read_round(workspace, 0) is not None:
+        return read_head(workspace).manifest.train
+    return train_record(config, 0, config.federation.rounds)
+
+
+def _tokenizer(workspace: Workspace, config: Config, party: Party) -> "PreTrainedTokenizerBase":
+    base, trusts = party.base_of(config), party.trusts_code(config)
+    if workspace.identity.exists() and (start := read_round(workspace, 0)) is not None:
+        folder = find_same_base(workspace, base, start)
+    else:
+        folder = find_base(base, revision=config.model.revision, root=workspace.root)
+    return load_tokenizer(folder, trust_remote_code=trusts)
 
 
 def _sample(reader: RowReader, party: Party, by: str | None) -> tuple[list[tuple[Row, Item]], Counter[str]]:
@@ -175,13 +198,6 @@ def _sample(reader: RowReader, party: Party, by: str | None) -> tuple[list[tuple
             values[str(row.fields[by])] += 1
     reader.require_rows(party.source.location)
     return items, values
-
-
-def _encode(encoder: Encoder, items: list[Item], max_length: int) -> EncodedExamples | EncodedPairs:
-    pairs = [item for item in items if isinstance(item, Preference)]
-    if pairs:
-        return encoder.pairs(pairs, max_length).examples
-    return encoder.rows([item for item in items if isinstance(item, Example)], max_length).examples
 
 
 def _texts(tokenizer: "PreTrainedTokenizerBase", encoded: EncodedExamples | EncodedPairs) -> list[list[Piece]]:
@@ -202,7 +218,3 @@ def _pieces(tokenizer: "PreTrainedTokenizerBase", example: EncodedExample) -> li
         pieces.append(Piece(text[len(before) :], bool(example.supervised[start])))
         before = text
     return pieces
-
-
-def _bar(share: ClientShare) -> Bar:
-    return Bar(share.client, share.num_rows, share.groups)

@@ -56,10 +56,8 @@ class Runtime:
         self._config = config
         self._on_rows = on_rows
         self.task = any_round.manifest.task
-        base = (party and party.base) or config.model.base
-        trusts = config.model.trust_remote_code
-        if party is not None and party.trust_remote_code is not None:
-            trusts = party.trust_remote_code
+        base = party.base_of(config) if party else config.model.base
+        trusts = party.trusts_code(config) if party else config.model.trust_remote_code
         folder = find_same_base(workspace, base, any_round)
         quantization = any_round.manifest.model.quantization
         require_bitsandbytes(quantization)

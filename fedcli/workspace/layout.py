@@ -163,7 +163,11 @@ class Home:
 
 def default_home(workspace_id: str, client: int) -> Home:
     """Return a joined party's home where it names none: below $XDG_DATA_HOME, or ~/.local/share."""
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    if base.startswith("~"):
+        raise WorkspaceError(
+            "this user has no home directory to keep private state in", hint="Name a folder: --home DIR."
+        )
     return Home(Path(base).absolute() / "fedcli" / workspace_id / str(client))
 
 
