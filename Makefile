@@ -4,7 +4,7 @@ DEMO := demo
 KILLS ?= 5
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo test slow lint check clean
+.PHONY: demo test slow slurm lint check clean
 
 demo: .venv/installed  ## a whole federation on the built-in model and rows, and its scores
 	$(BIN)/fedcli init $(DEMO)
@@ -22,12 +22,15 @@ test: .venv/installed-dev  ## the default test suite
 slow: .venv/installed-dev  ## the kill -9 campaigns in their short form; KILLS=50 for more
 	FEDCLI_KILLS=$(KILLS) $(PYTEST) -m slow
 
+slurm: .venv/installed-dev  ## federations through a SLURM of this machine, which it starts and stops
+	$(PYTEST) -n 0 -m slurm
+
 lint: .venv/installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint slow demo test  ## all that CI runs
+check: lint slow slurm demo test  ## all that CI runs
 
 clean:  ## remove the environment and the demo
 	rm -rf .venv $(DEMO)

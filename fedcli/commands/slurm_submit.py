@@ -1,0 +1,49 @@
+"""fedcli slurm submit."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.output import at, print_hint, print_json
+
+if TYPE_CHECKING:
+    from fedcli.rounds.cluster import Submission
+
+
+def submit(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent; send nothing.")] = False,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Send the open round to SLURM: an array of its clients, and a job that merges and sends the next round.
+
+    What is in the queue already is not sent again: run it as often as you like.
+    """
+    from fedcli.rounds import cluster
+    from fedcli.workspace.layout import find_workspace
+
+    result = cluster.submit(find_workspace(workspace), dry_run=dry_run)
+    if json_output:
+        print_json(result)
+        return
+    _print(result)
+    if result.status in ("submitted", "in_place"):
+        print_hint(f"next: fedcli status{at(workspace)}")
+
+
+def _print(result: "Submission") -> None:
+    if result.cancelled:
+        verb = "would cancel" if result.status == "dry_run" else "cancelled"
+        print(f"{verb} jobs of closed rounds: {', '.join(map(str, result.cancelled))}")
+    if result.status == "finished":
+        print(f"nothing to send: the federation has finished at round {result.round}")
+    elif result.status == "in_place":
+        print(f"nothing to send: the jobs of round {result.round} are in the queue")
+    for request in result.requests:
+        print(f"would send, for round {result.round}, {request.kind}:\n{result.scripts[request.kind]}")
+    for job in result.sent:
+        whom = f" for clients {', '.join(map(str, job.clients))}" if job.clients else ""
+        print(f"round {result.round}: {job.kind} is job {job.id}{whom}")
+    if result.elsewhere:
+        print(f"trained elsewhere, and waited for: {', '.join(map(str, result.elsewhere))}")

@@ -1,0 +1,1 @@
+"""SLURM: batch scripts as text, and its commands; knows nothing of a workspace."""

@@ -1,0 +1,70 @@
+"""What was sent to SLURM: the scripts of a round, the ids of its jobs, and the folder of their logs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias, get_args
+
+from pydantic import Field
+
+from fedcli.errors import IntegrityError
+from fedcli.workspace.history import read_whole
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.locks import hold
+from fedcli.workspace.publish import make_folder, publish_file
+from fedcli.workspace.records import Natural, Record, parse_record
+
+MAX_JOBS_BYTES = 2**24
+
+JobKind: TypeAlias = Literal["clients", "server", "timer"]
+KINDS: tuple[JobKind, ...] = get_args(JobKind)
+"""The array of a cohort; the job that merges once that is over; the one that starts by the clock."""
+
+
+class Job(Record):
+    """A job that was sent; `clients` are an array's elements, `attempt` counts how often something was tried."""
+
+    id: Annotated[int, Field(ge=1)]
+    kind: JobKind
+    attempt: Annotated[int, Field(ge=1)] = 1
+    clients: list[Natural] = Field(default_factory=list)
+
+
+class JobsRecord(Record):
+    """slurm/round-NNNNN/jobs.json."""
+
+    round: Natural
+    jobs: list[Job]
+
+
+@contextmanager
+def hold_jobs(workspace: Workspace) -> Iterator[None]:
+    """Hold the lock of sending jobs; raise BusyError where another process has it."""
+    make_folder(workspace.slurm_lock.parent)  # open to all who may see the workspace, unlike a folder made for a lock
+    with hold(workspace.slurm_lock, "sending jobs"):
+        yield
+
+
+def read_jobs(workspace: Workspace, round_number: int) -> list[Job]:
+    """Return the jobs that were sent for a round, in their order; raise IntegrityError where the record is damaged."""
+    path = workspace.jobs(round_number)
+    if not path.exists():
+        return []
+    try:
+        return parse_record(JobsRecord, read_whole(path, MAX_JOBS_BYTES), path).jobs
+    except IntegrityError as error:
+        error.hint = "Remove it: `fedcli slurm submit` finds the jobs that are in the queue by their names."
+        raise
+
+
+def save_jobs(workspace: Workspace, round_number: int, jobs: list[Job]) -> None:
+    """Keep the list of the jobs that were sent for a round."""
+    publish_file(workspace.jobs(round_number), JobsRecord(round=round_number, jobs=jobs).to_bytes())
+
+
+def save_script(workspace: Workspace, round_number: int, kind: JobKind, text: str) -> Path:
+    """Keep a batch script, and make the folder of its log: without that SLURM fails the job; return its path."""
+    make_folder(workspace.job_logs(round_number))
+    path = workspace.job_script(round_number, kind)
+    publish_file(path, text.encode())
+    return path
