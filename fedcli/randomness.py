@@ -17,6 +17,6 @@ def stream(seed: int, purpose: str, *, round_number: int = 0, client: int = 0, p
 
 
 def draw_cohort(seed: int, round_number: int, clients: list[int], size: int) -> list[int]:
-    """Draw `size` distinct clients for a round, sorted by id."""
+    """Draw `size` distinct clients for a round, in the order of the draw."""
     chosen = stream(seed, "cohort", round_number=round_number).choice(len(clients), size=size, replace=False)
-    return sorted(clients[int(index)] for index in chosen)
+    return [clients[int(index)] for index in chosen]

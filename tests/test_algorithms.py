@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save
 from test_protocol import read_adapter, read_manifest, stored_hashes
 
 from fedcli.algos import ALGORITHMS, FedAvg, MergedUpdates
-from fedcli.algos.arrays import WeightedSum, difference, to_float32
+from fedcli.algos.arrays import _BLOCK, WeightedSum, difference, to_float32
 from fedcli.algos.fedadagrad import FedAdagrad
 from fedcli.algos.fedadam import FedAdam
 from fedcli.algos.fedavgm import FedAvgM
@@ -336,3 +336,20 @@ def test_a_mean_without_weight_is_an_error():
     total.add({"w": np.ones(3)}, 0.0)
     with pytest.raises(ZeroDivisionError):
         total.over(total.total_weight)
+
+
+@pytest.mark.parametrize("size", [1, _BLOCK - 1, _BLOCK, 2 * _BLOCK + 7])
+def test_a_sum_block_by_block_is_the_sum_of_whole_arrays(size):
+    generator = np.random.default_rng(size)
+    origin = {"w": generator.normal(size=size).astype("float32"), "b": np.float32([[1, 2], [3, 4]])}
+    members = [{name: array + generator.normal(size=array.shape).astype("float32") for name, array in origin.items()}
+               for _ in range(3)]  # fmt: skip
+    members[1] = {name: np.asfortranarray(array.astype("float16")) for name, array in members[1].items()}
+    total, expected = WeightedSum(), dict.fromkeys(origin, np.float64(-0.0))
+    for weight, member in enumerate(members, 3):
+        deltas = {name: array.astype("float64") - origin[name].astype("float64") for name, array in member.items()}
+        norm = total.add(member, float(weight), origin=origin)
+        assert norm == pytest.approx(np.linalg.norm(np.concatenate([d.ravel() for d in deltas.values()])), rel=1e-12)
+        expected = {name: expected[name] + weight * delta for name, delta in deltas.items()}
+    for name, array in total.over(12.0).items():
+        np.testing.assert_array_equal(array, expected[name] / 12.0)

@@ -227,6 +227,7 @@ def test_verify_says_what_it_checked_and_exits_0(finished, capsys):
         "num_recomputed": 2,
         "num_baselines": 0,
         "num_hidden": 0,
+        "num_pruned": 0,
     }
     assert document == {**counts, "violations": []}
     assert stored_hashes(finished) == before

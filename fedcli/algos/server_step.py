@@ -16,12 +16,12 @@ Momentum = Literal["damped", "heavy_ball"]
 
 def add_mean(adapter: Arrays, step: Arrays) -> "dict[str, Array]":
     """Return x + step, float32."""
-    return to_float32(apply(lambda x, d: x + d, adapter, step))
+    return apply(lambda x, d: x + d, adapter, step, dtype="float32")
 
 
 def adaptive_step(adapter: Arrays, direction: Arrays, second: Arrays, *, eta: float, tau: float) -> "dict[str, Array]":
     """Return x + eta direction / (sqrt v + tau), float32: Reddi et al. 2021, algorithm 2."""
-    return to_float32(apply(lambda x, d, v: x + eta * d / (v**0.5 + tau), adapter, direction, second))
+    return apply(lambda x, d, v: x + eta * d / (v**0.5 + tau), adapter, direction, second, dtype="float32")
 
 
 def next_momentum(state: Arrays, mean: Arrays, *, beta1: float, form: Momentum = "damped") -> "dict[str, Array]":

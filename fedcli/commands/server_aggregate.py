@@ -80,6 +80,8 @@ def _print(result: "AggregationResult") -> None:
         print(f"refused client {entry.client}: {entry.code}: {entry.reason}")
     if done.missing:
         print(f"missing: {', '.join(map(str, done.missing))}")
+    if done.surplus:
+        print(f"not needed: {', '.join(map(str, done.surplus))}")
     if result.status != "dry_run":
         print(f"round {result.round} is {result.state}")
     elif done.refused:

@@ -27,6 +27,8 @@ def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
             print(
                 f"{result.num_hidden} counted updates may not be read by this user: let the server's user verify them"
             )
+        if result.num_pruned:
+            print(f"{result.num_pruned} aggregates not computed again: `fedcli gc` has removed what they were made of")
         for violation in result.violations:
             print(f"{violation.path}: {violation.problem}")
     if result.violations:

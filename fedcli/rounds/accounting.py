@@ -14,9 +14,10 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
     unread = {OPTIMIZER_NAME} if uses_control else {OPTIMIZER_NAME, CONTROL_NAME}
     down = up = 0
     if manifest.aggregation is not None and previous is not None and previous.cost is not None:
-        num_readers = len(manifest.aggregation.counted) + len(manifest.aggregation.refused)
+        merge = manifest.aggregation
+        num_readers = len(merge.counted) + len(merge.refused) + len(merge.surplus)
         down = previous.cost.total_bytes_down + num_readers * previous.cost.client_bytes_down
-        up = previous.cost.total_bytes_up + sum(entry.bytes or 0 for entry in manifest.aggregation.counted)
+        up = previous.cost.total_bytes_up + sum(entry.bytes or 0 for entry in merge.counted)
     return Cost(
         base_parameters=manifest.model.num_parameters,
         trainable_parameters=trainable,

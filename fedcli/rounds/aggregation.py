@@ -4,25 +4,22 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from fedcli.algos import ALGORITHMS, Algorithm, Arrays, MergedUpdates
-from fedcli.algos.arrays import WeightedSum, difference, norm
+from fedcli.algos import ALGORITHMS, Algorithm
 from fedcli.config import Config, algorithm_from
-from fedcli.errors import BusyError, IntegrityError, NotReadyError, UsageError, did_you_mean
+from fedcli.errors import BusyError, NotReadyError, UsageError, did_you_mean
+from fedcli.rounds.merging import combine
 from fedcli.rounds.opening import open_next_round
+from fedcli.rounds.quorum import describe_seconds, needed_answers, seconds_left
 from fedcli.rounds.settings import POLL_SECONDS, check_client, read_running_config
-from fedcli.workspace.history import Round, missing_clients, read_head, state_file
-from fedcli.workspace.inbox import discard_update, read_update
-from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, CONTROL_DELTA_FILE, Workspace
+from fedcli.workspace.history import Round, missing_clients, read_head
+from fedcli.workspace.inbox import discard_update
+from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import remove_temporaries
-from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
-from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.tensors import encode
+from fedcli.workspace.records import Aggregation
 
 
 @dataclass(frozen=True)
@@ -106,94 +103,6 @@ def discard(workspace: Workspace, client: int) -> bool:
         return discard_update(workspace, head.number, client)
 
 
-@dataclass(frozen=True)
-class Sums:
-    """What is kept of the updates that were read: the weighted differences, and the changes of control variates."""
-
-    differences: WeightedSum
-    control: WeightedSum
-    magnitudes: dict[int, float]
-    """The largest norm of an update's files, by client."""
-
-
-def combine(
-    workspace: Workspace, base: Round, algorithm: Algorithm, num_clients: int, on_update: Callable[[int], None]
-) -> tuple[dict[str, bytes] | None, Aggregation]:
-    """Read a round's updates one at a time; return the next round's merged files (None if no update is valid).
-
-    The files are the adapter and the algorithm's state. Raises IntegrityError where they would not be finite.
-    """
-    adapter = base.adapter()
-    sums = Sums(WeightedSum(), WeightedSum(), {})
-    counted: list[CountedUpdate] = []
-    refused: list[RefusedUpdate] = []
-    missing: list[int] = []
-    for client in base.manifest.cohort:
-        try:
-            entry = _count(workspace, base, client, algorithm, adapter, sums)
-        except Refusal as refusal:
-            refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
-        else:
-            missing.append(client) if entry is None else counted.append(entry)
-        on_update(client)
-    total = sums.differences.total_weight
-    if counted and total == 0.0:
-        raise ZeroDivisionError("the weights of all updates add up to zero")
-    shares = [entry.model_copy(update={"weight": entry.weight / total}) for entry in counted]
-    aggregation = Aggregation(algorithm=asdict(algorithm), counted=shares, refused=refused, missing=missing)
-    if not counted:
-        return None, aggregation
-    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
-        merged = MergedUpdates(sums.differences.over(total), sums.control.over(num_clients))
-        following, state = algorithm.apply(adapter, merged, base.state(algorithm))
-    _check_finite(base, following, state, sums.magnitudes)
-    files = {ADAPTER_NAME: encode(following)}
-    if state:
-        files[state_file(algorithm)] = encode(state)
-    return files, aggregation
-
-
-def _check_finite(base: Round, adapter: Arrays, state: Arrays, magnitudes: dict[int, float]) -> None:
-    """Raise IntegrityError where finite updates add up to what float32 cannot hold."""
-    if all(np.isfinite(array).all() for arrays in (adapter, state) for array in arrays.values()):
-        return
-    client, magnitude = max(magnitudes.items(), key=lambda item: item[1])
-    raise IntegrityError(
-        f"the updates of round {base.number} are too large for float32: the largest is client {client}'s, "
-        f"of norm {magnitude:.3g}",
-        hint=f"Set it aside with `fedcli server discard --id {client}`.",
-    )
-
-
-def _count(
-    workspace: Workspace, base: Round, client: int, algorithm: Algorithm, adapter: Arrays, sums: Sums
-) -> CountedUpdate | None:
-    """Add one client's update to the sums and let go of it; None where there is none, Refusal where it is not valid."""
-    update = read_update(workspace, base, client)
-    if update is None:
-        return None
-    delta = difference(update.files[ADAPTER_FILE], adapter)
-    weight = algorithm.weight(update.record.num_samples)
-    delta_norm = norm(delta)
-    sums.differences.add(delta, weight)
-    sums.magnitudes[client] = delta_norm
-    if algorithm.uses_control:
-        control = update.files[CONTROL_DELTA_FILE]
-        sums.control.add(control, 1.0)
-        sums.magnitudes[client] = max(
-            delta_norm, norm({name: array.astype("float64") for name, array in control.items()})
-        )
-    return CountedUpdate(
-        client=client,
-        update=update.sha256,
-        weight=weight,
-        num_samples=update.record.num_samples,
-        train_loss=update.record.train_loss,
-        delta_norm=delta_norm,
-        bytes=update.num_bytes,
-    )
-
-
 def _aggregate(
     workspace: Workspace,
     algorithm_name: str | None,
@@ -208,11 +117,13 @@ def _aggregate(
         return AggregationResult("finished", head.number, "finished", None)
     config = read_running_config(workspace)
     algorithm = _algorithm(head, config, algorithm_name)
-    needed = 1 if partial else config.federation.needed_answers(len(head.manifest.cohort))
-    _check_answers(head, missing_clients(workspace, head), needed)
+    needed = 1 if partial else needed_answers(head, config)
+    _check_answers(head, config, missing_clients(workspace, head), needed)
     remove_temporaries(workspace.rounds)
-    files, aggregation = combine(workspace, head, algorithm, config.federation.clients, on_update)
-    _check_answers(head, aggregation.missing, needed)
+    files, aggregation = combine(
+        workspace, head, algorithm, config.federation.clients, head.draw_order, head.num_counted, on_update
+    )
+    _check_answers(head, config, aggregation.missing, needed)
     if files is None:
         faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)
         raise NotReadyError(
@@ -246,14 +157,21 @@ def _algorithm(head: Round, config: Config, name: str | None) -> Algorithm:
     return algorithm
 
 
-def _check_answers(head: Round, missing: list[int], needed: int) -> None:
+def _check_answers(head: Round, config: Config, missing: list[int], needed: int) -> None:
     """Raise NotReadyError where too few of the cohort have answered."""
     answered = len(head.manifest.cohort) - len(missing)
     if answered < needed:
         names = ", ".join(map(str, missing))
+        hint = f"Run `fedcli client train --id {missing[0]}`"
+        if answered:
+            hint += ", or go on without them: `server aggregate --partial`"
+        left = seconds_left(head, config)
+        if left is not None and left > 0:
+            hint += f". The deadline is in {describe_seconds(left)}; then one valid update is enough"
+        elif left is not None:
+            hint += f". The deadline was {describe_seconds(-left)} ago: one valid update is enough"
         raise NotReadyError(
             f"round {head.number} waits for {needed - answered} more of its {len(head.manifest.cohort)} clients; "
             f"missing: {names}",
-            hint=f"Run `fedcli client train --id {missing[0]}`"
-            + (", or go on without them: `server aggregate --partial`." if answered else "."),
+            hint=f"{hint}.",
         )

@@ -1,5 +1,6 @@
 """Opening rounds: round 0 from its start, round n + 1 from an aggregation."""
 
+import time
 from dataclasses import asdict
 from typing import Literal
 
@@ -21,6 +22,7 @@ from fedcli.workspace.records import (
     Manifest,
     ModelRecord,
     Schedule,
+    Selection,
     TensorEntry,
     TrainRecord,
     file_entry,
@@ -68,7 +70,7 @@ def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
     return TrainRecord(
         steps=train.steps,
         batch_size=train.batch_size,
-        micro_batch_size=train.micro_batch_size or train.batch_size,
+        micro_batch_size=train.micro_batch_size,
         max_length=train.max_length,
         learning_rate=train.learning_rate_of(number, rounds),
         schedule=Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds),
@@ -103,11 +105,10 @@ def _manifest(
     federation = config.federation
     rounds = max(federation.rounds, number)
     state: Literal["open", "finished"] = "finished" if number >= federation.rounds else "open"
-    cohort = (
-        draw_cohort(federation.seed, number, list(range(federation.clients)), federation.cohort_size)
-        if state == "open"
-        else []
-    )
+    is_open = state == "open"
+    everybody = list(range(federation.clients))
+    drawn = draw_cohort(federation.seed, number, everybody, federation.cohort_size) if is_open else []
+    is_selection = len(drawn) > federation.num_counted
     update_files = [ADAPTER_FILE, CONTROL_DELTA_FILE] if config.algorithm.uses_control else [ADAPTER_FILE]
     manifest = Manifest(
         workspace=workspace_id,
@@ -117,13 +118,15 @@ def _manifest(
         parent=parent,
         task=config.task,
         algorithm=asdict(config.algorithm),
-        cohort=cohort,
+        cohort=sorted(drawn),
         update_files=update_files,
         model=model,
         train=train_record(config, number, rounds),
         files={name: file_entry(contents) for name, contents in files.items()},
         tensors=tensors,
         aggregation=aggregation,
+        selection=Selection(order=drawn, count=federation.num_counted) if is_selection else None,
+        opened=time.time() if is_open and federation.deadline is not None else None,
     )
     return manifest.model_copy(
         update={"cost": cost_of(manifest, previous), "history": history_of(manifest, previous)},

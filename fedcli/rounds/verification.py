@@ -1,5 +1,6 @@
 """Checking a workspace against the protocol's invariants (docs/PROTOCOL.md, "What verify checks")."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -9,20 +10,25 @@ from pathlib import Path
 from fedcli.config import algorithm_from
 from fedcli.errors import FedError, IntegrityError
 from fedcli.rounds.accounting import cost_of, history_of
-from fedcli.rounds.aggregation import combine
+from fedcli.rounds.merging import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
-from fedcli.workspace.history import Round, is_hidden, listed_rounds, read_identity, read_round
+from fedcli.workspace.history import PRUNABLE, Round, is_hidden, listed_rounds, read_identity, read_round
+from fedcli.workspace.inbox import MAX_RECORD_BYTES
 from fedcli.workspace.layout import (
     ADAPTER_NAME,
     CONTROL_DELTA_FILE,
     CONTROL_NAME,
     MANIFEST,
     OPTIMIZER_NAME,
+    PRUNED,
+    TEMPORARY_PREFIX,
+    UPDATE_RECORD,
     Workspace,
     is_round_name,
     round_name,
 )
-from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry
+from fedcli.workspace.read import read_file
+from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
 
@@ -45,6 +51,8 @@ class Verification:
     num_recomputed: int = 0
     num_hidden: int = 0
     """Counted updates that this user may not read; the rounds made of them were not computed again."""
+    num_pruned: int = 0
+    """Rounds that were not computed again, because `gc` has removed what they were made of."""
     num_baselines: int = 0
     violations: list[Violation] = field(default_factory=list)
 
@@ -85,6 +93,8 @@ def verify(workspace: Workspace, *, on_round: Callable[[int], None] = lambda num
             if number == 0:
                 _check_baselines(workspace, current, result)
         previous = current
+    if previous is not None and os.path.lexists(previous.folder / PRUNED):
+        result.report(previous.folder / PRUNED, "removes what may not be removed: the latest round's files")
     if not result.num_rounds:
         result.report(workspace.rounds, "holds no round")
     return result
@@ -135,6 +145,7 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
     manifest = current.manifest
     if identity is not None and manifest.workspace != identity.id:
         result.report(current.folder, f"belongs to workspace {manifest.workspace}, not to {identity.id}")
+    pruned = _pruned_files(current, result)
     for name in manifest.files:
         try:
             contents = current.read(name)
@@ -142,13 +153,15 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
             if name == ADAPTER_NAME:
                 decode(contents, manifest.tensors)
         except FedError as error:
-            result.report(current.folder / name, error.message)
+            if name not in pruned or os.path.lexists(current.folder / name):
+                result.report(current.folder / name, error.message)
         except Refusal as refusal:
             result.report(current.folder / name, refusal.reason)
         except (OSError, ValueError) as error:  # a name that no file can have
             result.report(current.folder, f"lists {name[:80]!a}: {error}")
     found = {str(path.relative_to(current.folder)) for path in current.folder.rglob("*") if not path.is_dir()}
-    for name in sorted(found - {MANIFEST, *manifest.files}):
+    foreign = found - {MANIFEST, PRUNED, *manifest.files}
+    for name in sorted(name for name in foreign if not name.startswith(TEMPORARY_PREFIX)):
         result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
     try:
         uses_control = algorithm_from(manifest.algorithm).uses_control
@@ -160,6 +173,26 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
         result.report(current.folder, f"is {manifest.state} with a cohort of {len(manifest.cohort)}")
     if manifest.cohort != sorted(set(manifest.cohort)):
         result.report(current.folder, "has a cohort that is not sorted, or names a client twice")
+    selection = manifest.selection
+    if selection is not None and (sorted(selection.order) != manifest.cohort or selection.count > len(selection.order)):
+        result.report(current.folder, "has a selection that is not of its cohort")
+
+
+def _pruned_files(current: Round, result: Verification) -> set[str]:
+    """Return the files that may be gone; PRUNED.json lists them as the manifest does, and spares what others need."""
+    try:
+        pruned = current.pruned()
+    except IntegrityError as error:
+        result.report(current.folder / PRUNED, error.message)
+        return set()
+    if pruned is None:
+        return set()
+    if current.number == 0 or pruned.round != current.number or not {*pruned.files} <= {*PRUNABLE}:
+        result.report(current.folder / PRUNED, "removes what may not be removed")
+        return set()
+    if not pruned.files.items() <= current.manifest.files.items():
+        result.report(current.folder / PRUNED, "lists other files than the manifest")
+    return {*pruned.files}
 
 
 def _check_links(current: Round, previous: Round | None, number: int, result: Verification) -> None:
@@ -189,24 +222,36 @@ def _check_links(current: Round, previous: Round | None, number: int, result: Ve
 def _check_aggregation(
     current: Round, aggregation: Aggregation, previous: Round | None, seen: dict[str, int], result: Verification
 ) -> None:
-    """Counted, refused and missing clients split the cohort, and no update is counted twice in the history."""
+    """The cohort is accounted for, as the order of the draw has it, and no update is counted twice in the history."""
     counted = [entry.client for entry in aggregation.counted]
     refused = [entry.client for entry in aggregation.refused]
     if not counted:
         result.report(current.folder, "counts no update")
-    for clients in (counted, refused, aggregation.missing):
+    accounts = (counted, refused, aggregation.missing, aggregation.surplus)
+    for clients in accounts:
         if clients != sorted(set(clients)):
             result.report(current.folder, f"lists clients out of order or twice: {clients}")
-    if previous is not None and sorted(counted + refused + aggregation.missing) != previous.manifest.cohort:
+    if previous is not None and sorted(itertools.chain(*accounts)) != previous.manifest.cohort:
         result.report(
             current.folder, f"does not account for each client of round {previous.number}'s cohort exactly once"
         )
+    elif previous is not None and not _is_first_of_draw(counted, aggregation.surplus, previous):
+        result.report(current.folder, f"does not count the first {previous.num_counted} valid updates in draw order")
     for entry in aggregation.counted:
         if entry.update in seen:
             result.report(
                 current.folder, f"counts client {entry.client}'s update, which round {seen[entry.update]} did"
             )
         seen[entry.update] = current.number
+
+
+def _is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) -> bool:
+    """Return whether no more count than may, and nobody is surplus but behind as many as may."""
+    if not surplus:
+        return len(counted) <= previous.num_counted
+    place = {client: number for number, client in enumerate(previous.draw_order)}
+    behind = max(place.get(client, 0) for client in counted) if counted else 0
+    return len(counted) == previous.num_counted and all(place.get(client, 0) > behind for client in surplus)
 
 
 def _recompute(
@@ -218,18 +263,23 @@ def _recompute(
     result: Verification,
 ) -> None:
     """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
-    counted = [entry.client for entry in aggregation.counted]
-    hidden = [client for client in counted if is_hidden(workspace, client)]
+    hashes = {entry.client: entry.update for entry in aggregation.counted}
+    hidden = [client for client in hashes if is_hidden(workspace, client)]
     if hidden:  # parties of other users: the server can check, this user cannot
         result.num_hidden += len(hidden)
         return
-    narrowed = Round(previous.folder, previous.manifest.model_copy(update={"cohort": counted}), previous.sha256)
+    if os.path.lexists(previous.folder / PRUNED):
+        result.num_pruned += 1
+        for client, expected in hashes.items():
+            _check_record(workspace.update(previous.number, client), expected, result)
+        return
+    order = [client for client in previous.draw_order if client in hashes]
     try:
         algorithm = algorithm_from(aggregation.algorithm)
         if algorithm.uses_control and CONTROL_DELTA_FILE not in previous.manifest.update_files:
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
-        files, again = combine(workspace, narrowed, algorithm, num_clients, lambda client: None)
+        files, again = combine(workspace, previous, algorithm, num_clients, order, len(order))
     except FedError as error:
         result.report(current.folder, f"cannot be computed again: {error}")
         return
@@ -244,7 +294,6 @@ def _recompute(
             workspace.update(previous.number, refused.client),
             f"was counted, and is not valid any more: {refused.code}: {refused.reason}",
         )
-    hashes = {entry.client: entry.update for entry in aggregation.counted}
     for entry in again.counted:
         if entry.update != hashes[entry.client]:
             whole = False
@@ -258,6 +307,17 @@ def _recompute(
     for name, found in stored.items():
         if found != (file_entry(files[name]) if name in files else None):
             result.report(current.folder / name, "is not what the counted updates give")
+
+
+def _check_record(update: Path, expected: str, result: Verification) -> None:
+    """Of a counted update that `gc` has been at, update.json is still there."""
+    try:
+        if sha256(read_file(update / UPDATE_RECORD, limit=MAX_RECORD_BYTES)) != expected:
+            result.report(update, "is not the update that was counted")
+    except FileNotFoundError:
+        result.report(update, f"was counted, and its {UPDATE_RECORD} is gone")
+    except Refusal as refusal:
+        result.report(update, f"was counted, and is not valid any more: {refusal.code}: {refusal.reason}")
 
 
 def _same(again: CountedUpdate, recorded: CountedUpdate) -> bool:

@@ -4,16 +4,44 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fedcli.algos import Algorithm, Array
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
-from fedcli.workspace.layout import ADAPTER_NAME, CONTROL_NAME, MANIFEST, OPTIMIZER_NAME, Workspace, is_round_name
+from fedcli.workspace.layout import (
+    ADAPTER_NAME,
+    CONTROL_NAME,
+    MANIFEST,
+    OPTIMIZER_NAME,
+    PRUNED,
+    Workspace,
+    is_round_name,
+)
 from fedcli.workspace.read import read_file
-from fedcli.workspace.records import FileEntry, Identity, Manifest, TensorEntry, parse_record, sha256
+from fedcli.workspace.records import (
+    FileEntry,
+    Identity,
+    Manifest,
+    Natural,
+    Record,
+    TensorEntry,
+    parse_record,
+    sha256,
+)
 from fedcli.workspace.refusal import Refusal
 
 MAX_MANIFEST_BYTES = 2**28
 _RESTORE = "Restore it from a backup; `fedcli verify` lists all that is wrong."
+PRUNABLE = (ADAPTER_NAME, OPTIMIZER_NAME, CONTROL_NAME)
+"""What `gc` may remove of a round."""
+
+
+class PrunedRecord(Record):
+    """PRUNED.json: files of the round that may be gone, as its manifest lists them."""
+
+    protocol: Literal[1] = 1
+    round: Natural
+    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
@@ -29,6 +57,24 @@ class Round:
     def number(self) -> int:
         """The round's number."""
         return self.manifest.round
+
+    @property
+    def draw_order(self) -> list[int]:
+        """The cohort in the order in which its updates are counted."""
+        return self.manifest.selection.order if self.manifest.selection is not None else self.manifest.cohort
+
+    @property
+    def num_counted(self) -> int:
+        """How many updates of the round count at most."""
+        return self.manifest.selection.count if self.manifest.selection is not None else len(self.manifest.cohort)
+
+    @property
+    def published(self) -> float:
+        """When it was published, in seconds since 1970 by the disk's clock: to show, never to decide by.
+
+        A copy of the workspace may have lost it.
+        """
+        return (self.folder / MANIFEST).stat().st_mtime
 
     def adapter(self) -> "dict[str, Array]":
         """Return the round's global adapter, float32; raise IntegrityError where it is damaged."""
@@ -56,8 +102,34 @@ class Round:
             raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
 
     def read(self, name: str) -> bytes:
-        """Return the contents of one of the round's files; raise IntegrityError where its hash is another."""
-        return read_checked(self.folder / name, self.manifest.files[name])
+        """Return the contents of one of the round's files.
+
+        Raises IntegrityError where its hash is another, WorkspaceError where `gc` has removed it.
+        """
+        try:
+            return read_checked(self.folder / name, self.manifest.files[name])
+        except IntegrityError:
+            if self.is_gone(name):
+                raise WorkspaceError(
+                    f"round {self.number}'s {name} was removed by `fedcli gc`",
+                    hint="Choose a round that is still whole; `retention` in fedcli.yaml says which rounds stay so.",
+                ) from None
+            raise
+
+    def is_gone(self, name: str) -> bool:
+        """Return whether `gc` has removed one of the round's files."""
+        pruned = self.pruned()
+        return pruned is not None and name in pruned.files and not os.path.lexists(self.folder / name)
+
+    def pruned(self) -> PrunedRecord | None:
+        """Return which of the round's files `gc` has removed, or is removing; None where it has not been here."""
+        path = self.folder / PRUNED
+        try:
+            return parse_record(PrunedRecord, read_file(path, limit=MAX_MANIFEST_BYTES), path)
+        except FileNotFoundError:
+            return None
+        except Refusal as refusal:
+            raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
 
 
 def state_file(algorithm: Algorithm) -> str:

@@ -1,5 +1,6 @@
 """Locks save work; they are not what makes the protocol correct (the rename is)."""
 
+import fcntl
 import json
 import os
 import socket
@@ -44,6 +45,23 @@ def hold(path: Path, purpose: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Return whether some process holds a lock; one of another user, which cannot be told, is taken for held."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _name_holder(path: Path) -> None:

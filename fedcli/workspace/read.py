@@ -1,6 +1,8 @@
 """Reading files that other processes wrote: never through a link, never a FIFO, never more than expected."""
 
 import errno
+import hashlib
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _OWN_TROUBLE = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What is wrong with this machine or its disk, and not with what lies there."""
+_PIECE = 2**18
+"""Bytes that are read, and hashed, at once."""
 
 
 def read_text(path: Path) -> str:
@@ -43,6 +47,36 @@ def read_file(name: str | Path, *, limit: int, parent: int | None = None, owner:
     Raises FileNotFoundError or Refusal: symlink, not_regular, owner (another user id than `owner`) or size; and
     WorkspaceError where this machine is in trouble.
     """
+    with _opened_file(name, limit, parent, owner) as (file, size):
+        contents = file.read(size + 1)
+        if len(contents) > size:
+            raise Refusal("size", f"{name} grew while it was read")
+        return contents
+
+
+def read_hashed(
+    name: str | Path, buffer: memoryview, *, parent: int | None = None, owner: int | None = None
+) -> tuple[memoryview, str]:
+    """Read a regular file into a buffer that is larger than it; return the part that it fills, and its SHA-256.
+
+    Each piece is hashed while the processor's cache has it. Raises as `read_file` does.
+    """
+    digest = hashlib.sha256()
+    filled = 0
+    with _opened_file(name, len(buffer) - 1, parent, owner) as (file, size):
+        while count := file.readinto(buffer[filled : min(filled + _PIECE, size + 1)]):
+            digest.update(buffer[filled : filled + count])
+            filled += count
+        if filled > size:
+            raise Refusal("size", f"{name} grew while it was read")
+    return buffer[:filled], digest.hexdigest()
+
+
+@contextmanager
+def _opened_file(
+    name: str | Path, limit: int, parent: int | None, owner: int | None
+) -> Iterator[tuple[io.BufferedReader, int]]:
+    """Open a regular file of at most `limit` bytes; yield it with its size."""
     descriptor = _open(name, _FILE_FLAGS, parent)
     try:
         status = os.fstat(descriptor)
@@ -53,14 +87,11 @@ def read_file(name: str | Path, *, limit: int, parent: int | None = None, owner:
         if status.st_size > limit:
             raise Refusal("size", f"{name} has {status.st_size} bytes, at most {limit} are allowed")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            contents = file.read(status.st_size + 1)
+            yield file, status.st_size
     except OSError as error:
         raise _trouble(name, error) from error
     finally:
         os.close(descriptor)
-    if len(contents) > status.st_size:
-        raise Refusal("size", f"{name} grew while it was read")
-    return contents
 
 
 def _open(name: str | Path, flags: int, parent: int | None) -> int:

@@ -72,7 +72,8 @@ class TrainRecord(Record):
 
     steps: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
-    micro_batch_size: Annotated[int, Field(ge=1)]
+    micro_batch_size: Annotated[int, Field(ge=1)] | None
+    """None: a client cuts its batches as it likes; the gradient is the same."""
     max_length: Annotated[int, Field(ge=2)]
     learning_rate: Finite
     schedule: Schedule
@@ -113,6 +114,15 @@ class Aggregation(Record):
     counted: list[CountedUpdate]
     refused: list[RefusedUpdate]
     missing: list[Natural]
+    surplus: list[Natural] = Field(default_factory=list)
+    """Who answered, and was not needed: enough of those drawn before had."""
+
+
+class Selection(Record):
+    """Of a cohort that is larger than needed: the first `count` valid updates in the order of the draw count."""
+
+    order: list[Natural]
+    count: Annotated[int, Field(ge=1)]
 
 
 class Cost(Record):
@@ -157,6 +167,10 @@ class Manifest(Record):
     aggregation: Aggregation | None
     cost: Cost | None = None
     history: list[AlgorithmRun] = Field(default_factory=list)
+    selection: Selection | None = None
+    """None where all of the cohort count."""
+    opened: Annotated[Finite, Field(ge=0)] | None = None
+    """When the round was opened, in seconds since 1970 by the server's clock; None without a deadline."""
 
 
 class Identity(Record):

@@ -91,8 +91,9 @@ def joined_clients(workspace: Workspace, num_clients: int) -> list[int]:
     """Return the ids of the parties that have joined."""
     if not workspace.clients.is_dir():
         return []
-    names = set(os.listdir(workspace.clients))
-    return [client for client in range(num_clients) if workspace.registration(client).name in names]
+    stems = (name.removesuffix(".json") for name in os.listdir(workspace.clients) if name.endswith(".json"))
+    ids = (int(stem) for stem in stems if stem.isascii() and stem.isdigit() and stem == str(int(stem)))
+    return sorted(client for client in ids if client < num_clients)
 
 
 def register(workspace: Workspace, registration: Registration) -> None:

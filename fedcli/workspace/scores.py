@@ -9,6 +9,7 @@ from typing import Any
 
 from fedcli.errors import IntegrityError
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.locks import is_held
 from fedcli.workspace.publish import SHARED_MODE, explained, make_folder, publish_file
 from fedcli.workspace.records import Finite, Natural, Record, parse_record
 
@@ -80,6 +81,17 @@ def read_scores(workspace: Workspace) -> list[ScoreRecord]:
     if not workspace.eval.is_dir():
         return []
     return [_read(path) for path in sorted(workspace.eval.glob("*/*.json")) if not path.name.startswith(".")]
+
+
+def unfinished_targets(workspace: Workspace) -> set[str]:
+    """Return the targets that are being scored, whose scoring was interrupted, or whose answers wait for a judge."""
+    found = {record.target for record in read_scores(workspace) if record.awaits is not None}
+    for folder in workspace.eval.glob("*/"):
+        answered = {path.name.removesuffix(".answers.jsonl") for path in folder.glob("*.answers.jsonl")}
+        scored = {path.stem.partition("@")[0] for path in folder.glob("*.json")}
+        if answered - scored or any(map(is_held, folder.glob(".*.lock"))):
+            found.add(folder.name)
+    return found
 
 
 def read_score(workspace: Workspace, target: str, name: str) -> ScoreRecord | None:

@@ -1,0 +1,82 @@
+"""What status and aggregate do grows with the cohort, not with the federation or its history: calls are counted."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from protocol_client import take_part
+from test_protocol import all_take_part, configure, read_manifest
+
+from fedcli.rounds.aggregation import aggregate
+from fedcli.rounds.client import client_status
+from fedcli.rounds.status import read_status
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.registry import joined_clients
+
+
+def num_calls(work: Callable[[], object]) -> int:
+    """Return how many functions are called, Python's and C's, in the second of two runs."""
+    count = 0
+
+    def hook(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    work()
+    sys.setprofile(hook)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def calls(workspace: Path) -> dict[str, int]:
+    """Return how much each command does; the cohort has answered."""
+    number = max(int(path.name) for path in (workspace / "rounds").iterdir())
+    for client in read_manifest(workspace, number)["cohort"]:
+        take_part(workspace, client)
+    here = Workspace(workspace)
+    return {
+        "status": num_calls(lambda: read_status(here)),
+        "client status": num_calls(lambda: client_status(here, 0)),
+        "aggregate": num_calls(lambda: aggregate(here, dry_run=True)),
+    }
+
+
+@pytest.fixture
+def small_calls(small: Path) -> dict[str, int]:
+    """What the commands do in round 1 of three clients."""
+    configure(small, "federation.rounds=20")
+    all_take_part(small)
+    aggregate(Workspace(small))
+    return calls(small)
+
+
+def test_it_does_not_grow_with_the_history(small, small_calls):
+    for _ in range(12):
+        aggregate(Workspace(small))
+        all_take_part(small)
+    found = calls(small)
+    assert all(found[name] < 1.05 * small_calls[name] + 100 for name in found), (found, small_calls)
+
+
+def test_it_does_not_grow_with_the_number_of_clients(small, small_calls, tmp_path):
+    large = Path(shutil.copytree(small, tmp_path / "large"))
+    identity = json.loads((large / "workspace.json").read_bytes())
+    identity["fixed"]["federation.clients"] = 50_000
+    (large / "workspace.json").write_text(json.dumps(identity))
+    configure(large, "federation.clients=50000", "federation.per_round=3")
+    aggregate(Workspace(large))
+    assert max(read_manifest(large, 2)["cohort"]) > 3
+    found = calls(large)
+    assert all(found[name] < 1.05 * small_calls[name] + 100 for name in found), (found, small_calls)
+
+
+def test_the_joined_are_those_with_an_entry_of_their_own_id(small):
+    for name in ("2.json", "0.json", "01.json", "3.json", "x.json", "1", ".1.json", "-1.json", "\u0661.json"):
+        (small / "clients" / name).touch()
+    assert joined_clients(Workspace(small), 3) == [0, 2]
