@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 MOST_CHARACTERS = 1200
 """Of a piece of text; longer ones lose their middle on the terminal, and are whole under --json."""
 MOST_GROUPS = 8
-MOST_HEADER = 36
-"""Characters of all groups' names together, beyond which letters stand for them."""
+MOST_HEADER = 48
+"""Characters of all groups' columns together, beyond which letters stand for them: it fits a terminal of 80."""
 
 
 def preview(
@@ -125,15 +125,18 @@ def _print_histogram(console: "Console", result: "Preview") -> None:
 
 def _print_clients(console: "Console", result: "Preview") -> None:
     import yaml
+    from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     kind = yaml.safe_dump(result.partition, default_flow_style=True).partition("\n")[0] if result.partition else ""
-    table = Table(title=f"clients, partition {kind}" if kind else "clients")
+    title = f"clients, partition {kind}" if kind else "clients"
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     groups = sorted(range(len(result.groups)), key=lambda group: -sum(share.groups[group] for share in result.clients))[
         :MOST_GROUPS
     ]
     names = [result.groups[group] for group in groups]
-    has_legend = sum(map(len, names)) > MOST_HEADER
+    has_legend = sum(len(name) + 2 for name in names) > MOST_HEADER
     heads = [f"({letter})" for letter in "abcdefgh"[: len(names)]] if has_legend else names
     for column in ("client", "rows", "left out", "tokens", *heads):
         table.add_column(column, justify="right", no_wrap=True)

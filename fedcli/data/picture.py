@@ -8,6 +8,9 @@ import numpy as np
 
 NUM_COLOURED = 20
 """Groups that get a colour of their own."""
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#000000")
+"""Colours that the colour-blind tell apart (Okabe and Ito 2008), grey in place of yellow, which is lost on white."""
+_OTHERS = "#DDDDDD"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def draw(bars: Sequence[Bar], groups: Sequence[str], lengths: Sequence[int], max
             layers.append((f"{len(rest)} others", counts[:, rest].sum(axis=1)))
     else:
         layers = [("", np.array([bar.num_rows for bar in bars]))]
-    colours = _colours(len(layers))
+    colours = [*_colours(min(len(layers), NUM_COLOURED)), _OTHERS]
     totals = np.maximum(sum(heights for _, heights in layers), 1)
     kinds = [("Rows of each client", "rows", np.ones(len(bars)))]
     if len(layers) > 1:
@@ -42,18 +45,19 @@ def draw(bars: Sequence[Bar], groups: Sequence[str], lengths: Sequence[int], max
     *stacks, right = figure.subplots(1, len(kinds) + 1)
     for axes, (title, label, scale) in zip(stacks, kinds, strict=True):
         bottom = np.zeros(len(bars))
-        for (name, heights), colour in zip(layers, colours, strict=True):
+        for (name, heights), colour in zip(layers, colours, strict=False):
             axes.bar(positions, heights * scale, 0.8, bottom, label=name, color=colour)
             bottom += heights * scale
         if len(bars) <= 40:
             axes.set_xticks(positions, [str(bar.client) for bar in bars])
         axes.set(title=title, xlabel="client", ylabel=label)
     if len(layers) > 1:
-        stacks[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        stacks[-1].legend(fontsize="small", frameon=False, reverse=True, loc="center left", bbox_to_anchor=(1.0, 0.5))
     right.hist(lengths, bins=min(40, max(1, len(set(lengths)))), color=colours[0])
     if max(lengths) > max_length / 2:
         right.axvline(max_length, color="black", linestyle="--", label=f"max_length {max_length}")
-        right.legend(fontsize="small")
+        right.legend(fontsize="small", frameon=False)
+        right.margins(y=0.15)  # room for the legend
     right.set(title="Tokens of a row, templated, before any cut", xlabel="tokens", ylabel="rows")
     for axes in (*stacks, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -62,12 +66,15 @@ def draw(bars: Sequence[Bar], groups: Sequence[str], lengths: Sequence[int], max
     return buffer.getvalue()
 
 
-def _colours(count: int) -> list[tuple[float, float, float, float]]:
+def _colours(count: int) -> list[str]:
     from matplotlib import colormaps
+    from matplotlib.colors import to_hex
 
-    palette = colormaps["tab10" if count <= 10 else "tab20"]
-    return [palette(position % palette.N) for position in range(count)]
+    if count <= len(PALETTE):
+        return list(PALETTE[:count])
+    return [to_hex(colormaps["tab20"](position)) for position in range(count)]
 
 
 def _shortened(name: str, limit: int = 40) -> str:
-    return name if len(name) <= limit else name[: limit - 1] + "…"
+    """Return a name that has lost its middle where it is long: names of a kind differ at their ends."""
+    return name if len(name) <= limit else f"{name[: limit - 13]}…{name[-12:]}"

@@ -1,0 +1,63 @@
+"""fedcli export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.output import print_json
+
+
+def export(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="A folder that does not exist, or is empty.")],
+    round_: Annotated[str, typer.Option("--round", metavar="N|latest", help="The round.")] = "latest",
+    best: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC", help="The round that is best in BENCHMARK or BENCHMARK.METRIC.", show_default=False
+        ),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the base model with the adapter merged into it.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Of a merged model: float32, bfloat16 or float16. Default: the base's own.",
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Of a merged model's files, such as 500MB. Default: 5GB.", show_default=False
+        ),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Hand a round over: its adapter with a model card, or merged into the base model.
+
+    Nothing that stands there is written over, and the folder appears whole or not at all.
+    """
+    from fedcli.rounds.export import export as hand_over
+    from fedcli.workspace.layout import find_workspace
+
+    result = hand_over(
+        find_workspace(workspace),
+        output,
+        number=round_,
+        best=best,
+        merge=merge,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    if json_output:
+        print_json(result)
+        return
+    what = f"base and adapter merged, {result.merged_dtype}" if result.merged_dtype else "adapter"
+    print(f"exported round {result.round} ({what}, {result.num_bytes:,} bytes) to {result.output}")
+    for name in result.files:
+        print(f"  {name}")

@@ -1,0 +1,61 @@
+"""fedcli report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.output import print_hint, print_json, progress_display
+
+
+def report(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="A folder for report.html and its pictures. Default: report/ of the workspace.",
+            show_default=False,
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(
+            "--tensorboard",
+            metavar="DIR",
+            help="Write the same series as TensorBoard's event files, too.",
+            show_default=False,
+        ),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Write a page that shows the federation: losses, scores, updates, bytes, time, who took part, and how it was set.
+
+    One HTML file that needs no network, and each of its pictures as a PNG beside it.
+    """
+    from fedcli.rounds.report import write_report
+    from fedcli.workspace.layout import find_workspace
+
+    found = find_workspace(workspace)
+    with progress_display(json_output) as progress:
+        task = progress.add_task("reading", total=None)
+        result = write_report(
+            found,
+            output=output,
+            tensorboard=tensorboard,
+            on_update=lambda number, client: progress.update(
+                task, description=f"comparing updates: round {number}, client {client}"
+            ),
+        )
+    if json_output:
+        print_json(result)
+        return
+    print(f"report: {result.page}")
+    print(f"pictures: {len(result.pictures)} PNGs beside it")
+    if result.tensorboard is not None:
+        print(f"event files: {result.num_values} values in {result.tensorboard}")
+    for note in result.notes:
+        print_hint(f"note: {note}")

@@ -1,0 +1,79 @@
+"""An adapter merged into its base: a full model in transformers' layout."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedcli.algos import Arrays
+from fedcli.errors import UsageError, WorkspaceError
+from fedcli.model.base import comes_quantized, load_tokenizer, loading
+from fedcli.model.lora import peft_config
+from fedcli.model.quiet import quiet_libraries, without_bitsandbytes
+
+if TYPE_CHECKING:
+    import torch
+
+_WITHOUT = "Export the adapter alone, without --merge."
+
+
+def check_mergeable(base: Path) -> None:
+    """Raise UsageError for a base model whose weights are stored quantised: nothing can be added to them."""
+    if comes_quantized(base):
+        raise UsageError("--merge: the base model's weights are stored quantised", hint=_WITHOUT)
+
+
+def write_merged(
+    base: Path,
+    config: Mapping[str, Any],
+    arrays: Arrays,
+    folder: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: str,
+    trust_remote_code: bool,
+) -> str:
+    """Write base + adapter and the tokenizer into a folder, as safetensors of at most `max_shard_size`.
+
+    The base is loaded in `dtype` (None: as its config.json says), on the CPU, and W + (alpha / r) B A is rounded to it:
+    the product is computed in float32. So the most memory is one base model's in that type. Returns the type.
+
+    Raises UsageError where the adapter cannot be merged, RequirementError where the base cannot be loaded,
+    WorkspaceError where the disk is full.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    with without_bitsandbytes(), quiet_libraries():
+        from peft import get_peft_model
+
+        with loading(base):
+            model = AutoModelForCausalLM.from_pretrained(
+                base, dtype=dtype or "auto", device_map="cpu", trust_remote_code=trust_remote_code
+            )
+        _check_tied(model, arrays)
+        adapted = get_peft_model(model, peft_config(config))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if ".lora_" in name:
+                    parameter.copy_(torch.tensor(arrays[name.replace(".default.", ".")]))
+        merged = adapted.merge_and_unload()
+        try:
+            merged.save_pretrained(folder, max_shard_size=max_shard_size)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise WorkspaceError(
+                f"cannot write the merged model: {error}", hint="Free some space there, and run the command again."
+            ) from error
+        load_tokenizer(base, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    return str(merged.dtype).removeprefix("torch.")
+
+
+def _check_tied(model: "torch.nn.Module", arrays: Arrays) -> None:
+    """Raise UsageError for an adapter of an output layer whose weights are the input embeddings, too."""
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]  # a method of every causal language model
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if output is None or output.weight is not embeddings.weight:
+        return
+    (name,) = (name for name, module in model.named_modules() if module is output)
+    if any(f".{name}.lora_" in array for array in arrays):
+        raise UsageError(f"--merge: the base ties {name}, which the adapter changes, to its embeddings", hint=_WITHOUT)

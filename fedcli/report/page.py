@@ -1,0 +1,138 @@
+"""A report's page: one HTML file with everything in it, no script, and nothing from any network."""
+
+import base64
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from fedcli.report.canvas import Picture
+from fedcli.report.series import BASE, POOLED, MergedRound, MetricScores, Point, Report
+
+GENERATOR = "fedcli report"
+"""What tells a page of ours from others, in its head."""
+_MOST_NAMES = 8
+"""Clients that a table's cell names."""
+
+
+def is_ours(page: bytes) -> bool:
+    """Return whether a page was written by `fedcli report`."""
+    return f'<meta name="generator" content="{GENERATOR}">'.encode() in page[:1000]
+
+
+def render(report: Report, pictures: Sequence[Picture]) -> str:
+    """Return the page; what comes from files is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    template = environment.from_string(files("fedcli.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        generator=GENERATOR,
+        report=report,
+        pictures=[
+            {
+                "name": picture.name,
+                "title": picture.title,
+                "caption": picture.caption,
+                "pixels": picture.pixels,
+                "encoded": base64.b64encode(picture.png).decode(),
+            }
+            for picture in pictures
+        ],
+        tiles=_tiles(report),
+        table=[_score_row(metric) for metric in report.scores],
+        rounds=[_round_row(merged) for merged in report.merged],
+        refusals=[
+            {"round": merged.number, "client": client, "code": code, "reason": reason}
+            for merged in report.merged
+            for client, (code, reason) in merged.refused.items()
+        ],
+    )
+
+
+def _tiles(report: Report) -> list[dict[str, str]]:
+    """Return the key figures."""
+    from rich.filesize import decimal
+
+    took = f", {show_seconds(sum(merged.seconds for merged in report.merged))}" if report.merged else ""
+    state = report.state + took
+    tiles = [_tile("rounds merged", f"{len(report.merged)} of {report.rounds}", state)]
+    if (metric := next((metric for metric in report.scores if metric.rounds), None)) is not None:
+        best = metric.best_round
+        assert best is not None
+        tiles.append(_tile(f"best {metric.title}", _number(metric.rounds[best].value), f"round {best}"))
+        if (alone := metric.best_alone) is not None:
+            tiles.append(_tile("best client alone", _number(metric.others[alone].value), alone.replace("-", " ")))
+        if BASE in metric.others:
+            tiles.append(_tile("base model", _number(metric.others[BASE].value), "without an adapter"))
+    losses = [merged.mean_loss for merged in report.merged if merged.mean_loss is not None]
+    if losses:
+        tiles.append(_tile("mean training loss", _number(losses[-1]), f"{_number(losses[0])} in the first round"))
+    per_round = sorted({len(merged.cohort) for merged in report.merged})
+    few, most = (per_round[0], per_round[-1]) if per_round else (0, 0)
+    drawn = f"{few} drawn a round" if few == most else f"{few} to {most} drawn a round"
+    tiles.append(_tile("clients", str(report.num_clients), drawn))
+    counted = sum(len(merged.losses) for merged in report.merged)
+    lost = [(sum(len(merged.refused) for merged in report.merged), "refused")]
+    lost.append((sum(len(merged.missing) for merged in report.merged), "missing"))
+    tiles.append(_tile("updates counted", f"{counted:,}", ", ".join(f"{count:,} {name}" for count, name in lost)))
+    last = report.merged[-1] if report.merged else None
+    if last is not None and last.total_bytes_up is not None and last.total_bytes_down is not None:
+        down = f"{decimal(last.total_bytes_down)} received by them"
+        tiles.append(_tile("sent by clients", decimal(last.total_bytes_up), down))
+    return tiles
+
+
+def show_seconds(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _tile(label: str, value: str, note: str) -> dict[str, str]:
+    return {"label": label, "value": value, "note": note}
+
+
+def _score_row(metric: MetricScores) -> dict[str, Any]:
+    best = metric.best_round
+    alone = metric.best_alone
+    points = [
+        metric.others.get(BASE),
+        metric.others.get(alone) if alone else None,
+        metric.others.get(POOLED),
+        None if best is None else metric.rounds[best],
+    ]
+    values = [point.value for point in points if point is not None]
+    leader = (max if metric.higher_is_better else min)(values, default=None)
+    cells = [{"text": show_interval(point), "is_best": point is not None and point.value == leader} for point in points]
+    arrow = "" if metric.higher_is_better else ", lower is better"
+    return {"title": f"{metric.title} ({metric.unit}{arrow})", "cells": cells, "round": "" if best is None else best}
+
+
+def _round_row(merged: MergedRound) -> dict[str, Any]:
+    loss = merged.mean_loss
+    return {
+        "number": merged.number,
+        "algorithm": merged.algorithm,
+        "learning_rate": f"{merged.learning_rate:.3g}",
+        "counted": f"{len(merged.losses)} of {len(merged.cohort)}",
+        "refused": _names([f"{client} ({code})" for client, (code, _) in merged.refused.items()]),
+        "missing": _names([str(client) for client in merged.missing]),
+        "loss": "" if loss is None else f"{loss:.4f}",
+        "time": show_seconds(merged.seconds),
+    }
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def show_interval(point: Point | None) -> str:
+    """Return a score with its interval; nothing for none."""
+    return "" if point is None else f"{_number(point.value)} [{_number(point.low)}, {_number(point.high)}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
