@@ -1,6 +1,6 @@
 """Peak memory and seconds a step of one client on a GPU: a Llama-2-7B-shaped random model in int8 and nf4.
 
-    python benchmarks/gpu.py [--shape 7b] [--quantization int8 nf4] [--algorithms fedavg scaffold]
+    python benchmarks/gpu_memory.py [--shape 7b] [--quantization int8 nf4] [--algorithms fedavg scaffold]
 
 LoRA rank 32 on q_proj and v_proj, batch 16 in micro-batches of 4, length 512, 10 steps, gradient checkpointing. No
 weights are needed: it makes the model. The limit is a card of 24 GB. `--shape tiny` tries the script itself on a CPU.
@@ -120,9 +120,9 @@ def main() -> int:
     record = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "shape": arguments.shape}
     RESULTS.mkdir(exist_ok=True)
     if arguments.shape != "tiny":
-        (RESULTS / "gpu.json").write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+        (RESULTS / "gpu_memory.json").write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
     peak = max((row["peak_bytes"] or 0 for row in results), default=0)
-    print(f"gpu: ratio {peak / LIMIT:.2f} (limit 1)")
+    print(f"gpu_memory: ratio {peak / LIMIT:.2f} (limit 1)")
     return 0 if peak <= LIMIT else 1
 
 

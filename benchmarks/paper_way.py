@@ -1,8 +1,8 @@
 """The baseline of round.py: rounds of federated training as the OpenFedLLM paper's code goes about them.
 
-One process holds the model and every client's adapter; each chosen client is trained by transformers' Trainer, its batch
-padded to the longest row, with gradient checkpointing, on the model's own loss over full logits; then the adapters are
-averaged in memory. It is given rows that are tokenised already. Prints the seconds of each round and its memory as JSON.
+One process holds the model and every client's adapter; each chosen client is trained by transformers' Trainer, its
+batch padded to the longest row, with gradient checkpointing, on the model's own loss over full logits; then the
+adapters are averaged in memory. Rows are tokenised beforehand. Prints the seconds of each round and its memory as JSON.
 """
 
 import argparse
@@ -30,7 +30,9 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32)
-    lora = LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=32, lora_alpha=64, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model, lora)
     rows = [encode(tokenizer, json.loads(line)) for line in arguments.rows.read_text().splitlines()]
     shares = [rows[client::NUM_CLIENTS] for client in range(NUM_CLIENTS)]

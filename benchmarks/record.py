@@ -1,4 +1,4 @@
-"""Keeping a benchmark's figures: a dated JSON under results/, with machine and commit, and the line that judges them."""
+"""Keeping a benchmark's figures: a dated JSON under results/ with machine and commit, and the line that judges them."""
 
 import json
 import os

@@ -201,9 +201,9 @@ def test_three_steps_are_those_of_a_loop_written_by_hand(
     assert farthest(adapter, other.values()) <= 1e-5
 
 
-@pytest.mark.parametrize("micro_batch_size", [4, 2, 1])
+@pytest.mark.parametrize("micro_batch_size", [4, 2, 1, None])
 def test_micro_batches_change_neither_losses_nor_adapter(
-    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedExample], micro_batch_size: int
+    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedExample], micro_batch_size: int | None
 ) -> None:
     examples = (encoded * 4)[:24]
     losses, adapter, _ = train(adapted, start, examples)

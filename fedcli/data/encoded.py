@@ -3,9 +3,9 @@
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, overload
+from typing import Any, Generic, Self, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,16 @@ class EncodedExample:
         return len(self.ids)
 
     @property
+    def length(self) -> int:
+        """The same, as what a micro-batch is padded to."""
+        return len(self.ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """The supervised tokens; the first of all tokens, which nothing predicts, is none of them."""
+        return int(self.supervised[1:].sum())
+
+    @property
     def prompt_length(self) -> int:
         """The number of tokens before the first supervised one."""
         return int(self.supervised.argmax())
@@ -40,6 +50,11 @@ class EncodedPair:
     def num_tokens(self) -> int:
         """The tokens of both sides."""
         return self.chosen.num_tokens + self.rejected.num_tokens
+
+    @property
+    def length(self) -> int:
+        """The tokens of the longer side."""
+        return max(self.chosen.num_tokens, self.rejected.num_tokens)
 
     @property
     def key(self) -> bytes:
@@ -69,6 +84,23 @@ class EncodedExamples(Sequence[EncodedExample]):
         self._ids.extend(other._ids)
         self._supervised += other._supervised
         self._ends.extend(start + end for end in other._ends[1:])
+
+    def arrays(self, prefix: str = "") -> dict[str, NDArray[Any]]:
+        """Return the three arrays, under their names with a prefix."""
+        return {
+            f"{prefix}ids": np.array(self._ids, np.int32),
+            f"{prefix}supervised": np.frombuffer(bytes(self._supervised), np.uint8),
+            f"{prefix}ends": np.array(self._ends, np.int64),
+        }
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, NDArray[Any]], prefix: str = "") -> Self:
+        """Return the examples that `arrays` gave; raise KeyError where one is missing."""
+        made = cls()
+        made._ids = array("i", arrays[f"{prefix}ids"].tobytes())
+        made._supervised = bytearray(arrays[f"{prefix}supervised"])
+        made._ends = array("q", arrays[f"{prefix}ends"].tobytes())
+        return made
 
     def lengths(self) -> NDArray[np.int64]:
         """Return each example's number of tokens."""
@@ -107,6 +139,18 @@ class EncodedPairs(Sequence[EncodedPair]):
         """Add another's pairs."""
         self._chosen.extend(other._chosen)
         self._rejected.extend(other._rejected)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays of both sides."""
+        return self._chosen.arrays("chosen.") | self._rejected.arrays("rejected.")
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
+        """Return the pairs that `arrays` gave; raise KeyError where an array is missing."""
+        made = cls()
+        made._chosen = EncodedExamples.of_arrays(arrays, "chosen.")
+        made._rejected = EncodedExamples.of_arrays(arrays, "rejected.")
+        return made
 
     def lengths(self) -> NDArray[np.int64]:
         """Return each pair's number of tokens in the longer of its sides."""

@@ -7,6 +7,7 @@ of a CSV with a cell too many, take a path for a pattern, and name no line of a 
 
 import csv
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -73,6 +74,19 @@ class Source:
             yield row
         if is_empty:
             raise ConfigError(f"{self.location} holds no rows", hint="Check data.source, or fill the file.")
+
+    def digest(self) -> str | None:
+        """Return a hash of the names and bytes of its files; None for a data set of the hub, or if one is missing."""
+        if isinstance(self.location, str):
+            return None
+        digest = hashlib.sha256()
+        try:
+            for path in _files(self.location, self.split) if self.location.is_dir() else [self.location]:
+                with path.open("rb") as file:
+                    digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+        except OSError:  # reading it will say what is wrong
+            return None
+        return digest.hexdigest()
 
 
 def find_source(name: str, root: Path, *, subset: str | None = None, split: str | None = None) -> Source:

@@ -16,36 +16,33 @@ IGNORED = -100
 
 
 def collate(examples: Sequence[EncodedExample], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad examples on the right to the longest: input_ids, attention_mask and labels, each (examples, length)."""
+    """Pad examples on the right to the longest: input_ids and labels, each (examples, length).
+
+    There is no attention mask: to what stands right of a token a causal model pays no attention, so that padding
+    changes nothing, and without a mask attention takes its fastest path.
+    """
     shape = (len(examples), max(len(example.ids) for example in examples))
     input_ids = torch.full(shape, pad_id)
     labels = torch.full(shape, IGNORED)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
     for row, example in enumerate(examples):
         ids = torch.from_numpy(example.ids)
         input_ids[row, : len(ids)] = ids
         labels[row, : len(ids)] = ids.long().masked_fill(~torch.from_numpy(example.supervised), IGNORED)
-        attention_mask[row, : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {"input_ids": input_ids, "labels": labels}
 
 
-def supervised_cross_entropy(
-    model: Any, base: Any, inputs: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return -log p of every supervised token, float32, and the row of the batch that it belongs to.
-
-    `model` is called, and may be a wrapper; `base` is the transformers model in it.
-    """
+def supervised_cross_entropy(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return -log p of every supervised token, float32, and the row of the batch that it belongs to."""
     labels = inputs["labels"]
-    with supervised_logits(base, labels) as targets:
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    with supervised_logits(model, labels) as targets:
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
     rows = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
     return cross_entropy(logits.float(), targets, reduction="none"), rows
 
 
-def response_log_probs(model: Any, base: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def response_log_probs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the log-probability of every row's response given its prompt, float32, shape (rows,)."""
-    losses, rows = supervised_cross_entropy(model, base, inputs)
+    losses, rows = supervised_cross_entropy(model, inputs)
     return losses.new_zeros(len(inputs["labels"])).index_add(0, rows, -losses)
 
 
@@ -54,14 +51,14 @@ def pair_log_probs(adapted: AdaptedModel, pairs: Sequence[EncodedPair]) -> Itera
 
     Without dropout, and one pair at a time, so that a pair's figures do not depend on its neighbours in a batch.
     """
-    model = adapted.model
-    model.eval()
+    model = adapted.base
+    adapted.model.eval()
     for pair in pairs:
         batch = collate([pair.chosen, pair.rejected], adapted.pad_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         # Trainer's precision, so that before the first step policy and reference agree
         with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=has_bfloat16()):
-            chosen, rejected = response_log_probs(model, model.get_base_model(), batch).tolist()
+            chosen, rejected = response_log_probs(model, batch).tolist()
         yield chosen, rejected
 
 

@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al. 2021) as named float32 arrays, in PEFT's names, and the model that carries one."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ _OUTSIDE = "outside"
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def lora_config(
@@ -61,7 +61,7 @@ def start_adapter(
         model = load_shapes(folder, revision=None, trust_remote_code=trust_remote_code)
         _check_targets(model, config["target_modules"])
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        peft_model = get_peft_model(model, _peft_config(config))
+        peft_model = get_peft_model(model, peft_config(config))
     arrays: dict[str, Array] = {}
     for name, tensor in sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()):
         shape = tuple(tensor.shape)
@@ -74,7 +74,10 @@ def start_adapter(
 
 
 class AdaptedModel:
-    """A base model that carries one LoRA adapter, whose values are copied in and out in place."""
+    """A base model that carries one LoRA adapter, whose values are copied in and out in place.
+
+    `base` is the transformers model, LoRA's layers in it; `model` is PEFT's wrapper of it.
+    """
 
     def __init__(
         self, folder: Path, config: dict[str, Any], *, trust_remote_code: bool, quantization: Quantization = "none"
@@ -84,7 +87,8 @@ class AdaptedModel:
         self.tokenizer: PreTrainedTokenizerBase
         with quiet_libraries():
             base, self.tokenizer = load_base(folder, trust_remote_code=trust_remote_code, quantization=quantization)
-            self.model: PeftModel = get_peft_model(base, _peft_config(config))
+            self.base: PreTrainedModel = base
+            self.model: PeftModel = get_peft_model(base, peft_config(config))
         pad_id = self.tokenizer.pad_token_id
         self.pad_id: int = pad_id if isinstance(pad_id, int) else 0
         self.parameters: dict[str, torch.nn.Parameter] = {
@@ -140,7 +144,8 @@ class AdaptedModel:
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()}
 
 
-def _peft_config(config: dict[str, Any]) -> Any:
+def peft_config(config: Mapping[str, Any]) -> Any:
+    """Return PEFT's own form of an adapter_config.json, to train with."""
     from peft import LoraConfig
 
     return LoraConfig.from_peft_type(**{**config, "inference_mode": False})

@@ -9,9 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from fedcli.config import Config
+from fedcli.config import Config, TrainConfig
 from fedcli.errors import FedError
 from fedcli.rounds.settings import read_config
+from fedcli.training.batches import LARGEST
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.probe import probe_file_system
 
@@ -194,7 +195,7 @@ def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
         quantization=config.model.quantization,
         rank=config.adapter.rank,
         target_modules=config.adapter.target_modules,
-        rows=(train.micro_batch_size or train.batch_size) * (2 if config.task == "dpo" else 1),
+        rows=_rows_at_once(train, "cuda" if torch.cuda.is_available() else "cpu") * (2 if config.task == "dpo" else 1),
         length=train.max_length,
         has_checkpointing=train.gradient_checkpointing,
         compute_bytes=2 if has_bfloat16() else 4,
@@ -210,6 +211,11 @@ def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
         return
     cure = "Lower train.micro_batch_size or max_length, set train.gradient_checkpointing, or quantise the base."
     yield Finding("memory", "failed", detail, cure)
+
+
+def _rows_at_once(train: TrainConfig, device: str) -> int:
+    """Return the most rows, or pairs, that a micro-batch may have where all are as long as they may be."""
+    return train.micro_batch_size or min(train.batch_size, max(1, LARGEST[device] // train.max_length))
 
 
 def _available_memory() -> int:

@@ -14,13 +14,14 @@ import numpy as np
 from fedcli.algos import Array, Arrays, ClientRule
 from fedcli.config import Config, TemplateChoice
 from fedcli.data.encoded import together
-from fedcli.data.formats import RowReader
 from fedcli.data.order import draw
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.model.base import comes_quantized, has_bfloat16, require_bitsandbytes
 from fedcli.model.quiet import without_bitsandbytes
 from fedcli.randomness import stream_seed
 from fedcli.rounds.parties import Party, find_party, find_same_base
+from fedcli.rounds.row_tokens import read_encoded
+from fedcli.rounds.settings import read_running_config
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.workspace.history import Round, read_start
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home, Workspace
@@ -56,6 +57,7 @@ class Runtime:
         self._config = config
         self._on_rows = on_rows
         self.task = any_round.manifest.task
+        self._fingerprint = any_round.manifest.model.fingerprint
         base = party.base_of(config) if party else config.model.base
         trusts = party.trusts_code(config) if party else config.model.trust_remote_code
         folder = find_same_base(workspace, base, any_round)
@@ -98,14 +100,12 @@ class Runtime:
         return self._rows[key]
 
     def _read(self, party: Party, train: TrainRecord) -> "EncodedRows[Any]":
-        from fedcli.data.encoding import encode_source
-
-        reader = RowReader(party.format, train.seed)
-        encoder = self.encoder(train.template)
-        rows = encode_source(encoder, reader, party.source, self.task, train.max_length, self._on_rows)
-        if party.num_rows not in (None, reader.num_usable):
+        rows, num_usable = read_encoded(
+            party, self.encoder(train.template), self.task, train, fingerprint=self._fingerprint, on_rows=self._on_rows
+        )
+        if party.num_rows not in (None, num_usable):
             raise ConfigError(
-                f"client {party.client} joined with {party.num_rows} rows, and now has {reader.num_usable}",
+                f"client {party.client} joined with {party.num_rows} rows, and now has {num_usable}",
                 hint=f"Run `fedcli client join --id {party.client}` again with the same --data: the others rely on "
                 "what it says.",
             )
@@ -190,6 +190,33 @@ class Runtime:
             known |= zip(missing, pair_log_probs(self.adapted, list(missing.values())), strict=True)
             save_reference(home, key, known)
         return [ReferredPair(pair, *known[pair.key]) for pair in pairs]
+
+
+class Runtimes:
+    """The models that a process has loaded: one for all clients, one more for a party with its own copy or trust."""
+
+    def __init__(
+        self, workspace: Workspace, *, threads: int | None = None, on_rows: Callable[[int], None] = lambda count: None
+    ) -> None:
+        self._workspace = workspace
+        self._threads = threads
+        self._on_rows = on_rows
+        self._loaded: dict[tuple[str | None, bool | None], Runtime] = {}
+
+    @property
+    def shared(self) -> Runtime | None:
+        """The one of all clients; None while it has not been loaded."""
+        return self._loaded.get((None, None))
+
+    def load(self, head: Round, party: Party) -> Runtime:
+        """Return the party's, loaded now where it is not yet."""
+        key = (party.base, party.trust_remote_code)
+        if key not in self._loaded:
+            config = read_running_config(self._workspace)
+            self._loaded[key] = Runtime(
+                self._workspace, config, head, threads=self._threads, party=party, on_rows=self._on_rows
+            )
+        return self._loaded[key]
 
 
 @contextmanager

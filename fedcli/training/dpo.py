@@ -30,6 +30,11 @@ class ReferredPair:
         """The tokens of both sides."""
         return self.pair.num_tokens
 
+    @property
+    def length(self) -> int:
+        """The tokens of the longer side."""
+        return self.pair.length
+
 
 def train_dpo(
     adapted: AdaptedModel,
@@ -44,10 +49,17 @@ def train_dpo(
     A step's loss is the mean over its pairs of -log sigmoid(beta ((log p(chosen) - log p(rejected)) - the same of the
     reference)), however the batch is cut into micro-batches. Dropout is off, as in trl: the reference has none.
     """
-    pad = partial(_collate, pad_id=adapted.pad_id)
-    loss = partial(_loss, beta, settings.batch_size)
     with _no_dropout(adapted.model):
-        return fit(adapted, pairs, settings, collate=pad, loss=loss, rule=rule, on_step=on_step)
+        return fit(
+            adapted,
+            pairs,
+            settings,
+            collate=partial(_collate, pad_id=adapted.pad_id),
+            loss=partial(_loss, beta),
+            divisor=len,
+            rule=rule,
+            on_step=on_step,
+        )
 
 
 @contextmanager
@@ -68,6 +80,6 @@ def _collate(pairs: Sequence[ReferredPair], pad_id: int) -> Batch:
     return collate(sides, pad_id) | {"reference_margin": torch.tensor([item.chosen - item.rejected for item in pairs])}
 
 
-def _loss(beta: float, batch_size: int, model: Any, base: Any, batch: Batch, _num_tokens: object) -> torch.Tensor:
-    chosen, rejected = response_log_probs(model, base, batch).chunk(2)
-    return -logsigmoid(beta * (chosen - rejected - batch["reference_margin"])).sum() / batch_size
+def _loss(beta: float, model: Any, batch: Batch) -> torch.Tensor:
+    chosen, rejected = response_log_probs(model, batch).chunk(2)
+    return -logsigmoid(beta * (chosen - rejected - batch["reference_margin"])).sum()

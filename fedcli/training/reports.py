@@ -8,7 +8,8 @@ class TrainSettings:
     """One client's work in one round; the learning rate is constant in it, AdamW's state fresh."""
 
     batch_size: int
-    micro_batch_size: int
+    micro_batch_size: int | None
+    """None: micro-batches are cut where that is cheapest."""
     learning_rate: float
     weight_decay: float
     max_grad_norm: float

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
-
-import torch
 
 from fedcli.algos import ClientRule
 from fedcli.data.encoded import EncodedExample
 from fedcli.model.likelihood import collate, supervised_cross_entropy
 from fedcli.model.lora import AdaptedModel
 from fedcli.training.reports import StepReport, TrainSettings
-from fedcli.training.trainer import Batch, fit
+from fedcli.training.trainer import fit
 
 
 def train_sft(
@@ -25,10 +22,13 @@ def train_sft(
 
     A step's loss is the mean over the supervised tokens of its batch, however the batch is cut into micro-batches.
     """
-    pad = partial(collate, pad_id=adapted.pad_id)
-    return fit(adapted, examples, settings, collate=pad, loss=_loss, rule=rule, on_step=on_step)
-
-
-def _loss(model: Any, base: Any, batch: Batch, num_tokens: torch.Tensor | int) -> torch.Tensor:
-    losses, _ = supervised_cross_entropy(model, base, batch)
-    return losses.sum() / num_tokens
+    return fit(
+        adapted,
+        examples,
+        settings,
+        collate=partial(collate, pad_id=adapted.pad_id),
+        loss=lambda model, batch: supervised_cross_entropy(model, batch)[0].sum(),
+        divisor=lambda batch: sum(example.num_supervised for example in batch),
+        rule=rule,
+        on_step=on_step,
+    )

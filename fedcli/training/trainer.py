@@ -1,40 +1,35 @@
-"""transformers' Trainer for one client's round: its loss, its client rule and its reports are given to it.
+"""One client's optimiser steps: the loss, the client rule and the reports are given to it.
 
-Why not trl's trainers: SFTTrainer computes entropy and token accuracy over full logits on every step, which doubles the
-cost of a step, DPOTrainer takes the adapter it is given for its reference, and both wrap the model's forward anew in
-every constructor, which breaks a process that trains a thousand clients. They are the oracles of the tests.
+A loop of our own, not a library's trainer: a step is to cost what its mathematics costs. transformers' Trainer and
+trl's pad a batch to its longest row, make logits at every position and metrics on every step, and take seconds to
+import, which every `client train` would pay. trl's are the oracles of the tests.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
 from fedcli.algos import ClientRule
 from fedcli.model.base import has_bfloat16
 from fedcli.model.lora import AdaptedModel
 from fedcli.model.quiet import quiet_libraries
+from fedcli.training.batches import LARGEST, OVERHEAD, Item, cut
 from fedcli.training.reports import StepReport, TrainSettings
 
 Batch = dict[str, torch.Tensor]
-Loss = Callable[[Any, Any, Batch, "torch.Tensor | int"], torch.Tensor]
-"""Of the model as Trainer wraps it, the transformers model in it, a micro-batch, and the number of supervised tokens in
-the whole batch: the micro-batch's share of the batch's loss."""
 
 
-class Item(Protocol):
-    """What the trainer must know of one row."""
+class CountedItem(Item, Protocol):
+    """What the trainer must know of a row."""
 
     @property
     def num_tokens(self) -> int:
         """The tokens that a forward pass over it sees."""
 
 
-ItemT = TypeVar("ItemT", bound=Item)
+ItemT = TypeVar("ItemT", bound=CountedItem)
 
 
 def fit(
@@ -43,31 +38,67 @@ def fit(
     settings: TrainSettings,
     *,
     collate: Callable[[Sequence[ItemT]], Batch],
-    loss: Loss,
+    loss: Callable[[Any, Batch], torch.Tensor],
+    divisor: Callable[[Sequence[ItemT]], int],
     rule: ClientRule | None,
     on_step: Callable[[StepReport], None],
 ) -> list[float]:
-    """Train the adapter in place, one optimiser step for every `batch_size` items; return the losses of the steps."""
-    steps = len(items) // settings.batch_size
-    observer = _Observer([item.num_tokens for item in items], settings.batch_size, on_step)
-    callbacks: list[TrainerCallback] = [observer]
+    """Train the adapter in place, one optimiser step for every `batch_size` items; return the losses of the steps.
+
+    A step's loss is the sum of `loss(model, micro-batch)` over the batch's micro-batches, over `divisor(batch)`:
+    neither it nor its gradient depends on how the batch is cut.
+    """
+    model, parameters = adapted.base, list(adapted.parameters.values())
+    device, has_autocast = model.device, has_bfloat16()
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
+    )
+    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=device) for name in adapted.parameters]
+    losses: list[float] = []
+    torch.manual_seed(settings.seed)  # of dropout
+    adapted.model.train()
+    with quiet_libraries(), _checkpointing(model, settings.gradient_checkpointing):
+        for start in range(0, len(items), settings.batch_size):
+            batch = items[start : start + settings.batch_size]
+            num_parts = divisor(batch)
+            total = torch.zeros((), device=device)
+            parts = cut(
+                batch, size=settings.micro_batch_size, overhead=OVERHEAD[device.type], largest=LARGEST[device.type]
+            )
+            for part in parts:
+                inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in collate(part).items()}
+                with torch.autocast(device.type, torch.bfloat16, enabled=has_autocast):
+                    share = loss(model, inputs) / num_parts
+                share.backward()  # type: ignore[no-untyped-call]  # torch's annotations
+                total += share.detach()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            _step(optimizer, parameters, rule, own, settings.learning_rate)
+            losses.append(total.item())
+            on_step(StepReport(len(losses), losses[-1], sum(item.num_tokens for item in batch)))
+    return losses
+
+
+@torch.no_grad()
+def _step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    rule: ClientRule | None,
+    own: Sequence[torch.Tensor],
+    learning_rate: float,
+) -> None:
+    """Make an optimiser step, with the client rule's terms for clipped gradients and, after it, for weights."""
     if rule is not None:
-        callbacks.append(_RuleCallback(rule, adapted, settings.learning_rate))
-    with TemporaryDirectory() as scratch:
-        trainer = _LossTrainer(
-            loss,
-            model=adapted.model,
-            args=_arguments(scratch, steps, settings),
-            train_dataset=_sorted_batches(items, settings.batch_size),
-            data_collator=collate,
-            callbacks=callbacks,
-        )
-        trainer.remove_callback(PrinterCallback)
-        with quiet_libraries(), _checkpointing(adapted.model, settings.gradient_checkpointing):
-            trainer.train()
-        # Under bf16 Trainer wraps the model's forward; unwrapped, scoring does not depend on what was trained before.
-        trainer.accelerator.unwrap_model(adapted.model, keep_fp32_wrapper=False)
-    return observer.losses
+        for parameter, array in zip(parameters, own, strict=True):
+            term = rule.gradient_term(parameter, array)
+            if term is not None and parameter.grad is not None:
+                parameter.grad.add_(term)
+    optimizer.step()
+    optimizer.zero_grad()
+    if rule is not None:
+        for parameter, array in zip(parameters, own, strict=True):
+            term = rule.weight_term(array, learning_rate)
+            if term is not None:
+                parameter.add_(term)
 
 
 @contextmanager
@@ -81,117 +112,3 @@ def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         yield
     finally:
         model.gradient_checkpointing_disable()
-
-
-class _LossTrainer(Trainer):
-    """Trainer with a loss of ours, which divides by the whole batch however that is cut into micro-batches."""
-
-    def __init__(self, loss: Loss, **options: Any) -> None:
-        super().__init__(**options)
-        self.model_accepts_loss_kwargs = True  # the loss divides by the whole batch: Trainer must not divide again
-        self._loss = loss
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Return a micro-batch's share of the batch's loss."""
-        assert num_items_in_batch is not None
-        return self._loss(model, self.accelerator.unwrap_model(model).get_base_model(), inputs, num_items_in_batch)
-
-
-class _RuleCallback(TrainerCallback):
-    """Applies a client rule: to gradients after they were clipped, to weights after the optimiser's step."""
-
-    def __init__(self, rule: ClientRule, adapted: AdaptedModel, learning_rate: float) -> None:
-        self._rule = rule
-        self._learning_rate = learning_rate
-        device = adapted.model.device
-        self._pairs = [
-            (parameter, torch.tensor(rule.arrays[name], device=device))
-            for name, parameter in adapted.parameters.items()
-        ]
-
-    @torch.no_grad()
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        for parameter, own in self._pairs:
-            term = self._rule.gradient_term(parameter, own)
-            if term is not None and parameter.grad is not None:
-                parameter.grad.add_(term)
-
-    @torch.no_grad()
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        for parameter, own in self._pairs:
-            term = self._rule.weight_term(own, self._learning_rate)
-            if term is not None:
-                parameter.add_(term)
-
-
-class _Observer(TrainerCallback):
-    """Keeps every step's loss and reports it."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, on_step: Callable[[StepReport], None]) -> None:
-        self.losses: list[float] = []
-        self._lengths = lengths
-        self._batch_size = batch_size
-        self._on_step = on_step
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: object,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        self.losses.append(float(logs["loss"]))
-        start = (len(self.losses) - 1) * self._batch_size
-        num_tokens = sum(self._lengths[start : start + self._batch_size])
-        self._on_step(StepReport(len(self.losses), self.losses[-1], num_tokens))
-
-
-def _sorted_batches(items: Sequence[ItemT], batch_size: int) -> list[ItemT]:
-    """Return the same batches, each sorted by length: less padding in micro-batches, the same gradient."""
-    return [
-        item
-        for start in range(0, len(items), batch_size)
-        for item in sorted(items[start : start + batch_size], key=lambda item: item.num_tokens)
-    ]
-
-
-def _arguments(scratch: str, steps: int, settings: TrainSettings) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=scratch,
-        max_steps=steps,
-        per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch",
-        seed=settings.seed,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        bf16=has_bfloat16(),
-        use_cpu=not torch.cuda.is_available(),  # where load_base puts the model
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one client trains on one GPU: DataParallel would multiply its batch
-    return arguments
