@@ -24,12 +24,17 @@ from fedcli.commands import (
     eval_list,
     eval_run,
     eval_table,
+    export,
+    gc,
     init,
+    report,
     run,
     server_aggregate,
     server_discard,
     server_open,
     server_run,
+    slurm_script,
+    slurm_submit,
     status,
     train_alone,
     train_pooled,
@@ -67,11 +72,15 @@ class EvalGroup(TyperGroup):
 
 eval_app = typer.Typer(cls=EvalGroup, help="Scores: benchmarks, tables, the best round.", no_args_is_help=True)
 server_app = typer.Typer(help="What the server does.", no_args_is_help=True)
+slurm_app = typer.Typer(help="The federation as jobs of SLURM.", no_args_is_help=True)
 
 app.command()(init.init)
 app.command()(run.run)
 app.command()(status.status)
+app.command()(report.report)
+app.command()(export.export)
 app.command()(verify.verify)
+app.command()(gc.gc)
 app.command()(doctor.doctor)
 app.command("train-alone")(train_alone.train_alone)
 app.command("train-pooled")(train_pooled.train_pooled)
@@ -92,6 +101,9 @@ server_app.command("open")(server_open.open_)
 server_app.command()(server_aggregate.aggregate)
 server_app.command()(server_run.run)
 server_app.command()(server_discard.discard)
+app.add_typer(slurm_app, name="slurm")
+slurm_app.command()(slurm_script.script)
+slurm_app.command()(slurm_submit.submit)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 
 class FedError(Exception):
@@ -17,6 +19,10 @@ class FedError(Exception):
         self.message = message
         self.hint = hint
         self.is_reported = is_reported
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it travel between processes, hint and all."""
+        return partial(type(self), hint=self.hint, is_reported=self.is_reported), (self.message,)
 
 
 class UsageError(FedError):

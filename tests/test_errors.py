@@ -164,7 +164,7 @@ def test_discarding_for_a_client_that_does_not_exist_is_a_usage_error(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["client", "train"], ["client", "train", "--id", "x"], ["stats"], ["run", "--x"]]
+    "arguments", [["client", "status"], ["client", "status", "--id", "x"], ["stats"], ["run", "--x"]]
 )
 def test_a_malformed_command_line_is_one_json_document_too(run: Run, arguments: list[object]) -> None:
     code, out, err = run(*arguments, "--json")
@@ -480,6 +480,8 @@ def test_a_client_that_is_stopped_leaves_nothing_behind_and_may_run_again(run: R
     (client,) = json.loads(run("status", "-w", home, "--json")[1])["cohort"]
     train = ["client", "train", "--id", client, "-w", home]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        for kept in home.glob("private/*/tokens-*"):
+            kept.unlink()
         process = subprocess.Popen(
             command(*train),
             env=ENVIRONMENT | {"TMPDIR": str(scratch)},
@@ -490,7 +492,7 @@ def test_a_client_that_is_stopped_leaves_nothing_behind_and_may_run_again(run: R
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 60
-        while not list(scratch.glob("tmp*")):  # the trainer's scratch folder: training has begun
+        while not list(home.glob("private/*/tokens-*")):  # the rows are there, and training begins
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.02)

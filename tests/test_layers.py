@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALGOS = {"errors", "randomness", "algos"}
 WORKSPACE = ALGOS | {"config", "workspace"}
 MODEL = ALGOS | {"config", "data", "model"}  # data, model, training and eval know nothing of the workspace
-ROUNDS = WORKSPACE | MODEL | {"training", "eval", "rounds"}
+ROUNDS = WORKSPACE | MODEL | {"training", "eval", "report", "slurm", "rounds"}
 MAY_IMPORT = {
     "errors": set(),
     "randomness": {"errors"},
@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "model": MODEL,
     "training": MODEL | {"training"},
     "eval": MODEL | {"training", "eval"},
+    "report": {"errors", "data", "report"},
+    "slurm": ALGOS | {"config", "slurm"},
     "rounds": ROUNDS,
     "commands": ROUNDS | {"commands"},
     "cli": ROUNDS | {"commands", "__init__"},

@@ -29,8 +29,11 @@ def test_the_wheel_holds_the_template_and_the_model_and_is_small(wheel: Path) ->
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "fedcli/workspace_template/presets/demo.yaml",
+        "fedcli/workspace_template/slurm/README.md",
         "fedcli/model/builtin/tiny/model.safetensors",
         "fedcli/model/builtin/tiny/tokenizer.json",
+        "fedcli/report/card.md.j2",
+        "fedcli/report/page.html.j2",
         "fedcli/py.typed",
     ):
         assert name in names

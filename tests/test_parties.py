@@ -20,7 +20,7 @@ from test_kill import arm, fork, was_killed
 from warm import Place, Warm, write_rows
 
 from fedcli.data.templates import ALPACA
-from fedcli.rounds.parties import prepare_join
+from fedcli.rounds.joining import prepare_join
 from fedcli.workspace.layout import Workspace
 
 BUILTIN = Path(__file__).parents[1] / "fedcli/model/builtin/tiny"

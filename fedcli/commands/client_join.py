@@ -66,7 +66,7 @@ def join(
     On a terminal you are asked before it is written; elsewhere, and with --json, you are not. Run again, it replaces
     your card.
     """
-    from fedcli.rounds import parties
+    from fedcli.rounds.joining import prepare_join
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)
@@ -80,7 +80,7 @@ def join(
             num_rows += more
             on_rows("reading rows", num_rows)
 
-        joining = parties.prepare_join(
+        joining = prepare_join(
             found,
             client,
             data,

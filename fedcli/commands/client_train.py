@@ -1,23 +1,34 @@
 """fedcli client train."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcli.commands.options import ClientOption, HomeOption, JsonOption, ThreadsOption, WorkspaceOption
-from fedcli.commands.output import print_hint, print_json, progress_display
+from fedcli.commands.options import HomeOption, JsonOption, ThreadsOption, WorkspaceOption
+from fedcli.commands.output import Silent, print_hint, print_json, progress_display
+from fedcli.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from fedcli.rounds.client import ClientResult
     from fedcli.rounds.parties import Party
-    from fedcli.rounds.runtime import Runtime
+    from fedcli.rounds.runtime import Runtime, Runtimes
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
+    from fedcli.workspace.layout import Workspace
 
 
 def train(
-    client: ClientOption,
+    clients: Annotated[
+        str | None,
+        typer.Option("--id", metavar="N[,N...]", help="The client's id, or several.", show_default=False),
+    ] = None,
+    any_client: Annotated[
+        bool, typer.Option("--any", help="All clients of the round that are here and that nobody trains yet.")
+    ] = False,
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Look again for so long where nothing is due yet.")
     ] = 0.0,
@@ -29,49 +40,98 @@ def train(
     """Train a client on the open round and drop its update.
 
     Where nothing is due (not in the cohort, already sent, finished) it says so and succeeds: run it as often as you
-    like.
+    like, on as many machines as you like.
     """
-    from fedcli.rounds.client import train_client
-    from fedcli.rounds.settings import read_running_config
+    from fedcli.rounds.client import train_client, train_clients
     from fedcli.workspace.layout import find_workspace
 
+    ids = _parse_ids(clients, any_client, home)
     found = find_workspace(workspace)
     with progress_display(json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s") as progress:
-        task = progress.add_task(f"client {client}: loading", total=None, visible=False, loss=float("nan"), speed=0.0)
-        started = time.monotonic()
-        num_tokens = steps = 0
-        num_rows = 0
-
-        def count_rows(count: int) -> None:
-            nonlocal num_rows, started
-            num_rows += count
-            started = time.monotonic()
-            progress.update(task, description=f"client {client}: {num_rows:,} rows read")
-
-        def load_runtime(head: "Round", party: "Party") -> "Runtime":
-            from fedcli.rounds.runtime import Runtime
-
-            nonlocal steps
-            steps = head.manifest.train.steps
-            progress.update(task, visible=True)
-            config = read_running_config(found)
-            return Runtime(found, config, head, threads=threads, party=party, on_rows=count_rows)
-
-        def show(report: "StepReport") -> None:
-            nonlocal num_tokens
-            num_tokens += report.num_tokens
-            speed = num_tokens / (time.monotonic() - started)
-            progress.update(
-                task,
-                description=f"client {client}",
-                total=steps,
-                completed=report.step,
-                loss=report.loss,
-                speed=speed,
+        display = _Display(found, progress, threads)
+        if ids is not None and len(ids) == 1:
+            display.start(ids[0])
+            results = [
+                train_client(found, ids[0], home=home, wait=wait, load_runtime=display.load, on_step=display.show)
+            ]
+        else:
+            results = train_clients(
+                found, ids, wait=wait, load_runtime=display.load, on_client=display.start, on_step=display.show
             )
+    documents = [client_document(result) for result in results]
+    if json_output:
+        print_json(documents[0] if ids is not None and len(ids) == 1 else {"clients": documents})
+        return
+    for result in results:
+        _print(result)
+    if any(result.training for result in results):
+        print_hint("next: fedcli status; once the cohort has answered, fedcli server aggregate")
+    if not results:
+        print("nothing to do: no client of the open round is here, missing and unclaimed")
 
-        result = train_client(found, client, home=home, wait=wait, load_runtime=load_runtime, on_step=show)
-    print_json(client_document(result)) if json_output else _print(result)
+
+def _parse_ids(clients: str | None, any_client: bool, home: Path | None) -> list[int] | None:
+    """Return the ids that --id names, or None for --any; raise UsageError for neither, both, or what is no id."""
+    if (clients is None) != any_client:
+        raise UsageError("name clients with --id, or take --any", hint="One of the two: --id 3, --id 3,7,9 or --any.")
+    if clients is None:
+        ids = None
+    elif all(part.strip().isdecimal() and part.isascii() for part in clients.split(",")):
+        ids = list(dict.fromkeys(map(int, clients.split(","))))
+    else:
+        raise UsageError(f"--id {clients}: not a client's id", hint="An id is a number from 0: --id 3, or --id 3,7,9.")
+    if home is not None and (ids is None or len(ids) > 1):
+        raise UsageError("--home is one client's folder", hint="Name that client alone: --id N --home DIR.")
+    return ids
+
+
+class _Display:
+    """Loads the model when it is needed, and shows one client's steps after another's."""
+
+    def __init__(self, workspace: "Workspace", progress: "Progress | Silent", threads: int | None) -> None:
+        self._workspace = workspace
+        self._progress = progress
+        self._threads = threads
+        self._runtimes: Runtimes | None = None
+        self._task = progress.add_task("", total=None, visible=False, loss=float("nan"), speed=0.0)
+        self._title = ""
+        self._num_rows = self._num_tokens = self._steps = 0
+        self._started = time.monotonic()
+
+    def start(self, client: int) -> None:
+        """A client is next."""
+        self._title = f"client {client}"
+        self._num_rows = self._num_tokens = 0
+        self._progress.update(self._task, description=f"{self._title}: loading", total=None)
+
+    def load(self, head: "Round", party: "Party") -> "Runtime":
+        """Load the model, once."""
+        from fedcli.rounds.runtime import Runtimes
+
+        self._progress.update(self._task, visible=True)
+        self._steps = head.manifest.train.steps
+        if self._runtimes is None:
+            self._runtimes = Runtimes(self._workspace, threads=self._threads, on_rows=self._count_rows)
+        runtime = self._runtimes.load(head, party)
+        self._started = time.monotonic()
+        return runtime
+
+    def show(self, report: "StepReport") -> None:
+        """The client made a step."""
+        self._num_tokens += report.num_tokens
+        self._progress.update(
+            self._task,
+            description=self._title,
+            total=self._steps,
+            completed=report.step,
+            loss=report.loss,
+            speed=self._num_tokens / (time.monotonic() - self._started),
+        )
+
+    def _count_rows(self, count: int) -> None:
+        self._num_rows += count
+        self._started = time.monotonic()
+        self._progress.update(self._task, description=f"{self._title}: {self._num_rows:,} rows read")
 
 
 def client_document(result: "ClientResult") -> dict[str, object]:
@@ -107,12 +167,12 @@ def describe_client(result: "ClientResult") -> str:
 
 
 def _print(result: "ClientResult") -> None:
-    from fedcli.data.formats import describe_counts
-
     print(describe_client(result))
     training = result.training
     if training is None:
         return
+    from fedcli.data.formats import describe_counts
+
     speed = training.num_tokens / training.seconds
     print(
         f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f} (mean {training.mean_loss:.3f}) "
@@ -122,4 +182,3 @@ def _print(result: "ClientResult") -> None:
     print(
         f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit{left_out}"
     )
-    print_hint("next: fedcli status; once the cohort has answered, fedcli server aggregate")

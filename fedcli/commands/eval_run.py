@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption
-from fedcli.commands.output import print_hint, print_json, progress_display
+from fedcli.commands.output import Silent, print_hint, print_json, progress_display
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -151,7 +151,7 @@ def run(
 class _Display:
     """Shows how far an evaluation is, and asks whether a judge's cost is fine, once."""
 
-    def __init__(self, progress: "Progress") -> None:
+    def __init__(self, progress: "Progress | Silent") -> None:
         self._progress = progress
         self._task: TaskID = progress.add_task("loading", total=None)
         self._is_confirmed = False

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from fedcli.rounds.milestones import Milestone
     from fedcli.rounds.simulation import DataSummary
@@ -31,21 +31,39 @@ def at(workspace: Path | None) -> str:
     return "" if workspace is None else f" -w {shlex.quote(str(workspace))}"
 
 
+class Silent:
+    """Takes what rich's Progress is told, and shows nothing."""
+
+    def add_task(self, description: str, **_: Any) -> "TaskID":
+        """Return a number that stands for nothing."""
+        return cast("TaskID", 0)
+
+    def update(self, task_id: "TaskID", **_: Any) -> None:
+        """Pass over it."""
+
+    def start(self) -> None:
+        """Pass over it."""
+
+    def stop(self) -> None:
+        """Pass over it."""
+
+
 @contextmanager
-def progress_display(json_output: bool, *columns: str) -> Iterator["Progress"]:
-    """Show progress bars on stderr; stay quiet under --json or where stderr is no terminal."""
+def progress_display(json_output: bool, *columns: str) -> "Iterator[Progress | Silent]":
+    """Show progress bars on stderr; stay quiet, and load nothing, under --json or where stderr is no terminal."""
+    if json_output or not sys.stderr.isatty():
+        yield Silent()
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         *(TextColumn(column) for column in columns),
         TimeRemainingColumn(),
-        console=console,
-        disable=json_output or not console.is_terminal,
+        console=Console(stderr=True),
         transient=True,
     ) as progress:
         yield progress

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcli.commands.options import JsonOption, ThreadsOption, WorkspaceOption
-from fedcli.commands.output import describe_milestone, print_hint, print_json, progress_display
+from fedcli.commands.output import Silent, describe_milestone, print_hint, print_json, progress_display
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,11 +27,15 @@ def run(
             show_default=False,
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, metavar="W", help="Train so many clients at once, each on a GPU or a share of the cores."),
+    ] = 1,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Run the whole federation on this machine: its clients take turns, the base model is loaded once.
+    """Run the whole federation on this machine: its clients take turns, and the base model stays loaded.
 
     Interrupted and started again, it goes on where it was.
     """
@@ -43,7 +47,7 @@ def run(
     with progress_display(
         json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s", "ETA"
     ) as progress:
-        result = run_federation(found, _Display(progress), rounds=rounds, threads=threads)
+        result = run_federation(found, _Display(progress), rounds=rounds, workers=workers, threads=threads)
     if json_output:
         print_json(result)
         return
@@ -57,36 +61,38 @@ def run(
 class _Display:
     """One bar over all optimiser steps of the federation."""
 
-    def __init__(self, progress: "Progress") -> None:
+    def __init__(self, progress: "Progress | Silent") -> None:
         self._progress = progress
         self._task = progress.add_task("starting", total=None, loss=float("nan"), speed=0.0)
-        self._cohort: list[int] = []
         self._title = ""
         self._base = 0
-        self._position = 0
-        self._steps = 1
+        self._steps_done: dict[int, int] = {}
         self._started = 0.0
         self._num_tokens = 0
 
     def round_started(self, head: "Round") -> None:
         manifest = head.manifest
-        self._steps = manifest.train.steps
-        self._base = head.number * len(manifest.cohort) * self._steps
-        self._cohort = manifest.cohort
+        steps_of_round = head.num_counted * manifest.train.steps
+        self._base, self._steps_done = head.number * steps_of_round, {}
+        self._started, self._num_tokens = time.monotonic(), 0
         self._title = f"round {head.number}/{manifest.rounds}"
-        self._progress.update(
-            self._task, total=manifest.rounds * len(manifest.cohort) * self._steps, completed=self._base
-        )
+        self._progress.update(self._task, total=manifest.rounds * steps_of_round, completed=self._base)
 
     def client_started(self, client: int) -> None:
-        self._position = self._base + self._cohort.index(client) * self._steps
-        self._started, self._num_tokens = time.monotonic(), 0
-        self._progress.update(self._task, description=f"{self._title} client {client}", completed=self._position)
+        self._progress.update(self._task, description=f"{self._title} client {client}")
 
-    def step_done(self, report: "StepReport") -> None:
+    def step_done(self, client: int, report: "StepReport") -> None:
         self._num_tokens += report.num_tokens
-        speed = self._num_tokens / (time.monotonic() - self._started)
-        self._progress.update(self._task, completed=self._position + report.step, loss=report.loss, speed=speed)
+        self._steps_done[client] = report.step
+        self._progress.update(
+            self._task,
+            completed=self._base + sum(self._steps_done.values()),
+            loss=report.loss,
+            speed=self._num_tokens / (time.monotonic() - self._started),
+        )
+
+    def worker_died(self, client: int, exit_code: int | None) -> None:
+        print_hint(f"the worker that trained client {client} died ({exit_code}); another one tries again")
 
     def waiting(self, round_number: int, clients: list[int]) -> None:
         names = ", ".join(map(str, clients))
@@ -94,7 +100,7 @@ class _Display:
 
     def round_done(self, result: "AggregationResult") -> None:
         done = result.aggregation
-        if done is None or not self._progress.live.is_started:
+        if done is None or isinstance(self._progress, Silent):
             return
         losses = [entry.train_loss for entry in done.counted if entry.train_loss is not None]
         mean = sum(losses) / len(losses) if losses else float("nan")

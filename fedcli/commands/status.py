@@ -1,20 +1,39 @@
 """fedcli status."""
 
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from fedcli.commands import status_watch
 from fedcli.commands.options import JsonOption, WorkspaceOption
 from fedcli.commands.output import at, print_hint, print_json
+from fedcli.errors import UsageError
 
 if TYPE_CHECKING:
+    from fedcli.rounds.jobs import JobStates
     from fedcli.rounds.status import Status
 
+_MOST = 50
+"""How many clients a line names."""
 
-def status(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+
+def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show how it goes on, until it has finished or you press Ctrl-C.")
+    ] = False,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
     """Show the round, the algorithm, who has answered, the last losses, and what to run next."""
     from fedcli.rounds.status import read_status
     from fedcli.workspace.layout import find_workspace
 
+    if watch and json_output:
+        raise UsageError("--json prints one document, and --watch never ends", hint="Leave one of them out.")
+    if watch:
+        status_watch.watch(find_workspace(workspace))
+        return
     result = read_status(find_workspace(workspace))
     if json_output:
         print_json(result)
@@ -30,18 +49,26 @@ def _print(result: "Status") -> None:
     if result.next_algorithm != result.algorithm and result.state == "open":
         print(f"next       {_describe(result.next_algorithm)}, from round {result.round + 1} on, as fedcli.yaml has it")
     if result.cohort:
-        print(f"cohort     {_names(result.cohort)}; {result.needed} must answer")
+        which = "" if result.num_counted == len(result.cohort) else f", of which the first {result.num_counted} count"
+        print(f"cohort     {_names(result.cohort)}; {result.needed} must answer{which}")
         print(f"answered   {_names(result.answered)}")
         print(f"missing    {_names(result.missing)}")
+    if result.seconds_left is not None:
+        print(f"deadline   {_describe_deadline(result.seconds_left)}")
     if result.hidden:
         print(f"hidden     {_names(result.hidden)}: only they and the server see whether they have answered")
+    if result.slurm is not None:
+        print(f"slurm      {_describe_jobs(result.slurm)}")
     if result.joined:
-        print(f"joined     {_names(result.joined)}: parties that keep their rows")
+        print(f"joined     {_names(result.joined[:_MOST])}{_more(result.joined)}: parties that keep their rows")
     if result.last_losses:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
         print(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
     for client, code in result.last_refused.items():
         print(f"refused    client {client} in round {result.round - 1}: {code}")
+    for clients, why in ((result.last_surplus, "were not needed"), (result.last_late, "came too late")):
+        if clients:
+            print(f"left out   updates of clients {_names(clients)} in round {result.round - 1}: they {why}")
     for run, following in zip_longest(result.history, result.history[1:]):
         last = following.round - 1 if following else result.round - 1
         rounds = f"round {last}" if last == run.round else f"rounds {run.round} to {last}"
@@ -58,9 +85,39 @@ def _print(result: "Status") -> None:
         )
 
 
+def _describe_deadline(seconds: float) -> str:
+    from fedcli.rounds.quorum import describe_seconds
+
+    if seconds <= 0:
+        return f"{describe_seconds(-seconds)} ago: one answer is enough"
+    return f"in {describe_seconds(seconds)}: then one answer is enough"
+
+
+def _more(clients: list[int]) -> str:
+    return f" and {len(clients) - _MOST:,} more" if len(clients) > _MOST else ""
+
+
 def _describe(algorithm: dict[str, object]) -> str:
     rest = ", ".join(f"{key} {value}" for key, value in algorithm.items() if key != "name")
     return f"{algorithm['name']} ({rest})" if rest else str(algorithm["name"])
+
+
+def _describe_jobs(slurm: "JobStates") -> str:
+    if slurm.error is not None:
+        ids = ", ".join(str(job.id) for job in slurm.jobs)
+        return f"jobs {ids}, and how they stand is not known: {slurm.error}"
+    queued, failed = _by_value(slurm.queued), _by_value(slurm.failed)
+    parts = [
+        *(f"queued {_names(clients)} ({reason})" for reason, clients in queued.items()),
+        *([f"running {_names(slurm.running)}"] if slurm.running else []),
+        *(f"failed {_names(clients)} ({state})" for state, clients in failed.items()),
+        *(f"merging is job {job}: {state}" for job, state in slurm.servers.items()),
+    ]
+    return "; ".join(parts) or "no job in the queue"
+
+
+def _by_value(values: dict[int, str]) -> dict[str, list[int]]:
+    return {each: [key for key, value in values.items() if value == each] for each in dict.fromkeys(values.values())}
 
 
 def _count(number: int | None) -> str:

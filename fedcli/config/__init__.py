@@ -28,6 +28,7 @@ from fedcli.config.parsing import (
     read_format,
 )
 from fedcli.config.sections import AdapterConfig, Config, EvalConfig, FederationConfig, Quantization, TrainConfig
+from fedcli.config.slurm import JobConfig, SlurmConfig
 
 __all__ = [
     "TASK_FORMATS",
@@ -43,10 +44,12 @@ __all__ = [
     "EvalConfig",
     "FederationConfig",
     "FormatName",
+    "JobConfig",
     "Partition",
     "Quantization",
     "ShardsBy",
     "Sizes",
+    "SlurmConfig",
     "SourceEntry",
     "Task",
     "TemplateChoice",

@@ -1,14 +1,16 @@
 """The sections of fedcli.yaml, and the whole of it."""
 
 import math
+import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedcli.algos import AnyAlgorithm, FedAvg
 from fedcli.config.data import DataConfig, Task, check_format
 from fedcli.config.section import Count, Section
+from fedcli.config.slurm import SlurmConfig
 
 Quantization: TypeAlias = Literal["none", "int8", "nf4"]
 
@@ -60,10 +62,18 @@ class TrainConfig(Section):
         return self.learning_rate_min + (self.learning_rate - self.learning_rate_min) * cosine
 
 
-class FederationConfig(Section):
-    """Who takes part, how often and how long; `quorum` is the share of a cohort that must have answered.
+def _seconds(value: Any) -> Any:
+    """Return a length of time such as 90s, 30m, 2h or 1d in seconds; what is no such text, as it is."""
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd])", value)):
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return value
 
-    With `multi_user` parties may run under unix users of their own.
+
+class FederationConfig(Section):
+    """Who takes part, how often and how long; `quorum` is the share that must have answered, of those who count.
+
+    With `select` more clients are drawn than count. `deadline` is in seconds from a round's opening: then one answer
+    is enough. With `multi_user` parties may run under unix users of their own.
     """
 
     clients: Count = 5
@@ -71,22 +81,34 @@ class FederationConfig(Section):
     rounds: Count = 10
     seed: Annotated[int, Field(ge=0)] = 0
     quorum: Annotated[float, Field(gt=0, le=1)] = 1.0
+    select: Count | None = None
+    deadline: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] | None = None
     multi_user: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.cohort_size > self.clients:
+        if self.num_counted > self.clients:
             raise ValueError(f"per_round {self.per_round} is more than the {self.clients} clients")
+        if not self.num_counted <= self.cohort_size <= self.clients:
+            raise ValueError(
+                f"select is {self.select}: it must lie between per_round, {self.num_counted}, "
+                f"and the {self.clients} clients"
+            )
         return self
 
     @property
-    def cohort_size(self) -> int:
-        """The number of clients drawn for a round: `per_round`, or all."""
+    def num_counted(self) -> int:
+        """The number of updates that count in a round: `per_round`, or all."""
         return self.clients if self.per_round is None else self.per_round
 
-    def needed_answers(self, cohort_size: int) -> int:
-        """Return how many of a cohort must have answered: ceil(quorum x cohort), in exact decimal arithmetic."""
-        return math.ceil(Fraction(str(self.quorum)) * cohort_size)
+    @property
+    def cohort_size(self) -> int:
+        """The number of clients drawn for a round: `select`, or as many as count."""
+        return self.num_counted if self.select is None else self.select
+
+    def needed_answers(self, num_counted: int) -> int:
+        """Return how many clients must have answered: ceil(quorum x those who count), in exact decimal arithmetic."""
+        return math.ceil(Fraction(str(self.quorum)) * num_counted)
 
 
 class EvalConfig(Section):
@@ -107,6 +129,19 @@ class EvalConfig(Section):
         return self
 
 
+class RetentionConfig(Section):
+    """Which rounds `fedcli gc` leaves whole: the last `keep_last`, and every `keep_every`-th; None removes nothing."""
+
+    keep_last: Count | None = None
+    keep_every: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("keep_every is set, and keep_last is not")
+        return self
+
+
 class Config(Section):
     """The whole of fedcli.yaml."""
 
@@ -118,6 +153,8 @@ class Config(Section):
     algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")] = FedAvg()
     federation: FederationConfig = FederationConfig()
     eval: EvalConfig = EvalConfig()
+    retention: RetentionConfig = RetentionConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

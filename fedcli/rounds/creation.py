@@ -80,8 +80,9 @@ def create_workspace(
             write_split(workspace, config, plan, on_rows=on_rows)
         if not workspace.config.exists():
             publish_file(workspace.config, text.encode())
-        if not workspace.readme.exists():
-            publish_file(workspace.readme, (template_folder() / "README.md").read_bytes())
+        for page in (workspace.readme, workspace.crontab, workspace.slurm_readme):
+            if not page.exists():
+                publish_file(page, (template_folder() / page.relative_to(workspace.root)).read_bytes())
         workspace_id = read_identity(workspace).id if workspace.identity.exists() else uuid.uuid4().hex
         publish_file(workspace.identity, Identity(id=workspace_id, fixed=config.fixed()).to_bytes())
         head = open_first_round(workspace, config, start)

@@ -18,8 +18,9 @@ from fedcli.data.picture import Bar, draw
 from fedcli.data.source import Row
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.model.base import find_base, load_tokenizer
+from fedcli.rounds.joining import NO_LIMIT
 from fedcli.rounds.opening import train_record
-from fedcli.rounds.parties import NO_LIMIT, Party, find_party, find_same_base
+from fedcli.rounds.parties import Party, find_party, find_same_base
 from fedcli.rounds.settings import check_client, read_config
 from fedcli.rounds.simulation import read_summary
 from fedcli.workspace.history import read_head, read_round

@@ -111,12 +111,16 @@ def make_table(
     return ScoreTable(tuple(rows), tuple(columns), cells, ranks if len(rows) > 1 else {}, against, _notes(kept, stale))
 
 
-def best_rounds(workspace: Workspace, metric: str) -> list[tuple[int, ScoreEntry]]:
+def best_rounds(
+    workspace: Workspace, metric: str, records: Sequence[ScoreRecord] | None = None
+) -> list[tuple[int, ScoreEntry]]:
     """Return the rounds' scores in a metric, the best first; a metric is BENCHMARK (its first) or BENCHMARK.METRIC.
 
-    Raises UsageError for an unknown metric, NotReadyError where no round has been scored in it.
+    `records` are all scores, where they have been read. Raises UsageError for an unknown metric, NotReadyError where no
+    round has been scored in it.
     """
-    rounds = [record for record in read_scores(workspace) if record.target.startswith("round-") and record.scores]
+    records = read_scores(workspace) if records is None else records
+    rounds = [record for record in records if record.target.startswith("round-") and record.scores]
     known = {f"{record.name}.{name}": (record.name, name) for record in rounds for name in record.scores}
     for record in reversed(rounds):
         known[record.name] = (record.name, next(iter(_in_order(record))))

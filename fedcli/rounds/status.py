@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedcli.rounds.jobs import JobStates, read_job_states
+from fedcli.rounds.quorum import deadline_of, needed_answers, seconds_left
 from fedcli.rounds.settings import read_running_config
-from fedcli.workspace.history import is_hidden, missing_clients, read_head
+from fedcli.workspace.history import is_hidden, is_submitted, missing_clients, read_head
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost
 from fedcli.workspace.registry import joined_clients
@@ -31,14 +33,26 @@ class Status:
     joined: list[int]
     """Parties whose rows stay where they are."""
     needed: int
+    num_counted: int
+    """How many updates of the round count at most."""
+    deadline: float | None
+    """In seconds since 1970 by the server's clock; from then on one answer is enough."""
+    seconds_left: float | None
+    """To the deadline by this machine's clock; negative past it."""
     last_losses: dict[int, float | None]
     """By client, of the updates that went into the open round's adapter."""
     last_refused: dict[int, str]
     last_missing: list[int]
+    last_surplus: list[int]
+    """Who answered, and was not needed."""
+    last_late: list[int]
+    """Of the missing, those whose update came after the round was closed."""
     cost: Cost | None
     """None where the round was opened by a version that did not count."""
     history: list[AlgorithmRun]
     """Which algorithm merged which rounds."""
+    slurm: JobStates | None
+    """None where no jobs were sent for the open round."""
     next_command: str
 
 
@@ -48,10 +62,11 @@ def read_status(workspace: Workspace) -> Status:
     head = read_head(workspace)
     manifest = head.manifest
     hidden = [client for client in manifest.cohort if is_hidden(workspace, client)]
-    missing = [client for client in missing_clients(workspace, head) if client not in hidden]
-    answered = [client for client in manifest.cohort if client not in missing and client not in hidden]
-    needed = config.federation.needed_answers(len(manifest.cohort))
+    missing = sorted({*missing_clients(workspace, head)} - {*hidden})
+    answered = sorted({*manifest.cohort} - {*missing} - {*hidden})
+    needed = needed_answers(head, config)
     last = manifest.aggregation
+    slurm = read_job_states(workspace, head, missing)
     return Status(
         workspace=str(workspace.root),
         round=head.number,
@@ -67,13 +82,27 @@ def read_status(workspace: Workspace) -> Status:
         hidden=hidden,
         joined=joined_clients(workspace, config.federation.clients),
         needed=needed,
+        num_counted=head.num_counted,
+        deadline=deadline_of(head, config),
+        seconds_left=seconds_left(head, config),
         last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
         last_missing=last.missing if last else [],
+        last_surplus=last.surplus if last else [],
+        last_late=[
+            client for client in (last.missing if last else []) if is_submitted(workspace, head.number - 1, client)
+        ],
         cost=manifest.cost,
         history=manifest.history,
-        next_command=_next_command(workspace, manifest.state, missing, len(answered) >= needed),
+        slurm=slurm,
+        next_command=_next_of_jobs(slurm) or _next_command(workspace, manifest.state, missing, len(answered) >= needed),
     )
+
+
+def _next_of_jobs(slurm: JobStates | None) -> str | None:
+    if slurm is None:
+        return None
+    return "fedcli status" if slurm.will_merge or slurm.error else "fedcli slurm submit"
 
 
 def _next_command(workspace: Workspace, state: str, missing: list[int], is_ready: bool) -> str:

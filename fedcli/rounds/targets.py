@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedcli.algos import Arrays
-from fedcli.errors import FedError, NotReadyError, UsageError
+from fedcli.errors import FedError, NotReadyError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
 from fedcli.rounds.settings import check_client, read_running_config
 from fedcli.workspace.baselines import (
@@ -152,6 +152,11 @@ def _last_update(workspace: Workspace, client: int) -> tuple[int, Update]:
             update = read_update(workspace, base, client) if base is not None else None
             if update is not None:
                 return number, update
+        if base is not None and base.pruned() is not None:
+            raise WorkspaceError(
+                f"client {client}'s update of round {number} was removed by `fedcli gc`",
+                hint="Score the client after its next round; `retention` in fedcli.yaml says how many stay.",
+            )
     raise NotReadyError(
         f"client {client} has sent no valid update yet", hint=f"Let it train: `fedcli client train --id {client}`."
     )

@@ -16,7 +16,9 @@ CONTROL_NAME = "control.safetensors"
 CONTROL_DELTA_FILE = "control_delta.safetensors"
 UPDATE_RECORD = "update.json"
 MANIFEST = "manifest.json"
+PRUNED = "PRUNED.json"
 TEMPORARY_PREFIX = ".tmp-"
+DISCARDED_PREFIX = ".discarded-"
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,11 @@ class Workspace:
         """The scores of all targets, and the tables made of them."""
         return self.root / "eval"
 
+    @property
+    def report(self) -> Path:
+        """The page that shows the federation, and its pictures."""
+        return self.root / "report"
+
     def scores(self, target: str, benchmark: str) -> Path:
         """The scores of a target, such as `round-00010` or `base`, on a benchmark; its items lie beside as .jsonl."""
         return self.eval / target / f"{benchmark}.json"
@@ -136,6 +143,33 @@ class Workspace:
     def eval_lock(self, target: str, benchmark: str) -> Path:
         """The lock that one process scoring a target on a benchmark holds."""
         return self.eval / target / f".{benchmark}.lock"
+
+    @property
+    def crontab(self) -> Path:
+        """Lines for a party's and a server's cron."""
+        return self.root / "cron" / "crontab"
+
+    @property
+    def slurm_readme(self) -> Path:
+        """What tells a visitor what the records of jobs are, and how to have some."""
+        return self.root / "slurm" / "README.md"
+
+    @property
+    def slurm_lock(self) -> Path:
+        """The lock that one process sending jobs holds."""
+        return self.root / "slurm" / "lock"
+
+    def jobs(self, number: int) -> Path:
+        """The record of the jobs that were sent for a round."""
+        return self.root / "slurm" / update_name(number) / "jobs.json"
+
+    def job_script(self, number: int, kind: str) -> Path:
+        """The batch script of a kind of a round's jobs."""
+        return self.jobs(number).with_name(f"{kind}.sh")
+
+    def job_logs(self, number: int) -> Path:
+        """The folder of what a round's jobs print."""
+        return self.root / "logs" / update_name(number)
 
 
 @dataclass(frozen=True)
@@ -166,6 +200,10 @@ class Home:
     def reference(self, key: str) -> Path:
         """A cache of the reference model's log-probabilities."""
         return self.folder / f"reference-{key}.safetensors"
+
+    def tokens(self, key: str) -> Path:
+        """A cache of the client's rows as token ids."""
+        return self.folder / f"tokens-{key}.safetensors"
 
     @property
     def baseline_lock(self) -> Path:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from fedcli.errors import WorkspaceError
-from fedcli.workspace.layout import TEMPORARY_PREFIX
+from fedcli.workspace.layout import DISCARDED_PREFIX, TEMPORARY_PREFIX
 
 SHARED_MODE = 0o644
 """What everybody who shares the workspace reads: rounds."""
@@ -84,6 +84,40 @@ def publish_directory(final: Path, files: Iterable[tuple[str, bytes]], *, mode: 
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_free(final: Path) -> None:
+    """Raise WorkspaceError where something stands that a new folder would be written over: an empty folder is none."""
+    with explained(final):
+        is_free = not os.path.lexists(final) or (final.is_dir() and not os.listdir(final))
+    if not is_free:
+        raise WorkspaceError(
+            f"{final} exists already, and nothing is written over", hint="Name another folder, or remove that one."
+        )
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which then becomes `final` at once, durably; an error leaves nothing.
+
+    Raises WorkspaceError where something else stands there meanwhile, or the disk refuses.
+    """
+    make_folder(final.parent)
+    temporary = _temporary_beside(final)
+    with explained(final):
+        try:
+            os.mkdir(temporary)
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    os.chmod(Path(folder) / name, SHARED_MODE)  # safetensors makes its files for their owner alone
+                    sync_file(Path(folder) / name)
+                _sync_folder(Path(folder))
+            check_free(final)
+            os.rename(temporary, final)
+            _sync_folder(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def publish_file(final: Path, contents: bytes, *, mode: int = SHARED_MODE) -> None:
     """Replace one file whole, durably."""
     with explained(final):
@@ -130,7 +164,7 @@ def remove_temporaries(folder: Path) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a published directory to a hidden name beside it, durably; return the new path."""
-    hidden = folder.parent / f".discarded-{folder.name}-{uuid.uuid4().hex[:8]}"
+    hidden = folder.parent / f"{DISCARDED_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}"
     with explained(folder):
         os.rename(folder, hidden)
         _sync_folder(folder.parent)
