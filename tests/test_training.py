@@ -19,6 +19,7 @@ from fedcli.data.demo import demo_rows
 from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
+from fedcli.model import likelihood
 from fedcli.model.base import find_base
 from fedcli.model.likelihood import IGNORED, supervised_logits
 from fedcli.model.lora import AdaptedModel, lora_config, start_adapter
@@ -262,6 +263,28 @@ def test_supervised_logits_are_the_rows_of_the_full_ones(name: str) -> None:
         uncapped = copy.deepcopy(model)
         uncapped.config.final_logit_softcapping = None
         assert float(few.abs().max()) <= 0.01 < float(uncapped(input_ids=ids).logits.detach().abs().max())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_large_logits_give_the_losses_and_gradients_of_torchs_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = (4 * torch.randn(23, 61, generator=generator)).to(dtype)
+    targets = torch.randint(0, 61, (23,), generator=generator)
+    outer = torch.rand(23, generator=generator)
+    found = []
+    for large in (10**9, 0):
+        monkeypatch.setattr(likelihood, "LARGE_LOGITS", large)
+        monkeypatch.setattr(likelihood, "PIECE", 5 * 61)
+        logits = values.clone().requires_grad_()
+        losses = likelihood.token_losses(logits, targets)
+        (losses * outer).sum().backward()
+        found.append((losses.detach(), logits.grad))
+    (losses, gradient), (in_pieces, pieces_gradient) = found
+    assert in_pieces.dtype == torch.float32
+    torch.testing.assert_close(in_pieces, losses, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pieces_gradient, gradient, rtol=tolerance, atol=tolerance)
 
 
 # Seeds, state and reports

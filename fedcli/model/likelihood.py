@@ -13,6 +13,9 @@ from fedcli.model.lora import AdaptedModel
 
 IGNORED = -100
 """The label of a token that is not supervised."""
+LARGE_LOGITS = 2**25
+"""Numbers; above, their cross-entropy is computed in pieces of PIECE numbers."""
+PIECE = 2**22
 
 
 def collate(examples: Sequence[EncodedExample], pad_id: int) -> dict[str, torch.Tensor]:
@@ -37,7 +40,42 @@ def supervised_cross_entropy(model: Any, inputs: dict[str, torch.Tensor]) -> tup
     with supervised_logits(model, labels) as targets:
         logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
     rows = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
-    return cross_entropy(logits.float(), targets, reduction="none"), rows
+    return token_losses(logits, targets), rows
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return -log p of each target, float32; logits: (targets, words), of any float type.
+
+    Large logits are gone through in pieces, and what is kept for the backward pass is one tensor of their size and
+    type, the gradient: torch's own keeps two of float32, and makes two more.
+    """
+    if logits.numel() <= LARGE_LOGITS:
+        return cross_entropy(logits.float(), targets, reduction="none")
+    losses: torch.Tensor = _InPieces.apply(logits, targets)  # type: ignore[no-untyped-call]  # torch's annotations
+    return losses
+
+
+class _InPieces(torch.autograd.Function):
+    """Cross-entropy of a few rows at a time; its gradient, softmax - one at the target, is made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        losses = logits.new_empty(len(targets), dtype=torch.float32)
+        gradient = torch.empty_like(logits)
+        num_rows = max(1, PIECE // logits.shape[1])
+        for start in range(0, len(targets), num_rows):
+            part = slice(start, start + num_rows)
+            log_probs = logits[part].float().log_softmax(1)
+            places = targets[part, None]
+            losses[part] = -log_probs.gather(1, places)[:, 0]
+            gradient[part] = log_probs.exp_().scatter_add_(1, places, log_probs.new_full(places.shape, -1.0))
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0][:, None].to(gradient.dtype), None
 
 
 def response_log_probs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

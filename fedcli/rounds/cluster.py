@@ -15,7 +15,7 @@ from typing import Literal
 from fedcli.config import Config, SlurmConfig
 from fedcli.errors import BusyError, NotReadyError
 from fedcli.rounds.jobs import job_mark, job_name
-from fedcli.rounds.parties import is_here
+from fedcli.rounds.parties import can_train
 from fedcli.rounds.quorum import seconds_left
 from fedcli.rounds.settings import POLL_SECONDS, read_running_config
 from fedcli.slurm.queue import Element, cancel, list_elements, send
@@ -81,7 +81,7 @@ def write_scripts(workspace: Workspace) -> dict[JobKind, Path]:
     config, head = read_running_config(workspace), read_head(workspace)
     if head.manifest.state == "finished":
         return {}
-    clients = tuple(client for client in missing_clients(workspace, head) if _has_element(workspace, client))
+    clients = tuple(client for client in missing_clients(workspace, head) if can_train(workspace, client))
     requests = [Request("clients", clients), Request("server")] if clients else [Request("server")]
     return {
         request.kind: save_script(workspace, head.number, request.kind, _script(workspace, config, head, request))
@@ -106,7 +106,7 @@ def _submit(workspace: Workspace, dry_run: bool) -> Submission:
     if found and not dry_run:
         save_jobs(workspace, head.number, jobs)
     missing = missing_clients(workspace, head)
-    elsewhere = [client for client in missing if not _has_element(workspace, client)]
+    elsewhere = [client for client in missing if not can_train(workspace, client)]
     standing = _Standing(
         head=head,
         settings=config.slurm,
@@ -193,12 +193,6 @@ class _Standing:
             hint="See logs/ for the cause. Then `fedcli slurm submit` begins anew; or go on without them: "
             "`fedcli server aggregate --partial`, then `fedcli slurm submit`.",
         )
-
-
-def _has_element(workspace: Workspace, client: int) -> bool:
-    """Return whether a client can be trained from here: a simulated one, or a joined party whose home is here."""
-    has_rows = workspace.registration(client).exists() or workspace.client_rows(client).exists()
-    return has_rows and is_here(workspace, client)
 
 
 def _script(workspace: Workspace, config: Config, head: Round, request: Request) -> str:
