@@ -11,6 +11,7 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
+import pytest
 from conftest import ENVIRONMENT, command, fedcli
 from handmade import drop, merge
 from rich.console import Console
@@ -91,18 +92,21 @@ def test_a_look_at_an_unchanged_round_opens_one_file_that_is_not_there(small: Pa
     assert [Path(name).relative_to(small) for name in opened] == [Path("rounds/00001/manifest.json")]
 
 
-def test_the_time_left_is_that_of_the_rounds_that_were_watched(small: Path) -> None:
+def test_the_time_left_is_that_of_the_last_rounds(small: Path) -> None:
     config = small / "fedcli.yaml"
     config.write_text(config.read_text().replace("rounds: 2", "rounds: 5"))
     workspace = Workspace(small)
     watcher = Watcher(workspace)
     assert watcher.look().eta_seconds is None
-    for _ in range(2):
-        merge(workspace, {0: 1.0})
-        started = time.monotonic()
-        view = watcher.look()
+    now = time.time()
+    for number, ago in ((0, 203), (1, 103), (2, 3)):  # rounds of 100 seconds; the open one began 3 seconds ago
+        if number:
+            merge(workspace, {0: 1.0})
+        os.utime(workspace.round(number) / "manifest.json", (now - ago, now - ago))
+    view = watcher.look()
+    assert [past.seconds for past in view.past] == pytest.approx([100.0, 100.0])
     assert view.eta_seconds is not None
-    assert 0 < view.eta_seconds < 3 * (time.monotonic() - started + 60)
+    assert 3 * 100 - 3 - 60 < view.eta_seconds <= 3 * 100 - 3
 
 
 def test_a_cohort_of_hundreds_fits_the_screen(small: Path) -> None:

@@ -144,8 +144,9 @@ def train_clients(
 
 
 def _claimable(workspace: Workspace, head: Round) -> Iterator[int]:
-    """Yield the clients of a round whose updates are missing and whose rows are here."""
-    return (client for client in missing_clients(workspace, head) if can_train(workspace, client))
+    """Yield the clients of a round whose updates are missing and whose rows are here, in the order of the draw."""
+    missing = set(missing_clients(workspace, head))
+    return (client for client in head.draw_order if client in missing and can_train(workspace, client))
 
 
 def _train(
