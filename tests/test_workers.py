@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from conftest import ENVIRONMENT, command
 from test_federation import adapter_hashes, run_ok
 
 from fedcli.errors import ConfigError
-from fedcli.rounds.workers import visible_gpus
+from fedcli.rounds.workers import Workers, visible_gpus
+from fedcli.workspace.layout import Workspace
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
@@ -44,6 +46,7 @@ def start(workspace: Path, *options: object) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_workers_make_the_bytes_of_one_process_though_one_of_them_is_killed(small: Path, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(small, tmp_path / "alone"))
     expected = run_ok("run", cwd=alone)
@@ -111,3 +114,18 @@ def test_workers_share_the_gpus_that_the_command_was_given(
 def test_an_error_travels_between_processes_with_its_hint() -> None:
     error = pickle.loads(pickle.dumps(ConfigError("what", hint="cure", is_reported=True)))
     assert (type(error), error.message, error.hint, error.is_reported) == (ConfigError, "what", "cure", True)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_while_it_has_nothing_to_do_is_replaced(small: Path) -> None:
+    class Silent:
+        def __getattr__(self, _name: str):
+            return lambda *_: None
+
+    with Workers(Workspace(small), 1) as workers:
+        assert [result.client for result in workers.train([0], Silent())] == [0]
+        (idle,) = active_children()
+        os.kill(idle.pid, signal.SIGKILL)
+        idle.join()
+        assert [result.client for result in workers.train([1], Silent())] == [1]
+    assert not active_children()

@@ -70,8 +70,12 @@ class Workers:
         deaths: Counter[int] = Counter()
         while waiting or any(worker.client is not None for worker in self._workers):
             while waiting and (idle := self._idle()) is not None:
+                try:
+                    idle.connection.send(waiting[0])
+                except OSError:  # it died while it had nothing to do
+                    self._workers.remove(idle)
+                    continue
                 idle.client = waiting.popleft()
-                idle.connection.send(idle.client)
                 observer.client_started(idle.client)
             busy = {worker.connection: worker for worker in self._workers if worker.client is not None}
             for ready in wait(list(busy)):
