@@ -14,7 +14,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
-from demo_seeds import RESULTS, commit, fedcli, processor
+from demo_seeds import fedcli
+from record import RESULTS, commit, processor
 
 NAMES = {"test": "demo", "tuning": "demo-tuning"}
 PRESETS = {"sft": "demo", "dpo": "demo-dpo"}

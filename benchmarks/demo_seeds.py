@@ -9,14 +9,12 @@ the best client alone by two paired standard errors. About 75 seconds a seed on 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from record import RESULTS, commit, processor
 
 
 def fedcli(*arguments: object) -> dict:
@@ -37,19 +35,6 @@ def score_seed(seed: int, split: str) -> dict[str, dict]:
         fedcli("eval", name, "-w", folder)
         rows = fedcli("eval", "table", name, "-w", folder, "--against", "best-alone")["scores"]
         return {row["target"]: row for row in rows if row["metric"] == "exact_match"}
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def commit() -> str:
-    """Return the commit that is checked out, marked where files differ from it."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> int:

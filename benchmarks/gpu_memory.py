@@ -17,7 +17,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from demo_seeds import RESULTS, commit, fedcli, processor
+from demo_seeds import fedcli
+from record import RESULTS, commit, processor
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
