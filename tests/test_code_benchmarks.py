@@ -73,6 +73,7 @@ def outcomes(items: list[ItemScore]) -> list[str]:
     return [item.record["samples"][0]["outcome"] for item in items]
 
 
+@pytest.mark.slow
 def test_the_canonical_solutions_of_all_164_humaneval_problems_pass(sandbox: Sandbox) -> None:
     path = real("humaneval/HumanEval.jsonl.gz")
     model = answering({row["prompt"]: row["canonical_solution"] for row in rows_of(path)})

@@ -157,7 +157,8 @@ def test_the_estimate_is_exact_for_weights_adapter_and_optimiser(tmp_path: Path)
     assert checkpointed.activations < plain.activations
 
 
-@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_the_estimate_of_a_quantised_base_is_what_its_weights_take(quantization: str, tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path

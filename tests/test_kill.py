@@ -279,7 +279,9 @@ def test_a_scaffold_client_killed_at_any_system_call_goes_on_with_the_candidate_
     assert strays >= 10  # kills between the candidate and the drop
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "after", [pytest.param(False, id="before"), pytest.param(True, id="after", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("algorithm", "state"),
     [
