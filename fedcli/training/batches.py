@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 OVERHEAD = {"cpu": 64, "cuda": 512}
 """What a further micro-batch costs, in tokens, by the kind of device; measured on a CPU, an estimate for a GPU."""
-LARGEST = {"cpu": 2048, "cuda": 4096}
+LARGEST = {"cpu": 1024, "cuda": 4096}
 """Padded tokens of a micro-batch: activations and logits stay bounded however long the rows are."""
 
 
