@@ -205,6 +205,29 @@ def test_a_rule_leaves_its_own_arrays_as_they_are(
         assert same_bits(rule.arrays, before)
 
 
+# Training that broke off
+
+
+def test_a_training_that_broke_off_leaves_nothing_in_the_next_ones_gradients(
+    adapted: AdaptedModel, start: dict[str, Array], task: Task
+) -> None:
+    _, expected = task.train(adapted, start, micro_batch_size=2)
+    backward, calls = torch.Tensor.backward, []
+
+    def breaking(tensor: torch.Tensor) -> None:
+        calls.append(tensor)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("in the middle of a batch")
+        backward(tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", breaking)
+        with pytest.raises(torch.OutOfMemoryError):
+            task.train(adapted, start, micro_batch_size=2)
+    assert any(parameter.grad is not None for parameter in adapted.parameters.values())
+    assert same_bits(task.train(adapted, start, micro_batch_size=2)[1], expected)
+
+
 # Micro-batches and gradient checkpointing
 
 

@@ -148,6 +148,11 @@ def test_an_unknown_key_of_a_partition_names_the_nearest_match() -> None:
         ("adapter: {target_modules: []}", "adapter.target_modules: Tuple should have at least 1 item"),
         ("train: {learning_rate: .inf}", "train.learning_rate: Input should be a finite number (found inf)"),
         ("train: {learning_rate: 1e-7}", "train: learning_rate_min is larger than learning_rate"),
+        (
+            "federation: {deadline: soon}",
+            "federation.deadline: not a length of time such as 90s, 30m, 2h or 1d (found soon)",
+        ),
+        ("federation: {deadline: true}", "federation.deadline: not a length of time such as 90s"),
         ("train: {micro_batch_size: 3}", "train: micro_batch_size 3 does not divide batch_size 16"),
         ("train: {beta: 0}", "train.beta: Input should be greater than 0 (found 0)"),
         ("train: {beta: -0.1}", "train.beta: Input should be greater than 0 (found -0.1)"),

@@ -22,6 +22,7 @@ from PIL import Image
 from fedcli import cli
 from fedcli.config import parse_config
 from fedcli.data.hub import HUB_DATASETS
+from fedcli.data.picture import Bar, draw
 from fedcli.rounds.creation import presets
 
 REPOSITORY = Path(__file__).parents[1]
@@ -272,6 +273,10 @@ def test_the_picture_shows_the_skew(tmp_path: Path) -> None:
         both[name] = sum({blue, orange} <= colours for colours in columns)
     assert both["skewed"] == 0
     assert both["even"] > 400
+
+
+def test_a_groups_name_may_hold_a_formula_that_is_none() -> None:
+    assert draw([Bar(0, 3, [1, 2])], ["$\\frac{$", "algebra $x^{2$"], [3, 4, 5], 9).startswith(b"\x89PNG")
 
 
 def test_reading_says_how_far_it_is_on_a_terminal_and_nothing_elsewhere(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from handmade import merge, score
 from fedcli.errors import UsageError, WorkspaceError
 from fedcli.model.merged import check_mergeable
 from fedcli.model.quiet import quiet_libraries
+from fedcli.report.card import Card, ClientData, render_card
 from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.publish import new_folder
@@ -141,9 +142,37 @@ def test_nothing_is_written_over(merged: Workspace, tmp_path: Path, standing: st
     assert {path.name for path in tmp_path.iterdir()} == {"out", "workspace"}
 
 
-def test_an_empty_folder_may_be_filled(merged: Workspace, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    assert len(run_ok("export", tmp_path / "out", cwd=merged.root)["files"]) == 3
+@pytest.mark.parametrize("name", ["out", ".", "link"])
+def test_an_empty_folder_may_be_filled(merged: Workspace, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    output, here = (".", folder) if name == "." else (tmp_path / name, tmp_path)
+    assert len(run_ok("export", output, "-w", merged.root, cwd=here)["files"]) == 3
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("inside", ["rounds/00003", "inbox/0", "clients/x", "private/0/x", "eval/x"])
+def test_nothing_is_exported_into_what_the_workspace_keeps_for_itself(merged: Workspace, inside: str) -> None:
+    done = fedcli("export", inside, cwd=merged.root)
+    assert done.returncode == 4
+    assert "where nothing else belongs" in done.stderr
+    assert fedcli("report", "--output", inside, cwd=merged.root).returncode == 4
+    assert json.loads(fedcli("verify", "--json", cwd=merged.root).stdout)["violations"] == []
+
+
+def test_what_parties_say_of_their_rows_is_no_markup_in_the_card() -> None:
+    odd = "<img src=x> | [x](y)\n\n# Injected"
+    clients = [ClientData(1, 3, odd, odd, odd)]
+    card = Card(
+        title="t", task="sft", round=1, rounds=1, num_clients=1, algorithm="fedavg", base="b", base_id='a"b',
+        template="x", datasets=[], facts={}, clients=clients, metrics=[], merged_dtype=None, notes=[], version="0",
+    )  # fmt: skip
+    text = render_card(card)
+    assert "<img" not in text
+    assert "\n# Injected" not in text
+    assert " | [x]" not in text
+    assert 'from_pretrained("a\\"b")' in text
 
 
 def test_a_folder_that_could_not_be_filled_leaves_nothing(tmp_path: Path) -> None:

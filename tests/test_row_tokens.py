@@ -131,3 +131,12 @@ def test_rows_that_are_gone_are_an_error_in_spite_of_the_cache(tmp_path: Path, e
     read.path.unlink()
     with pytest.raises(ConfigError, match=r"rows\.jsonl"):
         read()
+
+
+def test_a_disk_that_refuses_the_cache_only_costs_time(tmp_path: Path, encoder: Encoder) -> None:
+    read = Reader(tmp_path, encoder, SFT)
+    read.home.folder.write_text("a file where the home should be")
+    first, _ = read()
+    again, _ = read()
+    assert read.num_read == 5
+    assert same(first, again)

@@ -217,12 +217,25 @@ def test_more_drawn_than_count_have_a_timer_that_looks_before_all_are_through(sm
     assert not (small / "slurm/round-00000").exists()
 
 
-def test_a_job_gets_nothing_of_what_slurm_told_the_job_that_sends_it(small: Path, programs: Path) -> None:
+def test_a_job_gets_nothing_of_what_slurm_told_the_job_that_sends_it_nor_of_a_users_own_options(
+    small: Path, programs: Path
+) -> None:
     program(programs, "squeue", "true")
-    program(programs, "sbatch", f"env | grep ^SLURM_ >> {programs}/seen; echo 5")
-    done = call(small, programs, "slurm", "submit", SLURM_JOB_ID="3", SLURM_MEM_PER_NODE="9", SLURM_CONF="/c")
+    program(programs, "sbatch", f"env | grep -E '^(SLURM|SBATCH|SQUEUE)_' >> {programs}/seen; echo 5")
+    told = {"SLURM_JOB_ID": "3", "SLURM_MEM_PER_NODE": "9", "SLURM_CONF": "/c"}
+    options = {"SBATCH_JOB_NAME": "mine", "SBATCH_PARTITION": "other", "SQUEUE_PARTITION": "other"}
+    done = call(small, programs, "slurm", "submit", **told, **options)
     assert done.returncode == 0, done.stderr
     assert (programs / "seen").read_text() == "SLURM_CONF=/c\n" * 2
+
+
+def test_a_path_that_slurm_reads_otherwise_is_refused(small: Path, programs: Path) -> None:
+    program(programs, "squeue", "true")
+    odd = small.rename(small.with_name("back\\nslash"))
+    for words in (("slurm", "submit"), ("slurm", "script")):
+        done = call(odd, programs, *words)
+        assert done.returncode == 4
+        assert "there is a backslash in the path" in done.stderr
 
 
 def test_the_page_on_slurm_and_the_template_name_every_key() -> None:

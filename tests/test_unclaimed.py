@@ -26,11 +26,23 @@ def test_several_ids_are_trained_one_after_another(small: Path) -> None:
 def test_any_takes_every_client_that_nobody_trains(small: Path) -> None:
     with hold(small / "private" / "1" / "lock", "client 1"):
         taken = run_ok("client", "train", "--any", cwd=small)
+        assert taken["status"] == "submitted"
         assert [(each["client"], each["status"]) for each in taken["clients"]] == [(0, "submitted"), (2, "submitted")]
-        assert run_ok("client", "train", "--any", cwd=small) == {"clients": []}
+        assert run_ok("client", "train", "--any", cwd=small) == {"status": "nothing_due", "clients": []}
     assert [each["client"] for each in run_ok("client", "train", "--any", cwd=small)["clients"]] == [1]
     idle = fedcli("client", "train", "--any", cwd=small)
     assert "nothing to do: no client of the open round is here, missing and unclaimed" in idle.stdout
+
+
+def test_any_tells_a_finished_federation_and_a_damaged_round(small: Path) -> None:
+    config = small / "fedcli.yaml"
+    config.write_text(config.read_text().replace("rounds: 2", "rounds: 1"))
+    assert run_ok("client", "train", "--any", cwd=small)["status"] == "submitted"
+    run_ok("server", "aggregate", cwd=small)
+    assert run_ok("client", "train", "--any", "--wait", 60, cwd=small) == {"status": "finished", "clients": []}
+    manifest = small / "rounds" / "00001" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    assert fedcli("client", "train", "--any", cwd=small).returncode == 7
 
 
 def test_an_error_of_one_client_does_not_keep_the_others_from_their_turn(small: Path) -> None:
@@ -44,7 +56,7 @@ def test_an_error_of_one_client_does_not_keep_the_others_from_their_turn(small: 
 
 def test_any_passes_over_clients_whose_rows_are_elsewhere(tmp_path: Path) -> None:
     fedcli("init", *settings(*SMALL, "data.source=null"), cwd=tmp_path)
-    assert run_ok("client", "train", "--any", cwd=tmp_path) == {"clients": []}
+    assert run_ok("client", "train", "--any", cwd=tmp_path) == {"status": "nothing_due", "clients": []}
 
 
 @pytest.mark.parametrize(

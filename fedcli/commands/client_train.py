@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fedcli.workspace.layout import Workspace
 
 
+NOTHING_DUE = "nothing to do: no client of the open round is here, missing and unclaimed"
+
+
 def train(
     clients: Annotated[
         str | None,
@@ -42,11 +45,14 @@ def train(
     Where nothing is due (not in the cohort, already sent, finished) it says so and succeeds: run it as often as you
     like, on as many machines as you like.
     """
-    from fedcli.rounds.client import train_client, train_clients
     from fedcli.workspace.layout import find_workspace
 
     ids = _parse_ids(clients, any_client, home)
     found = find_workspace(workspace)
+    if ids is None and _has_nothing_to_do(found, wait, json_output):
+        return
+    from fedcli.rounds.client import train_client, train_clients
+
     with progress_display(json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s") as progress:
         display = _Display(found, progress, threads)
         if ids is not None and len(ids) == 1:
@@ -59,15 +65,33 @@ def train(
                 found, ids, wait=wait, load_runtime=display.load, on_client=display.start, on_step=display.show
             )
     documents = [client_document(result) for result in results]
+    if json_output and ids is not None:
+        print_json(documents[0] if len(ids) == 1 else {"clients": documents})
+        return
     if json_output:
-        print_json(documents[0] if ids is not None and len(ids) == 1 else {"clients": documents})
+        print_json({"status": "submitted" if results else "nothing_due", "clients": documents})
         return
     for result in results:
         _print(result)
     if any(result.training for result in results):
         print_hint("next: fedcli status; once the cohort has answered, fedcli server aggregate")
     if not results:
-        print("nothing to do: no client of the open round is here, missing and unclaimed")
+        print(NOTHING_DUE)
+
+
+def _has_nothing_to_do(workspace: "Workspace", wait: float, json_output: bool) -> bool:
+    """Say so, and return True, where a glance shows that no client has anything to do here, or will have."""
+    from fedcli.workspace.glance import glance
+
+    seen = glance(workspace)
+    if seen is None or seen.may_train or (wait and not seen.is_finished):
+        return False
+    if json_output:
+        print_json({"status": "finished" if seen.is_finished else "nothing_due", "clients": []})
+    else:
+        finished = f"nothing to do: the federation has finished at round {seen.round}"
+        print(finished if seen.is_finished else NOTHING_DUE)
+    return True
 
 
 def _parse_ids(clients: str | None, any_client: bool, home: Path | None) -> list[int] | None:

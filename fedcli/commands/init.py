@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fedcli.commands.options import JsonOption
-from fedcli.commands.output import describe_data, print_hint, print_json, rows_display
+from fedcli.commands.output import at, describe_data, print_hint, print_json, rows_display
 
 
 def init(
@@ -56,7 +56,7 @@ def init(
         print(describe_data(data))
     if manifest.cohort:
         print(f"cohort: {', '.join(map(str, manifest.cohort))}")
-        where = "" if directory.absolute() == Path.cwd() else f" -w {directory}"
+        where = "" if directory.absolute() == Path.cwd() else at(directory)
         if creation.has_rows:
             print_hint(
                 f"next: fedcli client train --id {manifest.cohort[0]}{where}, or fedcli run{where} for all rounds"

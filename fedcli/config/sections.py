@@ -66,6 +66,8 @@ def _seconds(value: Any) -> Any:
     """Return a length of time such as 90s, 30m, 2h or 1d in seconds; what is no such text, as it is."""
     if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd])", value)):
         return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    if isinstance(value, str | bool):
+        raise ValueError(f"not a length of time such as 90s, 30m, 2h or 1d (found {value})")
     return value
 
 

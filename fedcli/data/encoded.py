@@ -25,7 +25,7 @@ class EncodedExample:
 
     @property
     def length(self) -> int:
-        """The same, as what a micro-batch is padded to."""
+        """The same, as what a micro-batch is padded by."""
         return len(self.ids)
 
     @property
@@ -53,8 +53,8 @@ class EncodedPair:
 
     @property
     def length(self) -> int:
-        """The tokens of the longer side."""
-        return max(self.chosen.num_tokens, self.rejected.num_tokens)
+        """The tokens of both sides once the shorter is padded to the longer."""
+        return 2 * max(self.chosen.num_tokens, self.rejected.num_tokens)
 
     @property
     def key(self) -> bytes:

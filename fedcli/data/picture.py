@@ -24,6 +24,13 @@ class Bar:
 
 def draw(bars: Sequence[Bar], groups: Sequence[str], lengths: Sequence[int], max_length: int) -> bytes:
     """Return a PNG: a bar of rows a client, coloured by group, the same as shares, and a histogram of tokens a row."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # a group's name may hold a $
+        return _draw(bars, groups, lengths, max_length)
+
+
+def _draw(bars: Sequence[Bar], groups: Sequence[str], lengths: Sequence[int], max_length: int) -> bytes:
     from matplotlib.figure import Figure
 
     positions = np.arange(len(bars))

@@ -31,6 +31,7 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": "#E4E4E4",
     "legend.frameon": False,
+    "text.parse_math": False,  # names come from files, and may hold a $
     "legend.fontsize": 10,
 }
 

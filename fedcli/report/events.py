@@ -23,11 +23,16 @@ def require_writer() -> None:
 
 
 def write_events(report: Report, folder: Path) -> int:
-    """Write one run for the federation and one for each client and baseline; return the number of values."""
+    """Write one run for the federation and one for each client and baseline, in place of earlier ones of these names.
+
+    Returns the number of values.
+    """
     from tensorboardX import SummaryWriter
 
     number = 0
     for run, values in _runs(report).items():
+        for earlier in (folder / run).glob("events.out.tfevents.*"):
+            earlier.unlink()
         with SummaryWriter(str(folder / run)) as writer:
             for tag, step, value, seconds in values:
                 writer.add_scalar(tag, value, step, walltime=seconds)

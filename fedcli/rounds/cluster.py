@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedcli.config import Config, SlurmConfig
-from fedcli.errors import BusyError, NotReadyError
+from fedcli.errors import BusyError, NotReadyError, WorkspaceError
 from fedcli.rounds.jobs import job_mark, job_name
 from fedcli.rounds.parties import can_train
 from fedcli.rounds.quorum import seconds_left
@@ -62,6 +62,7 @@ def submit(workspace: Workspace, *, dry_run: bool = False) -> Submission:
     It may be called at any time, twice, and by jobs themselves. Raises RequirementError where SLURM does not answer,
     NotReadyError where a job of the round calls and every attempt is used up.
     """
+    _check_path(workspace)
     end = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
@@ -78,6 +79,7 @@ def write_scripts(workspace: Workspace) -> dict[JobKind, Path]:
 
     The array is of the clients that have not answered; there is none where all have.
     """
+    _check_path(workspace)
     config, head = read_running_config(workspace), read_head(workspace)
     if head.manifest.state == "finished":
         return {}
@@ -192,6 +194,15 @@ class _Standing:
             f"round {self.head.number}: {lack} after {attempts} attempts; no more jobs are sent",
             hint="See logs/ for the cause. Then `fedcli slurm submit` begins anew; or go on without them: "
             "`fedcli server aggregate --partial`, then `fedcli slurm submit`.",
+        )
+
+
+def _check_path(workspace: Workspace) -> None:
+    """Raise WorkspaceError for a path that SLURM would read otherwise: it takes a backslash for a quote."""
+    if "\\" in str(workspace.root.resolve()):
+        raise WorkspaceError(
+            f"SLURM cannot write its logs to {workspace.root}: there is a backslash in the path",
+            hint="Move the workspace to a path without one.",
         )
 
 

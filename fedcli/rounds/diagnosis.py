@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from fedcli.config import Config, TrainConfig
+from fedcli.config import Config, Task, TrainConfig
 from fedcli.errors import FedError
 from fedcli.rounds.settings import read_config
 from fedcli.training.batches import LARGEST
@@ -195,7 +195,7 @@ def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
         quantization=config.model.quantization,
         rank=config.adapter.rank,
         target_modules=config.adapter.target_modules,
-        rows=_rows_at_once(train, "cuda" if torch.cuda.is_available() else "cpu") * (2 if config.task == "dpo" else 1),
+        rows=_rows_at_once(train, config.task, "cuda" if torch.cuda.is_available() else "cpu"),
         length=train.max_length,
         has_checkpointing=train.gradient_checkpointing,
         compute_bytes=2 if has_bfloat16() else 4,
@@ -213,9 +213,11 @@ def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
     yield Finding("memory", "failed", detail, cure)
 
 
-def _rows_at_once(train: TrainConfig, device: str) -> int:
-    """Return the most rows, or pairs, that a micro-batch may have where all are as long as they may be."""
-    return train.micro_batch_size or min(train.batch_size, max(1, LARGEST[device] // train.max_length))
+def _rows_at_once(train: TrainConfig, task: Task, device: str) -> int:
+    """Return the most rows, two for a pair, that a micro-batch may have where all are as long as they may be."""
+    sides = 2 if task == "dpo" else 1
+    fitting = max(1, LARGEST[device] // (sides * train.max_length))
+    return sides * (train.micro_batch_size or min(train.batch_size, fitting))
 
 
 def _available_memory() -> int:

@@ -17,7 +17,14 @@ from fedcli.rounds.score_table import best_rounds
 from fedcli.rounds.settings import read_running_config
 from fedcli.rounds.simulation import DataSummary, read_summary
 from fedcli.workspace.history import Round, read_head, read_round
-from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, Workspace
+from fedcli.workspace.layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FILE,
+    ADAPTER_NAME,
+    Workspace,
+    check_outside,
+)
 from fedcli.workspace.publish import check_free, new_folder
 from fedcli.workspace.registry import joined_clients, read_registration
 
@@ -55,6 +62,8 @@ def export(
     appears whole or not at all. Raises WorkspaceError where something stands there, UsageError for what cannot be done.
     """
     _check_options(merge, dtype, max_shard_size)
+    output = output.resolve()  # a name such as . or a link could not be replaced
+    check_outside(workspace, output)
     check_free(output)
     config = read_running_config(workspace)
     found = _find_round(workspace, number, best)
@@ -127,7 +136,7 @@ def _card(
         "its revision": model.revision or "",
         "its fingerprint": model.fingerprint,
         "quantisation in training": model.quantization,
-        "adapter": f"LoRA, rank {adapter_config['r']}, alpha {adapter_config['lora_alpha']}, "
+        "adapter": f"LoRA, rank {adapter_config['r']}, alpha {adapter_config['lora_alpha']:g}, "
         f"of {', '.join(map(str, config.adapter.target_modules))}",
         "algorithm": "; ".join(
             f"{describe_algorithm(run.algorithm)} from round {run.round}" for run in manifest.history

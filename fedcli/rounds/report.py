@@ -21,7 +21,7 @@ from fedcli.rounds.settings import read_config
 from fedcli.rounds.targets import is_stale, target_order
 from fedcli.workspace.history import Round, read_head, read_rounds
 from fedcli.workspace.inbox import read_update
-from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, check_outside
 from fedcli.workspace.read import read_text
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.reports import publish_report
@@ -66,6 +66,7 @@ def write_report(
     pictures = draw(report)
     files = {picture.name: picture.png for picture in pictures}
     folder = workspace.report if output is None else output
+    check_outside(workspace, folder)
     page = publish_report(folder, render(report, pictures).encode(), files, NAMES, is_ours)
     num_values = 0 if tensorboard is None else write_events(report, tensorboard)
     return WrittenReport(page, [folder / f"{name}.png" for name in files], tensorboard, num_values, list(report.notes))

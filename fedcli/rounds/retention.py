@@ -38,15 +38,17 @@ def collect(workspace: Workspace, *, dry_run: bool = False) -> Collection | None
         head = read_head(workspace)
         kept = kept_rounds(workspace, head.number, retention.keep_last, retention.keep_every)
         pruning = Pruning(workspace, dry_run)
-        done = []
+        done, pruned = [], set()
         for closed, closing in pairwise([*read_rounds(workspace, before=head.number), head]):
             if closed.number in kept:
+                pruned |= {closed.number} if closed.pruned() is not None else set()
                 continue
             before = pruning.num_files
             pruning.prune(closed, closing)
             if pruning.num_files > before:
                 done.append(closed.number)
-        return Collection(dry_run, done, kept, pruning.num_files, pruning.num_bytes, pruning.num_foreign)
+        whole = {number: reason for number, reason in kept.items() if number not in pruned}
+        return Collection(dry_run, done, whole, pruning.num_files, pruning.num_bytes, pruning.num_foreign)
 
 
 def kept_rounds(workspace: Workspace, latest: int, keep_last: int, keep_every: int | None) -> dict[int, str]:

@@ -1,6 +1,7 @@
 """Warm processes that train the clients of a round side by side, one on each GPU or share of the processor."""
 
 import os
+import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
-from fedcli.errors import BusyError, RequirementError
+from fedcli.errors import BusyError, FedError, RequirementError
 from fedcli.rounds.client import ClientResult, train_client
 from fedcli.rounds.runtime import Runtimes
 from fedcli.training.reports import StepReport
@@ -168,5 +169,7 @@ def _work(connection: Connection, root: Path, environment: dict[str, str], threa
             connection.send(train_client(workspace, client, load_runtime=runtimes.load, on_step=connection.send))
         except BrokenPipeError:
             return
-        except Exception as error:  # whatever it is, it is raised again where the work was asked for
+        except FedError as error:
             connection.send(error)
+        except Exception:  # whatever it is, it is raised again where the work was asked for; not all can be pickled
+            connection.send(RuntimeError(traceback.format_exc()))

@@ -14,6 +14,7 @@ PATIENCE = 30.0
 _SILENT = "Is its controller up? See `scontrol ping`. Run this again later: jobs that got through are known."
 _REFUSED = "Correct the slurm section of fedcli.yaml, or ask whoever runs the cluster; then run this again."
 _FORMAT = "%F|%K|%T|%j|%r"
+_PREFIXES = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_")
 _OVER = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT")
 )
@@ -77,8 +78,8 @@ def cancel(jobs: Collection[int]) -> None:
 
 
 def _call(*command: str, patience: float = PATIENCE) -> str:
-    # What SLURM told a job of itself is not for the jobs that this one sends.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    # What SLURM told a job of itself is not for the jobs that it sends, and options of a user's would override ours.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_PREFIXES)}
     if "SLURM_CONF" in os.environ:
         environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
     try:

@@ -14,7 +14,7 @@ class Item(Protocol):
 
     @property
     def length(self) -> int:
-        """The tokens of its longest side, which a micro-batch is padded to."""
+        """Its tokens, padding of its own included; in a micro-batch every row is padded to the longest."""
 
 
 ItemT = TypeVar("ItemT", bound=Item)

@@ -32,7 +32,7 @@ class ReferredPair:
 
     @property
     def length(self) -> int:
-        """The tokens of the longer side."""
+        """The tokens of both sides once the shorter is padded to the longer."""
         return self.pair.length
 
 

@@ -62,6 +62,7 @@ def fit(
             batch = items[start : start + settings.batch_size]
             num_parts = divisor(batch)
             total = torch.zeros((), device=device)
+            optimizer.zero_grad()  # of the last step, or of another client whose training broke off
             parts = cut(
                 batch, size=settings.micro_batch_size, overhead=OVERHEAD[device.type], largest=LARGEST[device.type]
             )
@@ -93,7 +94,6 @@ def _step(
             if term is not None and parameter.grad is not None:
                 parameter.grad.add_(term)
     optimizer.step()
-    optimizer.zero_grad()
     if rule is not None:
         for parameter, array in zip(parameters, own, strict=True):
             term = rule.weight_term(array, learning_rate)

@@ -241,6 +241,20 @@ def update_name(number: int) -> str:
     return f"round-{number:05d}"
 
 
+def check_outside(workspace: Workspace, output: Path) -> None:
+    """Raise WorkspaceError for a place in a folder that the workspace keeps for itself."""
+    kept = (
+        *(workspace.rounds, workspace.inbox, workspace.clients, workspace.eval, workspace.data, workspace.baselines),
+        *(workspace.root / "private", workspace.slurm_lock.parent),
+    )
+    for folder in kept:
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise WorkspaceError(
+                f"{output} lies in {folder.name}/ of the workspace, where nothing else belongs",
+                hint="Name another folder.",
+            )
+
+
 def find_workspace(given: Path | None, *, start: Path | None = None) -> Workspace:
     """Return the workspace that `given`, $FEDCLI_WORKSPACE or the nearest parent with a fedcli.yaml names."""
     named = given or (Path(value) if (value := os.environ.get("FEDCLI_WORKSPACE")) else None)

@@ -87,7 +87,8 @@ def unfinished_targets(workspace: Workspace) -> set[str]:
     """Return the targets that are being scored, whose scoring was interrupted, or whose answers wait for a judge."""
     found = {record.target for record in read_scores(workspace) if record.awaits is not None}
     for folder in workspace.eval.glob("*/"):
-        answered = {path.name.removesuffix(".answers.jsonl") for path in folder.glob("*.answers.jsonl")}
+        logs = [path for path in folder.glob("*.answers.jsonl") if path.stat().st_size]
+        answered = {path.name.removesuffix(".answers.jsonl") for path in logs}
         scored = {path.stem.partition("@")[0] for path in folder.glob("*.json")}
         if answered - scored or any(map(is_held, folder.glob(".*.lock"))):
             found.add(folder.name)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedcli.algos import Array, Arrays
+from fedcli.errors import WorkspaceError
 from fedcli.workspace.layout import Home
 from fedcli.workspace.publish import publish_file, remove_temporaries
 
@@ -28,19 +30,20 @@ def read_tokens(home: Home, key: str) -> "tuple[dict[str, Array], dict[str, Any]
         if digest != _digest(arrays):
             return None
         return arrays, json.loads(arrays.pop(_COUNTS).tobytes())
-    except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
 
 
 def save_tokens(home: Home, key: str, arrays: Arrays, counts: dict[str, Any]) -> None:
-    """Keep arrays under a key, and let go of what was kept before."""
+    """Keep arrays under a key, and let go of what was kept before; a disk that refuses only costs time later."""
     kept = {**arrays, _COUNTS: np.frombuffer(json.dumps(counts).encode(), np.uint8)}
     kept[_DIGEST] = np.frombuffer(_digest(kept), np.uint8)
-    if home.folder.is_dir():
-        remove_temporaries(home.folder)
-        for old in home.folder.glob(home.tokens("*").name):
-            old.unlink(missing_ok=True)
-    publish_file(home.tokens(key), save(kept), mode=0o600)
+    with suppress(OSError, WorkspaceError):
+        if home.folder.is_dir():
+            remove_temporaries(home.folder)
+            for old in home.folder.glob(home.tokens("*").name):
+                old.unlink(missing_ok=True)
+        publish_file(home.tokens(key), save(kept), mode=0o600)
 
 
 def _digest(arrays: Arrays) -> bytes:
