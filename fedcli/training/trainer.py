@@ -56,13 +56,13 @@ def fit(
     own = [] if rule is None else [torch.tensor(rule.arrays[name], device=device) for name in adapted.parameters]
     losses: list[float] = []
     torch.manual_seed(settings.seed)  # of dropout
+    optimizer.zero_grad()  # what another client's training left that broke off
     adapted.model.train()
     with quiet_libraries(), _checkpointing(model, settings.gradient_checkpointing):
         for start in range(0, len(items), settings.batch_size):
             batch = items[start : start + settings.batch_size]
             num_parts = divisor(batch)
             total = torch.zeros((), device=device)
-            optimizer.zero_grad()  # of the last step, or of another client whose training broke off
             parts = cut(
                 batch, size=settings.micro_batch_size, overhead=OVERHEAD[device.type], largest=LARGEST[device.type]
             )
@@ -94,6 +94,7 @@ def _step(
             if term is not None and parameter.grad is not None:
                 parameter.grad.add_(term)
     optimizer.step()
+    optimizer.zero_grad()
     if rule is not None:
         for parameter, array in zip(parameters, own, strict=True):
             term = rule.weight_term(array, learning_rate)
