@@ -43,11 +43,14 @@ def status(
 
 
 def _print(result: "Status") -> None:
+    from fedcli.rounds.status import describe_algorithm
+
     print(f"workspace  {result.workspace}")
     print(f"round      {result.round} of {result.rounds}, {result.state}")
-    print(f"algorithm  {_describe(result.algorithm)}, task {result.task}, learning rate {result.learning_rate:.3g}")
-    if result.next_algorithm != result.algorithm and result.state == "open":
-        print(f"next       {_describe(result.next_algorithm)}, from round {result.round + 1} on, as fedcli.yaml has it")
+    now, following = describe_algorithm(result.algorithm), describe_algorithm(result.next_algorithm)
+    print(f"algorithm  {now}, task {result.task}, learning rate {result.learning_rate:.3g}")
+    if following != now and result.state == "open":
+        print(f"next       {following}, from round {result.round + 1} on, as fedcli.yaml has it")
     if result.cohort:
         which = "" if result.num_counted == len(result.cohort) else f", of which the first {result.num_counted} count"
         print(f"cohort     {_names(result.cohort)}; {result.needed} must answer{which}")
@@ -72,7 +75,7 @@ def _print(result: "Status") -> None:
     for run, following in zip_longest(result.history, result.history[1:]):
         last = following.round - 1 if following else result.round - 1
         rounds = f"round {last}" if last == run.round else f"rounds {run.round} to {last}"
-        print(f"merged     {rounds} with {_describe(run.algorithm)}")
+        print(f"merged     {rounds} with {describe_algorithm(run.algorithm)}")
     if result.cost is not None:
         cost = result.cost
         print(
@@ -95,11 +98,6 @@ def _describe_deadline(seconds: float) -> str:
 
 def _more(clients: list[int]) -> str:
     return f" and {len(clients) - _MOST:,} more" if len(clients) > _MOST else ""
-
-
-def _describe(algorithm: dict[str, object]) -> str:
-    rest = ", ".join(f"{key} {value}" for key, value in algorithm.items() if key != "name")
-    return f"{algorithm['name']} ({rest})" if rest else str(algorithm["name"])
 
 
 def _describe_jobs(slurm: "JobStates") -> str:

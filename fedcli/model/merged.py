@@ -71,7 +71,7 @@ def write_merged(
 def _check_tied(model: "torch.nn.Module", arrays: Arrays) -> None:
     """Raise UsageError for an adapter of an output layer whose weights are the input embeddings, too."""
     output: Any = model.get_output_embeddings()  # type: ignore[operator]  # a method of every causal language model
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # so is this
     if output is None or output.weight is not embeddings.weight:
         return
     (name,) = (name for name, module in model.named_modules() if module is output)

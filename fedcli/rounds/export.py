@@ -12,10 +12,11 @@ from fedcli.data.hub import HUB_DATASETS
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.report.card import Card, ClientData, render_card
 from fedcli.rounds.parties import find_same_base
-from fedcli.rounds.report import describe_algorithm, read_metrics
+from fedcli.rounds.report import read_metrics
 from fedcli.rounds.score_table import best_rounds
 from fedcli.rounds.settings import read_running_config
 from fedcli.rounds.simulation import DataSummary, read_summary
+from fedcli.rounds.status import describe_algorithm
 from fedcli.workspace.history import Round, read_head, read_round
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_FILE,

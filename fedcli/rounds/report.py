@@ -18,6 +18,7 @@ from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
 from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity
 from fedcli.rounds.settings import read_config
+from fedcli.rounds.status import describe_algorithm
 from fedcli.rounds.targets import is_stale, target_order
 from fedcli.workspace.history import Round, read_head, read_rounds
 from fedcli.workspace.inbox import read_update
@@ -108,12 +109,6 @@ def collect(workspace: Workspace, *, on_update: Callable[[int, int], None] = lam
         versions=_versions(),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-def describe_algorithm(algorithm: dict[str, object]) -> str:
-    """Return an algorithm's name with its hyperparameters."""
-    rest = ", ".join(f"{key} {value}" for key, value in algorithm.items() if key != "name")
-    return f"{algorithm['name']} ({rest})" if rest else str(algorithm["name"])
 
 
 def _merged(before: Round, after: Round) -> MergedRound:

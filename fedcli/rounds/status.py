@@ -99,6 +99,12 @@ def read_status(workspace: Workspace) -> Status:
     )
 
 
+def describe_algorithm(algorithm: dict[str, object]) -> str:
+    """Return an algorithm's name with its hyperparameters."""
+    rest = ", ".join(f"{key} {value}" for key, value in algorithm.items() if key != "name")
+    return f"{algorithm['name']} ({rest})" if rest else str(algorithm["name"])
+
+
 def _next_of_jobs(slurm: JobStates | None) -> str | None:
     if slurm is None:
         return None
