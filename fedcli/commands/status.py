@@ -47,10 +47,10 @@ def _print(result: "Status") -> None:
 
     print(f"workspace  {result.workspace}")
     print(f"round      {result.round} of {result.rounds}, {result.state}")
-    now, following = describe_algorithm(result.algorithm), describe_algorithm(result.next_algorithm)
+    now, then = describe_algorithm(result.algorithm), describe_algorithm(result.next_algorithm)
     print(f"algorithm  {now}, task {result.task}, learning rate {result.learning_rate:.3g}")
-    if following != now and result.state == "open":
-        print(f"next       {following}, from round {result.round + 1} on, as fedcli.yaml has it")
+    if then != now and result.state == "open":
+        print(f"next       {then}, from round {result.round + 1} on, as fedcli.yaml has it")
     if result.cohort:
         which = "" if result.num_counted == len(result.cohort) else f", of which the first {result.num_counted} count"
         print(f"cohort     {_names(result.cohort)}; {result.needed} must answer{which}")
