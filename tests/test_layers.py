@@ -16,12 +16,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedcli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-ALGOS = {"errors", "randomness", "algos"}
+ALGOS = {"errors", "plugins", "randomness", "algos"}
 WORKSPACE = ALGOS | {"config", "workspace"}
 MODEL = ALGOS | {"config", "data", "model"}  # data, model, training and eval know nothing of the workspace
 ROUNDS = WORKSPACE | MODEL | {"training", "eval", "report", "slurm", "rounds"}
 MAY_IMPORT = {
     "errors": set(),
+    "plugins": {"errors"},
     "randomness": {"errors"},
     "algos": ALGOS,
     "config": ALGOS | {"config"},
