@@ -12,6 +12,8 @@ import pytest
 from conftest import ENVIRONMENT, SMALL, command, fedcli, settings
 from test_federation import run_ok
 
+from fedcli.workspace.glance import glance
+from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 
 
@@ -79,6 +81,18 @@ def test_a_wrong_choice_of_clients_is_a_usage_error_before_any_work(
     assert done.returncode == 2
     assert expected in done.stderr
     assert not list((small / "inbox").glob("*/round-*"))
+
+
+@pytest.mark.parametrize("options", [[], ["--wait", 0], ["--wait", 2]])
+@pytest.mark.parametrize("due", [0, 2])
+def test_any_trains_the_only_client_that_is_due(small: Path, due: int, options: list[object]) -> None:
+    for client in {0, 1, 2} - {due}:
+        (small / f"inbox/{client}/round-00000").mkdir(parents=True)
+    seen = glance(Workspace(small))
+    assert seen is not None
+    assert seen.may_train
+    taken = run_ok("client", "train", "--any", *options, cwd=small)
+    assert [(each["client"], each["status"]) for each in taken["clients"]] == [(due, "submitted")]
 
 
 @pytest.mark.parametrize("options", [["--any"], ["--id", "0"]])

@@ -31,8 +31,8 @@ def glance(workspace: Workspace) -> Glance | None:
         manifest = json.loads((workspace.round(number) / MANIFEST).read_bytes())
         if manifest["workspace"] != identity:
             return None
-        due = (client for client in manifest["cohort"] if _may_train(workspace, identity, number, client))
-        return Glance(number, manifest["state"] == "finished", any(due))
+        may_train = any(_may_train(workspace, identity, number, client) for client in manifest["cohort"])
+        return Glance(number, manifest["state"] == "finished", may_train)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
