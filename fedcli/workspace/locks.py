@@ -28,12 +28,15 @@ def hold(path: Path, purpose: str) -> Iterator[None]:
     lock = FileLock(path, timeout=0, mode=0o600, fallback_to_soft=False)
     with explained(path):
         try:
-            lock.acquire()
-        except Timeout as error:
-            raise BusyError(
-                f"another process is busy with {purpose}: {_holder(path)}",
-                hint="Nothing to do: let it finish, or run this again later.",
-            ) from error
+            while not lock.is_locked:
+                try:
+                    lock.acquire()
+                except Timeout as error:
+                    if is_held(path):  # else somebody only asked
+                        raise BusyError(
+                            f"another process is busy with {purpose}: {_holder(path)}",
+                            hint="Nothing to do: let it finish, or run this again later.",
+                        ) from error
         except NotImplementedError as error:
             raise WorkspaceError(
                 f"the file system of {path} has no locks (flock)",
@@ -48,7 +51,10 @@ def hold(path: Path, purpose: str) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether some process holds a lock; one of another user, which cannot be told, is taken for held."""
+    """Return whether some process holds a lock; one of another user, which cannot be told, is taken for held.
+
+    It asks by taking the lock shared: that fails where a holder has it, and only there.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -56,7 +62,7 @@ def is_held(path: Path) -> bool:
     except PermissionError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
