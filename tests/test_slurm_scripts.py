@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from fedcli.config import SlurmConfig, parse_config
 from fedcli.errors import ConfigError
+from fedcli.rounds.jobs import job_name
 from fedcli.slurm.scripts import ScriptWriter, ranges
+from fedcli.workspace.history import read_head
+from fedcli.workspace.layout import Workspace
 
 ROOT = Path(__file__).parents[1]
 
@@ -177,6 +180,35 @@ def test_status_tells_queued_running_and_failed_elements_of_the_last_attempt(sma
     line = next(line for line in call(small, programs, "status").stdout.splitlines() if line.startswith("slurm"))
     assert line == "slurm      queued 1 (Resources); running 0; failed 2 (ENDED); merging is job 10: PENDING"
     assert "r00000-clients-fedcli-" in (programs / "options").read_text()
+
+
+def test_an_element_that_was_preempted_and_not_requeued_has_failed_and_is_sent_again(
+    small: Path, programs: Path
+) -> None:
+    workspace = Workspace(small)
+    name = {kind: job_name(workspace, read_head(workspace), kind) for kind in ("clients", "server")}
+    jobs = [
+        {"id": 7, "kind": "clients", "clients": [0, 1, 2], "attempt": 1},
+        {"id": 8, "kind": "server", "clients": [], "attempt": 1},
+    ]
+    (small / "slurm/round-00000").mkdir(parents=True)
+    (small / "slurm/round-00000/jobs.json").write_text(json.dumps({"round": 0, "jobs": jobs}))
+    lines = [
+        f"7|0|PREEMPTED|{name['clients']}|None",
+        f"7|1|PENDING|{name['clients']}|BeginTime",  # preempted and requeued
+        f"7|2|RUNNING|{name['clients']}|None",
+        f"8|N/A|PREEMPTED|{name['server']}|None",
+    ]
+    program(programs, "squeue", 'printf "%s\\n" ' + " ".join(f"'{line}'" for line in lines))
+    slurm = json.loads(call(small, programs, "status", "--json").stdout)["slurm"]
+    assert (slurm["queued"], slurm["running"], slurm["failed"]) == ({"1": "BeginTime"}, [2], {"0": "PREEMPTED"})
+    assert (slurm["servers"], slurm["will_merge"]) == ({"8": "PREEMPTED"}, False)
+    program(programs, "sbatch", f'echo "$@" >> {programs}/sent; echo 9')
+    done = call(small, programs, "slurm", "submit", "--json")
+    assert done.returncode == 0, done.stderr
+    array, server = (programs / "sent").read_text().splitlines()
+    assert "#SBATCH --array=0\n" in Path(array.split()[-1]).read_text()
+    assert server.split()[-1].endswith("server.sh")
 
 
 def test_status_does_not_wait_long_for_a_slurm_that_hangs(small: Path, programs: Path) -> None:
