@@ -13,6 +13,7 @@ import pytest
 from conftest import ENVIRONMENT, fedcli
 from handmade import Arrays, drop, merge, score
 from PIL import Image
+from test_kill import copies_killed_at_every_call
 
 from fedcli.report.events import write_events
 from fedcli.report.figures import NAMES, draw
@@ -197,6 +198,28 @@ def test_an_earlier_report_is_replaced_and_no_other_file(small: Path) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         **{"report.html": page, "loss.png": b"2", "mine.txt": b"mine"}
     }
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_report_that_was_killed_at_any_system_call_is_written_again(
+    small: Path, tmp_path: Path, is_first: bool, after: bool
+) -> None:
+    page = render(collect(Workspace(small)), []).encode()
+    template = tmp_path / "template"
+    template.mkdir()
+
+    def write(folder: Path, pictures: tuple[str, ...] = ("loss", "norms")) -> None:
+        publish_report(folder / "report", page, dict.fromkeys(pictures, b"picture"), NAMES, is_ours)
+
+    if not is_first:
+        write(template, ("loss", "scores"))
+    num_killed = 0
+    for folder in copies_killed_at_every_call(template, write, after):
+        num_killed += 1
+        write(folder)
+        assert sorted(path.name for path in (folder / "report").iterdir()) == ["loss.png", "norms.png", "report.html"]
+    assert num_killed > 20
 
 
 def test_a_page_of_somebody_else_is_not_replaced(small: Path, tmp_path: Path) -> None:
