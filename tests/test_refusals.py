@@ -1,13 +1,16 @@
 """Every row of docs/PROTOCOL.md's table of refusals: hostile or broken updates never stop a round."""
 
+import errno
 import json
 import os
 import re
 import signal
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +21,10 @@ from safetensors.numpy import load, save
 from test_protocol import ADAPTER, PAGE, as_bfloat16, configure, read_manifest, replace_adapter
 
 from fedcli.cli import main
+from fedcli.errors import WorkspaceError
+from fedcli.workspace.history import read_head
+from fedcli.workspace.inbox import read_update
+from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import RefusedUpdate, parse_update_record
 from fedcli.workspace.refusal import REFUSAL_CODES, Refusal
 from fedcli.workspace.tensors import decode, encode, schema_of
@@ -280,6 +287,70 @@ def test_a_bad_update_is_refused_with_its_code_and_the_rest_is_counted(small, mo
     assert reason.isprintable()
     assert 0 < len(reason) <= 1000
     assert main(["verify"]) == 0
+
+
+@pytest.mark.parametrize("call", ["open", "fstat"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_an_update_is_refused_for_no_error_but_its_own(small, monkeypatch, call, depth):
+    """Every errno, at the client's folder (1), the update's (2) or its record (3): trouble refuses nobody."""
+    take_part(small, BAD)
+    workspace, base = Workspace(small), read_head(Workspace(small))
+    real, inbox = getattr(os, call), str(small / "inbox" / str(BAD))
+    broken = (inbox, f"{inbox}/round-00000", f"{inbox}/round-00000/update.json")[depth - 1]
+    own = {errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EACCES, *([errno.ENOENT] if depth == 3 else [])}
+    for number in sorted(errno.errorcode):
+
+        def fail(*arguments, number=number, **options):
+            if call == "fstat":
+                where = os.readlink(f"/proc/self/fd/{arguments[0]}")
+            else:
+                parent = options.get("dir_fd")
+                where = os.path.join("" if parent is None else os.readlink(f"/proc/self/fd/{parent}"), arguments[0])
+            if where == broken:
+                raise OSError(number, os.strerror(number))
+            return real(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            if call == "open" and number in own:
+                with pytest.raises(Refusal) as refused:
+                    read_update(workspace, base, BAD)
+                assert refused.value.code == "not_regular"
+            elif call == "open" and number == errno.ENOENT:
+                assert read_update(workspace, base, BAD) is None
+            else:
+                with pytest.raises(WorkspaceError, match=re.escape(os.strerror(number))):
+                    read_update(workspace, base, BAD)
+
+
+TROUBLE = ("ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EKEYEXPIRED", "EUCLEAN", "EBADMSG", "EBUSY", "EREMOTEIO", "ENOMEM")
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+@pytest.mark.parametrize("call", ["open", "fstat", "fdopen"])
+def test_a_machine_in_trouble_publishes_no_round_without_an_update(small, monkeypatch, capsys, name, call):
+    monkeypatch.chdir(small)
+    for client in range(3):
+        take_part(small, client)
+    real = getattr(os, call)
+
+    def fail(*_):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    def fail_at_update(file, *arguments, **options):
+        where = file if call == "open" else os.readlink(f"/proc/self/fd/{file}")
+        if not (("dir_fd" in options or "/inbox/" in str(where)) and str(where).endswith(ADAPTER)):
+            return real(file, *arguments, **options)
+        return nullcontext(SimpleNamespace(read=fail, readinto=fail)) if call == "fdopen" else fail()
+
+    monkeypatch.setattr(os, call, fail_at_update)
+    assert main(["server", "aggregate", "--partial", "--json"]) == 4
+    error = json.loads(capsys.readouterr().out)["error"]["message"]
+    assert os.strerror(getattr(errno, name)) in error
+    assert not (small / "rounds/00001").exists()
+    monkeypatch.undo()
+    assert main(["server", "aggregate", "-w", str(small)]) == 0
+    assert [entry["client"] for entry in read_manifest(small, 1)["aggregation"]["counted"]] == [0, 1, 2]
 
 
 def test_the_cases_cover_every_code_of_the_page():

@@ -11,7 +11,7 @@ from fedcli.errors import WorkspaceError
 from fedcli.workspace.history import Round, is_submitted
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, update_name
 from fedcli.workspace.publish import DROPPED_FOLDER_MODE, DROPPED_MODE, make_folder, publish_directory, set_aside
-from fedcli.workspace.read import opened_folder, read_file, read_hashed
+from fedcli.workspace.read import opened_folder, owner_of, read_file, read_hashed
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registry import is_stranger, registered_owner
@@ -72,7 +72,7 @@ def read_update(
             opened_folder(str(client), parent=inbox) as own,
             opened_folder(update_name(base.number), parent=own) as folder,
         ):
-            owner = os.fstat(own).st_uid
+            owner = owner_of(own, str(client))
             registered = registered_owner(workspace, client)
             if registered is None and is_stranger(workspace, owner):
                 raise Refusal("unknown_client", f"nobody has joined as client {client}")
@@ -84,7 +84,7 @@ def read_update(
 
 
 def _read_folder(folder: int, owner: int, base: Round, client: int, buffers: dict[str, memoryview]) -> Update:
-    if (found := os.fstat(folder).st_uid) != owner:
+    if (found := owner_of(folder, update_name(base.number))) != owner:
         raise Refusal("owner", f"the update belongs to user {found}, the client's inbox to user {owner}")
     with _expected(UPDATE_RECORD):
         contents = read_file(UPDATE_RECORD, limit=MAX_RECORD_BYTES, parent=folder, owner=owner)

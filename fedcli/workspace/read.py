@@ -14,8 +14,8 @@ from fedcli.workspace.refusal import Refusal
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_OWN_TROUBLE = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""What is wrong with this machine or its disk, and not with what lies there."""
+_REFUSED = (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EACCES)
+"""A link, a file for a folder, a FIFO or socket, what only its owner may read: all other errors are the machine's."""
 _PIECE = 2**18
 """Bytes that are read, and hashed, at once."""
 
@@ -39,6 +39,14 @@ def opened_folder(name: str | Path, *, parent: int | None = None) -> Iterator[in
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def owner_of(descriptor: int, name: str | Path) -> int:
+    """Return the user id that an open file or directory belongs to; raise WorkspaceError where it cannot be told."""
+    try:
+        return os.fstat(descriptor).st_uid
+    except OSError as error:
+        raise _trouble(name, error) from error
 
 
 def read_file(name: str | Path, *, limit: int, parent: int | None = None, owner: int | None = None) -> bytes:
@@ -102,7 +110,7 @@ def _open(name: str | Path, flags: int, parent: int | None) -> int:
     except OSError as error:
         if parent is None and isinstance(error, PermissionError):
             raise  # the server's own folders: nobody's update is at fault
-        if error.errno in _OWN_TROUBLE:
+        if error.errno not in _REFUSED:
             raise _trouble(name, error) from error
         with suppress(OSError):
             if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
