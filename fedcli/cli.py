@@ -1,8 +1,10 @@
 """The command line: registers the commands, and turns errors into exit codes."""
 
+import errno
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -40,11 +42,12 @@ from fedcli.commands import (
     train_pooled,
     verify,
 )
-from fedcli.errors import FedError, WorkspaceError
+from fedcli.errors import FedError, RequirementError, WorkspaceError
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 PIPE_CLOSED = 128 + signal.SIGPIPE
+_NETWORK = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN)
 
 app = typer.Typer(
     name="fedcli",
@@ -168,10 +171,26 @@ def _explain(error: Exception) -> FedError:
     if isinstance(error, FedError):
         return error
     if isinstance(error, OSError):
-        hint = "Check that path and its permissions."
-        return WorkspaceError(f"cannot use {error.filename or 'a file'}: {error.strerror}", hint=hint)
+        return _explain_os_error(error)
     hint = "This is a bug. Run it again with --debug and report what it prints."
     return FedError(f"internal error: {type(error).__name__}: {error}", hint=hint)
+
+
+def _explain_os_error(error: OSError) -> FedError:
+    """Return what to tell of an error of the system: of memory, of the network, or of a file or disk."""
+    problem = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.ENOMEM:
+        return RequirementError(f"out of memory: {problem}", hint="Free some memory, then run it again.")
+    if error.filename is not None:
+        return WorkspaceError(
+            f"cannot use {os.fsdecode(error.filename)}: {problem}", hint="Check that path and its permissions."
+        )
+    is_of_network = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)) or error.errno in _NETWORK
+    if is_of_network:
+        return RequirementError(f"the network fails: {problem}", hint="Check the network, then run it again.")
+    return WorkspaceError(
+        f"this machine or its disk fails: {problem}", hint="Check both, then run it again; --debug shows where it was."
+    )
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -3,11 +3,13 @@
 Most run `main` in this process, which loads torch once; disks, limits and signals meet real processes.
 """
 
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -171,6 +173,37 @@ def test_a_malformed_command_line_is_one_json_document_too(run: Run, arguments: 
     assert code == 2
     assert "Usage: fedcli" in err
     assert json.loads(out)["error"]["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), 4, "cannot use /a: No such file"),
+        (PermissionError(errno.EACCES, "Permission denied", b"/a"), 4, "cannot use /a: Permission denied"),
+        (OSError(errno.ETIMEDOUT, "Connection timed out", "/nfs/a"), 4, "cannot use /nfs/a: Connection timed out"),
+        (OSError(errno.EIO, "Input/output error"), 4, "this machine or its disk fails: Input/output error"),
+        (OSError(errno.EMFILE, "Too many open files"), 4, "this machine or its disk fails: Too many open files"),
+        (OSError("no message of the system's"), 4, "this machine or its disk fails: no message of the system's"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 8, "out of memory: Cannot allocate memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "/a"), 8, "out of memory: Cannot allocate memory"),
+        (TimeoutError("timed out"), 8, "the network fails: timed out"),
+        (TimeoutError(), 8, "the network fails: TimeoutError"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 8, "the network fails: Connection reset"),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), 8, "the network fails: Network is unreachable"),
+        (socket.gaierror(-2, "Name or service not known"), 8, "the network fails: Name or service not known"),
+    ],
+)
+def test_an_error_of_the_system_is_explained_by_what_it_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: OSError, code: int, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedcli.workspace.layout.find_workspace", fail)
+    found, _, err = run("status", "-w", tmp_path)
+    assert found == code
+    assert message in err
+    assert "None" not in err
 
 
 def test_debug_shows_where_an_error_came_from(run: Run) -> None:
