@@ -16,9 +16,9 @@ _REFUSED = "Correct the slurm section of fedcli.yaml, or ask whoever runs the cl
 _FORMAT = "%F|%K|%T|%j|%r"
 _PREFIXES = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_")
 _OVER = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
-)
-"""A job that was preempted and will run again is PENDING."""
+    # PREEMPTED: what runs again is PENDING
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED")
+) | {"TIMEOUT"}
 _WAITING = frozenset(("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"))
 
 
