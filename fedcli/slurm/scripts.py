@@ -69,7 +69,8 @@ class ScriptWriter:
         return f"#!/bin/bash\n{head}{threads}{setup}{commands}"
 
     def _fedcli(self, words: str) -> str:
-        command = self.settings.command or shlex.join([sys.executable, "-m", "fedcli"])
+        # -P: Python would import what lies in the workspace, where jobs start
+        command = self.settings.command or shlex.join([sys.executable, "-P", "-m", "fedcli"])
         return f"{command} {words} -w {shlex.quote(str(self.root))}"
 
 
