@@ -84,7 +84,9 @@ def create_workspace(
             if not page.exists():
                 publish_file(page, (template_folder() / page.relative_to(workspace.root)).read_bytes())
         workspace_id = read_identity(workspace).id if workspace.identity.exists() else uuid.uuid4().hex
-        publish_file(workspace.identity, Identity(id=workspace_id, fixed=config.fixed()).to_bytes())
+        is_simulation = plan is not None or any(workspace.data.glob("client-*.jsonl"))
+        identity = Identity(id=workspace_id, fixed=config.fixed(), simulation=is_simulation)
+        publish_file(workspace.identity, identity.to_bytes())
         head = open_first_round(workspace, config, start)
         return Creation(head, True, _has_rows(workspace), plan.summary if plan else None)
 

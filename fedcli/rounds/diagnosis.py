@@ -11,6 +11,7 @@ from typing import Literal
 
 from fedcli.config import Config, Task, TrainConfig
 from fedcli.errors import FedError
+from fedcli.rounds.parties import trusts_code
 from fedcli.rounds.settings import read_config
 from fedcli.training.batches import LARGEST
 from fedcli.workspace.layout import Workspace
@@ -185,7 +186,7 @@ def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
     local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
     try:
         source = find_base(base, revision=None, root=root) if local else base  # of a hub's model only its config.json
-        model = load_shapes(source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+        model = load_shapes(source, revision=config.model.revision, trust_remote_code=trusts_code(workspace, config))
     except FedError as error:
         yield Finding("base model", "failed", error.message, error.hint)
         return

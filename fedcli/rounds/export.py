@@ -11,7 +11,7 @@ from fedcli.data.formats import describe_counts
 from fedcli.data.hub import HUB_DATASETS
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.report.card import Card, ClientData, render_card
-from fedcli.rounds.parties import find_same_base
+from fedcli.rounds.parties import find_same_base, trusts_code
 from fedcli.rounds.report import read_metrics
 from fedcli.rounds.score_table import best_rounds
 from fedcli.rounds.settings import read_running_config
@@ -122,7 +122,7 @@ def _write_merged(
         folder,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        trust_remote_code=config.model.trust_remote_code,
+        trust_remote_code=trusts_code(workspace, config),
     )
 
 

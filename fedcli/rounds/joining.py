@@ -1,6 +1,7 @@
 """Joining: a real party reads its rows, which stay where they are, and shows a card of them."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,8 +14,9 @@ from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
 from fedcli.rounds.parties import find_home, find_same_base
 from fedcli.rounds.settings import check_client, read_running_config
 from fedcli.workspace.history import Round, read_identity, read_start
-from fedcli.workspace.layout import Home, Workspace
+from fedcli.workspace.layout import Home, Workspace, default_home
 from fedcli.workspace.locks import hold
+from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, make_folder
 from fedcli.workspace.registry import (
     DataCard,
     PartyRecord,
@@ -45,6 +47,10 @@ class Joining:
         """Write the home's record, then the registration."""
         client = self.record.client
         make_home(self.home)
+        with suppress(WorkspaceError):  # so that every command of this user knows it, whatever lies in the workspace
+            mark = default_home(self.record.workspace, client).folder
+            if not mark.resolve().is_relative_to(self.workspace.root.resolve()):
+                make_folder(mark, PRIVATE_FOLDER_MODE)
         with hold(self.home.lock, f"client {client}"):
             save_party(self.home, self.record)
             register(self.workspace, Registration(workspace=self.record.workspace, client=client, data=self.card))
@@ -73,7 +79,13 @@ def prepare_join(
         raise UsageError("--data names nothing", hint="Name your rows: a file, a folder, or a hub id.")
     config = read_running_config(workspace)
     check_client(client, config)
-    workspace_id = read_identity(workspace).id
+    identity = read_identity(workspace)
+    workspace_id = identity.id
+    if identity.simulation:
+        raise ConfigError(
+            f"{workspace.root} is a simulation, which no party joins",
+            hint="Parties join a workspace with data.source: null, made by `fedcli init --set data.source=null`.",
+        )
     found = find_home(workspace, client, home)
     _check_free(workspace, client, found, workspace_id)
     given = read_format(data_format, config.task) if data_format is not None else None

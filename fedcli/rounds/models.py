@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedcli.config import CustomTemplate, TemplateChoice
 from fedcli.errors import UsageError
 from fedcli.eval.memory import Engine
-from fedcli.rounds.parties import find_same_base
+from fedcli.rounds.parties import find_same_base, trusts_code
 from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import read_running_config
 from fedcli.rounds.targets import BASE, Target
@@ -111,7 +111,7 @@ class Models:
         adapter_config = json.loads(self._head.read(ADAPTER_CONFIG_NAME))
         if self._vllm_model is None:
             folder = find_same_base(self._workspace, config.model.base, self._head)
-            tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+            tokenizer = load_tokenizer(folder, trust_remote_code=trusts_code(self._workspace, config))
             rank = max(int(adapter_config["r"]), 16)
             self._vllm_model = VllmModel(folder, tokenizer, Encoder(tokenizer, self._template), rank=rank)
         if target.arrays is None or target.name == BASE:

@@ -1,17 +1,18 @@
 """Clients as those who hold rows: simulated ones, and parties that joined with rows that stay where they are."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedcli.config import Config, DataFormat, parse_format
 from fedcli.data.hub import choose_format
 from fedcli.data.source import Source, find_source
-from fedcli.errors import ConfigError, UsageError
+from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
 from fedcli.workspace.history import Round, read_identity
 from fedcli.workspace.layout import Home, Workspace, default_home
-from fedcli.workspace.registry import Registration, read_party, read_registration
+from fedcli.workspace.registry import PartyRecord, Registration, read_party, read_registration
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,38 @@ class Party:
         """Return where the party's base model lies."""
         return self.base or config.model.base
 
-    def trusts_code(self, config: Config) -> bool:
-        """Return whether code that comes with the model may run."""
-        return config.model.trust_remote_code if self.trust_remote_code is None else self.trust_remote_code
+
+def joined_as(workspace: Workspace) -> dict[int, PartyRecord | None]:
+    """Return the clients that this user has joined as, with their homes' records; None for a home that is elsewhere."""
+    if not workspace.identity.exists():
+        return {}
+    identity, named = read_identity(workspace).id, os.environ.get("FEDCLI_HOME")
+    joined: dict[int, PartyRecord | None] = {}
+    with suppress(OSError, WorkspaceError):  # a user without a home directory has none
+        folder = default_home(identity, 0).folder.parent
+        joined = {int(name): read_party(Home(folder / name)) for name in os.listdir(folder) if name.isdecimal()}
+    record = read_party(Home(Path(named))) if named else None
+    if record is not None and record.workspace == identity:
+        joined[record.client] = record
+    return joined
+
+
+def trusts_code(workspace: Workspace, config: Config, party: Party | None = None) -> bool:
+    """Return whether code that comes with the base model may run as this user.
+
+    A joined party decides by itself, whatever it runs; fedcli.yaml decides for its own user alone, who has not joined.
+    """
+    if party is not None and party.trust_remote_code is not None:
+        return party.trust_remote_code
+    if joined := joined_as(workspace):
+        return all(record is not None and record.trust_remote_code for record in joined.values())
+    return config.model.trust_remote_code and _is_own(workspace)
+
+
+def _is_own(workspace: Workspace) -> bool:
+    """Return whether the workspace's files are this user's; before `init` there are none."""
+    files = [path for path in (workspace.config, workspace.identity) if os.path.lexists(path)]
+    return all(os.lstat(path).st_uid == os.geteuid() for path in files)
 
 
 def find_party(workspace: Workspace, config: Config, client: int, home: Path | None = None) -> Party:
@@ -47,15 +77,22 @@ def find_party(workspace: Workspace, config: Config, client: int, home: Path | N
     registration = read_registration(workspace, client)
     if registration is not None:
         return _joined(workspace, registration, home)
+    if _own_record(workspace, client, home) is not None:
+        raise IntegrityError(
+            f"client {client} has joined from here, and {workspace.registration(client)} is gone",
+            hint="Ask the server's operator. "
+            f"Your rows are not trained until `fedcli client join --id {client} --data SOURCE` registers them again.",
+        )
     if home is not None:
         raise UsageError(
             f"client {client} has not joined, and so has no home",
             hint=f"Run `fedcli client join --id {client} --data SOURCE --home {home}` first.",
         )
     rows = workspace.client_rows(client)
-    if not rows.is_file():
+    if not rows.is_file() or read_identity(workspace).simulation is False:
         raise ConfigError(
-            f"client {client} has no rows: {rows} is missing",
+            f"client {client} has no rows: "
+            + (f"{rows} is missing" if not rows.is_file() else "it has not joined, and this is no simulation"),
             hint=f"A party joins with `fedcli client join --id {client} --data SOURCE`; for a simulation set "
             "data.source and run `fedcli data partition`, or put its rows there.",
         )
@@ -73,25 +110,37 @@ def _simulated_format(workspace: Workspace, config: Config, client: int) -> Data
 
 
 def is_here(workspace: Workspace, client: int) -> bool:
-    """Return whether a client can be trained from here without naming a home."""
-    registration = read_registration(workspace, client)
-    if registration is None:
+    """Return whether a client can be trained from here without naming a home.
+
+    A simulated one can in a simulation of this very user, who has not joined it.
+    """
+    if _own_record(workspace, client, None) is not None:
         return True
-    record = read_party(find_home(workspace, client, None))
-    return record is not None and (record.workspace, record.client) == (registration.workspace, client)
+    is_simulated = read_registration(workspace, client) is None and read_identity(workspace).simulation is not False
+    return is_simulated and _is_own(workspace) and not joined_as(workspace)
 
 
 def can_train(workspace: Workspace, client: int) -> bool:
     """Return whether a client has rows that can be trained on from here without naming a home."""
-    has_rows = workspace.registration(client).exists() or workspace.client_rows(client).exists()
-    return has_rows and is_here(workspace, client)
+    if not is_here(workspace, client):
+        return False
+    return workspace.client_rows(client).exists() or _own_record(workspace, client, None) is not None
+
+
+def _own_record(workspace: Workspace, client: int, home: Path | None) -> PartyRecord | None:
+    """Return what a home keeps of a client; None where it has not joined this workspace from there."""
+    record = None
+    with suppress(WorkspaceError, PermissionError):  # a user without a home directory has not joined from there
+        record = read_party(find_home(workspace, client, home))
+    is_own = record is not None and (record.workspace, record.client) == (read_identity(workspace).id, client)
+    return record if is_own else None
 
 
 def _joined(workspace: Workspace, registration: Registration, home: Path | None) -> Party:
     client = registration.client
     found = find_home(workspace, client, home)
-    record = read_party(found)
-    if record is None or (record.workspace, record.client) != (registration.workspace, client):
+    record = _own_record(workspace, client, home)
+    if record is None:
         raise ConfigError(
             f"client {client} is a joined party, and its home is not {found.folder}",
             hint=f"Run this as the user who joined, or name the home: --home DIR. To join anew: "

@@ -20,7 +20,7 @@ from fedcli.errors import NotReadyError, UsageError
 from fedcli.model.base import find_base, load_tokenizer
 from fedcli.rounds.joining import NO_LIMIT
 from fedcli.rounds.opening import train_record
-from fedcli.rounds.parties import Party, find_party, find_same_base
+from fedcli.rounds.parties import Party, find_party, find_same_base, trusts_code
 from fedcli.rounds.settings import check_client, read_config
 from fedcli.rounds.simulation import read_summary
 from fedcli.workspace.history import read_head, read_round
@@ -177,12 +177,12 @@ def _open_train(workspace: Workspace, config: Config) -> TrainRecord:
 
 
 def _tokenizer(workspace: Workspace, config: Config, party: Party) -> "PreTrainedTokenizerBase":
-    base, trusts = party.base_of(config), party.trusts_code(config)
+    base = party.base_of(config)
     if workspace.identity.exists() and (start := read_round(workspace, 0)) is not None:
         folder = find_same_base(workspace, base, start)
     else:
         folder = find_base(base, revision=config.model.revision, root=workspace.root)
-    return load_tokenizer(folder, trust_remote_code=trusts)
+    return load_tokenizer(folder, trust_remote_code=trusts_code(workspace, config, party))
 
 
 def _sample(reader: RowReader, party: Party, by: str | None) -> tuple[list[tuple[Row, Item]], Counter[str]]:

@@ -19,7 +19,7 @@ from fedcli.errors import ConfigError, RequirementError
 from fedcli.model.base import comes_quantized, has_bfloat16, require_bitsandbytes
 from fedcli.model.quiet import without_bitsandbytes
 from fedcli.randomness import stream_seed
-from fedcli.rounds.parties import Party, find_party, find_same_base
+from fedcli.rounds.parties import Party, find_party, find_same_base, trusts_code
 from fedcli.rounds.row_tokens import read_encoded
 from fedcli.rounds.settings import read_running_config
 from fedcli.training.reports import StepReport, TrainSettings
@@ -59,7 +59,6 @@ class Runtime:
         self.task = any_round.manifest.task
         self._fingerprint = any_round.manifest.model.fingerprint
         base = party.base_of(config) if party else config.model.base
-        trusts = party.trusts_code(config) if party else config.model.trust_remote_code
         folder = find_same_base(workspace, base, any_round)
         quantization = any_round.manifest.model.quantization
         require_bitsandbytes(quantization)
@@ -70,7 +69,7 @@ class Runtime:
             self.adapted = AdaptedModel(
                 folder,
                 json.loads(any_round.read(ADAPTER_CONFIG_NAME)),
-                trust_remote_code=trusts,
+                trust_remote_code=trusts_code(workspace, config, party),
                 quantization=quantization,
             )
         self._encoders: dict[TemplateChoice, Encoder] = {}

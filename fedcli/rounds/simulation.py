@@ -19,7 +19,7 @@ from fedcli.errors import ConfigError, NotReadyError, WorkspaceError
 from fedcli.model.base import BUILTIN_PREFIX
 from fedcli.randomness import stream
 from fedcli.rounds.settings import read_config, read_running_config
-from fedcli.workspace.history import read_head, read_round
+from fedcli.workspace.history import read_head, read_identity, read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import publish_file, remove_temporaries
@@ -137,7 +137,13 @@ def partition_data(workspace: Workspace, *, replace: bool = False, on_rows: OnRo
     plan = plan_split(config, workspace.root, on_rows)
     if plan is None:
         raise NotReadyError(
-            "there is nothing to split: data.source is null", hint="Set data.source in fedcli.yaml to a file or hub id."
+            "there is nothing to split: data.source is null",
+            hint="Start a workspace with rows: `fedcli init DIR --set data.source=SOURCE`.",
+        )
+    if workspace.identity.exists() and read_identity(workspace).simulation is False:
+        raise WorkspaceError(
+            "this workspace was made without rows: parties join it with their own",
+            hint="Start another one: `fedcli init DIR --set data.source=SOURCE`.",
         )
     with hold(workspace.server_lock, "the server's work"):
         if replace and read_round(workspace, 1) is not None and read_head(workspace).number > 0:

@@ -9,7 +9,8 @@ from typing import Any
 from fedcli.algos import Array
 from fedcli.config import Config
 from fedcli.errors import ConfigError
-from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME
+from fedcli.rounds.parties import trusts_code
+from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, Workspace
 from fedcli.workspace.records import ModelRecord, TensorEntry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode, schema_of
@@ -44,7 +45,7 @@ def prepare_start(config: Config, root: Path) -> Start:
     require_bitsandbytes(config.model.quantization)
     base = config.model.base
     folder = find_base(base, revision=config.model.revision, root=root)
-    Encoder(load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code), config.data.template)
+    Encoder(load_tokenizer(folder, trust_remote_code=trusts_code(Workspace(root), config)), config.data.template)
     local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
     with without_bitsandbytes(config.model.quantization == "none"):
         arrays, adapter_config, num_parameters = _adapter(config, folder, root, hub_id=None if local else base)
@@ -71,7 +72,7 @@ def _adapter(config: Config, folder: Path, root: Path, *, hub_id: str | None) ->
         base=hub_id,
     )
     arrays, num_parameters = start_adapter(
-        folder, peft_config, seed=config.federation.seed, trust_remote_code=config.model.trust_remote_code
+        folder, peft_config, seed=config.federation.seed, trust_remote_code=trusts_code(Workspace(root), config)
     )
     if adapter.init is not None:
         arrays = _read_adapter(root / os.path.expanduser(adapter.init), schema_of(arrays), peft_config)

@@ -18,6 +18,8 @@ UPDATE_RECORD = "update.json"
 MANIFEST = "manifest.json"
 PRUNED = "PRUNED.json"
 TEMPORARY_PREFIX = ".tmp-"
+WORKSPACE_ID = "^[a-z0-9-]{1,64}$"
+"""What a workspace's id may be: a part of the path of parties' homes, and never a path itself."""
 DISCARDED_PREFIX = ".discarded-"
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcli.config import Quantization, Task, TemplateChoice
 from fedcli.errors import IntegrityError
+from fedcli.workspace.layout import WORKSPACE_ID
 from fedcli.workspace.refusal import Refusal, RefusalCode
 from fedcli.workspace.strict_json import parse_object
 
@@ -177,8 +178,10 @@ class Identity(Record):
     """workspace.json: who this workspace is, and the settings that `init` fixed."""
 
     protocol: Literal[1] = 1
-    id: str
+    id: Annotated[str, Field(pattern=WORKSPACE_ID)]
     fixed: dict[str, Any]
+    simulation: bool | None = None
+    """Whether its clients are simulated, with rows in data/; None in workspaces of versions that did not say."""
 
 
 class UpdateRecord(Record):
