@@ -41,9 +41,11 @@ def joined_as(workspace: Workspace) -> dict[int, PartyRecord | None]:
         return {}
     identity, named = read_identity(workspace).id, os.environ.get("FEDCLI_HOME")
     joined: dict[int, PartyRecord | None] = {}
+    names: list[str] = []
     with suppress(OSError, WorkspaceError):  # a user without a home directory has none
-        folder = default_home(identity, 0).folder.parent
-        joined = {int(name): read_party(Home(folder / name)) for name in os.listdir(folder) if name.isdecimal()}
+        names = os.listdir(default_home(identity, 0).folder.parent)
+    for client in map(int, filter(str.isdecimal, names)):
+        joined[client] = read_party(default_home(identity, client))
     record = read_party(Home(Path(named))) if named else None
     if record is not None and record.workspace == identity:
         joined[record.client] = record
@@ -60,6 +62,11 @@ def trusts_code(workspace: Workspace, config: Config, party: Party | None = None
     if joined := joined_as(workspace):
         return all(record is not None and record.trust_remote_code for record in joined.values())
     return config.model.trust_remote_code and _is_own(workspace)
+
+
+def _may_simulate(workspace: Workspace) -> bool:
+    """Return whether rows in data/ may be trained: not in a workspace that was made for parties."""
+    return not workspace.identity.exists() or read_identity(workspace).simulation is not False
 
 
 def _is_own(workspace: Workspace) -> bool:
@@ -89,7 +96,7 @@ def find_party(workspace: Workspace, config: Config, client: int, home: Path | N
             hint=f"Run `fedcli client join --id {client} --data SOURCE --home {home}` first.",
         )
     rows = workspace.client_rows(client)
-    if not rows.is_file() or read_identity(workspace).simulation is False:
+    if not rows.is_file() or not _may_simulate(workspace):
         raise ConfigError(
             f"client {client} has no rows: "
             + (f"{rows} is missing" if not rows.is_file() else "it has not joined, and this is no simulation"),
@@ -116,7 +123,7 @@ def is_here(workspace: Workspace, client: int) -> bool:
     """
     if _own_record(workspace, client, None) is not None:
         return True
-    is_simulated = read_registration(workspace, client) is None and read_identity(workspace).simulation is not False
+    is_simulated = read_registration(workspace, client) is None and _may_simulate(workspace)
     return is_simulated and _is_own(workspace) and not joined_as(workspace)
 
 
