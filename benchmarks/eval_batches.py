@@ -21,7 +21,7 @@ from fedcli.data.encoding import Encoder
 from fedcli.eval.local_model import LocalModel
 from fedcli.eval.requests import Generation, Likelihood
 from fedcli.model.base import find_base, load_base
-from fedcli.model.quiet import quiet_libraries
+from fedcli.model.library_logging import quiet_libraries
 
 NUM_ITEMS = 2000
 LIMIT = 5.0

@@ -14,7 +14,7 @@ from conftest import ENVIRONMENT, command, fedcli
 
 from fedcli.model.base import find_base, load_shapes
 from fedcli.model.lora import lora_config, start_adapter
-from fedcli.model.memory import estimate_memory
+from fedcli.model.memory_estimate import estimate_memory
 from fedcli.workspace.probe import probe_file_system
 
 TARGETS = ("q_proj", "v_proj")
@@ -163,7 +163,7 @@ def test_the_estimate_of_a_quantised_base_is_what_its_weights_take(quantization:
     script = f"""
 from pathlib import Path
 from fedcli.model.base import find_base, load_base, load_shapes
-from fedcli.model.memory import estimate_memory
+from fedcli.model.memory_estimate import estimate_memory
 folder = find_base("builtin:tiny", revision=None, root=Path("."))
 model, _ = load_base(folder, trust_remote_code=False, quantization="{quantization}")
 estimate = estimate_memory(load_shapes(folder, revision=None, trust_remote_code=False), quantization="{quantization}",

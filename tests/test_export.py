@@ -11,8 +11,8 @@ from conftest import SMALL, fedcli, settings
 from handmade import merge, score
 
 from fedcli.errors import UsageError, WorkspaceError
+from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.merged import check_mergeable
-from fedcli.model.quiet import quiet_libraries
 from fedcli.report.card import Card, ClientData, render_card
 from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace

@@ -115,7 +115,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 def _import_all() -> None:
     from importlib import import_module
 
-    from fedcli.model.quiet import without_bitsandbytes
+    from fedcli.model.bitsandbytes import without_bitsandbytes
 
     with without_bitsandbytes():
         for name in (

@@ -14,8 +14,8 @@ from fedcli.errors import RequirementError
 from fedcli.eval.memory import Usage, not_finite
 from fedcli.eval.prompting import PromptEncoder
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, before_stop
+from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.likelihood import logits_at
-from fedcli.model.quiet import quiet_libraries
 from fedcli.randomness import stream_seed
 
 if TYPE_CHECKING:

@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcli.config import Quantization
 from fedcli.errors import ConfigError, RequirementError, did_you_mean
+from fedcli.model.bitsandbytes import require_bitsandbytes
+from fedcli.model.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -140,20 +140,6 @@ def _bitsandbytes(quantization: Quantization, dtype: "torch.dtype") -> "dict[str
     return {"quantization_config": config}
 
 
-def require_bitsandbytes(quantization: Quantization) -> None:
-    """Raise RequirementError where a quantised model is asked for and bitsandbytes is missing or does not import."""
-    if quantization == "none":
-        return
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of faster kernels that are not installed
-    try:
-        import_module("bitsandbytes")
-    except (ImportError, OSError, RuntimeError) as error:
-        raise RequirementError(
-            f"model.quantization {quantization} needs the package bitsandbytes, which does not import: {error}",
-            hint="Install it (pip install bitsandbytes); `fedcli doctor` tells more.",
-        ) from error
-
-
 def load_shapes(source: Path | str, *, revision: str | None, trust_remote_code: bool) -> "PreTrainedModel":
     """Return a base model without weights, on the meta device: of a folder, or of a hub id's config.json."""
     import torch
@@ -168,8 +154,6 @@ def load_shapes(source: Path | str, *, revision: str | None, trust_remote_code: 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
     """Load a base model's tokenizer; raise RequirementError where there is none that works."""
     from transformers import AutoTokenizer
-
-    from fedcli.model.quiet import quiet_libraries
 
     with quiet_libraries(), loading(folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

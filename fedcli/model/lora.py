@@ -13,7 +13,7 @@ from fedcli.algos import Array, Arrays
 from fedcli.config import Quantization
 from fedcli.errors import ConfigError, did_you_mean
 from fedcli.model.base import load_base, load_shapes
-from fedcli.model.quiet import quiet_libraries
+from fedcli.model.library_logging import quiet_libraries
 from fedcli.randomness import stream
 
 _BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError)

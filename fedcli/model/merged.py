@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from fedcli.algos import Arrays
 from fedcli.errors import UsageError, WorkspaceError
 from fedcli.model.base import comes_quantized, load_tokenizer, loading
+from fedcli.model.bitsandbytes import without_bitsandbytes
+from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.lora import peft_config
-from fedcli.model.quiet import quiet_libraries, without_bitsandbytes
 
 if TYPE_CHECKING:
     import torch

@@ -113,7 +113,7 @@ def _devices() -> Iterator[Finding]:
 
 def _bitsandbytes(config: Config | None) -> Iterator[Finding]:
     """Multiply two small matrices in int8 and nf4, and compare with the product in float32."""
-    from fedcli.model.base import require_bitsandbytes
+    from fedcli.model.bitsandbytes import require_bitsandbytes
 
     bad: Literal["failed", "warning"] = "failed" if _is_quantized(config) else "warning"
     try:
@@ -180,7 +180,7 @@ def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
     import torch
 
     from fedcli.model.base import BUILTIN_PREFIX, find_base, has_bfloat16, is_path, load_shapes
-    from fedcli.model.memory import estimate_memory
+    from fedcli.model.memory_estimate import estimate_memory
 
     base, train, root = config.model.base, config.train, workspace.root
     local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)

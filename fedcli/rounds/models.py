@@ -136,7 +136,7 @@ def load_local(
     import torch
 
     from fedcli.model.base import load_base
-    from fedcli.model.quiet import quiet_libraries
+    from fedcli.model.library_logging import quiet_libraries
 
     if threads is not None:
         torch.set_num_threads(threads)

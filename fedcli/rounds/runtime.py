@@ -16,8 +16,8 @@ from fedcli.config import Config, TemplateChoice
 from fedcli.data.encoded import together
 from fedcli.data.order import draw
 from fedcli.errors import ConfigError, RequirementError
-from fedcli.model.base import comes_quantized, has_bfloat16, require_bitsandbytes
-from fedcli.model.quiet import without_bitsandbytes
+from fedcli.model.base import comes_quantized, has_bfloat16
+from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
 from fedcli.randomness import stream_seed
 from fedcli.rounds.parties import Party, find_party, find_same_base, trusts_code
 from fedcli.rounds.row_tokens import read_encoded

@@ -38,9 +38,8 @@ def prepare_start(config: Config, root: Path) -> Start:
         fingerprint,
         is_path,
         load_tokenizer,
-        require_bitsandbytes,
     )
-    from fedcli.model.quiet import without_bitsandbytes
+    from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
 
     require_bitsandbytes(config.model.quantization)
     base = config.model.base

@@ -13,8 +13,8 @@ import torch
 
 from fedcli.algos import ClientRule
 from fedcli.model.base import has_bfloat16
+from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.lora import AdaptedModel
-from fedcli.model.quiet import quiet_libraries
 from fedcli.training.batches import LARGEST, OVERHEAD, Item, cut
 from fedcli.training.reports import StepReport, TrainSettings
 

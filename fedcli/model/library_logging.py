@@ -1,7 +1,6 @@
 """Keeping the model libraries' progress bars, notes and deprecation warnings off a user's terminal."""
 
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,20 +23,3 @@ def quiet_libraries() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if had_bars:
             transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def without_bitsandbytes(wanted: bool = True) -> Iterator[None]:
-    """Keep peft and transformers from importing bitsandbytes inside the block: a second, and a note on stderr.
-
-    They remember for the rest of the process that there is none. Does nothing where it has been imported already, or
-    is not `wanted`.
-    """
-    if not wanted or "bitsandbytes" in sys.modules:
-        yield
-        return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # what the import system takes for "not there"
-    try:
-        yield
-    finally:
-        del sys.modules["bitsandbytes"]

@@ -1,0 +1,41 @@
+"""The optional package bitsandbytes: required by a quantised model, hidden from the libraries for any other."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+from fedcli.config import Quantization
+from fedcli.errors import RequirementError
+
+
+def require_bitsandbytes(quantization: Quantization) -> None:
+    """Raise RequirementError where a quantised model is asked for and bitsandbytes is missing or does not import."""
+    if quantization == "none":
+        return
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of faster kernels that are not installed
+    try:
+        import_module("bitsandbytes")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RequirementError(
+            f"model.quantization {quantization} needs the package bitsandbytes, which does not import: {error}",
+            hint="Install it (pip install bitsandbytes); `fedcli doctor` tells more.",
+        ) from error
+
+
+@contextmanager
+def without_bitsandbytes(wanted: bool = True) -> Iterator[None]:
+    """Keep peft and transformers from importing bitsandbytes inside the block: a second, and a note on stderr.
+
+    They remember for the rest of the process that there is none. Does nothing where it has been imported already, or
+    is not `wanted`.
+    """
+    if not wanted or "bitsandbytes" in sys.modules:
+        yield
+        return
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # what the import system takes for "not there"
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
