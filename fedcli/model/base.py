@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedcli.config import Quantization
 from fedcli.errors import ConfigError, RequirementError, did_you_mean
@@ -36,6 +37,8 @@ _SETTINGS = (
 _OTHER_FORMATS = ["*.pth", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot", "original/*", "onnx/*"]
 _CHUNK = 2**20
 _NUM_CHUNKS = 16
+_NUM_NAMED = 3
+"""Weights that a message names of each fault."""
 
 
 def is_path(base: str, root: Path) -> bool:
@@ -100,12 +103,11 @@ def load_base(
     quantisation (QLoRA, Dettmers et al. 2023); all else of it is float32, as PEFT prepares it for training.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     with loading(folder):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_whole(
             folder,
             dtype=dtype,
             device_map=device,
@@ -141,14 +143,74 @@ def _bitsandbytes(quantization: Quantization, dtype: "torch.dtype") -> "dict[str
 
 
 def load_shapes(source: Path | str, *, revision: str | None, trust_remote_code: bool) -> "PreTrainedModel":
-    """Return a base model without weights, on the meta device: of a folder, or of a hub id's config.json."""
+    """Return a base model on the meta device, without weights: of a folder, or of a hub id's config.json.
+
+    Raises RequirementError where a folder's config.json and weights do not belong together. Their names and shapes
+    are read, not their values. The weights of a base that comes quantised are checked when they are loaded.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"), loading(source):
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with quiet_libraries(), loading(source):
+        if isinstance(source, Path) and not comes_quantized(source):
+            return load_whole(
+                source, dtype=torch.float32, device_map="meta", revision=revision, trust_remote_code=trust_remote_code
+            )
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
+
+
+def load_whole(folder: Path, **options: Any) -> "PreTrainedModel":
+    """Load a model by from_pretrained; raise RequirementError where its config.json and weights do not belong together.
+
+    transformers draws weights at random that it does not find, in each process others.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    faults = {
+        "missing": sorted(report["missing_keys"]),
+        "of another shape": [
+            f"{name} is {list(found)} instead of {list(wanted)}"
+            for name, found, wanted in sorted(report["mismatched_keys"])
+        ],
+        "unexpected": _unexpected(model, report["unexpected_keys"], is_whole=not report["missing_keys"]),
+    }
+    if any(faults.values()):
+        found = "; ".join(
+            f"{len(names)} {fault} ({', '.join(names[:_NUM_NAMED])}{', ...' if len(names) > _NUM_NAMED else ''})"
+            for fault, names in faults.items()
+            if names
+        )
+        raise RequirementError(
+            f"config.json and weights of the base model {folder} do not belong together: {found}",
+            hint="Fetch or save the model again: its weights need the names, layers and sizes that config.json gives.",
+        )
+    return model
+
+
+def _unexpected(model: "PreTrainedModel", names: Iterable[str], *, is_whole: bool) -> list[str]:
+    """Return the unexpected weights that tell of another model; all of them where others are missing.
+
+    A head of another task or a vision tower beside a whole language model is left alone, as transformers does, and so
+    are the buffers of old checkpoints. A weight in one of the layers, or a bias of a module that has none here, was
+    trained with them: without it the model computes something else.
+    """
+    if not is_whole:
+        return sorted(names)
+    own = {name for name, _ in model.named_parameters()}
+    layers = tuple({name[: match.start()] for name in own if (match := re.search(r"(?<=\.)\d+\.", name))})
+    return sorted(
+        name
+        for name in names
+        if (name.startswith(layers) and name.endswith(".weight"))
+        or (name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" in own)
+    )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":

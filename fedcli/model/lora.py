@@ -51,17 +51,18 @@ def start_adapter(
 
     With them the number of the base model's parameters.
 
-    The base model's shapes come from its config alone; no weight is read. A's values come from the stream
+    The base model's weights are checked by their names and shapes; no value is read. A's values come from the stream
     (seed, "lora", name). Raises ConfigError where a target module does not exist.
     """
     import torch
     from peft import get_peft_model, get_peft_model_state_dict
 
-    with quiet_libraries(), torch.device("meta"):
+    with quiet_libraries():
         model = load_shapes(folder, revision=None, trust_remote_code=trust_remote_code)
         _check_targets(model, config["target_modules"])
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        peft_model = get_peft_model(model, peft_config(config))
+        with torch.device("meta"):
+            peft_model = get_peft_model(model, peft_config(config))
     arrays: dict[str, Array] = {}
     for name, tensor in sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()):
         shape = tuple(tensor.shape)

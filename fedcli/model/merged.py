@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedcli.algos import Arrays
 from fedcli.errors import UsageError, WorkspaceError
-from fedcli.model.base import comes_quantized, load_tokenizer, loading
+from fedcli.model.base import comes_quantized, load_tokenizer, load_whole, loading
 from fedcli.model.bitsandbytes import without_bitsandbytes
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.lora import peft_config
@@ -43,15 +43,12 @@ def write_merged(
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     with without_bitsandbytes(), quiet_libraries():
         from peft import get_peft_model
 
         with loading(base):
-            model = AutoModelForCausalLM.from_pretrained(
-                base, dtype=dtype or "auto", device_map="cpu", trust_remote_code=trust_remote_code
-            )
+            model = load_whole(base, dtype=dtype or "auto", device_map="cpu", trust_remote_code=trust_remote_code)
         _check_tied(model, arrays)
         adapted = get_peft_model(model, peft_config(config))
         with torch.no_grad():
