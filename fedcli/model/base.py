@@ -106,6 +106,8 @@ def load_base(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    if quantization != "none":  # while it quantises, transformers takes a linear layer's weights of any shape
+        load_shapes(folder, revision=None, trust_remote_code=trust_remote_code)
     with loading(folder):
         model = load_whole(
             folder,
