@@ -24,13 +24,17 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
 
 
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=200)]
+"""The end of a layer's name, and no pattern."""
+
+
 class AdapterConfig(Section):
     """The LoRA adapter (Hu et al. 2021); `init` names a folder with an adapter to start from."""
 
     rank: Annotated[int, Field(ge=1, le=8192)] = 32
     alpha: Annotated[float, Field(gt=0)] = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "v_proj")
+    target_modules: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=1000)] = ("q_proj", "v_proj")
     init: str | None = None
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from fedcli.algos import Array, Arrays
 from fedcli.config import Quantization
 from fedcli.errors import ConfigError, did_you_mean
+from fedcli.model.adapter_config import parse_outside_config
 from fedcli.model.base import load_base, load_shapes
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.randomness import stream
@@ -119,10 +120,14 @@ class AdaptedModel:
 
         Raises ConfigError where the folder holds no adapter of this base model.
         """
+        from peft import LoraConfig
+
         self._take_off()
         try:
             with quiet_libraries():
-                found = self.model.load_adapter(str(folder), _OUTSIDE)
+                config = parse_outside_config((folder / "adapter_config.json").read_bytes())
+                self.model.add_adapter(_OUTSIDE, LoraConfig.from_peft_type(**config))
+                found = self.model.load_adapter(str(folder), _OUTSIDE)  # reads the weights alone, now that it is there
                 self.model.set_adapter(_OUTSIDE)
             odd = [*found.unexpected_keys, *(name for name in found.missing_keys if _OUTSIDE in name)]
             if odd:  # PEFT passes over them

@@ -5,11 +5,13 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fedcli.config import Config, CustomTemplate
 from fedcli.data.formats import describe_counts
 from fedcli.data.hub import HUB_DATASETS
 from fedcli.errors import NotReadyError, UsageError
+from fedcli.model.adapter_config import parse_adapter_config
 from fedcli.report.card import Card, ClientData, render_card
 from fedcli.rounds.parties import find_same_base, trusts_code
 from fedcli.rounds.report import read_metrics
@@ -69,14 +71,17 @@ def export(
     config = read_running_config(workspace)
     found = _find_round(workspace, number, best)
     adapter = {ADAPTER_FILE: found.read(ADAPTER_NAME), ADAPTER_CONFIG_FILE: found.read(ADAPTER_CONFIG_NAME)}
+    adapter_config = parse_adapter_config(adapter[ADAPTER_CONFIG_FILE], found.folder / ADAPTER_CONFIG_NAME)
     with new_folder(output) as folder:
         merged_dtype = None
         if merge:
-            merged_dtype = _write_merged(workspace, config, found, folder, dtype, max_shard_size or SHARD_SIZE)
+            merged_dtype = _write_merged(
+                workspace, config, found, adapter_config, folder, dtype, max_shard_size or SHARD_SIZE
+            )
         else:
             for name, contents in adapter.items():
                 (folder / name).write_bytes(contents)
-        card = _card(workspace, config, found, json.loads(adapter[ADAPTER_CONFIG_FILE]), merged_dtype)
+        card = _card(workspace, config, found, adapter_config, merged_dtype)
         (folder / CARD_NAME).write_text(render_card(card), encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
     return Exported(output, found.number, list(sizes), merged_dtype, sum(sizes.values()))
@@ -109,7 +114,13 @@ def _find_round(workspace: Workspace, number: str, best: str | None) -> Round:
 
 
 def _write_merged(
-    workspace: Workspace, config: Config, found: Round, folder: Path, dtype: str | None, max_shard_size: str
+    workspace: Workspace,
+    config: Config,
+    found: Round,
+    adapter_config: dict[str, Any],
+    folder: Path,
+    dtype: str | None,
+    max_shard_size: str,
 ) -> str:
     from fedcli.model.merged import check_mergeable, write_merged
 
@@ -117,7 +128,7 @@ def _write_merged(
     check_mergeable(base)
     return write_merged(
         base,
-        json.loads(found.read(ADAPTER_CONFIG_NAME)),
+        adapter_config,
         found.adapter(),
         folder,
         dtype=dtype,

@@ -7,8 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fedcli.config import CustomTemplate, TemplateChoice
-from fedcli.errors import UsageError
+from fedcli.errors import ConfigError, UsageError
 from fedcli.eval.memory import Engine
+from fedcli.model.adapter_config import parse_adapter_config, parse_outside_config
 from fedcli.rounds.parties import find_same_base, trusts_code
 from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import read_running_config
@@ -108,12 +109,18 @@ class Models:
         if target.model is not None:
             raise UsageError("--backend vllm scores adapters, and not --model", hint="Leave one of them out.")
         config = read_running_config(self._workspace)
-        adapter_config = json.loads(self._head.read(ADAPTER_CONFIG_NAME))
+        contents = self._head.read(ADAPTER_CONFIG_NAME)
+        adapter_config = parse_adapter_config(contents, self._head.folder / ADAPTER_CONFIG_NAME)
         if self._vllm_model is None:
             folder = find_same_base(self._workspace, config.model.base, self._head)
             tokenizer = load_tokenizer(folder, trust_remote_code=trusts_code(self._workspace, config))
             rank = max(int(adapter_config["r"]), 16)
             self._vllm_model = VllmModel(folder, tokenizer, Encoder(tokenizer, self._template), rank=rank)
+        if target.folder is not None:
+            try:
+                parse_outside_config((target.folder / ADAPTER_CONFIG_FILE).read_bytes())
+            except ValueError as error:
+                raise ConfigError(f"{target.folder}: {error}", hint="Score an adapter of plain LoRA.") from error
         if target.arrays is None or target.name == BASE:
             self._vllm_model.load_folder(target.folder)
         else:

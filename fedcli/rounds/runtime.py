@@ -1,7 +1,6 @@
 """A base model that is loaded once, and trains one client's adapter after another."""
 
 import gc
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from fedcli.config import Config, TemplateChoice
 from fedcli.data.encoded import together
 from fedcli.data.order import draw
 from fedcli.errors import ConfigError, RequirementError
+from fedcli.model.adapter_config import parse_adapter_config
 from fedcli.model.base import comes_quantized, has_bfloat16
 from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
 from fedcli.randomness import stream_seed
@@ -62,13 +62,15 @@ class Runtime:
         folder = find_same_base(workspace, base, any_round)
         quantization = any_round.manifest.model.quantization
         require_bitsandbytes(quantization)
+        contents = any_round.read(ADAPTER_CONFIG_NAME)
+        adapter_config = parse_adapter_config(contents, any_round.folder / ADAPTER_CONFIG_NAME)
         with without_bitsandbytes(quantization == "none" and not comes_quantized(folder)):
             _import_stack(threads)
             from fedcli.model.lora import AdaptedModel
 
             self.adapted = AdaptedModel(
                 folder,
-                json.loads(any_round.read(ADAPTER_CONFIG_NAME)),
+                adapter_config,
                 trust_remote_code=trusts_code(workspace, config, party),
                 quantization=quantization,
             )

@@ -9,6 +9,7 @@ from typing import Any
 from fedcli.algos import Array
 from fedcli.config import Config
 from fedcli.errors import ConfigError
+from fedcli.model.adapter_config import parse_outside_config
 from fedcli.rounds.parties import trusts_code
 from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, Workspace
 from fedcli.workspace.records import ModelRecord, TensorEntry
@@ -81,19 +82,19 @@ def _adapter(config: Config, folder: Path, root: Path, *, hub_id: str | None) ->
 def _read_adapter(folder: Path, schema: dict[str, TensorEntry], peft_config: dict[str, Any]) -> dict[str, Array]:
     """Read the adapter that adapter.init names; it must be of the shape that the adapter section gives."""
     try:
-        found = json.loads((folder / ADAPTER_CONFIG_FILE).read_bytes())
+        found = parse_outside_config((folder / ADAPTER_CONFIG_FILE).read_bytes())
         contents = (folder / ADAPTER_FILE).read_bytes()
     except (OSError, ValueError) as error:
         inner = folder / Path(ADAPTER_NAME).parent
         hint = f"Name {inner}." if inner.is_dir() else "Name a folder in PEFT's layout, as rounds/00015/adapter."
-        problem = (error.strerror or error) if isinstance(error, OSError) else f"not JSON: {error}"
+        problem = (error.strerror or error) if isinstance(error, OSError) else error
         raise ConfigError(f"adapter.init: no adapter in {folder}: {problem}", hint=hint) from error
-    if odd := [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if found.get(key)]:
+    if odd := [key for key in ("use_rslora", "use_dora") if found[key]]:
         raise ConfigError(f"adapter.init: {folder} uses {odd[0]}", hint="Start from an adapter of plain LoRA.")
     for key in ("r", "lora_alpha"):
-        if found.get(key) != peft_config[key]:
+        if found[key] != peft_config[key]:
             raise ConfigError(
-                f"adapter.init: {folder} has {key} {found.get(key)!r}, the adapter section says {peft_config[key]!r}",
+                f"adapter.init: {folder} has {key} {found[key]!r}, the adapter section says {peft_config[key]!r}",
                 hint="Give rank, alpha and target_modules the values of the adapter to start from.",
             )
     try:
