@@ -14,6 +14,7 @@ from fedcli.errors import RequirementError
 from fedcli.eval.memory import Usage, not_finite
 from fedcli.eval.prompting import PromptEncoder
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, before_stop
+from fedcli.model.base import short_memory
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.likelihood import logits_at
 from fedcli.randomness import stream_seed
@@ -100,22 +101,22 @@ class LocalModel:
             yield batch
 
     def _in_halves(self, rows: list[RequestT], ask: Callable[[list[RequestT]], list[AnswerT]]) -> list[AnswerT]:
-        """Ask for a batch at once, in halves where the GPU's memory is too small for it."""
+        """Ask for a batch at once, in halves where memory is too small for it."""
         self._model.eval()
         try:
             with torch.inference_mode(), quiet_libraries():
                 return ask(rows)
-        except torch.OutOfMemoryError as error:
-            if len(rows) == 1:
-                raise RequirementError(
-                    "the GPU's memory is too small for a single item of this benchmark",
-                    hint="Free the GPU, or use a quantised base (model.quantization).",
-                ) from error
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if "probability tensor" in str(error):  # what torch.multinomial says of NaN
                 raise not_finite() from error
-            raise
+            if (where := short_memory(error)) is None:
+                raise
+            if len(rows) == 1:
+                raise RequirementError(
+                    f"{where} is too small for a single item of this benchmark",
+                    hint="Free some, or use a quantised base (model.quantization).",
+                ) from error
+            torch.cuda.empty_cache()
         half = len(rows) // 2
         return self._in_halves(rows[:half], ask) + self._in_halves(rows[half:], ask)
 

@@ -231,25 +231,41 @@ def has_bfloat16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def short_memory(error: Exception) -> str | None:
+    """Return whose memory an error says is too small, "the GPU's memory" or "this machine's memory"; else None.
+
+    Only a GPU has an error of its own: a CPU's allocator, and a file that cannot be mapped, raise what bugs raise.
+    """
+    import torch
+
+    text = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError) or ("cuda" in text and ("out of memory" in text or "alloc" in text)):
+        return "the GPU's memory"
+    words = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
+    return "this machine's memory" if isinstance(error, MemoryError) or any(each in text for each in words) else None
+
+
 @contextmanager
 def loading(folder: Path | str) -> Iterator[None]:
     """Turn what transformers raises for a folder that is no whole model into a RequirementError."""
-    import torch
     from safetensors import SafetensorError
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise RequirementError(
-            f"the GPU's memory is too small for the base model {folder}",
-            hint="Free the GPU, or start a workspace with model.quantization int8 or nf4; `fedcli doctor` tells more.",
-        ) from error
     except ImportError as error:  # transformers says which package the model needs, and how to install it
         raise RequirementError(
             f"the base model {folder} needs a package that is missing: {' '.join(str(error).split())}",
             hint="Install that package, or choose another base model; `fedcli doctor` shows what is there.",
         ) from error
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        *(MemoryError, OSError, RuntimeError, SafetensorError),
+        *(ValueError, TypeError, AttributeError, KeyError),
+    ) as error:
+        if where := short_memory(error):
+            raise RequirementError(
+                f"{where} is too small for the base model {folder}",
+                hint="Free some, or start a workspace with model.quantization int8 or nf4; `fedcli doctor` tells more.",
+            ) from error
         raise RequirementError(
             f"the base model {folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
             hint="Check that the folder is whole and that the installed transformers knows this architecture.",

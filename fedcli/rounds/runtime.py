@@ -16,7 +16,7 @@ from fedcli.data.encoded import together
 from fedcli.data.order import draw
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.model.adapter_config import parse_adapter_config
-from fedcli.model.base import comes_quantized, has_bfloat16
+from fedcli.model.base import comes_quantized, has_bfloat16, short_memory
 from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
 from fedcli.randomness import stream_seed
 from fedcli.rounds.parties import Party, find_party, find_same_base, trusts_code
@@ -126,7 +126,7 @@ class Runtime:
         """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
 
         `first_draw` is the number of rows that the client drew in its earlier rounds. Raises ConfigError where the
-        training diverged, RequirementError where the GPU's memory is too small.
+        training diverged, RequirementError where memory is too small.
         """
         examples = self.rows(party, train).examples
         stream_client = self._config.federation.clients if party is None else party.client
@@ -222,14 +222,14 @@ class Runtimes:
 
 @contextmanager
 def _enough_memory() -> Iterator[None]:
-    """Turn a GPU that is too small into a RequirementError with the cure."""
-    import torch
-
+    """Turn a GPU or a machine that is too small into a RequirementError with the cure."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError, OSError) as error:
+        if (where := short_memory(error)) is None:
+            raise
         raise RequirementError(
-            f"the GPU's memory is too small for this training: {str(error).partition('.')[0]}",
+            f"{where} is too small for this training: {str(error).partition('.')[0] or 'out of memory'}",
             hint="In fedcli.yaml lower train.micro_batch_size or train.max_length, or set gradient_checkpointing; "
             "`fedcli doctor` estimates what is needed.",
         ) from error
