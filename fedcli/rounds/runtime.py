@@ -1,5 +1,6 @@
 """A base model that is loaded once, and trains one client's adapter after another."""
 
+import functools
 import gc
 import math
 import os
@@ -65,7 +66,11 @@ class Runtime:
         contents = any_round.read(ADAPTER_CONFIG_NAME)
         adapter_config = parse_adapter_config(contents, any_round.folder / ADAPTER_CONFIG_NAME)
         with without_bitsandbytes(quantization == "none" and not comes_quantized(folder)):
-            _import_stack(threads)
+            _import_stack()
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
             from fedcli.model.lora import AdaptedModel
 
             self.adapted = AdaptedModel(
@@ -235,19 +240,19 @@ def _enough_memory() -> Iterator[None]:
         ) from error
 
 
-def _import_stack(threads: int | None) -> None:
-    """Import what training needs, without the garbage collector, which would go through it again and again."""
+@functools.cache
+def _import_stack() -> None:
+    """Import what training needs, without the garbage collector, which would go through it again and again.
+
+    Once a process: what is frozen is never collected, and a model that was loaded since must be, when it is dropped.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several clients starve each other
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        import torch
-
         import_module("fedcli.training.trainer")  # by name: it is used by others, and a linter would drop the import
     finally:
         if was_enabled:
             gc.enable()
     gc.freeze()
-    if threads is not None:
-        torch.set_num_threads(threads)
