@@ -172,9 +172,10 @@ def load_whole(folder: Path, **options: Any) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    model, report = loaded
     faults = {
         "missing": sorted(report["missing_keys"]),
         "of another shape": [
