@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedcli.config import Quantization
 from fedcli.errors import ConfigError, RequirementError, did_you_mean
-from fedcli.model.bitsandbytes import require_bitsandbytes
+from fedcli.model.bitsandbytes import require_bitsandbytes, show_bitsandbytes
 from fedcli.model.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def load_base(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    if comes_quantized(folder):
+        show_bitsandbytes()
     if quantization != "none":  # while it quantises, transformers takes a linear layer's weights of any shape
         load_shapes(folder, revision=None, trust_remote_code=trust_remote_code)
     with loading(folder):

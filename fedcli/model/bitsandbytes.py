@@ -15,6 +15,7 @@ def require_bitsandbytes(quantization: Quantization) -> None:
     if quantization == "none":
         return
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of faster kernels that are not installed
+    show_bitsandbytes()
     try:
         import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:
@@ -28,8 +29,8 @@ def require_bitsandbytes(quantization: Quantization) -> None:
 def without_bitsandbytes(wanted: bool = True) -> Iterator[None]:
     """Keep peft and transformers from importing bitsandbytes inside the block: a second, and a note on stderr.
 
-    They remember for the rest of the process that there is none. Does nothing where it has been imported already, or
-    is not `wanted`.
+    They remember that there is none, until `show_bitsandbytes`. Does nothing where it has been imported already, or is
+    not `wanted`.
     """
     if not wanted or "bitsandbytes" in sys.modules:
         yield
@@ -39,3 +40,15 @@ def without_bitsandbytes(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         del sys.modules["bitsandbytes"]
+
+
+def show_bitsandbytes() -> None:
+    """Let peft and transformers look for bitsandbytes anew, where they have been kept from it for an earlier model."""
+    asked = {
+        "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
+        "transformers.utils.import_utils": ("is_bitsandbytes_available",),
+    }
+    for module, functions in asked.items():
+        for function in functions:
+            if module in sys.modules:
+                getattr(sys.modules[module], function).cache_clear()

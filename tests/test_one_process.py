@@ -1,0 +1,79 @@
+"""Several models in one process: those that were dropped are freed, and a quantised one may follow a plain one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT
+
+OPEN = """
+import gc, sys, weakref
+from pathlib import Path
+from fedcli.rounds.runtime import Runtime
+from fedcli.rounds.settings import read_running_config
+from fedcli.workspace.history import read_head
+from fedcli.workspace.layout import Workspace
+
+workspace = Workspace(Path.cwd())
+config, head = read_running_config(workspace), read_head(workspace)
+"""
+
+FREED = """
+first = Runtime(workspace, config, head)
+model = weakref.ref(first.adapted.base)
+second = Runtime(workspace, config, head)
+del first
+gc.collect()
+print(model() is None)
+"""
+
+QUANTIZED = """
+from fedcli.model.base import load_base
+from fedcli.model.lora import AdaptedModel, lora_config
+from fedcli.rounds.parties import find_same_base
+
+plain = Runtime(workspace, config, head)
+print("bitsandbytes" in sys.modules)
+folder = find_same_base(workspace, config.model.base, head)
+settings = lora_config(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], base=None)
+for quantization in ("int8", "nf4"):
+    adapted = AdaptedModel(folder, settings, trust_remote_code=False, quantization=quantization)
+    (layer, *_) = (module for name, module in adapted.model.named_modules() if name.endswith("q_proj"))
+    print(type(layer).__name__, layer.weight.dtype)
+Runtime(workspace, config, head)
+"""
+
+STORED = """
+from fedcli.model.base import load_base, load_whole
+from fedcli.rounds.parties import find_same_base
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+folder = find_same_base(workspace, config.model.base, head)
+if not Path("stored").exists():
+    model = load_whole(folder, device_map="cpu", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    model.save_pretrained("stored")
+    AutoTokenizer.from_pretrained(folder).save_pretrained("stored")
+else:
+    plain = Runtime(workspace, config, head)
+    model, _ = load_base(Path("stored"), trust_remote_code=False)
+    print(type(model.model.layers[0].self_attn.q_proj).__name__)
+"""
+
+
+def run(script: str, folder: Path) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN + script], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_quantised_model_may_follow_a_plain_one(small: Path) -> None:
+    assert run(QUANTIZED, small) == ["False", "Linear8bitLt torch.int8", "Linear4bit torch.uint8"]
+
+
+@pytest.mark.slow
+def test_a_base_that_is_stored_quantised_may_follow_a_plain_one(small: Path) -> None:
+    run(STORED, small)
+    assert run(STORED, small) == ["Linear4bit"]
