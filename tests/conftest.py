@@ -1,59 +1,10 @@
 """What tests share: real processes, and a small workspace that is initialised once and copied."""
 
-import atexit
-import functools
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from warm import Warm
-
-SMALL = (
-    "federation.clients=3",
-    "federation.rounds=2",
-    "train.steps=2",
-    "train.batch_size=4",
-    "adapter.rank=4",
-    "adapter.target_modules=[q_proj, v_proj]",
-)
-"""Settings of a federation of three clients that trains in a second."""
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-for _name in ("FEDCLI_WORKSPACE", "FEDCLI_BENCHMARKS", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
-    ENVIRONMENT.pop(_name, None)
-
-
-def command(*arguments: object) -> list[str]:
-    """Return the command line of a fedcli process."""
-    return [sys.executable, "-m", "fedcli", *map(str, arguments)]
-
-
-@functools.cache
-def warm() -> Warm:
-    """Return the process that forks this worker's fedcli processes."""
-    started = Warm([sys.executable], ENVIRONMENT)
-    atexit.register(started.__exit__)
-    return started
-
-
-def fedcli(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
-    """Run one fedcli process in a folder, and return what it printed and its exit code.
-
-    Without options of `subprocess.run` it is forked from a process that has imported torch: that saves five seconds.
-    """
-    if not options:
-        return warm()(*arguments, cwd=cwd)
-    return subprocess.run(
-        command(*arguments), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, **({"timeout": 120} | options)
-    )
-
-
-def settings(*overrides: str) -> list[str]:
-    """Return --set options."""
-    return [part for override in overrides for part in ("--set", override)]
+from support.processes import SMALL, fedcli, settings
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from judge_server import JudgeServer
-from scripted import Scripted, session
+from support.judge_server import JudgeServer
+from support.scripted import Scripted, session
 
 from fedcli.data.conversation import Turn
 from fedcli.errors import ConfigError, RequirementError

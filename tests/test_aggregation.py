@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, command
 from protocol_client import take_part
 from safetensors.numpy import save
-from test_protocol import ADAPTER, all_take_part, configure, noisy, read_manifest, stored_hashes
+from support.damage import tear
+from support.federation import ADAPTER, all_take_part, configure, noisy, read_manifest, stored_hashes
+from support.processes import ENVIRONMENT, command
 
 from fedcli.cli import main
 from fedcli.config import FederationConfig
@@ -30,11 +31,6 @@ def here(small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The small workspace as the current folder."""
     monkeypatch.chdir(small)
     return small
-
-
-def tear(workspace: Path, client: int) -> None:
-    """Cut a dropped adapter short."""
-    os.truncate(workspace / "inbox" / str(client) / "round-00000" / ADAPTER, 100)
 
 
 def published(workspace: Path) -> list[str]:

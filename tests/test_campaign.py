@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, SMALL, command, fedcli, settings
+from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
 from fedcli.rounds.status import read_status
 from fedcli.rounds.verification import verify

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from judge_server import JudgeServer
-from scripted import ROWS, Scripted, session
+from support.judge_server import JudgeServer
+from support.scripted import ROWS, Scripted, session
 
 from fedcli.data.conversation import Turn
 from fedcli.errors import ConfigError, RequirementError, UsageError

@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 
 import pytest
-from chat_templates import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.chat_templates import (
     CHATML,
     CHATML_WITH_MARKS,
     CHATS,
@@ -16,9 +18,7 @@ from chat_templates import (
     LLAMA_2,
     THINKS_ONCE,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizer_kinds import (
+from support.tokenizer_kinds import (
     CONVERSATIONS,
     KINDS,
     byte_level,

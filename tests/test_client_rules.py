@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_dpo import preference
-from test_training import adapter_parameters, examples_of, farthest, make_config, make_model, same_bits
+from support.models import adapter_parameters, examples_of, farthest, make_config, make_model, preference, same_bits
 from torch.nn.functional import logsigmoid
 
 from fedcli.algos import Array, Arrays, ClientRule

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scripted import ROWS, Scripted, session
+from support.scripted import ROWS, Scripted, session
 
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Options

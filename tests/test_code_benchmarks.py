@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from scripted import ROWS, Scripted, session
+from support.scripted import ROWS, Scripted, session
 
 from fedcli.data.conversation import Turn
 from fedcli.errors import ConfigError, RequirementError, UsageError

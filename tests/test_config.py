@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import settings
 from pydantic import ValidationError
+from support.processes import settings
 
 from fedcli.algos import ALGORITHMS
 from fedcli.cli import main

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tokenizer_kinds import byte_level, turns_of
+from support.tokenizer_kinds import byte_level, turns_of
 from transformers import PreTrainedTokenizerFast
 
 from fedcli.config import TemplateChoice, parse_config, read_document

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ENVIRONMENT, SMALL, command, settings
 from PIL import Image
+from support.processes import ENVIRONMENT, SMALL, command, settings
 
 from fedcli import cli
 from fedcli.config import parse_config

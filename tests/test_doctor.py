@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, command, fedcli
+from support.processes import ENVIRONMENT, command, fedcli
 
 from fedcli.model.base import find_base, load_shapes
 from fedcli.model.lora import lora_config, start_adapter

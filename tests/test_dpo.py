@@ -10,32 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, fedcli, settings
-from test_training import adapter_parameters, farthest, make_config, make_model
+from support.models import TINY, adapter_parameters, farthest, make_config, make_model, preference
+from support.processes import FEW, Run, fedcli, results, runner, settings
 
 from fedcli.algos import Array, Arrays
 from fedcli.cli import main
-from fedcli.data.conversation import Preference, Turn
+from fedcli.data.conversation import Preference
 from fedcli.data.demo import demo_preferences
 from fedcli.data.encoded import EncodedPair
 from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
-from fedcli.model.base import find_base
 from fedcli.model.likelihood import pair_log_probs
 from fedcli.model.lora import AdaptedModel, start_adapter
 from fedcli.training.dpo import ReferredPair, train_dpo
 from fedcli.training.reports import TrainSettings
 
-TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())
-FEW = (*SMALL, "federation.clients=2", "train.steps=4", "train.learning_rate=2e-2", "train.beta=0.5")
 LN2 = math.log(2)
-Run = Callable[..., tuple[int, str, str]]
-
-
-def preference(prompt: str, chosen: str, rejected: str) -> Preference:
-    return Preference((Turn("user", prompt),), chosen, rejected)
-
-
 LONGER = preference("Tell of the wet harbour.", "The storm howls over the coast", "red, as the night is so very long")
 
 
@@ -197,23 +187,6 @@ def test_long_responses_are_cut_and_counted_and_lose_their_end_token(adapted: Ad
 
 
 # Rows that will not do
-
-
-def results(run: Run, *arguments: object) -> dict[str, Any]:
-    code, out, err = run(*arguments, "--json")
-    assert (code, err) == (0, "")
-    return json.loads(out)
-
-
-def runner(capsys: pytest.CaptureFixture) -> Run:
-    """Return what runs a command in this process: exit code, stdout and stderr."""
-
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return (code, *capsys.readouterr())
-
-    return run_main
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ENVIRONMENT, SMALL, command, fedcli, settings
 from safetensors.torch import load_file, save_file
+from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
 from fedcli.cli import main
 from fedcli.model.base import find_base

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL, fedcli, settings, warm
 from safetensors.numpy import save_file
-from scripted import ROWS
+from support.processes import SMALL, fedcli, settings, warm
+from support.scripted import ROWS
 
 from fedcli.eval.registry import BENCHMARKS
 from fedcli.model.base import find_base

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fedcli
-from judge_server import JudgeServer
 from safetensors.numpy import load_file, save_file
-from scripted import ROWS
+from support.judge_server import JudgeServer
+from support.processes import fedcli
+from support.scripted import ROWS
 
 from fedcli.eval.sandbox import Program, Sandbox
 

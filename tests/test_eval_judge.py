@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, command, fedcli
-from judge_server import JudgeServer
-from scripted import ROWS
+from support.judge_server import JudgeServer
+from support.processes import ENVIRONMENT, command, fedcli
+from support.scripted import ROWS
 
 SHORT = ("--max-new-tokens", 8, "--data", ROWS)
 

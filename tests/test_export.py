@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, fedcli, settings
-from handmade import merge, score
+from support.handmade import merge, score
+from support.processes import SMALL, fedcli, settings
 
 from fedcli.errors import UsageError, WorkspaceError
 from fedcli.model.library_logging import quiet_libraries

@@ -1,6 +1,5 @@
 """Whole federations of real processes: the demo's commands, real rows, concurrency, and the warm path."""
 
-import hashlib
 import json
 import math
 import os
@@ -12,26 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, command, fedcli, settings
+from support.federation import adapter_hashes
+from support.processes import ENVIRONMENT, command, fedcli, run_ok, settings
 
 ADAPTER = "adapter/adapter_model.safetensors"
 TEST_DATA = Path(os.environ.get("FEDCLI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-
-def run_ok(*arguments: object, cwd: Path) -> dict:
-    """Run a command with --json that must succeed, and return its document."""
-    done = fedcli(*arguments, "--json", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "quiet under --json"
-    return json.loads(done.stdout)
-
-
-def adapter_hashes(workspace: Path) -> list[str]:
-    """Return the hash of every round's adapter."""
-    return [
-        hashlib.sha256((folder / ADAPTER).read_bytes()).hexdigest()
-        for folder in sorted((workspace / "rounds").iterdir())
-    ]
 
 
 def test_a_newcomers_commands_run_the_first_round(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from conftest import fedcli
-from scripted import ROWS, Scripted, session
 from sklearn.metrics import accuracy_score, f1_score
+from support.processes import fedcli
+from support.scripted import ROWS, Scripted, session
 
 from fedcli.data.conversation import Turn
 from fedcli.data.source import Row

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from protocol_client import take_part
-from test_kill import copies_killed_at_every_call
-from test_protocol import ADAPTER, all_take_part, configure, stored_hashes
-from test_score_table import ACCURACY, LOSS, keep
-from test_verify import flipped, removed, restart
+from support.damage import flipped, removed
+from support.federation import ADAPTER, all_take_part, configure, restart, stored_hashes
+from support.kills import copies_killed_at_every_call
+from support.scores import ACCURACY, LOSS, keep
 
 from fedcli.cli import main
 from fedcli.errors import WorkspaceError

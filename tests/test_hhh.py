@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripted import ROWS, Scripted, session
+from support.scripted import ROWS, Scripted, session
 
 from fedcli.data.conversation import Prompt, Turn
 from fedcli.data.source import Row

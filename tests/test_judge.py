@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
-from judge_server import JudgeServer
+from support.judge_server import JudgeServer
+from support.processes import ENVIRONMENT
 
 from fedcli.data.conversation import Turn
 from fedcli.errors import RequirementError, UsageError
@@ -29,7 +29,7 @@ from fedcli.eval.endpoint import Endpoint
 from fedcli.eval.judge import Judge
 from fedcli.eval.benchmarks.mt_bench import MT_BENCH
 from fedcli.workspace.scores import AnswerLog
-from scripted import Scripted, session
+from support.scripted import Scripted, session
 
 url, memory, data = sys.argv[1:4]
 if sys.argv[4:]:  # no file may grow beyond so many bytes: a full disk

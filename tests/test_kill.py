@@ -6,101 +6,33 @@ import shutil
 import signal
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 from protocol_client import take_part
-from test_protocol import ADAPTER, NUM_SAMPLES, all_take_part, configure, noisy, read_manifest, stored_hashes
+from support.federation import (
+    ADAPTER,
+    NUM_SAMPLES,
+    all_take_part,
+    configure,
+    noisy,
+    read_manifest,
+    stored_hashes,
+    train_as,
+)
+from support.kills import arm, copies_killed_at_every_call, die, fork, was_killed
 
-from fedcli.data.encoded import EncodedRows
 from fedcli.errors import BusyError, FedError, NotReadyError
 from fedcli.rounds import aggregation, opening
 from fedcli.rounds.aggregation import aggregate
-from fedcli.rounds.client import train_client
 from fedcli.rounds.creation import open_round
-from fedcli.rounds.parties import Party
 from fedcli.rounds.verification import verify
 from fedcli.workspace.history import read_head
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.records import TrainRecord
-
-CALLS = ("open", "write", "fsync", "close", "mkdir", "chmod", "fchmod", "rename", "replace", "link", "unlink", "rmdir")
-
-
-def die() -> None:
-    """Leave as a process does that the kernel kills for memory: no handler, no finally."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def arm(position: int, after: bool) -> None:
-    """Let this process die before or after its `position`-th call; before a write, half of it is done (a torn one)."""
-    calls = 0
-
-    def wrap(name: str, call: Callable) -> Callable:
-        def counted(*arguments, **options):
-            nonlocal calls
-            calls += 1
-            mine = calls
-            if mine == position and not after:
-                if name == "write":
-                    call(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-                die()
-            try:
-                return call(*arguments, **options)
-            finally:
-                if mine == position:
-                    die()
-
-        return counted
-
-    for name in CALLS:
-        setattr(os, name, wrap(name, getattr(os, name)))
-
-
-def fork(work: Callable[[], object]) -> int:
-    """Do some work in a forked child; return its process id. It exits with 0, or with 3 after an exception."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(3)
-        os._exit(0)
-    return child
-
-
-def was_killed(child: int) -> bool:
-    """Wait for a child; return whether it was killed. It must not fail in any other way."""
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
-
-
-def copies_killed_at_every_call(template: Path, operation: Callable[[Path], object], after: bool) -> Iterator[Path]:
-    """Yield copies of a workspace in which an operation was killed at its 1st, 2nd, ... call, until it survives."""
-    position = 0
-    while True:
-        position += 1
-        workspace = template.parent / "killed"
-        shutil.rmtree(workspace, ignore_errors=True)
-        shutil.copytree(template, workspace)
-
-        def work(workspace: Path = workspace, position: int = position) -> None:
-            arm(position, after)
-            operation(workspace)
-
-        if not was_killed(fork(work)):
-            return
-        yield workspace
 
 
 def finish(workspace: Path) -> None:
@@ -183,34 +115,6 @@ def test_killed_at_any_system_call_nothing_is_lost_or_counted_twice(
         result = verify(Workspace(workspace))
         assert (result.violations, result.num_updates, result.num_recomputed) == ([], 6, 2)
     assert points >= least
-
-
-class Stub:
-    """Stands in for the loaded model: gradient descent to a point of the client's, by the client rule."""
-
-    def __init__(self, goal: float = 0.0) -> None:
-        self.goal = goal
-
-    def rows(self, party: Party, train: TrainRecord) -> EncodedRows:
-        """Return as many rows as the client has, none of which is looked at."""
-        return EncodedRows([None] * NUM_SAMPLES[party.client])
-
-    def train(self, adapter, train: TrainRecord, *, party: Party, rule, **_: object):
-        """Return the values after the round's steps, and the steps' losses."""
-        values = {}
-        for name, weight in adapter.items():
-            for _step in range(train.steps):
-                weight = weight - train.learning_rate * (weight - (party.client - self.goal))
-                if rule is not None:
-                    weight = weight + rule.weight_term(rule.arrays[name], train.learning_rate)
-            values[name] = weight.astype("float32")
-        return values, [1.0] * train.steps
-
-
-def train_as(client: int, workspace: Path, goal: float = 0.0) -> None:
-    """Let a client do all that `client train` does, but for the model."""
-    result = train_client(Workspace(workspace), client, load_runtime=lambda head, party: Stub(goal))
-    assert result.status in ("submitted", "already_submitted")
 
 
 def stored(workspace: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import ENVIRONMENT
+from support.processes import ENVIRONMENT
 
 from fedcli.cli import app
 
@@ -134,6 +134,13 @@ def undocumented(parent: ast.Module | ast.ClassDef) -> Iterator[str]:
 def test_no_module_is_a_drawer() -> None:
     drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
     assert {path.stem for path in PACKAGE.rglob("*")} & drawers == set()
+
+
+def test_no_test_module_imports_another() -> None:
+    modules = sorted(Path(__file__).parent.rglob("*.py"))
+    imported = {module.stem: {name.split(".")[0] for name in imports(module)} for module in modules}
+    tests = {name for name in imported if name.startswith("test_")} | {"conftest"}
+    assert {name: found & tests for name, found in imported.items() if found & tests} == {}
 
 
 def test_no_file_in_git_is_over_five_megabytes() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENVIRONMENT
-from scripted import ROWS, Scripted, session
+from support.processes import ENVIRONMENT
+from support.scripted import ROWS, Scripted, session
 
 from fedcli.data.encoding import Encoder
 from fedcli.data.source import read_rows
@@ -345,7 +345,7 @@ import sys
 from fedcli.eval.benchmarks import lm_eval_by_name, lm_eval_tasks as table
 print(sorted({"lm_eval", "datasets", "torch", "transformers", "numpy"} & set(sys.modules)))
 sys.path.insert(0, sys.argv[1])
-from scripted import Scripted, session
+from support.scripted import Scripted, session
 for benchmark in table.BENCHMARKS:
     benchmark.run(session(benchmark, Scripted()))
 """
@@ -356,7 +356,7 @@ from fedcli.errors import RequirementError
 from fedcli.eval.benchmark import Session
 from fedcli.eval.benchmarks import lm_eval_tasks as table
 from fedcli.eval.data import Files
-from scripted import Scripted
+from support.scripted import Scripted
 for benchmark in table.BENCHMARKS:
     try:
         benchmark.run(Session(Scripted(), Files(benchmark.name, benchmark.data, ())))

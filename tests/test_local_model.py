@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from chat_templates import CHATML
-from tokenizer_kinds import KINDS, byte_level, is_lossless
+from support.chat_templates import CHATML
+from support.tokenizer_kinds import KINDS, byte_level, is_lossless
 
 from fedcli.config import CustomTemplate
 from fedcli.data.conversation import Turn

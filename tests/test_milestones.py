@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL, fedcli, settings, warm
+from support.processes import SMALL, fedcli, settings, warm
 
 ONE = (*SMALL, "federation.clients=2", "federation.per_round=1", "federation.rounds=5", "train.steps=1")
 """Settings of a federation of five rounds, each of one client."""

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
+from support.processes import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 

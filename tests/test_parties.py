@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, SMALL, command, settings
-from test_kill import arm, fork, was_killed
-from warm import Place, Warm, write_rows
+from support.kills import arm, fork, was_killed
+from support.processes import ENVIRONMENT, SMALL, command, settings
+from support.warm import Place, Warm, write_rows
 
 from fedcli.data.templates import ALPACA
 from fedcli.rounds.joining import prepare_join

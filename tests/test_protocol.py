@@ -18,15 +18,28 @@ import numpy as np
 import protocol_client
 import pytest
 import scaffold_client
-import yaml
-from conftest import SMALL, fedcli, settings
 from protocol_client import take_part
 from pydantic import Field, TypeAdapter
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
+from support.damage import as_bfloat16, replace_adapter, replace_file
+from support.federation import (
+    ADAPTER,
+    CONTROL_DELTA,
+    NUM_SAMPLES,
+    all_take_part,
+    answer,
+    configure,
+    noisy,
+    read_adapter,
+    read_manifest,
+    read_update,
+    stored_hashes,
+)
+from support.processes import SMALL, fedcli, settings
 
 from fedcli.algos import ALGORITHMS, AnyAlgorithm
-from fedcli.config import apply_overrides, parsing, read_document
+from fedcli.config import parsing
 from fedcli.model.base import find_base
 from fedcli.randomness import draw_cohort
 from fedcli.rounds.aggregation import aggregate
@@ -35,70 +48,6 @@ from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import Workspace
 
 PAGE = Path(__file__).parent.parent / "docs" / "PROTOCOL.md"
-ADAPTER = "adapter_model.safetensors"
-CONTROL_DELTA = "control_delta.safetensors"
-NUM_SAMPLES = {0: 3, 1: 50, 2: 447}
-
-
-def noisy(client: int):
-    """Return a training that adds a client's own noise, so that no two clients send the same values."""
-    # A generator a tensor: safetensors hands out tensors in no fixed order.
-    return lambda array: array + np.random.default_rng(client).normal(scale=0.1, size=array.shape)
-
-
-def all_take_part(workspace: Path) -> None:
-    """Let every client of the cohort answer the open round."""
-    for client, num_samples in NUM_SAMPLES.items():
-        take_part(workspace, client, noisy(client), num_samples)
-
-
-def read_manifest(workspace: Path, number: int) -> dict:
-    """Return a round's manifest as another implementation would read it."""
-    return json.loads((workspace / "rounds" / f"{number:05d}" / "manifest.json").read_bytes())
-
-
-def read_adapter(workspace: Path, number: int) -> dict[str, np.ndarray]:
-    """Return a round's global adapter."""
-    return load_file(workspace / "rounds" / f"{number:05d}" / "adapter" / ADAPTER)
-
-
-def read_update(workspace: Path, number: int, client: int) -> dict[str, np.ndarray]:
-    """Return the adapter that a client dropped, in float64."""
-    arrays = load_file(workspace / "inbox" / str(client) / f"round-{number:05d}" / ADAPTER)
-    return {name: array.astype(np.float64) for name, array in arrays.items()}
-
-
-def replace_adapter(update: Path, contents: bytes) -> None:
-    """Give a dropped update another adapter, with its size and hash in update.json."""
-    (update / ADAPTER).write_bytes(contents)
-    record = json.loads((update / "update.json").read_bytes())
-    record["files"][ADAPTER] = {"sha256": hashlib.sha256(contents).hexdigest(), "bytes": len(contents)}
-    (update / "update.json").write_text(json.dumps(record))
-
-
-def as_bfloat16(arrays: dict[str, np.ndarray]) -> bytes:
-    """Return a safetensors file of BF16: float32 without its low 16 bits. numpy has no such type."""
-    header, body = {}, b""
-    for name, array in arrays.items():
-        part = (np.ascontiguousarray(array, "<f4").view("<u4") >> 16).astype("<u2").tobytes()
-        header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": [len(body), len(body) + len(part)]}
-        body += part
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + body
-
-
-def configure(workspace: Path, *overrides: str) -> None:
-    """Edit fedcli.yaml as a user would between two rounds."""
-    path = workspace / "fedcli.yaml"
-    document = read_document(path.read_text(), path)
-    apply_overrides(document, overrides)
-    path.write_text(yaml.safe_dump(document))
-
-
-def stored_hashes(workspace: Path) -> dict[str, str]:
-    """Return every file's hash; not of the locks, which name their latest holder."""
-    files = (path for path in workspace.rglob("*") if path.is_file() and path.name not in ("server.lock", "lock"))
-    return {str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_the_protocol_client_is_short_and_has_nothing_of_fedcli():
@@ -328,14 +277,6 @@ def scaffold(small: Path) -> Path:
     return small
 
 
-def answer(workspace: Path, number: int) -> list[int]:
-    """Let the cohort of a scaffold round answer; return it."""
-    cohort = read_manifest(workspace, number)["cohort"]
-    for client in cohort:
-        assert scaffold_client.take_part(workspace, client, f"{workspace}/home/{client}", client - 1.0, 10 + client)
-    return cohort
-
-
 def read_control_delta(workspace: Path, number: int, client: int) -> dict[str, np.ndarray]:
     """Return the change of a control variate that a client dropped, in float64."""
     arrays = load_file(workspace / "inbox" / str(client) / f"round-{number:05d}" / CONTROL_DELTA)
@@ -427,15 +368,6 @@ def drop_from_list(path: Path) -> None:
     """Take a file out of update.json's list."""
     record = json.loads((path.parent / "update.json").read_bytes())
     del record["files"][path.name]
-    (path.parent / "update.json").write_text(json.dumps(record))
-
-
-def replace_file(path: Path, change) -> None:
-    """Change the arrays of an update's file, with its size and hash in update.json."""
-    contents = save({name: change(array) for name, array in load_file(path).items()})
-    path.write_bytes(contents)
-    record = json.loads((path.parent / "update.json").read_bytes())
-    record["files"][path.name] = {"sha256": hashlib.sha256(contents).hexdigest(), "bytes": len(contents)}
     (path.parent / "update.json").write_text(json.dumps(record))
 
 

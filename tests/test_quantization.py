@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, SMALL, command, fedcli, settings
 from safetensors.numpy import load_file
+from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
 from fedcli.cli import main
 from fedcli.model.base import find_base

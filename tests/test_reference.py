@@ -1,6 +1,7 @@
 """The reference model of direct preference optimisation: which it is, and the cache of what it says."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import settings
 from safetensors.numpy import load_file, save_file
-from test_dpo import FEW, LN2, TINY, Run, preference, results, runner
-from test_training import same_bits
+from support.models import TINY, preference, same_bits
+from support.processes import FEW, Run, results, runner, settings
 
 from fedcli.cli import main
 from fedcli.data.conversation import Preference
@@ -97,11 +97,11 @@ def test_the_reference_of_a_fresh_adapter_is_the_plain_base_in_every_round(
     workspace: Path, run: Run, base: tuple[Any, Any]
 ) -> None:
     first = [results(run, "client", "train", "--id", client, "-w", workspace) for client in range(2)]
-    assert [result["first_loss"] for result in first] == pytest.approx([LN2, LN2], abs=1e-5)
+    assert [result["first_loss"] for result in first] == pytest.approx([math.log(2)] * 2, abs=1e-5)
     assert_reference(workspace, 0, *base)
     assert results(run, "server", "aggregate", "-w", workspace)["round"] == 1
     later = results(run, "client", "train", "--id", 0, "-w", workspace)
-    assert abs(later["first_loss"] - LN2) > 1e-3
+    assert abs(later["first_loss"] - math.log(2)) > 1e-3
     assert len(cached(workspace, 0)) == 2 * 4 * 4  # rounds x steps x batch size: no row is drawn twice yet
     assert_reference(workspace, 0, *base)
     assert run("verify", "-w", workspace)[0] == 0
@@ -122,10 +122,10 @@ def test_the_reference_of_a_federation_that_starts_from_an_sft_adapter_is_that_a
     started = load_file(dpo / "rounds/00000/adapter/adapter_model.safetensors")
     assert same_bits(started, load_file(tuned / "adapter_model.safetensors"))
     first = results(run, "client", "train", "--id", 1, "-w", dpo)
-    assert first["first_loss"] == pytest.approx(LN2, abs=1e-5)
+    assert first["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
     results(run, "client", "train", "--id", 0, "-w", dpo)
     results(run, "server", "aggregate", "-w", dpo)
-    assert abs(results(run, "client", "train", "--id", 1, "-w", dpo)["first_loss"] - LN2) > 1e-3
+    assert abs(results(run, "client", "train", "--id", 1, "-w", dpo)["first_loss"] - math.log(2)) > 1e-3
     model, tokenizer = base
     reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), tuned).eval()
     assert_reference(dpo, 1, reference, tokenizer)

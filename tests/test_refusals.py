@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from protocol_client import take_part
 from safetensors.numpy import load, save
-from test_protocol import ADAPTER, PAGE, as_bfloat16, configure, read_manifest, replace_adapter
+from support.damage import as_bfloat16, replace_adapter
+from support.federation import ADAPTER, configure, read_manifest
 
 from fedcli.cli import main
 from fedcli.errors import WorkspaceError
@@ -29,6 +30,7 @@ from fedcli.workspace.records import RefusedUpdate, parse_update_record
 from fedcli.workspace.refusal import REFUSAL_CODES, Refusal
 from fedcli.workspace.tensors import decode, encode, schema_of
 
+PAGE = Path(__file__).parents[1] / "docs" / "PROTOCOL.md"
 BAD = 1
 """The client whose update is damaged; 0 and 2 are honest."""
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ENVIRONMENT, fedcli
-from scripted import Scripted, session
+from support.processes import ENVIRONMENT, fedcli
+from support.scripted import Scripted, session
 
 from fedcli.errors import UsageError
 from fedcli.eval.registry import BENCHMARKS, GROUPS, find_benchmarks, find_group, register

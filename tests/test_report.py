@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, fedcli
-from handmade import Arrays, drop, merge, score
 from PIL import Image
-from test_kill import copies_killed_at_every_call
+from support.handmade import Arrays, drop, merge, score
+from support.kills import copies_killed_at_every_call
+from support.processes import ENVIRONMENT, fedcli
 
 from fedcli.report.events import write_events
 from fedcli.report.figures import NAMES, draw

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from protocol_client import take_part
-from test_protocol import all_take_part, configure, read_manifest
+from support.federation import all_take_part, configure, read_manifest
 
 from fedcli.rounds.aggregation import aggregate
 from fedcli.rounds.client import client_status

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ENVIRONMENT, SMALL, command, fedcli, settings, warm
 from protocol_client import take_part
+from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings, warm
 
 pytestmark = pytest.mark.slurm
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ENVIRONMENT, fedcli, warm
 from hypothesis import given
 from hypothesis import strategies as st
+from support.processes import ENVIRONMENT, fedcli, warm
 
 from fedcli.config import SlurmConfig, parse_config
 from fedcli.errors import ConfigError

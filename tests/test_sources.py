@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENVIRONMENT
+from support.processes import ENVIRONMENT
 
 from fedcli.data.source import KINDS, Row, Source, find_source, read_rows, write_row
 from fedcli.errors import ConfigError

@@ -10,21 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from protocol_client import take_part
-from test_aggregation import tear
-from test_kill import train_as
-from test_protocol import (
+from support.damage import edited, tear
+from support.federation import (
     NUM_SAMPLES,
     all_take_part,
     configure,
     noisy,
+    own,
     read_adapter,
     read_manifest,
     read_update,
     stored_hashes,
+    train_as,
 )
-from test_switching import own
-from test_verify import edited
-from test_verify import restart as reopen
+from support.federation import restart as reopen
 
 from fedcli.cli import main
 from fedcli.config import FederationConfig

@@ -11,17 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, SMALL, command, fedcli, settings
 from protocol_client import take_part
 from safetensors.numpy import load_file, save_file
-from test_algorithms import OTHER, Formulas, drop, drop_all, random_update
-from test_protocol import ADAPTER, configure, read_adapter, read_manifest, stored_hashes
+from support.federation import ADAPTER, configure, own, read_adapter, read_manifest, stored_hashes
+from support.formulas import OTHER, Formulas, drop, drop_all, random_update
+from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
 from fedcli.algos.scaffold import Scaffold
 from fedcli.cli import main
 from fedcli.rounds.verification import verify
-from fedcli.workspace.controls import read_control
-from fedcli.workspace.history import read_head, read_rounds
+from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace
 
 DELTA = "control_delta.safetensors"
@@ -173,13 +172,6 @@ def test_an_update_whose_square_overflows_is_named_and_the_round_goes_on_without
     done = fedcli("server", "aggregate", "--algo", "fedadagrad", cwd=here)
     assert done.returncode == 0, done.stderr
     assert [entry["client"] for entry in read_manifest(here, 1)["aggregation"]["counted"]] == [0, 1, 2]
-
-
-def own(workspace: Path, client: int) -> dict[str, np.ndarray]:
-    """Return a client's c_k for the open round as fedcli finds it; empty for zero."""
-    head = read_head(Workspace(workspace))
-    rounds = [*read_rounds(Workspace(workspace), before=head.number), head]
-    return read_control(Workspace(workspace).private(client), rounds, Scaffold(), client)
 
 
 def flat(arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, SMALL, command, fedcli, settings
 from safetensors.numpy import load_file
+from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
 from fedcli.algos import ALGORITHMS
 from fedcli.cli import main

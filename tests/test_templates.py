@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import (
+from support.tokenizer_kinds import (
     CONVERSATIONS,
     KINDS,
     byte_level,

@@ -4,13 +4,13 @@ The built-in model is small enough that every number here is a real one, and flo
 """
 
 import copy
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.models import TARGETS, adapter_parameters, examples_of, farthest, make_config, make_model, same_bits
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedcli.algos import Array, Arrays
@@ -22,7 +22,7 @@ from fedcli.data.templates import alpaca
 from fedcli.model import likelihood
 from fedcli.model.base import find_base
 from fedcli.model.likelihood import IGNORED, supervised_logits
-from fedcli.model.lora import AdaptedModel, lora_config, start_adapter
+from fedcli.model.lora import AdaptedModel, start_adapter
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.training.sft import train_sft
 
@@ -31,21 +31,6 @@ LONGER = (
     instruct("Tell a story of a wet harbour and a long night, with an island and the wind.", "The storm howls."),
     instruct("Name it", "red"),
 )
-TARGETS = ("q_proj", "v_proj", "down_proj")
-
-
-def examples_of(rows: Sequence[Mapping[str, str]]) -> list[Example]:
-    """Return what rows of the demo teach."""
-    return [instruct(row["instruction"], row["output"], row["input"]) for row in rows]
-
-
-def make_config(dropout: float = 0.0) -> dict[str, Any]:
-    return lora_config(rank=4, alpha=8, dropout=dropout, target_modules=TARGETS, base=None)
-
-
-def make_model(dropout: float = 0.0) -> AdaptedModel:
-    folder = find_base("builtin:tiny", revision=None, root=Path.cwd())
-    return AdaptedModel(folder, make_config(dropout), trust_remote_code=False)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +76,6 @@ def train(
     return losses, adapted.values(), reports
 
 
-def adapter_parameters(adapted: AdaptedModel) -> dict[str, torch.nn.Parameter]:
-    return {
-        name.replace(".default.", "."): parameter
-        for name, parameter in adapted.model.named_parameters()
-        if ".lora_" in name
-    }
-
-
 def gradients_of(adapted: AdaptedModel, run: Any) -> dict[str, torch.Tensor]:
     """Return the gradients of the one backward pass that `run` makes, before they are clipped."""
     gradients: dict[str, torch.Tensor] = {}
@@ -110,16 +87,6 @@ def gradients_of(adapted: AdaptedModel, run: Any) -> dict[str, torch.Tensor]:
     for hook in hooks:
         hook.remove()
     return gradients
-
-
-def farthest(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Return the largest difference between two adapters."""
-    assert one.keys() == other.keys()
-    return max(float(abs(one[name] - other[name]).max()) for name in one)
-
-
-def same_bits(one: Arrays, other: Arrays) -> bool:
-    return one.keys() == other.keys() and all(one[name].tobytes() == other[name].tobytes() for name in one)
 
 
 # The oracle

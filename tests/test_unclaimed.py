@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, SMALL, command, fedcli, settings
-from test_federation import run_ok
+from support.processes import ENVIRONMENT, SMALL, command, fedcli, run_ok, settings
 
 from fedcli.workspace.glance import glance
 from fedcli.workspace.layout import Workspace

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, SMALL, settings
-from warm import Warm
+from support.processes import ENVIRONMENT, SMALL, settings
+from support.warm import Warm
 
 import fedcli
 

@@ -11,27 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT
 from safetensors.numpy import load_file, save
-from test_protocol import (
-    ADAPTER,
-    CONTROL_DELTA,
-    all_take_part,
-    answer,
-    configure,
-    replace_adapter,
-    replace_file,
-    stored_hashes,
-)
+from support.damage import LAST, edited, flipped, removed, replace_adapter, replace_file
+from support.federation import ADAPTER, CONTROL_DELTA, all_take_part, answer, configure, restart, stored_hashes
+from support.processes import ENVIRONMENT
 
 from fedcli.cli import main
 from fedcli.rounds.aggregation import aggregate
-from fedcli.rounds.creation import open_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import file_entry
 
 ROUND = "rounds/00001"
-LAST = "rounds/00002"
 UPDATE = "inbox/1/round-00000"
 OPTIMIZER = "optimizer.safetensors"
 CONTROL = "control.safetensors"
@@ -55,19 +45,6 @@ def finished(finished_template: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     return folder
 
 
-def flipped(name: str, position: int, workspace: Path) -> None:
-    """Flip the lowest bit of one byte of a file."""
-    data = bytearray((workspace / name).read_bytes())
-    data[position] ^= 1
-    (workspace / name).write_bytes(data)
-
-
-def removed(name: str, workspace: Path) -> None:
-    """Remove a file or a directory."""
-    path = workspace / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def added(name: str, workspace: Path) -> None:
     """Add a file."""
     (workspace / name).write_bytes(b"")
@@ -78,14 +55,6 @@ def linked(name: str, workspace: Path) -> None:
     moved = workspace / "moved"
     (workspace / name).rename(moved)
     (workspace / name).symlink_to(moved)
-
-
-def edited(edit: Callable[[dict], object], workspace: Path) -> None:
-    """Edit the last round's manifest, which no other names as its parent: the chain of hashes stays whole."""
-    path = workspace / LAST / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    edit(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 def counted_edited(edit: Callable[[list[dict]], object], workspace: Path) -> None:
@@ -287,13 +256,6 @@ def finished_templates(small_template: Path, tmp_path_factory: pytest.TempPathFa
                 all_take_part(workspace)
             aggregate(Workspace(workspace))
     return templates
-
-
-def restart(workspace: Path, algorithm: str) -> None:
-    """Let round 0, which nobody has answered, be one of another algorithm."""
-    configure(workspace, f"algorithm.name={algorithm}")
-    shutil.rmtree(workspace / "rounds")
-    open_round(Workspace(workspace))
 
 
 @pytest.fixture(params=["fedavgm", "fedyogi", "scaffold"])

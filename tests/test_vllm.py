@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import fedcli
+from support.processes import fedcli
 
 from fedcli.data.conversation import Turn
 from fedcli.data.encoding import Encoder

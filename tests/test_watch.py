@@ -12,9 +12,9 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, command, fedcli
-from handmade import drop, merge
 from rich.console import Console
+from support.handmade import drop, merge
+from support.processes import ENVIRONMENT, command, fedcli
 
 from fedcli.commands.status_watch import render
 from fedcli.rounds.aggregation import aggregate

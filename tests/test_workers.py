@@ -11,8 +11,8 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, command
-from test_federation import adapter_hashes, run_ok
+from support.federation import adapter_hashes
+from support.processes import ENVIRONMENT, command, run_ok
 
 from fedcli.errors import ConfigError
 from fedcli.rounds.workers import Workers, visible_gpus

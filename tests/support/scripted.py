@@ -9,7 +9,7 @@ from fedcli.eval.judge import Judge
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood
 from fedcli.eval.sandbox import CodeRunner
 
-ROWS = Path(__file__).parent / "benchmark_rows"
+ROWS = Path(__file__).parents[1] / "benchmark_rows"
 """Rows written for the tests, in the publishers' formats: a folder for each benchmark."""
 
 

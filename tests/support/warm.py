@@ -26,8 +26,8 @@ class Warm:
         self._environment = dict(environment)
         self._one_at_a_time = Lock()
         self._process = subprocess.Popen(
-            [*python, Path(__file__).name],
-            cwd=Path(__file__).parent,
+            [*python, "-m", "support.warm"],
+            cwd=Path(__file__).parents[1],
             env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -108,6 +108,7 @@ class Place:
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Write a file of JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -1,0 +1,127 @@
+"""A federation on disk: clients that answer without a model, and what their workspace holds afterwards."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import scaffold_client
+import yaml
+from protocol_client import take_part
+from safetensors.numpy import load_file
+
+from fedcli.algos.scaffold import Scaffold
+from fedcli.config import apply_overrides, read_document
+from fedcli.data.encoded import EncodedRows
+from fedcli.rounds.client import train_client
+from fedcli.rounds.creation import open_round
+from fedcli.rounds.parties import Party
+from fedcli.workspace.controls import read_control
+from fedcli.workspace.history import read_head, read_rounds
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.records import TrainRecord
+
+ADAPTER = "adapter_model.safetensors"
+CONTROL_DELTA = "control_delta.safetensors"
+NUM_SAMPLES = {0: 3, 1: 50, 2: 447}
+
+
+def configure(workspace: Path, *overrides: str) -> None:
+    """Edit fedcli.yaml as a user would between two rounds."""
+    path = workspace / "fedcli.yaml"
+    document = read_document(path.read_text(), path)
+    apply_overrides(document, overrides)
+    path.write_text(yaml.safe_dump(document))
+
+
+def restart(workspace: Path, algorithm: str) -> None:
+    """Let round 0, which nobody has answered, be one of another algorithm."""
+    configure(workspace, f"algorithm.name={algorithm}")
+    shutil.rmtree(workspace / "rounds")
+    open_round(Workspace(workspace))
+
+
+def noisy(client: int):
+    """Return a training that adds a client's own noise, so that no two clients send the same values."""
+    # A generator a tensor: safetensors hands out tensors in no fixed order.
+    return lambda array: array + np.random.default_rng(client).normal(scale=0.1, size=array.shape)
+
+
+def all_take_part(workspace: Path) -> None:
+    """Let every client of the cohort answer the open round."""
+    for client, num_samples in NUM_SAMPLES.items():
+        take_part(workspace, client, noisy(client), num_samples)
+
+
+def answer(workspace: Path, number: int) -> list[int]:
+    """Let the cohort of a scaffold round answer; return it."""
+    cohort = read_manifest(workspace, number)["cohort"]
+    for client in cohort:
+        assert scaffold_client.take_part(workspace, client, f"{workspace}/home/{client}", client - 1.0, 10 + client)
+    return cohort
+
+
+class Stub:
+    """Stands in for the loaded model: gradient descent to a point of the client's, by the client rule."""
+
+    def __init__(self, goal: float = 0.0) -> None:
+        self.goal = goal
+
+    def rows(self, party: Party, train: TrainRecord) -> EncodedRows:
+        """Return as many rows as the client has, none of which is looked at."""
+        return EncodedRows([None] * NUM_SAMPLES[party.client])
+
+    def train(self, adapter, train: TrainRecord, *, party: Party, rule, **_: object):
+        """Return the values after the round's steps, and the steps' losses."""
+        values = {}
+        for name, weight in adapter.items():
+            for _step in range(train.steps):
+                weight = weight - train.learning_rate * (weight - (party.client - self.goal))
+                if rule is not None:
+                    weight = weight + rule.weight_term(rule.arrays[name], train.learning_rate)
+            values[name] = weight.astype("float32")
+        return values, [1.0] * train.steps
+
+
+def train_as(client: int, workspace: Path, goal: float = 0.0) -> None:
+    """Let a client do all that `client train` does, but for the model."""
+    result = train_client(Workspace(workspace), client, load_runtime=lambda head, party: Stub(goal))
+    assert result.status in ("submitted", "already_submitted")
+
+
+def read_manifest(workspace: Path, number: int) -> dict:
+    """Return a round's manifest as another implementation would read it."""
+    return json.loads((workspace / "rounds" / f"{number:05d}" / "manifest.json").read_bytes())
+
+
+def read_adapter(workspace: Path, number: int) -> dict[str, np.ndarray]:
+    """Return a round's global adapter."""
+    return load_file(workspace / "rounds" / f"{number:05d}" / "adapter" / ADAPTER)
+
+
+def read_update(workspace: Path, number: int, client: int) -> dict[str, np.ndarray]:
+    """Return the adapter that a client dropped, in float64."""
+    arrays = load_file(workspace / "inbox" / str(client) / f"round-{number:05d}" / ADAPTER)
+    return {name: array.astype(np.float64) for name, array in arrays.items()}
+
+
+def own(workspace: Path, client: int) -> dict[str, np.ndarray]:
+    """Return a client's c_k for the open round as fedcli finds it; empty for zero."""
+    head = read_head(Workspace(workspace))
+    rounds = [*read_rounds(Workspace(workspace), before=head.number), head]
+    return read_control(Workspace(workspace).private(client), rounds, Scaffold(), client)
+
+
+def stored_hashes(workspace: Path) -> dict[str, str]:
+    """Return every file's hash; not of the locks, which name their latest holder."""
+    files = (path for path in workspace.rglob("*") if path.is_file() and path.name not in ("server.lock", "lock"))
+    return {str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def adapter_hashes(workspace: Path) -> list[str]:
+    """Return the hash of every round's adapter."""
+    return [
+        hashlib.sha256((folder / ADAPTER).read_bytes()).hexdigest()
+        for folder in sorted((workspace / "rounds").iterdir())
+    ]
