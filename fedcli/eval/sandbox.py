@@ -1,13 +1,13 @@
 """Runs code that a model wrote where it can touch nothing.
 
-Each program has its own user, mount, process, network and message namespaces: it sees the Python installation and the
-system's libraries, read-only, and one empty folder; no home, no workspace, no network, no other process. Its
-environment is `sandbox_child.ENVIRONMENT`; its memory, processes, files, output and time are limited. Whether it got to
-its end is told by a token that only the runner around it knows. That is no proof against a program that looks for the
-token in its own process, and neither are a benchmark's tests, which run there too; ending early is no way to pass.
+bubblewrap (bwrap) gives each program its own user, mount, process, network and message namespaces: it sees the Python
+installation and the system's libraries, read-only, and one empty folder; no home, no workspace, no network, no other
+process. Its environment is `ENVIRONMENT`; `sandbox_child` limits its memory, processes, files, output and time. Whether
+it got to its end is told by a token that only the runner around it knows. That is no proof against a program that looks
+for the token in its own process, and neither are a benchmark's tests, which run there too; ending early is no way to
+pass.
 """
 
-import json
 import os
 import secrets
 import shutil
@@ -21,14 +21,28 @@ from typing import Literal, Protocol, TypeAlias
 
 from fedcli.errors import RequirementError
 from fedcli.eval import sandbox_child
-from fedcli.eval.sandbox_child import ENVIRONMENT, FILE_BYTES, HOME, HOME_BYTES, NOBODY, is_root_link
+from fedcli.eval.sandbox_child import FILE_BYTES, HOME, HOME_BYTES
 
 Outcome: TypeAlias = Literal["passed", "failed", "timed out", "too much memory", "too much output"]
+NOBODY = 65534
+"""The user and the group of a program, as it sees them; on the machine too where root starts it."""
+ENVIRONMENT = {
+    "HOME": HOME,
+    "LANG": "C.UTF-8",
+    "MPLBACKEND": "Agg",
+    "MPLCONFIGDIR": HOME,
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PATH": "/usr/bin:/bin",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONHASHSEED": "0",
+    "TMPDIR": HOME,
+}
 MOST_WORKERS = 4
 SHOWN_BYTES = 2000
 """Of the end of a program's output."""
 _GRACE = 30.0
-"""Seconds after a program's own time in which its walls must have come down."""
+"""Seconds after a program's own time in which its sandbox must have ended."""
 _OUTCOMES: dict[int, Outcome] = {
     sandbox_child.SUCCEEDED: "failed",  # it has ended, but not at its end
     sandbox_child.FAILED: "failed",
@@ -80,43 +94,39 @@ class CodeRunner(Protocol):
 
 
 class _BrokenError(Exception):
-    """The walls do not stand."""
+    """The sandbox could not be made."""
 
 
 class Sandbox:
-    """Runs programs behind the walls of bubblewrap, where it is installed and they hold, else behind the kernel's own.
+    """Runs programs in bubblewrap.
 
-    Making one tries the walls out; raises RequirementError where none hold.
+    Making one tries it out; raises RequirementError where bubblewrap is missing or this machine does not let it work.
     """
 
     def __init__(self) -> None:
-        if sys.platform != "linux":
-            raise _no_walls("only Linux has what it needs")
+        bubblewrap = shutil.which("bwrap")
+        if sys.platform != "linux" or bubblewrap is None:
+            raise _refused("bubblewrap (bwrap) is not installed")
+        self._bubblewrap = bubblewrap
         self._child = Path(sandbox_child.__file__).read_text(encoding="utf-8")
         self._workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-        reasons = []
-        for wall in dict.fromkeys((shutil.which("bwrap"), None)):
-            self._wall = wall
-            try:
-                probe = self._run(Program(_PROBE))
-            except _BrokenError as error:
-                reasons.append(f"{wall or 'unshare'}: {error}")
-                continue
-            if probe.passed:
-                return
-            reasons.append(f"{wall or 'unshare'}: {_last_line(probe.output) or probe.outcome}")
-        raise _no_walls("; ".join(reasons))
+        try:
+            probe = self._run(Program(_PROBE))
+        except _BrokenError as error:
+            raise _refused(str(error)) from error
+        if not probe.passed:
+            raise _refused(_last_line(probe.output) or probe.outcome)
 
     def run_all(self, programs: Sequence[Program]) -> list[Run]:
         """Run programs, some at once, and return how each ended, in order.
 
-        No process of theirs is left when it returns. Raises RequirementError where the walls no longer stand.
+        No process of theirs is left when it returns. Raises RequirementError where no sandbox can be made any more.
         """
         with ThreadPoolExecutor(self._workers) as pool:
             try:
                 return list(pool.map(self._run, programs))
             except _BrokenError as error:
-                raise _no_walls(str(error)) from error
+                raise _refused(str(error)) from error
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # where one raises, the others need not start
 
@@ -149,9 +159,14 @@ class Sandbox:
 
     def _command(self, seconds: float) -> list[str]:
         paths = _visible_paths()
-        job = {"seconds": seconds, "paths": paths, "has_walls": self._wall is not None}
-        command = [sys.executable, "-S", "-c", self._child, json.dumps(job)]
-        return command if self._wall is None else [self._wall, *_bubblewrap(paths), *command]
+        child = [sys.executable, "-S", "-c", self._child, str(seconds)]
+        command = [self._bubblewrap, *_walls(paths), "--", *child]
+        if os.geteuid() != 0 or not _has_user(NOBODY):
+            return command
+        # root may fork without limit, so it becomes another user first, who sees no more than what a program sees
+        outside = ["--unshare-pid", "--die-with-parent", "--dev-bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev", "--dir", HOME]
+        become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+        return [self._bubblewrap, *outside, *_binds(paths), "--", *become, *command]
 
 
 def _visible_paths() -> list[str]:
@@ -173,26 +188,44 @@ def _libraries() -> dict[str, str]:
     return {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 
 
-def _bubblewrap(paths: Sequence[str]) -> list[str]:
-    """Return bubblewrap's options for what `sandbox_child` does by itself where there is none."""
+def _walls(paths: Sequence[str]) -> list[str]:
+    """Return bubblewrap's options for a sandbox in which a program sees `paths`."""
     # --as-pid-1: the watcher is the first process, which no program can kill or look into, as bubblewrap's own can be
     options = ["--unshare-user", "--unshare-all", "--disable-userns", "--die-with-parent", "--as-pid-1"]
     options += ["--cap-drop", "ALL", "--new-session"]
     options += ["--uid", str(NOBODY), "--gid", str(NOBODY), "--proc", "/proc", "--dev", "/dev"]
-    options += ["--size", str(HOME_BYTES), "--tmpfs", HOME]
+    options += ["--size", str(HOME_BYTES), "--tmpfs", HOME, *_binds(paths)]
+    return [*options, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", HOME]
+
+
+def _binds(paths: Sequence[str]) -> list[str]:
+    """Return bubblewrap's options that show `paths`, read-only; a link in the root folder (/bin) stays one."""
+    options: list[str] = []
     for path in paths:
-        options += ["--symlink", os.readlink(path), path] if is_root_link(path) else ["--ro-bind", path, path]
-    return [*options, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", HOME, "--"]
+        folders = [str(folder) for folder in reversed(Path(path).parents)][1:]
+        for folder in folders:
+            options += ["--dir", folder]  # bubblewrap's own may be closed to nobody
+        is_link = not folders and os.path.islink(path)
+        options += ["--symlink", os.readlink(path), path] if is_link else ["--ro-bind", path, path]
+    return options
+
+
+def _has_user(number: int) -> bool:
+    """Return whether a user exists in this process's user namespace."""
+    with open("/proc/self/uid_map") as file:
+        ranges = [tuple(map(int, line.split())) for line in file]
+    return any(first <= number < first + count for first, _, count in ranges)
 
 
 def _last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2]
 
 
-def _no_walls(reason: str) -> RequirementError:
+def _refused(reason: str) -> RequirementError:
     return RequirementError(
         f"this machine cannot run code in a sandbox: {reason}",
-        hint="Install bubblewrap, or let users make user namespaces (sysctl user.max_user_namespaces and, where there "
-        "is one, kernel.apparmor_restrict_unprivileged_userns; in a container, allow unshare and mount). Without "
+        hint="Install bubblewrap 0.8 or later (on Debian: apt-get install bubblewrap), and let users make user "
+        "namespaces (sysctl user.max_user_namespaces and, where there is one, "
+        "kernel.apparmor_restrict_unprivileged_userns; in a container, allow unshare and mount). Without "
         "--allow-code-execution the answers are kept, and no code is run.",
     )
