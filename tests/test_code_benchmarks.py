@@ -17,14 +17,14 @@ from support.scripted import ROWS, Scripted, session
 from fedcli.data.conversation import Turn
 from fedcli.errors import ConfigError, RequirementError, UsageError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Options
-from fedcli.eval.benchmarks import code_bleu, ds1000, humaneval, humanevalpack, mbpp
+from fedcli.eval.benchmarks import bleu, ds1000, humaneval, humanevalpack, mbpp
 from fedcli.eval.benchmarks.code import extract_code, pass_at_k
 from fedcli.eval.requests import Generation
 from fedcli.eval.sandbox import Program, Sandbox
 
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 FIX, SYNTHESIZE = humanevalpack.BENCHMARKS
-CONALA, CONCODE = code_bleu.BENCHMARKS
+CONALA, CONCODE = bleu.BENCHMARKS
 
 
 @pytest.fixture(scope="module")
@@ -303,11 +303,11 @@ def test_the_published_answers_have_the_full_score(benchmark: Benchmark) -> None
     (path,) = (ROWS / benchmark.name).iterdir()
     rows = json.loads(path.read_text()) if benchmark is CONALA else rows_of(path)
     model = in_turn(f"```\n{row['snippet' if benchmark is CONALA else 'code']}\n```" for row in rows)
-    assert bleu(benchmark, benchmark.run(session(benchmark, model))) == pytest.approx(100)
-    assert bleu(benchmark, benchmark.run(session(benchmark, Scripted()))) == 0
+    assert corpus_bleu(benchmark, benchmark.run(session(benchmark, model))) == pytest.approx(100)
+    assert corpus_bleu(benchmark, benchmark.run(session(benchmark, Scripted()))) == 0
 
 
-def bleu(benchmark: Benchmark, items: list[ItemScore]) -> float:
+def corpus_bleu(benchmark: Benchmark, items: list[ItemScore]) -> float:
     (metric,) = benchmark.metrics
     assert metric.of_sum is not None
     return metric.of_sum([sum(column) for column in zip(*(item.marks["BLEU"] for item in items), strict=True)])
@@ -322,8 +322,8 @@ def test_bleu_of_the_sums_is_sacrebleus_corpus_score() -> None:
         references = [" ".join(pick.choices(words, k=pick.randint(1, 15))) for _ in range(length)]
         answers = [" ".join(pick.choices([*words, *reference.split()], k=9)) for reference in references]
         answers[0] = pick.choice(["", references[0]])
-        marks = [code_bleu.count_ngrams(*pair) for pair in zip(answers, references, strict=True)]
-        found = code_bleu.bleu_of_sum([sum(column) for column in zip(*marks, strict=True)])
+        marks = [bleu.count_ngrams(*pair) for pair in zip(answers, references, strict=True)]
+        found = bleu.bleu_of_sum([sum(column) for column in zip(*marks, strict=True)])
         assert found == sacrebleu.corpus_bleu(answers, [references]).score
 
 

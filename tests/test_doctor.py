@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -52,6 +53,7 @@ def test_a_healthy_workspace_has_no_failed_finding_and_is_left_as_it_was(small: 
         "torch",
         "cpu",
         "quantised matmul",
+        "sandbox",
         "hub",
         "disk: rename",
         "disk: fsync",
@@ -63,6 +65,15 @@ def test_a_healthy_workspace_has_no_failed_finding_and_is_left_as_it_was(small: 
         findings["disk: lock"]["state"] == findings["memory"]["state"] == findings["quantised matmul"]["state"] == "ok"
     )
     assert sorted(small.rglob("*")) == before
+
+
+def test_the_sandbox_is_tried_out_and_the_cure_named_where_it_is_missing(tmp_path: Path) -> None:
+    code, findings = examine(tmp_path, PATH=str(tmp_path))
+    assert (code, findings["sandbox"]["state"]) == (0, "warning")
+    assert findings["sandbox"]["detail"].endswith("bubblewrap (bwrap) is not installed")
+    assert "apt-get install bubblewrap" in findings["sandbox"]["cure"]
+    if shutil.which("bwrap"):
+        assert examine(tmp_path)[1]["sandbox"]["state"] == "ok"
 
 
 def test_outside_a_workspace_the_machine_alone_is_looked_at(tmp_path: Path) -> None:

@@ -362,7 +362,11 @@ MISTAKES: list[tuple[int, list[str], list[str]]] = [
     (6, ["tfns", "--round", "99"], ["round 99 is not there yet"]),
     (2, ["tfns", "--round", "last"], ["--round last: no such round", "latest"]),
     (2, ["tfns", "--base", "--template", "vicunia"], ["unknown template 'vicunia'", "Did you mean vicuna?"]),
-    (2, ["tfns", "--base", "--backend", "vlm"], ["unknown backend 'vlm'", "Did you mean vllm?"]),
+    (
+        2,
+        ["tfns", "--base", "--backend", "vllm"],
+        ["no --backend any more", "vllm serve", "--api NAME --api-url http://"],
+    ),
     (2, ["tfns", "--adapter", "/nowhere"], ["--adapter /nowhere holds no adapter_config.json"]),
     (8, ["tfns", "--model", "/nowhere"], ["/nowhere does not hold config.json and weights", "--model"]),
     (8, ["tfns", "--api", "gpt-4o"], ["gpt-4o needs a key", "OPENAI_API_KEY"]),

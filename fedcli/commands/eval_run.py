@@ -92,7 +92,7 @@ def run(
     batch_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Items at once. Default: 64.", show_default=False)
     ] = None,
-    backend: Annotated[str, typer.Option(metavar="NAME", help="transformers, or vllm.")] = "transformers",
+    backend: Annotated[str | None, typer.Option(hidden=True)] = None,
     split: Annotated[str, typer.Option(hidden=True)] = "test",
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = None,
@@ -109,6 +109,12 @@ def run(
     from fedcli.rounds.targets import Targets
     from fedcli.workspace.layout import find_workspace
 
+    if backend is not None:
+        raise UsageError(
+            "there is no --backend any more: transformers answers, or a server behind --api",
+            hint="Leave it out; for vLLM start `vllm serve BASE --enable-lora --lora-modules NAME=rounds/N/adapter`, "
+            "and name it: --api NAME --api-url http://localhost:8000/v1.",
+        )
     splits = {"test": "demo", "tuning": "demo-tuning"}
     if split not in splits:
         raise UsageError(f"unknown split {split!r}", hint=did_you_mean(split, splits))
@@ -137,7 +143,6 @@ def run(
             judge_url=judge_url,
             allow_code_execution=allow_code_execution,
             batch_size=batch_size,
-            backend=backend,
             threads=threads,
             confirm=None if yes else display.confirm,
         )

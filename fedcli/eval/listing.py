@@ -47,8 +47,8 @@ def _listed(benchmark: Benchmark, roots: Sequence[Path]) -> Listed:
     missing = [] if where in ("local", "cached") else ["data"]
     if "judge" in benchmark.needs and not os.environ.get(KEY_VARIABLE):
         missing.append(f"judge (${KEY_VARIABLE}, a server of your own, or a model folder)")
-    if "code-execution" in benchmark.needs and not (shutil.which("bwrap") or shutil.which("unshare")):
-        missing.append("code-execution (bubblewrap or unshare)")
+    if "code-execution" in benchmark.needs and not shutil.which("bwrap"):
+        missing.append("code-execution (bubblewrap)")
     source = benchmark.data
     return Listed(
         name=benchmark.name,

@@ -7,7 +7,7 @@ from fedcli.errors import UsageError, did_you_mean
 from fedcli.eval.benchmark import Benchmark, Group
 from fedcli.eval.benchmarks import (
     advbench,
-    code_bleu,
+    bleu,
     demo,
     ds1000,
     finance,
@@ -44,7 +44,7 @@ BENCHMARKS = register(
         mbpp.BENCHMARK,
         *humanevalpack.BENCHMARKS,
         ds1000.BENCHMARK,
-        *code_bleu.BENCHMARKS,
+        *bleu.BENCHMARKS,
         *finance.BENCHMARKS,
         hhh.BENCHMARK,
         advbench.BENCHMARK,

@@ -1,4 +1,4 @@
-"""What a benchmark asks of a model, and what it gets; whether a local model, vLLM or an endpoint answers is open."""
+"""What a benchmark asks of a model, and what it gets; whether a local model or an endpoint answers is open."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -164,7 +164,8 @@ class Sandbox:
         if os.geteuid() != 0 or not _has_user(NOBODY):
             return command
         # root may fork without limit, so it becomes another user first, who sees no more than what a program sees
-        outside = ["--unshare-pid", "--die-with-parent", "--dev-bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev", "--dir", HOME]
+        outside = ["--unshare-pid", "--die-with-parent", "--dir", HOME]
+        outside += ["--dev-bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev"]
         become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
         return [self._bubblewrap, *outside, *_binds(paths), "--", *become, *command]
 

@@ -48,7 +48,7 @@ class Finding:
 
 
 def examine(workspace: Workspace | None, *, on_check: Callable[[str], None] = lambda name: None) -> list[Finding]:
-    """Look at Python, packages, devices, bitsandbytes, the hub and, where there is one, the workspace.
+    """Look at Python, packages, devices, bitsandbytes, the sandbox, the hub and, where there is one, the workspace.
 
     What the experiment needs and has not is "failed"; what is missing and not needed, or cannot be told, a "warning".
     """
@@ -63,6 +63,7 @@ def examine(workspace: Workspace | None, *, on_check: Callable[[str], None] = la
         ("packages", lambda: _packages(config)),
         ("devices", _devices),
         ("bitsandbytes", lambda: _bitsandbytes(config)),
+        ("sandbox", _sandbox),
         ("hub", _hub),
     ]
     if workspace is not None:
@@ -147,6 +148,18 @@ def _quantized_matmul_errors() -> dict[str, float]:
     right4, state = functional.quantize_4bit(right, quant_type="nf4")
     products = {"int8": product.float(), "nf4": matmul_4bit(left, right4.t(), state)}
     return {name: float((product - exact).norm() / exact.norm()) for name, product in products.items()}
+
+
+def _sandbox() -> Iterator[Finding]:
+    """Run a small program in the sandbox that benchmarks of code use."""
+    from fedcli.eval.sandbox import Sandbox
+
+    try:
+        Sandbox()
+    except FedError as error:
+        yield Finding("sandbox", "warning", error.message, error.hint)
+    else:
+        yield Finding("sandbox", "ok", "bubblewrap can run benchmarks of code")
 
 
 def _hub() -> Iterator[Finding]:

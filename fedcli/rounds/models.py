@@ -1,29 +1,19 @@
 """The models that answer benchmarks: the workspace's base with one adapter after another, others loaded when needed."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fedcli.config import CustomTemplate, TemplateChoice
-from fedcli.errors import ConfigError, UsageError
 from fedcli.eval.memory import Engine
-from fedcli.model.adapter_config import parse_adapter_config, parse_outside_config
-from fedcli.rounds.parties import find_same_base, trusts_code
 from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.settings import read_running_config
-from fedcli.rounds.targets import BASE, Target
+from fedcli.rounds.targets import Target
 from fedcli.workspace.history import read_head
-from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, Workspace
-from fedcli.workspace.tensors import encode
+from fedcli.workspace.layout import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from fedcli.eval.vllm_model import VllmModel
-
-BACKENDS = ("transformers", "vllm")
 
 
 class Models:
@@ -39,7 +29,6 @@ class Models:
         *,
         threads: int | None = None,
         batch_size: int | None = None,
-        backend: str = "transformers",
         template: TemplateChoice | None = None,
         endpoint: Callable[[str], Engine],
         runtime: Runtime | None = None,
@@ -48,13 +37,10 @@ class Models:
         self._head = read_head(workspace)
         self._threads = threads
         self._batch_size = batch_size
-        self._backend = backend
         self._template = template if template is not None else self._head.manifest.train.template
         self._endpoint = endpoint
         self._runtime = runtime
         self._loaded: tuple[Target, Engine] | None = None
-        self._vllm_model: VllmModel | None = None
-        self._folder: TemporaryDirectory[str] | None = None
 
     def identity(self, target: Target) -> dict[str, Any]:
         """Return all that tells a target's answers from others'."""
@@ -69,7 +55,7 @@ class Models:
             **of_base,
             "template": template.model_dump(mode="json") if isinstance(template, CustomTemplate) else template,
             "dtype": "bfloat16" if has_bfloat16() else "float32",
-            "backend": self._backend,
+            "backend": "transformers",  # as answer logs of the time when there were two have it
             **target.identity,
         }
 
@@ -82,8 +68,6 @@ class Models:
     def _load(self, target: Target) -> Engine:
         if target.api is not None:
             return self._endpoint(target.api)
-        if self._backend == "vllm":
-            return self._vllm(target)
         if target.model is not None:
             return load_local(target.model, self._template, batch_size=self._batch_size, threads=self._threads)
         runtime = self._loaded_runtime()
@@ -99,37 +83,6 @@ class Models:
             config = read_running_config(self._workspace)
             self._runtime = Runtime(self._workspace, config, self._head, threads=self._threads)
         return self._runtime
-
-    def _vllm(self, target: Target) -> Engine:
-        """Return the one vLLM engine, with the target's adapter; an adapter of this workspace is written for it."""
-        from fedcli.data.encoding import Encoder
-        from fedcli.eval.vllm_model import VllmModel
-        from fedcli.model.base import load_tokenizer
-
-        if target.model is not None:
-            raise UsageError("--backend vllm scores adapters, and not --model", hint="Leave one of them out.")
-        config = read_running_config(self._workspace)
-        contents = self._head.read(ADAPTER_CONFIG_NAME)
-        adapter_config = parse_adapter_config(contents, self._head.folder / ADAPTER_CONFIG_NAME)
-        if self._vllm_model is None:
-            folder = find_same_base(self._workspace, config.model.base, self._head)
-            tokenizer = load_tokenizer(folder, trust_remote_code=trusts_code(self._workspace, config))
-            rank = max(int(adapter_config["r"]), 16)
-            self._vllm_model = VllmModel(folder, tokenizer, Encoder(tokenizer, self._template), rank=rank)
-        if target.folder is not None:
-            try:
-                parse_outside_config((target.folder / ADAPTER_CONFIG_FILE).read_bytes())
-            except ValueError as error:
-                raise ConfigError(f"{target.folder}: {error}", hint="Score an adapter of plain LoRA.") from error
-        if target.arrays is None or target.name == BASE:
-            self._vllm_model.load_folder(target.folder)
-        else:
-            self._folder = TemporaryDirectory()  # PEFT's layout, until the next adapter comes
-            folder = Path(self._folder.name)
-            (folder / ADAPTER_FILE).write_bytes(encode(target.arrays()))
-            (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(adapter_config))
-            self._vllm_model.load_folder(folder)
-        return self._vllm_model
 
 
 def load_local(

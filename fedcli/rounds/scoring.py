@@ -15,7 +15,7 @@ from fedcli.eval.memory import Engine, Memory
 from fedcli.eval.registry import find_benchmarks
 from fedcli.model.base import fingerprint
 from fedcli.rounds.evaluation import Tools
-from fedcli.rounds.models import BACKENDS, Models, load_local
+from fedcli.rounds.models import Models, load_local
 from fedcli.rounds.runtime import Runtime
 from fedcli.rounds.targets import Target, Targets, find_targets
 from fedcli.workspace.layout import Workspace
@@ -38,7 +38,6 @@ class Scoring:
     judge_url: str | None = None
     allow_code_execution: bool = False
     batch_size: int | None = None
-    backend: str = "transformers"
     threads: int | None = None
     confirm: Callable[[Estimate], None] | None = None
     """Hears what a judge will cost, and raises where that is too much; None: it may."""
@@ -53,8 +52,6 @@ def prepare(
     a key, an endpoint or the sandbox is missing.
     """
     benchmarks = _benchmarks(asked)
-    if asked.backend not in BACKENDS:
-        raise UsageError(f"unknown backend {asked.backend!r}", hint=did_you_mean(asked.backend, BACKENDS))
     _check_options(benchmarks, asked)
     _check_baseline(workspace, benchmarks, asked.options)
     endpoints = {name: find_endpoint(name, asked.targets.api_url) for name in asked.targets.apis}
@@ -66,7 +63,6 @@ def prepare(
         workspace,
         threads=asked.threads,
         batch_size=asked.batch_size,
-        backend=asked.backend,
         template=_template(asked.options.template),
         endpoint=endpoints.__getitem__,
         runtime=runtime,
