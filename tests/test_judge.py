@@ -1,5 +1,6 @@
 """Judges over HTTP: what goes wrong on the way is asked again, and what was said is never asked twice."""
 
+import json
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from support.judge_server import JudgeServer
+from support.judge_server import FAULTS, JudgeServer
 from support.processes import ENVIRONMENT
 
 from fedcli.data.conversation import Turn
@@ -170,6 +171,10 @@ def test_the_time_that_a_rate_limit_names_is_waited() -> None:
         ("500", "500"),
         ("not JSON", "OpenAI-compatible"),
         ("no choices", "OpenAI-compatible"),
+        ("choices by name", "OpenAI-compatible"),
+        ("deep JSON", "OpenAI-compatible"),
+        ("deep objects", "OpenAI-compatible"),
+        ("a long number", "OpenAI-compatible"),
         ("too long", "takes 4096 tokens"),
         ("hang", "in time"),
     ],
@@ -186,6 +191,20 @@ def test_a_fault_that_stays_is_one_clear_error(fault: str, named: str) -> None:
     assert "is kept" in shown
     assert shown.count("\n") == 1
     assert "sk-secret" not in shown
+
+
+@pytest.mark.parametrize(
+    "usage",
+    ["many", 7, [5], None, *({"completion_tokens": odd} for odd in ("5", -1, 1.5, True, [5], {}, 10**400))],
+    ids=lambda usage: str(usage)[:40],
+)
+def test_a_usage_that_is_none_is_passed_over(usage: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "a"}, "finish_reason": "stop"}
+    monkeypatch.setitem(FAULTS, "odd usage", (200, {}, json.dumps({"choices": [choice], "usage": usage})))
+    with JudgeServer(then="odd usage") as server:
+        endpoint = Endpoint("m", server.url, max_retries=0)
+        assert complete(endpoint, ask("a")) == ["a"]
+    assert (endpoint.usage.num_requests, endpoint.usage.num_generated_tokens) == (1, 0)
 
 
 def test_what_a_filter_blocks_is_an_empty_answer() -> None:

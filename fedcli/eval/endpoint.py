@@ -1,6 +1,5 @@
 """Models behind an OpenAI-compatible chat endpoint: they answer, as a model that is scored or as a judge of others."""
 
-import json
 import os
 import time
 from collections import deque
@@ -23,6 +22,8 @@ NO_KEY = "none"
 """Sent to a server of one's own, which wants no key."""
 MAX_STOPS = 4
 """As many stop sequences the interface takes."""
+MAX_TOKENS = 10**9
+"""A reply with as many tokens is none."""
 ArgumentT = TypeVar("ArgumentT")
 
 
@@ -113,10 +114,15 @@ class Endpoint:
                 continue
             except openai.APIError as error:
                 raise self._explained(error) from error
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except UnicodeEncodeError:  # of the request
+                raise
+            except (
+                ValueError,
+                RecursionError,
+            ):  # no JSON, no UTF-8, a number of thousands of digits, nested too deeply
                 completion = None
             if (text := _text(completion)) is not None:
-                return before_stop(text, request.stop), getattr(completion.usage, "completion_tokens", None) or 0
+                return before_stop(text, request.stop), _num_tokens(completion)
             if attempt < self.max_retries:
                 time.sleep(min(0.5 * 2**attempt, 8.0))
         raise RequirementError(
@@ -191,11 +197,17 @@ def _text(completion: Any) -> str | None:
     """Return the text of a reply, "" where a filter took it; None for what is no reply: the package checks none."""
     try:
         content = completion.choices[0].message.content
-    except (AttributeError, IndexError, TypeError):
+    except (AttributeError, LookupError, TypeError):
         return None
     if isinstance(content, str):
         return content.encode(errors="replace").decode()  # half of a surrogate pair can be neither kept nor sent
     return "" if content is None else None
+
+
+def _num_tokens(completion: Any) -> int:
+    """Return how many tokens a reply says it has; 0 where it says nothing, or nothing possible."""
+    count = getattr(completion.usage, "completion_tokens", None)
+    return count if type(count) is int and 0 <= count < MAX_TOKENS else 0
 
 
 def _in_threads(call: Callable[[ArgumentT], None], arguments: Iterable[ArgumentT], num_threads: int) -> None:

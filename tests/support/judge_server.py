@@ -16,6 +16,10 @@ FAULTS: dict[str, tuple[int, dict[str, str], str]] = {
     "not JSON": (200, {}, "<html>Welcome to the hotel's network</html>"),
     "half of JSON": (200, {}, '{"choices": [{"mess'),
     "no choices": (200, {}, '{"error": {"message": "upstream failed"}}'),
+    "choices by name": (200, {}, '{"choices": {"first": {"message": {"content": "a"}}}, "usage": {}}'),
+    "deep JSON": (200, {}, '{"choices": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+    "deep objects": (200, {}, '{"choices": ' + '{"a":' * 100_000 + "1" + "}" * 100_001),
+    "a long number": (200, {}, '{"created": ' + "9" * 10_000 + "}"),
     "filtered": (400, {}, '{"error": {"message": "Blocked.", "code": "content_filter"}}'),
     "too long": (400, {}, '{"error": {"message": "This model takes 4096\\ntokens.", "param": "messages"}}'),
 }
