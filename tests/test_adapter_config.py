@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import fedcli
 from peft import LoraConfig
+from support.processes import fedcli
 
 from fedcli.errors import IntegrityError
 from fedcli.model.adapter_config import parse_adapter_config, parse_outside_config

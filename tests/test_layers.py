@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedcli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-ALGOS = {"errors", "plugins", "randomness", "algos"}
+ALGOS = {"errors", "plugins", "quantities", "randomness", "algos"}
 WORKSPACE = ALGOS | {"config", "workspace"}
 MODEL = ALGOS | {"config", "data", "model"}  # data, model, training and eval know nothing of the workspace
 ROUNDS = WORKSPACE | MODEL | {"training", "eval", "report", "slurm", "rounds"}
 MAY_IMPORT = {
     "errors": set(),
     "plugins": {"errors"},
+    "quantities": set(),
     "randomness": {"errors"},
     "algos": ALGOS,
     "config": ALGOS | {"config"},
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "model": MODEL,
     "training": MODEL | {"training"},
     "eval": MODEL | {"training", "eval"},
-    "report": {"errors", "data", "report"},
+    "report": {"errors", "quantities", "data", "report"},
     "slurm": ALGOS | {"config", "slurm"},
     "rounds": ROUNDS,
     "commands": ROUNDS | {"commands"},

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
+from support.processes import ENVIRONMENT
 
 OPEN = """
 import gc, sys, weakref

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT
+from support.processes import ENVIRONMENT
 
 from fedcli.model.base import short_memory
 

@@ -28,7 +28,6 @@ from support.federation import restart as reopen
 from fedcli.cli import main
 from fedcli.config import FederationConfig
 from fedcli.rounds.aggregation import aggregate
-from fedcli.rounds.quorum import describe_seconds
 from fedcli.rounds.status import read_status
 from fedcli.rounds.verification import verify
 from fedcli.workspace.layout import Workspace
@@ -239,11 +238,3 @@ def test_what_is_no_length_of_time_is_no_deadline(text):
 def test_select_lies_between_per_round_and_all_clients(per_round, select):
     with pytest.raises(ValueError, match="select is"):
         FederationConfig(clients=5, per_round=per_round, select=select)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (59.6, "1 min"), (61, "1 min 1 s"), (4800, "1 h 20 min"), (7200, "2 h"), (180000, "2 d 2 h")],
-)
-def test_a_length_of_time_is_told_in_its_two_largest_units(seconds, text):
-    assert describe_seconds(seconds) == text

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, SMALL, fedcli, settings
-from test_federation import run_ok
+from support.processes import ENVIRONMENT, SMALL, fedcli, run_ok, settings
+from support.warm import Place, Warm
 from test_parties import BUILTIN
-from warm import Place, Warm
 
 CODE = """
 from pathlib import Path

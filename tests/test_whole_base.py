@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, fedcli, settings
 from safetensors.torch import load_file, save_file
+from support.processes import SMALL, fedcli, settings
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fedcli.errors import RequirementError

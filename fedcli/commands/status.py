@@ -9,6 +9,7 @@ from fedcli.commands import status_watch
 from fedcli.commands.options import JsonOption, WorkspaceOption
 from fedcli.commands.output import at, print_hint, print_json
 from fedcli.errors import UsageError
+from fedcli.quantities import describe_bytes, describe_seconds
 
 if TYPE_CHECKING:
     from fedcli.rounds.jobs import JobStates
@@ -83,14 +84,12 @@ def _print(result: "Status") -> None:
             f"trainable, {_count(cost.communicated_parameters)} sent by a client in a round"
         )
         print(
-            f"transfer   {_count(cost.client_bytes_down)} bytes down and {_count(cost.client_bytes_up)} up "
-            f"a client and round; {_count(cost.total_bytes_down)} down and {_count(cost.total_bytes_up)} up so far"
+            f"transfer   {_bytes(cost.client_bytes_down)} down and {_bytes(cost.client_bytes_up)} up "
+            f"a client and round; {_bytes(cost.total_bytes_down)} down and {_bytes(cost.total_bytes_up)} up so far"
         )
 
 
 def _describe_deadline(seconds: float) -> str:
-    from fedcli.rounds.quorum import describe_seconds
-
     if seconds <= 0:
         return f"{describe_seconds(-seconds)} ago: one answer is enough"
     return f"in {describe_seconds(seconds)}: then one answer is enough"
@@ -120,6 +119,10 @@ def _by_value(values: dict[int, str]) -> dict[str, list[int]]:
 
 def _count(number: int | None) -> str:
     return "?" if number is None else f"{number:,}"
+
+
+def _bytes(number: int | None) -> str:
+    return "?" if number is None else describe_bytes(number)
 
 
 def _names(clients: list[int]) -> str:

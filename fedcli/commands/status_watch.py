@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from fedcli.quantities import describe_bytes, describe_seconds
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -55,13 +57,10 @@ def describe(view: "View") -> str:
 def render(view: "View") -> "RenderableType":
     """Return what the terminal shows of a view."""
     from rich.console import Group
-    from rich.filesize import decimal
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
-
-    from fedcli.rounds.quorum import describe_seconds
 
     head, past = view.head, view.past
     facts = Table.grid(padding=(0, 2), expand=True)
@@ -84,7 +83,7 @@ def render(view: "View") -> "RenderableType":
     if losses:
         facts.add_row("mean loss", Text(f"{_sparkline(losses)} {losses[0]:.3f} to {losses[-1]:.3f}"))
     if head.cost is not None:
-        up, down = decimal(head.cost.total_bytes_up), decimal(head.cost.total_bytes_down)
+        up, down = describe_bytes(head.cost.total_bytes_up), describe_bytes(head.cost.total_bytes_down)
         facts.add_row("transfer", f"{up} sent and {down} received by clients so far")
     parts = [facts, Text(), _past_table(past)] if past else [facts]
     return Panel(
@@ -107,8 +106,6 @@ def _past_table(past: "Sequence[PastRound]") -> "Table":
     from rich import box
     from rich.table import Table
 
-    from fedcli.rounds.quorum import describe_seconds
-
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("round", "mean loss", "counted", "time"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -127,8 +124,6 @@ def _past_table(past: "Sequence[PastRound]") -> "Table":
 
 
 def _deadline(seconds: float) -> str:
-    from fedcli.rounds.quorum import describe_seconds
-
     when = f"in {describe_seconds(seconds)}" if seconds > 0 else f"{describe_seconds(-seconds)} ago"
     return f"{when}; from then on one answer is enough"
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedcli.quantities import byte_unit, describe_seconds
 from fedcli.report.canvas import (
     BLUE,
     GREEN,
@@ -197,7 +198,7 @@ def _transfer(report: Report) -> Picture | None:
     most = max([0, *down.values(), *up.values()])
     if not most:
         return None
-    unit, size = _unit_of(most)
+    unit, size = byte_unit(most)
     figure, axes = one_panel(3.2)
     dot = "o" if len(report.merged) == 1 else ""
     lines = ((down, ORANGE, "--", 4.0, "received by clients"), (up, BLUE, "-", 1.8, "sent by clients"))
@@ -226,9 +227,7 @@ def _timings(report: Report) -> Picture | None:
     axes.grid(visible=False, axis="x")
     whole_rounds(axes)
     median = sorted(seconds)[len(seconds) // 2]
-    caption = (
-        f"From a round's publication to the next one's, by the disk's clock; half of them took at most {median:,.3g} s."
-    )
+    caption = f"From a round's publication to the next one's, by the disk's clock; half of them took at most {describe_seconds(median)}."
     return finish("timings", "Time of each round", caption, figure)
 
 
@@ -273,14 +272,6 @@ def _fate(merged: MergedRound, client: int) -> int:
     if client in merged.missing:
         return 2
     return 3 if client in merged.refused else 4
-
-
-def _unit_of(num_bytes: int) -> tuple[str, float]:
-    """Return the unit to tell so many bytes in, and its size in bytes."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return unit, size
-    return "bytes", 1.0
 
 
 def _legend_note(report: Report) -> str:

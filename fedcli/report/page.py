@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from fedcli.quantities import describe_bytes, describe_seconds
 from fedcli.report.canvas import Picture
 from fedcli.report.series import BASE, POOLED, MergedRound, MetricScores, Point, Report
 
@@ -51,9 +52,7 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
 
 def _tiles(report: Report) -> list[dict[str, str]]:
     """Return the key figures."""
-    from rich.filesize import decimal
-
-    took = f", {show_seconds(sum(merged.seconds for merged in report.merged))}" if report.merged else ""
+    took = f", {describe_seconds(sum(merged.seconds for merged in report.merged))}" if report.merged else ""
     state = report.state + took
     tiles = [_tile("rounds merged", f"{len(report.merged)} of {report.rounds}", state)]
     if (metric := next((metric for metric in report.scores if metric.rounds), None)) is not None:
@@ -77,17 +76,9 @@ def _tiles(report: Report) -> list[dict[str, str]]:
     tiles.append(_tile("updates counted", f"{counted:,}", ", ".join(f"{count:,} {name}" for count, name in lost)))
     last = report.merged[-1] if report.merged else None
     if last is not None and last.total_bytes_up is not None and last.total_bytes_down is not None:
-        down = f"{decimal(last.total_bytes_down)} received by them"
-        tiles.append(_tile("sent by clients", decimal(last.total_bytes_up), down))
+        down = f"{describe_bytes(last.total_bytes_down)} received by them"
+        tiles.append(_tile("sent by clients", describe_bytes(last.total_bytes_up), down))
     return tiles
-
-
-def show_seconds(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _tile(label: str, value: str, note: str) -> dict[str, str]:
@@ -120,7 +111,7 @@ def _round_row(merged: MergedRound) -> dict[str, Any]:
         "refused": _names([f"{client} ({code})" for client, (code, _) in merged.refused.items()]),
         "missing": _names([str(client) for client in merged.missing]),
         "loss": "" if loss is None else f"{loss:.4f}",
-        "time": show_seconds(merged.seconds),
+        "time": describe_seconds(merged.seconds),
     }
 
 

@@ -10,9 +10,10 @@ from typing import Literal
 from fedcli.algos import ALGORITHMS, Algorithm
 from fedcli.config import Config, algorithm_from
 from fedcli.errors import BusyError, NotReadyError, UsageError, did_you_mean
+from fedcli.quantities import describe_seconds
 from fedcli.rounds.merging import combine
 from fedcli.rounds.opening import open_next_round
-from fedcli.rounds.quorum import describe_seconds, needed_answers, seconds_left
+from fedcli.rounds.quorum import needed_answers, seconds_left
 from fedcli.rounds.settings import POLL_SECONDS, check_client, read_running_config
 from fedcli.workspace.history import Round, missing_clients, read_head
 from fedcli.workspace.inbox import discard_update

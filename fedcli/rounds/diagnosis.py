@@ -12,6 +12,7 @@ from typing import Literal
 from fedcli.config import Config, Task, TrainConfig
 from fedcli.errors import FedError
 from fedcli.rounds.parties import trusts_code
+from fedcli.quantities import describe_bytes
 from fedcli.rounds.settings import read_config
 from fedcli.training.batches import LARGEST
 from fedcli.workspace.layout import Workspace
@@ -99,7 +100,7 @@ def _is_quantized(config: Config | None) -> bool:
 
 
 def _devices() -> Iterator[Finding]:
-    yield Finding("cpu", "ok", f"{os.cpu_count()} cores, {_size(_available_memory())} of memory available")
+    yield Finding("cpu", "ok", f"{os.cpu_count()} cores, {describe_bytes(_available_memory())} of memory available")
     try:
         import torch
     except ImportError:
@@ -109,7 +110,7 @@ def _devices() -> Iterator[Finding]:
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)
-        yield Finding(f"gpu {number}", "ok", f"{name}, {_size(free)} of {_size(total)} free")
+        yield Finding(f"gpu {number}", "ok", f"{name}, {describe_bytes(free)} of {describe_bytes(total)} free")
 
 
 def _bitsandbytes(config: Config | None) -> Iterator[Finding]:
@@ -216,9 +217,9 @@ def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
     )
     available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _available_memory()
     detail = (
-        f"about {_size(estimate.total)} (weights {_size(estimate.weights)}, adapter "
-        f"{_size(estimate.adapter)}, optimiser {_size(estimate.optimizer)}, activations {_size(estimate.activations)}) "
-        f"of {_size(available)}"
+        f"about {describe_bytes(estimate.total)} (weights {describe_bytes(estimate.weights)}, adapter "
+        f"{describe_bytes(estimate.adapter)}, optimiser {describe_bytes(estimate.optimizer)}, activations {describe_bytes(estimate.activations)}) "
+        f"of {describe_bytes(available)}"
     )
     if estimate.total <= available:
         yield Finding("memory", "ok", detail)
@@ -241,7 +242,3 @@ def _available_memory() -> int:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:.1f} MiB"

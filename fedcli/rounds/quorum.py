@@ -25,14 +25,3 @@ def deadline_of(head: Round, config: Config) -> float | None:
     """Return the open round's deadline in seconds since 1970, by the server's clock; None where it has none."""
     opened, deadline = head.manifest.opened, config.federation.deadline
     return None if opened is None or deadline is None else opened + deadline
-
-
-def describe_seconds(seconds: float) -> str:
-    """Return a length of time in its two largest units: 1 h 20 min."""
-    rest = round(seconds)
-    parts: list[tuple[int, str]] = []
-    for name, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, rest = divmod(rest, length)
-        if count or parts:
-            parts.append((count, name))
-    return " ".join(f"{count} {name}" for count, name in parts[:2] if count) or "0 s"

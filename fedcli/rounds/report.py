@@ -14,6 +14,7 @@ import numpy as np
 from fedcli.algos import Array
 from fedcli.errors import IntegrityError
 from fedcli.eval.registry import BENCHMARKS
+from fedcli.quantities import describe_bytes
 from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
 from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity
@@ -28,7 +29,7 @@ from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.reports import publish_report
 from fedcli.workspace.scores import ScoreRecord, read_scores
 
-COMPARED_BYTES = 4 * 2**30
+COMPARED_BYTES = 4 * 10**9
 """Updates that are read to compare them, from the last round backwards; that one is compared whatever its size."""
 HELD_BYTES = 512 * 2**20
 """Differences that are in memory at once while a round's updates are compared."""
@@ -177,7 +178,7 @@ def _similarities(
         hashes = {entry.client: entry.update for entry in done.counted[:MOST_CLIENTS]} if done else {}
         num_bytes += len(hashes) * before.manifest.files[ADAPTER_NAME].bytes
         if found and num_bytes > COMPARED_BYTES:
-            limit = f"{COMPARED_BYTES / 2**30:.0f} GiB of updates are read at most"
+            limit = f"{describe_bytes(COMPARED_BYTES)} of updates are read at most"
             notes.append(f"cosines: of rounds {found[-1].round} to {found[0].round} only, for {limit}")
             break
         if before.is_gone(ADAPTER_NAME):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcli.config import JobConfig, SlurmConfig
+from fedcli.errors import BusyError, NotReadyError
 
-BUSY, NOT_READY = 5, 6
+BUSY, NOT_READY = BusyError.exit_code, NotReadyError.exit_code
 _PREVIOUS = 60
 """Seconds that an element waits for its client's lock: the one of the round before may still be on its way out."""
 
