@@ -27,6 +27,7 @@ def test_a_length_of_time_is_told_in_its_two_largest_units(seconds: float, text:
     ("num_bytes", "text"),
     [
         (0, "0 bytes"),
+        (1, "1 byte"),
         (999, "999 bytes"),
         (1000, "1.0 kB"),
         (67_200_000, "67.2 MB"),

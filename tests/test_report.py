@@ -84,7 +84,7 @@ def test_only_the_last_rounds_are_compared_where_updates_are_large_and_the_repor
     monkeypatch.setattr(reporting, "COMPARED_BYTES", 1)
     report = collect(merged[0])
     assert [similarity.round for similarity in report.similarities] == [1]
-    assert report.notes == ["cosines: of rounds 1 to 1 only, for 0 bytes of updates are read at most"]
+    assert report.notes == ["cosines: of rounds 1 to 1 only, for 1 byte of updates are read at most"]
 
 
 def test_an_update_that_is_no_longer_the_counted_one_is_not_compared(

@@ -226,8 +226,8 @@ def _timings(report: Report) -> Picture | None:
     axes.set(xlabel="round", ylabel=unit)
     axes.grid(visible=False, axis="x")
     whole_rounds(axes)
-    median = sorted(seconds)[len(seconds) // 2]
-    caption = f"From a round's publication to the next one's, by the disk's clock; half of them took at most {describe_seconds(median)}."
+    median = describe_seconds(sorted(seconds)[len(seconds) // 2])
+    caption = f"From a round's publication to the next one's, by the disk's clock; half of them took at most {median}."
     return finish("timings", "Time of each round", caption, figure)
 
 

@@ -217,8 +217,9 @@ def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
     )
     available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _available_memory()
     detail = (
-        f"about {describe_bytes(estimate.total)} (weights {describe_bytes(estimate.weights)}, adapter "
-        f"{describe_bytes(estimate.adapter)}, optimiser {describe_bytes(estimate.optimizer)}, activations {describe_bytes(estimate.activations)}) "
+        f"about {describe_bytes(estimate.total)} "
+        f"(weights {describe_bytes(estimate.weights)}, adapter {describe_bytes(estimate.adapter)}, "
+        f"optimiser {describe_bytes(estimate.optimizer)}, activations {describe_bytes(estimate.activations)}) "
         f"of {describe_bytes(available)}"
     )
     if estimate.total <= available:
