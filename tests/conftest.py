@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from support.processes import SMALL, fedcli, settings
 
+from fedcli.errors import RequirementError
+from fedcli.eval.sandbox import Sandbox
+
 
 @pytest.fixture(scope="session")
 def small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -20,3 +23,12 @@ def small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(small_template: Path, tmp_path: Path) -> Path:
     """A copy of the small workspace with round 0 open."""
     return Path(shutil.copytree(small_template, tmp_path / "workspace"))
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Sandbox:
+    """Return the sandbox for code; tests that need it are skipped where this machine has none."""
+    try:
+        return Sandbox()
+    except RequirementError as error:
+        pytest.skip(f"no sandbox on this machine: {error.message}")

@@ -15,7 +15,7 @@ import pytest
 from support.scripted import ROWS, Scripted, session
 
 from fedcli.data.conversation import Turn
-from fedcli.errors import ConfigError, RequirementError, UsageError
+from fedcli.errors import ConfigError, UsageError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Options
 from fedcli.eval.benchmarks import bleu, ds1000, humaneval, humanevalpack, mbpp
 from fedcli.eval.benchmarks.code import extract_code, pass_at_k
@@ -25,14 +25,6 @@ from fedcli.eval.sandbox import Program, Sandbox
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 FIX, SYNTHESIZE = humanevalpack.BENCHMARKS
 CONALA, CONCODE = bleu.BENCHMARKS
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Sandbox:
-    try:
-        return Sandbox()
-    except RequirementError as error:
-        pytest.skip(error.message)
 
 
 def rows_of(path: Path) -> list[dict]:

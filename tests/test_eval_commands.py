@@ -486,9 +486,11 @@ def test_the_list_marks_the_shared_data_as_local(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_runs_end_to_end_on_rows_of_the_publishers_format(finished, name) -> None:
+def test_every_benchmark_runs_end_to_end_on_rows_of_the_publishers_format(finished, name, request) -> None:
     benchmark = BENCHMARKS[name]
     allowed = ["--allow-code-execution"] if "code-execution" in benchmark.needs else []
+    if allowed:
+        request.getfixturevalue("sandbox")
     if benchmark.answers_of is not None:
         finished.run(benchmark.answers_of, "--round", 0, "--limit", 2, "--data", ROWS)
         allowed = ["--baseline", "round-00000"]

@@ -121,6 +121,6 @@ def test_an_ad_hoc_task_cannot_leave_its_folder(small: Path, tmp_path: Path) -> 
     ],
     ids=["System V segments", "memfds"],
 )
-def test_memory_that_no_process_has_mapped_counts(source: str) -> None:
-    (run,) = Sandbox().run_all([Program(source, 60)])
+def test_memory_that_no_process_has_mapped_counts(sandbox: Sandbox, source: str) -> None:
+    (run,) = sandbox.run_all([Program(source, 60)])
     assert run.outcome == "too much memory", run.output

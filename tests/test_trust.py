@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from support.processes import ENVIRONMENT, SMALL, fedcli, run_ok, settings
 from support.warm import Place, Warm
-from test_parties import BUILTIN
+
+BUILTIN = Path(__file__).parents[1] / "fedcli/model/builtin/tiny"
 
 CODE = """
 from pathlib import Path

@@ -11,8 +11,8 @@ from typing import Literal
 
 from fedcli.config import Config, Task, TrainConfig
 from fedcli.errors import FedError
-from fedcli.rounds.parties import trusts_code
 from fedcli.quantities import describe_bytes
+from fedcli.rounds.parties import trusts_code
 from fedcli.rounds.settings import read_config
 from fedcli.training.batches import LARGEST
 from fedcli.workspace.layout import Workspace
