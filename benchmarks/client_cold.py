@@ -40,9 +40,9 @@ def save_examples(workspace: Path, path: Path) -> Path:
     from fedcli.data.formats import RowReader
     from fedcli.data.order import draw
     from fedcli.model.base import find_base, load_tokenizer
-    from fedcli.rounds.parties import find_party
-    from fedcli.rounds.settings import read_config
+    from fedcli.parties.party import find_party
     from fedcli.workspace.layout import Workspace
+    from fedcli.workspace.settings import read_config
 
     found = Workspace(workspace)
     config = read_config(found)

@@ -41,7 +41,7 @@ class _Clock:
 
 def ours(workspace: Path, rounds: int) -> None:
     """Run so many rounds and one before; print what they took as JSON."""
-    from fedcli.rounds.federation import run_federation
+    from fedcli.operations.run import run_federation
     from fedcli.workspace.layout import Workspace
 
     clock = _Clock()

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from record import record
 
-from fedcli.rounds.aggregation import aggregate
+from fedcli.server.aggregate import aggregate
 from fedcli.workspace.history import Round, read_head, read_identity
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, UPDATE_RECORD, Workspace
 from fedcli.workspace.records import PROTOCOL, UpdateRecord
-from fedcli.workspace.registry import DataCard, Registration
+from fedcli.workspace.registrations import DataCard, Registration
 
 STATUS_SECONDS, AGGREGATE_SECONDS = 0.5, 1.0
 PER_ROUND = 10

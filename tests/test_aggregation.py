@@ -19,8 +19,8 @@ from support.processes import ENVIRONMENT, command
 
 from fedcli.cli import main
 from fedcli.config import FederationConfig
-from fedcli.rounds.aggregation import aggregate
-from fedcli.rounds.verification import verify
+from fedcli.server.aggregate import aggregate
+from fedcli.server.verify import verify
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import file_entry

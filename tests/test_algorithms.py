@@ -21,7 +21,7 @@ from fedcli.algos.scaffold import Scaffold, control_delta
 from fedcli.cli import main
 from fedcli.config import apply_overrides, parse_config
 from fedcli.errors import ConfigError
-from fedcli.rounds.aggregation import aggregate
+from fedcli.server.aggregate import aggregate
 from fedcli.workspace.layout import Workspace
 
 VARIANTS = (

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
-from fedcli.rounds.status import read_status
-from fedcli.rounds.verification import verify
+from fedcli.operations.status import read_status
+from fedcli.server.verify import verify
 from fedcli.workspace.layout import Workspace
 
 NUM_KILLS = {"fedavg": 50, "scaffold": 25, "fedyogi": 25}

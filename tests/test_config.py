@@ -13,9 +13,9 @@ from fedcli.algos import ALGORITHMS
 from fedcli.cli import main
 from fedcli.config import Config, algorithm_from, apply_overrides, parse_config, read_document
 from fedcli.errors import ConfigError, IntegrityError, UsageError
-from fedcli.rounds.creation import presets
-from fedcli.rounds.settings import read_running_config
+from fedcli.server.create import presets
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.settings import read_running_config
 
 HERE = Path("fedcli.yaml")
 

@@ -22,8 +22,8 @@ from support.processes import ENVIRONMENT, SMALL, command, settings
 from fedcli import cli
 from fedcli.config import parse_config
 from fedcli.data.hub import HUB_DATASETS
-from fedcli.data.picture import Bar, draw
-from fedcli.rounds.creation import presets
+from fedcli.report.rows_picture import Bar, draw
+from fedcli.server.create import presets
 
 REPOSITORY = Path(__file__).parents[1]
 REAL = Path(os.environ.get("FEDCLI_TEST_DATA", REPOSITORY.parent / "shared/data"))

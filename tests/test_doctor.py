@@ -16,7 +16,7 @@ from support.processes import ENVIRONMENT, command, fedcli
 from fedcli.model.base import find_base, load_shapes
 from fedcli.model.lora import lora_config, start_adapter
 from fedcli.model.memory_estimate import estimate_memory
-from fedcli.workspace.probe import probe_file_system
+from fedcli.workspace.file_system_check import probe_file_system
 
 TARGETS = ("q_proj", "v_proj")
 

@@ -16,10 +16,10 @@ from support.scores import ACCURACY, LOSS, keep
 
 from fedcli.cli import main
 from fedcli.errors import WorkspaceError
-from fedcli.rounds.aggregation import aggregate
-from fedcli.rounds.retention import collect
-from fedcli.rounds.targets import Targets, find_targets
-from fedcli.rounds.verification import verify
+from fedcli.operations.gc import collect
+from fedcli.scoring.targets import Targets, find_targets
+from fedcli.server.aggregate import aggregate
+from fedcli.server.verify import verify
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold

@@ -26,10 +26,11 @@ from support.federation import (
 from support.kills import arm, copies_killed_at_every_call, die, fork, was_killed
 
 from fedcli.errors import BusyError, FedError, NotReadyError
-from fedcli.rounds import aggregation, opening
-from fedcli.rounds.aggregation import aggregate
-from fedcli.rounds.creation import open_round
-from fedcli.rounds.verification import verify
+from fedcli.server import aggregate as aggregation
+from fedcli.server import open_round as opening
+from fedcli.server.aggregate import aggregate
+from fedcli.server.create import open_round
+from fedcli.server.verify import verify
 from fedcli.workspace.history import read_head
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import Workspace

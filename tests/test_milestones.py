@@ -165,7 +165,7 @@ def kill_when_scoring(workspace: Path, *arguments: object) -> None:
     code = f"""
 import os, signal
 from fedcli.cli import main
-from fedcli.rounds import evaluation
+from fedcli.scoring import evaluate as evaluation
 evaluation.publish_scores = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main({[*map(str, arguments), "-w", str(workspace)]!r})
 """

@@ -10,8 +10,8 @@ from support.processes import ENVIRONMENT
 OPEN = """
 import gc, sys, weakref
 from pathlib import Path
-from fedcli.rounds.runtime import Runtime
-from fedcli.rounds.settings import read_running_config
+from fedcli.client.runtime import Runtime
+from fedcli.workspace.settings import read_running_config
 from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace
 
@@ -31,7 +31,7 @@ print(model() is None)
 QUANTIZED = """
 from fedcli.model.base import load_base
 from fedcli.model.lora import AdaptedModel, lora_config
-from fedcli.rounds.parties import find_same_base
+from fedcli.parties.party import find_same_base
 
 plain = Runtime(workspace, config, head)
 print("bitsandbytes" in sys.modules)
@@ -46,7 +46,7 @@ Runtime(workspace, config, head)
 
 STORED = """
 from fedcli.model.base import load_base, load_whole
-from fedcli.rounds.parties import find_same_base
+from fedcli.parties.party import find_same_base
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 folder = find_same_base(workspace, config.model.base, head)

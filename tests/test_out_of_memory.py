@@ -36,9 +36,9 @@ def told(act):
 
 TRAIN = """
 from dataclasses import replace
-from fedcli.rounds.parties import find_party
-from fedcli.rounds.runtime import Runtime
-from fedcli.rounds.settings import read_running_config
+from fedcli.parties.party import find_party
+from fedcli.client.runtime import Runtime
+from fedcli.workspace.settings import read_running_config
 from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace
 

@@ -20,7 +20,7 @@ from support.processes import ENVIRONMENT, SMALL, command, settings
 from support.warm import Place, Warm, write_rows
 
 from fedcli.data.templates import ALPACA
-from fedcli.rounds.joining import prepare_join
+from fedcli.parties.join import prepare_join
 from fedcli.workspace.layout import Workspace
 
 BUILTIN = Path(__file__).parents[1] / "fedcli/model/builtin/tiny"

@@ -42,8 +42,8 @@ from fedcli.algos import ALGORITHMS, AnyAlgorithm
 from fedcli.config import parsing
 from fedcli.model.base import find_base
 from fedcli.randomness import draw_cohort
-from fedcli.rounds.aggregation import aggregate
-from fedcli.rounds.verification import verify
+from fedcli.server.aggregate import aggregate
+from fedcli.server.verify import verify
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import Workspace
 

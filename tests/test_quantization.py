@@ -33,8 +33,8 @@ SCRIPT = """
 import contextlib, io, json, sys
 from pathlib import Path
 from fedcli.cli import main
-from fedcli.rounds.runtime import Runtime
-from fedcli.rounds.settings import read_running_config
+from fedcli.client.runtime import Runtime
+from fedcli.workspace.settings import read_running_config
 from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace
 

@@ -15,15 +15,15 @@ from support.models import TINY, preference, same_bits
 from support.processes import FEW, Run, results, runner, settings
 
 from fedcli.cli import main
+from fedcli.client.runtime import Runtime
 from fedcli.data.conversation import Preference
 from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
-from fedcli.rounds.parties import Party, find_party
-from fedcli.rounds.runtime import Runtime
-from fedcli.rounds.settings import read_running_config
+from fedcli.parties.party import Party, find_party
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.reference import read_reference, reference_key
+from fedcli.workspace.settings import read_running_config
 
 
 @pytest.fixture

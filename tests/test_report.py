@@ -15,14 +15,14 @@ from support.handmade import Arrays, drop, merge, score
 from support.kills import copies_killed_at_every_call
 from support.processes import ENVIRONMENT, fedcli
 
+from fedcli.operations import report as reporting
+from fedcli.operations.report import collect, write_report
 from fedcli.report.events import write_events
 from fedcli.report.figures import NAMES, draw
 from fedcli.report.page import is_ours, render
 from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity
-from fedcli.rounds import report as reporting
-from fedcli.rounds.report import collect, write_report
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.reports import publish_report
+from fedcli.workspace.report_folder import publish_report
 
 VOID = {"meta", "link", "img", "br"}
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedcli.client.row_tokens import read_encoded
 from fedcli.config import Config
 from fedcli.data.encoding import Encoder
 from fedcli.data.source import Source
 from fedcli.errors import ConfigError
 from fedcli.model.base import find_base, fingerprint, load_tokenizer
-from fedcli.rounds.opening import train_record
-from fedcli.rounds.parties import Party
-from fedcli.rounds.row_tokens import read_encoded
+from fedcli.parties.party import Party
+from fedcli.server.open_round import train_record
 from fedcli.workspace.layout import Home
 
 BASE = find_base("builtin:tiny", revision=None, root=Path.cwd())

@@ -10,11 +10,11 @@ import pytest
 from protocol_client import take_part
 from support.federation import all_take_part, configure, read_manifest
 
-from fedcli.rounds.aggregation import aggregate
-from fedcli.rounds.client import client_status
-from fedcli.rounds.status import read_status
+from fedcli.client.due import client_status
+from fedcli.operations.status import read_status
+from fedcli.server.aggregate import aggregate
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.registry import joined_clients
+from fedcli.workspace.registrations import joined_clients
 
 
 def num_calls(work: Callable[[], object]) -> int:

@@ -13,7 +13,7 @@ from support.processes import ENVIRONMENT, fedcli, warm
 
 from fedcli.config import SlurmConfig, parse_config
 from fedcli.errors import ConfigError
-from fedcli.rounds.jobs import job_name
+from fedcli.operations.slurm_state import job_name
 from fedcli.slurm.scripts import ScriptWriter, ranges
 from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace

@@ -27,9 +27,9 @@ from support.federation import restart as reopen
 
 from fedcli.cli import main
 from fedcli.config import FederationConfig
-from fedcli.rounds.aggregation import aggregate
-from fedcli.rounds.status import read_status
-from fedcli.rounds.verification import verify
+from fedcli.operations.status import read_status
+from fedcli.server.aggregate import aggregate
+from fedcli.server.verify import verify
 from fedcli.workspace.layout import Workspace
 
 

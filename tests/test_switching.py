@@ -19,7 +19,7 @@ from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
 from fedcli.algos.scaffold import Scaffold
 from fedcli.cli import main
-from fedcli.rounds.verification import verify
+from fedcli.server.verify import verify
 from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace
 

@@ -16,7 +16,7 @@ from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
 from fedcli.algos import ALGORITHMS
 from fedcli.cli import main
-from fedcli.rounds.baseline import train_baseline
+from fedcli.operations.baseline import train_baseline
 from fedcli.workspace.layout import Workspace
 
 ADAPTER = "adapter/adapter_model.safetensors"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.processes import ENVIRONMENT, SMALL, command, fedcli, run_ok, settings
 
-from fedcli.workspace.glance import glance
+from fedcli.workspace.idle import glance
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 

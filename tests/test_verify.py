@@ -17,7 +17,7 @@ from support.federation import ADAPTER, CONTROL_DELTA, all_take_part, answer, co
 from support.processes import ENVIRONMENT
 
 from fedcli.cli import main
-from fedcli.rounds.aggregation import aggregate
+from fedcli.server.aggregate import aggregate
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import file_entry
 

@@ -17,8 +17,8 @@ from support.handmade import drop, merge
 from support.processes import ENVIRONMENT, command, fedcli
 
 from fedcli.commands.status_watch import render
-from fedcli.rounds.aggregation import aggregate
-from fedcli.rounds.watch import PastRound, Watcher
+from fedcli.operations.watch import PastRound, Watcher
+from fedcli.server.aggregate import aggregate
 from fedcli.workspace.layout import Workspace
 
 

@@ -15,7 +15,7 @@ from support.federation import adapter_hashes
 from support.processes import ENVIRONMENT, command, run_ok
 
 from fedcli.errors import ConfigError
-from fedcli.rounds.workers import Workers, visible_gpus
+from fedcli.operations.workers import Workers, visible_gpus
 from fedcli.workspace.layout import Workspace
 
 

@@ -11,7 +11,7 @@ from fedcli.commands.options import ClientOption, HomeOption, JsonOption, Worksp
 from fedcli.commands.output import at, print_hint, print_json, rows_display
 
 if TYPE_CHECKING:
-    from fedcli.workspace.registry import DataCard
+    from fedcli.workspace.registrations import DataCard
 
 
 def join(
@@ -66,7 +66,7 @@ def join(
     On a terminal you are asked before it is written; elsewhere, and with --json, you are not. Run again, it replaces
     your card.
     """
-    from fedcli.rounds.joining import prepare_join
+    from fedcli.parties.join import prepare_join
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)

@@ -7,8 +7,8 @@ from fedcli.commands.output import at, print_hint, print_json
 
 def status(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Show how a client stands in the open round."""
-    from fedcli.rounds.client import client_status
-    from fedcli.rounds.status import next_of_client
+    from fedcli.client.due import client_status
+    from fedcli.operations.status import next_of_client
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)

@@ -13,9 +13,9 @@ from fedcli.errors import UsageError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from fedcli.rounds.client import ClientResult
-    from fedcli.rounds.parties import Party
-    from fedcli.rounds.runtime import Runtime, Runtimes
+    from fedcli.client.due import ClientResult
+    from fedcli.client.runtime import Runtime, Runtimes
+    from fedcli.parties.party import Party
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
     from fedcli.workspace.layout import Workspace
@@ -51,7 +51,7 @@ def train(
     found = find_workspace(workspace)
     if ids is None and _has_nothing_to_do(found, wait, json_output):
         return
-    from fedcli.rounds.client import train_client, train_clients
+    from fedcli.client.due import train_client, train_clients
 
     with progress_display(json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s") as progress:
         display = _Display(found, progress, threads)
@@ -81,7 +81,7 @@ def train(
 
 def _has_nothing_to_do(workspace: "Workspace", wait: float, json_output: bool) -> bool:
     """Say so, and return True, where a glance shows that no client has anything to do here, or will have."""
-    from fedcli.workspace.glance import glance
+    from fedcli.workspace.idle import glance
 
     seen = glance(workspace)
     if seen is None or seen.may_train or (wait and not seen.is_finished):
@@ -130,7 +130,7 @@ class _Display:
 
     def load(self, head: "Round", party: "Party") -> "Runtime":
         """Load the model, once."""
-        from fedcli.rounds.runtime import Runtimes
+        from fedcli.client.runtime import Runtimes
 
         self._progress.update(self._task, visible=True)
         self._steps = head.manifest.train.steps

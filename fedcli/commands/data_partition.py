@@ -19,7 +19,7 @@ def partition(
 
     `fedcli init` does it too. Run again with the same settings it changes nothing.
     """
-    from fedcli.rounds.simulation import partition_data
+    from fedcli.parties.simulate import partition_data
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)

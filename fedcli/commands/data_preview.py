@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from fedcli.rounds.preview import Piece, Preview, ShownRow
+    from fedcli.operations.preview import Piece, Preview, ShownRow
 
 MOST_CHARACTERS = 1200
 """Of a piece of text; longer ones lose their middle on the terminal, and are whole under --json."""
@@ -54,7 +54,7 @@ def preview(
 
     It writes a picture of the shares too.
     """
-    from fedcli.rounds import preview as previewing
+    from fedcli.operations import preview as previewing
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)

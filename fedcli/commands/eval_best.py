@@ -14,7 +14,7 @@ def best(
     json_output: JsonOption = False,
 ) -> None:
     """Name the best of the rounds that have been scored."""
-    from fedcli.rounds.score_table import best_rounds
+    from fedcli.scoring.table import best_rounds
     from fedcli.workspace.layout import find_workspace
 
     ranked = best_rounds(find_workspace(workspace), metric)

@@ -104,9 +104,9 @@ def run(
     """
     from fedcli.errors import UsageError, did_you_mean
     from fedcli.eval.benchmark import Options
-    from fedcli.rounds.evaluation import evaluate
-    from fedcli.rounds.scoring import Scoring, prepare
-    from fedcli.rounds.targets import Targets
+    from fedcli.scoring.evaluate import evaluate
+    from fedcli.scoring.request import Scoring, prepare
+    from fedcli.scoring.targets import Targets
     from fedcli.workspace.layout import find_workspace
 
     if backend is not None:
@@ -190,7 +190,7 @@ class _Display:
 def _print(workspace: "Workspace", records: "Sequence[ScoreRecord]") -> None:
     """Print what was scored as a table, and what to do next for what could not be."""
     from fedcli.commands.eval_table import print_table
-    from fedcli.rounds.score_table import make_table
+    from fedcli.scoring.table import make_table
 
     if any(record.scores for record in records):
         print_table(make_table(workspace, records=records))

@@ -8,7 +8,7 @@ from fedcli.commands.options import JsonOption, WorkspaceOption
 from fedcli.commands.output import print_hint, print_json
 
 if TYPE_CHECKING:
-    from fedcli.rounds.score_table import Column, ScoreTable
+    from fedcli.scoring.table import Column, ScoreTable
 
 
 FILE_WIDTH = 240
@@ -27,7 +27,7 @@ def table(
 ) -> None:
     """Show scores side by side, and write them to eval/ as markdown, csv and json."""
     from fedcli.errors import WorkspaceError
-    from fedcli.rounds.score_table import as_rows, make_table, save_table
+    from fedcli.scoring.table import as_rows, make_table, save_table
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)
@@ -52,7 +52,7 @@ def print_table(made: "ScoreTable") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedcli.rounds.score_table import show_difference, show_score
+    from fedcli.scoring.table import show_difference, show_score
 
     console = Console()
     if not console.is_terminal:

@@ -42,7 +42,7 @@ def export(
 
     Nothing that stands there is written over, and the folder appears whole or not at all.
     """
-    from fedcli.rounds.export import export as hand_over
+    from fedcli.operations.export import export as hand_over
     from fedcli.workspace.layout import find_workspace
 
     result = hand_over(

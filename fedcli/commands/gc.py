@@ -17,7 +17,7 @@ def gc(
 
     Nothing goes that anything refers to: the start, the open round, the best rounds, rounds that are being scored.
     """
-    from fedcli.rounds.retention import collect
+    from fedcli.operations.gc import collect
     from fedcli.workspace.layout import find_workspace
 
     result = collect(find_workspace(workspace), dry_run=dry_run)

@@ -28,7 +28,7 @@ def init(
 
     A folder that holds a fedcli.yaml of yours is initialised from that. Run again after an interruption, it goes on.
     """
-    from fedcli.rounds.creation import create_workspace, presets
+    from fedcli.server.create import create_workspace, presets
 
     if list_presets:
         names = sorted(presets())

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from fedcli.rounds.milestones import Milestone
-    from fedcli.rounds.simulation import DataSummary
+    from fedcli.parties.simulate import DataSummary
+    from fedcli.scoring.after_rounds import Milestone
 
 
 def print_json(document: object) -> None:

@@ -36,7 +36,7 @@ def report(
 
     One HTML file that needs no network, and each of its pictures as a PNG beside it.
     """
-    from fedcli.rounds.report import write_report
+    from fedcli.operations.report import write_report
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)

@@ -11,8 +11,8 @@ from fedcli.commands.output import Silent, describe_milestone, print_hint, print
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from fedcli.rounds.aggregation import AggregationResult
-    from fedcli.rounds.milestones import Milestone
+    from fedcli.scoring.after_rounds import Milestone
+    from fedcli.server.aggregate import AggregationResult
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
 
@@ -40,7 +40,7 @@ def run(
     Interrupted and started again, it goes on where it was.
     """
     from fedcli.data.formats import describe_counts
-    from fedcli.rounds.federation import run_federation
+    from fedcli.operations.run import run_federation
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)

@@ -8,8 +8,8 @@ from fedcli.commands.options import JsonOption, WorkspaceOption
 from fedcli.commands.output import describe_milestone, print_hint, print_json, progress_display
 
 if TYPE_CHECKING:
-    from fedcli.rounds.aggregation import AggregationResult
-    from fedcli.rounds.milestones import Milestone
+    from fedcli.scoring.after_rounds import Milestone
+    from fedcli.server.aggregate import AggregationResult
 
 
 def aggregate(
@@ -27,8 +27,8 @@ def aggregate(
 
     Exits with 6, naming the missing clients, while too few of the cohort have answered.
     """
-    from fedcli.rounds import aggregation
-    from fedcli.rounds.milestones import score_milestone
+    from fedcli.scoring.after_rounds import score_milestone
+    from fedcli.server import aggregate as aggregation
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)

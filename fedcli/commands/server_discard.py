@@ -6,7 +6,7 @@ from fedcli.commands.output import print_hint, print_json
 
 def discard(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Set aside a client's update of the open round, so that the client may send another."""
-    from fedcli.rounds import aggregation
+    from fedcli.server import aggregate as aggregation
     from fedcli.workspace.layout import find_workspace
 
     discarded = aggregation.discard(find_workspace(workspace), client)

@@ -6,7 +6,7 @@ from fedcli.commands.output import print_json
 
 def open_(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Open round 0 unless it is open; `fedcli init` does it too."""
-    from fedcli.rounds.creation import open_round
+    from fedcli.server.create import open_round
     from fedcli.workspace.layout import find_workspace
 
     head = open_round(find_workspace(workspace))

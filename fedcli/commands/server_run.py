@@ -6,8 +6,8 @@ from fedcli.commands.output import describe_milestone, print_hint, print_json
 
 def run(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Merge every round as soon as it is ready, until the last; clients train elsewhere."""
-    from fedcli.rounds.aggregation import aggregate_all
-    from fedcli.rounds.milestones import score_milestone
+    from fedcli.scoring.after_rounds import score_milestone
+    from fedcli.server.aggregate import aggregate_all
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)

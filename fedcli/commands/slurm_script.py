@@ -8,7 +8,7 @@ from fedcli.commands.output import print_hint, print_json
 
 def script(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Write the open round's batch scripts for SLURM, and send nothing."""
-    from fedcli.rounds.cluster import write_scripts
+    from fedcli.operations.slurm_submit import write_scripts
     from fedcli.workspace.layout import find_workspace
 
     scripts = write_scripts(find_workspace(workspace))

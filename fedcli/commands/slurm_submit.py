@@ -8,7 +8,7 @@ from fedcli.commands.options import JsonOption, WorkspaceOption
 from fedcli.commands.output import at, print_hint, print_json
 
 if TYPE_CHECKING:
-    from fedcli.rounds.cluster import Submission
+    from fedcli.operations.slurm_submit import Submission
 
 
 def submit(
@@ -20,7 +20,7 @@ def submit(
 
     What is in the queue already is not sent again: run it as often as you like.
     """
-    from fedcli.rounds import cluster
+    from fedcli.operations import slurm_submit as cluster
     from fedcli.workspace.layout import find_workspace
 
     result = cluster.submit(find_workspace(workspace), dry_run=dry_run)

@@ -12,8 +12,8 @@ from fedcli.errors import UsageError
 from fedcli.quantities import describe_bytes, describe_seconds
 
 if TYPE_CHECKING:
-    from fedcli.rounds.jobs import JobStates
-    from fedcli.rounds.status import Status
+    from fedcli.operations.slurm_state import JobStates
+    from fedcli.operations.status import Status
 
 _MOST = 50
 """How many clients a line names."""
@@ -27,7 +27,7 @@ def status(
     json_output: JsonOption = False,
 ) -> None:
     """Show the round, the algorithm, who has answered, the last losses, and what to run next."""
-    from fedcli.rounds.status import read_status
+    from fedcli.operations.status import read_status
     from fedcli.workspace.layout import find_workspace
 
     if watch and json_output:
@@ -44,7 +44,7 @@ def status(
 
 
 def _print(result: "Status") -> None:
-    from fedcli.rounds.status import describe_algorithm
+    from fedcli.operations.status import describe_algorithm
 
     print(f"workspace  {result.workspace}")
     print(f"round      {result.round} of {result.rounds}, {result.state}")

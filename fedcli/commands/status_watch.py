@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from fedcli.rounds.watch import PastRound, View
+    from fedcli.operations.watch import PastRound, View
     from fedcli.workspace.layout import Workspace
 
 MOST_ROUNDS = 6
@@ -26,7 +26,7 @@ def watch(workspace: "Workspace") -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from fedcli.rounds.watch import Watcher
+    from fedcli.operations.watch import Watcher
 
     watcher = Watcher(workspace)
     console = Console(highlight=False)

@@ -21,7 +21,7 @@ def train_and_print(
     client: int | None, threads: int | None, workspace: Path | None, json_output: bool, home: Path | None = None
 ) -> None:
     """Train a client's baseline, or the pooled one for None."""
-    from fedcli.rounds import baseline
+    from fedcli.operations import baseline
     from fedcli.workspace.layout import find_workspace
 
     found = find_workspace(workspace)

@@ -7,7 +7,7 @@ from fedcli.commands.output import print_json, progress_display
 def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is."""
     from fedcli.errors import IntegrityError
-    from fedcli.rounds import verification
+    from fedcli.server import verify as verification
     from fedcli.workspace.layout import find_workspace
 
     with progress_display(json_output) as progress:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedcli.quantities import byte_unit, describe_seconds
-from fedcli.report.canvas import (
+from fedcli.report.drawing import (
     BLUE,
     GREEN,
     GREY,

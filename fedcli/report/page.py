@@ -6,7 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 from fedcli.quantities import describe_bytes, describe_seconds
-from fedcli.report.canvas import Picture
+from fedcli.report.drawing import Picture
 from fedcli.report.series import BASE, POOLED, MergedRound, MetricScores, Point, Report
 
 GENERATOR = "fedcli report"

@@ -14,7 +14,7 @@ from fedcli.workspace.publish import DROPPED_FOLDER_MODE, DROPPED_MODE, make_fol
 from fedcli.workspace.read import opened_folder, owner_of, read_file, read_hashed
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.registry import is_stranger, registered_owner
+from fedcli.workspace.registrations import is_stranger, registered_owner
 from fedcli.workspace.tensors import decode, largest_file
 
 MAX_RECORD_BYTES = 64 * 1024

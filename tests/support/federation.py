@@ -12,11 +12,11 @@ from protocol_client import take_part
 from safetensors.numpy import load_file
 
 from fedcli.algos.scaffold import Scaffold
+from fedcli.client.due import train_client
 from fedcli.config import apply_overrides, read_document
 from fedcli.data.encoded import EncodedRows
-from fedcli.rounds.client import train_client
-from fedcli.rounds.creation import open_round
-from fedcli.rounds.parties import Party
+from fedcli.parties.party import Party
+from fedcli.server.create import open_round
 from fedcli.workspace.controls import read_control
 from fedcli.workspace.history import read_head, read_rounds
 from fedcli.workspace.layout import Workspace

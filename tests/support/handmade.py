@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedcli.rounds.aggregation import aggregate
+from fedcli.server.aggregate import aggregate
 from fedcli.workspace.history import read_head
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD, Workspace, update_name

@@ -1,0 +1,127 @@
+"""One client's work in the open round: train, and drop the update."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedcli.algos import Algorithm, Array, Arrays, ClientRule
+from fedcli.algos.arrays import difference, to_float32
+from fedcli.algos.scaffold import control_delta
+from fedcli.client.due import Training
+from fedcli.client.runtime import Runtime
+from fedcli.config import algorithm_from
+from fedcli.parties.party import Party
+from fedcli.training.reports import StepReport
+from fedcli.workspace.controls import read_control, remove_old_candidates, save_candidate
+from fedcli.workspace.history import Round, read_rounds
+from fedcli.workspace.inbox import drop_update
+from fedcli.workspace.layout import ADAPTER_FILE, CONTROL_DELTA_FILE, UPDATE_RECORD, Workspace
+from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sha256
+from fedcli.workspace.tensors import encode
+
+
+def contribute(
+    workspace: Workspace,
+    head: Round,
+    party: Party,
+    load_runtime: Callable[[Round, Party], Runtime],
+    on_step: Callable[[StepReport], None],
+) -> tuple[Training, bool]:
+    """Train a client on the open round and drop its update; return what it did, and whether its update was the first.
+
+    Whoever calls this holds the client's lock.
+    """
+    client, manifest = party.client, head.manifest
+    adapter = head.adapter()
+    past = read_rounds(workspace, before=head.number)
+    first_draw = sum(
+        earlier.manifest.train.steps * earlier.manifest.train.batch_size
+        for earlier in past
+        if client in earlier.manifest.cohort
+    )
+    rule = _Rule.read(party, [*past, head], adapter)
+    runtime = load_runtime(head, party)
+    rows = runtime.rows(party, manifest.train)
+    started = time.monotonic()
+    num_tokens = 0
+
+    def count(report: StepReport) -> None:
+        nonlocal num_tokens
+        num_tokens += report.num_tokens
+        on_step(report)
+
+    values, losses = runtime.train(
+        adapter,
+        manifest.train,
+        party=party,
+        round_number=head.number,
+        first_draw=first_draw,
+        rule=rule.client_rule,
+        on_step=count,
+    )
+    training = Training(
+        num_samples=len(rows.examples),
+        num_truncated=rows.num_truncated,
+        left_out=dict(rows.left_out),
+        losses=losses,
+        seconds=time.monotonic() - started,
+        num_tokens=num_tokens,
+    )
+    files = {ADAPTER_FILE: encode(values)}
+    candidate: dict[str, Array] = {}
+    if rule.algorithm.uses_control:
+        delta, candidate = rule.next_control(adapter, values, len(losses), manifest.train.learning_rate)
+        files[CONTROL_DELTA_FILE] = encode(delta)
+    record = _update_record(head, client, files, training).to_bytes()
+    if candidate:
+        remove_old_candidates(party.home, client, [*past, head])
+        save_candidate(party.home, head.number, sha256(record), candidate)
+    dropped = drop_update(workspace, head.number, client, [*files.items(), (UPDATE_RECORD, record)])
+    return training, dropped
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The open round's algorithm as one client applies it, with SCAFFOLD's c and the client's own c_k."""
+
+    algorithm: Algorithm
+    client_rule: ClientRule | None
+    control: Arrays
+    own: Arrays
+
+    @classmethod
+    def read(cls, party: Party, rounds: list[Round], adapter: Arrays) -> "_Rule":
+        """Read what the last of `rounds` asks of a client."""
+        head = rounds[-1]
+        algorithm = algorithm_from(head.manifest.algorithm)
+        if not algorithm.uses_control:
+            return cls(algorithm, algorithm.client_rule(adapter, {}), {}, {})
+        zeros = {name: np.zeros_like(array) for name, array in adapter.items()}
+        control = head.state(algorithm) or zeros
+        own = read_control(party.home, rounds, algorithm, party.client) or zeros
+        correction = to_float32(difference(control, own))
+        return cls(algorithm, algorithm.client_rule(adapter, correction), control, own)
+
+    def next_control(
+        self, adapter: Arrays, trained: Arrays, steps: int, learning_rate: float
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Return c_k+ - c_k, which goes to the server, and c_k+, which stays here."""
+        delta = control_delta(adapter, trained, self.control, steps=steps, learning_rate=learning_rate)
+        return delta, {name: self.own[name] + change for name, change in delta.items()}
+
+
+def _update_record(head: Round, client: int, files: dict[str, bytes], training: Training) -> UpdateRecord:
+    """Return what a client says of its update."""
+    return UpdateRecord(
+        protocol=PROTOCOL,
+        workspace=head.manifest.workspace,
+        round=head.number,
+        base=head.sha256,
+        client=client,
+        num_samples=training.num_samples,
+        steps=len(training.losses),
+        train_loss=training.mean_loss,
+        files={name: file_entry(contents) for name, contents in files.items()},
+    )

@@ -1,0 +1,58 @@
+"""A party's rows as token ids: from its cache, or tokenised now and kept there."""
+
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from fedcli.config import Task
+from fedcli.data.encoded import EncodedExamples, EncodedPairs, EncodedRows
+from fedcli.data.formats import RowReader
+from fedcli.parties.party import Party
+from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.token_cache import read_tokens, save_tokens, token_key
+
+if TYPE_CHECKING:
+    from fedcli.data.encoding import Encoder
+
+
+def read_encoded(
+    party: Party,
+    encoder: "Encoder",
+    task: Task,
+    train: TrainRecord,
+    *,
+    fingerprint: str,
+    on_rows: Callable[[int], None],
+) -> tuple[EncodedRows[Any], int]:
+    """Return a party's encoded rows, and how many of its rows its format could use.
+
+    The cache holds for one content of the files, format, template, length and base model, whose `fingerprint` covers
+    the tokenizer. Rows of the hub are tokenised anew every time. `on_rows` hears how many more rows were read. Raises
+    ConfigError where there is no usable row.
+    """
+    from fedcli.data.encoding import encode_source
+
+    digest = party.source.digest()
+    key = token_key(
+        versions=[version(package) for package in ("fedcli", "transformers", "tokenizers")],
+        source=digest,
+        split=party.source.split,
+        format=party.format if isinstance(party.format, str) else party.format.model_dump(mode="json"),
+        template=train.template if isinstance(train.template, str) else train.template.model_dump(mode="json"),
+        task=task,
+        max_length=train.max_length,
+        seed=train.seed,
+        base=fingerprint,
+    )
+    kept = None if digest is None else read_tokens(party.home, key)
+    if kept is not None:
+        arrays, counts = kept
+        examples = (EncodedExamples if task == "sft" else EncodedPairs).of_arrays(arrays)
+        return EncodedRows(examples, counts["num_truncated"], Counter(counts["left_out"])), counts["num_usable"]
+    reader = RowReader(party.format, train.seed)
+    rows: EncodedRows[Any] = encode_source(encoder, reader, party.source, task, train.max_length, on_rows)
+    if digest is not None:
+        counts = {"num_truncated": rows.num_truncated, "left_out": rows.left_out, "num_usable": reader.num_usable}
+        save_tokens(party.home, key, rows.examples.arrays(), counts)
+    return rows, reader.num_usable

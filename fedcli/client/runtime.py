@@ -1,0 +1,258 @@
+"""A base model that is loaded once, and trains one client's adapter after another."""
+
+import functools
+import gc
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedcli.algos import Array, Arrays, ClientRule
+from fedcli.client.row_tokens import read_encoded
+from fedcli.config import Config, TemplateChoice
+from fedcli.data.encoded import together
+from fedcli.data.order import draw
+from fedcli.errors import ConfigError, RequirementError
+from fedcli.model.adapter_config import parse_adapter_config
+from fedcli.model.base import comes_quantized, has_bfloat16, short_memory
+from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
+from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
+from fedcli.randomness import stream_seed
+from fedcli.training.reports import StepReport, TrainSettings
+from fedcli.workspace.history import Round, read_start
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home, Workspace
+from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.reference import read_reference, reference_key, save_reference
+from fedcli.workspace.settings import read_running_config
+
+if TYPE_CHECKING:
+    from fedcli.data.encoded import EncodedPair, EncodedRows
+    from fedcli.data.encoding import Encoder
+    from fedcli.training.dpo import ReferredPair
+
+
+class Runtime:
+    """The loaded model of a workspace; one process makes one and trains any client of any round with it.
+
+    Loading costs seconds (torch, transformers, the weights), so the cheap checks of a command come before it. A joined
+    `party` may have its own copy of the base model, and trusts remote code or not by itself; `on_rows` hears how many
+    rows were read. Raises RequirementError where the base model is missing, ConfigError where it is not the
+    federation's.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        config: Config,
+        any_round: Round,
+        *,
+        threads: int | None = None,
+        party: Party | None = None,
+        on_rows: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self._workspace = workspace
+        self._config = config
+        self._on_rows = on_rows
+        self.task = any_round.manifest.task
+        self._fingerprint = any_round.manifest.model.fingerprint
+        base = party.base_of(config) if party else config.model.base
+        folder = find_same_base(workspace, base, any_round)
+        quantization = any_round.manifest.model.quantization
+        require_bitsandbytes(quantization)
+        contents = any_round.read(ADAPTER_CONFIG_NAME)
+        adapter_config = parse_adapter_config(contents, any_round.folder / ADAPTER_CONFIG_NAME)
+        with without_bitsandbytes(quantization == "none" and not comes_quantized(folder)):
+            _import_stack()
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
+            from fedcli.model.lora import AdaptedModel
+
+            self.adapted = AdaptedModel(
+                folder,
+                adapter_config,
+                trust_remote_code=trusts_code(workspace, config, party),
+                quantization=quantization,
+            )
+        self._encoders: dict[TemplateChoice, Encoder] = {}
+        self._rows: dict[tuple[int | None, int, TemplateChoice], EncodedRows[Any]] = {}
+        self._start: Round | None = None
+
+    def encoder(self, template: TemplateChoice) -> "Encoder":
+        """Return the encoder of a template with the base model's tokenizer."""
+        from fedcli.data.encoding import Encoder
+
+        if template not in self._encoders:
+            self._encoders[template] = Encoder(self.adapted.tokenizer, template)
+        return self._encoders[template]
+
+    def rows(self, party: Party | None, train: TrainRecord) -> "EncodedRows[Any]":
+        """Return a party's rows, or all simulated clients' for None, as token ids: examples for sft, pairs for dpo.
+
+        Raises ConfigError where there is no usable row, or where a joined party has not as many as it registered.
+        """
+        key = (party.client if party else None, train.max_length, train.template)
+        if key not in self._rows:
+            clients = range(self._config.federation.clients)
+            parties = (
+                [find_party(self._workspace, self._config, client) for client in clients] if party is None else [party]
+            )
+            self._rows[key] = together([self._read(each, train) for each in parties])
+        return self._rows[key]
+
+    def _read(self, party: Party, train: TrainRecord) -> "EncodedRows[Any]":
+        rows, num_usable = read_encoded(
+            party, self.encoder(train.template), self.task, train, fingerprint=self._fingerprint, on_rows=self._on_rows
+        )
+        if party.num_rows not in (None, num_usable):
+            raise ConfigError(
+                f"client {party.client} joined with {party.num_rows} rows, and now has {num_usable}",
+                hint=f"Run `fedcli client join --id {party.client}` again with the same --data: the others rely on "
+                "what it says.",
+            )
+        return rows
+
+    def train(
+        self,
+        adapter: Arrays,
+        train: TrainRecord,
+        *,
+        party: Party | None,
+        round_number: int,
+        first_draw: int,
+        rule: ClientRule | None,
+        on_step: Callable[[StepReport], None],
+    ) -> tuple[dict[str, Array], list[float]]:
+        """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
+
+        `first_draw` is the number of rows that the client drew in its earlier rounds. Raises ConfigError where the
+        training diverged, RequirementError where memory is too small.
+        """
+        examples = self.rows(party, train).examples
+        stream_client = self._config.federation.clients if party is None else party.client
+        count = train.steps * train.batch_size
+        order = draw(len(examples), seed=train.seed, client=stream_client, first=first_draw, count=count)
+        settings = TrainSettings(
+            batch_size=train.batch_size,
+            micro_batch_size=train.micro_batch_size,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            gradient_checkpointing=train.gradient_checkpointing,
+            seed=stream_seed(train.seed, "training", round_number=round_number, client=stream_client) % 2**32,
+        )
+        drawn = [examples[index] for index in order]
+        with _enough_memory():
+            losses = self._train(adapter, drawn, party, train, settings, rule, on_step)
+        values = self.adapted.values()
+        if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
+            who = "all rows" if party is None else f"client {party.client}"
+            raise ConfigError(
+                f"{who}: the training of round {round_number} diverged, its last loss is {losses[-1]}",
+                hint="Lower train.learning_rate in fedcli.yaml; it takes effect with the next round that is opened.",
+            )
+        return values, losses
+
+    def _train(
+        self,
+        adapter: Arrays,
+        drawn: Sequence[Any],
+        party: Party | None,
+        train: TrainRecord,
+        settings: TrainSettings,
+        rule: ClientRule | None,
+        on_step: Callable[[StepReport], None],
+    ) -> list[float]:
+        """Train in place; return the losses of the steps."""
+        if self.task == "sft":
+            from fedcli.training.sft import train_sft
+
+            self.adapted.load(adapter)
+            return train_sft(self.adapted, drawn, settings, on_step, rule)
+        from fedcli.training.dpo import train_dpo
+
+        assert train.beta is not None
+        referred = self._refer(drawn, self._workspace.pooled_home if party is None else party.home)
+        self.adapted.load(adapter)
+        return train_dpo(self.adapted, referred, train.beta, settings, on_step, rule)
+
+    def _refer(self, pairs: "Sequence[EncodedPair]", home: Home) -> "list[ReferredPair]":
+        """Return pairs with the log-probabilities of the reference model, round 0's, each computed once a client."""
+        from fedcli.model.likelihood import pair_log_probs
+        from fedcli.training.dpo import ReferredPair
+
+        if self._start is None:
+            self._start = read_start(self._workspace)
+        key = reference_key(self._start.manifest, "bfloat16" if has_bfloat16() else "float32")
+        known = read_reference(home, key)
+        missing = {pair.key: pair for pair in pairs if pair.key not in known}
+        if missing:
+            self.adapted.load(self._start.adapter())
+            known |= zip(missing, pair_log_probs(self.adapted, list(missing.values())), strict=True)
+            save_reference(home, key, known)
+        return [ReferredPair(pair, *known[pair.key]) for pair in pairs]
+
+
+class Runtimes:
+    """The models that a process has loaded: one for all clients, one more for a party with its own copy or trust."""
+
+    def __init__(
+        self, workspace: Workspace, *, threads: int | None = None, on_rows: Callable[[int], None] = lambda count: None
+    ) -> None:
+        self._workspace = workspace
+        self._threads = threads
+        self._on_rows = on_rows
+        self._loaded: dict[tuple[str | None, bool | None], Runtime] = {}
+
+    @property
+    def shared(self) -> Runtime | None:
+        """The one of all clients; None while it has not been loaded."""
+        return self._loaded.get((None, None))
+
+    def load(self, head: Round, party: Party) -> Runtime:
+        """Return the party's, loaded now where it is not yet."""
+        key = (party.base, party.trust_remote_code)
+        if key not in self._loaded:
+            config = read_running_config(self._workspace)
+            self._loaded[key] = Runtime(
+                self._workspace, config, head, threads=self._threads, party=party, on_rows=self._on_rows
+            )
+        return self._loaded[key]
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Turn a GPU or a machine that is too small into a RequirementError with the cure."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if (where := short_memory(error)) is None:
+            raise
+        raise RequirementError(
+            f"{where} is too small for this training: {str(error).partition('.')[0] or 'out of memory'}",
+            hint="In fedcli.yaml lower train.micro_batch_size or train.max_length, or set gradient_checkpointing; "
+            "`fedcli doctor` estimates what is needed.",
+        ) from error
+
+
+@functools.cache
+def _import_stack() -> None:
+    """Import what training needs, without the garbage collector, which would go through it again and again.
+
+    Once a process: what is frozen is never collected, and a model that was loaded since must be, when it is dropped.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several clients starve each other
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        import_module("fedcli.training.trainer")  # by name: it is used by others, and a linter would drop the import
+    finally:
+        if was_enabled:
+            gc.enable()
+    gc.freeze()

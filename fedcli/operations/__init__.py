@@ -1,0 +1,1 @@
+"""What works on a whole federation: runs, SLURM, status, reports, exports, baselines."""

@@ -1,0 +1,120 @@
+"""Baselines: what one client alone, or all rows pooled, reach with the federation's step budget and schedule."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from fedcli.algos import Arrays
+from fedcli.client.runtime import Runtime
+from fedcli.config import Config
+from fedcli.errors import UsageError
+from fedcli.parties.party import Party, find_party
+from fedcli.server.open_round import train_record
+from fedcli.training.reports import StepReport
+from fedcli.workspace.baselines import (
+    BaselineRecord,
+    Progress,
+    baseline_name,
+    clear_progress,
+    publish_baseline,
+    read_baseline_record,
+    read_progress,
+    save_progress,
+    set_baseline_aside,
+)
+from fedcli.workspace.history import Round, read_start
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Home, Workspace
+from fedcli.workspace.locks import hold
+from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.registrations import joined_clients
+from fedcli.workspace.settings import check_client, read_running_config
+from fedcli.workspace.tensors import encode
+
+
+@dataclass(frozen=True)
+class BaselineResult:
+    """A baseline's name under baselines/, whether this call trained it, and the mean loss of its last round."""
+
+    status: Literal["trained", "exists"]
+    name: str
+    last_loss: float
+
+
+def train_baseline(
+    workspace: Workspace,
+    client: int | None,
+    *,
+    home: Path | None = None,
+    threads: int | None = None,
+    on_step: Callable[[int, int, int, StepReport], None] = lambda round_number, rounds, steps, report: None,
+) -> BaselineResult:
+    """Train one client alone, or for None on all clients' rows together (a simulation's only), and publish the adapter.
+
+    It makes rounds x steps optimiser steps from round 0's adapter. Each round is what the only member of a federation
+    would do in it, plainly, with fedcli.yaml as it is now: the same learning-rate schedule and order of rows, AdamW's
+    state fresh. An interrupted call goes on at the round that it was in; a baseline of other settings is set aside and
+    trained anew. `on_step` hears of the round, the number of rounds, their steps, and the step.
+    """
+    config = read_running_config(workspace)
+    if client is not None:
+        check_client(client, config)
+    elif joined := joined_clients(workspace, config.federation.clients):
+        raise UsageError(
+            f"all rows are not at hand: clients {', '.join(map(str, joined))} have joined and keep theirs",
+            hint="Only a simulation can pool its rows; `fedcli train-alone --id N` trains a party alone.",
+        )
+    numbers = range(config.federation.clients) if client is None else [client]
+    parties = [find_party(workspace, config, number, home) for number in numbers]
+    party = None if client is None else parties[0]
+    own = workspace.pooled_home if party is None else party.home
+    start = read_start(workspace)
+    name = baseline_name(client)
+    plan = BaselineRecord(name=name, start=start.sha256, train=_train_record(config, 0), last_loss=0.0, files={})
+    with hold(own.baseline_lock, f"the baseline {name}"):
+        standing = read_baseline_record(workspace, plan.name)
+        if standing is not None:
+            if (standing.start, standing.train) == (plan.start, plan.train):
+                return BaselineResult("exists", plan.name, standing.last_loss)
+            set_baseline_aside(workspace, plan.name)
+        runtime = Runtime(workspace, config, start, threads=threads, party=party)
+        progress = _train_rounds(own, runtime, config, start, party, plan, on_step)
+        files = {ADAPTER_NAME: encode(progress.adapter), ADAPTER_CONFIG_NAME: start.read(ADAPTER_CONFIG_NAME)}
+        publish_baseline(workspace, plan.model_copy(update={"last_loss": progress.last_loss}), files)
+        clear_progress(own)
+    return BaselineResult("trained", plan.name, progress.last_loss)
+
+
+def _train_record(config: Config, number: int) -> TrainRecord:
+    return train_record(config, number, config.federation.rounds)
+
+
+def _train_rounds(
+    home: Home,
+    runtime: Runtime,
+    config: Config,
+    start: Round,
+    party: Party | None,
+    plan: BaselineRecord,
+    on_step: Callable[[int, int, int, StepReport], None],
+) -> Progress:
+    """Train round after round, saving after each; return where the last one left off."""
+    rounds = config.federation.rounds
+    progress = read_progress(home, plan) or Progress(0, start.adapter(), 0.0)
+    for number in range(progress.rounds_done, rounds):
+        train = _train_record(config, number)
+        adapter: Arrays
+        adapter, losses = runtime.train(
+            progress.adapter,
+            train,
+            party=party,
+            round_number=number,
+            first_draw=number * train.steps * train.batch_size,
+            rule=None,
+            on_step=partial(on_step, number, rounds, train.steps),
+        )
+        progress = Progress(number + 1, adapter, math.fsum(losses) / len(losses))
+        save_progress(home, plan, progress)
+    return progress

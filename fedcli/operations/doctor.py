@@ -1,0 +1,245 @@
+"""What `fedcli doctor` looks at: this machine, and whether the workspace's experiment can run on it."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from fedcli.config import Config, Task, TrainConfig
+from fedcli.errors import FedError
+from fedcli.parties.party import trusts_code
+from fedcli.quantities import describe_bytes
+from fedcli.training.batches import LARGEST
+from fedcli.workspace.file_system_check import probe_file_system
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.settings import read_config
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "numpy",
+    "filelock",
+    "datasets",
+    "pyarrow",
+    "scikit-learn",
+    "matplotlib",
+    "jinja2",
+)
+OLDEST_PYTHON = (3, 11)
+HUB_TIMEOUT = 5.0
+"""Seconds."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; a cure stands where it is not as it should be."""
+
+    name: str
+    state: Literal["ok", "warning", "failed"]
+    detail: str
+    cure: str = ""
+
+
+def examine(workspace: Workspace | None, *, on_check: Callable[[str], None] = lambda name: None) -> list[Finding]:
+    """Look at Python, packages, devices, bitsandbytes, the sandbox, the hub and, where there is one, the workspace.
+
+    What the experiment needs and has not is "failed"; what is missing and not needed, or cannot be told, a "warning".
+    """
+    config = None
+    findings = [_python()]
+    if workspace is not None:
+        try:
+            config = read_config(workspace)
+        except FedError as error:
+            findings.append(Finding("fedcli.yaml", "failed", error.message, error.hint))
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("packages", lambda: _packages(config)),
+        ("devices", _devices),
+        ("bitsandbytes", lambda: _bitsandbytes(config)),
+        ("sandbox", _sandbox),
+        ("hub", _hub),
+    ]
+    if workspace is not None:
+        checks.append(("file system", lambda: _file_system(workspace)))
+        if config is not None:
+            checks.append(("memory", lambda: _memory(workspace, config)))
+    for name, check in checks:
+        on_check(name)
+        try:
+            findings += check()
+        except Exception as error:  # a look at a broken machine must not break
+            cure = "Reinstall fedcli and its packages."
+            findings.append(Finding(name, "failed", f"{type(error).__name__}: {error}", cure))
+    return findings
+
+
+def _python() -> Finding:
+    state: Literal["ok", "failed"] = "ok" if sys.version_info[:2] >= OLDEST_PYTHON else "failed"
+    return Finding("python", state, platform.python_version(), "" if state == "ok" else "Install Python 3.11 or later.")
+
+
+def _packages(config: Config | None) -> Iterator[Finding]:
+    for package in PACKAGES:
+        try:
+            yield Finding(package, "ok", metadata.version(package))
+        except metadata.PackageNotFoundError:
+            is_needed = package != "bitsandbytes" or _is_quantized(config)
+            yield Finding(package, "failed" if is_needed else "warning", "not installed", f"pip install {package}")
+
+
+def _is_quantized(config: Config | None) -> bool:
+    return config is not None and config.model.quantization != "none"
+
+
+def _devices() -> Iterator[Finding]:
+    yield Finding("cpu", "ok", f"{os.cpu_count()} cores, {describe_bytes(_available_memory())} of memory available")
+    try:
+        import torch
+    except ImportError:
+        return
+    if not torch.cuda.is_available():
+        yield Finding("gpu", "warning", "none that torch can use", "Large models train far faster on a GPU.")
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        yield Finding(f"gpu {number}", "ok", f"{name}, {describe_bytes(free)} of {describe_bytes(total)} free")
+
+
+def _bitsandbytes(config: Config | None) -> Iterator[Finding]:
+    """Multiply two small matrices in int8 and nf4, and compare with the product in float32."""
+    from fedcli.model.bitsandbytes import require_bitsandbytes
+
+    bad: Literal["failed", "warning"] = "failed" if _is_quantized(config) else "warning"
+    try:
+        require_bitsandbytes("int8")
+        errors = _quantized_matmul_errors()
+    except FedError as error:
+        yield Finding("quantised matmul", bad, error.message, error.hint)
+    except Exception as error:  # whatever a broken binary raises, it does not work here
+        cure = "Reinstall bitsandbytes for this machine's torch and CUDA."
+        yield Finding("quantised matmul", bad, f"{type(error).__name__}: {error}", cure)
+    else:
+        detail = ", ".join(f"{name} off by {error:.1%}" for name, error in errors.items())
+        is_right = all(error < 0.25 for error in errors.values())
+        cure = "" if is_right else "Reinstall bitsandbytes."
+        yield Finding("quantised matmul", "ok" if is_right else bad, detail, cure)
+
+
+def _quantized_matmul_errors() -> dict[str, float]:
+    """Return the relative error of a quantised product by kind."""
+    import torch
+    from bitsandbytes import functional
+    from bitsandbytes.autograd._functions import matmul_4bit
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(64, 64, generator=generator).to(device) for _ in range(2))
+    exact = left @ right.T
+    left8, left_scale, _ = functional.int8_vectorwise_quant(left.half())
+    right8, right_scale, _ = functional.int8_vectorwise_quant(right.half())
+    product = functional.int8_mm_dequant(functional.int8_linear_matmul(left8, right8), left_scale, right_scale)
+    right4, state = functional.quantize_4bit(right, quant_type="nf4")
+    products = {"int8": product.float(), "nf4": matmul_4bit(left, right4.t(), state)}
+    return {name: float((product - exact).norm() / exact.norm()) for name, product in products.items()}
+
+
+def _sandbox() -> Iterator[Finding]:
+    """Run a small program in the sandbox that benchmarks of code use."""
+    from fedcli.eval.sandbox import Sandbox
+
+    try:
+        Sandbox()
+    except FedError as error:
+        yield Finding("sandbox", "warning", error.message, error.hint)
+    else:
+        yield Finding("sandbox", "ok", "bubblewrap can run benchmarks of code")
+
+
+def _hub() -> Iterator[Finding]:
+    """Ask the hub for the head of its front page."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        yield Finding(
+            "hub", "warning", "not asked: HF_HUB_OFFLINE is set", "Unset it to fetch models and rows by name."
+        )
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception as error:  # which errors there are depends on the HTTP library that the hub's client uses
+        cure = "Models and rows must lie in local folders, or in the hub's cache; $HF_ENDPOINT names a mirror."
+        yield Finding("hub", "warning", f"{constants.ENDPOINT} cannot be reached: {error}", cure)
+    else:
+        yield Finding("hub", "ok", constants.ENDPOINT)
+
+
+def _file_system(workspace: Workspace) -> Iterator[Finding]:
+    for name, problem in probe_file_system(workspace.root).items():
+        cure = "Put the workspace on a file system that has this (docs/PROTOCOL.md); on Lustre mount it with -o flock."
+        yield Finding(
+            f"disk: {name}", "failed" if problem else "ok", problem or str(workspace.root), cure if problem else ""
+        )
+
+
+def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
+    """Compare what training is estimated to need with what the device has."""
+    import torch
+
+    from fedcli.model.base import BUILTIN_PREFIX, find_base, has_bfloat16, is_path, load_shapes
+    from fedcli.model.memory_estimate import estimate_memory
+
+    base, train, root = config.model.base, config.train, workspace.root
+    local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
+    try:
+        source = find_base(base, revision=None, root=root) if local else base  # of a hub's model only its config.json
+        model = load_shapes(source, revision=config.model.revision, trust_remote_code=trusts_code(workspace, config))
+    except FedError as error:
+        yield Finding("base model", "failed", error.message, error.hint)
+        return
+    yield Finding("base model", "ok", base)
+    estimate = estimate_memory(
+        model,
+        quantization=config.model.quantization,
+        rank=config.adapter.rank,
+        target_modules=config.adapter.target_modules,
+        rows=_rows_at_once(train, config.task, "cuda" if torch.cuda.is_available() else "cpu"),
+        length=train.max_length,
+        has_checkpointing=train.gradient_checkpointing,
+        compute_bytes=2 if has_bfloat16() else 4,
+    )
+    available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _available_memory()
+    detail = (
+        f"about {describe_bytes(estimate.total)} "
+        f"(weights {describe_bytes(estimate.weights)}, adapter {describe_bytes(estimate.adapter)}, "
+        f"optimiser {describe_bytes(estimate.optimizer)}, activations {describe_bytes(estimate.activations)}) "
+        f"of {describe_bytes(available)}"
+    )
+    if estimate.total <= available:
+        yield Finding("memory", "ok", detail)
+        return
+    cure = "Lower train.micro_batch_size or max_length, set train.gradient_checkpointing, or quantise the base."
+    yield Finding("memory", "failed", detail, cure)
+
+
+def _rows_at_once(train: TrainConfig, task: Task, device: str) -> int:
+    """Return the most rows, two for a pair, that a micro-batch may have where all are as long as they may be."""
+    sides = 2 if task == "dpo" else 1
+    fitting = max(1, LARGEST[device] // (sides * train.max_length))
+    return sides * (train.micro_batch_size or min(train.batch_size, fitting))
+
+
+def _available_memory() -> int:
+    """Return the bytes of main memory that a new process may use."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

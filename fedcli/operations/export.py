@@ -1,0 +1,219 @@
+"""Handing a round over: its adapter with a model card, or merged into the base model."""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedcli.config import Config, CustomTemplate
+from fedcli.data.formats import describe_counts
+from fedcli.data.hub import HUB_DATASETS
+from fedcli.errors import NotReadyError, UsageError
+from fedcli.model.adapter_config import parse_adapter_config
+from fedcli.operations.report import read_metrics
+from fedcli.operations.status import describe_algorithm
+from fedcli.parties.party import find_same_base, trusts_code
+from fedcli.parties.simulate import DataSummary, read_summary
+from fedcli.report.card import Card, ClientData, render_card
+from fedcli.scoring.table import best_rounds
+from fedcli.workspace.history import Round, read_head, read_round
+from fedcli.workspace.layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FILE,
+    ADAPTER_NAME,
+    Workspace,
+    check_outside,
+)
+from fedcli.workspace.publish import check_free, new_folder
+from fedcli.workspace.registrations import joined_clients, read_registration
+from fedcli.workspace.settings import read_running_config
+
+CARD_NAME = "README.md"
+DTYPES = ("float32", "bfloat16", "float16")
+SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was handed over."""
+
+    output: Path
+    round: int
+    files: list[str]
+    merged_dtype: str | None
+    """None for an adapter."""
+    num_bytes: int
+
+
+def export(
+    workspace: Workspace,
+    output: Path,
+    *,
+    number: str = "latest",
+    best: str | None = None,
+    merge: bool = False,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+) -> Exported:
+    """Write a round's adapter with a model card into a new folder, or with `merge` the base with the adapter in it.
+
+    `number` is a round's or "latest"; `best` a metric (BENCHMARK or BENCHMARK.METRIC) whose best round is taken.
+    `dtype` and `max_shard_size` are of a merged model; by default the base's own type, and SHARD_SIZE. The folder
+    appears whole or not at all. Raises WorkspaceError where something stands there, UsageError for what cannot be done.
+    """
+    _check_options(merge, dtype, max_shard_size)
+    output = output.resolve()  # a name such as . or a link could not be replaced
+    check_outside(workspace, output)
+    check_free(output)
+    config = read_running_config(workspace)
+    found = _find_round(workspace, number, best)
+    adapter = {ADAPTER_FILE: found.read(ADAPTER_NAME), ADAPTER_CONFIG_FILE: found.read(ADAPTER_CONFIG_NAME)}
+    adapter_config = parse_adapter_config(adapter[ADAPTER_CONFIG_FILE], found.folder / ADAPTER_CONFIG_NAME)
+    with new_folder(output) as folder:
+        merged_dtype = None
+        if merge:
+            merged_dtype = _write_merged(
+                workspace, config, found, adapter_config, folder, dtype, max_shard_size or SHARD_SIZE
+            )
+        else:
+            for name, contents in adapter.items():
+                (folder / name).write_bytes(contents)
+        card = _card(workspace, config, found, adapter_config, merged_dtype)
+        (folder / CARD_NAME).write_text(render_card(card), encoding="utf-8")
+    sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
+    return Exported(output, found.number, list(sizes), merged_dtype, sum(sizes.values()))
+
+
+def _check_options(merge: bool, dtype: str | None, max_shard_size: str | None) -> None:
+    if not merge and (dtype or max_shard_size):
+        option = "--dtype" if dtype else "--max-shard-size"
+        raise UsageError(f"{option} is of a merged model", hint="Add --merge; an adapter is always float32.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: no such type", hint=f"One of {', '.join(DTYPES)}.")
+    if max_shard_size is not None and not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", max_shard_size):
+        raise UsageError(f"--max-shard-size {max_shard_size}: no such size", hint="Such as 500MB or 5GB.")
+
+
+def _find_round(workspace: Workspace, number: str, best: str | None) -> Round:
+    if best is not None:
+        if number != "latest":
+            raise UsageError("--best names a round by its score, and --round by its number", hint="Leave one out.")
+        number = str(best_rounds(workspace, best)[0][0])
+    if number == "latest":
+        return read_head(workspace)
+    if not (number.isascii() and number.isdigit()):
+        raise UsageError(f"--round {number}: no such round", hint="Give a round's number, or latest.")
+    found = read_round(workspace, int(number))
+    if found is None:
+        head = read_head(workspace).number
+        raise NotReadyError(f"there is no round {number} yet: the latest is {head}", hint="Export that one.")
+    return found
+
+
+def _write_merged(
+    workspace: Workspace,
+    config: Config,
+    found: Round,
+    adapter_config: dict[str, Any],
+    folder: Path,
+    dtype: str | None,
+    max_shard_size: str,
+) -> str:
+    from fedcli.model.merged import check_mergeable, write_merged
+
+    base = find_same_base(workspace, config.model.base, found)
+    check_mergeable(base)
+    return write_merged(
+        base,
+        adapter_config,
+        found.adapter(),
+        folder,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        trust_remote_code=trusts_code(workspace, config),
+    )
+
+
+def _card(
+    workspace: Workspace, config: Config, found: Round, adapter_config: dict[str, object], merged_dtype: str | None
+) -> Card:
+    manifest = found.manifest
+    model, train = manifest.model, manifest.train
+    last, summary = manifest.aggregation, read_summary(workspace)
+    facts = {
+        "base model": model.base,
+        "its revision": model.revision or "",
+        "its fingerprint": model.fingerprint,
+        "quantisation in training": model.quantization,
+        "adapter": f"LoRA, rank {adapter_config['r']}, alpha {adapter_config['lora_alpha']:g}, "
+        f"of {', '.join(map(str, config.adapter.target_modules))}",
+        "algorithm": "; ".join(
+            f"{describe_algorithm(run.algorithm)} from round {run.round}" for run in manifest.history
+        )
+        or describe_algorithm(manifest.algorithm),
+        "clients": f"{config.federation.clients}, {config.federation.cohort_size} drawn a round",
+        "merged into the last round": f"{len(last.counted)} updates" if last else "none: this is the start",
+        "steps of a client in a round": f"{train.steps}, each of {train.batch_size} rows",
+        "learning rate": f"{train.schedule.learning_rate:g} to {train.schedule.learning_rate_min:g}, cosine",
+        "split of the rows": json.dumps(summary.partition) if summary else "",
+        "seed": str(train.seed),
+        "workspace": manifest.workspace,
+        "SHA-256 of the round's manifest": found.sha256,
+        "SHA-256 of its adapter": manifest.files[ADAPTER_NAME].sha256,
+        "type of the merged weights": merged_dtype or "",
+    }
+    metrics, _ = read_metrics(workspace)
+    base_id = adapter_config["base_model_name_or_path"]
+    return Card(
+        title=workspace.root.name,
+        task=manifest.task,
+        round=found.number,
+        rounds=manifest.rounds,
+        num_clients=config.federation.clients,
+        algorithm=str((last.algorithm if last else manifest.algorithm)["name"]),
+        base=model.base,
+        base_id=None if base_id is None else str(base_id),
+        template="the workspace's own" if isinstance(train.template, CustomTemplate) else train.template,
+        datasets=sorted({entry.source for entry in config.data.sources} & HUB_DATASETS.keys()),
+        facts={name: value for name, value in facts.items() if value},
+        clients=_clients(workspace, config, summary),
+        metrics=metrics,
+        merged_dtype=merged_dtype,
+        notes=_notes(found, merged_dtype),
+        version=version("fedcli"),
+    )
+
+
+def _clients(workspace: Workspace, config: Config, summary: DataSummary | None) -> list[ClientData]:
+    """Return what is known of the clients' rows: what joined parties told, or a simulation's split."""
+    known = {}
+    if summary is not None:
+        for client, (size, format_) in enumerate(zip(summary.sizes, summary.formats, strict=False)):
+            known[client] = ClientData(client, size, format_ if isinstance(format_, str) else "columns of its own")
+    for client in joined_clients(workspace, config.federation.clients):
+        registration = read_registration(workspace, client)
+        if registration is not None:
+            told = registration.data
+            left_out = describe_counts(told.left_out) if told.left_out else ""
+            tokens = str((told.token_quantiles or {}).get("0.5", ""))
+            known[client] = ClientData(client, told.num_rows, told.format or "", left_out, tokens)
+    return [known[client] for client in sorted(known)]
+
+
+def _notes(found: Round, merged_dtype: str | None) -> list[str]:
+    manifest = found.manifest
+    notes = []
+    if manifest.state != "finished":
+        notes.append(f"The federation was not finished: this is round {found.number} of {manifest.rounds}.")
+    quantization = manifest.model.quantization
+    if quantization != "none":
+        seen = f"The clients trained with the base's weights in {quantization}"
+        notes.append(
+            f"{seen}. The adapter is merged into the weights as they were before that, so answers differ a little."
+            if merged_dtype
+            else f"{seen}: load it so for the answers that were scored."
+        )
+    return notes

@@ -1,0 +1,67 @@
+"""Which old rounds may go: none that anything still refers to."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from fedcli.scoring.table import best_rounds
+from fedcli.workspace.history import read_head, read_rounds
+from fedcli.workspace.layout import Workspace, update_name
+from fedcli.workspace.locks import hold
+from fedcli.workspace.pruning import Pruning
+from fedcli.workspace.scores import read_scores, unfinished_targets
+from fedcli.workspace.settings import read_running_config
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What `gc` removed, or would remove; rounds that stay whole, each with what refers to it."""
+
+    is_dry_run: bool
+    rounds: list[int]
+    kept: dict[int, str]
+    num_files: int
+    num_bytes: int
+    num_foreign: int
+    """Updates that are left because they belong to another unix user."""
+
+
+def collect(workspace: Workspace, *, dry_run: bool = False) -> Collection | None:
+    """Remove the arrays of old rounds and of their updates; None where fedcli.yaml has no retention.
+
+    What stays tells that they were there: manifests, update.json of counted updates, and a PRUNED.json. Killed at any
+    instant, the next call goes on. Raises BusyError while the server works.
+    """
+    retention = read_running_config(workspace).retention
+    if retention.keep_last is None:
+        return None
+    with hold(workspace.server_lock, "the server's work"):
+        head = read_head(workspace)
+        kept = kept_rounds(workspace, head.number, retention.keep_last, retention.keep_every)
+        pruning = Pruning(workspace, dry_run)
+        done, pruned = [], set()
+        for closed, closing in pairwise([*read_rounds(workspace, before=head.number), head]):
+            if closed.number in kept:
+                pruned |= {closed.number} if closed.pruned() is not None else set()
+                continue
+            before = pruning.num_files
+            pruning.prune(closed, closing)
+            if pruning.num_files > before:
+                done.append(closed.number)
+        whole = {number: reason for number, reason in kept.items() if number not in pruned}
+        return Collection(dry_run, done, whole, pruning.num_files, pruning.num_bytes, pruning.num_foreign)
+
+
+def kept_rounds(workspace: Workspace, latest: int, keep_last: int, keep_every: int | None) -> dict[int, str]:
+    """Return the rounds that stay whole, each with what refers to it.
+
+    An update is needed as long as the round that it was made in: `verify` computes the next one from both.
+    """
+    records = read_scores(workspace)
+    of_rounds = [record for record in records if record.target.startswith("round-")]
+    reasons = dict.fromkeys(range(0, latest, keep_every or latest + 1), "kept by keep_every")
+    for metric in sorted({f"{record.name}.{name}" for record in of_rounds for name in record.scores}):
+        reasons[best_rounds(workspace, metric, records)[0][0]] = f"the best in {metric}"
+    unfinished = unfinished_targets(workspace)
+    reasons |= {number: "its scores are not finished" for number in range(latest) if update_name(number) in unfinished}
+    reasons |= dict.fromkeys(range(max(0, latest + 1 - keep_last), latest), "kept by keep_last")
+    return dict(sorted((reasons | {0: "the start", latest: "the latest"}).items()))

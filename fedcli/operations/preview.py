@@ -1,0 +1,221 @@
+"""What `fedcli data preview` shows: rows as they are trained on, token lengths, and every client's share."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedcli.config import Config
+from fedcli.data.conversation import Item
+from fedcli.data.encoded import EncodedExample, EncodedExamples, EncodedPairs
+from fedcli.data.encoding import Encoder, encode_items
+from fedcli.data.formats import RowReader
+from fedcli.data.source import Row
+from fedcli.errors import NotReadyError, UsageError
+from fedcli.model.base import find_base, load_tokenizer
+from fedcli.parties.join import NO_LIMIT
+from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
+from fedcli.parties.simulate import read_summary
+from fedcli.report.rows_picture import Bar, draw
+from fedcli.server.open_round import train_record
+from fedcli.workspace.history import read_head, read_round
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.publish import publish_file
+from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.settings import check_client, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_BINS = 12
+NUM_SAMPLED = 2000
+"""Rows of a client, the first of its file, whose tokens are counted."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of decoded tokens that are supervised, or not."""
+
+    text: str
+    is_supervised: bool
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row: its columns, and what is made of it; a preference has two texts, chosen and rejected."""
+
+    where: str
+    fields: dict[str, Any]
+    texts: list[list[Piece]]
+
+
+@dataclass(frozen=True)
+class ClientShare:
+    """What one client holds; token lengths are of rows as templated, before they are cut, of up to NUM_SAMPLED rows."""
+
+    client: int
+    num_rows: int
+    left_out: dict[str, int]
+    num_cut: int
+    num_tokens: list[int]
+    groups: list[int]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """All that is shown; `histogram` has the counts between consecutive `edges` of tokens a row."""
+
+    rows: list[ShownRow]
+    clients: list[ClientShare]
+    groups: list[str]
+    partition: Any
+    max_length: int
+    edges: list[int]
+    histogram: list[int]
+    num_sampled: int
+    """Rows that were tokenised: the first NUM_SAMPLED of each client."""
+    picture: Path
+
+
+def preview(
+    workspace: Workspace,
+    *,
+    client: int | None = None,
+    home: Path | None = None,
+    by: str | None = None,
+    num_rows: int = 2,
+    output: Path | None = None,
+    on_client: Callable[[int], None] = lambda client: None,
+) -> Preview:
+    """Look at the rows of one client, or of every simulated one, and draw them into a PNG.
+
+    `by` names a column whose values are counted for each client, instead of what the rows were split by.
+    The picture of a joined party lies in its home, unless `output` names another place. Raises NotReadyError where
+    there are no rows yet.
+    """
+    config = read_config(workspace)
+    parties = _parties(workspace, config, client, home)
+    train = _open_train(workspace, config)
+    max_length = train.max_length
+    tokenizer = _tokenizer(workspace, config, parties[0])
+    encoder = Encoder(tokenizer, train.template)
+    is_simulated = parties[0].num_rows is None
+    summary = read_summary(workspace) if is_simulated else None
+    shown: list[ShownRow] = []
+    shares: list[ClientShare] = []
+    by_value: list[Counter[str]] = []
+    for party in parties:
+        on_client(party.client)
+        reader = RowReader(party.format, config.federation.seed)
+        items, values = _sample(reader, party, by)
+        lengths = encode_items(encoder, (item for _, item in items), config.task, NO_LIMIT).examples.lengths()
+        counts = summary.group_counts[party.client] if summary else []
+        by_value.append(values)
+        num_cut = int((lengths > max_length).sum())
+        shares.append(
+            ClientShare(party.client, reader.num_usable, dict(reader.left_out), num_cut, lengths.tolist(), counts)
+        )
+        for row, item in items[: max(0, num_rows - len(shown))]:
+            encoded = encode_items(encoder, [item], config.task, max_length).examples
+            shown.append(ShownRow(row.where, dict(row.fields), _texts(tokenizer, encoded)))
+    groups = summary.groups if summary else []
+    if by is not None:
+        groups = sorted(set().union(*by_value))
+        shares = [
+            replace(share, groups=[values[name] for name in groups])
+            for share, values in zip(shares, by_value, strict=True)
+        ]
+    all_lengths = [length for share in shares for length in share.num_tokens]
+    counts_, edges = np.histogram(all_lengths, bins=min(NUM_BINS, len(set(all_lengths))))
+    folder = workspace.data if is_simulated else parties[0].home.folder
+    picture = output or folder / ("preview.png" if client is None else f"preview-{client}.png")
+    found = Preview(
+        rows=shown,
+        clients=shares,
+        groups=groups,
+        partition=summary.partition if summary else None,
+        max_length=max_length,
+        edges=[int(edge) for edge in np.ceil(edges)],
+        histogram=[int(count) for count in counts_],
+        num_sampled=len(all_lengths),
+        picture=picture,
+    )
+    publish_file(
+        picture,
+        draw(
+            [Bar(share.client, share.num_rows, share.groups) for share in shares],
+            found.groups,
+            all_lengths,
+            found.max_length,
+        ),
+    )
+    return found
+
+
+def _parties(workspace: Workspace, config: Config, client: int | None, home: Path | None) -> list[Party]:
+    if client is not None:
+        check_client(client, config)
+        return [find_party(workspace, config, client, home)]
+    clients = [client for client in range(config.federation.clients) if workspace.client_rows(client).is_file()]
+    if not clients:
+        raise NotReadyError(
+            f"there are no rows to look at: {workspace.data} holds none",
+            hint="Split data.source with `fedcli data partition`; a joined party names itself: --id N.",
+        )
+    return [find_party(workspace, config, client) for client in clients]
+
+
+def _open_train(workspace: Workspace, config: Config) -> TrainRecord:
+    """Return what clients obey: the open round's record, or before there is one what fedcli.yaml would make of it."""
+    if workspace.identity.exists() and read_round(workspace, 0) is not None:
+        return read_head(workspace).manifest.train
+    return train_record(config, 0, config.federation.rounds)
+
+
+def _tokenizer(workspace: Workspace, config: Config, party: Party) -> "PreTrainedTokenizerBase":
+    base = party.base_of(config)
+    if workspace.identity.exists() and (start := read_round(workspace, 0)) is not None:
+        folder = find_same_base(workspace, base, start)
+    else:
+        folder = find_base(base, revision=config.model.revision, root=workspace.root)
+    return load_tokenizer(folder, trust_remote_code=trusts_code(workspace, config, party))
+
+
+def _sample(reader: RowReader, party: Party, by: str | None) -> tuple[list[tuple[Row, Item]], Counter[str]]:
+    """Return a party's first usable rows, and how many of all have each value of a column."""
+    items: list[tuple[Row, Item]] = []
+    values: Counter[str] = Counter()
+    for row, item in reader.read(party.source.rows()):
+        if len(items) < NUM_SAMPLED:
+            items.append((row, item))
+        if by is not None:
+            if by not in row.fields:
+                columns = ", ".join(map(str, row.fields))
+                raise UsageError(f"{row.where} has no column {by!r}; it has {columns}", hint="Correct --by.")
+            values[str(row.fields[by])] += 1
+    reader.require_rows(party.source.location)
+    return items, values
+
+
+def _texts(tokenizer: "PreTrainedTokenizerBase", encoded: EncodedExamples | EncodedPairs) -> list[list[Piece]]:
+    """Return a row's text in pieces, of both sides of a pair; nothing where the row is too long to be used."""
+    sides: list[EncodedExample] = []
+    for found in encoded:
+        sides += [found] if isinstance(found, EncodedExample) else [found.chosen, found.rejected]
+    return [_pieces(tokenizer, side) for side in sides]
+
+
+def _pieces(tokenizer: "PreTrainedTokenizerBase", example: EncodedExample) -> list[Piece]:
+    """Decode stretches of tokens that are supervised or not; spaces between stretches stay where they are."""
+    turns = [0, *(np.flatnonzero(np.diff(example.supervised)) + 1), example.num_tokens]
+    pieces = []
+    before = ""
+    for start, end in pairwise(map(int, turns)):
+        text = str(tokenizer.decode(example.ids[:end].tolist()))
+        pieces.append(Piece(text[len(before) :], bool(example.supervised[start])))
+        before = text
+    return pieces

@@ -1,0 +1,254 @@
+"""A report of a federation: its series collected from manifests, scores and inbox, drawn, and written to a folder."""
+
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from fedcli.algos import Array
+from fedcli.errors import IntegrityError
+from fedcli.eval.registry import BENCHMARKS
+from fedcli.operations.status import describe_algorithm
+from fedcli.quantities import describe_bytes
+from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
+from fedcli.report.page import is_ours, render
+from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity
+from fedcli.scoring.targets import is_stale, target_order
+from fedcli.workspace.history import Round, read_head, read_rounds
+from fedcli.workspace.inbox import read_update
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, check_outside
+from fedcli.workspace.read import read_text
+from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.report_folder import publish_report
+from fedcli.workspace.scores import ScoreRecord, read_scores
+from fedcli.workspace.settings import read_config
+
+COMPARED_BYTES = 4 * 10**9
+"""Updates that are read to compare them, from the last round backwards; that one is compared whatever its size."""
+HELD_BYTES = 512 * 2**20
+"""Differences that are in memory at once while a round's updates are compared."""
+PACKAGES = ("fedcli", "numpy", "torch", "transformers", "peft", "matplotlib")
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """What was written, and where."""
+
+    page: Path
+    pictures: list[Path]
+    tensorboard: Path | None
+    num_values: int
+    """In TensorBoard's event files."""
+    notes: list[str]
+
+
+def write_report(
+    workspace: Workspace,
+    *,
+    output: Path | None = None,
+    tensorboard: Path | None = None,
+    on_update: Callable[[int, int], None] = lambda round_number, client: None,
+) -> WrittenReport:
+    """Write report.html and its pictures into `output` (default: report/ of the workspace), and event files if asked.
+
+    `on_update` hears of each update that is read. Raises WorkspaceError for a folder with other things in it,
+    RequirementError where event files are asked for and the package for them is missing.
+    """
+    from fedcli.report.events import require_writer, write_events
+
+    if tensorboard is not None:
+        require_writer()
+    report = collect(workspace, on_update=on_update)
+    pictures = draw(report)
+    files = {picture.name: picture.png for picture in pictures}
+    folder = workspace.report if output is None else output
+    check_outside(workspace, folder)
+    page = publish_report(folder, render(report, pictures).encode(), files, NAMES, is_ours)
+    num_values = 0 if tensorboard is None else write_events(report, tensorboard)
+    return WrittenReport(page, [folder / f"{name}.png" for name in files], tensorboard, num_values, list(report.notes))
+
+
+def collect(workspace: Workspace, *, on_update: Callable[[int, int], None] = lambda *_: None) -> Report:
+    """Return what there is to show of a federation as it stands."""
+    head = read_head(workspace)
+    config = read_config(workspace)
+    rounds = [*read_rounds(workspace, before=head.number), head]
+    similarities, notes = _similarities(workspace, rounds, on_update)
+    scores, more_notes = read_metrics(workspace)
+    manifest, federation = head.manifest, config.federation
+    adapter = config.adapter
+    facts = {
+        "workspace": manifest.workspace,
+        "base model": manifest.model.base,
+        "fingerprint": manifest.model.fingerprint,
+        "quantisation": manifest.model.quantization,
+        "adapter": f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, of {', '.join(adapter.target_modules)}",
+        "algorithm": describe_algorithm(manifest.algorithm),
+        "algorithms so far": ", ".join(
+            f"{describe_algorithm(run.algorithm)} from round {run.round}" for run in manifest.history
+        ),
+    }
+    return Report(
+        title=workspace.root.name,
+        state=manifest.state,
+        task=manifest.task,
+        round=head.number,
+        rounds=manifest.rounds,
+        num_clients=federation.clients,
+        facts={name: value for name, value in facts.items() if value},
+        merged=[_merged(before, after) for before, after in pairwise(rounds)],
+        scores=scores,
+        similarities=similarities,
+        notes=[*notes, *more_notes],
+        config=read_text(workspace.config),
+        versions=_versions(),
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _merged(before: Round, after: Round) -> MergedRound:
+    done, cost = after.manifest.aggregation, after.manifest.cost
+    assert done is not None  # every round but the first says how it came to be
+    return MergedRound(
+        number=before.number,
+        algorithm=str(done.algorithm["name"]),
+        learning_rate=before.manifest.train.learning_rate,
+        cohort=before.manifest.cohort,
+        losses={entry.client: entry.train_loss for entry in done.counted},
+        norms={entry.client: entry.delta_norm for entry in done.counted},
+        refused={entry.client: (entry.code, entry.reason) for entry in done.refused},
+        missing=done.missing,
+        total_bytes_up=cost.total_bytes_up if cost else None,
+        total_bytes_down=cost.total_bytes_down if cost else None,
+        opened=before.published,
+        closed=after.published,
+    )
+
+
+def read_metrics(workspace: Workspace) -> tuple[list[MetricScores], list[str]]:
+    """Return all scores by metric, and notes of those that are left out."""
+    found: dict[tuple[str, str], list[ScoreRecord]] = {}
+    stale = set()
+    for record in sorted(read_scores(workspace), key=lambda record: target_order(record.target)):
+        if is_stale(workspace, record.target, record.model):
+            stale.add(record.target)
+            continue
+        for metric, entry in record.scores.items():
+            if not entry.is_detail:
+                found.setdefault((record.name, metric), []).append(record)
+    notes = [
+        f"{name} was trained anew or removed since it was scored: its scores are left out" for name in sorted(stale)
+    ]
+    return [_metric(name, metric, records) for (name, metric), records in sorted(found.items(), key=_in_table)], notes
+
+
+def _in_table(found: tuple[tuple[str, str], object]) -> tuple[int, str]:
+    """Return where a metric stands: benchmarks are in the order of their list, as in `eval table`."""
+    (name, _), _ = found
+    order = {known: position for position, known in enumerate(BENCHMARKS)}
+    return order.get(name.partition("@")[0], len(order)), name
+
+
+def _metric(name: str, metric: str, found: Sequence[ScoreRecord]) -> MetricScores:
+    entries = {record.target: record.scores[metric] for record in found}
+    points = {target: Point(entry.value, entry.low, entry.high) for target, entry in entries.items()}
+    rounds = {
+        int(target.removeprefix("round-")): point for target, point in points.items() if target.startswith("round-")
+    }
+    others = {target: point for target, point in points.items() if not target.startswith("round-")}
+    first = next(iter(entries.values()))
+    return MetricScores(name, metric, first.unit, first.higher_is_better, rounds, others)
+
+
+def _similarities(
+    workspace: Workspace, rounds: Sequence[Round], on_update: Callable[[int, int], None]
+) -> tuple[list[Similarity], list[str]]:
+    """Return the cosines of the last rounds whose updates can still be read, and notes of what was left out."""
+    found: list[Similarity] = []
+    notes = []
+    num_bytes = 0
+    for before, after in reversed(list(pairwise(rounds))):
+        done = after.manifest.aggregation
+        hashes = {entry.client: entry.update for entry in done.counted[:MOST_CLIENTS]} if done else {}
+        num_bytes += len(hashes) * before.manifest.files[ADAPTER_NAME].bytes
+        if found and num_bytes > COMPARED_BYTES:
+            limit = f"{describe_bytes(COMPARED_BYTES)} of updates are read at most"
+            notes.append(f"cosines: of rounds {found[-1].round} to {found[0].round} only, for {limit}")
+            break
+        if before.is_gone(ADAPTER_NAME):
+            notes.append(f"cosines: `fedcli gc` has removed the adapter of round {before.number}, and what is older")
+            break
+        try:
+            similarity = _compare(workspace, before, hashes, partial(on_update, before.number))
+        except IntegrityError:  # the rest of the report stands
+            notes.append(f"cosines: the adapter of round {before.number} is damaged, as `fedcli verify` tells")
+            break
+        if not similarity.clients:
+            notes.append(
+                f"cosines: no update of round {before.number} can be read any more; no round before it is compared"
+            )
+            break
+        found.append(similarity)
+    return found[::-1], notes
+
+
+def _compare(workspace: Workspace, base: Round, hashes: dict[int, str], on_update: Callable[[int], None]) -> Similarity:
+    """Return the cosines between a round's updates, as far as they are still in the inbox.
+
+    Some of them stay in memory (HELD_BYTES) while those behind them pass by, one at a time; then the next ones stay.
+    """
+    adapter = _flat(base.adapter(), base)
+    clients, products = sorted(hashes), np.zeros((len(hashes), len(hashes)))
+    num_held = max(1, HELD_BYTES // max(1, adapter.nbytes))
+    readable = np.zeros(len(clients), dtype=bool)
+
+    def differences(start: int) -> Iterable[tuple[int, Array]]:
+        for position in range(start, len(clients)):
+            if start == 0 or readable[position]:
+                on_update(clients[position])
+                arrays = _read(workspace, base, clients[position], hashes)
+                readable[position] = arrays is not None
+                if arrays is not None:
+                    yield position, _flat(arrays, base) - adapter
+
+    for start in range(0, len(clients), num_held):
+        held: dict[int, Array] = {}
+        for position, delta in differences(start):
+            if position < start + num_held:
+                held[position] = delta
+            for other, held_delta in held.items():
+                products[position, other] = products[other, position] = np.dot(held_delta, delta)
+    lengths = np.sqrt(products.diagonal())
+    kept = np.flatnonzero(readable & (lengths > 0))
+    cosines = products[np.ix_(kept, kept)] / np.outer(lengths[kept], lengths[kept])
+    return Similarity(base.number, [clients[position] for position in kept], cosines.clip(-1, 1))
+
+
+def _read(workspace: Workspace, base: Round, client: int, hashes: dict[int, str]) -> "dict[str, Array] | None":
+    """Return the arrays of a counted update; None where another one or none lies there now."""
+    try:
+        update = read_update(workspace, base, client)
+    except Refusal:
+        return None
+    return update.files[ADAPTER_FILE] if update is not None and update.sha256 == hashes[client] else None
+
+
+def _flat(arrays: "dict[str, Array]", base: Round) -> Array:
+    """Return all numbers of an adapter in one float32 vector, in the manifest's order."""
+    return np.concatenate([arrays[name].astype(np.float32).ravel() for name in base.manifest.tensors])
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,126 @@
+"""Where a federation stands; reads manifests and listings only, so it is quick and disturbs nobody."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedcli.operations.slurm_state import JobStates, read_job_states
+from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
+from fedcli.workspace.history import is_hidden, is_submitted, missing_clients, read_head
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.records import AlgorithmRun, Cost
+from fedcli.workspace.registrations import joined_clients
+from fedcli.workspace.settings import read_running_config
+
+
+@dataclass(frozen=True)
+class Status:
+    """The open round, who has answered it, and how the round before it was merged."""
+
+    workspace: str
+    round: int
+    rounds: int
+    state: str
+    task: str
+    algorithm: dict[str, Any]
+    next_algorithm: dict[str, Any]
+    """What the next round will carry: fedcli.yaml's as it stands."""
+    learning_rate: float
+    cohort: list[int]
+    answered: list[int]
+    missing: list[int]
+    hidden: list[int]
+    """Of the cohort, those whose inbox this user cannot see into."""
+    joined: list[int]
+    """Parties whose rows stay where they are."""
+    needed: int
+    num_counted: int
+    """How many updates of the round count at most."""
+    deadline: float | None
+    """In seconds since 1970 by the server's clock; from then on one answer is enough."""
+    seconds_left: float | None
+    """To the deadline by this machine's clock; negative past it."""
+    last_losses: dict[int, float | None]
+    """By client, of the updates that went into the open round's adapter."""
+    last_refused: dict[int, str]
+    last_missing: list[int]
+    last_surplus: list[int]
+    """Who answered, and was not needed."""
+    last_late: list[int]
+    """Of the missing, those whose update came after the round was closed."""
+    cost: Cost | None
+    """None where the round was opened by a version that did not count."""
+    history: list[AlgorithmRun]
+    """Which algorithm merged which rounds."""
+    slurm: JobStates | None
+    """None where no jobs were sent for the open round."""
+    next_command: str
+
+
+def read_status(workspace: Workspace) -> Status:
+    """Return where the federation stands."""
+    config = read_running_config(workspace)
+    head = read_head(workspace)
+    manifest = head.manifest
+    hidden = [client for client in manifest.cohort if is_hidden(workspace, client)]
+    missing = sorted({*missing_clients(workspace, head)} - {*hidden})
+    answered = sorted({*manifest.cohort} - {*missing} - {*hidden})
+    needed = needed_answers(head, config)
+    last = manifest.aggregation
+    slurm = read_job_states(workspace, head, missing)
+    return Status(
+        workspace=str(workspace.root),
+        round=head.number,
+        rounds=manifest.rounds,
+        state=manifest.state,
+        task=manifest.task,
+        algorithm=manifest.algorithm,
+        next_algorithm=asdict(config.algorithm),
+        learning_rate=manifest.train.learning_rate,
+        cohort=manifest.cohort,
+        answered=answered,
+        missing=missing,
+        hidden=hidden,
+        joined=joined_clients(workspace, config.federation.clients),
+        needed=needed,
+        num_counted=head.num_counted,
+        deadline=deadline_of(head, config),
+        seconds_left=seconds_left(head, config),
+        last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
+        last_refused={entry.client: entry.code for entry in last.refused} if last else {},
+        last_missing=last.missing if last else [],
+        last_surplus=last.surplus if last else [],
+        last_late=[
+            client for client in (last.missing if last else []) if is_submitted(workspace, head.number - 1, client)
+        ],
+        cost=manifest.cost,
+        history=manifest.history,
+        slurm=slurm,
+        next_command=_next_of_jobs(slurm) or _next_command(workspace, manifest.state, missing, len(answered) >= needed),
+    )
+
+
+def describe_algorithm(algorithm: dict[str, object]) -> str:
+    """Return an algorithm's name with its hyperparameters."""
+    rest = ", ".join(f"{key} {value}" for key, value in algorithm.items() if key != "name")
+    return f"{algorithm['name']} ({rest})" if rest else str(algorithm["name"])
+
+
+def _next_of_jobs(slurm: JobStates | None) -> str | None:
+    if slurm is None:
+        return None
+    return "fedcli status" if slurm.will_merge or slurm.error else "fedcli slurm submit"
+
+
+def _next_command(workspace: Workspace, state: str, missing: list[int], is_ready: bool) -> str:
+    if state == "finished":
+        return "fedcli verify"
+    if is_ready:
+        return "fedcli server aggregate"
+    return next_of_client(workspace, missing[0]) if missing else "fedcli client status --id N"
+
+
+def next_of_client(workspace: Workspace, client: int) -> str:
+    """Return what a client whose update is missing has to run: join, where it has no rows yet, or train."""
+    if workspace.registration(client).exists() or workspace.client_rows(client).exists():
+        return f"fedcli client train --id {client}"
+    return f"fedcli client join --id {client} --data SOURCE"

@@ -1,0 +1,116 @@
+"""Looking at a federation again and again: manifests are read when a round is new, else a look is a few stat calls."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from fedcli.config import Config
+from fedcli.server.quorum import needed_answers, seconds_left
+from fedcli.workspace.history import Round, missing_clients, read_head, read_round
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.records import Manifest
+from fedcli.workspace.settings import read_running_config
+
+WATCH_SECONDS = 1.0
+"""Between two looks."""
+MOST_PAST = 60
+"""Merged rounds that are remembered."""
+_TIMED = 5
+"""The last rounds, whose time tells how long the next ones will take."""
+
+
+@dataclass(frozen=True)
+class PastRound:
+    """A merged round; `mean_loss` is of the counted updates that tell theirs."""
+
+    number: int
+    mean_loss: float | None
+    num_counted: int
+    refused: Sequence[int]
+    missing: Sequence[int]
+    seconds: float
+    """From its publication to the next one's, by the disk's clock."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A federation at one instant."""
+
+    workspace: str
+    head: Manifest
+    answered: Sequence[int]
+    missing: Sequence[int]
+    needed: int
+    past: Sequence[PastRound]
+    deadline_seconds: float | None
+    """To the open round's deadline, negative past it; None where it has none."""
+    eta_seconds: float | None
+    """To the end of the last round, if rounds go on as the last ones did; None where that is not known."""
+
+
+class Watcher:
+    """Looks at one workspace."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._head = read_head(workspace)
+        self._config = read_running_config(workspace)
+        self._past: deque[PastRound] = deque(maxlen=MOST_PAST)
+        before = None
+        for number in range(max(0, self._head.number - MOST_PAST), self._head.number):
+            following = read_round(workspace, number)
+            self._remember(before, following)
+            before = following
+        self._remember(before, self._head)
+
+    def look(self) -> View:
+        """Return how the federation stands now; raise IntegrityError for a damaged manifest."""
+        while (following := read_round(self._workspace, self._head.number + 1)) is not None:
+            self._remember(self._head, following)
+            self._head = following
+            self._config = read_running_config(self._workspace)
+        manifest = self._head.manifest
+        missing = missing_clients(self._workspace, self._head)
+        return View(
+            workspace=self._workspace.root.name,
+            head=manifest,
+            answered=sorted({*manifest.cohort} - {*missing}),
+            missing=sorted(missing),
+            needed=needed_answers(self._head, self._config),
+            past=list(self._past),
+            deadline_seconds=seconds_left(self._head, self._config),
+            eta_seconds=self._eta(self._config),
+        )
+
+    def views(self) -> Iterator[View]:
+        """Yield a view every WATCH_SECONDS until the federation has finished; the last one shows it finished."""
+        while (view := self.look()).head.state == "open":
+            yield view
+            time.sleep(WATCH_SECONDS)
+        yield view
+
+    def _remember(self, before: Round | None, after: Round | None) -> None:
+        if before is None or after is None or after.manifest.aggregation is None:
+            return
+        done = after.manifest.aggregation
+        losses = [entry.train_loss for entry in done.counted if entry.train_loss is not None]
+        self._past.append(
+            PastRound(
+                number=before.number,
+                mean_loss=sum(losses) / len(losses) if losses else None,
+                num_counted=len(done.counted),
+                refused=[entry.client for entry in done.refused],
+                missing=done.missing,
+                seconds=max(0.0, after.published - before.published),
+            )
+        )
+
+    def _eta(self, config: Config) -> float | None:
+        manifest = self._head.manifest
+        known = [past.seconds for past in self._past][-_TIMED:]
+        if manifest.state != "open" or not known:
+            return None
+        each, spent = median(known), max(0.0, time.time() - self._head.published)
+        return max(0.0, each - spent) + each * (config.federation.rounds - manifest.round - 1)

@@ -1,0 +1,175 @@
+"""Warm processes that train the clients of a round side by side, one on each GPU or share of the processor."""
+
+import os
+import traceback
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol
+
+from fedcli.client.due import ClientResult, train_client
+from fedcli.client.runtime import Runtimes
+from fedcli.errors import BusyError, FedError, RequirementError
+from fedcli.training.reports import StepReport
+from fedcli.workspace.layout import Workspace
+
+MOST_DEATHS = 3
+"""A client whose worker dies so often in one round is not tried again."""
+
+
+class WorkerObserver(Protocol):
+    """Hears what workers do."""
+
+    def client_started(self, client: int) -> None:
+        """A client begins to train."""
+
+    def step_done(self, client: int, report: StepReport) -> None:
+        """A client made an optimiser step."""
+
+    def worker_died(self, client: int, exit_code: int | None) -> None:
+        """The process that trained a client is gone (negative: by that signal); another one tries again."""
+
+
+@dataclass
+class _Worker:
+    """A process, this side of its pipe, and the client that it trains now."""
+
+    process: BaseProcess
+    connection: Connection
+    client: int | None = None
+
+
+class Workers:
+    """Up to `count` processes, started when there is work for them; a context that ends them."""
+
+    def __init__(self, workspace: Workspace, count: int, *, threads: int | None = None) -> None:
+        self._workspace = workspace
+        self._count = count
+        self._threads = threads
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join()
+
+    def train(self, clients: Sequence[int], observer: WorkerObserver) -> Iterator[ClientResult]:
+        """Train clients of the open round, each as `client train` does, and yield results as they come.
+
+        A client that another process trains already is passed over. What a worker raises is raised here;
+        RequirementError where workers die again and again.
+        """
+        waiting = deque(clients)
+        deaths: Counter[int] = Counter()
+        while waiting or any(worker.client is not None for worker in self._workers):
+            while waiting and (idle := self._idle()) is not None:
+                try:
+                    idle.connection.send(waiting[0])
+                except OSError:  # it died while it had nothing to do
+                    self._workers.remove(idle)
+                    continue
+                idle.client = waiting.popleft()
+                observer.client_started(idle.client)
+            busy = {worker.connection: worker for worker in self._workers if worker.client is not None}
+            for ready in wait(list(busy)):
+                worker = busy[ready]  # type: ignore[index]  # `wait` returns of what it was given
+                client = worker.client
+                assert client is not None
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, OSError):
+                    worker.process.join()
+                    self._workers.remove(worker)
+                    deaths[client] += 1
+                    _check_deaths(client, deaths[client], worker.process.exitcode)
+                    observer.worker_died(client, worker.process.exitcode)
+                    waiting.append(client)
+                    continue
+                if isinstance(message, StepReport):
+                    observer.step_done(client, message)
+                    continue
+                worker.client = None
+                if isinstance(message, ClientResult):
+                    yield message
+                elif not isinstance(message, BusyError):
+                    raise message
+
+    def _idle(self) -> _Worker | None:
+        """Return a worker that has nothing to do, a new one where there may be more; None where all are busy."""
+        for worker in self._workers:
+            if worker.client is None:
+                return worker
+        if len(self._workers) == self._count:
+            return None
+        taken = {worker.process.name for worker in self._workers}
+        place = next(place for place in range(self._count) if f"worker-{place}" not in taken)
+        here, there = get_context("spawn").Pipe()
+        process = get_context("spawn").Process(
+            target=_work,
+            args=(there, self._workspace.root, self._environment(place), self._threads),
+            name=f"worker-{place}",
+            daemon=True,
+        )
+        process.start()
+        there.close()  # so that its end is noticed here
+        self._workers.append(_Worker(process, here))
+        return self._workers[-1]
+
+    def _environment(self, place: int) -> dict[str, str]:
+        """Return what a worker's environment has of its own: its GPU, or its share of the processor."""
+        gpus = visible_gpus()
+        if gpus:
+            return {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]}
+        if self._threads is not None or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self._count))}
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as $CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def _check_deaths(client: int, count: int, exit_code: int | None) -> None:
+    if count == MOST_DEATHS:
+        how = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
+        raise RequirementError(
+            f"the worker that trains client {client} died {count} times, the last time by {how}",
+            hint="Signal 9 is often the kernel's, for want of memory: use fewer --workers, or lower "
+            "train.micro_batch_size or train.max_length.",
+        )
+
+
+def _work(connection: Connection, root: Path, environment: dict[str, str], threads: int | None) -> None:
+    """Be a worker: train the clients that come through the pipe, until it is closed."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started this will end it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(environment)  # before torch is imported
+    workspace = Workspace(root)
+    runtimes = Runtimes(workspace, threads=threads)
+    while True:
+        try:
+            client = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(train_client(workspace, client, load_runtime=runtimes.load, on_step=connection.send))
+        except BrokenPipeError:
+            return
+        except FedError as error:
+            connection.send(error)
+        except Exception:  # whatever it is, it is raised again where the work was asked for; not all can be pickled
+            connection.send(RuntimeError(traceback.format_exc()))

@@ -1,0 +1,180 @@
+"""Joining: a real party reads its rows, which stay where they are, and shows a card of them."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedcli.config import Config, read_format
+from fedcli.data.formats import RowReader, format_name
+from fedcli.data.hub import choose_format, choose_split
+from fedcli.data.source import Source, absolute_path, find_source
+from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
+from fedcli.parties.party import find_home, find_same_base
+from fedcli.workspace.history import Round, read_identity, read_start
+from fedcli.workspace.layout import Home, Workspace, default_home
+from fedcli.workspace.locks import hold
+from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, make_folder
+from fedcli.workspace.registrations import (
+    DataCard,
+    PartyRecord,
+    Registration,
+    make_home,
+    read_party,
+    read_registration,
+    register,
+    save_party,
+)
+from fedcli.workspace.settings import check_client, read_running_config
+
+Share = Literal["full", "minimal"]
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+NO_LIMIT = 2**30
+"""Tokens: rows are measured whole."""
+
+
+@dataclass(frozen=True)
+class Joining:
+    """A party that is ready to join: what the workspace will learn, and what its home will keep."""
+
+    workspace: Workspace
+    home: Home
+    record: PartyRecord
+    card: DataCard
+
+    def commit(self) -> None:
+        """Write the home's record, then the registration."""
+        client = self.record.client
+        make_home(self.home)
+        with suppress(WorkspaceError):  # so that every command of this user knows it, whatever lies in the workspace
+            mark = default_home(self.record.workspace, client).folder
+            if not mark.resolve().is_relative_to(self.workspace.root.resolve()):
+                make_folder(mark, PRIVATE_FOLDER_MODE)
+        with hold(self.home.lock, f"client {client}"):
+            save_party(self.home, self.record)
+            register(self.workspace, Registration(workspace=self.record.workspace, client=client, data=self.card))
+
+
+def prepare_join(
+    workspace: Workspace,
+    client: int,
+    data: str,
+    *,
+    data_format: str | None = None,
+    subset: str | None = None,
+    split: str | None = None,
+    home: Path | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    share: Share = "full",
+    on_rows: Callable[[int], None] = lambda count: None,
+) -> Joining:
+    """Read a real party's rows, which stay where they are, and make the card that its registration will show.
+
+    Writes nothing. Raises UsageError for an id or a home that will not do, ConfigError for rows that cannot be used,
+    WorkspaceError where another party has this id.
+    """
+    if not data.strip():
+        raise UsageError("--data names nothing", hint="Name your rows: a file, a folder, or a hub id.")
+    config = read_running_config(workspace)
+    check_client(client, config)
+    identity = read_identity(workspace)
+    workspace_id = identity.id
+    if identity.simulation:
+        raise ConfigError(
+            f"{workspace.root} is a simulation, which no party joins",
+            hint="Parties join a workspace with data.source: null, made by `fedcli init --set data.source=null`.",
+        )
+    found = find_home(workspace, client, home)
+    _check_free(workspace, client, found, workspace_id)
+    given = read_format(data_format, config.task) if data_format is not None else None
+    record = PartyRecord(
+        workspace=workspace_id,
+        client=client,
+        source=absolute_path(data),
+        format=choose_format(data, given, config.task),
+        subset=subset,
+        split=choose_split(data, split),
+        base=None if base is None else absolute_path(base),
+        trust_remote_code=trust_remote_code,
+    )
+    source = find_source(record.source, Path.cwd(), subset=record.subset, split=record.split)
+    reader = RowReader(record.format, config.federation.seed)
+    if share == "minimal":
+        if base is not None:
+            _own_base(workspace, config, record, read_start(workspace))
+        card = _minimal_card(reader, source, on_rows)
+    else:
+        card = _full_card(workspace, config, record, reader, source, on_rows)
+    return Joining(workspace, found, record, card)
+
+
+def _own_base(workspace: Workspace, config: Config, record: PartyRecord, start: Round) -> Path:
+    try:
+        return find_same_base(workspace, record.base or config.model.base, start)
+    except FedError as error:
+        if record.base is None:
+            error.hint += " Or name your own copy with --base DIR."
+        else:
+            error.hint = "Let --base name a copy of the very model that round 0 was opened with."
+        raise
+
+
+def _check_free(workspace: Workspace, client: int, home: Home, workspace_id: str) -> None:
+    """Nobody else may have this id, and the home no other client."""
+    if workspace.client_rows(client).exists():
+        raise ConfigError(
+            f"client {client} is simulated here: {workspace.client_rows(client)} holds its rows",
+            hint="Parties join a workspace with data.source: null, made by `fedcli init --set data.source=null`.",
+        )
+    record = read_party(home)
+    is_own = record is not None and (record.workspace, record.client) == (workspace_id, client)
+    if record is not None and not is_own:
+        raise UsageError(
+            f"{home.folder} is the home of client {record.client} of another workspace"
+            if record.workspace != workspace_id
+            else f"{home.folder} is the home of client {record.client}",
+            hint="Name another folder with --home.",
+        )
+    if read_registration(workspace, client) is not None and not is_own:
+        raise WorkspaceError(
+            f"client {client} has joined already, from another home than {home.folder}",
+            hint="Take another id; if it was you, name that home with --home. The server's operator can remove "
+            f"clients/{client}.json to give the id free.",
+        )
+
+
+def _minimal_card(reader: RowReader, source: Source, on_rows: Callable[[int], None]) -> DataCard:
+    for count, _ in enumerate(reader.read(source.rows()), 1):
+        if count % 1000 == 0:
+            on_rows(1000)
+    reader.require_rows(source.location)
+    return DataCard(num_rows=reader.num_usable)
+
+
+def _full_card(
+    workspace: Workspace,
+    config: Config,
+    record: PartyRecord,
+    reader: RowReader,
+    source: Source,
+    on_rows: Callable[[int], None],
+) -> DataCard:
+    import numpy as np
+
+    from fedcli.data.encoding import Encoder, encode_source
+    from fedcli.model.base import load_tokenizer
+
+    start = read_start(workspace)
+    folder = _own_base(workspace, config, record, start)
+    tokenizer = load_tokenizer(folder, trust_remote_code=record.trust_remote_code)
+    encoder = Encoder(tokenizer, start.manifest.train.template)
+    rows = encode_source(encoder, reader, source, config.task, NO_LIMIT, on_rows)
+    quantiles = np.quantile(rows.examples.lengths(), QUANTILES, method="nearest")
+    return DataCard(
+        num_rows=reader.num_usable,
+        format=format_name(record.format),
+        left_out=dict(rows.left_out),
+        token_quantiles={f"{share:g}": int(value) for share, value in zip(QUANTILES, quantiles, strict=True)},
+    )

@@ -1,0 +1,194 @@
+"""Clients as those who hold rows: simulated ones, and parties that joined with rows that stay where they are."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedcli.config import Config, DataFormat, parse_format
+from fedcli.data.hub import choose_format
+from fedcli.data.source import Source, find_source
+from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
+from fedcli.model.base import find_base, fingerprint
+from fedcli.workspace.history import Round, read_identity
+from fedcli.workspace.layout import Home, Workspace, default_home
+from fedcli.workspace.registrations import PartyRecord, Registration, read_party, read_registration
+
+
+@dataclass(frozen=True)
+class Party:
+    """A client and what it trains on; `num_rows` is what a joined one registered, None of a simulated one.
+
+    `base` and `trust_remote_code` are a joined party's own; None: as fedcli.yaml says.
+    """
+
+    client: int
+    home: Home
+    source: Source
+    format: DataFormat
+    num_rows: int | None = None
+    base: str | None = None
+    trust_remote_code: bool | None = None
+
+    def base_of(self, config: Config) -> str:
+        """Return where the party's base model lies."""
+        return self.base or config.model.base
+
+
+def joined_as(workspace: Workspace) -> dict[int, PartyRecord | None]:
+    """Return the clients that this user has joined as, with their homes' records; None for a home that is elsewhere."""
+    if not workspace.identity.exists():
+        return {}
+    identity, named = read_identity(workspace).id, os.environ.get("FEDCLI_HOME")
+    joined: dict[int, PartyRecord | None] = {}
+    names: list[str] = []
+    with suppress(OSError, WorkspaceError):  # a user without a home directory has none
+        names = os.listdir(default_home(identity, 0).folder.parent)
+    for client in map(int, filter(str.isdecimal, names)):
+        joined[client] = read_party(default_home(identity, client))
+    record = read_party(Home(Path(named))) if named else None
+    if record is not None and record.workspace == identity:
+        joined[record.client] = record
+    return joined
+
+
+def trusts_code(workspace: Workspace, config: Config, party: Party | None = None) -> bool:
+    """Return whether code that comes with the base model may run as this user.
+
+    A joined party decides by itself, whatever it runs; fedcli.yaml decides for its own user alone, who has not joined.
+    """
+    if party is not None and party.trust_remote_code is not None:
+        return party.trust_remote_code
+    if joined := joined_as(workspace):
+        return all(record is not None and record.trust_remote_code for record in joined.values())
+    return config.model.trust_remote_code and _is_own(workspace)
+
+
+def _may_simulate(workspace: Workspace) -> bool:
+    """Return whether rows in data/ may be trained: not in a workspace that was made for parties."""
+    return not workspace.identity.exists() or read_identity(workspace).simulation is not False
+
+
+def _is_own(workspace: Workspace) -> bool:
+    """Return whether the workspace's files are this user's; before `init` there are none."""
+    files = [path for path in (workspace.config, workspace.identity) if os.path.lexists(path)]
+    return all(os.lstat(path).st_uid == os.geteuid() for path in files)
+
+
+def find_party(workspace: Workspace, config: Config, client: int, home: Path | None = None) -> Party:
+    """Return a client's party; `home` is a joined one's, where it is not the default.
+
+    Raises ConfigError where a simulated client has no rows or a joined one's home is not here, UsageError for the home
+    of a client that has not joined.
+    """
+    registration = read_registration(workspace, client)
+    if registration is not None:
+        return _joined(workspace, registration, home)
+    if _own_record(workspace, client, home) is not None:
+        raise IntegrityError(
+            f"client {client} has joined from here, and {workspace.registration(client)} is gone",
+            hint="Ask the server's operator. "
+            f"Your rows are not trained until `fedcli client join --id {client} --data SOURCE` registers them again.",
+        )
+    if home is not None:
+        raise UsageError(
+            f"client {client} has not joined, and so has no home",
+            hint=f"Run `fedcli client join --id {client} --data SOURCE --home {home}` first.",
+        )
+    rows = workspace.client_rows(client)
+    if not rows.is_file() or not _may_simulate(workspace):
+        raise ConfigError(
+            f"client {client} has no rows: "
+            + (f"{rows} is missing" if not rows.is_file() else "it has not joined, and this is no simulation"),
+            hint=f"A party joins with `fedcli client join --id {client} --data SOURCE`; for a simulation set "
+            "data.source and run `fedcli data partition`, or put its rows there.",
+        )
+    return Party(client, workspace.private(client), Source(rows), _simulated_format(workspace, config, client))
+
+
+def _simulated_format(workspace: Workspace, config: Config, client: int) -> DataFormat:
+    """Return the format of a simulated client's rows: what they were split as; fedcli.yaml's, if written by hand."""
+    from fedcli.parties.simulate import read_summary  # it loads numpy, and whoever has nothing to do needs none
+
+    summary = read_summary(workspace)
+    if summary is not None and client < len(summary.formats):
+        return parse_format(summary.formats[client])
+    return choose_format(None, config.data.format, config.task)
+
+
+def is_here(workspace: Workspace, client: int) -> bool:
+    """Return whether a client can be trained from here without naming a home.
+
+    A simulated one can in a simulation of this very user, who has not joined it.
+    """
+    if _own_record(workspace, client, None) is not None:
+        return True
+    is_simulated = read_registration(workspace, client) is None and _may_simulate(workspace)
+    return is_simulated and _is_own(workspace) and not joined_as(workspace)
+
+
+def can_train(workspace: Workspace, client: int) -> bool:
+    """Return whether a client has rows that can be trained on from here without naming a home."""
+    if not is_here(workspace, client):
+        return False
+    return workspace.client_rows(client).exists() or _own_record(workspace, client, None) is not None
+
+
+def _own_record(workspace: Workspace, client: int, home: Path | None) -> PartyRecord | None:
+    """Return what a home keeps of a client; None where it has not joined this workspace from there."""
+    record = None
+    with suppress(WorkspaceError, PermissionError):  # a user without a home directory has not joined from there
+        record = read_party(find_home(workspace, client, home))
+    is_own = record is not None and (record.workspace, record.client) == (read_identity(workspace).id, client)
+    return record if is_own else None
+
+
+def _joined(workspace: Workspace, registration: Registration, home: Path | None) -> Party:
+    client = registration.client
+    found = find_home(workspace, client, home)
+    record = _own_record(workspace, client, home)
+    if record is None:
+        raise ConfigError(
+            f"client {client} is a joined party, and its home is not {found.folder}",
+            hint=f"Run this as the user who joined, or name the home: --home DIR. To join anew: "
+            f"`fedcli client join --id {client} --data SOURCE`.",
+        )
+    try:
+        source = find_source(record.source, Path.cwd(), subset=record.subset, split=record.split)
+    except ConfigError as error:
+        again = f"`fedcli client join --id {client} --data SOURCE`"
+        raise ConfigError(error.message, hint=f"Put it back, or name another source: {again}.") from error
+    return Party(
+        client=client,
+        home=found,
+        source=source,
+        format=record.format,
+        num_rows=registration.data.num_rows,
+        base=record.base,
+        trust_remote_code=record.trust_remote_code,
+    )
+
+
+def find_home(workspace: Workspace, client: int, given: Path | None) -> Home:
+    """Return a joined party's home: the one given, $FEDCLI_HOME or the default; it never lies in the workspace."""
+    named = given or os.environ.get("FEDCLI_HOME")
+    home = Home(Path(named).absolute()) if named else default_home(read_identity(workspace).id, client)
+    if home.folder.resolve().is_relative_to(workspace.root.resolve()):
+        raise UsageError(
+            f"--home {home.folder} lies in the workspace, where everybody could see it",
+            hint="Name a folder outside of it.",
+        )
+    return home
+
+
+def find_same_base(workspace: Workspace, base: str, any_round: Round) -> Path:
+    """Return the folder of the base model, which must be the one that round 0 was opened with."""
+    expected = any_round.manifest.model
+    folder = find_base(base, revision=expected.revision, root=workspace.root)
+    if fingerprint(folder) != expected.fingerprint:
+        raise ConfigError(
+            f"model.base: {folder} is not the base model of this federation ({expected.base}): its fingerprint differs",
+            hint="Point model.base in fedcli.yaml (a joined party: `client join --base DIR`) to a copy of the very "
+            "model that round 0 was opened with.",
+        )
+    return folder

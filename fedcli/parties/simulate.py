@@ -1,0 +1,227 @@
+"""A simulation's rows: the sources are read as a stream, split, and written to data/client-N.jsonl."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fedcli.config import ColumnsFormat, Config, SourceEntry
+from fedcli.data import partition
+from fedcli.data.conversation import Item
+from fedcli.data.demo import demo_preferences, demo_rows
+from fedcli.data.formats import RowReader
+from fedcli.data.hub import choose_format, choose_split
+from fedcli.data.source import Row, find_source, write_row
+from fedcli.errors import ConfigError, NotReadyError, WorkspaceError
+from fedcli.model.base import BUILTIN_PREFIX
+from fedcli.randomness import stream
+from fedcli.workspace.history import read_head, read_identity, read_round
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.locks import hold
+from fedcli.workspace.publish import publish_file, remove_temporaries
+from fedcli.workspace.row_files import RowFiles
+from fedcli.workspace.settings import read_config, read_running_config
+
+DEMO_SOURCE = "builtin:demo"
+MIN_DEMO_CLIENTS, MAX_DEMO_CLIENTS = 2, 64
+MOST_COUNTS = 100_000
+"""Counts, a group and client each, that a data card holds; where there would be more it holds none."""
+OnRows: TypeAlias = Callable[[str, int], None]
+"""Hears what is being done, and how many rows of it are done."""
+
+
+def _quiet(_what: str, _count: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """How a simulation's rows were split; `left_out` and `notes` count rows by reason.
+
+    `formats` has what each client's rows were split as; `group_counts` has a list a client, of how many rows it has of
+    each of `groups`, what the split went by (none, where that would be a card of megabytes).
+    """
+
+    partition: Any
+    num_rows: int
+    num_usable: int
+    left_out: dict[str, int]
+    notes: dict[str, int]
+    sizes: list[int]
+    formats: list[Any]
+    groups: list[str]
+    group_counts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A split that has been made and not written yet."""
+
+    split: partition.Split
+    summary: DataSummary
+
+
+def plan_split(config: Config, root: Path, on_rows: OnRows = _quiet) -> Plan | None:
+    """Read every source once and split the usable rows; None where there is no source. Writes nothing.
+
+    Raises ConfigError where the rows, or what the partition asks of them, will not do.
+    """
+    entries = config.data.sources
+    if not entries:
+        return None
+    _check_formats(config)
+    readers = [_reader(config, entry) for entry in entries]
+    survey = partition.Survey(config.data.partition, config.federation.clients, config.federation.seed)
+    for count, (row, item, number) in enumerate(_items(config, root, readers), 1):
+        survey.add(row, item, number)
+        if count % 1000 == 0:
+            on_rows("reading rows", count)
+    for entry, reader in zip(entries, readers, strict=True):
+        reader.require_rows(entry.source)
+    made = partition.split(
+        survey,
+        min_rows=config.data.min_rows,
+        max_rows=config.data.max_rows,
+        source_limits=[entry.max_rows for entry in entries],
+    )
+    names = [Path(entry.source).name for entry in entries] if config.data.partition == "sources" else made.group_names
+    if len(names) * config.federation.clients > MOST_COUNTS:
+        names = []
+    summary = DataSummary(
+        partition=config.data.model_dump(mode="json", exclude_unset=True).get("partition", "iid"),
+        num_rows=sum(reader.num_rows for reader in readers),
+        num_usable=sum(reader.num_usable for reader in readers),
+        left_out=dict(sum((reader.left_out for reader in readers), Counter())),
+        notes=dict(sum((+reader.notes for reader in readers), Counter())),
+        sizes=made.sizes(),
+        formats=[_client_format(config, client) for client in range(config.federation.clients)],
+        groups=names,
+        group_counts=[made.group_counts(client) if names else [] for client in range(config.federation.clients)],
+    )
+    return Plan(made, summary)
+
+
+def write_split(
+    workspace: Workspace, config: Config, plan: Plan, *, replace: bool = False, on_rows: OnRows = _quiet
+) -> None:
+    """Write a split's files, and the data card beside them; files of the same contents stay as they are."""
+    remove_temporaries(workspace.data)
+    readers = [_reader(config, entry) for entry in config.data.sources]
+    clients = plan.split.clients
+    with RowFiles(workspace, config.federation.clients) as files:
+        for position, (row, _, _) in enumerate(_items(config, workspace.root, readers)):
+            if position >= len(clients):
+                break
+            if clients[position] != partition.UNUSED:
+                files.add(int(clients[position]), write_row(row.fields))
+            if position % 1000 == 0:
+                on_rows("writing rows", position)
+        if sum(reader.num_usable for reader in readers) != plan.summary.num_usable:
+            raise ConfigError("the rows changed while they were read", hint="Run it again once nobody writes to them.")
+        files.publish(replace=replace)
+    for path, contents in _held_out_files(workspace, config).items():
+        publish_file(path, contents)
+    card = json.dumps(asdict(plan.summary), indent=1, ensure_ascii=False).encode() + b"\n"
+    publish_file(workspace.data_card, card)
+
+
+def partition_data(workspace: Workspace, *, replace: bool = False, on_rows: OnRows = _quiet) -> DataSummary:
+    """Split the sources of fedcli.yaml as it stands; `replace`: over the files of an earlier split.
+
+    Raises NotReadyError where there is no source, WorkspaceError where the rows are in use: a round has been merged.
+    """
+    config = read_running_config(workspace) if workspace.identity.exists() else read_config(workspace)
+    plan = plan_split(config, workspace.root, on_rows)
+    if plan is None:
+        raise NotReadyError(
+            "there is nothing to split: data.source is null",
+            hint="Start a workspace with rows: `fedcli init DIR --set data.source=SOURCE`.",
+        )
+    if workspace.identity.exists() and read_identity(workspace).simulation is False:
+        raise WorkspaceError(
+            "this workspace was made without rows: parties join it with their own",
+            hint="Start another one: `fedcli init DIR --set data.source=SOURCE`.",
+        )
+    with hold(workspace.server_lock, "the server's work"):
+        if replace and read_round(workspace, 1) is not None and read_head(workspace).number > 0:
+            raise WorkspaceError(
+                "rounds have been trained on the rows that are there",
+                hint="Start another workspace with `fedcli init DIR`.",
+            )
+        write_split(workspace, config, plan, replace=replace, on_rows=on_rows)
+    return plan.summary
+
+
+def read_summary(workspace: Workspace) -> DataSummary | None:
+    """Return the data card of a split, or None where there is none that can be read."""
+    try:
+        return DataSummary(**json.loads(workspace.data_card.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _check_formats(config: Config) -> None:
+    """A client's rows are of one format: sources of several must be clients of their own."""
+    formats = {choose_format(entry.source, entry.format, config.task) for entry in config.data.sources}
+    if len(formats) > 1 and config.data.partition != "sources":
+        raise ConfigError(
+            "data.source: the sources have rows of different formats, which cannot be mixed in one client",
+            hint="Set data.partition to sources: every source gets clients of its own.",
+        )
+
+
+def _client_format(config: Config, client: int) -> Any:
+    """Return the format of a client's rows, its source's, as JSON has it."""
+    entries = config.data.sources
+    position = client * len(entries) // config.federation.clients if config.data.partition == "sources" else 0
+    chosen = choose_format(entries[position].source, entries[position].format, config.task)
+    return chosen.model_dump(exclude_none=True) if isinstance(chosen, ColumnsFormat) else chosen
+
+
+def _reader(config: Config, entry: SourceEntry) -> RowReader:
+    return RowReader(choose_format(entry.source, entry.format, config.task), config.federation.seed)
+
+
+def _items(config: Config, root: Path, readers: list[RowReader]) -> Iterator[tuple[Row, Item, int]]:
+    """Yield every usable row of all sources, with the number of its source."""
+    return chain.from_iterable(
+        ((row, item, number) for row, item in reader.read(_rows(config, entry, root)))
+        for number, (entry, reader) in enumerate(zip(config.data.sources, readers, strict=True))
+    )
+
+
+def _rows(config: Config, entry: SourceEntry, root: Path) -> Iterator[Row]:
+    if entry.source.startswith(BUILTIN_PREFIX):
+        return iter(_demo_rows(config, entry.source))
+    split = choose_split(entry.source, entry.split)
+    return find_source(entry.source, root, subset=entry.subset, split=split).rows()
+
+
+def _demo_rows(config: Config, source: str) -> list[Row]:
+    """Return the built-in training rows, in random order."""
+    if source != DEMO_SOURCE:
+        raise ConfigError(f"data.source: unknown built-in rows {source!r}", hint=f"Known: {DEMO_SOURCE}.")
+    if not MIN_DEMO_CLIENTS <= config.federation.clients <= MAX_DEMO_CLIENTS:
+        raise ConfigError(
+            f"federation.clients: the built-in rows are for {MIN_DEMO_CLIENTS} to {MAX_DEMO_CLIENTS} clients, "
+            f"not {config.federation.clients}",
+            hint="Use a number in that range, or rows of your own.",
+        )
+    rows = _demo_splits(config)["train"]
+    order = stream(config.federation.seed, "partition").permutation(len(rows))
+    return [Row(rows[index], f"{DEMO_SOURCE}, row {index + 1}") for index in map(int, order)]
+
+
+def _demo_splits(config: Config) -> dict[str, list[dict[str, str]]]:
+    return (demo_preferences if config.task == "dpo" else demo_rows)(config.federation.seed)
+
+
+def _held_out_files(workspace: Workspace, config: Config) -> dict[Path, bytes]:
+    """Return the files of the demo's held-out rows."""
+    if all(entry.source != DEMO_SOURCE for entry in config.data.sources):
+        return {}
+    splits = _demo_splits(config)
+    return {workspace.held_out_rows(split): b"".join(map(write_row, splits[split])) for split in ("tuning", "test")}

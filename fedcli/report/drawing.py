@@ -1,0 +1,144 @@
+"""What a report's pictures have in common: their style, lines and dots by client, maps of clients x rounds."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedcli.report.rows_picture import PALETTE
+from fedcli.report.series import MergedRound
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, GREY = PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[5], PALETTE[6]
+MOST_LINES = len(PALETTE)
+"""Clients that get a line of their own; more are dots around their mean."""
+WIDTH = 10.0
+"""Inches."""
+DPI = 150
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "text.parse_math": False,  # names come from files, and may hold a $
+    "legend.fontsize": 10,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with its name, its title, and a sentence of what there is to see."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+    pixels: tuple[int, int]
+
+
+def by_client(
+    axes: "Axes", merged_rounds: Sequence[MergedRound], of: Callable[[MergedRound], Mapping[int, float | None]]
+) -> None:
+    """Draw a line a client, or dots around the mean and the middle 80 % where there are many clients."""
+    points: dict[int, list[tuple[int, float]]] = {}
+    for merged in merged_rounds:
+        for client, value in of(merged).items():
+            if value is not None:
+                points.setdefault(client, []).append((merged.number, value))
+    rounds = [merged.number for merged in merged_rounds]
+    drawn = sorted({client for merged in merged_rounds for client in merged.losses})
+    if len(drawn) <= MOST_LINES:
+        for colour, shape, client in zip(PALETTE, "os^DvPX*", drawn, strict=False):
+            marker = shape if marker_of(rounds) else ""
+            if client in points:
+                label = f"client {client}"
+                axes.plot(*np.transpose(points[client]), color=colour, marker=marker, markersize=4, label=label)
+    else:
+        everything = [point for found in points.values() for point in found]
+        numbers, values = np.transpose(everything)
+        axes.scatter(numbers, values, s=7, color="#6E6E6E", alpha=0.35, linewidth=0, label="one client")
+        by_round: dict[int, list[float]] = {}
+        for number, value in everything:
+            by_round.setdefault(number, []).append(value)
+        known = sorted(by_round)
+        low, high = zip(*(np.percentile(by_round[number], [10, 90]) for number in known), strict=True)
+        axes.fill_between(known, low, high, color=BLUE, alpha=0.18, linewidth=0, label="middle 80 %")
+        axes.plot(known, [np.mean(by_round[number]) for number in known], color=BLUE, linewidth=2, label="mean")
+    whole_rounds(axes)
+    outside_legend(axes)
+
+
+def client_map(
+    axes: "Axes", grid: Any, merged_rounds: Sequence[MergedRound], clients: Sequence[int], **options: Any
+) -> Any:
+    """Draw a grid of clients x rounds."""
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", **options)
+    axes.grid(visible=False)
+    column_step = max(1, math.ceil(len(merged_rounds) / 20))
+    columns = range(0, len(merged_rounds), column_step)
+    axes.set_xticks(columns, [str(merged_rounds[column].number) for column in columns])
+    row_step = max(1, math.ceil(len(clients) / 26))
+    rows = range(0, len(clients), row_step)
+    axes.set_yticks(rows, [str(clients[row]) for row in rows])
+    axes.set(xlabel="round", ylabel="client")
+    if len(clients) <= 40 and len(merged_rounds) <= 60:
+        axes.set_xticks(np.arange(-0.5, len(merged_rounds)), minor=True)
+        axes.set_yticks(np.arange(-0.5, len(clients)), minor=True)
+        axes.grid(visible=True, which="minor", color="white", linewidth=1.2)
+        axes.tick_params(which="minor", length=0)
+    return image
+
+
+def height_of(clients: Sequence[int]) -> float:
+    """Return the inches that a row for each client takes."""
+    return min(7.5, max(2.2, 1.3 + 0.2 * len(clients)))
+
+
+def marker_of(rounds: Sequence[int]) -> str:
+    """Return how points are marked: not at all where there are many."""
+    return "o" if len(rounds) <= 40 else ""
+
+
+def whole_rounds(axes: "Axes", most: int = 12) -> None:
+    """Label whole rounds only, with at most about `most` labels."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
+
+
+def outside_legend(axes: "Axes") -> None:
+    """Put the legend to the right of the panel, where it hides nothing."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, markerscale=1.5)
+
+
+def one_panel(height: float) -> "tuple[Figure, Axes]":
+    """Return a figure of some inches' height with one panel."""
+    figure, (axes,) = panels(1, 1, height)
+    return figure, axes
+
+
+def panels(num_rows: int, num_columns: int, height: float, **ratios: Any) -> "tuple[Figure, list[Axes]]":
+    """Return a figure of some inches' height with rows of panels, listed row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(num_rows, num_columns, squeeze=False, **ratios).flat)
+
+
+def finish(name: str, title: str, caption: str, figure: "Figure") -> Picture:
+    """Return the figure as a picture."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    width, height = figure.get_size_inches() * DPI
+    return Picture(name, title, caption, buffer.getvalue(), (round(width), round(height)))

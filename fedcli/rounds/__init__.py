@@ -1,1 +1,0 @@
-"""The library API: joins what lies on disk with the mathematics (open, train, aggregate, evaluate, verify)."""

@@ -1,0 +1,1 @@
+"""Scores of models on benchmarks, and tables of them."""

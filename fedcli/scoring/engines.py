@@ -1,0 +1,114 @@
+"""The models that answer benchmarks: the workspace's base with one adapter after another, others loaded when needed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedcli.client.runtime import Runtime
+from fedcli.config import CustomTemplate, TemplateChoice
+from fedcli.eval.memory import Engine
+from fedcli.scoring.targets import Target
+from fedcli.workspace.history import read_head
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.settings import read_running_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Models:
+    """Gives each target its engine; the base is loaded once, when the first question needs it.
+
+    `template` is in place of the workspace's own; `endpoint` makes the engine of a model behind one. `runtime` is one
+    that is loaded already.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        *,
+        threads: int | None = None,
+        batch_size: int | None = None,
+        template: TemplateChoice | None = None,
+        endpoint: Callable[[str], Engine],
+        runtime: Runtime | None = None,
+    ) -> None:
+        self._workspace = workspace
+        self._head = read_head(workspace)
+        self._threads = threads
+        self._batch_size = batch_size
+        self._template = template if template is not None else self._head.manifest.train.template
+        self._endpoint = endpoint
+        self._runtime = runtime
+        self._loaded: tuple[Target, Engine] | None = None
+
+    def identity(self, target: Target) -> dict[str, Any]:
+        """Return all that tells a target's answers from others'."""
+        if target.api is not None:
+            return dict(target.identity)
+        from fedcli.model.base import has_bfloat16
+
+        template = self._template
+        base = self._head.manifest.model
+        of_base = {"base": base.fingerprint, "quantization": base.quantization} if target.model is None else {}
+        return {
+            **of_base,
+            "template": template.model_dump(mode="json") if isinstance(template, CustomTemplate) else template,
+            "dtype": "bfloat16" if has_bfloat16() else "float32",
+            "backend": "transformers",  # as answer logs of the time when there were two have it
+            **target.identity,
+        }
+
+    def engine(self, target: Target) -> Engine:
+        """Return the engine that answers for a target; raise RequirementError where its model cannot be loaded."""
+        if self._loaded is None or self._loaded[0] != target:
+            self._loaded = (target, self._load(target))
+        return self._loaded[1]
+
+    def _load(self, target: Target) -> Engine:
+        if target.api is not None:
+            return self._endpoint(target.api)
+        if target.model is not None:
+            return load_local(target.model, self._template, batch_size=self._batch_size, threads=self._threads)
+        runtime = self._loaded_runtime()
+        if target.folder is not None:
+            runtime.adapted.load_folder(target.folder)
+        else:
+            assert target.arrays is not None
+            runtime.adapted.load(target.arrays())
+        return _local(runtime.adapted.model, runtime.adapted.tokenizer, self._template, self._batch_size)
+
+    def _loaded_runtime(self) -> Runtime:
+        if self._runtime is None:
+            config = read_running_config(self._workspace)
+            self._runtime = Runtime(self._workspace, config, self._head, threads=self._threads)
+        return self._runtime
+
+
+def load_local(
+    folder: Path,
+    template: TemplateChoice | None = None,
+    *,
+    batch_size: int | None = None,
+    threads: int | None = None,
+) -> Engine:
+    """Return a full model's engine; its template is the tokenizer's own where none is named and it has one."""
+    import torch
+
+    from fedcli.model.base import load_base
+    from fedcli.model.library_logging import quiet_libraries
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with quiet_libraries():
+        model, tokenizer = load_base(folder, trust_remote_code=False)
+    return _local(model, tokenizer, template or ("chat" if tokenizer.chat_template else "vicuna"), batch_size)
+
+
+def _local(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", template: TemplateChoice, batch_size: int | None
+) -> Engine:
+    from fedcli.data.encoding import Encoder
+    from fedcli.eval.local_model import LocalModel
+
+    return LocalModel(model, tokenizer, Encoder(tokenizer, template), batch_size=batch_size)

@@ -1,0 +1,258 @@
+"""Scoring targets on benchmarks: the model is loaded once, answers survive an interruption, scores are kept."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedcli.errors import IntegrityError
+from fedcli.eval.benchmark import Benchmark, ItemScore, Mark, Metric, Options, Session
+from fedcli.eval.data import Files, find_roots
+from fedcli.eval.judge import Judge
+from fedcli.eval.memory import Memory, Remembering, Usage
+from fedcli.eval.registry import BENCHMARKS
+from fedcli.eval.sandbox import CodeRunner
+from fedcli.eval.statistics import Marks, score
+from fedcli.scoring.engines import Models
+from fedcli.scoring.targets import Target
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.locks import hold
+from fedcli.workspace.publish import make_folder
+from fedcli.workspace.scores import (
+    ScoreEntry,
+    ScoreRecord,
+    opened_log,
+    publish_scores,
+    read_items,
+    read_marks,
+    read_score,
+    scored_name,
+)
+
+PACKAGES = ("fedcli", "torch", "transformers", "peft", "lm_eval", "sacrebleu")
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a user allows and names for an evaluation."""
+
+    options: Options = field(default_factory=Options)
+    data: Path | None = None
+    """A folder with benchmarks' files; None: those of $FEDCLI_BENCHMARKS, else the hub."""
+    judge: Callable[[Memory, Callable[[int, int], None]], Judge] | None = None
+    """Makes the judge, given what it remembers, and who hears how far it is."""
+    run_code: CodeRunner | None = None
+
+
+class EvaluationObserver(Protocol):
+    """Hears what happens in an evaluation, to show it."""
+
+    def started(self, target: str, benchmark: str) -> None:
+        """A target begins a benchmark."""
+
+    def answered(self, num_done: int, num_asked: int) -> None:
+        """So many of the questions that were asked together have an answer."""
+
+
+def evaluate(
+    workspace: Workspace,
+    benchmarks: Sequence[Benchmark],
+    targets: Sequence[Target],
+    models: Models,
+    tools: Tools,
+    observer: EvaluationObserver,
+) -> list[ScoreRecord]:
+    """Score every target on every benchmark, keep the scores, and return them.
+
+    What a target has answered before is not asked again; a target does all benchmarks before the next one comes.
+    Raises RequirementError where data, a package or a judge is missing, BusyError while another process scores the
+    same, WorkspaceError where the disk refuses.
+    """
+    plan: dict[str, Benchmark] = {}
+    for benchmark in benchmarks:
+        plan |= {part: BENCHMARKS[part] for part in benchmark.parts}
+        plan[benchmark.name] = benchmark
+    for benchmark in plan.values():  # what is missing shows before anything is asked
+        if benchmark.data is not None and benchmark.data.files and (tools.data or benchmark.data.hub is None):
+            _files(workspace, benchmark, tools).require()
+    records = []
+    for target in targets:
+        for benchmark in plan.values():
+            observer.started(target.name, benchmark.name)
+            if benchmark.parts:
+                records.append(_combine(workspace, benchmark, target, tools.options))
+            else:
+                records.append(_score(workspace, benchmark, target, models, tools, observer))
+    return records
+
+
+def _score(
+    workspace: Workspace,
+    benchmark: Benchmark,
+    target: Target,
+    models: Models,
+    tools: Tools,
+    observer: EvaluationObserver,
+) -> ScoreRecord:
+    """Ask what has not been answered, score it all, and keep it."""
+    assert benchmark.run is not None
+    files = _files(workspace, benchmark, tools)
+    name = scored_name(benchmark.name, tools.options.variant)
+    identity = models.identity(target)
+    make_folder(workspace.scores(target.name, name).parent)  # before the lock, which would make it for one user alone
+    asked = benchmark.answers_of or benchmark.name
+    with ExitStack() as stack:
+        stack.enter_context(hold(workspace.eval_lock(target.name, asked), f"{asked} of {target.name}"))
+        answers = stack.enter_context(opened_log(workspace.answers(target.name, asked)))
+        judge = None
+        if tools.judge is not None and {"judge", "judge-optional"} & {*benchmark.needs}:
+            memory = stack.enter_context(opened_log(workspace.judgments(target.name, benchmark.name)))
+            judge = tools.judge(memory, observer.answered)
+        model = Remembering(lambda: models.engine(target), answers, identity, observer.answered)
+        others = _answers_of_baseline(workspace, asked, tools.options)
+        session = Session(model, files, tools.options, judge, tools.run_code, others)
+        items = benchmark.run(session)
+        before = _scored_before(workspace, target.name, name)
+        usage = model.usage
+        if before is not None and before.model == identity and not usage.num_requests:
+            kept = {name: getattr(before, name) for name in ("seconds", "num_generated_tokens", "num_truncated")}
+            usage = replace(usage, **kept)
+        record = _record(benchmark, target.name, identity, session, items, usage)
+        if record.awaits is not None and before is not None and before.scores and before.model == identity:
+            return before  # scored already; to ask again without a judge takes nothing away
+        publish_scores(workspace, record, [{"item": item.item, "marks": item.marks, **item.record} for item in items])
+    return record
+
+
+def _files(workspace: Workspace, benchmark: Benchmark, tools: Tools) -> Files:
+    """Return where a benchmark's data is looked for: a named folder, or $FEDCLI_BENCHMARKS and the hub."""
+    assert benchmark.data is not None
+    roots = (*find_roots(tools.data), workspace.data)
+    return Files(benchmark.name, benchmark.data, roots, may_fetch=tools.data is None)
+
+
+def _record(
+    benchmark: Benchmark,
+    target: str,
+    identity: dict[str, Any],
+    session: Session,
+    items: Sequence[ItemScore],
+    usage: Usage,
+) -> ScoreRecord:
+    """Return the scores of a target's items, with all that they depend on."""
+    marks: dict[str, dict[str, Mark]] = {}
+    for item in items:
+        for metric, mark in item.marks.items():
+            marks.setdefault(metric, {})[item.item] = mark
+    options = session.options
+    num_unscored = sum(not item.marks for item in items)
+    return ScoreRecord(
+        benchmark=benchmark.name,
+        variant=options.variant,
+        target=target,
+        model=identity,
+        settings={**asdict(options), "judge": session.judge.name if session.judge else None},
+        data=_describe(session.files, items),
+        scores={
+            metric.name: _entry(metric, [marks[metric.name]]) for metric in benchmark.metrics if metric.name in marks
+        },
+        awaits=_awaited(benchmark, session) if num_unscored else None,
+        num_items=len(items),
+        num_unscored=num_unscored,
+        num_truncated=usage.num_truncated,
+        notes=_notes(benchmark, options, items, usage),
+        seconds=usage.seconds,
+        num_generated_tokens=usage.num_generated_tokens,
+        tokens_per_second=usage.num_generated_tokens / usage.seconds if usage.num_generated_tokens else None,
+        versions={package: version(package) for package in PACKAGES},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _combine(workspace: Workspace, benchmark: Benchmark, target: Target, options: Options) -> ScoreRecord:
+    """Score a benchmark of parts from what its parts have on disk."""
+    parts = [read_score(workspace, target.name, scored_name(part, options.variant)) for part in benchmark.parts]
+    found = [part for part in parts if part is not None]
+    marks = {record.benchmark: read_marks(workspace, record) for record in found}
+    scores = {
+        metric.name: _entry(metric, [marks[part][name] for part, name in metric.mean_of])
+        for metric in benchmark.metrics
+        if all(name in marks.get(part, {}) for part, name in metric.mean_of)
+    }
+    record = found[0].model_copy(
+        update={
+            "benchmark": benchmark.name,
+            "scores": scores,
+            "data": {"parts": ", ".join(marks)},
+            "num_items": sum(part.num_items for part in found),
+            "num_unscored": sum(part.num_unscored for part in found),
+            "num_truncated": sum(part.num_truncated for part in found),
+            "seconds": sum(part.seconds for part in found),
+            "num_generated_tokens": sum(part.num_generated_tokens for part in found),
+            "tokens_per_second": None,
+            "created": max(part.created for part in found),
+            "notes": [f"{part.benchmark}: {note}" for part in found for note in part.notes],
+        }
+    )
+    publish_scores(workspace, record, [])
+    return record
+
+
+def _scored_before(workspace: Workspace, target: str, name: str) -> ScoreRecord | None:
+    """Return the scores that are to be replaced; damaged ones are none."""
+    with suppress(IntegrityError):
+        return read_score(workspace, target, name)
+    return None
+
+
+def _answers_of_baseline(workspace: Workspace, benchmark: str, options: Options) -> dict[str, str] | None:
+    """Return the answers that a comparison is made with, by item, of the same settings."""
+    if options.baseline is None:
+        return None
+    name = scored_name(benchmark, replace(options, baseline=None).variant)
+    return {str(item["item"]): str(item.get("answer")) for item in read_items(workspace, options.baseline, name)}
+
+
+def _entry(metric: Metric, marks: Sequence[Marks]) -> ScoreEntry:
+    return ScoreEntry(
+        **asdict(score(metric, marks)),
+        unit=metric.unit,
+        higher_is_better=metric.higher_is_better,
+        is_detail=metric.is_detail,
+    )
+
+
+def _awaited(benchmark: Benchmark, session: Session) -> str | None:
+    """Return what a benchmark's unscored items wait for; None where nothing but their answers is at fault."""
+    if "judge" in benchmark.needs and session.judge is None:
+        return "judge"
+    return "code-execution" if "code-execution" in benchmark.needs and session.run_code is None else None
+
+
+def _notes(benchmark: Benchmark, options: Options, items: Sequence[ItemScore], usage: Usage) -> list[str]:
+    """Return what a reader of the scores must know."""
+    notes = []
+    if len(items) < benchmark.size and options.limit is None:
+        notes.append(f"{len(items)} items; the published set has {benchmark.size}")
+    if usage.num_truncated:
+        cut = f"{usage.num_truncated} prompts (each choice counts) of those that were asked last"
+        notes.append(f"{cut} are longer than the model's context, and lost their beginning")
+    if num_problems := sum("problem" in item.record for item in items):
+        notes.append(f"{num_problems} items have no judgment that parses")
+    return notes
+
+
+def _describe(files: Files, items: Sequence[ItemScore]) -> dict[str, str]:
+    """Return where the questions came from, with a hash of them: the local files' names, or the hub's."""
+    digest = hashlib.sha256()
+    for item in items:
+        asked = {name: item.record.get(name) for name in ("prompt", "text", "question", "expected")}
+        digest.update(json.dumps([item.item, asked], default=str, sort_keys=True).encode())
+    found = files.find()
+    where = {"files": ", ".join(path.name for path in found[:5])} if found else {"hub": files.source.hub or ""}
+    return where | {"sha256": digest.hexdigest()}

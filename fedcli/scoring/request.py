@@ -1,0 +1,146 @@
+"""What a user asks of an evaluation, made ready: every name is checked before a model is loaded."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import get_args
+
+from fedcli.client.runtime import Runtime
+from fedcli.config import TemplateChoice, TemplateName
+from fedcli.errors import UsageError, did_you_mean
+from fedcli.eval.benchmark import Benchmark, Options
+from fedcli.eval.endpoint import OPENAI_URL, find_endpoint
+from fedcli.eval.judge import Estimate, Judge
+from fedcli.eval.memory import Engine, Memory
+from fedcli.eval.registry import find_benchmarks
+from fedcli.model.base import fingerprint
+from fedcli.scoring.engines import Models, load_local
+from fedcli.scoring.evaluate import Tools
+from fedcli.scoring.targets import Target, Targets, find_targets
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.scores import read_scores, scored_name
+
+LM_EVAL = "lm-eval"
+"""In place of a benchmark's name: the names behind it are lm-eval's tasks."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a user asks for; see `fedcli eval --help`."""
+
+    names: Sequence[str]
+    targets: Targets = field(default_factory=Targets)
+    options: Options = field(default_factory=Options)
+    data: Path | None = None
+    include: Path | None = None
+    judge_model: str | None = None
+    judge_url: str | None = None
+    allow_code_execution: bool = False
+    batch_size: int | None = None
+    threads: int | None = None
+    confirm: Callable[[Estimate], None] | None = None
+    """Hears what a judge will cost, and raises where that is too much; None: it may."""
+
+
+def prepare(
+    workspace: Workspace, asked: Scoring, runtime: Runtime | None = None
+) -> tuple[list[Benchmark], list[Target], Models, Tools]:
+    """Return the arguments of `evaluate`, the workspace aside.
+
+    Raises UsageError for a name that is not known, NotReadyError for a round that is not there, RequirementError where
+    a key, an endpoint or the sandbox is missing.
+    """
+    benchmarks = _benchmarks(asked)
+    _check_options(benchmarks, asked)
+    _check_baseline(workspace, benchmarks, asked.options)
+    endpoints = {name: find_endpoint(name, asked.targets.api_url) for name in asked.targets.apis}
+    urls = {endpoint.url for endpoint in endpoints.values()} - {OPENAI_URL}
+    targets = find_targets(workspace, replace(asked.targets, api_url=next(iter(urls), None)))
+    for endpoint in endpoints.values():
+        endpoint.reach()
+    models = Models(
+        workspace,
+        threads=asked.threads,
+        batch_size=asked.batch_size,
+        template=_template(asked.options.template),
+        endpoint=endpoints.__getitem__,
+        runtime=runtime,
+    )
+    run_code = None
+    if asked.allow_code_execution:
+        from fedcli.eval.sandbox import Sandbox
+
+        run_code = Sandbox()
+    judge = _judge(asked) if asked.judge_model is not None else None
+    return benchmarks, targets, models, Tools(asked.options, asked.data, judge, run_code)
+
+
+def _benchmarks(asked: Scoring) -> list[Benchmark]:
+    if asked.names[0] != LM_EVAL:
+        if asked.include is not None:
+            raise UsageError("--include is for `fedcli eval lm-eval TASK`", hint="Leave it out.")
+        return find_benchmarks(asked.names)
+    if len(asked.names) == 1:
+        raise UsageError("lm-eval: no task is named", hint="Name one: `fedcli eval lm-eval hellaswag`.")
+    from fedcli.eval.benchmarks.lm_eval_by_name import lm_eval_benchmark
+
+    return [lm_eval_benchmark(asked.names[1:], asked.include)]
+
+
+def _check_options(benchmarks: Sequence[Benchmark], asked: Scoring) -> None:
+    """Raise UsageError for an option that would change nothing."""
+    for url, name, given in (
+        ("--api-url", "--api", asked.targets.api_url is not None and not asked.targets.apis),
+        ("--judge-url", "--judge-model", asked.judge_url is not None and asked.judge_model is None),
+    ):
+        if given:
+            raise UsageError(f"{url} is given, and no {name}", hint=f"Name the model with {name}.")
+    for benchmark in benchmarks:
+        takes = {"limit", *benchmark.takes}
+        odd = [name for name, value in asdict(asked.options).items() if value is not None and name not in takes]
+        if odd:
+            raise UsageError(
+                f"{benchmark.name} takes no --{odd[0].replace('_', '-')}",
+                hint=f"It takes {', '.join(sorted('--' + name.replace('_', '-') for name in takes))}.",
+            )
+
+
+def _check_baseline(workspace: Workspace, benchmarks: Sequence[Benchmark], options: Options) -> None:
+    """Raise UsageError where a comparison has nobody to compare with."""
+    compared = [benchmark.answers_of for benchmark in benchmarks if benchmark.answers_of is not None]
+    if not compared:
+        return
+    name = scored_name(compared[0], replace(options, baseline=None).variant)
+    known = [record.target for record in read_scores(workspace) if record.name == name]
+    if options.baseline not in known:
+        problem = "needs a --baseline" if options.baseline is None else f"has no answers of {options.baseline!r}"
+        hint = f"Run {compared[0]} on the other one first, with the same settings, then name it"
+        raise UsageError(f"{benchmarks[0].name} {problem}", hint=f"{hint}; known: {', '.join(known) or 'none'}.")
+
+
+def _template(name: str | None) -> TemplateChoice | None:
+    known: tuple[TemplateName, ...] = get_args(TemplateName)
+    found = next((template for template in known if template == name), None)
+    if name is not None and found is None:
+        raise UsageError(f"unknown template {name!r}", hint=did_you_mean(name, known))
+    return found
+
+
+def _judge(asked: Scoring) -> Callable[[Memory, Callable[[int, int], None]], Judge]:
+    """Return what makes the judge, a model folder's or an endpoint's; raise as `find_endpoint` does."""
+    name = str(asked.judge_model)
+    load: Callable[[], Engine]
+    if asked.judge_url is None and name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise UsageError(f"--judge-model {name}: no such folder", hint="Name a model's folder, or an endpoint's model.")
+    if asked.judge_url is None and Path(name).is_dir():
+        load = cache(partial(load_local, Path(name)))
+        name = f"{Path(name).absolute().name}-{fingerprint(Path(name))[:8]}"
+    else:
+        load = cache(find_endpoint(name, asked.judge_url).reach)
+    confirm = asked.confirm or (lambda estimate: None)
+
+    def make(memory: Memory, on_progress: Callable[[int, int], None]) -> Judge:
+        return Judge(name, load, memory, confirm=confirm, on_progress=on_progress)
+
+    return make

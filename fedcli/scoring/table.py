@@ -1,0 +1,324 @@
+"""Scores side by side: targets x metrics, the best marked, ranks, and paired differences to one target."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedcli.errors import NotReadyError, UsageError, did_you_mean
+from fedcli.eval.benchmark import Benchmark, Metric
+from fedcli.eval.registry import BENCHMARKS, find_benchmarks, find_group
+from fedcli.eval.statistics import Marks, Score, average_ranks, difference
+from fedcli.scoring.targets import BASE, is_stale, target_order
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.scores import ScoreEntry, ScoreRecord, publish_table, read_marks, read_scores, scored_name
+
+BEST_ALONE = "best-alone"
+"""Stands for the client alone that is best in a metric."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of a benchmark, with its variant."""
+
+    benchmark: str
+    metric: str
+    unit: str
+    higher_is_better: bool
+
+    @property
+    def title(self) -> str:
+        """Both names."""
+        return f"{self.benchmark} {self.metric}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A target's score in a column, its rank there (1: the best; equal ones share it), and its lead."""
+
+    score: ScoreEntry
+    rank: int
+    difference: Score | None
+    """To the target that all are compared with, item by item; None where there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Targets in the order of a table, metrics, and what is known of each pair."""
+
+    targets: tuple[str, ...]
+    columns: tuple[Column, ...]
+    cells: Mapping[tuple[str, Column], Cell]
+    average_rank: Mapping[str, float]
+    """Over the columns that all targets have; empty where that is none, or there is one target only."""
+    against: str
+    notes: tuple[str, ...]
+
+
+def make_table(
+    workspace: Workspace,
+    *,
+    names: Sequence[str] = (),
+    group: str | None = None,
+    records: Sequence[ScoreRecord] | None = None,
+    against: str = BASE,
+    details: bool = False,
+) -> ScoreTable:
+    """Return the scores of a workspace: of some benchmarks or a group (all for none), or some `records` of it.
+
+    Raises NotReadyError where there are no scores, UsageError for a name that is not known.
+    """
+    records = read_scores(workspace) if records is None else records
+    scored = {name for record in records for name in (record.name, record.benchmark)}
+    chosen = find_benchmarks([name for name in names if name not in scored])
+    chosen += [BENCHMARKS[name] for name in names if name in BENCHMARKS]
+    chosen += find_group(group) if group is not None else []
+    wanted = {*names} | {name for found in chosen for name in (found.name, *found.parts)}
+    asked = [record for record in records if not wanted or wanted & {record.benchmark, record.name}]
+    stale = [record for record in asked if is_stale(workspace, record.target, record.model)]
+    left_out = {(record.target, record.name) for record in stale}
+    kept = [record for record in asked if (record.target, record.name) not in left_out]
+    scores = {
+        (record.target, Column(record.name, name, entry.unit, entry.higher_is_better)): entry
+        for record in kept
+        for name, entry in _in_order(record).items()
+        if details or not entry.is_detail
+    }
+    if not scores:
+        what = f" of {', '.join([*names, *([group] if group else [])])}" if wanted else ""
+        raise NotReadyError(f"there are no scores{what} yet", hint="Score something first: `fedcli eval NAME`.")
+    rows = sorted({record.target for record in kept}, key=target_order)
+    if against not in (BASE, BEST_ALONE) and against not in rows:
+        raise UsageError(f"--against {against}: it has no scores here", hint=did_you_mean(against, [*rows, BEST_ALONE]))
+    columns = list(dict.fromkeys(column for _, column in scores))
+    order = {name: position for position, name in enumerate(BENCHMARKS)}
+    columns.sort(key=lambda column: (order.get(column.benchmark.partition("@")[0], len(order)), column.benchmark))
+    found = _Found(workspace, {(record.target, record.name): record for record in records})
+    cells = {}
+    for column in columns:
+        in_column = {target: scores[target, column] for target in rows if (target, column) in scores}
+        reference = _reference(in_column, against, column)
+        for target, entry in in_column.items():
+            lead = None if reference in (None, target) else found.difference(column, target, str(reference))
+            cells[target, column] = Cell(entry, _rank(entry, in_column.values(), column), lead)
+    complete = [column for column in columns if all((target, column) in scores for target in rows)]
+    ranks = average_ranks(
+        {target: [scores[target, column].value for column in complete] for target in rows},
+        [column.higher_is_better for column in complete],
+    )
+    return ScoreTable(tuple(rows), tuple(columns), cells, ranks if len(rows) > 1 else {}, against, _notes(kept, stale))
+
+
+def best_rounds(
+    workspace: Workspace, metric: str, records: Sequence[ScoreRecord] | None = None
+) -> list[tuple[int, ScoreEntry]]:
+    """Return the rounds' scores in a metric, the best first; a metric is BENCHMARK (its first) or BENCHMARK.METRIC.
+
+    `records` are all scores, where they have been read. Raises UsageError for an unknown metric, NotReadyError where no
+    round has been scored in it.
+    """
+    records = read_scores(workspace) if records is None else records
+    rounds = [record for record in records if record.target.startswith("round-") and record.scores]
+    known = {f"{record.name}.{name}": (record.name, name) for record in rounds for name in record.scores}
+    for record in reversed(rounds):
+        known[record.name] = (record.name, next(iter(_in_order(record))))
+    if metric not in known:
+        if not known:
+            raise NotReadyError("no round has been scored yet", hint="`fedcli eval NAME --round N`, or set eval.every.")
+        raise UsageError(f"no round has been scored in {metric!r}", hint=did_you_mean(metric, known))
+    benchmark, name = known[metric]
+    entries = [
+        (int(record.target.removeprefix("round-")), record.scores[name])
+        for record in rounds
+        if record.name == benchmark and name in record.scores
+    ]
+    return sorted(entries, key=lambda found: found[1].value, reverse=entries[0][1].higher_is_better)
+
+
+def save_table(workspace: Workspace, table: ScoreTable, name: str) -> list[str]:
+    """Write a table as NAME.md, NAME.csv and NAME.json under eval/; return their paths."""
+    rows = as_rows(table)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    document = {"against": table.against, "average_rank": table.average_rank, "scores": rows, "notes": table.notes}
+    files = {
+        f"{name}.md": to_markdown(table),
+        f"{name}.csv": text.getvalue(),
+        f"{name}.json": json.dumps(document, indent=1) + "\n",
+    }
+    return [str(path) for path in publish_table(workspace, files)]
+
+
+def as_rows(table: ScoreTable) -> list[dict[str, Any]]:
+    """Return one row for each target and metric."""
+    rows = []
+    for column in table.columns:
+        for target in table.targets:
+            if (cell := table.cells.get((target, column))) is None:
+                continue
+            lead = cell.difference
+            rows.append(
+                {
+                    "target": target,
+                    "benchmark": column.benchmark,
+                    "metric": column.metric,
+                    "unit": column.unit,
+                    "higher_is_better": column.higher_is_better,
+                    "value": cell.score.value,
+                    "standard_error": cell.score.standard_error,
+                    "low": cell.score.low,
+                    "high": cell.score.high,
+                    "num_items": cell.score.num_items,
+                    "rank": cell.rank,
+                    "difference": lead.value if lead else None,
+                    "difference_error": lead.standard_error if lead else None,
+                    "difference_low": lead.low if lead else None,
+                    "difference_high": lead.high if lead else None,
+                }
+            )
+    return rows
+
+
+def to_markdown(table: ScoreTable) -> str:
+    """Return the table, targets x metrics: best bold, second best underlined; then the differences."""
+    head = ["", *(column.title for column in table.columns), *(["average rank"] if table.average_rank else [])]
+    lines = [head, ["---", *("---:" for _ in head[1:])]]
+    differences = [head[: len(table.columns) + 1], lines[1][: len(table.columns) + 1]]
+    for target in table.targets:
+        cells = [table.cells.get((target, column)) for column in table.columns]
+        rank = [f"{table.average_rank[target]:.2f}"] if table.average_rank else []
+        lines.append([target, *(_marked(cell) for cell in cells), *rank])
+        if any(cell and cell.difference for cell in cells):
+            differences.append([target, *(show_difference(cell) for cell in cells)])
+    blocks = ["# Scores", _grid(lines), "Values with 95 % bootstrap intervals; **best**, <u>second best</u>."]
+    if len(differences) > 2:
+        blocks += [f"## Difference to {table.against}", _grid(differences), "Paired by item, with 95 % intervals."]
+    blocks += [f"- {note}" for note in table.notes]
+    return "\n\n".join(blocks) + "\n"
+
+
+def show_score(cell: Cell | None) -> str:
+    """Return a value with its interval."""
+    if cell is None:
+        return ""
+    return f"{_number(cell.score.value)} [{_number(cell.score.low)}, {_number(cell.score.high)}]"
+
+
+def show_difference(cell: Cell | None) -> str:
+    """Return a difference with its interval, signed."""
+    if cell is None or cell.difference is None:
+        return ""
+    lead = cell.difference
+    return f"{_number(lead.value, '+')} [{_number(lead.low, '+')}, {_number(lead.high, '+')}]"
+
+
+class _Found:
+    """Items' marks, read when they are needed."""
+
+    def __init__(self, workspace: Workspace, records: Mapping[tuple[str, str], ScoreRecord]) -> None:
+        self._workspace = workspace
+        self._records = records
+        self._marks: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+
+    def difference(self, column: Column, target: str, other: str) -> Score | None:
+        """Return the paired difference of two targets in a column; None where they have no item in common.
+
+        Scores on different data, or by different judges, have none: items may be named by their position alone.
+        """
+        record = self._records[target, column.benchmark]
+        benchmark = BENCHMARKS.get(record.benchmark)
+        metric = _metric(benchmark, column)
+        places = [(scored_name(part, record.variant), name) for part, name in metric.mean_of]
+        places = places or [(column.benchmark, column.metric)]
+        for name, _ in places:
+            one, another = (self._records.get((who, name)) for who in (target, other))
+            if one and another and not _is_same(one, another):
+                return None
+        mine, theirs = ([self._of(who, *place) for place in places] for who in (target, other))
+        return difference(metric, mine, theirs)
+
+    def _of(self, target: str, name: str, metric: str) -> Marks:
+        if (target, name) not in self._marks:
+            record = self._records.get((target, name))
+            self._marks[target, name] = read_marks(self._workspace, record) if record else {}
+        return self._marks[target, name].get(metric, {})
+
+
+def _metric(benchmark: Benchmark | None, column: Column) -> Metric:
+    """Return a column's metric; one of a task that is not registered is a mean."""
+    metrics = benchmark.metrics if benchmark else ()
+    found = [metric for metric in metrics if metric.name == column.metric]
+    return found[0] if found else Metric(column.metric, column.unit, column.higher_is_better)
+
+
+def _notes(kept: Sequence[ScoreRecord], stale: Sequence[ScoreRecord]) -> tuple[str, ...]:
+    """Return what a reader of the table must know."""
+    notes = [f"{record.target}, {record.name}: {note}" for record in kept for note in record.notes]
+    notes += [f"{record.target}, {record.name}: waits for {record.awaits}" for record in kept if record.awaits]
+    notes += [
+        f"{record.target} has been trained anew or removed: its scores on {record.name} are left out"
+        for record in stale
+    ]
+    models: dict[str, set[tuple[str, ...]]] = {}
+    asked: dict[str, list[ScoreRecord]] = {}
+    for record in kept:
+        models.setdefault(record.target, set()).add(_weights(record))
+        asked.setdefault(record.name, []).append(record)
+    notes += [
+        f"{target}: its scores are of different models: score it again" for target in models if len(models[target]) > 1
+    ]
+    for name, records in asked.items():
+        judged = [record for record in records if record.settings.get("judge") is not None]
+        if not all(_is_same(group[0], record) for group in (records, judged) for record in group):
+            notes.append(f"{name}: not all targets were scored on the same data, by the same judge")
+    return tuple(notes)
+
+
+def _is_same(one: ScoreRecord, other: ScoreRecord) -> bool:
+    """Return whether two targets had the same questions, and no two judges."""
+    judges = {one.settings.get("judge"), other.settings.get("judge")} - {None}
+    return one.data.get("sha256", one.data) == other.data.get("sha256", other.data) and len(judges) < 2
+
+
+def _weights(record: ScoreRecord) -> tuple[str, ...]:
+    """Return what tells a record's model from others, settings such as the template aside."""
+    return tuple(str(record.model.get(name)) for name in ("base", "adapter", "model", "api", "url"))
+
+
+def _in_order(record: ScoreRecord) -> dict[str, ScoreEntry]:
+    """Return a record's scores in the benchmark's own order of metrics."""
+    benchmark = BENCHMARKS.get(record.benchmark)
+    order = [metric.name for metric in benchmark.metrics] if benchmark else []
+    return {name: record.scores[name] for name in [*order, *record.scores] if name in record.scores}
+
+
+def _reference(scores: Mapping[str, ScoreEntry], against: str, column: Column) -> str | None:
+    if against != BEST_ALONE:
+        return against if against in scores else None
+    alone = [target for target in scores if target.startswith("alone-")]
+    sign = 1 if column.higher_is_better else -1
+    return max(alone, key=lambda target: sign * scores[target].value, default=None)
+
+
+def _rank(entry: ScoreEntry, others: Iterable[ScoreEntry], column: Column) -> int:
+    sign = 1 if column.higher_is_better else -1
+    return 1 + sum(sign * other.value > sign * entry.value for other in others)
+
+
+def _marked(cell: Cell | None) -> str:
+    shown = show_score(cell)
+    if cell is None or cell.rank > 2:
+        return shown
+    return f"**{shown}**" if cell.rank == 1 else f"<u>{shown}</u>"
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.2f}"
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

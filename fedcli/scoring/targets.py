@@ -1,0 +1,198 @@
+"""What can be scored: rounds, the base, clients' updates, baselines, adapters and models from elsewhere, endpoints."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedcli.algos import Arrays
+from fedcli.errors import FedError, NotReadyError, UsageError, WorkspaceError
+from fedcli.model.base import find_base, fingerprint
+from fedcli.workspace.baselines import (
+    BaselineRecord,
+    baseline_name,
+    published_baselines,
+    read_baseline,
+    read_baseline_record,
+)
+from fedcli.workspace.history import Round, read_head, read_round, read_start
+from fedcli.workspace.inbox import Update, read_update
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, is_round_name, update_name
+from fedcli.workspace.records import sha256
+from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.settings import check_client, read_running_config
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which targets a user named; with none named, all that a workspace holds: base, baselines, the latest round."""
+
+    rounds: Sequence[str] = ()
+    """Numbers, or "latest"."""
+    base: bool = False
+    clients: Sequence[int] = ()
+    alone: Sequence[int] = ()
+    pooled: bool = False
+    adapters: Sequence[Path] = ()
+    models: Sequence[str] = ()
+    apis: Sequence[str] = ()
+    api_url: str | None = None
+    """Of the models behind an endpoint; None: OpenAI's own."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model to score. `identity` is what tells its answers from others', beside base, template and number type."""
+
+    name: str
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Callable[[], Arrays] | None = None
+    """Reads the values of an adapter of this federation."""
+    folder: Path | None = None
+    """An adapter from elsewhere."""
+    model: Path | None = None
+    """A full model from elsewhere."""
+    api: str | None = None
+    """The name of a model behind an endpoint."""
+
+
+def find_targets(workspace: Workspace, asked: Targets) -> list[Target]:
+    """Return the targets that a user named, or all that the workspace holds.
+
+    Raises UsageError for one that does not exist, NotReadyError for a round or an update that is not there yet.
+    """
+    start, config = read_start(workspace), read_running_config(workspace)
+    for client in (*asked.clients, *asked.alone):
+        check_client(client, config)
+    everything = replace(asked, api_url=None) == Targets()
+    names = [baseline_name(client) for client in asked.alone] + ([baseline_name(None)] if asked.pooled else [])
+    found = [_base(start)] if asked.base or everything else []
+    if everything and config.adapter.init is not None:
+        found.append(_round(start))
+    found += [_baseline(workspace, start, name) for name in (published_baselines(workspace) if everything else names)]
+    found += [_update(workspace, client) for client in asked.clients]
+    found += [_round(_named_round(workspace, name)) for name in (("latest",) if everything else asked.rounds)]
+    found += [_folder(folder) for folder in asked.adapters]
+    found += [_model(workspace, model) for model in asked.models]
+    found += [_api(name, asked.api_url) for name in asked.apis]
+    return list({target.name: target for target in found}.values())
+
+
+def is_stale(workspace: Workspace, target: str, identity: Mapping[str, Any]) -> bool:
+    """Return whether scores are of a baseline that has been removed or trained anew since."""
+    if target != baseline_name(None) and not target.startswith("alone-"):
+        return False
+    record = read_baseline_record(workspace, target)
+    return record is None or record.files[ADAPTER_NAME].sha256 != identity.get("adapter")
+
+
+def target_order(name: str) -> tuple[int, str]:
+    """Return where a target stands in a table: base, alone, pooled, clients, rounds, and what comes from elsewhere."""
+    kinds = (BASE, "alone-", "pooled", "client-", "round-", "adapter-", "model-", "api-")
+    kind = next((number for number, start in enumerate(kinds) if name.startswith(start)), len(kinds))
+    number = name.removeprefix(kinds[kind]) if kind < len(kinds) else name
+    return kind, number.zfill(12) if number.isdigit() else number
+
+
+def _base(start: Round) -> Target:
+    tensors = start.manifest.tensors
+    return Target(
+        BASE, {"adapter": None}, lambda: {name: np.zeros(entry.shape, np.float32) for name, entry in tensors.items()}
+    )
+
+
+def _round(found: Round) -> Target:
+    return Target(update_name(found.number), {"adapter": found.manifest.files[ADAPTER_NAME].sha256}, found.adapter)
+
+
+def _named_round(workspace: Workspace, name: str) -> Round:
+    if name == "latest":
+        return read_head(workspace)
+    if not (name.isascii() and name.isdigit()):
+        raise UsageError(f"--round {name}: no such round", hint="Give a round's number, or latest.")
+    found = read_round(workspace, int(name))
+    if found is None:
+        raise NotReadyError(f"round {name} is not there yet", hint="`fedcli status` shows how far it is.")
+    return found
+
+
+def _baseline(workspace: Workspace, start: Round, name: str) -> Target:
+    record: BaselineRecord | None = read_baseline_record(workspace, name)
+    if record is None:
+        kind, _, client = name.partition("-")
+        command = f"train-{kind} --id {client}" if client else f"train-{kind}"
+        raise UsageError(f"there is no baseline {name}", hint=f"Train it: `fedcli {command}`.")
+
+    def arrays() -> Arrays:
+        contents = read_baseline(workspace, name, start.manifest.tensors)
+        assert contents is not None  # it was there a moment ago
+        return contents
+
+    return Target(name, {"adapter": record.files[ADAPTER_NAME].sha256}, arrays)
+
+
+def _update(workspace: Workspace, client: int) -> Target:
+    number, update = _last_update(workspace, client)
+    digest = update.record.files[ADAPTER_FILE].sha256
+    return Target(f"client-{client}-{update_name(number)}", {"adapter": digest}, lambda: update.files[ADAPTER_FILE])
+
+
+def _last_update(workspace: Workspace, client: int) -> tuple[int, Update]:
+    """Return a client's last update that is valid, with its round."""
+    names = (name.removeprefix("round-") for name in _entries(workspace.client_inbox(client)))
+    for number in sorted(map(int, filter(is_round_name, names)), reverse=True):
+        base = read_round(workspace, number)
+        with suppress(Refusal):
+            update = read_update(workspace, base, client) if base is not None else None
+            if update is not None:
+                return number, update
+        if base is not None and base.pruned() is not None:
+            raise WorkspaceError(
+                f"client {client}'s update of round {number} was removed by `fedcli gc`",
+                hint="Score the client after its next round; `retention` in fedcli.yaml says how many stay.",
+            )
+    raise NotReadyError(
+        f"client {client} has sent no valid update yet", hint=f"Let it train: `fedcli client train --id {client}`."
+    )
+
+
+def _entries(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _folder(folder: Path) -> Target:
+    weights = [path for path in (folder / ADAPTER_FILE, folder / "adapter_model.bin") if path.is_file()]
+    if not weights or not (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"--adapter {folder} holds no adapter_config.json and {ADAPTER_FILE}",
+            hint="Name a folder in PEFT's layout, such as rounds/00010/adapter.",
+        )
+    digest = sha256(weights[0].read_bytes() + (folder / "adapter_config.json").read_bytes())
+    return Target(f"adapter-{_plain(folder.absolute().name)}-{digest[:8]}", {"adapter": digest}, folder=folder)
+
+
+def _model(workspace: Workspace, model: str) -> Target:
+    try:
+        folder = find_base(model, revision=None, root=Path.cwd())
+    except FedError as error:
+        error.hint = "Name a folder in transformers' layout, or a hub id, with --model."
+        raise
+    digest = fingerprint(folder)
+    return Target(f"model-{_plain(Path(model).name)}-{digest[:8]}", {"model": digest}, model=folder)
+
+
+def _api(name: str, url: str | None) -> Target:
+    digest = sha256(f"{url} {name}".encode())[:8]
+    plain = f"api-{_plain(name)}"
+    return Target(plain if url is None else f"{plain}-{digest}", {"api": name, "url": url}, api=name)
+
+
+def _plain(name: str) -> str:
+    """Return a name that is a file's name everywhere."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name).lstrip(".") or "model"

@@ -1,0 +1,178 @@
+"""Aggregation: from a cohort's updates to the next round. No torch: numpy and safetensors only."""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+from fedcli.algos import ALGORITHMS, Algorithm
+from fedcli.config import Config, algorithm_from
+from fedcli.errors import BusyError, NotReadyError, UsageError, did_you_mean
+from fedcli.quantities import describe_seconds
+from fedcli.server.merge import combine
+from fedcli.server.open_round import open_next_round
+from fedcli.server.quorum import needed_answers, seconds_left
+from fedcli.workspace.history import Round, missing_clients, read_head
+from fedcli.workspace.inbox import discard_update
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.locks import hold
+from fedcli.workspace.publish import remove_temporaries
+from fedcli.workspace.records import Aggregation
+from fedcli.workspace.settings import POLL_SECONDS, check_client, read_running_config
+
+
+@dataclass(frozen=True)
+class AggregationResult:
+    """What `aggregate` did, and the latest round now; `aggregation` is None where the federation had finished before.
+
+    `overtaken`: another server published the round first, and its aggregation stands.
+    """
+
+    status: Literal["published", "overtaken", "dry_run", "finished"]
+    round: int
+    state: str
+    aggregation: Aggregation | None
+
+    @property
+    def published(self) -> bool:
+        """Whether this call opened a round."""
+        return self.status == "published"
+
+
+def aggregate(
+    workspace: Workspace,
+    *,
+    algorithm: str | None = None,
+    partial: bool = False,
+    dry_run: bool = False,
+    wait: float = 0.0,
+    on_update: Callable[[int], None] = lambda client: None,
+) -> AggregationResult:
+    """Merge the open round's updates and publish the next round, as soon as enough of the cohort has answered.
+
+    `algorithm` names another than the round's own for this aggregation, with the hyperparameters of fedcli.yaml where
+    that has the same name, else the defaults; `partial` asks for one valid update only; `dry_run` publishes nothing;
+    `wait` is how many seconds to wait for updates or the lock; `on_update` hears of every client whose update was read.
+    Raises NotReadyError with the missing clients, BusyError while another process aggregates, UsageError for an
+    algorithm that is unknown or needs what the round's clients did not do.
+    """
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            with hold(workspace.server_lock, "the server's work"):
+                return _aggregate(workspace, algorithm, partial, dry_run, on_update)
+        except (NotReadyError, BusyError):
+            if time.monotonic() + POLL_SECONDS > deadline:
+                raise
+        time.sleep(POLL_SECONDS)
+
+
+def aggregate_all(workspace: Workspace, *, on_round: Callable[[int], None], on_wait: Callable[[str], None]) -> Round:
+    """Merge every round as soon as it is ready, until the last; return that.
+
+    `on_round` hears of each new round, `on_wait` what is waited for when that changes.
+    """
+    said = ""
+    while True:
+        try:
+            result = aggregate(workspace)
+        except (NotReadyError, BusyError) as error:
+            if error.message != said:
+                said = error.message
+                on_wait(said)
+            time.sleep(POLL_SECONDS)
+            continue
+        if result.published:
+            on_round(result.round)
+        if result.state == "finished":
+            return read_head(workspace)
+
+
+def discard(workspace: Workspace, client: int) -> bool:
+    """Set aside a client's update of the open round, so that it may send another; return whether there was one.
+
+    A party of another user than the server's may set its own update aside, but cannot hold the server's lock: it must
+    not do so while the server merges. Raises UsageError for an id that no client has, WorkspaceError for an inbox of
+    another user.
+    """
+    check_client(client, read_running_config(workspace))
+    is_server = os.stat(workspace.inbox).st_uid == os.geteuid()
+    with hold(workspace.server_lock, "the server's work") if is_server else nullcontext():
+        head = read_head(workspace)
+        return discard_update(workspace, head.number, client)
+
+
+def _aggregate(
+    workspace: Workspace,
+    algorithm_name: str | None,
+    partial: bool,
+    dry_run: bool,
+    on_update: Callable[[int], None],
+) -> AggregationResult:
+    if algorithm_name is not None and algorithm_name not in ALGORITHMS:
+        raise UsageError(f"unknown algorithm {algorithm_name!r}", hint=did_you_mean(algorithm_name, ALGORITHMS))
+    head = read_head(workspace)
+    if head.manifest.state == "finished":
+        return AggregationResult("finished", head.number, "finished", None)
+    config = read_running_config(workspace)
+    algorithm = _algorithm(head, config, algorithm_name)
+    needed = 1 if partial else needed_answers(head, config)
+    _check_answers(head, config, missing_clients(workspace, head), needed)
+    remove_temporaries(workspace.rounds)
+    files, aggregation = combine(
+        workspace, head, algorithm, config.federation.clients, head.draw_order, head.num_counted, on_update
+    )
+    _check_answers(head, config, aggregation.missing, needed)
+    if files is None:
+        faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)
+        raise NotReadyError(
+            f"round {head.number} has no valid update:{faults}",
+            hint="Set a refused update aside with `fedcli server discard --id N`; its client then sends another.",
+        )
+    if dry_run:
+        return AggregationResult("dry_run", head.number, "open", aggregation)
+    published = open_next_round(workspace, head, config, files, aggregation)
+    following = read_head(workspace)
+    return AggregationResult(
+        "published" if published else "overtaken",
+        following.number,
+        following.manifest.state,
+        following.manifest.aggregation,
+    )
+
+
+def _algorithm(head: Round, config: Config, name: str | None) -> Algorithm:
+    """Return the algorithm to merge a round with: its own, or the named one where the clients did what that needs."""
+    own = algorithm_from(head.manifest.algorithm)
+    if name is None or name == own.name:
+        return own
+    algorithm = config.algorithm if config.algorithm.name == name else ALGORITHMS[name]()
+    if algorithm.uses_control or algorithm.client_rule({}, {}) is not None:
+        raise UsageError(
+            f"--algo {name}: it changes how clients train, too, and those of round {head.number} train for {own.name}",
+            hint=f"To switch from the next round on, set algorithm.name to {name} in fedcli.yaml and aggregate without "
+            "--algo: the round that this opens carries it.",
+        )
+    return algorithm
+
+
+def _check_answers(head: Round, config: Config, missing: list[int], needed: int) -> None:
+    """Raise NotReadyError where too few of the cohort have answered."""
+    answered = len(head.manifest.cohort) - len(missing)
+    if answered < needed:
+        names = ", ".join(map(str, missing))
+        hint = f"Run `fedcli client train --id {missing[0]}`"
+        if answered:
+            hint += ", or go on without them: `server aggregate --partial`"
+        left = seconds_left(head, config)
+        if left is not None and left > 0:
+            hint += f". The deadline is in {describe_seconds(left)}; then one valid update is enough"
+        elif left is not None:
+            hint += f". The deadline was {describe_seconds(-left)} ago: one valid update is enough"
+        raise NotReadyError(
+            f"round {head.number} waits for {needed - answered} more of its {len(head.manifest.cohort)} clients; "
+            f"missing: {names}",
+            hint=f"{hint}.",
+        )

@@ -1,0 +1,167 @@
+"""Making a workspace from a preset or from a fedcli.yaml of one's own."""
+
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedcli.config import apply_overrides, parse_config, read_document
+from fedcli.data.source import absolute_path
+from fedcli.errors import UsageError, WorkspaceError, did_you_mean
+from fedcli.parties.simulate import DataSummary, OnRows, plan_split, write_split
+from fedcli.server.initial_adapter import prepare_start
+from fedcli.server.open_round import open_first_round
+from fedcli.workspace.history import Round, read_head, read_identity, read_round
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.locks import hold
+from fedcli.workspace.publish import make_folder, publish_file, remove_temporaries
+from fedcli.workspace.read import read_text
+from fedcli.workspace.records import Identity
+from fedcli.workspace.registrations import open_to_parties
+from fedcli.workspace.settings import read_config, read_running_config
+
+DEFAULT_PRESET = "demo"
+_PATH_KEYS = ("data.source", "model.base", "adapter.init", "eval.data", "eval.judge_model")
+
+
+def template_folder() -> Path:
+    """Return workspace_template/, inside the installed package or beside it in a source tree."""
+    package = Path(__file__).parent.parent
+    inside = package / "workspace_template"
+    return inside if inside.is_dir() else package.parent / "workspace_template"
+
+
+def presets() -> dict[str, Path]:
+    """Return the shipped presets, name -> file; `defaults` is every key with its default."""
+    folder = template_folder()
+    return {"defaults": folder / "fedcli.yaml"} | {path.stem: path for path in (folder / "presets").glob("*.yaml")}
+
+
+@dataclass(frozen=True)
+class Creation:
+    """The latest round, whether anything was made, how a simulation's rows were split, and whether there are rows."""
+
+    head: Round
+    is_new: bool
+    has_rows: bool
+    data: DataSummary | None = None
+
+
+def create_workspace(
+    root: Path, *, preset: str | None = None, overrides: Sequence[str] = (), on_rows: OnRows = lambda what, count: None
+) -> Creation:
+    """Make a workspace in a folder, split its rows and open round 0.
+
+    A folder that holds a fedcli.yaml already is initialised from it. Called again after an interruption it goes on,
+    and on a finished workspace it changes nothing. Raises UsageError for an unknown preset, ConfigError for a fault in
+    the configuration or the rows, WorkspaceError where another experiment lies there.
+    """
+    workspace = Workspace(root.absolute())
+    text = _configuration(workspace, preset, overrides)
+    config = parse_config(read_document(text, workspace.config), workspace.config)
+    if _is_open(workspace):
+        read_running_config(workspace)
+        return _standing(workspace)
+    plan = plan_split(config, workspace.root, on_rows)
+    start = prepare_start(config, workspace.root)  # all that can be wrong is found before anything is written
+    make_folder(workspace.root)
+    with hold(workspace.server_lock, "the server's work"):
+        if _is_open(workspace):
+            return _standing(workspace)
+        remove_temporaries(workspace.root)
+        remove_temporaries(workspace.rounds)
+        open_to_parties(workspace, multi_user=config.federation.multi_user)
+        if plan is not None:
+            write_split(workspace, config, plan, on_rows=on_rows)
+        if not workspace.config.exists():
+            publish_file(workspace.config, text.encode())
+        for page in (workspace.readme, workspace.crontab, workspace.slurm_readme):
+            if not page.exists():
+                publish_file(page, (template_folder() / page.relative_to(workspace.root)).read_bytes())
+        workspace_id = read_identity(workspace).id if workspace.identity.exists() else uuid.uuid4().hex
+        is_simulation = plan is not None or any(workspace.data.glob("client-*.jsonl"))
+        identity = Identity(id=workspace_id, fixed=config.fixed(), simulation=is_simulation)
+        publish_file(workspace.identity, identity.to_bytes())
+        head = open_first_round(workspace, config, start)
+        return Creation(head, True, _has_rows(workspace), plan.summary if plan else None)
+
+
+def open_round(workspace: Workspace) -> Round:
+    """Open round 0 unless it is open, and return the latest round."""
+    config = read_running_config(workspace)
+    with hold(workspace.server_lock, "the server's work"):
+        open_to_parties(workspace, multi_user=config.federation.multi_user)
+        if _is_open(workspace):
+            return read_head(workspace)
+        return open_first_round(workspace, config, prepare_start(config, workspace.root))
+
+
+def _standing(workspace: Workspace) -> Creation:
+    return Creation(read_head(workspace), False, _has_rows(workspace))
+
+
+def _has_rows(workspace: Workspace) -> bool:
+    """Return whether a simulated client has rows, or a party has joined."""
+    return any(workspace.data.glob("client-*.jsonl")) or any(workspace.clients.glob("*.json"))
+
+
+def _is_open(workspace: Workspace) -> bool:
+    return workspace.identity.exists() and read_round(workspace, 0) is not None
+
+
+def _configuration(workspace: Workspace, preset: str | None, overrides: Sequence[str]) -> str:
+    """Return the text of fedcli.yaml: what stands there, or the preset's with the overrides put in."""
+    standing = workspace.config.exists()
+    if standing and preset is None and not overrides:
+        read_config(workspace)
+        return read_text(workspace.config)
+    text = _preset_text(preset or DEFAULT_PRESET)
+    if overrides:
+        document = read_document(text, Path("the preset"))
+        apply_overrides(document, [_absolute(override) for override in overrides])
+        text = (
+            f"# From the preset {preset or DEFAULT_PRESET}, with settings of the command line.\n"
+            "# docs/CONFIG.md explains every key.\n" + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        )
+    if standing and read_text(workspace.config) != text:
+        raise WorkspaceError(
+            f"{workspace.root} already holds another experiment: its {workspace.config.name} differs",
+            hint="Name another folder; or edit that file, and run `fedcli init` without --preset and --set.",
+        )
+    return text
+
+
+def _preset_text(name: str) -> str:
+    known = presets()
+    if name not in known:
+        raise UsageError(f"unknown preset {name!r}", hint=did_you_mean(name, known))
+    return known[name].read_text(encoding="utf-8")
+
+
+def _absolute(override: str) -> str:
+    """Take paths that --set gives from the current folder; those in fedcli.yaml start at the file's own folder."""
+    key, separator, text = override.partition("=")
+    if key not in _PATH_KEYS or not separator:
+        return override
+    if Path(os.path.expanduser(text)).exists() and text:  # a name that YAML would read as something else
+        return f"{key}={json.dumps(absolute_path(text))}"
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return override  # the error is told where the value is read
+    if isinstance(value, str):
+        value = absolute_path(value)
+    elif isinstance(value, list):
+        value = [_absolute_entry(entry) for entry in value]
+    return f"{key}={json.dumps(value)}"
+
+
+def _absolute_entry(entry: Any) -> Any:
+    if isinstance(entry, dict) and isinstance(entry.get("source"), str):
+        return entry | {"source": absolute_path(entry["source"])}
+    return absolute_path(entry) if isinstance(entry, str) else entry

@@ -1,0 +1,327 @@
+"""Checking a workspace against the protocol's invariants (docs/PROTOCOL.md, "What verify checks")."""
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedcli.config import algorithm_from
+from fedcli.errors import FedError, IntegrityError
+from fedcli.server.communication_cost import cost_of, history_of
+from fedcli.server.merge import combine
+from fedcli.workspace.baselines import published_baselines, read_baseline
+from fedcli.workspace.history import PRUNABLE, Round, is_hidden, listed_rounds, read_identity, read_round
+from fedcli.workspace.inbox import MAX_RECORD_BYTES
+from fedcli.workspace.layout import (
+    ADAPTER_NAME,
+    CONTROL_DELTA_FILE,
+    CONTROL_NAME,
+    MANIFEST,
+    OPTIMIZER_NAME,
+    PRUNED,
+    TEMPORARY_PREFIX,
+    UPDATE_RECORD,
+    Workspace,
+    is_round_name,
+    round_name,
+)
+from fedcli.workspace.read import read_file
+from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry, sha256
+from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.tensors import decode
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Something that is not as the protocol wants it."""
+
+    path: Path
+    problem: str
+
+
+@dataclass
+class Verification:
+    """What was checked, and every violation that was found."""
+
+    num_rounds: int = 0
+    num_files: int = 0
+    num_updates: int = 0
+    num_recomputed: int = 0
+    num_hidden: int = 0
+    """Counted updates that this user may not read; the rounds made of them were not computed again."""
+    num_pruned: int = 0
+    """Rounds that were not computed again, because `gc` has removed what they were made of."""
+    num_baselines: int = 0
+    violations: list[Violation] = field(default_factory=list)
+
+    def report(self, path: Path, problem: str) -> None:
+        """Note a violation."""
+        self.violations.append(Violation(path, problem))
+
+
+def verify(workspace: Workspace, *, on_round: Callable[[int], None] = lambda number: None) -> Verification:
+    """Check every published round and counted update; what is wrong is collected, not raised.
+
+    Costs in proportion to the history: every round's files are hashed and every aggregate is computed again from the
+    updates that it counted.
+    """
+    result = Verification()
+    identity = _read_identity(workspace, result)
+    _check_names(workspace, result)
+    seen: dict[str, int] = {}
+    previous: Round | None = None
+    expected = 0
+    for number in listed_rounds(workspace):
+        on_round(number)
+        if number != expected:
+            previous = None
+            missing = round_name(expected) + (f" to {round_name(number - 1)}" if number - 1 > expected else "")
+            result.report(workspace.rounds / missing, "is missing though a later round stands")
+        expected = number + 1
+        current = _read(workspace, number, result)
+        if current is not None:
+            result.num_rounds += 1
+            _check_round(current, identity, result)
+            _check_links(current, previous, number, result)
+            if current.manifest.aggregation is not None:
+                _check_aggregation(current, current.manifest.aggregation, previous, seen, result)
+                if previous is not None and identity is not None:
+                    num_clients = int(identity.fixed.get("federation.clients", 0)) or len(previous.manifest.cohort)
+                    _recompute(workspace, current, current.manifest.aggregation, previous, num_clients, result)
+            if number == 0:
+                _check_baselines(workspace, current, result)
+        previous = current
+    if previous is not None and os.path.lexists(previous.folder / PRUNED):
+        result.report(previous.folder / PRUNED, "removes what may not be removed: the latest round's files")
+    if not result.num_rounds:
+        result.report(workspace.rounds, "holds no round")
+    return result
+
+
+def _read_identity(workspace: Workspace, result: Verification) -> Identity | None:
+    try:
+        return read_identity(workspace)
+    except FedError as error:
+        if not listed_rounds(workspace):
+            raise  # no damage: nothing was made here yet
+        result.report(workspace.identity, error.message)
+        return None
+
+
+def _check_baselines(workspace: Workspace, start: Round, result: Verification) -> None:
+    """Every file of a baseline has its hash, and its adapter has the federation's tensors."""
+    for name in published_baselines(workspace):
+        try:
+            read_baseline(workspace, name, start.manifest.tensors)
+            result.num_baselines += 1
+        except IntegrityError as error:
+            result.report(workspace.baseline(name), error.message)
+
+
+def _read(workspace: Workspace, number: int, result: Verification) -> Round | None:
+    try:
+        current = read_round(workspace, number)
+    except IntegrityError as error:
+        result.report(workspace.round(number), error.message)
+        return None
+    if current is None:
+        result.report(workspace.round(number), f"has no {MANIFEST}")
+    return current
+
+
+def _check_names(workspace: Workspace, result: Verification) -> None:
+    """Only rounds, and temporary names that start with a dot, may lie in rounds/."""
+    if not workspace.rounds.is_dir():
+        return
+    for entry in sorted(os.listdir(workspace.rounds)):
+        if not entry.startswith(".") and not is_round_name(entry):
+            result.report(workspace.rounds / entry, "is no round; nothing else belongs there")
+
+
+def _check_round(current: Round, identity: Identity | None, result: Verification) -> None:
+    """Every file that the manifest lists exists with its hash, and the adapter has the manifest's tensors."""
+    manifest = current.manifest
+    if identity is not None and manifest.workspace != identity.id:
+        result.report(current.folder, f"belongs to workspace {manifest.workspace}, not to {identity.id}")
+    pruned = _pruned_files(current, result)
+    for name in manifest.files:
+        try:
+            contents = current.read(name)
+            result.num_files += 1
+            if name == ADAPTER_NAME:
+                decode(contents, manifest.tensors)
+        except FedError as error:
+            if name not in pruned or os.path.lexists(current.folder / name):
+                result.report(current.folder / name, error.message)
+        except Refusal as refusal:
+            result.report(current.folder / name, refusal.reason)
+        except (OSError, ValueError) as error:  # a name that no file can have
+            result.report(current.folder, f"lists {name[:80]!a}: {error}")
+    found = {str(path.relative_to(current.folder)) for path in current.folder.rglob("*") if not path.is_dir()}
+    foreign = found - {MANIFEST, PRUNED, *manifest.files}
+    for name in sorted(name for name in foreign if not name.startswith(TEMPORARY_PREFIX)):
+        result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
+    try:
+        uses_control = algorithm_from(manifest.algorithm).uses_control
+        if (CONTROL_DELTA_FILE in manifest.update_files) != uses_control:
+            result.report(current.folder, f"asks for {manifest.update_files}, which its algorithm does not fit")
+    except IntegrityError as error:
+        result.report(current.folder, error.message)
+    if (manifest.state == "finished") != (manifest.cohort == []):
+        result.report(current.folder, f"is {manifest.state} with a cohort of {len(manifest.cohort)}")
+    if manifest.cohort != sorted(set(manifest.cohort)):
+        result.report(current.folder, "has a cohort that is not sorted, or names a client twice")
+    selection = manifest.selection
+    if selection is not None and (sorted(selection.order) != manifest.cohort or selection.count > len(selection.order)):
+        result.report(current.folder, "has a selection that is not of its cohort")
+
+
+def _pruned_files(current: Round, result: Verification) -> set[str]:
+    """Return the files that may be gone; PRUNED.json lists them as the manifest does, and spares what others need."""
+    try:
+        pruned = current.pruned()
+    except IntegrityError as error:
+        result.report(current.folder / PRUNED, error.message)
+        return set()
+    if pruned is None:
+        return set()
+    if current.number == 0 or pruned.round != current.number or not {*pruned.files} <= {*PRUNABLE}:
+        result.report(current.folder / PRUNED, "removes what may not be removed")
+        return set()
+    if not pruned.files.items() <= current.manifest.files.items():
+        result.report(current.folder / PRUNED, "lists other files than the manifest")
+    return {*pruned.files}
+
+
+def _check_links(current: Round, previous: Round | None, number: int, result: Verification) -> None:
+    """Rounds are chained by the hashes of their manifests."""
+    manifest = current.manifest
+    if number == 0:
+        if manifest.parent is not None or manifest.aggregation is not None:
+            result.report(current.folder, "is round 0 and yet has a parent or an aggregation")
+        return
+    if manifest.aggregation is None:
+        result.report(current.folder, "says nothing of the aggregation that it came from")
+    if previous is None:
+        return
+    if manifest.parent != previous.sha256:
+        result.report(current.folder, f"names another parent than round {number - 1}'s manifest.json")
+    if previous.manifest.state == "finished":
+        result.report(current.folder, "follows a finished round")
+    if manifest.cost not in (None, cost_of(manifest, previous.manifest)):
+        result.report(current.folder, "states another cost than its files and counted updates give")
+    if manifest.cost is not None and manifest.history != history_of(manifest, previous.manifest):
+        result.report(current.folder, "states another history of algorithms than the rounds before it")
+    for key in ("task", "model", "tensors"):
+        if getattr(manifest, key) != getattr(previous.manifest, key):
+            result.report(current.folder, f"changes {key}, which is fixed")
+
+
+def _check_aggregation(
+    current: Round, aggregation: Aggregation, previous: Round | None, seen: dict[str, int], result: Verification
+) -> None:
+    """The cohort is accounted for, as the order of the draw has it, and no update is counted twice in the history."""
+    counted = [entry.client for entry in aggregation.counted]
+    refused = [entry.client for entry in aggregation.refused]
+    if not counted:
+        result.report(current.folder, "counts no update")
+    accounts = (counted, refused, aggregation.missing, aggregation.surplus)
+    for clients in accounts:
+        if clients != sorted(set(clients)):
+            result.report(current.folder, f"lists clients out of order or twice: {clients}")
+    if previous is not None and sorted(itertools.chain(*accounts)) != previous.manifest.cohort:
+        result.report(
+            current.folder, f"does not account for each client of round {previous.number}'s cohort exactly once"
+        )
+    elif previous is not None and not _is_first_of_draw(counted, aggregation.surplus, previous):
+        result.report(current.folder, f"does not count the first {previous.num_counted} valid updates in draw order")
+    for entry in aggregation.counted:
+        if entry.update in seen:
+            result.report(
+                current.folder, f"counts client {entry.client}'s update, which round {seen[entry.update]} did"
+            )
+        seen[entry.update] = current.number
+
+
+def _is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) -> bool:
+    """Return whether no more count than may, and nobody is surplus but behind as many as may."""
+    if not surplus:
+        return len(counted) <= previous.num_counted
+    place = {client: number for number, client in enumerate(previous.draw_order)}
+    behind = max(place.get(client, 0) for client in counted) if counted else 0
+    return len(counted) == previous.num_counted and all(place.get(client, 0) > behind for client in surplus)
+
+
+def _recompute(
+    workspace: Workspace,
+    current: Round,
+    aggregation: Aggregation,
+    previous: Round,
+    num_clients: int,
+    result: Verification,
+) -> None:
+    """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
+    hashes = {entry.client: entry.update for entry in aggregation.counted}
+    hidden = [client for client in hashes if is_hidden(workspace, client)]
+    if hidden:  # parties of other users: the server can check, this user cannot
+        result.num_hidden += len(hidden)
+        return
+    if os.path.lexists(previous.folder / PRUNED):
+        result.num_pruned += 1
+        for client, expected in hashes.items():
+            _check_record(workspace.update(previous.number, client), expected, result)
+        return
+    order = [client for client in previous.draw_order if client in hashes]
+    try:
+        algorithm = algorithm_from(aggregation.algorithm)
+        if algorithm.uses_control and CONTROL_DELTA_FILE not in previous.manifest.update_files:
+            result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
+            return
+        files, again = combine(workspace, previous, algorithm, num_clients, order, len(order))
+    except FedError as error:
+        result.report(current.folder, f"cannot be computed again: {error}")
+        return
+    result.num_updates += len(again.counted)
+    whole = True
+    for client in again.missing:
+        whole = False
+        result.report(workspace.update(previous.number, client), "was counted, and is gone")
+    for refused in again.refused:
+        whole = False
+        result.report(
+            workspace.update(previous.number, refused.client),
+            f"was counted, and is not valid any more: {refused.code}: {refused.reason}",
+        )
+    for entry in again.counted:
+        if entry.update != hashes[entry.client]:
+            whole = False
+            result.report(workspace.update(previous.number, entry.client), "is not the update that was counted")
+    if not whole or files is None:
+        return
+    if not all(map(_same, again.counted, aggregation.counted)):
+        result.report(current.folder, "records other weights, losses or norms than the counted updates give")
+    result.num_recomputed += 1
+    stored = {name: current.manifest.files.get(name) for name in (ADAPTER_NAME, OPTIMIZER_NAME, CONTROL_NAME)}
+    for name, found in stored.items():
+        if found != (file_entry(files[name]) if name in files else None):
+            result.report(current.folder / name, "is not what the counted updates give")
+
+
+def _check_record(update: Path, expected: str, result: Verification) -> None:
+    """Of a counted update that `gc` has been at, update.json is still there."""
+    try:
+        if sha256(read_file(update / UPDATE_RECORD, limit=MAX_RECORD_BYTES)) != expected:
+            result.report(update, "is not the update that was counted")
+    except FileNotFoundError:
+        result.report(update, f"was counted, and its {UPDATE_RECORD} is gone")
+    except Refusal as refusal:
+        result.report(update, f"was counted, and is not valid any more: {refusal.code}: {refusal.reason}")
+
+
+def _same(again: CountedUpdate, recorded: CountedUpdate) -> bool:
+    """Return whether two records agree; the norm's last digits depend on how numpy was built."""
+    close = math.isclose(again.delta_norm, recorded.delta_norm, rel_tol=1e-9)
+    unchecked = {"delta_norm": recorded.delta_norm} | ({"bytes": None} if recorded.bytes is None else {})
+    return close and again.model_copy(update=unchecked) == recorded
