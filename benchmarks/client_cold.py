@@ -35,6 +35,7 @@ def seconds_of(line: list[object]) -> tuple[float, float]:
 def save_examples(workspace: Path, path: Path) -> Path:
     """Save the token ids that client 0 trains on in round 0, for the hand-written process; return the path."""
     import numpy as np
+    from fedcli.workspace.settings import read_config
 
     from fedcli.data.encoding import Encoder, encode_source
     from fedcli.data.formats import RowReader
@@ -42,7 +43,6 @@ def save_examples(workspace: Path, path: Path) -> Path:
     from fedcli.model.base import find_base, load_tokenizer
     from fedcli.parties.party import find_party
     from fedcli.workspace.layout import Workspace
-    from fedcli.workspace.settings import read_config
 
     found = Workspace(workspace)
     config = read_config(found)

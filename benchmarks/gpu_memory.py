@@ -53,11 +53,11 @@ def make_rows(path: Path) -> None:
 def measure(folder: Path) -> dict:
     """Train client 0 of a workspace, and return its figures; in a process of its own."""
     import torch
+    from fedcli.workspace.settings import read_running_config
 
     from fedcli.client.due import train_client
     from fedcli.client.runtime import Runtime
     from fedcli.workspace.layout import Workspace
-    from fedcli.workspace.settings import read_running_config
 
     workspace = Workspace(folder)
     moments: list[float] = []

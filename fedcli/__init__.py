@@ -1,3 +1,23 @@
 """Federated fine-tuning of language models over a shared directory."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedcli.federation import Federation as Federation
+    from fedcli.observer import Observer as Observer
+
 __version__ = "0.1.0"
+__all__ = ["Federation", "Observer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used: `import fedcli` itself costs nothing."""
+    if name == "Federation":
+        from fedcli.federation import Federation
+
+        return Federation
+    if name == "Observer":
+        from fedcli.observer import Observer
+
+        return Observer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fedcli.workspace.settings import read_running_config
 from pydantic import ValidationError
 from support.processes import settings
 
@@ -15,7 +16,6 @@ from fedcli.config import Config, algorithm_from, apply_overrides, parse_config,
 from fedcli.errors import ConfigError, IntegrityError, UsageError
 from fedcli.server.create import presets
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.settings import read_running_config
 
 HERE = Path("fedcli.yaml")
 

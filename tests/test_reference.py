@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedcli.workspace.settings import read_running_config
 from safetensors.numpy import load_file, save_file
 from support.models import TINY, preference, same_bits
 from support.processes import FEW, Run, results, runner, settings
@@ -23,7 +24,6 @@ from fedcli.parties.party import Party, find_party
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.reference import read_reference, reference_key
-from fedcli.workspace.settings import read_running_config
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """One client's work in the open round: train, and drop the update."""
 
+import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,40 +9,59 @@ import numpy as np
 from fedcli.algos import Algorithm, Array, Arrays, ClientRule
 from fedcli.algos.arrays import difference, to_float32
 from fedcli.algos.scaffold import control_delta
-from fedcli.client.due import Training
-from fedcli.client.runtime import Runtime
+from fedcli.client.runtimes import Runtimes
 from fedcli.config import algorithm_from
+from fedcli.observer import Observer
 from fedcli.parties.party import Party
 from fedcli.training.reports import StepReport
 from fedcli.workspace.controls import read_control, remove_old_candidates, save_candidate
-from fedcli.workspace.history import Round, read_rounds
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import drop_update
-from fedcli.workspace.layout import ADAPTER_FILE, CONTROL_DELTA_FILE, UPDATE_RECORD, Workspace
+from fedcli.workspace.layout import ADAPTER_FILE, CONTROL_DELTA_FILE, UPDATE_RECORD
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sha256
 from fedcli.workspace.tensors import encode
 
 
-def contribute(
-    workspace: Workspace,
-    head: Round,
-    party: Party,
-    load_runtime: Callable[[Round, Party], Runtime],
-    on_step: Callable[[StepReport], None],
+@dataclass(frozen=True)
+class Training:
+    """What a client did in a round that it trained in."""
+
+    num_samples: int
+    num_truncated: int
+    left_out: dict[str, int]
+    """Rows that were not used, by reason."""
+    losses: list[float]
+    seconds: float
+    num_tokens: int
+
+    @property
+    def num_unusable(self) -> int:
+        """All rows that were not used."""
+        return sum(self.left_out.values())
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss over the steps."""
+        return math.fsum(self.losses) / len(self.losses)
+
+
+def train_and_drop(
+    federation: FederationState, party: Party, runtimes: Runtimes, observer: Observer
 ) -> tuple[Training, bool]:
     """Train a client on the open round and drop its update; return what it did, and whether its update was the first.
 
     Whoever calls this holds the client's lock.
     """
-    client, manifest = party.client, head.manifest
-    adapter = head.adapter()
-    past = read_rounds(workspace, before=head.number)
+    client, head = party.client, federation.head
+    manifest, adapter, past = head.manifest, head.adapter(), federation.past()
     first_draw = sum(
         earlier.manifest.train.steps * earlier.manifest.train.batch_size
         for earlier in past
         if client in earlier.manifest.cohort
     )
     rule = _Rule.read(party, [*past, head], adapter)
-    runtime = load_runtime(head, party)
+    runtime = runtimes.load(party)
     rows = runtime.rows(party, manifest.train)
     started = time.monotonic()
     num_tokens = 0
@@ -50,7 +69,7 @@ def contribute(
     def count(report: StepReport) -> None:
         nonlocal num_tokens
         num_tokens += report.num_tokens
-        on_step(report)
+        observer.step_done(client, report)
 
     values, losses = runtime.train(
         adapter,
@@ -78,8 +97,7 @@ def contribute(
     if candidate:
         remove_old_candidates(party.home, client, [*past, head])
         save_candidate(party.home, head.number, sha256(record), candidate)
-    dropped = drop_update(workspace, head.number, client, [*files.items(), (UPDATE_RECORD, record)])
-    return training, dropped
+    return training, drop_update(head, client, [*files.items(), (UPDATE_RECORD, record)])
 
 
 @dataclass(frozen=True)

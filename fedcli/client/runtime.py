@@ -13,21 +13,22 @@ import numpy as np
 
 from fedcli.algos import Array, Arrays, ClientRule
 from fedcli.client.row_tokens import read_encoded
-from fedcli.config import Config, TemplateChoice
+from fedcli.config import TemplateChoice
 from fedcli.data.encoded import together
 from fedcli.data.order import draw
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.model.adapter_config import parse_adapter_config
 from fedcli.model.base import comes_quantized, has_bfloat16, short_memory
 from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
+from fedcli.observer import Observer
 from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.randomness import stream_seed
 from fedcli.training.reports import StepReport, TrainSettings
-from fedcli.workspace.history import Round, read_start
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home, Workspace
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import Round
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home
 from fedcli.workspace.records import TrainRecord
 from fedcli.workspace.reference import read_reference, reference_key, save_reference
-from fedcli.workspace.settings import read_running_config
 
 if TYPE_CHECKING:
     from fedcli.data.encoded import EncodedPair, EncodedRows
@@ -39,32 +40,29 @@ class Runtime:
     """The loaded model of a workspace; one process makes one and trains any client of any round with it.
 
     Loading costs seconds (torch, transformers, the weights), so the cheap checks of a command come before it. A joined
-    `party` may have its own copy of the base model, and trusts remote code or not by itself; `on_rows` hears how many
-    rows were read. Raises RequirementError where the base model is missing, ConfigError where it is not the
-    federation's.
+    `party` may have its own copy of the base model, and trusts remote code or not by itself. Raises RequirementError
+    where the base model is missing, ConfigError where it is not the federation's.
     """
 
     def __init__(
         self,
-        workspace: Workspace,
-        config: Config,
-        any_round: Round,
+        federation: FederationState,
         *,
         threads: int | None = None,
         party: Party | None = None,
-        on_rows: Callable[[int], None] = lambda count: None,
+        observer: Observer,
     ) -> None:
-        self._workspace = workspace
-        self._config = config
-        self._on_rows = on_rows
-        self.task = any_round.manifest.task
-        self._fingerprint = any_round.manifest.model.fingerprint
+        config, manifest = federation.config, federation.head.manifest
+        self._federation = federation
+        self._observer = observer
+        self.task = manifest.task
+        self._fingerprint = manifest.model.fingerprint
         base = party.base_of(config) if party else config.model.base
-        folder = find_same_base(workspace, base, any_round)
-        quantization = any_round.manifest.model.quantization
+        folder = find_same_base(federation, base)
+        quantization = manifest.model.quantization
         require_bitsandbytes(quantization)
-        contents = any_round.read(ADAPTER_CONFIG_NAME)
-        adapter_config = parse_adapter_config(contents, any_round.folder / ADAPTER_CONFIG_NAME)
+        contents = federation.head.read(ADAPTER_CONFIG_NAME)
+        adapter_config = parse_adapter_config(contents, federation.head.folder / ADAPTER_CONFIG_NAME)
         with without_bitsandbytes(quantization == "none" and not comes_quantized(folder)):
             _import_stack()
             if threads is not None:
@@ -76,7 +74,7 @@ class Runtime:
             self.adapted = AdaptedModel(
                 folder,
                 adapter_config,
-                trust_remote_code=trusts_code(workspace, config, party),
+                trust_remote_code=trusts_code(federation, party),
                 quantization=quantization,
             )
         self._encoders: dict[TemplateChoice, Encoder] = {}
@@ -98,16 +96,21 @@ class Runtime:
         """
         key = (party.client if party else None, train.max_length, train.template)
         if key not in self._rows:
-            clients = range(self._config.federation.clients)
-            parties = (
-                [find_party(self._workspace, self._config, client) for client in clients] if party is None else [party]
-            )
+            clients = range(self._federation.config.federation.clients)
+            parties = [find_party(self._federation, client) for client in clients] if party is None else [party]
             self._rows[key] = together([self._read(each, train) for each in parties])
         return self._rows[key]
 
     def _read(self, party: Party, train: TrainRecord) -> "EncodedRows[Any]":
+        num_read = 0
+
+        def count(more: int) -> None:
+            nonlocal num_read
+            num_read += more
+            self._observer.rows_read("reading rows", num_read)
+
         rows, num_usable = read_encoded(
-            party, self.encoder(train.template), self.task, train, fingerprint=self._fingerprint, on_rows=self._on_rows
+            party, self.encoder(train.template), self.task, train, fingerprint=self._fingerprint, on_rows=count
         )
         if party.num_rows not in (None, num_usable):
             raise ConfigError(
@@ -134,7 +137,7 @@ class Runtime:
         training diverged, RequirementError where memory is too small.
         """
         examples = self.rows(party, train).examples
-        stream_client = self._config.federation.clients if party is None else party.client
+        stream_client = self._federation.config.federation.clients if party is None else party.client
         count = train.steps * train.batch_size
         order = draw(len(examples), seed=train.seed, client=stream_client, first=first_draw, count=count)
         settings = TrainSettings(
@@ -177,7 +180,7 @@ class Runtime:
         from fedcli.training.dpo import train_dpo
 
         assert train.beta is not None
-        referred = self._refer(drawn, self._workspace.pooled_home if party is None else party.home)
+        referred = self._refer(drawn, self._federation.workspace.pooled_home if party is None else party.home)
         self.adapted.load(adapter)
         return train_dpo(self.adapted, referred, train.beta, settings, on_step, rule)
 
@@ -187,7 +190,7 @@ class Runtime:
         from fedcli.training.dpo import ReferredPair
 
         if self._start is None:
-            self._start = read_start(self._workspace)
+            self._start = self._federation.start
         key = reference_key(self._start.manifest, "bfloat16" if has_bfloat16() else "float32")
         known = read_reference(home, key)
         missing = {pair.key: pair for pair in pairs if pair.key not in known}
@@ -196,33 +199,6 @@ class Runtime:
             known |= zip(missing, pair_log_probs(self.adapted, list(missing.values())), strict=True)
             save_reference(home, key, known)
         return [ReferredPair(pair, *known[pair.key]) for pair in pairs]
-
-
-class Runtimes:
-    """The models that a process has loaded: one for all clients, one more for a party with its own copy or trust."""
-
-    def __init__(
-        self, workspace: Workspace, *, threads: int | None = None, on_rows: Callable[[int], None] = lambda count: None
-    ) -> None:
-        self._workspace = workspace
-        self._threads = threads
-        self._on_rows = on_rows
-        self._loaded: dict[tuple[str | None, bool | None], Runtime] = {}
-
-    @property
-    def shared(self) -> Runtime | None:
-        """The one of all clients; None while it has not been loaded."""
-        return self._loaded.get((None, None))
-
-    def load(self, head: Round, party: Party) -> Runtime:
-        """Return the party's, loaded now where it is not yet."""
-        key = (party.base, party.trust_remote_code)
-        if key not in self._loaded:
-            config = read_running_config(self._workspace)
-            self._loaded[key] = Runtime(
-                self._workspace, config, head, threads=self._threads, party=party, on_rows=self._on_rows
-            )
-        return self._loaded[key]
 
 
 @contextmanager

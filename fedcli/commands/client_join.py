@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedcli.commands.options import ClientOption, HomeOption, JsonOption, WorkspaceOption
+from fedcli.commands.options import ClientOption, HomeOption, JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import at, print_hint, print_json, rows_display
 
 if TYPE_CHECKING:
@@ -66,36 +66,23 @@ def join(
     On a terminal you are asked before it is written; elsewhere, and with --json, you are not. Run again, it replaces
     your card.
     """
-    from fedcli.parties.join import prepare_join
-    from fedcli.workspace.layout import find_workspace
-
-    found = find_workspace(workspace)
+    federation = found_federation(workspace)
     asks = not yes and not json_output and sys.stdin.isatty()
 
-    with rows_display(json_output) as on_rows:
-        num_rows = 0
-
-        def count(more: int) -> None:
-            nonlocal num_rows
-            num_rows += more
-            on_rows("reading rows", num_rows)
-
-        joining = prepare_join(
-            found,
-            client,
+    with rows_display(json_output) as observer:
+        joining = federation.client(client, home=home).join(
             data,
-            data_format=data_format,
+            format=data_format,
             subset=subset,
             split=split,
-            home=home,
             base=base,
             trust_remote_code=trust_remote_code,
             share=share,
-            on_rows=count,
+            observer=observer,
         )
     if not json_output:
         _show(joining.card)
-    if asks and not _confirmed(f"Write this to {found.registration(client)}? [y/N]: "):
+    if asks and not _confirmed(f"Write this to {federation.workspace.registration(client)}? [y/N]: "):
         print("nothing was written")
         return
     joining.commit()

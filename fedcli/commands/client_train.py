@@ -6,20 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcli.commands.options import HomeOption, JsonOption, ThreadsOption, WorkspaceOption
+from fedcli.commands.options import HomeOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
 from fedcli.commands.output import Silent, print_hint, print_json, progress_display
 from fedcli.errors import UsageError
+from fedcli.federation import Federation
+from fedcli.observer import Observer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from fedcli.client.due import ClientResult
-    from fedcli.client.runtime import Runtime, Runtimes
-    from fedcli.parties.party import Party
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
-    from fedcli.workspace.layout import Workspace
-
 
 NOTHING_DUE = "nothing to do: no client of the open round is here, missing and unclaimed"
 
@@ -45,25 +43,18 @@ def train(
     Where nothing is due (not in the cohort, already sent, finished) it says so and succeeds: run it as often as you
     like, on as many machines as you like.
     """
-    from fedcli.workspace.layout import find_workspace
-
     ids = _parse_ids(clients, any_client, home)
-    found = find_workspace(workspace)
-    if ids is None and _has_nothing_to_do(found, wait, json_output):
+    federation = found_federation(workspace)
+    if ids is None and _has_nothing_to_do(federation, wait, json_output):
         return
-    from fedcli.client.due import train_client, train_clients
-
     with progress_display(json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s") as progress:
-        display = _Display(found, progress, threads)
+        display = _Display(progress)
         if ids is not None and len(ids) == 1:
-            display.start(ids[0])
-            results = [
-                train_client(found, ids[0], home=home, wait=wait, load_runtime=display.load, on_step=display.show)
-            ]
+            display.client_started(ids[0])
+            client = federation.client(ids[0], home=home)
+            results = [client.train(wait=wait, threads=threads, observer=display)]
         else:
-            results = train_clients(
-                found, ids, wait=wait, load_runtime=display.load, on_client=display.start, on_step=display.show
-            )
+            results = federation.train_clients(ids, wait=wait, threads=threads, observer=display)
     documents = [client_document(result) for result in results]
     if json_output and ids is not None:
         print_json(documents[0] if len(ids) == 1 else {"clients": documents})
@@ -79,11 +70,11 @@ def train(
         print(NOTHING_DUE)
 
 
-def _has_nothing_to_do(workspace: "Workspace", wait: float, json_output: bool) -> bool:
+def _has_nothing_to_do(federation: Federation, wait: float, json_output: bool) -> bool:
     """Say so, and return True, where a glance shows that no client has anything to do here, or will have."""
     from fedcli.workspace.idle import glance
 
-    seen = glance(workspace)
+    seen = glance(federation.workspace)
     if seen is None or seen.may_train or (wait and not seen.is_finished):
         return False
     if json_output:
@@ -109,53 +100,41 @@ def _parse_ids(clients: str | None, any_client: bool, home: Path | None) -> list
     return ids
 
 
-class _Display:
-    """Loads the model when it is needed, and shows one client's steps after another's."""
+class _Display(Observer):
+    """Shows one client's steps after another's."""
 
-    def __init__(self, workspace: "Workspace", progress: "Progress | Silent", threads: int | None) -> None:
-        self._workspace = workspace
+    def __init__(self, progress: "Progress | Silent") -> None:
         self._progress = progress
-        self._threads = threads
-        self._runtimes: Runtimes | None = None
         self._task = progress.add_task("", total=None, visible=False, loss=float("nan"), speed=0.0)
         self._title = ""
-        self._num_rows = self._num_tokens = self._steps = 0
+        self._num_tokens = self._steps = 0
         self._started = time.monotonic()
 
-    def start(self, client: int) -> None:
-        """A client is next."""
+    def client_started(self, client: int) -> None:
         self._title = f"client {client}"
-        self._num_rows = self._num_tokens = 0
+        self._num_tokens = 0
         self._progress.update(self._task, description=f"{self._title}: loading", total=None)
 
-    def load(self, head: "Round", party: "Party") -> "Runtime":
-        """Load the model, once."""
-        from fedcli.client.runtime import Runtimes
-
-        self._progress.update(self._task, visible=True)
+    def model_loading(self, head: "Round") -> None:
         self._steps = head.manifest.train.steps
-        if self._runtimes is None:
-            self._runtimes = Runtimes(self._workspace, threads=self._threads, on_rows=self._count_rows)
-        runtime = self._runtimes.load(head, party)
-        self._started = time.monotonic()
-        return runtime
+        self._progress.update(self._task, visible=True)
 
-    def show(self, report: "StepReport") -> None:
-        """The client made a step."""
-        self._num_tokens += report.num_tokens
+    def rows_read(self, what: str, count: int) -> None:
+        self._progress.update(self._task, description=f"{self._title}: {count:,} rows read")
+
+    def step_done(self, client: int | None, report: "StepReport") -> None:
+        if report.step == 1:
+            self._started = time.monotonic()
+        else:
+            self._num_tokens += report.num_tokens
         self._progress.update(
             self._task,
             description=self._title,
             total=self._steps,
             completed=report.step,
             loss=report.loss,
-            speed=self._num_tokens / (time.monotonic() - self._started),
+            speed=self._num_tokens / max(1e-9, time.monotonic() - self._started),
         )
-
-    def _count_rows(self, count: int) -> None:
-        self._num_rows += count
-        self._started = time.monotonic()
-        self._progress.update(self._task, description=f"{self._title}: {self._num_rows:,} rows read")
 
 
 def client_document(result: "ClientResult") -> dict[str, object]:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import at, describe_data, print_hint, print_json, rows_display
 
 
@@ -19,15 +19,12 @@ def partition(
 
     `fedcli init` does it too. Run again with the same settings it changes nothing.
     """
-    from fedcli.parties.simulate import partition_data
-    from fedcli.workspace.layout import find_workspace
-
-    found = find_workspace(workspace)
-    with rows_display(json_output) as on_rows:
-        summary = partition_data(found, replace=replace, on_rows=on_rows)
+    federation = found_federation(workspace)
+    with rows_display(json_output) as observer:
+        summary = federation.partition(replace=replace, observer=observer)
     if json_output:
         print_json(summary)
         return
     print(describe_data(summary))
-    print(f"rows: {found.data}/client-N.jsonl    data card: {found.data_card}")
+    print(f"rows: {federation.workspace.data}/client-N.jsonl    data card: {federation.workspace.data_card}")
     print_hint(f"next: fedcli data preview{at(workspace)}")

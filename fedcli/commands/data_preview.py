@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcli.commands.options import HomeOption, JsonOption, WorkspaceOption
-from fedcli.commands.output import print_hint, print_json, progress_display
+from fedcli.commands.options import HomeOption, JsonOption, WorkspaceOption, found_federation
+from fedcli.commands.output import print_hint, print_json, step_display
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,20 +54,14 @@ def preview(
 
     It writes a picture of the shares too.
     """
-    from fedcli.operations import preview as previewing
-    from fedcli.workspace.layout import find_workspace
-
-    found = find_workspace(workspace)
-    with progress_display(json_output) as progress:
-        task = progress.add_task("rows", total=None)
-        result = previewing.preview(
-            found,
+    with step_display(json_output, "rows") as observer:
+        result = found_federation(workspace).preview(
             client=client,
             home=home,
             by=by,
             num_rows=rows,
             output=output,
-            on_client=lambda number: progress.update(task, description=f"client {number}"),
+            observer=observer,
         )
     if json_output:
         print_json(result)

@@ -1,7 +1,7 @@
 """fedcli doctor."""
 
 from fedcli.commands.options import JsonOption, WorkspaceOption
-from fedcli.commands.output import print_json, progress_display
+from fedcli.commands.output import print_json, step_display
 
 
 def doctor(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
@@ -10,7 +10,7 @@ def doctor(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
     Outside a workspace it looks at the machine alone.
     """
     from fedcli.errors import RequirementError, WorkspaceError
-    from fedcli.operations.doctor import examine
+    from fedcli.federation import doctor as examine
     from fedcli.workspace.layout import find_workspace
 
     try:
@@ -19,9 +19,8 @@ def doctor(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
         if workspace is not None:
             raise
         found = None
-    with progress_display(json_output) as progress:
-        task = progress.add_task("", total=None)
-        findings = examine(found, on_check=lambda name: progress.update(task, advance=1, description=name))
+    with step_display(json_output, "") as observer:
+        findings = examine(found, observer=observer)
     if json_output:
         print_json({"findings": findings})
     else:

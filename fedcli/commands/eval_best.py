@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_json
 
 
@@ -14,10 +14,7 @@ def best(
     json_output: JsonOption = False,
 ) -> None:
     """Name the best of the rounds that have been scored."""
-    from fedcli.scoring.table import best_rounds
-    from fedcli.workspace.layout import find_workspace
-
-    ranked = best_rounds(find_workspace(workspace), metric)
+    ranked = found_federation(workspace).best_rounds(metric)
     number, entry = ranked[0]
     if json_output:
         rounds = [{"round": found, **score.model_dump()} for found, score in ranked]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption
+from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
 from fedcli.commands.output import Silent, print_hint, print_json, progress_display
+from fedcli.observer import Observer
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -104,10 +105,8 @@ def run(
     """
     from fedcli.errors import UsageError, did_you_mean
     from fedcli.eval.benchmark import Options
-    from fedcli.scoring.evaluate import evaluate
-    from fedcli.scoring.request import Scoring, prepare
+    from fedcli.scoring.request import Scoring
     from fedcli.scoring.targets import Targets
-    from fedcli.workspace.layout import find_workspace
 
     if backend is not None:
         raise UsageError(
@@ -130,7 +129,7 @@ def run(
         api_url=api_url,
     )
     options = Options(limit, shots, samples, temperature, max_new_tokens, template, baseline)
-    found = find_workspace(workspace)
+    federation = found_federation(workspace)
     with progress_display(json_output) as progress:
         display = _Display(progress)
         scoring = Scoring(
@@ -146,14 +145,14 @@ def run(
             threads=threads,
             confirm=None if yes else display.confirm,
         )
-        records = evaluate(found, *prepare(found, scoring), display)
+        records = federation.evaluate(scoring, observer=display)
     if json_output:
         print_json({"scores": records})
         return
-    _print(found, records)
+    _print(federation.workspace, records)
 
 
-class _Display:
+class _Display(Observer):
     """Shows how far an evaluation is, and asks whether a judge's cost is fine, once."""
 
     def __init__(self, progress: "Progress | Silent") -> None:
@@ -161,7 +160,7 @@ class _Display:
         self._task: TaskID = progress.add_task("loading", total=None)
         self._is_confirmed = False
 
-    def started(self, target: str, benchmark: str) -> None:
+    def target_started(self, target: str, benchmark: str) -> None:
         self._progress.update(self._task, description=f"{target}: {benchmark}", completed=0, total=None)
 
     def answered(self, num_done: int, num_asked: int) -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_hint, print_json
 
 if TYPE_CHECKING:
@@ -27,14 +27,13 @@ def table(
 ) -> None:
     """Show scores side by side, and write them to eval/ as markdown, csv and json."""
     from fedcli.errors import WorkspaceError
-    from fedcli.scoring.table import as_rows, make_table, save_table
-    from fedcli.workspace.layout import find_workspace
+    from fedcli.scoring.table import as_rows, save_table
 
-    found = find_workspace(workspace)
-    made = make_table(found, names=names or (), group=group, against=against, details=details)
+    federation = found_federation(workspace)
+    made = federation.scores(*(names or ()), group=group, against=against, details=details)
     parts = ["table", *(names or []), *(["group", group] if group else [])]
     try:
-        paths = save_table(found, made, "-".join(parts))
+        paths = save_table(federation.workspace, made, "-".join(parts))
     except WorkspaceError as error:  # a reader of somebody else's workspace
         paths = []
         print_hint(f"the table is not written: {error.message}")

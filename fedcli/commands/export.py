@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_json
 
 
@@ -42,17 +42,8 @@ def export(
 
     Nothing that stands there is written over, and the folder appears whole or not at all.
     """
-    from fedcli.operations.export import export as hand_over
-    from fedcli.workspace.layout import find_workspace
-
-    result = hand_over(
-        find_workspace(workspace),
-        output,
-        number=round_,
-        best=best,
-        merge=merge,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
+    result = found_federation(workspace).export(
+        output, round=round_, best=best, merge=merge, dtype=dtype, max_shard_size=max_shard_size
     )
     if json_output:
         print_json(result)

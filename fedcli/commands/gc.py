@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_hint, print_json
 
 
@@ -17,10 +17,7 @@ def gc(
 
     Nothing goes that anything refers to: the start, the open round, the best rounds, rounds that are being scored.
     """
-    from fedcli.operations.gc import collect
-    from fedcli.workspace.layout import find_workspace
-
-    result = collect(find_workspace(workspace), dry_run=dry_run)
+    result = found_federation(workspace).gc(dry_run=dry_run)
     if json_output:
         print_json({"status": "no_retention"} if result is None else {"status": "done", **vars(result)})
         return

@@ -28,16 +28,17 @@ def init(
 
     A folder that holds a fedcli.yaml of yours is initialised from that. Run again after an interruption, it goes on.
     """
-    from fedcli.server.create import create_workspace, presets
+    from fedcli.federation import create
+    from fedcli.server.create import presets
 
     if list_presets:
         names = sorted(presets())
         print_json({"presets": names}) if json_output else print(*names, sep="\n")
         return
     directory = directory or workspace or Path(".")
-    with rows_display(json_output) as on_rows:
-        creation = create_workspace(directory, preset=preset, overrides=overrides or [], on_rows=on_rows)
-    head, created, data = creation.head, creation.is_new, creation.data
+    with rows_display(json_output) as observer:
+        creation = create(directory, preset=preset, overrides=overrides or [], observer=observer)
+    head, created, data = creation.federation.head, creation.is_new, creation.data
     manifest = head.manifest
     if json_output:
         print_json(

@@ -5,6 +5,15 @@ from typing import Annotated
 
 import typer
 
+from fedcli.federation import Federation
+from fedcli.workspace.layout import find_workspace
+
+
+def found_federation(workspace: Path | None) -> Federation:
+    """Return the federation that --workspace, $FEDCLI_WORKSPACE or the current folder names."""
+    return Federation(find_workspace(workspace))
+
+
 WorkspaceOption = Annotated[
     Path | None,
     typer.Option(

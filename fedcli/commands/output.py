@@ -3,11 +3,13 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from fedcli.observer import Observer
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -70,11 +72,37 @@ def progress_display(json_output: bool, *columns: str) -> "Iterator[Progress | S
 
 
 @contextmanager
-def rows_display(json_output: bool) -> Iterator[Callable[[str, int], None]]:
-    """Show how many rows were read or written so far; yield what is to be told."""
+def rows_display(json_output: bool) -> Iterator[Observer]:
+    """Show how many rows were read or written so far."""
     with progress_display(json_output) as progress:
-        task = progress.add_task("rows", total=None, visible=False)
-        yield lambda what, count: progress.update(task, description=f"{what}: {count:,}", visible=True)
+        yield _StepDisplay(progress, "rows", visible=False)
+
+
+@contextmanager
+def step_display(json_output: bool, title: str) -> Iterator[Observer]:
+    """Show what is done now: a check, a client, an update that is read."""
+    with progress_display(json_output) as progress:
+        yield _StepDisplay(progress, title, visible=True)
+
+
+class _StepDisplay(Observer):
+    """A line that says what is done now."""
+
+    def __init__(self, progress: "Progress | Silent", title: str, *, visible: bool) -> None:
+        self._progress = progress
+        self._task = progress.add_task(title, total=None, visible=visible)
+
+    def rows_read(self, what: str, count: int) -> None:
+        self._progress.update(self._task, description=f"{what}: {count:,}", visible=True)
+
+    def checking(self, what: str) -> None:
+        self._progress.update(self._task, advance=1, description=what)
+
+    def client_started(self, client: int) -> None:
+        self._progress.update(self._task, advance=1, description=f"client {client}")
+
+    def update_read(self, round_number: int, client: int) -> None:
+        self._progress.update(self._task, advance=1, description=f"round {round_number}, update of client {client}")
 
 
 def describe_data(data: "DataSummary") -> str:

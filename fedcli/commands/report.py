@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fedcli.commands.options import JsonOption, WorkspaceOption
-from fedcli.commands.output import print_hint, print_json, progress_display
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
+from fedcli.commands.output import print_hint, print_json, step_display
 
 
 def report(
@@ -36,20 +36,8 @@ def report(
 
     One HTML file that needs no network, and each of its pictures as a PNG beside it.
     """
-    from fedcli.operations.report import write_report
-    from fedcli.workspace.layout import find_workspace
-
-    found = find_workspace(workspace)
-    with progress_display(json_output) as progress:
-        task = progress.add_task("reading", total=None)
-        result = write_report(
-            found,
-            output=output,
-            tensorboard=tensorboard,
-            on_update=lambda number, client: progress.update(
-                task, description=f"comparing updates: round {number}, client {client}"
-            ),
-        )
+    with step_display(json_output, "reading") as observer:
+        result = found_federation(workspace).report(output=output, tensorboard=tensorboard, observer=observer)
     if json_output:
         print_json(result)
         return

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcli.commands.options import JsonOption, ThreadsOption, WorkspaceOption
+from fedcli.commands.options import JsonOption, ThreadsOption, WorkspaceOption, found_federation
 from fedcli.commands.output import Silent, describe_milestone, print_hint, print_json, progress_display
+from fedcli.observer import Observer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -40,25 +41,23 @@ def run(
     Interrupted and started again, it goes on where it was.
     """
     from fedcli.data.formats import describe_counts
-    from fedcli.operations.run import run_federation
-    from fedcli.workspace.layout import find_workspace
 
-    found = find_workspace(workspace)
+    federation = found_federation(workspace)
     with progress_display(
         json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s", "ETA"
     ) as progress:
-        result = run_federation(found, _Display(progress), rounds=rounds, workers=workers, threads=threads)
+        result = federation.run(rounds=rounds, workers=workers, threads=threads, observer=_Display(progress))
     if json_output:
         print_json(result)
         return
     print(f"merged {result.num_merged} round{'s' * (result.num_merged != 1)}; round {result.round} is {result.state}")
     if result.left_out:
         print(f"left out of the clients' rows: {describe_counts(result.left_out)}")
-    print(f"adapter: {found.adapter(result.round)}")
+    print(f"adapter: {federation.workspace.adapter(result.round)}")
     print_hint("next: fedcli status, fedcli verify")
 
 
-class _Display:
+class _Display(Observer):
     """One bar over all optimiser steps of the federation."""
 
     def __init__(self, progress: "Progress | Silent") -> None:
@@ -81,7 +80,8 @@ class _Display:
     def client_started(self, client: int) -> None:
         self._progress.update(self._task, description=f"{self._title} client {client}")
 
-    def step_done(self, client: int, report: "StepReport") -> None:
+    def step_done(self, client: int | None, report: "StepReport") -> None:
+        assert client is not None
         self._num_tokens += report.num_tokens
         self._steps_done[client] = report.step
         self._progress.update(
@@ -94,9 +94,8 @@ class _Display:
     def worker_died(self, client: int, exit_code: int | None) -> None:
         print_hint(f"the worker that trained client {client} died ({exit_code}); another one tries again")
 
-    def waiting(self, round_number: int, clients: list[int]) -> None:
-        names = ", ".join(map(str, clients))
-        print_hint(f"round {round_number} waits for parties that are not here: {names}")
+    def waiting(self, message: str) -> None:
+        print_hint(message)
 
     def round_done(self, result: "AggregationResult") -> None:
         done = result.aggregation

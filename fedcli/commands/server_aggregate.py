@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcli.commands.options import JsonOption, WorkspaceOption
-from fedcli.commands.output import describe_milestone, print_hint, print_json, progress_display
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
+from fedcli.commands.output import describe_milestone, print_hint, print_json, step_display
 
 if TYPE_CHECKING:
     from fedcli.scoring.after_rounds import Milestone
@@ -28,29 +28,21 @@ def aggregate(
     Exits with 6, naming the missing clients, while too few of the cohort have answered.
     """
     from fedcli.scoring.after_rounds import score_milestone
-    from fedcli.server import aggregate as aggregation
-    from fedcli.workspace.layout import find_workspace
 
-    found = find_workspace(workspace)
+    federation = found_federation(workspace)
     scored: list[Milestone] = []
 
     def score() -> None:
         """Score the latest round where that is due: before the merge, one whose scoring was interrupted."""
-        milestone = None if dry_run else score_milestone(found)
+        milestone = None if dry_run else score_milestone(federation.state)
         if milestone is not None:
             print_hint(describe_milestone(milestone))
             scored.append(milestone)
 
     score()
-    with progress_display(json_output) as progress:
-        task = progress.add_task("updates", total=None)
-        result = aggregation.aggregate(
-            found,
-            algorithm=algorithm,
-            partial=partial,
-            dry_run=dry_run,
-            wait=wait,
-            on_update=lambda client: progress.update(task, advance=1, description=f"client {client}"),
+    with step_display(json_output, "updates") as observer:
+        result = federation.server.aggregate(
+            algorithm=algorithm, partial=partial, dry_run=dry_run, wait=wait, observer=observer
         )
     if not json_output:
         _print(result)

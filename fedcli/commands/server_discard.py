@@ -1,15 +1,12 @@
 """fedcli server discard."""
 
-from fedcli.commands.options import ClientOption, JsonOption, WorkspaceOption
+from fedcli.commands.options import ClientOption, JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_hint, print_json
 
 
 def discard(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Set aside a client's update of the open round, so that the client may send another."""
-    from fedcli.server import aggregate as aggregation
-    from fedcli.workspace.layout import find_workspace
-
-    discarded = aggregation.discard(find_workspace(workspace), client)
+    discarded = found_federation(workspace).server.discard(client)
     if json_output:
         print_json({"status": "discarded" if discarded else "nothing_to_discard", "client": client})
         return

@@ -2,16 +2,13 @@
 
 import shlex
 
-from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_hint, print_json
 
 
 def script(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Write the open round's batch scripts for SLURM, and send nothing."""
-    from fedcli.operations.slurm_submit import write_scripts
-    from fedcli.workspace.layout import find_workspace
-
-    scripts = write_scripts(find_workspace(workspace))
+    scripts = found_federation(workspace).slurm.write_scripts()
     if json_output:
         print_json({"scripts": scripts})
         return

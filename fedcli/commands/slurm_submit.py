@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import at, print_hint, print_json
 
 if TYPE_CHECKING:
@@ -20,10 +20,7 @@ def submit(
 
     What is in the queue already is not sent again: run it as often as you like.
     """
-    from fedcli.operations import slurm_submit as cluster
-    from fedcli.workspace.layout import find_workspace
-
-    result = cluster.submit(find_workspace(workspace), dry_run=dry_run)
+    result = found_federation(workspace).slurm.submit(dry_run=dry_run)
     if json_output:
         print_json(result)
         return

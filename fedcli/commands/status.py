@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcli.commands import status_watch
-from fedcli.commands.options import JsonOption, WorkspaceOption
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import at, print_hint, print_json
 from fedcli.errors import UsageError
 from fedcli.quantities import describe_bytes, describe_seconds
@@ -27,15 +27,13 @@ def status(
     json_output: JsonOption = False,
 ) -> None:
     """Show the round, the algorithm, who has answered, the last losses, and what to run next."""
-    from fedcli.operations.status import read_status
-    from fedcli.workspace.layout import find_workspace
-
     if watch and json_output:
         raise UsageError("--json prints one document, and --watch never ends", hint="Leave one of them out.")
+    federation = found_federation(workspace)
     if watch:
-        status_watch.watch(find_workspace(workspace))
+        status_watch.watch(federation)
         return
-    result = read_status(find_workspace(workspace))
+    result = federation.status()
     if json_output:
         print_json(result)
         return

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from fedcli.federation import Federation
 from fedcli.quantities import describe_bytes, describe_seconds
 
 if TYPE_CHECKING:
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from fedcli.operations.watch import PastRound, View
-    from fedcli.workspace.layout import Workspace
 
 MOST_ROUNDS = 6
 """Past rounds that have a line of their own."""
@@ -21,14 +21,14 @@ MOST_CLIENTS = 60
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-def watch(workspace: "Workspace") -> None:
+def watch(federation: Federation) -> None:
     """Show how a federation goes on until it has finished, or until Ctrl-C."""
     from rich.console import Console
     from rich.live import Live
 
     from fedcli.operations.watch import Watcher
 
-    watcher = Watcher(workspace)
+    watcher = Watcher(federation.state)
     console = Console(highlight=False)
     if not console.is_terminal:
         said = ""

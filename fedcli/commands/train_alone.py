@@ -1,7 +1,14 @@
 """fedcli train-alone."""
 
-from fedcli.commands.options import ClientOption, HomeOption, JsonOption, ThreadsOption, WorkspaceOption
-from fedcli.commands.train_pooled import train_and_print
+from fedcli.commands.options import (
+    ClientOption,
+    HomeOption,
+    JsonOption,
+    ThreadsOption,
+    WorkspaceOption,
+    found_federation,
+)
+from fedcli.commands.train_pooled import baseline_display, print_baseline
 
 
 def train_alone(
@@ -12,4 +19,7 @@ def train_alone(
     json_output: JsonOption = False,
 ) -> None:
     """Train one client alone, with the federation's steps and schedule: the baseline that federation must beat."""
-    train_and_print(client, threads, workspace, json_output, home)
+    alone = found_federation(workspace).client(client, home=home)
+    with baseline_display(f"client {client} alone", json_output) as observer:
+        result = alone.train_alone(threads=threads, observer=observer)
+    print_baseline(f"client {client} alone", result, workspace, json_output)

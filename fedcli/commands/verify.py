@@ -1,20 +1,15 @@
 """fedcli verify."""
 
-from fedcli.commands.options import JsonOption, WorkspaceOption
-from fedcli.commands.output import print_json, progress_display
+from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
+from fedcli.commands.output import print_json, step_display
 
 
 def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is."""
     from fedcli.errors import IntegrityError
-    from fedcli.server import verify as verification
-    from fedcli.workspace.layout import find_workspace
 
-    with progress_display(json_output) as progress:
-        task = progress.add_task("rounds", total=None)
-        result = verification.verify(
-            find_workspace(workspace), on_round=lambda number: progress.update(task, completed=number + 1)
-        )
+    with step_display(json_output, "rounds") as observer:
+        result = found_federation(workspace).verify(observer=observer)
     if json_output:
         print_json(result)
     else:

@@ -1,7 +1,6 @@
 """Baselines: what one client alone, or all rows pooled, reach with the federation's step budget and schedule."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,8 @@ from fedcli.algos import Arrays
 from fedcli.client.runtime import Runtime
 from fedcli.config import Config
 from fedcli.errors import UsageError
+from fedcli.observer import Observer
 from fedcli.parties.party import Party, find_party
-from fedcli.server.open_round import train_record
-from fedcli.training.reports import StepReport
 from fedcli.workspace.baselines import (
     BaselineRecord,
     Progress,
@@ -25,13 +23,13 @@ from fedcli.workspace.baselines import (
     save_progress,
     set_baseline_aside,
 )
-from fedcli.workspace.history import Round, read_start
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Home, Workspace
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Home
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import TrainRecord
 from fedcli.workspace.registrations import joined_clients
-from fedcli.workspace.settings import check_client, read_running_config
 from fedcli.workspace.tensors import encode
+from fedcli.workspace.train_record import train_record
 
 
 @dataclass(frozen=True)
@@ -44,33 +42,33 @@ class BaselineResult:
 
 
 def train_baseline(
-    workspace: Workspace,
+    federation: FederationState,
     client: int | None,
     *,
     home: Path | None = None,
     threads: int | None = None,
-    on_step: Callable[[int, int, int, StepReport], None] = lambda round_number, rounds, steps, report: None,
+    observer: Observer,
 ) -> BaselineResult:
     """Train one client alone, or for None on all clients' rows together (a simulation's only), and publish the adapter.
 
     It makes rounds x steps optimiser steps from round 0's adapter. Each round is what the only member of a federation
     would do in it, plainly, with fedcli.yaml as it is now: the same learning-rate schedule and order of rows, AdamW's
     state fresh. An interrupted call goes on at the round that it was in; a baseline of other settings is set aside and
-    trained anew. `on_step` hears of the round, the number of rounds, their steps, and the step.
+    trained anew.
     """
-    config = read_running_config(workspace)
+    workspace, config = federation.workspace, federation.config
     if client is not None:
-        check_client(client, config)
+        federation.check_clients([client])
     elif joined := joined_clients(workspace, config.federation.clients):
         raise UsageError(
             f"all rows are not at hand: clients {', '.join(map(str, joined))} have joined and keep theirs",
             hint="Only a simulation can pool its rows; `fedcli train-alone --id N` trains a party alone.",
         )
     numbers = range(config.federation.clients) if client is None else [client]
-    parties = [find_party(workspace, config, number, home) for number in numbers]
+    parties = [find_party(federation, number, home) for number in numbers]
     party = None if client is None else parties[0]
     own = workspace.pooled_home if party is None else party.home
-    start = read_start(workspace)
+    start = federation.start
     name = baseline_name(client)
     plan = BaselineRecord(name=name, start=start.sha256, train=_train_record(config, 0), last_loss=0.0, files={})
     with hold(own.baseline_lock, f"the baseline {name}"):
@@ -79,8 +77,8 @@ def train_baseline(
             if (standing.start, standing.train) == (plan.start, plan.train):
                 return BaselineResult("exists", plan.name, standing.last_loss)
             set_baseline_aside(workspace, plan.name)
-        runtime = Runtime(workspace, config, start, threads=threads, party=party)
-        progress = _train_rounds(own, runtime, config, start, party, plan, on_step)
+        runtime = Runtime(federation, threads=threads, party=party, observer=observer)
+        progress = _train_rounds(federation, own, runtime, party, plan, observer)
         files = {ADAPTER_NAME: encode(progress.adapter), ADAPTER_CONFIG_NAME: start.read(ADAPTER_CONFIG_NAME)}
         publish_baseline(workspace, plan.model_copy(update={"last_loss": progress.last_loss}), files)
         clear_progress(own)
@@ -92,19 +90,20 @@ def _train_record(config: Config, number: int) -> TrainRecord:
 
 
 def _train_rounds(
+    federation: FederationState,
     home: Home,
     runtime: Runtime,
-    config: Config,
-    start: Round,
     party: Party | None,
     plan: BaselineRecord,
-    on_step: Callable[[int, int, int, StepReport], None],
+    observer: Observer,
 ) -> Progress:
     """Train round after round, saving after each; return where the last one left off."""
+    config = federation.config
     rounds = config.federation.rounds
-    progress = read_progress(home, plan) or Progress(0, start.adapter(), 0.0)
+    progress = read_progress(home, plan) or Progress(0, federation.start.adapter(), 0.0)
     for number in range(progress.rounds_done, rounds):
         train = _train_record(config, number)
+        observer.baseline_round(number, rounds, train.steps)
         adapter: Arrays
         adapter, losses = runtime.train(
             progress.adapter,
@@ -113,7 +112,7 @@ def _train_rounds(
             round_number=number,
             first_draw=number * train.steps * train.batch_size,
             rule=None,
-            on_step=partial(on_step, number, rounds, train.steps),
+            on_step=partial(observer.step_done, None if party is None else party.client),
         )
         progress = Progress(number + 1, adapter, math.fsum(losses) / len(losses))
         save_progress(home, plan, progress)

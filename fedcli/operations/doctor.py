@@ -11,12 +11,13 @@ from typing import Literal
 
 from fedcli.config import Config, Task, TrainConfig
 from fedcli.errors import FedError
+from fedcli.observer import Observer
 from fedcli.parties.party import trusts_code
 from fedcli.quantities import describe_bytes
 from fedcli.training.batches import LARGEST
+from fedcli.workspace.federation_state import Experiment
 from fedcli.workspace.file_system_check import probe_file_system
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.settings import read_config
 
 PACKAGES = (
     "torch",
@@ -48,18 +49,19 @@ class Finding:
     cure: str = ""
 
 
-def examine(workspace: Workspace | None, *, on_check: Callable[[str], None] = lambda name: None) -> list[Finding]:
+def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]:
     """Look at Python, packages, devices, bitsandbytes, the sandbox, the hub and, where there is one, the workspace.
 
     What the experiment needs and has not is "failed"; what is missing and not needed, or cannot be told, a "warning".
     """
-    config = None
+    experiment = None
     findings = [_python()]
     if workspace is not None:
         try:
-            config = read_config(workspace)
+            experiment = Experiment.read(workspace)
         except FedError as error:
             findings.append(Finding("fedcli.yaml", "failed", error.message, error.hint))
+    config = None if experiment is None else experiment.config
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("packages", lambda: _packages(config)),
         ("devices", _devices),
@@ -69,10 +71,10 @@ def examine(workspace: Workspace | None, *, on_check: Callable[[str], None] = la
     ]
     if workspace is not None:
         checks.append(("file system", lambda: _file_system(workspace)))
-        if config is not None:
-            checks.append(("memory", lambda: _memory(workspace, config)))
+    if experiment is not None:
+        checks.append(("memory", lambda: _memory(experiment)))
     for name, check in checks:
-        on_check(name)
+        observer.checking(name)
         try:
             findings += check()
         except Exception as error:  # a look at a broken machine must not break
@@ -189,18 +191,19 @@ def _file_system(workspace: Workspace) -> Iterator[Finding]:
         )
 
 
-def _memory(workspace: Workspace, config: Config) -> Iterator[Finding]:
+def _memory(experiment: Experiment) -> Iterator[Finding]:
     """Compare what training is estimated to need with what the device has."""
     import torch
 
     from fedcli.model.base import BUILTIN_PREFIX, find_base, has_bfloat16, is_path, load_shapes
     from fedcli.model.memory_estimate import estimate_memory
 
-    base, train, root = config.model.base, config.train, workspace.root
+    config, root = experiment.config, experiment.workspace.root
+    base, train = config.model.base, config.train
     local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
     try:
         source = find_base(base, revision=None, root=root) if local else base  # of a hub's model only its config.json
-        model = load_shapes(source, revision=config.model.revision, trust_remote_code=trusts_code(workspace, config))
+        model = load_shapes(source, revision=config.model.revision, trust_remote_code=trusts_code(experiment))
     except FedError as error:
         yield Finding("base model", "failed", error.message, error.hint)
         return

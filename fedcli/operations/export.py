@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedcli.config import Config, CustomTemplate
+from fedcli.config import CustomTemplate
 from fedcli.data.formats import describe_counts
 from fedcli.data.hub import HUB_DATASETS
-from fedcli.errors import NotReadyError, UsageError
+from fedcli.errors import UsageError
 from fedcli.model.adapter_config import parse_adapter_config
 from fedcli.operations.report import read_metrics
 from fedcli.operations.status import describe_algorithm
@@ -18,18 +18,17 @@ from fedcli.parties.party import find_same_base, trusts_code
 from fedcli.parties.simulate import DataSummary, read_summary
 from fedcli.report.card import Card, ClientData, render_card
 from fedcli.scoring.table import best_rounds
-from fedcli.workspace.history import Round, read_head, read_round
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import Round
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILE,
     ADAPTER_NAME,
-    Workspace,
     check_outside,
 )
 from fedcli.workspace.publish import check_free, new_folder
 from fedcli.workspace.registrations import joined_clients, read_registration
-from fedcli.workspace.settings import read_running_config
 
 CARD_NAME = "README.md"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -49,7 +48,7 @@ class Exported:
 
 
 def export(
-    workspace: Workspace,
+    federation: FederationState,
     output: Path,
     *,
     number: str = "latest",
@@ -66,22 +65,19 @@ def export(
     """
     _check_options(merge, dtype, max_shard_size)
     output = output.resolve()  # a name such as . or a link could not be replaced
-    check_outside(workspace, output)
+    check_outside(federation.workspace, output)
     check_free(output)
-    config = read_running_config(workspace)
-    found = _find_round(workspace, number, best)
+    found = _find_round(federation, number, best)
     adapter = {ADAPTER_FILE: found.read(ADAPTER_NAME), ADAPTER_CONFIG_FILE: found.read(ADAPTER_CONFIG_NAME)}
     adapter_config = parse_adapter_config(adapter[ADAPTER_CONFIG_FILE], found.folder / ADAPTER_CONFIG_NAME)
     with new_folder(output) as folder:
         merged_dtype = None
         if merge:
-            merged_dtype = _write_merged(
-                workspace, config, found, adapter_config, folder, dtype, max_shard_size or SHARD_SIZE
-            )
+            merged_dtype = _write_merged(federation, found, adapter_config, folder, dtype, max_shard_size or SHARD_SIZE)
         else:
             for name, contents in adapter.items():
                 (folder / name).write_bytes(contents)
-        card = _card(workspace, config, found, adapter_config, merged_dtype)
+        card = _card(federation, found, adapter_config, merged_dtype)
         (folder / CARD_NAME).write_text(render_card(card), encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
     return Exported(output, found.number, list(sizes), merged_dtype, sum(sizes.values()))
@@ -97,25 +93,16 @@ def _check_options(merge: bool, dtype: str | None, max_shard_size: str | None) -
         raise UsageError(f"--max-shard-size {max_shard_size}: no such size", hint="Such as 500MB or 5GB.")
 
 
-def _find_round(workspace: Workspace, number: str, best: str | None) -> Round:
+def _find_round(federation: FederationState, number: str, best: str | None) -> Round:
     if best is not None:
         if number != "latest":
             raise UsageError("--best names a round by its score, and --round by its number", hint="Leave one out.")
-        number = str(best_rounds(workspace, best)[0][0])
-    if number == "latest":
-        return read_head(workspace)
-    if not (number.isascii() and number.isdigit()):
-        raise UsageError(f"--round {number}: no such round", hint="Give a round's number, or latest.")
-    found = read_round(workspace, int(number))
-    if found is None:
-        head = read_head(workspace).number
-        raise NotReadyError(f"there is no round {number} yet: the latest is {head}", hint="Export that one.")
-    return found
+        number = str(best_rounds(federation.workspace, best)[0][0])
+    return federation.round(number)
 
 
 def _write_merged(
-    workspace: Workspace,
-    config: Config,
+    federation: FederationState,
     found: Round,
     adapter_config: dict[str, Any],
     folder: Path,
@@ -124,7 +111,8 @@ def _write_merged(
 ) -> str:
     from fedcli.model.merged import check_mergeable, write_merged
 
-    base = find_same_base(workspace, config.model.base, found)
+    config = federation.config
+    base = find_same_base(federation, config.model.base)
     check_mergeable(base)
     return write_merged(
         base,
@@ -133,13 +121,14 @@ def _write_merged(
         folder,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        trust_remote_code=trusts_code(workspace, config),
+        trust_remote_code=trusts_code(federation),
     )
 
 
 def _card(
-    workspace: Workspace, config: Config, found: Round, adapter_config: dict[str, object], merged_dtype: str | None
+    federation: FederationState, found: Round, adapter_config: dict[str, object], merged_dtype: str | None
 ) -> Card:
+    workspace, config = federation.workspace, federation.config
     manifest = found.manifest
     model, train = manifest.model, manifest.train
     last, summary = manifest.aggregation, read_summary(workspace)
@@ -179,7 +168,7 @@ def _card(
         template="the workspace's own" if isinstance(train.template, CustomTemplate) else train.template,
         datasets=sorted({entry.source for entry in config.data.sources} & HUB_DATASETS.keys()),
         facts={name: value for name, value in facts.items() if value},
-        clients=_clients(workspace, config, summary),
+        clients=_clients(federation, summary),
         metrics=metrics,
         merged_dtype=merged_dtype,
         notes=_notes(found, merged_dtype),
@@ -187,14 +176,14 @@ def _card(
     )
 
 
-def _clients(workspace: Workspace, config: Config, summary: DataSummary | None) -> list[ClientData]:
+def _clients(federation: FederationState, summary: DataSummary | None) -> list[ClientData]:
     """Return what is known of the clients' rows: what joined parties told, or a simulation's split."""
     known = {}
     if summary is not None:
         for client, (size, format_) in enumerate(zip(summary.sizes, summary.formats, strict=False)):
             known[client] = ClientData(client, size, format_ if isinstance(format_, str) else "columns of its own")
-    for client in joined_clients(workspace, config.federation.clients):
-        registration = read_registration(workspace, client)
+    for client in joined_clients(federation.workspace, federation.config.federation.clients):
+        registration = read_registration(federation.workspace, client)
         if registration is not None:
             told = registration.data
             left_out = describe_counts(told.left_out) if told.left_out else ""

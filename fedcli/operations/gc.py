@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fedcli.scoring.table import best_rounds
-from fedcli.workspace.history import read_head, read_rounds
+from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace, update_name
 from fedcli.workspace.locks import hold
 from fedcli.workspace.pruning import Pruning
 from fedcli.workspace.scores import read_scores, unfinished_targets
-from fedcli.workspace.settings import read_running_config
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,22 @@ class Collection:
     """Updates that are left because they belong to another unix user."""
 
 
-def collect(workspace: Workspace, *, dry_run: bool = False) -> Collection | None:
+def collect(federation: FederationState, *, dry_run: bool = False) -> Collection | None:
     """Remove the arrays of old rounds and of their updates; None where fedcli.yaml has no retention.
 
     What stays tells that they were there: manifests, update.json of counted updates, and a PRUNED.json. Killed at any
     instant, the next call goes on. Raises BusyError while the server works.
     """
-    retention = read_running_config(workspace).retention
+    workspace, retention = federation.workspace, federation.config.retention
     if retention.keep_last is None:
         return None
     with hold(workspace.server_lock, "the server's work"):
-        head = read_head(workspace)
+        federation.refresh()
+        head = federation.head
         kept = kept_rounds(workspace, head.number, retention.keep_last, retention.keep_every)
         pruning = Pruning(workspace, dry_run)
         done, pruned = [], set()
-        for closed, closing in pairwise([*read_rounds(workspace, before=head.number), head]):
+        for closed, closing in pairwise([*federation.past(), head]):
             if closed.number in kept:
                 pruned |= {closed.number} if closed.pruned() is not None else set()
                 continue

@@ -1,7 +1,6 @@
 """What `fedcli data preview` shows: rows as they are trained on, token lengths, and every client's share."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcli.config import Config
 from fedcli.data.conversation import Item
 from fedcli.data.encoded import EncodedExample, EncodedExamples, EncodedPairs
 from fedcli.data.encoding import Encoder, encode_items
@@ -17,16 +15,16 @@ from fedcli.data.formats import RowReader
 from fedcli.data.source import Row
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.model.base import find_base, load_tokenizer
+from fedcli.observer import Observer
 from fedcli.parties.join import NO_LIMIT
 from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.parties.simulate import read_summary
 from fedcli.report.rows_picture import Bar, draw
-from fedcli.server.open_round import train_record
-from fedcli.workspace.history import read_head, read_round
+from fedcli.workspace.federation_state import Experiment, FederationState
+from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.publish import publish_file
-from fedcli.workspace.records import TrainRecord
-from fedcli.workspace.settings import check_client, read_config
+from fedcli.workspace.train_record import train_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +87,7 @@ def preview(
     by: str | None = None,
     num_rows: int = 2,
     output: Path | None = None,
-    on_client: Callable[[int], None] = lambda client: None,
+    observer: Observer,
 ) -> Preview:
     """Look at the rows of one client, or of every simulated one, and draw them into a PNG.
 
@@ -97,11 +95,17 @@ def preview(
     The picture of a joined party lies in its home, unless `output` names another place. Raises NotReadyError where
     there are no rows yet.
     """
-    config = read_config(workspace)
-    parties = _parties(workspace, config, client, home)
-    train = _open_train(workspace, config)
+    is_open = read_round(workspace, 0) is not None
+    experiment = FederationState.open(workspace) if is_open else Experiment.read(workspace)
+    config = experiment.config
+    parties = _parties(experiment, client, home)
+    train = (
+        experiment.head.manifest.train
+        if isinstance(experiment, FederationState)
+        else train_record(config, 0, config.federation.rounds)
+    )
     max_length = train.max_length
-    tokenizer = _tokenizer(workspace, config, parties[0])
+    tokenizer = _tokenizer(experiment, parties[0])
     encoder = Encoder(tokenizer, train.template)
     is_simulated = parties[0].num_rows is None
     summary = read_summary(workspace) if is_simulated else None
@@ -109,7 +113,7 @@ def preview(
     shares: list[ClientShare] = []
     by_value: list[Counter[str]] = []
     for party in parties:
-        on_client(party.client)
+        observer.client_started(party.client)
         reader = RowReader(party.format, config.federation.seed)
         items, values = _sample(reader, party, by)
         lengths = encode_items(encoder, (item for _, item in items), config.task, NO_LIMIT).examples.lengths()
@@ -156,33 +160,28 @@ def preview(
     return found
 
 
-def _parties(workspace: Workspace, config: Config, client: int | None, home: Path | None) -> list[Party]:
+def _parties(experiment: Experiment, client: int | None, home: Path | None) -> list[Party]:
+    workspace, config = experiment.workspace, experiment.config
     if client is not None:
-        check_client(client, config)
-        return [find_party(workspace, config, client, home)]
+        experiment.check_clients([client])
+        return [find_party(experiment, client, home)]
     clients = [client for client in range(config.federation.clients) if workspace.client_rows(client).is_file()]
     if not clients:
         raise NotReadyError(
             f"there are no rows to look at: {workspace.data} holds none",
             hint="Split data.source with `fedcli data partition`; a joined party names itself: --id N.",
         )
-    return [find_party(workspace, config, client) for client in clients]
+    return [find_party(experiment, client) for client in clients]
 
 
-def _open_train(workspace: Workspace, config: Config) -> TrainRecord:
-    """Return what clients obey: the open round's record, or before there is one what fedcli.yaml would make of it."""
-    if workspace.identity.exists() and read_round(workspace, 0) is not None:
-        return read_head(workspace).manifest.train
-    return train_record(config, 0, config.federation.rounds)
-
-
-def _tokenizer(workspace: Workspace, config: Config, party: Party) -> "PreTrainedTokenizerBase":
+def _tokenizer(experiment: Experiment, party: Party) -> "PreTrainedTokenizerBase":
+    config, root = experiment.config, experiment.workspace.root
     base = party.base_of(config)
-    if workspace.identity.exists() and (start := read_round(workspace, 0)) is not None:
-        folder = find_same_base(workspace, base, start)
+    if isinstance(experiment, FederationState):
+        folder = find_same_base(experiment, base)
     else:
-        folder = find_base(base, revision=config.model.revision, root=workspace.root)
-    return load_tokenizer(folder, trust_remote_code=trusts_code(workspace, config, party))
+        folder = find_base(base, revision=config.model.revision, root=root)
+    return load_tokenizer(folder, trust_remote_code=trusts_code(experiment, party))
 
 
 def _sample(reader: RowReader, party: Party, by: str | None) -> tuple[list[tuple[Row, Item]], Counter[str]]:

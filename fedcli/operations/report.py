@@ -1,10 +1,9 @@
 """A report of a federation: its series collected from manifests, scores and inbox, drawn, and written to a folder."""
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -14,20 +13,21 @@ import numpy as np
 from fedcli.algos import Array
 from fedcli.errors import IntegrityError
 from fedcli.eval.registry import BENCHMARKS
+from fedcli.observer import Observer
 from fedcli.operations.status import describe_algorithm
 from fedcli.quantities import describe_bytes
 from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
 from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity
 from fedcli.scoring.targets import is_stale, target_order
-from fedcli.workspace.history import Round, read_head, read_rounds
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, check_outside
 from fedcli.workspace.read import read_text
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.report_folder import publish_report
 from fedcli.workspace.scores import ScoreRecord, read_scores
-from fedcli.workspace.settings import read_config
 
 COMPARED_BYTES = 4 * 10**9
 """Updates that are read to compare them, from the last round backwards; that one is compared whatever its size."""
@@ -49,22 +49,23 @@ class WrittenReport:
 
 
 def write_report(
-    workspace: Workspace,
+    federation: FederationState,
     *,
     output: Path | None = None,
     tensorboard: Path | None = None,
-    on_update: Callable[[int, int], None] = lambda round_number, client: None,
+    observer: Observer,
 ) -> WrittenReport:
     """Write report.html and its pictures into `output` (default: report/ of the workspace), and event files if asked.
 
-    `on_update` hears of each update that is read. Raises WorkspaceError for a folder with other things in it,
+    Raises WorkspaceError for a folder with other things in it,
     RequirementError where event files are asked for and the package for them is missing.
     """
     from fedcli.report.events import require_writer, write_events
 
     if tensorboard is not None:
         require_writer()
-    report = collect(workspace, on_update=on_update)
+    workspace = federation.workspace
+    report = collect(federation, observer=observer)
     pictures = draw(report)
     files = {picture.name: picture.png for picture in pictures}
     folder = workspace.report if output is None else output
@@ -74,14 +75,13 @@ def write_report(
     return WrittenReport(page, [folder / f"{name}.png" for name in files], tensorboard, num_values, list(report.notes))
 
 
-def collect(workspace: Workspace, *, on_update: Callable[[int, int], None] = lambda *_: None) -> Report:
+def collect(federation: FederationState, *, observer: Observer) -> Report:
     """Return what there is to show of a federation as it stands."""
-    head = read_head(workspace)
-    config = read_config(workspace)
-    rounds = [*read_rounds(workspace, before=head.number), head]
-    similarities, notes = _similarities(workspace, rounds, on_update)
+    workspace, config, head = federation.workspace, federation.config, federation.head
+    rounds = [*federation.past(), head]
+    similarities, notes = _similarities(rounds, observer)
     scores, more_notes = read_metrics(workspace)
-    manifest, federation = head.manifest, config.federation
+    manifest = head.manifest
     adapter = config.adapter
     facts = {
         "workspace": manifest.workspace,
@@ -100,7 +100,7 @@ def collect(workspace: Workspace, *, on_update: Callable[[int, int], None] = lam
         task=manifest.task,
         round=head.number,
         rounds=manifest.rounds,
-        num_clients=federation.clients,
+        num_clients=config.federation.clients,
         facts={name: value for name, value in facts.items() if value},
         merged=[_merged(before, after) for before, after in pairwise(rounds)],
         scores=scores,
@@ -166,9 +166,7 @@ def _metric(name: str, metric: str, found: Sequence[ScoreRecord]) -> MetricScore
     return MetricScores(name, metric, first.unit, first.higher_is_better, rounds, others)
 
 
-def _similarities(
-    workspace: Workspace, rounds: Sequence[Round], on_update: Callable[[int, int], None]
-) -> tuple[list[Similarity], list[str]]:
+def _similarities(rounds: Sequence[Round], observer: Observer) -> tuple[list[Similarity], list[str]]:
     """Return the cosines of the last rounds whose updates can still be read, and notes of what was left out."""
     found: list[Similarity] = []
     notes = []
@@ -185,7 +183,7 @@ def _similarities(
             notes.append(f"cosines: `fedcli gc` has removed the adapter of round {before.number}, and what is older")
             break
         try:
-            similarity = _compare(workspace, before, hashes, partial(on_update, before.number))
+            similarity = _compare(before, hashes, observer)
         except IntegrityError:  # the rest of the report stands
             notes.append(f"cosines: the adapter of round {before.number} is damaged, as `fedcli verify` tells")
             break
@@ -198,7 +196,7 @@ def _similarities(
     return found[::-1], notes
 
 
-def _compare(workspace: Workspace, base: Round, hashes: dict[int, str], on_update: Callable[[int], None]) -> Similarity:
+def _compare(base: Round, hashes: dict[int, str], observer: Observer) -> Similarity:
     """Return the cosines between a round's updates, as far as they are still in the inbox.
 
     Some of them stay in memory (HELD_BYTES) while those behind them pass by, one at a time; then the next ones stay.
@@ -211,8 +209,8 @@ def _compare(workspace: Workspace, base: Round, hashes: dict[int, str], on_updat
     def differences(start: int) -> Iterable[tuple[int, Array]]:
         for position in range(start, len(clients)):
             if start == 0 or readable[position]:
-                on_update(clients[position])
-                arrays = _read(workspace, base, clients[position], hashes)
+                observer.update_read(base.number, clients[position])
+                arrays = _read(base, clients[position], hashes)
                 readable[position] = arrays is not None
                 if arrays is not None:
                     yield position, _flat(arrays, base) - adapter
@@ -230,10 +228,10 @@ def _compare(workspace: Workspace, base: Round, hashes: dict[int, str], on_updat
     return Similarity(base.number, [clients[position] for position in kept], cosines.clip(-1, 1))
 
 
-def _read(workspace: Workspace, base: Round, client: int, hashes: dict[int, str]) -> "dict[str, Array] | None":
+def _read(base: Round, client: int, hashes: dict[int, str]) -> "dict[str, Array] | None":
     """Return the arrays of a counted update; None where another one or none lies there now."""
     try:
-        update = read_update(workspace, base, client)
+        update = read_update(base, client)
     except Refusal:
         return None
     return update.files[ADAPTER_FILE] if update is not None and update.sha256 == hashes[client] else None

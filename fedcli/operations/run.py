@@ -4,35 +4,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
 
 from fedcli.client.due import ClientResult, train_client
-from fedcli.client.runtime import Runtimes
+from fedcli.client.runtimes import Runtimes
 from fedcli.errors import BusyError, NotReadyError
-from fedcli.operations.workers import WorkerObserver, Workers
+from fedcli.observer import Observer
+from fedcli.operations.workers import Workers
 from fedcli.parties.party import is_here
-from fedcli.scoring.after_rounds import Milestone, check_milestones, score_milestone
+from fedcli.scoring.after_rounds import check_milestones, score_milestone
 from fedcli.server.aggregate import AggregationResult, aggregate
-from fedcli.workspace.history import Round, missing_clients, read_head
-from fedcli.workspace.layout import Workspace
-from fedcli.workspace.settings import POLL_SECONDS, read_running_config
-
-
-class FederationObserver(WorkerObserver, Protocol):
-    """Hears what happens in a federation, to show it."""
-
-    def round_started(self, head: Round) -> None:
-        """A round is open."""
-
-    def waiting(self, round_number: int, clients: list[int]) -> None:
-        """Only parties that train elsewhere are missing now."""
-
-    def round_done(self, result: AggregationResult) -> None:
-        """The round's updates were merged."""
-
-    def round_scored(self, milestone: Milestone) -> None:
-        """The new round was scored, as fedcli.yaml asks, or could not be."""
+from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
+from fedcli.workspace.history import Round
 
 
 @dataclass(frozen=True)
@@ -49,12 +31,12 @@ class FederationResult:
 
 
 def run_federation(
-    workspace: Workspace,
-    observer: FederationObserver,
+    federation: FederationState,
     *,
     rounds: int | None = None,
     workers: int = 1,
     threads: int | None = None,
+    observer: Observer,
 ) -> FederationResult:
     """Train and merge until the last round, or for `rounds` rounds; goes on where an interrupted call stopped.
 
@@ -62,75 +44,77 @@ def run_federation(
     or with more than one of `workers` in as many others. With the same number of threads each the results are the same,
     bit for bit.
     """
-    check_milestones(read_running_config(workspace))
-    runtimes = Runtimes(workspace, threads=threads)
+    check_milestones(federation.config)
+    runtimes = Runtimes(federation, threads=threads, observer=observer)
 
     def score() -> None:
         """Score the latest round where that is due, with a model that is loaded, if one is."""
-        milestone = score_milestone(workspace, runtime=runtimes.shared)
+        milestone = score_milestone(federation, runtime=runtimes.shared)
         if milestone is not None:
             observer.round_scored(milestone)
 
     num_merged = 0
     left_out: dict[int, dict[str, int]] = {}
     shown = told = -1
-    with Workers(workspace, workers, threads=threads) as pool:
+    with Workers(federation.workspace, workers, threads=threads) as pool:
         score()
-        while (head := read_head(workspace)).manifest.state == "open" and (rounds is None or num_merged < rounds):
+        while federation.head.manifest.state == "open" and (rounds is None or num_merged < rounds):
+            head = federation.head
             if head.number != shown:
                 observer.round_started(head)
                 shown = head.number
-            due = _due_clients(workspace, head)
-            results = pool.train(due, observer) if workers > 1 else _train_in_turn(workspace, due, runtimes, observer)
+            due = _due_clients(federation)
+            results = pool.train(due, observer) if workers > 1 else _train_in_turn(federation, due, runtimes, observer)
             for result in results:
                 if result.training is not None:
                     left_out[result.client] = result.training.left_out
                 if result.round != head.number:  # another process merged the round meanwhile
                     break
-            merged = _merge(workspace, head)
+            merged = _merge(federation, head, observer)
             if merged is None:
-                elsewhere = [client for client in missing_clients(workspace, head) if not is_here(workspace, client)]
+                elsewhere = [client for client in head.missing_clients() if not is_here(federation, client)]
                 if elsewhere and told != head.number:
-                    observer.waiting(head.number, elsewhere)
+                    names = ", ".join(map(str, elsewhere))
+                    observer.waiting(f"round {head.number} waits for parties that are not here: {names}")
                     told = head.number
                 time.sleep(POLL_SECONDS)
+                federation.refresh()
             else:
                 observer.round_done(merged)
                 num_merged += merged.published
                 score()
     total = sum(map(Counter, left_out.values()), Counter())
-    return FederationResult(head.number, head.manifest.state, num_merged, dict(total))
+    return FederationResult(federation.head.number, federation.head.manifest.state, num_merged, dict(total))
 
 
-def _due_clients(workspace: Workspace, head: Round) -> list[int]:
+def _due_clients(federation: FederationState) -> list[int]:
     """Return the clients to train now: all that are missing and here, unless fewer are to count than were drawn."""
-    missing = set(missing_clients(workspace, head))
-    due = [client for client in head.draw_order if client in missing and is_here(workspace, client)]
+    head = federation.head
+    missing = set(head.missing_clients())
+    due = [client for client in head.draw_order if client in missing and is_here(federation, client)]
     num_answered = len(head.manifest.cohort) - len(missing)
     return due[: max(1, head.num_counted - num_answered)]
 
 
 def _train_in_turn(
-    workspace: Workspace, clients: Sequence[int], runtimes: Runtimes, observer: FederationObserver
+    federation: FederationState, clients: Sequence[int], runtimes: Runtimes, observer: Observer
 ) -> Iterator[ClientResult]:
     """Train clients in this process, one after another; one that another process trains is passed over."""
     for client in clients:
         observer.client_started(client)
         try:
-            yield train_client(
-                workspace, client, load_runtime=runtimes.load, on_step=partial(observer.step_done, client)
-            )
+            yield train_client(federation, client, runtimes, observer=observer)
         except BusyError:  # that process may finish, or die and leave it to the next turn
             continue
 
 
-def _merge(workspace: Workspace, head: Round) -> AggregationResult | None:
+def _merge(federation: FederationState, head: Round, observer: Observer) -> AggregationResult | None:
     """Merge the round, or return None where that must wait for other processes."""
     try:
-        return aggregate(workspace)
+        return aggregate(federation, observer=observer)
     except BusyError:
         return None
     except NotReadyError:
-        if not missing_clients(workspace, head) and read_head(workspace).number == head.number:
+        if not head.missing_clients() and federation.head.number == head.number:
             raise  # no valid update: waiting would not help
         return None

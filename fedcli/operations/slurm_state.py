@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from fedcli.errors import RequirementError
 from fedcli.slurm.queue import Element, list_elements
-from fedcli.workspace.history import Round, is_submitted
-from fedcli.workspace.layout import Workspace, round_name
+from fedcli.workspace.history import Round
+from fedcli.workspace.layout import round_name
 from fedcli.workspace.slurm_jobs import KINDS, Job, JobKind, read_jobs
 
 STATUS_PATIENCE = 3.0
@@ -32,15 +32,15 @@ class JobStates:
     error: str | None = None
 
 
-def read_job_states(workspace: Workspace, head: Round, missing: list[int]) -> JobStates | None:
+def read_job_states(head: Round, missing: list[int]) -> JobStates | None:
     """Return how the jobs of a round stand; None, without asking SLURM, where none were sent.
 
     `missing` are the clients of its cohort that have sent no update.
     """
-    jobs = read_jobs(workspace, head.number)
+    jobs = read_jobs(head.workspace, head.number)
     if not jobs:
         return None
-    names = [job_name(workspace, head, kind) for kind in KINDS]  # one may be there that is not written down
+    names = [job_name(head, kind) for kind in KINDS]  # one may be there that is not written down
     try:
         found = list_elements(names, patience=STATUS_PATIENCE)
     except RequirementError as error:
@@ -49,7 +49,7 @@ def read_job_states(workspace: Workspace, head: Round, missing: list[int]) -> Jo
     latest = {client: shown.get((job.id, client)) for job in jobs for client in job.clients}
     waiting = {client: element.reason for client, element in latest.items() if element and element.is_waiting}
     over = {client for client, element in latest.items() if element is None or element.is_over}
-    lost = {client for client in over & set(missing) if not is_submitted(workspace, head.number, client)}  # by now
+    lost = {client for client in over & set(missing) if not head.has_update(client)}  # by now
     live = {element.job for element in found if element.is_live and element.index is None}
     servers = {job.id: _state(shown.get((job.id, None))) for job in jobs if job.kind != "clients"}
     return JobStates(
@@ -62,14 +62,14 @@ def read_job_states(workspace: Workspace, head: Round, missing: list[int]) -> Jo
     )
 
 
-def job_name(workspace: Workspace, head: Round, kind: JobKind) -> str:
+def job_name(head: Round, kind: JobKind) -> str:
     """Return the name that tells a job from those of other rounds and workspaces, copies of this one among them."""
-    return f"r{round_name(head.number)}-{kind}{job_mark(workspace, head)}"
+    return f"r{round_name(head.number)}-{kind}{job_mark(head)}"
 
 
-def job_mark(workspace: Workspace, head: Round) -> str:
+def job_mark(head: Round) -> str:
     """Return the end that the names of a workspace's jobs have."""
-    where = f"{head.manifest.workspace} {workspace.root.resolve()}"
+    where = f"{head.manifest.workspace} {head.workspace.root.resolve()}"
     return f"-fedcli-{hashlib.sha256(where.encode()).hexdigest()[:12]}"
 
 

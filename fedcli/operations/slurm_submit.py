@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedcli.config import Config, SlurmConfig
+from fedcli.config import SlurmConfig
 from fedcli.errors import BusyError, NotReadyError, WorkspaceError
 from fedcli.operations.slurm_state import job_mark, job_name
 from fedcli.parties.party import can_train
 from fedcli.server.quorum import seconds_left
 from fedcli.slurm.queue import Element, cancel, list_elements, send
 from fedcli.slurm.scripts import ScriptWriter
-from fedcli.workspace.history import Round, missing_clients, read_head
+from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
+from fedcli.workspace.history import Round
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.settings import POLL_SECONDS, read_running_config
 from fedcli.workspace.slurm_jobs import KINDS, Job, JobKind, hold_jobs, read_jobs, save_jobs, save_script
 
 LOCK_PATIENCE = 120.0
@@ -56,46 +56,48 @@ class Submission:
     scripts: dict[JobKind, str] = field(default_factory=dict)
 
 
-def submit(workspace: Workspace, *, dry_run: bool = False) -> Submission:
+def submit(federation: FederationState, *, dry_run: bool = False) -> Submission:
     """Send the jobs that the open round needs and the queue does not hold; cancel those of rounds that are closed.
 
     It may be called at any time, twice, and by jobs themselves. Raises RequirementError where SLURM does not answer,
     NotReadyError where a job of the round calls and every attempt is used up.
     """
+    workspace = federation.workspace
     _check_path(workspace)
     end = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
             with hold_jobs(workspace):
-                return _submit(workspace, dry_run)
+                federation.refresh()
+                return _submit(federation, dry_run)
         except BusyError:
             if time.monotonic() + POLL_SECONDS > end:
                 raise
         time.sleep(POLL_SECONDS)
 
 
-def write_scripts(workspace: Workspace) -> dict[JobKind, Path]:
+def write_scripts(federation: FederationState) -> dict[JobKind, Path]:
     """Write the batch scripts of the open round and send nothing; return them, none where the federation has finished.
 
     The array is of the clients that have not answered; there is none where all have.
     """
+    workspace, head = federation.workspace, federation.head
     _check_path(workspace)
-    config, head = read_running_config(workspace), read_head(workspace)
     if head.manifest.state == "finished":
         return {}
-    clients = tuple(client for client in missing_clients(workspace, head) if can_train(workspace, client))
+    clients = tuple(client for client in head.missing_clients() if can_train(federation, client))
     requests = [Request("clients", clients), Request("server")] if clients else [Request("server")]
     return {
-        request.kind: save_script(workspace, head.number, request.kind, _script(workspace, config, head, request))
+        request.kind: save_script(workspace, head.number, request.kind, _script(federation, request))
         for request in requests
     }
 
 
-def _submit(workspace: Workspace, dry_run: bool) -> Submission:
-    config, head = read_running_config(workspace), read_head(workspace)
+def _submit(federation: FederationState, dry_run: bool) -> Submission:
+    workspace, head = federation.workspace, federation.head
     caller = os.environ.get("SLURM_JOB_ID")  # which ends when this is done, and so is none that is in place
-    kinds = {job_name(workspace, head, kind): kind for kind in KINDS}
-    ours = [entry for entry in list_elements() if entry.name.endswith(job_mark(workspace, head))]
+    kinds = {job_name(head, kind): kind for kind in KINDS}
+    ours = [entry for entry in list_elements() if entry.name.endswith(job_mark(head))]
     live = [entry for entry in ours if entry.is_live and str(entry.job) != caller]
     stale = sorted({entry.job for entry in live if entry.name not in kinds})
     if stale and not dry_run:
@@ -107,20 +109,20 @@ def _submit(workspace: Workspace, dry_run: bool) -> Submission:
     jobs = [*recorded, *found]
     if found and not dry_run:
         save_jobs(workspace, head.number, jobs)
-    missing = missing_clients(workspace, head)
-    elsewhere = [client for client in missing if not can_train(workspace, client)]
+    missing = head.missing_clients()
+    elsewhere = [client for client in missing if not can_train(federation, client)]
     standing = _Standing(
         head=head,
-        settings=config.slurm,
+        settings=federation.config.slurm,
         jobs=jobs,
         live={kind: [entry for entry in live if entry.name == name] for name, kind in kinds.items()},
         due=[client for client in missing if client not in elsewhere],
         elsewhere=elsewhere,
         own=next((job for job in jobs if str(job.id) == caller), None),
-        seconds_left=seconds_left(head, config) or 0.0,
+        seconds_left=seconds_left(federation) or 0.0,
     )
     requests = standing.requests()
-    scripts = {request.kind: _script(workspace, config, head, request) for request in requests}
+    scripts = {request.kind: _script(federation, request) for request in requests}
     if dry_run:
         return Submission("dry_run", head.number, [], stale, jobs, elsewhere, requests, scripts)
     sent: list[Job] = []
@@ -206,9 +208,10 @@ def _check_path(workspace: Workspace) -> None:
         )
 
 
-def _script(workspace: Workspace, config: Config, head: Round, request: Request) -> str:
-    writer = ScriptWriter(workspace.root.resolve(), config.slurm)
-    name, logs = job_name(workspace, head, request.kind), workspace.job_logs(head.number).resolve()
+def _script(federation: FederationState, request: Request) -> str:
+    workspace, head = federation.workspace, federation.head
+    writer = ScriptWriter(workspace.root.resolve(), federation.config.slurm)
+    name, logs = job_name(head, request.kind), workspace.job_logs(head.number).resolve()
     return writer.clients(name, request.clients, logs) if request.kind == "clients" else writer.server(name, logs)
 
 

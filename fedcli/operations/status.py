@@ -5,11 +5,11 @@ from typing import Any
 
 from fedcli.operations.slurm_state import JobStates, read_job_states
 from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
-from fedcli.workspace.history import is_hidden, is_submitted, missing_clients, read_head
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import is_hidden
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost
 from fedcli.workspace.registrations import joined_clients
-from fedcli.workspace.settings import read_running_config
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,16 @@ class Status:
     next_command: str
 
 
-def read_status(workspace: Workspace) -> Status:
+def read_status(federation: FederationState) -> Status:
     """Return where the federation stands."""
-    config = read_running_config(workspace)
-    head = read_head(workspace)
+    workspace, config, head = federation.workspace, federation.config, federation.head
     manifest = head.manifest
     hidden = [client for client in manifest.cohort if is_hidden(workspace, client)]
-    missing = sorted({*missing_clients(workspace, head)} - {*hidden})
+    missing = sorted({*head.missing_clients()} - {*hidden})
     answered = sorted({*manifest.cohort} - {*missing} - {*hidden})
-    needed = needed_answers(head, config)
+    needed = needed_answers(federation)
     last = manifest.aggregation
-    slurm = read_job_states(workspace, head, missing)
+    slurm = read_job_states(head, missing)
     return Status(
         workspace=str(workspace.root),
         round=head.number,
@@ -83,14 +82,14 @@ def read_status(workspace: Workspace) -> Status:
         joined=joined_clients(workspace, config.federation.clients),
         needed=needed,
         num_counted=head.num_counted,
-        deadline=deadline_of(head, config),
-        seconds_left=seconds_left(head, config),
+        deadline=deadline_of(federation),
+        seconds_left=seconds_left(federation),
         last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
         last_missing=last.missing if last else [],
         last_surplus=last.surplus if last else [],
         last_late=[
-            client for client in (last.missing if last else []) if is_submitted(workspace, head.number - 1, client)
+            client for client in (last.missing if last else []) if workspace.has_update(head.number - 1, client)
         ],
         cost=manifest.cost,
         history=manifest.history,

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from fedcli.config import Config
 from fedcli.server.quorum import needed_answers, seconds_left
-from fedcli.workspace.history import Round, missing_clients, read_head, read_round
-from fedcli.workspace.layout import Workspace
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.records import Manifest
-from fedcli.workspace.settings import read_running_config
 
 WATCH_SECONDS = 1.0
 """Between two looks."""
@@ -53,35 +51,36 @@ class View:
 class Watcher:
     """Looks at one workspace."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._head = read_head(workspace)
-        self._config = read_running_config(workspace)
+    def __init__(self, federation: FederationState) -> None:
+        self._federation = federation
+        head = federation.head
         self._past: deque[PastRound] = deque(maxlen=MOST_PAST)
         before = None
-        for number in range(max(0, self._head.number - MOST_PAST), self._head.number):
-            following = read_round(workspace, number)
+        for number in range(max(0, head.number - MOST_PAST), head.number):
+            following = read_round(federation.workspace, number)
             self._remember(before, following)
             before = following
-        self._remember(before, self._head)
+        self._remember(before, head)
 
     def look(self) -> View:
         """Return how the federation stands now; raise IntegrityError for a damaged manifest."""
-        while (following := read_round(self._workspace, self._head.number + 1)) is not None:
-            self._remember(self._head, following)
-            self._head = following
-            self._config = read_running_config(self._workspace)
-        manifest = self._head.manifest
-        missing = missing_clients(self._workspace, self._head)
+        federation, before = self._federation, self._federation.head
+        federation.refresh()
+        for number in range(before.number + 1, federation.head.number + 1):
+            following = federation.round(number)
+            self._remember(before, following)
+            before = following
+        manifest = federation.head.manifest
+        missing = federation.head.missing_clients()
         return View(
-            workspace=self._workspace.root.name,
+            workspace=federation.workspace.root.name,
             head=manifest,
             answered=sorted({*manifest.cohort} - {*missing}),
             missing=sorted(missing),
-            needed=needed_answers(self._head, self._config),
+            needed=needed_answers(federation),
             past=list(self._past),
-            deadline_seconds=seconds_left(self._head, self._config),
-            eta_seconds=self._eta(self._config),
+            deadline_seconds=seconds_left(federation),
+            eta_seconds=self._eta(),
         )
 
     def views(self) -> Iterator[View]:
@@ -107,10 +106,11 @@ class Watcher:
             )
         )
 
-    def _eta(self, config: Config) -> float | None:
-        manifest = self._head.manifest
+    def _eta(self) -> float | None:
+        head, config = self._federation.head, self._federation.config
+        manifest = head.manifest
         known = [past.seconds for past in self._past][-_TIMED:]
         if manifest.state != "open" or not known:
             return None
-        each, spent = median(known), max(0.0, time.time() - self._head.published)
+        each, spent = median(known), max(0.0, time.time() - head.published)
         return max(0.0, each - spent) + each * (config.federation.rounds - manifest.round - 1)

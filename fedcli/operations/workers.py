@@ -9,29 +9,17 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Protocol
 
 from fedcli.client.due import ClientResult, train_client
-from fedcli.client.runtime import Runtimes
+from fedcli.client.runtimes import Runtimes
 from fedcli.errors import BusyError, FedError, RequirementError
+from fedcli.observer import Observer
 from fedcli.training.reports import StepReport
+from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
 
 MOST_DEATHS = 3
 """A client whose worker dies so often in one round is not tried again."""
-
-
-class WorkerObserver(Protocol):
-    """Hears what workers do."""
-
-    def client_started(self, client: int) -> None:
-        """A client begins to train."""
-
-    def step_done(self, client: int, report: StepReport) -> None:
-        """A client made an optimiser step."""
-
-    def worker_died(self, client: int, exit_code: int | None) -> None:
-        """The process that trained a client is gone (negative: by that signal); another one tries again."""
 
 
 @dataclass
@@ -61,7 +49,7 @@ class Workers:
         for worker in self._workers:
             worker.process.join()
 
-    def train(self, clients: Sequence[int], observer: WorkerObserver) -> Iterator[ClientResult]:
+    def train(self, clients: Sequence[int], observer: Observer) -> Iterator[ClientResult]:
         """Train clients of the open round, each as `client train` does, and yield results as they come.
 
         A client that another process trains already is passed over. What a worker raises is raised here;
@@ -151,6 +139,16 @@ def _check_deaths(client: int, count: int, exit_code: int | None) -> None:
         )
 
 
+class _Reporter(Observer):
+    """Sends a worker's steps through its pipe."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def step_done(self, client: int | None, report: StepReport) -> None:
+        self._connection.send(report)
+
+
 def _work(connection: Connection, root: Path, environment: dict[str, str], threads: int | None) -> None:
     """Be a worker: train the clients that come through the pipe, until it is closed."""
     import signal
@@ -158,15 +156,19 @@ def _work(connection: Connection, root: Path, environment: dict[str, str], threa
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started this will end it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(environment)  # before torch is imported
-    workspace = Workspace(root)
-    runtimes = Runtimes(workspace, threads=threads)
+    federation: FederationState | None = None
+    observer = _Reporter(connection)
     while True:
         try:
             client = connection.recv()
         except EOFError:
             return
         try:
-            connection.send(train_client(workspace, client, load_runtime=runtimes.load, on_step=connection.send))
+            if federation is None:
+                federation = FederationState.open(Workspace(root))
+                runtimes = Runtimes(federation, threads=threads, observer=observer)
+            federation.refresh()
+            connection.send(train_client(federation, client, runtimes, observer=observer))
         except BrokenPipeError:
             return
         except FedError as error:

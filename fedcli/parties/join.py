@@ -1,18 +1,18 @@
 """Joining: a real party reads its rows, which stay where they are, and shows a card of them."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedcli.config import Config, read_format
+from fedcli.config import read_format
 from fedcli.data.formats import RowReader, format_name
 from fedcli.data.hub import choose_format, choose_split
 from fedcli.data.source import Source, absolute_path, find_source
 from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
+from fedcli.observer import Observer
 from fedcli.parties.party import find_home, find_same_base
-from fedcli.workspace.history import Round, read_identity, read_start
+from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Home, Workspace, default_home
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, make_folder
@@ -26,7 +26,6 @@ from fedcli.workspace.registrations import (
     register,
     save_party,
 )
-from fedcli.workspace.settings import check_client, read_running_config
 
 Share = Literal["full", "minimal"]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -57,7 +56,7 @@ class Joining:
 
 
 def prepare_join(
-    workspace: Workspace,
+    federation: FederationState,
     client: int,
     data: str,
     *,
@@ -68,7 +67,7 @@ def prepare_join(
     base: str | None = None,
     trust_remote_code: bool = False,
     share: Share = "full",
-    on_rows: Callable[[int], None] = lambda count: None,
+    observer: Observer,
 ) -> Joining:
     """Read a real party's rows, which stay where they are, and make the card that its registration will show.
 
@@ -77,16 +76,15 @@ def prepare_join(
     """
     if not data.strip():
         raise UsageError("--data names nothing", hint="Name your rows: a file, a folder, or a hub id.")
-    config = read_running_config(workspace)
-    check_client(client, config)
-    identity = read_identity(workspace)
-    workspace_id = identity.id
-    if identity.simulation:
+    federation.check_clients([client])
+    workspace, config = federation.workspace, federation.config
+    if federation.identity.simulation:
         raise ConfigError(
             f"{workspace.root} is a simulation, which no party joins",
             hint="Parties join a workspace with data.source: null, made by `fedcli init --set data.source=null`.",
         )
-    found = find_home(workspace, client, home)
+    workspace_id = federation.identity.id
+    found = find_home(federation, client, home)
     _check_free(workspace, client, found, workspace_id)
     given = read_format(data_format, config.task) if data_format is not None else None
     record = PartyRecord(
@@ -103,16 +101,16 @@ def prepare_join(
     reader = RowReader(record.format, config.federation.seed)
     if share == "minimal":
         if base is not None:
-            _own_base(workspace, config, record, read_start(workspace))
-        card = _minimal_card(reader, source, on_rows)
+            _own_base(federation, record)
+        card = _minimal_card(reader, source, observer)
     else:
-        card = _full_card(workspace, config, record, reader, source, on_rows)
+        card = _full_card(federation, record, reader, source, observer)
     return Joining(workspace, found, record, card)
 
 
-def _own_base(workspace: Workspace, config: Config, record: PartyRecord, start: Round) -> Path:
+def _own_base(federation: FederationState, record: PartyRecord) -> Path:
     try:
-        return find_same_base(workspace, record.base or config.model.base, start)
+        return find_same_base(federation, record.base or federation.config.model.base)
     except FedError as error:
         if record.base is None:
             error.hint += " Or name your own copy with --base DIR."
@@ -145,32 +143,37 @@ def _check_free(workspace: Workspace, client: int, home: Home, workspace_id: str
         )
 
 
-def _minimal_card(reader: RowReader, source: Source, on_rows: Callable[[int], None]) -> DataCard:
+def _minimal_card(reader: RowReader, source: Source, observer: Observer) -> DataCard:
     for count, _ in enumerate(reader.read(source.rows()), 1):
         if count % 1000 == 0:
-            on_rows(1000)
+            observer.rows_read("reading rows", count)
     reader.require_rows(source.location)
     return DataCard(num_rows=reader.num_usable)
 
 
 def _full_card(
-    workspace: Workspace,
-    config: Config,
+    federation: FederationState,
     record: PartyRecord,
     reader: RowReader,
     source: Source,
-    on_rows: Callable[[int], None],
+    observer: Observer,
 ) -> DataCard:
     import numpy as np
 
     from fedcli.data.encoding import Encoder, encode_source
     from fedcli.model.base import load_tokenizer
 
-    start = read_start(workspace)
-    folder = _own_base(workspace, config, record, start)
+    folder = _own_base(federation, record)
+    num_read = 0
+
+    def count(more: int) -> None:
+        nonlocal num_read
+        num_read += more
+        observer.rows_read("reading rows", num_read)
+
     tokenizer = load_tokenizer(folder, trust_remote_code=record.trust_remote_code)
-    encoder = Encoder(tokenizer, start.manifest.train.template)
-    rows = encode_source(encoder, reader, source, config.task, NO_LIMIT, on_rows)
+    encoder = Encoder(tokenizer, federation.start.manifest.train.template)
+    rows = encode_source(encoder, reader, source, federation.config.task, NO_LIMIT, count)
     quantiles = np.quantile(rows.examples.lengths(), QUANTILES, method="nearest")
     return DataCard(
         num_rows=reader.num_usable,

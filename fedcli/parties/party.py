@@ -10,7 +10,8 @@ from fedcli.data.hub import choose_format
 from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
-from fedcli.workspace.history import Round, read_identity
+from fedcli.workspace.federation_state import Experiment, FederationState
+from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Home, Workspace, default_home
 from fedcli.workspace.registrations import PartyRecord, Registration, read_party, read_registration
 
@@ -35,11 +36,11 @@ class Party:
         return self.base or config.model.base
 
 
-def joined_as(workspace: Workspace) -> dict[int, PartyRecord | None]:
+def joined_as(experiment: Experiment) -> dict[int, PartyRecord | None]:
     """Return the clients that this user has joined as, with their homes' records; None for a home that is elsewhere."""
-    if not workspace.identity.exists():
+    if experiment.identity is None:
         return {}
-    identity, named = read_identity(workspace).id, os.environ.get("FEDCLI_HOME")
+    identity, named = experiment.identity.id, os.environ.get("FEDCLI_HOME")
     joined: dict[int, PartyRecord | None] = {}
     names: list[str] = []
     with suppress(OSError, WorkspaceError):  # a user without a home directory has none
@@ -52,21 +53,21 @@ def joined_as(workspace: Workspace) -> dict[int, PartyRecord | None]:
     return joined
 
 
-def trusts_code(workspace: Workspace, config: Config, party: Party | None = None) -> bool:
+def trusts_code(experiment: Experiment, party: Party | None = None) -> bool:
     """Return whether code that comes with the base model may run as this user.
 
     A joined party decides by itself, whatever it runs; fedcli.yaml decides for its own user alone, who has not joined.
     """
     if party is not None and party.trust_remote_code is not None:
         return party.trust_remote_code
-    if joined := joined_as(workspace):
+    if joined := joined_as(experiment):
         return all(record is not None and record.trust_remote_code for record in joined.values())
-    return config.model.trust_remote_code and _is_own(workspace)
+    return experiment.config.model.trust_remote_code and _is_own(experiment.workspace)
 
 
-def _may_simulate(workspace: Workspace) -> bool:
+def _may_simulate(experiment: Experiment) -> bool:
     """Return whether rows in data/ may be trained: not in a workspace that was made for parties."""
-    return not workspace.identity.exists() or read_identity(workspace).simulation is not False
+    return experiment.identity is None or experiment.identity.simulation is not False
 
 
 def _is_own(workspace: Workspace) -> bool:
@@ -75,16 +76,17 @@ def _is_own(workspace: Workspace) -> bool:
     return all(os.lstat(path).st_uid == os.geteuid() for path in files)
 
 
-def find_party(workspace: Workspace, config: Config, client: int, home: Path | None = None) -> Party:
+def find_party(experiment: Experiment, client: int, home: Path | None = None) -> Party:
     """Return a client's party; `home` is a joined one's, where it is not the default.
 
     Raises ConfigError where a simulated client has no rows or a joined one's home is not here, UsageError for the home
     of a client that has not joined.
     """
+    workspace = experiment.workspace
     registration = read_registration(workspace, client)
     if registration is not None:
-        return _joined(workspace, registration, home)
-    if _own_record(workspace, client, home) is not None:
+        return _joined(experiment, registration, home)
+    if _own_record(experiment, client, home) is not None:
         raise IntegrityError(
             f"client {client} has joined from here, and {workspace.registration(client)} is gone",
             hint="Ask the server's operator. "
@@ -96,57 +98,60 @@ def find_party(workspace: Workspace, config: Config, client: int, home: Path | N
             hint=f"Run `fedcli client join --id {client} --data SOURCE --home {home}` first.",
         )
     rows = workspace.client_rows(client)
-    if not rows.is_file() or not _may_simulate(workspace):
+    if not rows.is_file() or not _may_simulate(experiment):
         raise ConfigError(
             f"client {client} has no rows: "
             + (f"{rows} is missing" if not rows.is_file() else "it has not joined, and this is no simulation"),
             hint=f"A party joins with `fedcli client join --id {client} --data SOURCE`; for a simulation set "
             "data.source and run `fedcli data partition`, or put its rows there.",
         )
-    return Party(client, workspace.private(client), Source(rows), _simulated_format(workspace, config, client))
+    return Party(client, workspace.private(client), Source(rows), _simulated_format(experiment, client))
 
 
-def _simulated_format(workspace: Workspace, config: Config, client: int) -> DataFormat:
+def _simulated_format(experiment: Experiment, client: int) -> DataFormat:
     """Return the format of a simulated client's rows: what they were split as; fedcli.yaml's, if written by hand."""
     from fedcli.parties.simulate import read_summary  # it loads numpy, and whoever has nothing to do needs none
 
-    summary = read_summary(workspace)
+    summary = read_summary(experiment.workspace)
     if summary is not None and client < len(summary.formats):
         return parse_format(summary.formats[client])
-    return choose_format(None, config.data.format, config.task)
+    return choose_format(None, experiment.config.data.format, experiment.config.task)
 
 
-def is_here(workspace: Workspace, client: int) -> bool:
+def is_here(federation: FederationState, client: int) -> bool:
     """Return whether a client can be trained from here without naming a home.
 
     A simulated one can in a simulation of this very user, who has not joined it.
     """
-    if _own_record(workspace, client, None) is not None:
+    if _own_record(federation, client, None) is not None:
         return True
-    is_simulated = read_registration(workspace, client) is None and _may_simulate(workspace)
-    return is_simulated and _is_own(workspace) and not joined_as(workspace)
+    workspace = federation.workspace
+    is_simulated = read_registration(workspace, client) is None and _may_simulate(federation)
+    return is_simulated and _is_own(workspace) and not joined_as(federation)
 
 
-def can_train(workspace: Workspace, client: int) -> bool:
+def can_train(federation: FederationState, client: int) -> bool:
     """Return whether a client has rows that can be trained on from here without naming a home."""
-    if not is_here(workspace, client):
+    if not is_here(federation, client):
         return False
-    return workspace.client_rows(client).exists() or _own_record(workspace, client, None) is not None
+    return federation.workspace.client_rows(client).exists() or _own_record(federation, client, None) is not None
 
 
-def _own_record(workspace: Workspace, client: int, home: Path | None) -> PartyRecord | None:
+def _own_record(experiment: Experiment, client: int, home: Path | None) -> PartyRecord | None:
     """Return what a home keeps of a client; None where it has not joined this workspace from there."""
+    if experiment.identity is None:
+        return None
     record = None
     with suppress(WorkspaceError, PermissionError):  # a user without a home directory has not joined from there
-        record = read_party(find_home(workspace, client, home))
-    is_own = record is not None and (record.workspace, record.client) == (read_identity(workspace).id, client)
+        record = read_party(find_home(experiment, client, home))
+    is_own = record is not None and (record.workspace, record.client) == (experiment.identity.id, client)
     return record if is_own else None
 
 
-def _joined(workspace: Workspace, registration: Registration, home: Path | None) -> Party:
+def _joined(experiment: Experiment, registration: Registration, home: Path | None) -> Party:
     client = registration.client
-    found = find_home(workspace, client, home)
-    record = _own_record(workspace, client, home)
+    found = find_home(experiment, client, home)
+    record = _own_record(experiment, client, home)
     if record is None:
         raise ConfigError(
             f"client {client} is a joined party, and its home is not {found.folder}",
@@ -169,11 +174,12 @@ def _joined(workspace: Workspace, registration: Registration, home: Path | None)
     )
 
 
-def find_home(workspace: Workspace, client: int, given: Path | None) -> Home:
+def find_home(experiment: Experiment, client: int, given: Path | None) -> Home:
     """Return a joined party's home: the one given, $FEDCLI_HOME or the default; it never lies in the workspace."""
     named = given or os.environ.get("FEDCLI_HOME")
-    home = Home(Path(named).absolute()) if named else default_home(read_identity(workspace).id, client)
-    if home.folder.resolve().is_relative_to(workspace.root.resolve()):
+    identity = experiment.identity or read_identity(experiment.workspace)
+    home = Home(Path(named).absolute()) if named else default_home(identity.id, client)
+    if home.folder.resolve().is_relative_to(experiment.workspace.root.resolve()):
         raise UsageError(
             f"--home {home.folder} lies in the workspace, where everybody could see it",
             hint="Name a folder outside of it.",
@@ -181,10 +187,10 @@ def find_home(workspace: Workspace, client: int, given: Path | None) -> Home:
     return home
 
 
-def find_same_base(workspace: Workspace, base: str, any_round: Round) -> Path:
+def find_same_base(federation: FederationState, base: str) -> Path:
     """Return the folder of the base model, which must be the one that round 0 was opened with."""
-    expected = any_round.manifest.model
-    folder = find_base(base, revision=expected.revision, root=workspace.root)
+    expected = federation.head.manifest.model
+    folder = find_base(base, revision=expected.revision, root=federation.workspace.root)
     if fingerprint(folder) != expected.fingerprint:
         raise ConfigError(
             f"model.base: {folder} is not the base model of this federation ({expected.base}): its fingerprint differs",

@@ -2,11 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from fedcli.config import ColumnsFormat, Config, SourceEntry
 from fedcli.data import partition
@@ -17,24 +17,19 @@ from fedcli.data.hub import choose_format, choose_split
 from fedcli.data.source import Row, find_source, write_row
 from fedcli.errors import ConfigError, NotReadyError, WorkspaceError
 from fedcli.model.base import BUILTIN_PREFIX
+from fedcli.observer import Observer
 from fedcli.randomness import stream
-from fedcli.workspace.history import read_head, read_identity, read_round
+from fedcli.workspace.federation_state import Experiment
+from fedcli.workspace.history import read_identity, read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import publish_file, remove_temporaries
 from fedcli.workspace.row_files import RowFiles
-from fedcli.workspace.settings import read_config, read_running_config
 
 DEMO_SOURCE = "builtin:demo"
 MIN_DEMO_CLIENTS, MAX_DEMO_CLIENTS = 2, 64
 MOST_COUNTS = 100_000
 """Counts, a group and client each, that a data card holds; where there would be more it holds none."""
-OnRows: TypeAlias = Callable[[str, int], None]
-"""Hears what is being done, and how many rows of it are done."""
-
-
-def _quiet(_what: str, _count: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -64,11 +59,12 @@ class Plan:
     summary: DataSummary
 
 
-def plan_split(config: Config, root: Path, on_rows: OnRows = _quiet) -> Plan | None:
+def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
     """Read every source once and split the usable rows; None where there is no source. Writes nothing.
 
     Raises ConfigError where the rows, or what the partition asks of them, will not do.
     """
+    config, root = experiment.config, experiment.workspace.root
     entries = config.data.sources
     if not entries:
         return None
@@ -78,7 +74,7 @@ def plan_split(config: Config, root: Path, on_rows: OnRows = _quiet) -> Plan | N
     for count, (row, item, number) in enumerate(_items(config, root, readers), 1):
         survey.add(row, item, number)
         if count % 1000 == 0:
-            on_rows("reading rows", count)
+            observer.rows_read("reading rows", count)
     for entry, reader in zip(entries, readers, strict=True):
         reader.require_rows(entry.source)
     made = partition.split(
@@ -104,10 +100,9 @@ def plan_split(config: Config, root: Path, on_rows: OnRows = _quiet) -> Plan | N
     return Plan(made, summary)
 
 
-def write_split(
-    workspace: Workspace, config: Config, plan: Plan, *, replace: bool = False, on_rows: OnRows = _quiet
-) -> None:
+def write_split(experiment: Experiment, plan: Plan, *, replace: bool = False, observer: Observer) -> None:
     """Write a split's files, and the data card beside them; files of the same contents stay as they are."""
+    workspace, config = experiment.workspace, experiment.config
     remove_temporaries(workspace.data)
     readers = [_reader(config, entry) for entry in config.data.sources]
     clients = plan.split.clients
@@ -118,23 +113,23 @@ def write_split(
             if clients[position] != partition.UNUSED:
                 files.add(int(clients[position]), write_row(row.fields))
             if position % 1000 == 0:
-                on_rows("writing rows", position)
+                observer.rows_read("writing rows", position)
         if sum(reader.num_usable for reader in readers) != plan.summary.num_usable:
             raise ConfigError("the rows changed while they were read", hint="Run it again once nobody writes to them.")
         files.publish(replace=replace)
-    for path, contents in _held_out_files(workspace, config).items():
+    for path, contents in _held_out_files(experiment).items():
         publish_file(path, contents)
     card = json.dumps(asdict(plan.summary), indent=1, ensure_ascii=False).encode() + b"\n"
     publish_file(workspace.data_card, card)
 
 
-def partition_data(workspace: Workspace, *, replace: bool = False, on_rows: OnRows = _quiet) -> DataSummary:
+def partition_data(workspace: Workspace, *, replace: bool = False, observer: Observer) -> DataSummary:
     """Split the sources of fedcli.yaml as it stands; `replace`: over the files of an earlier split.
 
     Raises NotReadyError where there is no source, WorkspaceError where the rows are in use: a round has been merged.
     """
-    config = read_running_config(workspace) if workspace.identity.exists() else read_config(workspace)
-    plan = plan_split(config, workspace.root, on_rows)
+    experiment = Experiment.read(workspace)
+    plan = plan_split(experiment, observer)
     if plan is None:
         raise NotReadyError(
             "there is nothing to split: data.source is null",
@@ -146,12 +141,12 @@ def partition_data(workspace: Workspace, *, replace: bool = False, on_rows: OnRo
             hint="Start another one: `fedcli init DIR --set data.source=SOURCE`.",
         )
     with hold(workspace.server_lock, "the server's work"):
-        if replace and read_round(workspace, 1) is not None and read_head(workspace).number > 0:
+        if replace and read_round(workspace, 1) is not None:
             raise WorkspaceError(
                 "rounds have been trained on the rows that are there",
                 hint="Start another workspace with `fedcli init DIR`.",
             )
-        write_split(workspace, config, plan, replace=replace, on_rows=on_rows)
+        write_split(experiment, plan, replace=replace, observer=observer)
     return plan.summary
 
 
@@ -219,8 +214,9 @@ def _demo_splits(config: Config) -> dict[str, list[dict[str, str]]]:
     return (demo_preferences if config.task == "dpo" else demo_rows)(config.federation.seed)
 
 
-def _held_out_files(workspace: Workspace, config: Config) -> dict[Path, bytes]:
+def _held_out_files(experiment: Experiment) -> dict[Path, bytes]:
     """Return the files of the demo's held-out rows."""
+    workspace, config = experiment.workspace, experiment.config
     if all(entry.source != DEMO_SOURCE for entry in config.data.sources):
         return {}
     splits = _demo_splits(config)

@@ -8,13 +8,13 @@ from fedcli.config import Config
 from fedcli.errors import ConfigError, FedError, UsageError
 from fedcli.eval.benchmark import Options
 from fedcli.eval.registry import find_benchmarks
+from fedcli.observer import Observer
 from fedcli.scoring.evaluate import evaluate
 from fedcli.scoring.request import Scoring, prepare
 from fedcli.scoring.targets import Targets
-from fedcli.workspace.history import read_head
+from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace, update_name
 from fedcli.workspace.scores import ScoreRecord, read_score, scored_name
-from fedcli.workspace.settings import read_running_config
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,6 @@ class Milestone:
     round: int
     scores: list[ScoreRecord]
     error: str | None = None
-
-
-class _Silent:
-    def started(self, target: str, benchmark: str) -> None:
-        pass
-
-    def answered(self, num_done: int, num_asked: int) -> None:
-        pass
 
 
 def check_milestones(config: Config) -> None:
@@ -48,13 +40,13 @@ def check_milestones(config: Config) -> None:
             )
 
 
-def score_milestone(workspace: Workspace, *, runtime: Runtime | None = None) -> Milestone | None:
+def score_milestone(federation: FederationState, *, runtime: Runtime | None = None) -> Milestone | None:
     """Score the latest round where fedcli.yaml asks for it and it has not been done; None where nothing is due.
 
     `runtime` is a loaded model, if there is one. No round waits for its scores: what goes wrong with them is in the
     result.
     """
-    config, head = read_running_config(workspace), read_head(workspace)
+    config, head = federation.config, federation.head
     check_milestones(config)
     wanted, options = config.eval, Options(limit=config.eval.limit)
     if wanted.every is None or head.number == 0:
@@ -65,7 +57,7 @@ def score_milestone(workspace: Workspace, *, runtime: Runtime | None = None) -> 
     errors = []
     for name in wanted.benchmarks:
         try:
-            records += _score(workspace, config, head.number, name, options, runtime)
+            records += _score(federation, name, options, runtime)
         except FedError as error:
             errors.append(f"{error.message} ({error.hint})")
         except Exception as error:  # whatever a benchmark makes of its data: the next round must not wait for it
@@ -75,10 +67,9 @@ def score_milestone(workspace: Workspace, *, runtime: Runtime | None = None) -> 
     return Milestone(head.number, records, "; ".join(errors) or None)
 
 
-def _score(
-    workspace: Workspace, config: Config, number: int, name: str, options: Options, runtime: Runtime | None
-) -> list[ScoreRecord]:
-    """Score a round on those of a benchmark's or a group's that it has no scores on."""
+def _score(federation: FederationState, name: str, options: Options, runtime: Runtime | None) -> list[ScoreRecord]:
+    """Score the latest round on those of a benchmark's or a group's that it has no scores on."""
+    workspace, config, number = federation.workspace, federation.config, federation.head.number
     missing = [
         found.name
         for found in find_benchmarks([name])
@@ -96,7 +87,7 @@ def _score(
         judge_url=wanted.judge_url,
         allow_code_execution=wanted.allow_code_execution,
     )
-    return evaluate(workspace, *prepare(workspace, asked, runtime), _Silent())
+    return evaluate(workspace, *prepare(federation, asked, runtime), Observer())
 
 
 def _judge(workspace: Workspace, model: str | None) -> str | None:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 from fedcli.client.runtime import Runtime
 from fedcli.config import CustomTemplate, TemplateChoice
 from fedcli.eval.memory import Engine
+from fedcli.observer import Observer
 from fedcli.scoring.targets import Target
-from fedcli.workspace.history import read_head
-from fedcli.workspace.layout import Workspace
-from fedcli.workspace.settings import read_running_config
+from fedcli.workspace.federation_state import FederationState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,7 @@ class Models:
 
     def __init__(
         self,
-        workspace: Workspace,
+        federation: FederationState,
         *,
         threads: int | None = None,
         batch_size: int | None = None,
@@ -33,8 +32,8 @@ class Models:
         endpoint: Callable[[str], Engine],
         runtime: Runtime | None = None,
     ) -> None:
-        self._workspace = workspace
-        self._head = read_head(workspace)
+        self._federation = federation
+        self._head = federation.head
         self._threads = threads
         self._batch_size = batch_size
         self._template = template if template is not None else self._head.manifest.train.template
@@ -80,8 +79,7 @@ class Models:
 
     def _loaded_runtime(self) -> Runtime:
         if self._runtime is None:
-            config = read_running_config(self._workspace)
-            self._runtime = Runtime(self._workspace, config, self._head, threads=self._threads)
+            self._runtime = Runtime(self._federation, threads=self._threads, observer=Observer())
         return self._runtime
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fedcli.errors import IntegrityError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Mark, Metric, Options, Session
@@ -18,6 +18,7 @@ from fedcli.eval.memory import Memory, Remembering, Usage
 from fedcli.eval.registry import BENCHMARKS
 from fedcli.eval.sandbox import CodeRunner
 from fedcli.eval.statistics import Marks, score
+from fedcli.observer import Observer
 from fedcli.scoring.engines import Models
 from fedcli.scoring.targets import Target
 from fedcli.workspace.layout import Workspace
@@ -49,23 +50,13 @@ class Tools:
     run_code: CodeRunner | None = None
 
 
-class EvaluationObserver(Protocol):
-    """Hears what happens in an evaluation, to show it."""
-
-    def started(self, target: str, benchmark: str) -> None:
-        """A target begins a benchmark."""
-
-    def answered(self, num_done: int, num_asked: int) -> None:
-        """So many of the questions that were asked together have an answer."""
-
-
 def evaluate(
     workspace: Workspace,
     benchmarks: Sequence[Benchmark],
     targets: Sequence[Target],
     models: Models,
     tools: Tools,
-    observer: EvaluationObserver,
+    observer: Observer,
 ) -> list[ScoreRecord]:
     """Score every target on every benchmark, keep the scores, and return them.
 
@@ -83,7 +74,7 @@ def evaluate(
     records = []
     for target in targets:
         for benchmark in plan.values():
-            observer.started(target.name, benchmark.name)
+            observer.target_started(target.name, benchmark.name)
             if benchmark.parts:
                 records.append(_combine(workspace, benchmark, target, tools.options))
             else:
@@ -97,7 +88,7 @@ def _score(
     target: Target,
     models: Models,
     tools: Tools,
-    observer: EvaluationObserver,
+    observer: Observer,
 ) -> ScoreRecord:
     """Ask what has not been answered, score it all, and keep it."""
     assert benchmark.run is not None

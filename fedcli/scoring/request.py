@@ -18,6 +18,7 @@ from fedcli.model.base import fingerprint
 from fedcli.scoring.engines import Models, load_local
 from fedcli.scoring.evaluate import Tools
 from fedcli.scoring.targets import Target, Targets, find_targets
+from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.scores import read_scores, scored_name
 
@@ -44,7 +45,7 @@ class Scoring:
 
 
 def prepare(
-    workspace: Workspace, asked: Scoring, runtime: Runtime | None = None
+    federation: FederationState, asked: Scoring, runtime: Runtime | None = None
 ) -> tuple[list[Benchmark], list[Target], Models, Tools]:
     """Return the arguments of `evaluate`, the workspace aside.
 
@@ -53,14 +54,14 @@ def prepare(
     """
     benchmarks = _benchmarks(asked)
     _check_options(benchmarks, asked)
-    _check_baseline(workspace, benchmarks, asked.options)
+    _check_baseline(federation.workspace, benchmarks, asked.options)
     endpoints = {name: find_endpoint(name, asked.targets.api_url) for name in asked.targets.apis}
     urls = {endpoint.url for endpoint in endpoints.values()} - {OPENAI_URL}
-    targets = find_targets(workspace, replace(asked.targets, api_url=next(iter(urls), None)))
+    targets = find_targets(federation, replace(asked.targets, api_url=next(iter(urls), None)))
     for endpoint in endpoints.values():
         endpoint.reach()
     models = Models(
-        workspace,
+        federation,
         threads=asked.threads,
         batch_size=asked.batch_size,
         template=_template(asked.options.template),

@@ -19,12 +19,12 @@ from fedcli.workspace.baselines import (
     read_baseline,
     read_baseline_record,
 )
-from fedcli.workspace.history import Round, read_head, read_round, read_start
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.inbox import Update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, is_round_name, update_name
 from fedcli.workspace.records import sha256
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.settings import check_client, read_running_config
 
 BASE = "base"
 
@@ -62,22 +62,21 @@ class Target:
     """The name of a model behind an endpoint."""
 
 
-def find_targets(workspace: Workspace, asked: Targets) -> list[Target]:
+def find_targets(federation: FederationState, asked: Targets) -> list[Target]:
     """Return the targets that a user named, or all that the workspace holds.
 
     Raises UsageError for one that does not exist, NotReadyError for a round or an update that is not there yet.
     """
-    start, config = read_start(workspace), read_running_config(workspace)
-    for client in (*asked.clients, *asked.alone):
-        check_client(client, config)
+    workspace, config, start = federation.workspace, federation.config, federation.start
+    federation.check_clients((*asked.clients, *asked.alone))
     everything = replace(asked, api_url=None) == Targets()
     names = [baseline_name(client) for client in asked.alone] + ([baseline_name(None)] if asked.pooled else [])
     found = [_base(start)] if asked.base or everything else []
     if everything and config.adapter.init is not None:
         found.append(_round(start))
-    found += [_baseline(workspace, start, name) for name in (published_baselines(workspace) if everything else names)]
+    found += [_baseline(start, name) for name in (published_baselines(workspace) if everything else names)]
     found += [_update(workspace, client) for client in asked.clients]
-    found += [_round(_named_round(workspace, name)) for name in (("latest",) if everything else asked.rounds)]
+    found += [_round(federation.round(name)) for name in (("latest",) if everything else asked.rounds)]
     found += [_folder(folder) for folder in asked.adapters]
     found += [_model(workspace, model) for model in asked.models]
     found += [_api(name, asked.api_url) for name in asked.apis]
@@ -111,18 +110,8 @@ def _round(found: Round) -> Target:
     return Target(update_name(found.number), {"adapter": found.manifest.files[ADAPTER_NAME].sha256}, found.adapter)
 
 
-def _named_round(workspace: Workspace, name: str) -> Round:
-    if name == "latest":
-        return read_head(workspace)
-    if not (name.isascii() and name.isdigit()):
-        raise UsageError(f"--round {name}: no such round", hint="Give a round's number, or latest.")
-    found = read_round(workspace, int(name))
-    if found is None:
-        raise NotReadyError(f"round {name} is not there yet", hint="`fedcli status` shows how far it is.")
-    return found
-
-
-def _baseline(workspace: Workspace, start: Round, name: str) -> Target:
+def _baseline(start: Round, name: str) -> Target:
+    workspace = start.workspace
     record: BaselineRecord | None = read_baseline_record(workspace, name)
     if record is None:
         kind, _, client = name.partition("-")
@@ -149,7 +138,7 @@ def _last_update(workspace: Workspace, client: int) -> tuple[int, Update]:
     for number in sorted(map(int, filter(is_round_name, names)), reverse=True):
         base = read_round(workspace, number)
         with suppress(Refusal):
-            update = read_update(workspace, base, client) if base is not None else None
+            update = read_update(base, client) if base is not None else None
             if update is not None:
                 return number, update
         if base is not None and base.pruned() is not None:

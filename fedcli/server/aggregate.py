@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedcli.algos import ALGORITHMS, Algorithm
-from fedcli.config import Config, algorithm_from
+from fedcli.config import algorithm_from
 from fedcli.errors import BusyError, NotReadyError, UsageError, did_you_mean
+from fedcli.observer import Observer
 from fedcli.quantities import describe_seconds
 from fedcli.server.merge import combine
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
-from fedcli.workspace.history import Round, missing_clients, read_head
+from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
 from fedcli.workspace.inbox import discard_update
-from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import remove_temporaries
 from fedcli.workspace.records import Aggregation
-from fedcli.workspace.settings import POLL_SECONDS, check_client, read_running_config
 
 
 @dataclass(frozen=True)
@@ -42,89 +41,86 @@ class AggregationResult:
 
 
 def aggregate(
-    workspace: Workspace,
+    federation: FederationState,
     *,
     algorithm: str | None = None,
     partial: bool = False,
     dry_run: bool = False,
     wait: float = 0.0,
-    on_update: Callable[[int], None] = lambda client: None,
+    observer: Observer,
 ) -> AggregationResult:
     """Merge the open round's updates and publish the next round, as soon as enough of the cohort has answered.
 
     `algorithm` names another than the round's own for this aggregation, with the hyperparameters of fedcli.yaml where
     that has the same name, else the defaults; `partial` asks for one valid update only; `dry_run` publishes nothing;
-    `wait` is how many seconds to wait for updates or the lock; `on_update` hears of every client whose update was read.
-    Raises NotReadyError with the missing clients, BusyError while another process aggregates, UsageError for an
-    algorithm that is unknown or needs what the round's clients did not do.
+    `wait` is how many seconds to wait for updates or the lock. Raises NotReadyError with the missing clients, BusyError
+    while another process aggregates, UsageError for an algorithm that is unknown or needs what the round's clients did
+    not do.
     """
     deadline = time.monotonic() + wait
     while True:
         try:
-            with hold(workspace.server_lock, "the server's work"):
-                return _aggregate(workspace, algorithm, partial, dry_run, on_update)
+            with hold(federation.workspace.server_lock, "the server's work"):
+                federation.refresh()
+                return _aggregate(federation, algorithm, partial, dry_run, observer)
         except (NotReadyError, BusyError):
             if time.monotonic() + POLL_SECONDS > deadline:
                 raise
         time.sleep(POLL_SECONDS)
 
 
-def aggregate_all(workspace: Workspace, *, on_round: Callable[[int], None], on_wait: Callable[[str], None]) -> Round:
-    """Merge every round as soon as it is ready, until the last; return that.
+def aggregate_all(federation: FederationState, *, on_round: Callable[[int], None], observer: Observer) -> None:
+    """Merge every round as soon as it is ready, until the last.
 
-    `on_round` hears of each new round, `on_wait` what is waited for when that changes.
+    `on_round` is called with each new round; the observer hears what is waited for when that changes.
     """
     said = ""
     while True:
         try:
-            result = aggregate(workspace)
+            result = aggregate(federation, observer=observer)
         except (NotReadyError, BusyError) as error:
             if error.message != said:
                 said = error.message
-                on_wait(said)
+                observer.waiting(said)
             time.sleep(POLL_SECONDS)
             continue
         if result.published:
             on_round(result.round)
         if result.state == "finished":
-            return read_head(workspace)
+            return
 
 
-def discard(workspace: Workspace, client: int) -> bool:
+def discard(federation: FederationState, client: int) -> bool:
     """Set aside a client's update of the open round, so that it may send another; return whether there was one.
 
     A party of another user than the server's may set its own update aside, but cannot hold the server's lock: it must
     not do so while the server merges. Raises UsageError for an id that no client has, WorkspaceError for an inbox of
     another user.
     """
-    check_client(client, read_running_config(workspace))
+    federation.check_clients([client])
+    workspace = federation.workspace
     is_server = os.stat(workspace.inbox).st_uid == os.geteuid()
     with hold(workspace.server_lock, "the server's work") if is_server else nullcontext():
-        head = read_head(workspace)
-        return discard_update(workspace, head.number, client)
+        federation.refresh()
+        return discard_update(federation.head, client)
 
 
 def _aggregate(
-    workspace: Workspace,
-    algorithm_name: str | None,
-    partial: bool,
-    dry_run: bool,
-    on_update: Callable[[int], None],
+    federation: FederationState, algorithm_name: str | None, partial: bool, dry_run: bool, observer: Observer
 ) -> AggregationResult:
     if algorithm_name is not None and algorithm_name not in ALGORITHMS:
         raise UsageError(f"unknown algorithm {algorithm_name!r}", hint=did_you_mean(algorithm_name, ALGORITHMS))
-    head = read_head(workspace)
+    head = federation.head
     if head.manifest.state == "finished":
         return AggregationResult("finished", head.number, "finished", None)
-    config = read_running_config(workspace)
-    algorithm = _algorithm(head, config, algorithm_name)
-    needed = 1 if partial else needed_answers(head, config)
-    _check_answers(head, config, missing_clients(workspace, head), needed)
-    remove_temporaries(workspace.rounds)
+    algorithm = _algorithm(federation, algorithm_name)
+    needed = 1 if partial else needed_answers(federation)
+    _check_answers(federation, head.missing_clients(), needed)
+    remove_temporaries(federation.workspace.rounds)
     files, aggregation = combine(
-        workspace, head, algorithm, config.federation.clients, head.draw_order, head.num_counted, on_update
+        head, algorithm, federation.config.federation.clients, head.draw_order, head.num_counted, observer
     )
-    _check_answers(head, config, aggregation.missing, needed)
+    _check_answers(federation, aggregation.missing, needed)
     if files is None:
         faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)
         raise NotReadyError(
@@ -133,8 +129,9 @@ def _aggregate(
         )
     if dry_run:
         return AggregationResult("dry_run", head.number, "open", aggregation)
-    published = open_next_round(workspace, head, config, files, aggregation)
-    following = read_head(workspace)
+    published = open_next_round(federation, files, aggregation)
+    federation.refresh()
+    following = federation.head
     return AggregationResult(
         "published" if published else "overtaken",
         following.number,
@@ -143,8 +140,9 @@ def _aggregate(
     )
 
 
-def _algorithm(head: Round, config: Config, name: str | None) -> Algorithm:
+def _algorithm(federation: FederationState, name: str | None) -> Algorithm:
     """Return the algorithm to merge a round with: its own, or the named one where the clients did what that needs."""
+    head, config = federation.head, federation.config
     own = algorithm_from(head.manifest.algorithm)
     if name is None or name == own.name:
         return own
@@ -158,15 +156,16 @@ def _algorithm(head: Round, config: Config, name: str | None) -> Algorithm:
     return algorithm
 
 
-def _check_answers(head: Round, config: Config, missing: list[int], needed: int) -> None:
+def _check_answers(federation: FederationState, missing: list[int], needed: int) -> None:
     """Raise NotReadyError where too few of the cohort have answered."""
+    head = federation.head
     answered = len(head.manifest.cohort) - len(missing)
     if answered < needed:
         names = ", ".join(map(str, missing))
         hint = f"Run `fedcli client train --id {missing[0]}`"
         if answered:
             hint += ", or go on without them: `server aggregate --partial`"
-        left = seconds_left(head, config)
+        left = seconds_left(federation)
         if left is not None and left > 0:
             hint += f". The deadline is in {describe_seconds(left)}; then one valid update is enough"
         elif left is not None:

@@ -13,17 +13,18 @@ import yaml
 from fedcli.config import apply_overrides, parse_config, read_document
 from fedcli.data.source import absolute_path
 from fedcli.errors import UsageError, WorkspaceError, did_you_mean
-from fedcli.parties.simulate import DataSummary, OnRows, plan_split, write_split
+from fedcli.observer import Observer
+from fedcli.parties.simulate import DataSummary, plan_split, write_split
 from fedcli.server.initial_adapter import prepare_start
 from fedcli.server.open_round import open_first_round
-from fedcli.workspace.history import Round, read_head, read_identity, read_round
+from fedcli.workspace.federation_state import Experiment, FederationState, is_initialised, read_config
+from fedcli.workspace.history import read_identity, read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import make_folder, publish_file, remove_temporaries
 from fedcli.workspace.read import read_text
 from fedcli.workspace.records import Identity
 from fedcli.workspace.registrations import open_to_parties
-from fedcli.workspace.settings import read_config, read_running_config
 
 DEFAULT_PRESET = "demo"
 _PATH_KEYS = ("data.source", "model.base", "adapter.init", "eval.data", "eval.judge_model")
@@ -44,16 +45,16 @@ def presets() -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Creation:
-    """The latest round, whether anything was made, how a simulation's rows were split, and whether there are rows."""
+    """What `create_workspace` made or found: whether anything was made, whether there are rows, how they were split."""
 
-    head: Round
+    federation: FederationState
     is_new: bool
     has_rows: bool
     data: DataSummary | None = None
 
 
 def create_workspace(
-    root: Path, *, preset: str | None = None, overrides: Sequence[str] = (), on_rows: OnRows = lambda what, count: None
+    root: Path, *, preset: str | None = None, overrides: Sequence[str] = (), observer: Observer
 ) -> Creation:
     """Make a workspace in a folder, split its rows and open round 0.
 
@@ -65,10 +66,10 @@ def create_workspace(
     text = _configuration(workspace, preset, overrides)
     config = parse_config(read_document(text, workspace.config), workspace.config)
     if _is_open(workspace):
-        read_running_config(workspace)
         return _standing(workspace)
-    plan = plan_split(config, workspace.root, on_rows)
-    start = prepare_start(config, workspace.root)  # all that can be wrong is found before anything is written
+    experiment = Experiment(workspace, config, None)
+    plan = plan_split(experiment, observer)
+    start = prepare_start(experiment)  # all that can be wrong is found before anything is written
     make_folder(workspace.root)
     with hold(workspace.server_lock, "the server's work"):
         if _is_open(workspace):
@@ -77,32 +78,32 @@ def create_workspace(
         remove_temporaries(workspace.rounds)
         open_to_parties(workspace, multi_user=config.federation.multi_user)
         if plan is not None:
-            write_split(workspace, config, plan, on_rows=on_rows)
+            write_split(experiment, plan, observer=observer)
         if not workspace.config.exists():
             publish_file(workspace.config, text.encode())
         for page in (workspace.readme, workspace.crontab, workspace.slurm_readme):
             if not page.exists():
                 publish_file(page, (template_folder() / page.relative_to(workspace.root)).read_bytes())
-        workspace_id = read_identity(workspace).id if workspace.identity.exists() else uuid.uuid4().hex
+        workspace_id = read_identity(workspace).id if is_initialised(workspace) else uuid.uuid4().hex
         is_simulation = plan is not None or any(workspace.data.glob("client-*.jsonl"))
         identity = Identity(id=workspace_id, fixed=config.fixed(), simulation=is_simulation)
         publish_file(workspace.identity, identity.to_bytes())
-        head = open_first_round(workspace, config, start)
-        return Creation(head, True, _has_rows(workspace), plan.summary if plan else None)
+        federation = open_first_round(experiment, identity, start)
+        return Creation(federation, True, _has_rows(workspace), plan.summary if plan else None)
 
 
-def open_round(workspace: Workspace) -> Round:
-    """Open round 0 unless it is open, and return the latest round."""
-    config = read_running_config(workspace)
+def open_round(workspace: Workspace) -> FederationState:
+    """Open round 0 unless it is open, and return the federation."""
+    identity, experiment = read_identity(workspace), Experiment.read(workspace)
     with hold(workspace.server_lock, "the server's work"):
-        open_to_parties(workspace, multi_user=config.federation.multi_user)
+        open_to_parties(workspace, multi_user=experiment.config.federation.multi_user)
         if _is_open(workspace):
-            return read_head(workspace)
-        return open_first_round(workspace, config, prepare_start(config, workspace.root))
+            return FederationState.open(workspace)
+        return open_first_round(experiment, identity, prepare_start(experiment))
 
 
 def _standing(workspace: Workspace) -> Creation:
-    return Creation(read_head(workspace), False, _has_rows(workspace))
+    return Creation(FederationState.open(workspace), False, _has_rows(workspace))
 
 
 def _has_rows(workspace: Workspace) -> bool:
@@ -111,7 +112,7 @@ def _has_rows(workspace: Workspace) -> bool:
 
 
 def _is_open(workspace: Workspace) -> bool:
-    return workspace.identity.exists() and read_round(workspace, 0) is not None
+    return is_initialised(workspace) and read_round(workspace, 0) is not None
 
 
 def _configuration(workspace: Workspace, preset: str | None, overrides: Sequence[str]) -> str:

@@ -2,31 +2,22 @@
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedcli.algos import Array
-from fedcli.config import Config
 from fedcli.errors import ConfigError
 from fedcli.model.adapter_config import parse_outside_config
 from fedcli.parties.party import trusts_code
-from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, Workspace
+from fedcli.server.open_round import Start
+from fedcli.workspace.federation_state import Experiment
+from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME
 from fedcli.workspace.records import ModelRecord, TensorEntry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode, schema_of
 
 
-@dataclass(frozen=True)
-class Start:
-    """Round 0 before it is published: its base model, its files and the tensors of its adapter."""
-
-    model: ModelRecord
-    files: dict[str, bytes]
-    tensors: dict[str, TensorEntry]
-
-
-def prepare_start(config: Config, root: Path) -> Start:
+def prepare_start(experiment: Experiment) -> Start:
     """Find the base model and make the adapter that LoRA starts from; writes nothing.
 
     Loads torch, for the shapes of the base model's layers. Raises ConfigError or RequirementError for a base model, a
@@ -42,13 +33,14 @@ def prepare_start(config: Config, root: Path) -> Start:
     )
     from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
 
+    config, root = experiment.config, experiment.workspace.root
     require_bitsandbytes(config.model.quantization)
     base = config.model.base
     folder = find_base(base, revision=config.model.revision, root=root)
-    Encoder(load_tokenizer(folder, trust_remote_code=trusts_code(Workspace(root), config)), config.data.template)
+    Encoder(load_tokenizer(folder, trust_remote_code=trusts_code(experiment)), config.data.template)
     local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
     with without_bitsandbytes(config.model.quantization == "none"):
-        arrays, adapter_config, num_parameters = _adapter(config, folder, root, hub_id=None if local else base)
+        arrays, adapter_config, num_parameters = _adapter(experiment, folder, hub_id=None if local else base)
     model = ModelRecord(
         base=folder.name if is_path(base, root) else base,  # no path of this machine
         revision=config.model.revision,
@@ -59,11 +51,11 @@ def prepare_start(config: Config, root: Path) -> Start:
     return Start(model, {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: adapter_config}, schema_of(arrays))
 
 
-def _adapter(config: Config, folder: Path, root: Path, *, hub_id: str | None) -> tuple[dict[str, Array], bytes, int]:
+def _adapter(experiment: Experiment, folder: Path, *, hub_id: str | None) -> tuple[dict[str, Array], bytes, int]:
     """Return the arrays and the adapter_config.json that the federation starts from, and the base's parameters."""
     from fedcli.model.lora import lora_config, start_adapter
 
-    adapter = config.adapter
+    config, root, adapter = experiment.config, experiment.workspace.root, experiment.config.adapter
     peft_config = lora_config(
         rank=adapter.rank,
         alpha=adapter.alpha,
@@ -72,7 +64,7 @@ def _adapter(config: Config, folder: Path, root: Path, *, hub_id: str | None) ->
         base=hub_id,
     )
     arrays, num_parameters = start_adapter(
-        folder, peft_config, seed=config.federation.seed, trust_remote_code=trusts_code(Workspace(root), config)
+        folder, peft_config, seed=config.federation.seed, trust_remote_code=trusts_code(experiment)
     )
     if adapter.init is not None:
         arrays = _read_adapter(root / os.path.expanduser(adapter.init), schema_of(arrays), peft_config)

@@ -1,6 +1,6 @@
 """Merging a round's updates: one is read and checked while another is summed, and two are in memory at once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
@@ -9,22 +9,22 @@ import numpy as np
 from fedcli.algos import Algorithm, Arrays, MergedUpdates
 from fedcli.algos.arrays import WeightedSum
 from fedcli.errors import IntegrityError
-from fedcli.workspace.history import Round, is_submitted, state_file
+from fedcli.observer import Observer
+from fedcli.workspace.history import Round, state_file
 from fedcli.workspace.inbox import Update, read_update
-from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, CONTROL_DELTA_FILE, Workspace
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, CONTROL_DELTA_FILE
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import encode
 
 
 def combine(
-    workspace: Workspace,
     base: Round,
     algorithm: Algorithm,
     num_clients: int,
     order: Sequence[int],
     count: int,
-    on_update: Callable[[int], None] = lambda client: None,
+    observer: Observer,
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Read the updates of a round's clients in this order, until `count` are valid, and sum them in this order.
 
@@ -33,7 +33,7 @@ def combine(
     """
     adapter = base.adapter()
     sums = _Sums()
-    _read_all(workspace, base, algorithm, order, count, adapter, sums, on_update)
+    _read_all(base, algorithm, order, count, adapter, sums, observer)
     aggregation = sums.aggregation(algorithm)
     if not sums.counted:
         return None, aggregation
@@ -98,18 +98,17 @@ class _Sums:
 
 
 def _read_all(
-    workspace: Workspace,
     base: Round,
     algorithm: Algorithm,
     order: Sequence[int],
     count: int,
     adapter: Arrays,
     sums: _Sums,
-    on_update: Callable[[int], None],
+    observer: Observer,
 ) -> None:
     """Count the first `count` valid updates; note who was refused, is missing, or came beyond them."""
     num_read = 0
-    for client, reading in _read_ahead(workspace, base, order):
+    for client, reading in _read_ahead(base, order):
         num_read += 1
         try:
             update = reading.result()
@@ -120,16 +119,14 @@ def _read_all(
                 sums.missing.append(client)
             else:
                 sums.add(client, update, algorithm, adapter)
-        on_update(client)
+        observer.update_read(base.number, client)
         if len(sums.counted) == count:
             break
     for client in order[num_read:]:
-        (sums.surplus if is_submitted(workspace, base.number, client) else sums.missing).append(client)
+        (sums.surplus if base.has_update(client) else sums.missing).append(client)
 
 
-def _read_ahead(
-    workspace: Workspace, base: Round, clients: Sequence[int]
-) -> "Iterator[tuple[int, Future[Update | None]]]":
+def _read_ahead(base: Round, clients: Sequence[int]) -> "Iterator[tuple[int, Future[Update | None]]]":
     """Yield each client with its update, while a thread reads the next; an update lasts until the next is asked for.
 
     Reading, hashing and numpy's arithmetic all let other threads run.
@@ -138,7 +135,7 @@ def _read_ahead(
     with ThreadPoolExecutor(1) as reader:
         present = None
         for number, client in enumerate(clients):
-            ahead = reader.submit(read_update, workspace, base, client, memory[number % 2])
+            ahead = reader.submit(read_update, base, client, memory[number % 2])
             if present is not None:
                 yield present
             present = client, ahead

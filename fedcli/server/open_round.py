@@ -1,39 +1,46 @@
 """Opening rounds: round 0 from its start, round n + 1 from an aggregation."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from fedcli.config import Config
 from fedcli.randomness import draw_cohort
 from fedcli.server.communication_cost import cost_of, history_of
-from fedcli.server.initial_adapter import Start
-from fedcli.workspace.history import Round, read_head, read_identity
+from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILE,
     CONTROL_DELTA_FILE,
     MANIFEST,
-    Workspace,
 )
 from fedcli.workspace.publish import SHARED_FOLDER_MODE, SHARED_MODE, make_folder, publish_directory
 from fedcli.workspace.records import (
     Aggregation,
+    Identity,
     Manifest,
     ModelRecord,
-    Schedule,
     Selection,
     TensorEntry,
-    TrainRecord,
     file_entry,
 )
+from fedcli.workspace.train_record import train_record
 
 
-def open_first_round(workspace: Workspace, config: Config, start: Start) -> Round:
-    """Publish rounds/00000, unless another server was first, and return the latest round."""
+@dataclass(frozen=True)
+class Start:
+    """Round 0 before it is published: its base model, its files and the tensors of its adapter."""
+
+    model: ModelRecord
+    files: dict[str, bytes]
+    tensors: dict[str, TensorEntry]
+
+
+def open_first_round(experiment: Experiment, identity: Identity, start: Start) -> FederationState:
+    """Publish rounds/00000, unless another server was first, and return the federation as it stands then."""
     manifest = _manifest(
-        config,
-        workspace_id=read_identity(workspace).id,
+        experiment.config,
+        workspace_id=identity.id,
         number=0,
         parent=None,
         model=start.model,
@@ -41,17 +48,16 @@ def open_first_round(workspace: Workspace, config: Config, start: Start) -> Roun
         files=start.files,
         aggregation=None,
     )
-    _publish(workspace, manifest, start.files)
-    return read_head(workspace)
+    _publish(experiment, manifest, start.files)
+    return FederationState.open(experiment.workspace)
 
 
-def open_next_round(
-    workspace: Workspace, previous: Round, config: Config, files: dict[str, bytes], aggregation: Aggregation
-) -> bool:
-    """Publish the round behind `previous` with its merged files; return False where another server was first."""
+def open_next_round(federation: FederationState, files: dict[str, bytes], aggregation: Aggregation) -> bool:
+    """Publish the round behind the latest with its merged files; return False where another server was first."""
+    previous = federation.head
     files = {**files, ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}
     manifest = _manifest(
-        config,
+        federation.config,
         workspace_id=previous.manifest.workspace,
         number=previous.number + 1,
         parent=previous.sha256,
@@ -61,29 +67,11 @@ def open_next_round(
         aggregation=aggregation,
         previous=previous.manifest,
     )
-    return _publish(workspace, manifest, files)
+    return _publish(federation, manifest, files)
 
 
-def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
-    """Return what a client must obey in a round, as fedcli.yaml has it now."""
-    train = config.train
-    return TrainRecord(
-        steps=train.steps,
-        batch_size=train.batch_size,
-        micro_batch_size=train.micro_batch_size,
-        max_length=train.max_length,
-        learning_rate=train.learning_rate_of(number, rounds),
-        schedule=Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds),
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        beta=train.beta if config.task == "dpo" else None,
-        gradient_checkpointing=train.gradient_checkpointing,
-        template=config.data.template,
-        seed=config.federation.seed,
-    )
-
-
-def _publish(workspace: Workspace, manifest: Manifest, files: dict[str, bytes]) -> bool:
+def _publish(experiment: Experiment, manifest: Manifest, files: dict[str, bytes]) -> bool:
+    workspace = experiment.workspace
     make_folder(workspace.rounds, SHARED_FOLDER_MODE)
     contents = [*files.items(), (MANIFEST, manifest.to_bytes())]
     return publish_directory(workspace.round(manifest.round), contents, mode=SHARED_MODE)

@@ -3,12 +3,12 @@
 import itertools
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedcli.config import algorithm_from
 from fedcli.errors import FedError, IntegrityError
+from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
@@ -61,7 +61,7 @@ class Verification:
         self.violations.append(Violation(path, problem))
 
 
-def verify(workspace: Workspace, *, on_round: Callable[[int], None] = lambda number: None) -> Verification:
+def verify(workspace: Workspace, *, observer: Observer) -> Verification:
     """Check every published round and counted update; what is wrong is collected, not raised.
 
     Costs in proportion to the history: every round's files are hashed and every aggregate is computed again from the
@@ -74,7 +74,7 @@ def verify(workspace: Workspace, *, on_round: Callable[[int], None] = lambda num
     previous: Round | None = None
     expected = 0
     for number in listed_rounds(workspace):
-        on_round(number)
+        observer.checking(f"round {number}")
         if number != expected:
             previous = None
             missing = round_name(expected) + (f" to {round_name(number - 1)}" if number - 1 > expected else "")
@@ -89,9 +89,9 @@ def verify(workspace: Workspace, *, on_round: Callable[[int], None] = lambda num
                 _check_aggregation(current, current.manifest.aggregation, previous, seen, result)
                 if previous is not None and identity is not None:
                     num_clients = int(identity.fixed.get("federation.clients", 0)) or len(previous.manifest.cohort)
-                    _recompute(workspace, current, current.manifest.aggregation, previous, num_clients, result)
+                    _recompute(current, current.manifest.aggregation, previous, num_clients, result)
             if number == 0:
-                _check_baselines(workspace, current, result)
+                _check_baselines(current, result)
         previous = current
     if previous is not None and os.path.lexists(previous.folder / PRUNED):
         result.report(previous.folder / PRUNED, "removes what may not be removed: the latest round's files")
@@ -110,8 +110,9 @@ def _read_identity(workspace: Workspace, result: Verification) -> Identity | Non
         return None
 
 
-def _check_baselines(workspace: Workspace, start: Round, result: Verification) -> None:
+def _check_baselines(start: Round, result: Verification) -> None:
     """Every file of a baseline has its hash, and its adapter has the federation's tensors."""
+    workspace = start.workspace
     for name in published_baselines(workspace):
         try:
             read_baseline(workspace, name, start.manifest.tensors)
@@ -255,7 +256,6 @@ def _is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) -
 
 
 def _recompute(
-    workspace: Workspace,
     current: Round,
     aggregation: Aggregation,
     previous: Round,
@@ -263,6 +263,7 @@ def _recompute(
     result: Verification,
 ) -> None:
     """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
+    workspace = current.workspace
     hashes = {entry.client: entry.update for entry in aggregation.counted}
     hidden = [client for client in hashes if is_hidden(workspace, client)]
     if hidden:  # parties of other users: the server can check, this user cannot
@@ -279,7 +280,7 @@ def _recompute(
         if algorithm.uses_control and CONTROL_DELTA_FILE not in previous.manifest.update_files:
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
-        files, again = combine(workspace, previous, algorithm, num_clients, order, len(order))
+        files, again = combine(previous, algorithm, num_clients, order, len(order), Observer())
     except FedError as error:
         result.report(current.folder, f"cannot be computed again: {error}")
         return

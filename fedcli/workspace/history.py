@@ -48,7 +48,7 @@ class PrunedRecord(Record):
 class Round:
     """A published round."""
 
-    folder: Path
+    workspace: Workspace
     manifest: Manifest
     sha256: str
     """The hash of manifest.json, which updates name as their base."""
@@ -57,6 +57,11 @@ class Round:
     def number(self) -> int:
         """The round's number."""
         return self.manifest.round
+
+    @property
+    def folder(self) -> Path:
+        """Its directory."""
+        return self.workspace.round(self.number)
 
     @property
     def draw_order(self) -> list[int]:
@@ -75,6 +80,14 @@ class Round:
         A copy of the workspace may have lost it.
         """
         return (self.folder / MANIFEST).stat().st_mtime
+
+    def has_update(self, client: int) -> bool:
+        """Return whether something lies where the client's update of this round belongs."""
+        return self.workspace.has_update(self.number, client)
+
+    def missing_clients(self) -> list[int]:
+        """Return the clients of the cohort that have dropped nothing, in the cohort's order."""
+        return [client for client in self.manifest.cohort if not self.has_update(client)]
 
     def adapter(self) -> "dict[str, Array]":
         """Return the round's global adapter, float32; raise IntegrityError where it is damaged."""
@@ -155,8 +168,7 @@ def read_identity(workspace: Workspace) -> Identity:
 
 def read_round(workspace: Workspace, number: int) -> Round | None:
     """Read a round's manifest, or return None where the round has not been published."""
-    folder = workspace.round(number)
-    path = folder / MANIFEST
+    path = workspace.round(number) / MANIFEST
     try:
         contents = read_file(path, limit=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
@@ -166,19 +178,16 @@ def read_round(workspace: Workspace, number: int) -> Round | None:
     manifest = parse_record(Manifest, contents, path)
     if manifest.round != number:
         raise IntegrityError(f"{path} says that it is round {manifest.round}", hint=_RESTORE)
-    return Round(folder, manifest, sha256(contents))
+    return Round(workspace, manifest, sha256(contents))
 
 
-def read_head(workspace: Workspace) -> Round:
-    """Return the latest round.
+def read_head(workspace: Workspace, identity: Identity, *, known: Round | None = None) -> Round:
+    """Return the latest round of the workspace with this identity; `known` is one that it is not before.
 
     The listing of rounds/ may be old over NFS, so it is a first guess only: the head is where opening the next fails.
     """
-    identity = read_identity(workspace)
-    number = max(listed_rounds(workspace), default=0)
-    while number and _is_vacant(workspace.round(number)):  # an empty folder is no round; the next one replaces it
-        number -= 1
-    head = None
+    head = known
+    number = known.number + 1 if known is not None else _last_listed(workspace)
     while (following := read_round(workspace, number)) is not None:
         head, number = following, number + 1
     if head is None and number:
@@ -218,20 +227,18 @@ def listed_rounds(workspace: Workspace) -> list[int]:
     return sorted(int(name) for name in os.listdir(workspace.rounds) if is_round_name(name))
 
 
-def is_submitted(workspace: Workspace, round_number: int, client: int) -> bool:
-    """Return whether something lies where the client's update of a round belongs."""
-    return os.path.lexists(workspace.update(round_number, client))
-
-
 def is_hidden(workspace: Workspace, client: int) -> bool:
     """Return whether a client's inbox is closed to this user: only the server and its own user see into it."""
     inbox = workspace.client_inbox(client)
     return os.path.lexists(inbox) and not os.access(inbox, os.R_OK | os.X_OK)
 
 
-def missing_clients(workspace: Workspace, head: Round) -> list[int]:
-    """Return the clients of a round's cohort that have dropped nothing."""
-    return [client for client in head.manifest.cohort if not is_submitted(workspace, head.number, client)]
+def _last_listed(workspace: Workspace) -> int:
+    """Return the last round that a listing shows, 0 for none; an empty folder is no round: the next one replaces it."""
+    number = max(listed_rounds(workspace), default=0)
+    while number and _is_vacant(workspace.round(number)):
+        number -= 1
+    return number
 
 
 def _is_vacant(folder: Path) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from fedcli.algos import Array
 from fedcli.errors import WorkspaceError
-from fedcli.workspace.history import Round, is_submitted
-from fedcli.workspace.layout import UPDATE_RECORD, Workspace, update_name
+from fedcli.workspace.history import Round
+from fedcli.workspace.layout import UPDATE_RECORD, update_name
 from fedcli.workspace.publish import DROPPED_FOLDER_MODE, DROPPED_MODE, make_folder, publish_directory, set_aside
 from fedcli.workspace.read import opened_folder, owner_of, read_file, read_hashed
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
@@ -31,22 +31,23 @@ class Update:
     """Of all its files."""
 
 
-def drop_update(workspace: Workspace, round_number: int, client: int, files: Iterable[tuple[str, bytes]]) -> bool:
-    """Publish a client's update; return False where another process was first (its update stands)."""
-    inbox = workspace.client_inbox(client)
+def drop_update(base: Round, client: int, files: Iterable[tuple[str, bytes]]) -> bool:
+    """Publish a client's update of a round; return False where another process was first (its update stands)."""
+    inbox = base.workspace.client_inbox(client)
     if inbox.is_symlink():  # whoever made it would get the update
         raise WorkspaceError(f"{inbox} is a symbolic link", hint="Ask the server's operator to remove it.")
     make_folder(inbox, DROPPED_FOLDER_MODE)
-    return publish_directory(workspace.update(round_number, client), files, mode=DROPPED_MODE)
+    return publish_directory(base.workspace.update(base.number, client), files, mode=DROPPED_MODE)
 
 
-def discard_update(workspace: Workspace, round_number: int, client: int) -> bool:
+def discard_update(base: Round, client: int) -> bool:
     """Set a client's update of a round aside; return whether there was one."""
+    workspace = base.workspace
     inbox = workspace.client_inbox(client)
     if inbox.is_symlink():  # through it another client's update would be moved
         set_aside(inbox)
         return True
-    if not is_submitted(workspace, round_number, client):
+    if not base.has_update(client):
         return False
     owner = os.lstat(inbox).st_uid
     if owner not in (os.geteuid(), os.stat(workspace.inbox).st_uid) and not os.access(inbox, os.W_OK):
@@ -54,18 +55,17 @@ def discard_update(workspace: Workspace, round_number: int, client: int) -> bool
             f"client {client}'s inbox belongs to another user ({owner}), who alone can set its update aside",
             hint=f"Ask that party to run `fedcli server discard --id {client}`, while the server does not merge.",
         )
-    set_aside(workspace.update(round_number, client))
+    set_aside(workspace.update(base.number, client))
     return True
 
 
-def read_update(
-    workspace: Workspace, base: Round, client: int, buffers: dict[str, memoryview] | None = None
-) -> Update | None:
+def read_update(base: Round, client: int, buffers: dict[str, memoryview] | None = None) -> Update | None:
     """Read and check a client's update of a round; None where there is none.
 
     Every byte is read once, into memory; what is checked is what is used. `buffers` holds that memory, by file, for
     the next call: this one's arrays are views of it. Raises Refusal with the code of the first fault that is found.
     """
+    workspace = base.workspace
     try:
         with (
             opened_folder(workspace.inbox.resolve()) as inbox,

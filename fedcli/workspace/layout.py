@@ -85,6 +85,10 @@ class Workspace:
         """The directory of a client's update of a round."""
         return self.client_inbox(client) / update_name(number)
 
+    def has_update(self, number: int, client: int) -> bool:
+        """Return whether something lies where a client's update of a round belongs."""
+        return os.path.lexists(self.update(number, client))
+
     @property
     def clients(self) -> Path:
         """The registry: what joined parties say of their rows."""

@@ -1,0 +1,35 @@
+"""The models that a process has loaded; none is loaded before it is needed."""
+
+from typing import TYPE_CHECKING
+
+from fedcli.observer import Observer
+from fedcli.parties.party import Party
+from fedcli.workspace.federation_state import FederationState
+
+if TYPE_CHECKING:
+    from fedcli.client.runtime import Runtime
+
+
+class Runtimes:
+    """One model for all clients, and one more for each party with its own copy of the base or its own trust in code."""
+
+    def __init__(self, federation: FederationState, *, threads: int | None = None, observer: Observer) -> None:
+        self._federation = federation
+        self._threads = threads
+        self._observer = observer
+        self._loaded: dict[tuple[str | None, bool | None], Runtime] = {}
+
+    @property
+    def shared(self) -> "Runtime | None":
+        """The one of all clients; None while it has not been loaded."""
+        return self._loaded.get((None, None))
+
+    def load(self, party: Party) -> "Runtime":
+        """Return the party's, loaded now where it is not yet."""
+        self._observer.model_loading(self._federation.head)
+        key = (party.base, party.trust_remote_code)
+        if key not in self._loaded:
+            from fedcli.client.runtime import Runtime
+
+            self._loaded[key] = Runtime(self._federation, threads=self._threads, party=party, observer=self._observer)
+        return self._loaded[key]

@@ -1,0 +1,55 @@
+"""What work tells whoever shows it."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedcli.scoring.after_rounds import Milestone
+    from fedcli.server.aggregate import AggregationResult
+    from fedcli.training.reports import StepReport
+    from fedcli.workspace.history import Round
+
+
+class Observer:
+    """Hears what happens while fedcli works, and does nothing; a display overrides what it shows."""
+
+    def rows_read(self, what: str, count: int) -> None:
+        """So many rows in all are done of what is being done ("reading rows")."""
+
+    def round_started(self, head: "Round") -> None:
+        """A round is open, and its clients are trained now."""
+
+    def client_started(self, client: int) -> None:
+        """A client is next."""
+
+    def model_loading(self, head: "Round") -> None:
+        """The base model is needed, to train in this round."""
+
+    def step_done(self, client: int | None, report: "StepReport") -> None:
+        """A client made an optimiser step; None: the baseline of all rows."""
+
+    def baseline_round(self, number: int, rounds: int, steps: int) -> None:
+        """A baseline begins a round of so many steps, of so many rounds."""
+
+    def worker_died(self, client: int, exit_code: int | None) -> None:
+        """The process that trained a client is gone (negative: by that signal); another one tries again."""
+
+    def waiting(self, message: str) -> None:
+        """Nothing can be done until somebody else has."""
+
+    def update_read(self, round_number: int, client: int) -> None:
+        """A client's update of a round was read."""
+
+    def round_done(self, result: "AggregationResult") -> None:
+        """A round's updates were merged."""
+
+    def round_scored(self, scores: "Milestone") -> None:
+        """A new round was scored, as fedcli.yaml asks, or could not be."""
+
+    def checking(self, what: str) -> None:
+        """Something is looked at next."""
+
+    def target_started(self, target: str, benchmark: str) -> None:
+        """A model begins a benchmark."""
+
+    def answered(self, num_done: int, num_asked: int) -> None:
+        """So many of the questions that were asked together have an answer."""

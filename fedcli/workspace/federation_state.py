@@ -1,0 +1,158 @@
+"""A workspace as its commands see it: fedcli.yaml, and once it is initialised its identity and latest round."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fedcli.config import Config, parse_config, read_document
+from fedcli.errors import ConfigError, NotReadyError, UsageError
+from fedcli.workspace.history import Round, read_head, read_identity, read_round, read_rounds, read_start
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.read import read_text
+from fedcli.workspace.records import Identity
+
+POLL_SECONDS = 0.5
+"""How long to wait between two looks at the disk."""
+
+
+@dataclass
+class Experiment:
+    """A workspace and its fedcli.yaml; the workspace need not be initialised."""
+
+    workspace: Workspace
+    config: Config
+    _identity: Identity | None
+
+    @property
+    def identity(self) -> Identity | None:
+        """What workspace.json says; None where the workspace is not initialised."""
+        return self._identity
+
+    @classmethod
+    def read(cls, workspace: Workspace) -> "Experiment":
+        """Read and validate fedcli.yaml; raise ConfigError, or WorkspaceError where it cannot be read.
+
+        Where the workspace is initialised, what `init` fixed must still be the same.
+        """
+        config = read_config(workspace)
+        if not is_initialised(workspace):
+            return Experiment(workspace, config, None)
+        identity = read_identity(workspace)
+        _check_fixed(workspace, identity, config)
+        return Experiment(workspace, config, identity)
+
+    def check_clients(self, clients: Iterable[int]) -> None:
+        """Raise UsageError for an id that no client has."""
+        num_clients = self.config.federation.clients
+        for client in clients:
+            if not 0 <= client < num_clients:
+                raise UsageError(
+                    f"there is no client {client}",
+                    hint=f"This federation has {num_clients} clients, ids 0 to {num_clients - 1}.",
+                )
+
+
+@dataclass
+class FederationState(Experiment):
+    """An initialised workspace: fedcli.yaml, workspace.json and the latest manifest, each read once.
+
+    `refresh` brings it up to date.
+    """
+
+    head: Round
+    _config_version: tuple[int, ...]
+
+    @classmethod
+    def open(cls, workspace: Workspace) -> Self:
+        """Read a workspace.
+
+        Raises WorkspaceError where it is not initialised, ConfigError for a fault in fedcli.yaml or a change of what
+        `init` fixed, NotReadyError where round 0 is not open, IntegrityError where something is damaged.
+        """
+        identity, version = read_identity(workspace), _version(workspace)
+        config = read_config(workspace)
+        _check_fixed(workspace, identity, config)
+        return cls(workspace, config, identity, read_head(workspace, identity), version)
+
+    def refresh(self) -> bool:
+        """Read fedcli.yaml where it has changed, and the latest round; return whether that is another round."""
+        if (version := _version(self.workspace)) != self._config_version:
+            config = read_config(self.workspace)
+            _check_fixed(self.workspace, self.identity, config)
+            self.config, self._config_version = config, version
+        before = self.head
+        self.head = read_head(self.workspace, self.identity, known=before)
+        return self.head is not before
+
+    @property
+    def identity(self) -> Identity:
+        """What workspace.json says."""
+        assert self._identity is not None
+        return self._identity
+
+    @property
+    def start(self) -> Round:
+        """Round 0."""
+        return self.head if self.head.number == 0 else read_start(self.workspace)
+
+    def past(self) -> list[Round]:
+        """Return all rounds before the latest; raise IntegrityError where one is missing."""
+        return read_rounds(self.workspace, before=self.head.number)
+
+    def round(self, name: int | str) -> Round:
+        """Return a round by its number, or "latest".
+
+        Raises UsageError for what is neither, NotReadyError for a round that is not there yet.
+        """
+        if name == "latest":
+            return self.head
+        text = str(name)
+        if not (text.isascii() and text.isdigit()):
+            raise UsageError(f"--round {name}: no such round", hint="Give a round's number, or latest.")
+        found = self.head if int(text) == self.head.number else read_round(self.workspace, int(text))
+        if found is None:
+            raise NotReadyError(
+                f"there is no round {text} yet: the latest is {self.head.number}",
+                hint="`fedcli status` shows how far it is.",
+            )
+        return found
+
+
+def read_config(workspace: Workspace) -> Config:
+    """Read and validate fedcli.yaml; raise ConfigError, or WorkspaceError where it cannot be read."""
+    return parse_config(read_document(read_text(workspace.config), workspace.config), workspace.config)
+
+
+def is_initialised(workspace: Workspace) -> bool:
+    """Return whether `init` has given the workspace its identity."""
+    return workspace.identity.exists()
+
+
+def _version(workspace: Workspace) -> tuple[int, ...]:
+    """Return what changes whenever fedcli.yaml does; empty where it cannot be told."""
+    try:
+        found = os.stat(workspace.config)
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+
+def _check_fixed(workspace: Workspace, identity: Identity, config: Config) -> None:
+    changed = _differences("", identity.fixed, config.fixed())
+    if changed:
+        raise ConfigError(
+            f"{workspace.config} changes what was fixed by `fedcli init`:\n  " + "\n  ".join(changed),
+            hint="Set these keys back, or start another workspace with `fedcli init DIR`.",
+        )
+
+
+def _differences(prefix: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    lines = []
+    for key in sorted(before):  # a key that a later version adds has changed nothing
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(f"{prefix}{key}.", old, new)
+        elif old != new:
+            lines.append(f"{prefix}{key}: was {old!r}, is now {new!r}")
+    return lines
