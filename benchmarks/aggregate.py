@@ -90,7 +90,7 @@ def make_workspace(root: Path, clients: int) -> Workspace:
             path.write_bytes(encode({name: noise(rng, shape) for name, shape in TENSORS.items()}))
             path.with_suffix(".json").write_text(file_entry(path.read_bytes()).model_dump_json())
         entry = FileEntry.model_validate_json(path.with_suffix(".json").read_text())
-        drop_update(workspace, 0, client, [(UPDATE_RECORD, update_record(base, client, entry).to_bytes())])
+        drop_update(base, client, [(UPDATE_RECORD, update_record(base, client, entry).to_bytes())])
         os.link(path, workspace.update(0, client) / ADAPTER_FILE)
     return workspace
 

@@ -35,18 +35,17 @@ def seconds_of(line: list[object]) -> tuple[float, float]:
 def save_examples(workspace: Path, path: Path) -> Path:
     """Save the token ids that client 0 trains on in round 0, for the hand-written process; return the path."""
     import numpy as np
-    from fedcli.workspace.settings import read_config
 
     from fedcli.data.encoding import Encoder, encode_source
     from fedcli.data.formats import RowReader
     from fedcli.data.order import draw
     from fedcli.model.base import find_base, load_tokenizer
     from fedcli.parties.party import find_party
+    from fedcli.workspace.federation_state import Experiment
     from fedcli.workspace.layout import Workspace
 
-    found = Workspace(workspace)
-    config = read_config(found)
-    party = find_party(found, config, 0)
+    experiment = Experiment.read(Workspace(workspace))
+    config, party = experiment.config, find_party(experiment, 0)
     encoder = Encoder(load_tokenizer(find_base("builtin:tiny", revision=None, root=path), trust_remote_code=False))
     reader = RowReader(party.format, config.federation.seed)
     rows = encode_source(encoder, reader, party.source, "sft", config.train.max_length).examples

@@ -53,20 +53,13 @@ def make_rows(path: Path) -> None:
 def measure(folder: Path) -> dict:
     """Train client 0 of a workspace, and return its figures; in a process of its own."""
     import torch
-    from fedcli.workspace.settings import read_running_config
 
-    from fedcli.client.due import train_client
-    from fedcli.client.runtime import Runtime
-    from fedcli.workspace.layout import Workspace
+    from fedcli import Federation, Observer
 
-    workspace = Workspace(folder)
     moments: list[float] = []
-    result = train_client(
-        workspace,
-        0,
-        load_runtime=lambda head, party: Runtime(workspace, read_running_config(workspace), head, party=party),
-        on_step=lambda report: moments.append(time.monotonic()),
-    )
+    clock = Observer()
+    clock.step_done = lambda client, report: moments.append(time.monotonic())
+    result = Federation.open(folder).client(0).train(observer=clock)
     has_gpu = torch.cuda.is_available()
     return {
         "seconds_per_step": (moments[-1] - moments[0]) / (len(moments) - 1),

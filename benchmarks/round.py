@@ -21,12 +21,14 @@ from tempfile import TemporaryDirectory
 from record import record
 from workload import SETTINGS, make_base, make_rows
 
+from fedcli import Federation, Observer
+
 LIMIT = 0.35
 MOST_BYTES = 1.0e9
 HERE = Path(__file__).parent
 
 
-class _Clock:
+class _Clock(Observer):
     """Notes when each round was merged."""
 
     def __init__(self) -> None:
@@ -35,17 +37,11 @@ class _Clock:
     def round_done(self, result: object) -> None:
         self.moments.append(time.perf_counter())
 
-    def __getattr__(self, _name: str):  # of all else it need not hear
-        return lambda *_: None
-
 
 def ours(workspace: Path, rounds: int) -> None:
     """Run so many rounds and one before; print what they took as JSON."""
-    from fedcli.operations.run import run_federation
-    from fedcli.workspace.layout import Workspace
-
     clock = _Clock()
-    run_federation(Workspace(workspace), clock, rounds=rounds + 1)
+    Federation.open(workspace).run(rounds=rounds + 1, observer=clock)
     seconds = [after - before for before, after in zip(clock.moments, clock.moments[1:], strict=False)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": seconds, "peak_bytes": peak}))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from record import record
 
-from fedcli.server.aggregate import aggregate
-from fedcli.workspace.history import Round, read_head, read_identity
+from fedcli import Federation
+from fedcli.workspace.history import Round, read_identity
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, UPDATE_RECORD, Workspace
 from fedcli.workspace.records import PROTOCOL, UpdateRecord
@@ -56,8 +56,8 @@ def measure(folder: Path, clients: int, rounds: int, repeats: int) -> dict[str, 
     join_all(workspace, clients)
     for _ in range(rounds):
         answer(workspace)
-        aggregate(workspace)
-    drawn = str(read_head(workspace).manifest.cohort[0])
+        Federation(workspace).server.aggregate()
+    drawn = str(Federation(workspace).round().manifest.cohort[0])
     commands = {
         "status": ("status",),
         "client status": ("client", "status", "--id", drawn),
@@ -86,11 +86,11 @@ def join_all(workspace: Workspace, clients: int) -> None:
 
 def answer(workspace: Workspace) -> None:
     """Let the cohort send the adapter back as it is."""
-    head = read_head(workspace)
+    head = Federation(workspace).round()
     contents = head.read(ADAPTER_NAME)
     for client in head.manifest.cohort:
         entry = update_record(head, client).to_bytes()
-        drop_update(workspace, head.number, client, [(ADAPTER_FILE, contents), (UPDATE_RECORD, entry)])
+        drop_update(head, client, [(ADAPTER_FILE, contents), (UPDATE_RECORD, entry)])
 
 
 def update_record(head: Round, client: int) -> UpdateRecord:

@@ -17,10 +17,9 @@ from support.damage import tear
 from support.federation import ADAPTER, all_take_part, configure, noisy, read_manifest, stored_hashes
 from support.processes import ENVIRONMENT, command
 
+from fedcli import Federation
 from fedcli.cli import main
 from fedcli.config import FederationConfig
-from fedcli.server.aggregate import aggregate
-from fedcli.server.verify import verify
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import file_entry
@@ -159,7 +158,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(small, tmp_path):
     for client in (2, 0, 1):
         take_part(other, client, noisy(client), 10**client)
     for workspace in (small, other):
-        aggregate(Workspace(workspace), algorithm="fedavg")
+        Federation.open(workspace).server.aggregate(algorithm="fedavg")
     assert stored_hashes(small / "rounds") == stored_hashes(other / "rounds")
 
 
@@ -206,7 +205,7 @@ def test_server_run_merges_each_round_when_it_is_ready_and_ends_with_the_last(sm
     assert "round 1 is there\n" in said
     assert "round 2 is there\n" in said
     assert published(small) == ["00000", "00001", "00002"]
-    assert verify(Workspace(small)).violations == []
+    assert Federation(Workspace(small)).verify().violations == []
 
 
 def test_an_edit_of_the_training_shows_in_the_next_manifest_only(here):
@@ -271,7 +270,7 @@ def test_what_is_refused_leaves_no_trace_in_the_sums(small, tmp_path):
 
     take_part(small, 1, end_with_nan)
     for workspace in (small, other):
-        aggregate(Workspace(workspace))
+        Federation.open(workspace).server.aggregate()
     assert read_manifest(small, 1)["aggregation"]["refused"][0]["code"] == "nonfinite"
     assert read_manifest(other, 1)["aggregation"]["missing"] == [1]
     assert read_manifest(small, 1)["files"] == read_manifest(other, 1)["files"]
@@ -301,7 +300,7 @@ def test_memory_does_not_grow_with_the_number_of_updates(small):
             take_part(small, client)
         tracemalloc.start()
         try:
-            result = aggregate(Workspace(small), partial=True, dry_run=True)
+            result = Federation.open(small).server.aggregate(partial=True, dry_run=True)
             peaks[answered] = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -10,6 +10,7 @@ from support.federation import read_adapter, read_manifest, stored_hashes
 from support.formulas import OTHER, Formulas, drop_all
 from support.processes import SMALL, fedcli, settings
 
+from fedcli import Federation
 from fedcli.algos import ALGORITHMS, FedAvg, MergedUpdates
 from fedcli.algos.arrays import _BLOCK, WeightedSum, difference, to_float32
 from fedcli.algos.fedadagrad import FedAdagrad
@@ -21,8 +22,6 @@ from fedcli.algos.scaffold import Scaffold, control_delta
 from fedcli.cli import main
 from fedcli.config import apply_overrides, parse_config
 from fedcli.errors import ConfigError
-from fedcli.server.aggregate import aggregate
-from fedcli.workspace.layout import Workspace
 
 VARIANTS = (
     {"name": "fedavg"},
@@ -54,7 +53,7 @@ def test_five_rounds_are_the_formulas_and_a_restart_between_them_changes_no_bit(
         formulas.step(updates)
         done = fedcli("server", "aggregate", cwd=processes)
         assert done.returncode == 0, done.stderr
-        assert aggregate(Workspace(looped)).published
+        assert Federation.open(looped).server.aggregate().published
         formulas.check(processes, number + 1)
         assert stored_hashes(processes / "rounds") == stored_hashes(looped / "rounds")
     assert [len(cohort) for cohort in took_part] == [2] * 5

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
-from fedcli.operations.status import read_status
-from fedcli.server.verify import verify
+from fedcli import Federation
 from fedcli.workspace.layout import Workspace
 
 NUM_KILLS = {"fedavg": 50, "scaffold": 25, "fedyogi": 25}
@@ -50,7 +49,7 @@ def test_a_federation_survives_kill_9_at_random_moments_and_ends_as_if_undisturb
     kills = []
     steps = []  # what each process was to do: (round, whether it was the server's turn)
     while len(kills) < num_kills:
-        status = read_status(workspace)
+        status = Federation(workspace).status()
         assert status.state == "open"
         steps.append((status.round, not status.missing))
         name, arguments = choose(rng, status.missing)
@@ -66,12 +65,12 @@ def test_a_federation_survives_kill_9_at_random_moments_and_ends_as_if_undisturb
             process.kill()
             process.communicate()
             kills.append({"command": name, "seconds": round(life, 3), "round": status.round})
-        assert verify(workspace).violations == []
+        assert Federation(workspace).verify().violations == []
     started = time.monotonic()
     for name in ("killed", "undisturbed"):
         done = fedcli("run", "-w", name, cwd=tmp_path, timeout=600)
         assert done.returncode == 0, done.stderr
-    result = verify(workspace)
+    result = Federation(workspace).verify()
     assert result.violations == []
     assert result.num_recomputed == rounds
     for number in range(rounds + 1):
@@ -91,7 +90,7 @@ def test_a_federation_survives_kill_9_at_random_moments_and_ends_as_if_undisturb
 
 def undisturbed_seconds(root: Path) -> dict[str, float]:
     """Let the first round pass; return how long each command takes on this machine, `run` for one round."""
-    (client,) = read_status(Workspace(root)).missing
+    (client,) = Federation.open(root).status().missing
     seconds = {}
     for name in ("client train", "server aggregate"):
         arguments = [*name.split(), *(["--id", client] if name == "client train" else [])]

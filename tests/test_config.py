@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fedcli.workspace.settings import read_running_config
 from pydantic import ValidationError
 from support.processes import settings
 
+from fedcli import Federation
 from fedcli.algos import ALGORITHMS
 from fedcli.cli import main
 from fedcli.config import Config, algorithm_from, apply_overrides, parse_config, read_document
@@ -330,7 +330,7 @@ def test_a_config_is_frozen() -> None:
 )
 def test_what_init_fixed_may_not_change(small: Path, section: str, key: str, value: object, fault: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_running_config(edited(small, section, key, value))
+        assert Federation(edited(small, section, key, value)).state.config
     assert caught.value.message.endswith(f"changes what was fixed by `fedcli init`:\n  {fault}")
 
 
@@ -347,7 +347,7 @@ def test_what_init_fixed_may_not_change(small: Path, section: str, key: str, val
     ],
 )
 def test_the_rest_may_change_between_rounds(small: Path, section: str, key: str, value: object) -> None:
-    assert getattr(getattr(read_running_config(edited(small, section, key, value)), section), key) == value
+    assert getattr(getattr(Federation(edited(small, section, key, value)).state.config, section), key) == value
 
 
 def test_the_task_may_not_change(small: Path) -> None:
@@ -356,14 +356,14 @@ def test_the_task_may_not_change(small: Path) -> None:
     del document["data"]
     path.write_text(yaml.safe_dump(document | {"task": "dpo"}))
     with pytest.raises(ConfigError, match="task: was 'sft', is now 'dpo'"):
-        read_running_config(Workspace(small))
+        assert Federation.open(small)
 
 
 def test_the_algorithm_may_change_between_rounds(small: Path) -> None:
     path = small / "fedcli.yaml"
     document = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump(document | {"algorithm": {"name": "fedprox", "mu": 0.5}}))
-    algorithm = read_running_config(Workspace(small)).algorithm
+    algorithm = Federation.open(small).state.config.algorithm
     assert asdict(algorithm) == {"name": "fedprox", "mu": 0.5}
 
 

@@ -10,11 +10,11 @@ import pytest
 from support.handmade import merge, score
 from support.processes import SMALL, fedcli, settings
 
+from fedcli import Federation
 from fedcli.errors import UsageError, WorkspaceError
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.merged import check_mergeable
 from fedcli.report.card import Card, ClientData, render_card
-from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.publish import new_folder
 
@@ -73,7 +73,7 @@ def test_an_exported_adapter_loads_with_peft_and_is_the_rounds(merged: Workspace
     assert (result["round"], result["merged_dtype"]) == (2, None)
     assert result["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     model = adapted(tmp_path / "out")
-    expected = read_head(merged).adapter()
+    expected = Federation(merged).round().adapter()
     found = {name: tensor.numpy() for name, tensor in get_peft_model_state_dict(model).items()}
     assert found.keys() == expected.keys()
     assert all((found[name] == expected[name]).all() for name in expected)
@@ -97,7 +97,7 @@ def test_the_card_tells_what_is_known_and_a_hub_reads_it(merged: Workspace, tmp_
     assert "0.500 [0.375, 0.625] | 0.250 [0.125, 0.375]" in card.text
     sizes = [int(rows) for rows in re.findall(r"^\| \d+ \| (\d+) \| alpaca", card.text, re.MULTILINE)]
     assert sizes == json.loads(merged.data_card.read_bytes())["sizes"]
-    assert read_head(merged).manifest.model.fingerprint in card.text
+    assert Federation(merged).round().manifest.model.fingerprint in card.text
     assert "licence" in card.text
     best = (tmp_path / "best/README.md").read_text()
     assert "round 1 of 2" in best

@@ -14,12 +14,10 @@ from support.federation import ADAPTER, all_take_part, configure, restart, store
 from support.kills import copies_killed_at_every_call
 from support.scores import ACCURACY, LOSS, keep
 
+from fedcli import Federation
 from fedcli.cli import main
 from fedcli.errors import WorkspaceError
-from fedcli.operations.gc import collect
 from fedcli.scoring.targets import Targets, find_targets
-from fedcli.server.aggregate import aggregate
-from fedcli.server.verify import verify
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
@@ -34,7 +32,7 @@ def history(small_template: Path, folder: Path, rounds: int) -> Path:
     restart(workspace, "fedyogi")
     for _ in range(rounds):
         all_take_part(workspace)
-        aggregate(Workspace(workspace))
+        Federation.open(workspace).server.aggregate()
     take_part(workspace, 0)
     return workspace
 
@@ -66,7 +64,7 @@ def pruned(short_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A copy of the workspace whose round 3 is open, without rounds 1 and 2's weights, as the current folder."""
     folder = Path(shutil.copytree(short_template, tmp_path / "workspace"))
     monkeypatch.chdir(folder)
-    collect(Workspace(folder))
+    Federation.open(folder).gc()
     return folder
 
 
@@ -134,13 +132,13 @@ def test_verify_accepts_it_and_says_how_much_it_could_not_compute_again(long, ca
 def test_a_federation_goes_on_after_it_as_it_would_have_without(long, tmp_path):
     other = Path(shutil.copytree(long, tmp_path / "other"))
     configure(long, "retention.keep_last=1")
-    collect(Workspace(long))
+    Federation.open(long).gc()
     configure(other, "retention.keep_last=1")
     for workspace in (long, other):
         all_take_part(workspace)
-        assert aggregate(Workspace(workspace)).state == "finished"
+        assert Federation.open(workspace).server.aggregate().state == "finished"
     assert stored_hashes(long / "rounds/00009") == stored_hashes(other / "rounds/00009")
-    assert verify(Workspace(long)).violations == []
+    assert Federation(Workspace(long)).verify().violations == []
 
 
 def test_the_best_rounds_and_those_whose_scores_are_not_finished_stay_whole(long):
@@ -152,7 +150,7 @@ def test_the_best_rounds_and_those_whose_scores_are_not_finished_stay_whole(long
     keep(workspace, "round-00001", "vicuna", {}, awaits="judge")
     (workspace.eval / "round-00002/mmlu.answers.jsonl").write_text("{}\n")  # and no scores: it was interrupted
     with hold(workspace.eval_lock("round-00006", "fpb"), "a test"):
-        result = collect(workspace)
+        result = Federation(workspace).gc()
     assert result.kept == {
         0: "the start",
         1: "its scores are not finished",
@@ -163,7 +161,7 @@ def test_the_best_rounds_and_those_whose_scores_are_not_finished_stay_whole(long
         8: "the latest",
     }
     assert result.rounds == [4, 7]
-    assert collect(workspace).rounds == [6]
+    assert Federation(workspace).gc().rounds == [6]
 
 
 def test_updates_that_were_not_counted_go_whole(long):
@@ -179,7 +177,7 @@ def test_updates_that_were_not_counted_go_whole(long):
     (outside / "precious").touch()
     (late / "link").symlink_to(outside)
     configure(long, "retention.keep_last=4")
-    collect(Workspace(long))
+    Federation.open(long).gc()
     assert not discarded.exists()
     assert not late.exists()
     assert (outside / "precious").exists()
@@ -191,7 +189,7 @@ def test_the_open_rounds_updates_stay_whatever_they_are(long):
     configure(long, "retention.keep_last=1")
     before = stored_hashes(long / "rounds/00008")
     open_round = {name for name in sizes(long) if "round-00008" in name}
-    collect(Workspace(long))
+    Federation.open(long).gc()
     assert {name for name in sizes(long) if "round-00008" in name} == open_round
     assert len(open_round) == 4
     assert stored_hashes(long / "rounds/00008") == before
@@ -201,12 +199,12 @@ def test_whoever_needs_what_was_removed_is_told_so(pruned, capsys):
     current = read_round(Workspace(pruned), 1)
     with pytest.raises(WorkspaceError, match=r"round 1's adapter/adapter_model.safetensors was removed by `fedcli gc`"):
         current.adapter()
-    (target,) = find_targets(Workspace(pruned), Targets(rounds=("2",)))
+    (target,) = find_targets(Federation.open(pruned).state, Targets(rounds=("2",)))
     with pytest.raises(WorkspaceError, match=r"round 2's .* was removed by `fedcli gc`"):
         target.arrays()
     with pytest.raises(WorkspaceError, match="client 1's update of round 2 was removed by `fedcli gc`"):
-        find_targets(Workspace(pruned), Targets(clients=(1,)))
-    (target,) = find_targets(Workspace(pruned), Targets(clients=(0,)))
+        find_targets(Federation.open(pruned).state, Targets(clients=(1,)))
+    (target,) = find_targets(Federation.open(pruned).state, Targets(clients=(0,)))
     assert target.name == "client-0-round-00003"
 
 
@@ -270,13 +268,13 @@ def test_gc_removes_nothing_beside_a_record_that_is_damaged(pruned, capsys):
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_gc_killed_at_any_system_call_leaves_a_sound_workspace_and_the_next_goes_on(short_template, tmp_path, after):
     undisturbed = Path(shutil.copytree(short_template, tmp_path / "undisturbed"))
-    collect(Workspace(undisturbed))
+    Federation.open(undisturbed).gc()
     points = halves = 0
-    for workspace in copies_killed_at_every_call(short_template, lambda found: collect(Workspace(found)), after):
+    for workspace in copies_killed_at_every_call(short_template, lambda found: Federation.open(found).gc(), after):
         points += 1
-        assert verify(Workspace(workspace)).violations == []
+        assert Federation(Workspace(workspace)).verify().violations == []
         halves += 0 < len(list(workspace.glob("inbox/*/round-00002/*.safetensors"))) < 3
-        collect(Workspace(workspace))
+        Federation.open(workspace).gc()
         assert stored_hashes(workspace) == stored_hashes(undisturbed)
     assert points > 20
     assert halves >= 2

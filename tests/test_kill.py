@@ -25,22 +25,19 @@ from support.federation import (
 )
 from support.kills import arm, copies_killed_at_every_call, die, fork, was_killed
 
+from fedcli import Federation
 from fedcli.errors import BusyError, FedError, NotReadyError
 from fedcli.server import aggregate as aggregation
 from fedcli.server import open_round as opening
-from fedcli.server.aggregate import aggregate
-from fedcli.server.create import open_round
-from fedcli.server.verify import verify
-from fedcli.workspace.history import read_head
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import Workspace
 
 
 def finish(workspace: Path) -> None:
     """Let clients and server go on until the last round."""
-    while read_head(Workspace(workspace)).manifest.state == "open":
+    while Federation.open(workspace).round().manifest.state == "open":
         all_take_part(workspace)
-        assert aggregate(Workspace(workspace)).published
+        assert Federation.open(workspace).server.aggregate().published
 
 
 def stored_adapters(workspace: Path) -> list[bytes]:
@@ -81,13 +78,17 @@ def take_part_as_client_0(workspace: Path) -> None:
 def drop_as_client_0(undisturbed: Path, workspace: Path) -> None:
     """Drop the same update with fedcli's own code."""
     files = undisturbed / "inbox" / "0" / "round-00000"
-    drop_update(Workspace(workspace), 0, 0, [(name, (files / name).read_bytes()) for name in (ADAPTER, "update.json")])
+    drop_update(
+        Federation.open(workspace).round(0),
+        0,
+        [(name, (files / name).read_bytes()) for name in (ADAPTER, "update.json")],
+    )
 
 
 def merge_round_0(workspace: Path) -> None:
     """Aggregate, unless the round was merged by the process that was killed."""
-    if read_head(Workspace(workspace)).number == 0:
-        assert aggregate(Workspace(workspace)).published
+    if Federation.open(workspace).round().number == 0:
+        assert Federation.open(workspace).server.aggregate().published
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -103,9 +104,9 @@ def test_killed_at_any_system_call_nothing_is_lost_or_counted_twice(
     points = 0
     for workspace in copies_killed_at_every_call(start, work, after):
         points += 1
-        assert verify(Workspace(workspace)).violations == []
+        assert Federation(Workspace(workspace)).verify().violations == []
         work(workspace)
-        assert verify(Workspace(workspace)).violations == []
+        assert Federation(Workspace(workspace)).verify().violations == []
         finish(workspace)
         aggregations = [read_manifest(workspace, number)["aggregation"] for number in (1, 2)]
         for done in aggregations:
@@ -113,7 +114,7 @@ def test_killed_at_any_system_call_nothing_is_lost_or_counted_twice(
             assert (done["refused"], done["missing"]) == ([], [])
         assert sorted(os.listdir(workspace / "rounds")) == ["00000", "00001", "00002"]  # no .tmp- is left
         assert stored_adapters(workspace) == stored_adapters(undisturbed)
-        result = verify(Workspace(workspace))
+        result = Federation(Workspace(workspace)).verify()
         assert (result.violations, result.num_updates, result.num_recomputed) == ([], 6, 2)
     assert points >= least
 
@@ -135,12 +136,12 @@ def second_rounds(template: Path) -> dict[str, Path]:
         folder = workspaces[algorithm] = Path(shutil.copytree(template, template.parent / algorithm))
         configure(folder, f"algorithm.name={algorithm}", "federation.rounds=3", "train.steps=3")
         shutil.rmtree(folder / "rounds")
-        open_round(Workspace(folder))
+        Federation(Workspace(folder)).server.open()
         (folder / "data").mkdir()
         for client in NUM_SAMPLES:
             (folder / "data" / f"client-{client}.jsonl").touch()  # the stub looks at none
             train_as(client, folder)
-        assert aggregate(Workspace(folder)).published
+        assert Federation.open(folder).server.aggregate().published
         train_as(1, folder)
         train_as(2, folder)
     return workspaces
@@ -148,8 +149,8 @@ def second_rounds(template: Path) -> dict[str, Path]:
 
 def go_on(workspace: Path) -> None:
     """Let round 1 be merged, unless it was, and client 0 answer round 2, with the c_k of its update before."""
-    if read_head(Workspace(workspace)).number == 1:
-        assert aggregate(Workspace(workspace)).published
+    if Federation.open(workspace).round().number == 1:
+        assert Federation.open(workspace).server.aggregate().published
     train_as(0, workspace)
 
 
@@ -164,14 +165,14 @@ def test_a_scaffold_client_killed_at_any_system_call_goes_on_with_the_candidate_
         folder = Path(shutil.copytree(start, tmp_path / f"{goal}"))
         train_as(0, folder, goal)
         go_on(folder)
-        assert verify(Workspace(folder)).violations == []
+        assert Federation(Workspace(folder)).verify().violations == []
         undisturbed[goal] = stored(folder)
     points = {0.0: 0, 7.0: 0}
     strays = 0
     for workspace in copies_killed_at_every_call(start, partial(train_as, 0, goal=7.0), after):
         counts = 7.0 if (workspace / "inbox" / "0" / "round-00001").exists() else 0.0
         points[counts] += 1
-        assert verify(Workspace(workspace)).violations == []
+        assert Federation(Workspace(workspace)).verify().violations == []
         train_as(0, workspace)
         candidates = workspace / "private" / "0" / "control"
         strays += len(list(candidates.glob("round-00001-*"))) - 1
@@ -201,13 +202,15 @@ def test_a_server_with_a_state_killed_at_any_system_call_loses_nothing_of_it(
     train_as(0, start)
     folder = Path(shutil.copytree(start, tmp_path / "undisturbed"))
     go_on(folder)
-    assert verify(Workspace(folder)).violations == []
+    assert Federation(Workspace(folder)).verify().violations == []
     undisturbed = stored(folder)
     assert [f"rounds/0000{number}/{state}" in undisturbed for number in range(3)] == [False, True, True]
     points = 0
-    for workspace in copies_killed_at_every_call(start, lambda folder: aggregate(Workspace(folder)), after):
+    for workspace in copies_killed_at_every_call(
+        start, lambda folder: Federation.open(folder).server.aggregate(), after
+    ):
         points += 1
-        assert verify(Workspace(workspace)).violations == []
+        assert Federation(Workspace(workspace)).verify().violations == []
         go_on(workspace)
         assert stored(workspace) == undisturbed
     assert points >= 50
@@ -226,7 +229,7 @@ def careless(final: Path, files, *, mode: int) -> bool:
 def test_the_harness_catches_a_server_that_writes_under_the_final_name(answered, monkeypatch):
     monkeypatch.setattr(opening, "publish_directory", careless)
     violated = [
-        bool(verify(Workspace(workspace)).violations)
+        bool(Federation(Workspace(workspace)).verify().violations)
         for workspace in copies_killed_at_every_call(answered, merge_round_0, after=False)
     ]
     assert any(violated)
@@ -246,17 +249,17 @@ def slow_disk(seed: int) -> None:
 
 def merge_until_it_is_done(workspace: Path) -> None:
     """Aggregate again and again, as servers that know nothing of each other would."""
-    while read_head(Workspace(workspace)).number == 0:
+    while Federation.open(workspace).round().number == 0:
         with suppress(BusyError, NotReadyError):  # not ready: between two lines another merged the round
-            aggregate(Workspace(workspace))
+            Federation.open(workspace).server.aggregate()
 
 
 def merge_without_a_lock(workspace: Path) -> None:
     """Do the same where locks do nothing: a server may fail there (its temporary went), but never publish a part."""
     aggregation.hold = lambda path, purpose: nullcontext()
-    while read_head(Workspace(workspace)).number == 0:
+    while Federation.open(workspace).round().number == 0:
         with suppress(FedError):
-            aggregate(Workspace(workspace))
+            Federation.open(workspace).server.aggregate()
 
 
 @pytest.mark.parametrize("merge", [merge_until_it_is_done, merge_without_a_lock])
@@ -279,7 +282,7 @@ def test_of_servers_that_merge_at_once_one_publishes_and_kills_harm_nothing(answ
         children = [fork(partial(serve, position, 8 * seed + n)) for n, position in enumerate(positions)]
         kills += sum([was_killed(child) for child in children])
         assert sorted(path.name for path in (workspace / "rounds").glob("0*")) == ["00000", "00001"]
-        assert verify(Workspace(workspace)).violations == []
+        assert Federation(Workspace(workspace)).verify().violations == []
         assert read_manifest(workspace, 1)["aggregation"] == read_manifest(undisturbed, 1)["aggregation"]
         finish(workspace)
         assert sorted(os.listdir(workspace / "rounds")) == ["00000", "00001", "00002"]
@@ -320,6 +323,6 @@ def test_a_server_whose_temporary_goes_while_it_writes_publishes_nothing(answere
         os.kill(first, signal.SIGCONT)
     assert os.WIFEXITED(status)
     merge_round_0(workspace)
-    assert verify(Workspace(workspace)).violations == []
+    assert Federation(Workspace(workspace)).verify().violations == []
     finish(workspace)
     assert stored_adapters(workspace) == stored_adapters(undisturbed)

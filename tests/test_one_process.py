@@ -10,19 +10,16 @@ from support.processes import ENVIRONMENT
 OPEN = """
 import gc, sys, weakref
 from pathlib import Path
+from fedcli import Federation
 from fedcli.client.runtime import Runtime
-from fedcli.workspace.settings import read_running_config
-from fedcli.workspace.history import read_head
-from fedcli.workspace.layout import Workspace
 
-workspace = Workspace(Path.cwd())
-config, head = read_running_config(workspace), read_head(workspace)
+state = Federation.open(Path.cwd()).state
 """
 
 FREED = """
-first = Runtime(workspace, config, head)
+first = Runtime(state)
 model = weakref.ref(first.adapted.base)
-second = Runtime(workspace, config, head)
+second = Runtime(state)
 del first
 gc.collect()
 print(model() is None)
@@ -33,15 +30,15 @@ from fedcli.model.base import load_base
 from fedcli.model.lora import AdaptedModel, lora_config
 from fedcli.parties.party import find_same_base
 
-plain = Runtime(workspace, config, head)
+plain = Runtime(state)
 print("bitsandbytes" in sys.modules)
-folder = find_same_base(workspace, config.model.base, head)
+folder = find_same_base(state, state.config.model.base)
 settings = lora_config(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], base=None)
 for quantization in ("int8", "nf4"):
     adapted = AdaptedModel(folder, settings, trust_remote_code=False, quantization=quantization)
     (layer, *_) = (module for name, module in adapted.model.named_modules() if name.endswith("q_proj"))
     print(type(layer).__name__, layer.weight.dtype)
-Runtime(workspace, config, head)
+Runtime(state)
 """
 
 STORED = """
@@ -49,13 +46,13 @@ from fedcli.model.base import load_base, load_whole
 from fedcli.parties.party import find_same_base
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-folder = find_same_base(workspace, config.model.base, head)
+folder = find_same_base(state, state.config.model.base)
 if not Path("stored").exists():
     model = load_whole(folder, device_map="cpu", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     model.save_pretrained("stored")
     AutoTokenizer.from_pretrained(folder).save_pretrained("stored")
 else:
-    plain = Runtime(workspace, config, head)
+    plain = Runtime(state)
     model, _ = load_base(Path("stored"), trust_remote_code=False)
     print(type(model.model.layers[0].self_attn.q_proj).__name__)
 """

@@ -36,17 +36,14 @@ def told(act):
 
 TRAIN = """
 from dataclasses import replace
+from fedcli import Federation
 from fedcli.parties.party import find_party
 from fedcli.client.runtime import Runtime
-from fedcli.workspace.settings import read_running_config
-from fedcli.workspace.history import read_head
-from fedcli.workspace.layout import Workspace
 
-workspace = Workspace(Path.cwd())
-config, head = read_running_config(workspace), read_head(workspace)
-runtime = Runtime(workspace, config, head)
+state = Federation.open(Path.cwd()).state
+head, runtime = state.head, Runtime(state)
 train = head.manifest.train.model_copy(update={"batch_size": 1024, "micro_batch_size": 1024})
-party = find_party(workspace, config, 0)
+party = find_party(state, 0)
 runtime.rows(party, train)
 leave(2**23)
 told(lambda: runtime.train(head.adapter(), train, party=party, round_number=0, first_draw=0, rule=None,

@@ -19,9 +19,8 @@ from support.kills import arm, fork, was_killed
 from support.processes import ENVIRONMENT, SMALL, command, settings
 from support.warm import Place, Warm, write_rows
 
+from fedcli import Federation
 from fedcli.data.templates import ALPACA
-from fedcli.parties.join import prepare_join
-from fedcli.workspace.layout import Workspace
 
 BUILTIN = Path(__file__).parents[1] / "fedcli/model/builtin/tiny"
 ADAPTER = "adapter_model.safetensors"
@@ -329,10 +328,10 @@ def test_killed_at_any_system_call_a_join_is_done_again(place: Place, monkeypatc
     copy, home = place.folder / "killed", place.folder / "home"
 
     def join() -> None:
-        prepare_join(Workspace(copy), 0, str(rows), home=home, share="minimal").commit()
+        Federation.open(copy).client(0, home=home).join(str(rows), share="minimal").commit()
 
     def join_and_die(position: int) -> None:
-        joining = prepare_join(Workspace(copy), 0, str(rows), home=home, share="minimal")
+        joining = Federation.open(copy).client(0, home=home).join(str(rows), share="minimal")
         arm(position, after=True)
         joining.commit()
 

@@ -38,12 +38,11 @@ from support.federation import (
 )
 from support.processes import SMALL, fedcli, settings
 
+from fedcli import Federation
 from fedcli.algos import ALGORITHMS, AnyAlgorithm
 from fedcli.config import parsing
 from fedcli.model.base import find_base
 from fedcli.randomness import draw_cohort
-from fedcli.server.aggregate import aggregate
-from fedcli.server.verify import verify
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import Workspace
 
@@ -95,7 +94,7 @@ def test_half_precision_updates_are_counted_and_the_global_adapter_stays_float32
         mean = (3 * halves[name].astype(np.float64) + 50 * cut + 447 * exact[2][name]) / 500
         assert array.dtype == np.float32
         np.testing.assert_allclose(array, mean, rtol=0, atol=1e-7)
-    assert verify(Workspace(small)).violations == []
+    assert Federation(Workspace(small)).verify().violations == []
 
 
 def test_the_manifest_has_every_key_of_the_page_with_its_value(small):
@@ -103,7 +102,7 @@ def test_the_manifest_has_every_key_of_the_page_with_its_value(small):
     documented = re.findall(r"^    ([a-z_]+) ", section, re.MULTILINE)
     pieces = dict(zip(documented, re.split(r"^    [a-z_]+ ", section, flags=re.MULTILINE)[1:], strict=True))
     all_take_part(small)
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     manifest = read_manifest(small, 1)
     assert set(documented) == set(manifest)
     assert len(documented) == len(manifest) == 19
@@ -138,7 +137,7 @@ def test_the_manifest_has_every_key_of_the_page_with_its_value(small):
 
 def test_the_manifest_says_what_a_client_must_obey(small):
     all_take_part(small)
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     train = read_manifest(small, 1)["train"]
     assert math.isclose(train.pop("learning_rate"), 0.0022, rel_tol=1e-12)  # half of the cosine: the mean of both ends
     schedule = {"name": "cosine", "learning_rate": 0.004, "learning_rate_min": 0.0004, "rounds": 2}
@@ -166,7 +165,7 @@ def test_beta_is_for_dpo_only(tmp_path):
 
 def test_the_manifest_gives_the_hash_of_every_file_beside_it(small):
     all_take_part(small)
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     for number in (0, 1):
         folder = small / "rounds" / f"{number:05d}"
         contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -179,7 +178,7 @@ def test_the_manifest_accounts_for_each_client_once_with_its_share_and_norm(smal
     configure(small, "federation.quorum=0.5")
     take_part(small, 2, noisy(2), 30)
     take_part(small, 0, noisy(0), 10)
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     aggregation = read_manifest(small, 1)["aggregation"]
     assert aggregation.keys() == {"algorithm", "counted", "refused", "missing", "surplus"}
     assert (aggregation["algorithm"], aggregation["refused"]) == ({"name": "fedavg"}, [])
@@ -221,7 +220,7 @@ def test_the_cost_is_what_lies_on_disk(small):
 
     all_take_part(small)
     (small / "inbox/1/round-00000/update.json").write_bytes(b"[]")
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     counted = [small / "inbox" / str(client) / "round-00000" for client in (0, 2)]
     total_up = sum(sizes(folder, "update.json", ADAPTER) for folder in counted)
     assert read_manifest(small, 1)["cost"] == fixed | {"total_bytes_down": 3 * down, "total_bytes_up": total_up}
@@ -230,7 +229,7 @@ def test_the_cost_is_what_lies_on_disk(small):
     take_part(small, 1)
     halves = {name: array.astype(np.float16) for name, array in read_update(small, 1, 1).items()}
     replace_adapter(small / "inbox/1/round-00001", save(halves))
-    aggregate(Workspace(small), partial=True)
+    Federation.open(small).server.aggregate(partial=True)
     counted += [small / "inbox" / str(client) / "round-00001" for client in (0, 1)]
     total_up = sum(sizes(folder, "update.json", ADAPTER) for folder in counted)
     assert sizes(counted[-1], ADAPTER) < up
@@ -259,13 +258,13 @@ def test_the_walk_to_an_eighth_algorithm_is_true(small, monkeypatch):
     monkeypatch.setitem(ALGORITHMS, "fedrate", module.FedRate)
     monkeypatch.setattr(parsing, "_ALGORITHM", TypeAdapter(registry))
     all_take_part(small)
-    aggregate(Workspace(small), algorithm="fedrate")
+    Federation.open(small).server.aggregate(algorithm="fedrate")
     assert read_manifest(small, 1)["aggregation"]["algorithm"] == {"name": "fedrate", "eta": 0.5}
     before = read_adapter(small, 0)
     for name, array in read_adapter(small, 1).items():
         mean = sum(n * read_update(small, 0, client)[name] for client, n in NUM_SAMPLES.items()) / 500
         np.testing.assert_allclose(array, before[name] + 0.5 * (mean - before[name]), rtol=0, atol=1e-7)
-    assert verify(Workspace(small)).violations == []
+    assert Federation(Workspace(small)).verify().violations == []
 
 
 @pytest.fixture
@@ -273,7 +272,7 @@ def scaffold(small: Path) -> Path:
     """The small workspace whose round 1 is open, the first of four scaffold rounds with cohorts of two clients."""
     configure(small, "algorithm.name=scaffold", "federation.rounds=5", "federation.per_round=2", "train.steps=7")
     all_take_part(small)
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     return small
 
 
@@ -315,7 +314,7 @@ def test_a_scaffold_client_written_from_the_page_is_counted(scaffold):
         {"round": 0, "algorithm": {"name": "fedavg"}},
         {"round": 1, "algorithm": {"name": "scaffold"}},
     ]
-    result = verify(Workspace(scaffold))
+    result = Federation(Workspace(scaffold)).verify()
     assert (result.violations, result.num_recomputed) == ([], 5)
 
 
@@ -326,12 +325,12 @@ def test_the_cost_of_scaffold_counts_the_control_variates(scaffold):
     config = sizes(scaffold / "rounds/00001/adapter", "adapter_config.json")
     assert (first["client_bytes_down"], first["client_bytes_up"]) == (adapter + config, 2 * adapter)  # no c yet
     cohorts = [answer(scaffold, 1)]
-    aggregate(Workspace(scaffold))
+    Federation.open(scaffold).server.aggregate()
     second = read_manifest(scaffold, 2)["cost"]
     control = sizes(scaffold / "rounds/00002", "control.safetensors")
     assert second["client_bytes_down"] == adapter + config + control
     cohorts.append(answer(scaffold, 2))
-    aggregate(Workspace(scaffold))
+    Federation.open(scaffold).server.aggregate()
     third = read_manifest(scaffold, 3)["cost"]
     dropped = [scaffold / "inbox" / str(client) / "round-00000" for client in range(3)]
     total_up = sum(sizes(folder, "update.json", ADAPTER) for folder in dropped)
@@ -355,7 +354,7 @@ def test_the_cost_of_scaffold_counts_the_control_variates(scaffold):
 def test_a_spoiled_control_delta_is_refused(scaffold, code, spoil):
     first, second = answer(scaffold, 1)
     spoil(scaffold / "inbox" / str(first) / "round-00001" / CONTROL_DELTA)
-    aggregate(Workspace(scaffold))
+    Federation.open(scaffold).server.aggregate()
     aggregation = read_manifest(scaffold, 2)["aggregation"]
     assert [(entry["client"], entry["code"]) for entry in aggregation["refused"]] == [(first, code)]
     assert [entry["client"] for entry in aggregation["counted"]] == [second]
@@ -377,17 +376,17 @@ def test_an_answer_to_a_closed_round_changes_nothing(small, tmp_path):
     take_part(late, 2, noisy(2), 30)
     take_part(small, 0)
     take_part(small, 1)
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     closed = stored_hashes(small / "rounds")
     shutil.copytree(late / "inbox" / "2", small / "inbox" / "2")
     assert stored_hashes(small / "rounds") == closed
     assert take_part(small, 0)
     assert take_part(small, 1)
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     hashes = stored_hashes(small / "rounds")
     assert {name: hashes[name] for name in closed} == closed
     assert read_manifest(small, 2)["aggregation"]["missing"] == [2]
-    assert verify(Workspace(small)).violations == []
+    assert Federation(Workspace(small)).verify().violations == []
 
 
 def test_a_drop_for_a_name_taken_fails_and_leaves_the_first(small):
@@ -403,11 +402,11 @@ def test_a_drop_for_a_name_taken_fails_and_leaves_the_first(small):
     with pytest.raises(OSError, match="not empty") as caught:
         take_part(small, 0, overtaken)
     assert caught.value.errno in (errno.ENOTEMPTY, errno.EEXIST)
-    assert not drop_update(Workspace(small), 0, 0, [("update.json", b"{}")])
+    assert not drop_update(Federation.open(small).round(0), 0, [("update.json", b"{}")])
     assert stored_hashes(small / "inbox" / "0" / "round-00000") == first
     assert take_part(small, 0)  # sent already: does nothing
     assert stored_hashes(small / "inbox" / "0" / "round-00000") == first
-    aggregate(Workspace(small), partial=True)
+    Federation.open(small).server.aggregate(partial=True)
     assert read_manifest(small, 1)["aggregation"]["counted"][0]["num_samples"] == 7
 
 
@@ -439,18 +438,18 @@ def test_a_cohort_is_drawn_from_the_seed_without_replacement():
 def test_only_the_clients_that_were_drawn_take_part(small):
     configure(small, "federation.per_round=2", "federation.rounds=6")
     all_take_part(small)
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     drawn = []
     for number in range(1, 6):
         cohort = read_manifest(small, number)["cohort"]
         assert cohort == sorted(draw_cohort(0, number, [0, 1, 2], 2))
         drawn.append(cohort)
         assert [client for client in NUM_SAMPLES if take_part(small, client)] == cohort
-        aggregate(Workspace(small))
+        Federation.open(small).server.aggregate()
         aggregation = read_manifest(small, number + 1)["aggregation"]
         assert [entry["client"] for entry in aggregation["counted"]] == cohort
         assert math.isclose(sum(entry["weight"] for entry in aggregation["counted"]), 1, rel_tol=1e-15)
     assert {client for cohort in drawn for client in cohort} == {0, 1, 2}
     assert len({tuple(cohort) for cohort in drawn}) > 1
     assert read_manifest(small, 6)["state"] == "finished"
-    assert verify(Workspace(small)).violations == []
+    assert Federation(Workspace(small)).verify().violations == []

@@ -34,8 +34,7 @@ import contextlib, io, json, sys
 from pathlib import Path
 from fedcli.cli import main
 from fedcli.client.runtime import Runtime
-from fedcli.workspace.settings import read_running_config
-from fedcli.workspace.history import read_head
+from fedcli import Federation, Observer
 from fedcli.workspace.layout import Workspace
 
 def run(*arguments):
@@ -47,7 +46,7 @@ def run(*arguments):
 
 def dtypes(folder):
     workspace = Workspace(folder)
-    runtime = Runtime(workspace, read_running_config(workspace), read_head(workspace))
+    runtime = Runtime(Federation(workspace).state, observer=Observer())
     return {name: str(value.dtype) for name, value in runtime.adapted.model.named_parameters()}
 
 cases, separate, overrides = json.loads(sys.argv[1])

@@ -21,9 +21,9 @@ from safetensors.numpy import load, save
 from support.damage import as_bfloat16, replace_adapter
 from support.federation import ADAPTER, configure, read_manifest
 
+from fedcli import Federation
 from fedcli.cli import main
 from fedcli.errors import WorkspaceError
-from fedcli.workspace.history import read_head
 from fedcli.workspace.inbox import read_update
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import RefusedUpdate, parse_update_record
@@ -296,7 +296,7 @@ def test_a_bad_update_is_refused_with_its_code_and_the_rest_is_counted(small, mo
 def test_an_update_is_refused_for_no_error_but_its_own(small, monkeypatch, call, depth):
     """Every errno, at the client's folder (1), the update's (2) or its record (3): trouble refuses nobody."""
     take_part(small, BAD)
-    workspace, base = Workspace(small), read_head(Workspace(small))
+    workspace, base = Workspace(small), Federation.open(small).round()
     real, inbox = getattr(os, call), str(small / "inbox" / str(BAD))
     broken = (inbox, f"{inbox}/round-00000", f"{inbox}/round-00000/update.json")[depth - 1]
     own = {errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EACCES, *([errno.ENOENT] if depth == 3 else [])}

@@ -15,8 +15,9 @@ from support.handmade import Arrays, drop, merge, score
 from support.kills import copies_killed_at_every_call
 from support.processes import ENVIRONMENT, fedcli
 
+from fedcli import Federation, Observer
 from fedcli.operations import report as reporting
-from fedcli.operations.report import collect, write_report
+from fedcli.operations.report import collect
 from fedcli.report.events import write_events
 from fedcli.report.figures import NAMES, draw
 from fedcli.report.page import is_ours, render
@@ -25,6 +26,11 @@ from fedcli.workspace.layout import Workspace
 from fedcli.workspace.report_folder import publish_report
 
 VOID = {"meta", "link", "img", "br"}
+
+
+def collect_of(workspace: Workspace) -> Report:
+    """Return what there is to show of a workspace."""
+    return collect(Federation(workspace).state, observer=Observer())
 
 
 def flat(change: Arrays) -> np.ndarray:
@@ -47,7 +53,7 @@ def test_the_series_are_what_the_updates_say(merged: tuple[Workspace, list[dict[
     score(workspace, 1, 0.5)
     score(workspace, 2, 0.75)
     score(workspace, "pooled", 0.9)  # of a baseline that is no longer there
-    report = collect(workspace)
+    report = collect_of(workspace)
     first, second = report.merged
     assert (first.number, second.number, report.state, report.rounds) == (0, 1, "finished", 2)
     assert first.losses == {0: 2.0, 1: 1.0, 2: None}
@@ -73,16 +79,16 @@ def test_cosines_do_not_depend_on_how_many_updates_are_in_memory(
     merged: tuple[Workspace, list[dict[int, Arrays]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, _ = merged
-    together = collect(workspace).similarities[0]
+    together = collect_of(workspace).similarities[0]
     monkeypatch.setattr(reporting, "HELD_BYTES", 1)
-    np.testing.assert_array_equal(collect(workspace).similarities[0].cosines, together.cosines)
+    np.testing.assert_array_equal(collect_of(workspace).similarities[0].cosines, together.cosines)
 
 
 def test_only_the_last_rounds_are_compared_where_updates_are_large_and_the_report_says_so(
     merged: tuple[Workspace, list[dict[int, Arrays]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reporting, "COMPARED_BYTES", 1)
-    report = collect(merged[0])
+    report = collect_of(merged[0])
     assert [similarity.round for similarity in report.similarities] == [1]
     assert report.notes == ["cosines: of rounds 1 to 1 only, for 1 byte of updates are read at most"]
 
@@ -93,7 +99,7 @@ def test_an_update_that_is_no_longer_the_counted_one_is_not_compared(
     workspace, _ = merged
     shutil.rmtree(workspace.update(0, 1))
     shutil.rmtree(workspace.update(1, 1))
-    report = collect(workspace)
+    report = collect_of(workspace)
     assert report.similarities == []
     assert report.notes == ["cosines: no update of round 1 can be read any more; no round before it is compared"]
 
@@ -103,7 +109,7 @@ def test_a_report_after_gc_compares_what_is_left_and_says_so(merged: tuple[Works
     with workspace.config.open("a") as file:
         file.write("retention: {keep_last: 1}\n")
     assert fedcli("gc", cwd=workspace.root).returncode == 0
-    report = collect(workspace)
+    report = collect_of(workspace)
     assert len(report.merged) == 2
     assert any("gc" in note for note in report.notes)
     done = fedcli("export", "out", "--round", 1, cwd=workspace.root)
@@ -178,7 +184,7 @@ def test_what_comes_from_files_is_escaped(small: Path, tmp_path: Path) -> None:
     with (root / "fedcli.yaml").open("a") as file:
         file.write("# <script>alert(1)</script>\n")
     merge(Workspace(root), {0: 1.0})
-    text = render(collect(Workspace(root)), [])
+    text = render(collect_of(Workspace(root)), [])
     page = Page(text)
     assert "script" not in page.tags
     assert "<h1>&lt;b&gt;a study &amp; its name</h1>" in text
@@ -187,7 +193,7 @@ def test_what_comes_from_files_is_escaped(small: Path, tmp_path: Path) -> None:
 
 def test_an_earlier_report_is_replaced_and_no_other_file(small: Path) -> None:
     folder = small / "report"
-    page = render(collect(Workspace(small)), []).encode()
+    page = render(collect_of(Workspace(small)), []).encode()
     publish_report(folder, page, {"loss": b"1", "scores": b"1"}, NAMES, is_ours)
     publish_report(folder, page, {"loss": b"2"}, NAMES, is_ours)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"report.html": page, "loss.png": b"2"}
@@ -205,7 +211,7 @@ def test_an_earlier_report_is_replaced_and_no_other_file(small: Path) -> None:
 def test_a_report_that_was_killed_at_any_system_call_is_written_again(
     small: Path, tmp_path: Path, is_first: bool, after: bool
 ) -> None:
-    page = render(collect(Workspace(small)), []).encode()
+    page = render(collect(Federation.open(small).state, observer=Observer()), []).encode()
     template = tmp_path / "template"
     template.mkdir()
 
@@ -257,7 +263,7 @@ def test_event_files_hold_the_same_series(merged: tuple[Workspace, list[dict[int
     workspace, _ = merged
     score(workspace, "base", 0.25)
     score(workspace, 2, 0.75)
-    num_values = write_events(collect(workspace), tmp_path / "events")
+    num_values = write_events(collect_of(workspace), tmp_path / "events")
     runs = {folder.name: values_of(folder) for folder in (tmp_path / "events").iterdir()}
     assert runs.keys() == {"federation", "client-0", "client-1", "client-2", "base"}
     assert runs["federation"]["loss"] == [(0, 1.5), (1, 0.5)]
@@ -335,7 +341,7 @@ def test_a_browser_opens_the_page_without_a_network_and_has_no_complaint(
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium")
-    page = write_report(merged[0]).page
+    page = Federation(merged[0]).report().page
     shot = tmp_path / "shot.png"
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     options += ["--enable-logging=stderr", "--v=0", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1100,3000"]

@@ -10,9 +10,7 @@ import pytest
 from protocol_client import take_part
 from support.federation import all_take_part, configure, read_manifest
 
-from fedcli.client.due import client_status
-from fedcli.operations.status import read_status
-from fedcli.server.aggregate import aggregate
+from fedcli import Federation
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.registrations import joined_clients
 
@@ -41,9 +39,9 @@ def calls(workspace: Path) -> dict[str, int]:
         take_part(workspace, client)
     here = Workspace(workspace)
     return {
-        "status": num_calls(lambda: read_status(here)),
-        "client status": num_calls(lambda: client_status(here, 0)),
-        "aggregate": num_calls(lambda: aggregate(here, dry_run=True)),
+        "status": num_calls(lambda: Federation(here).status()),
+        "client status": num_calls(lambda: Federation(here).client(0).status()),
+        "aggregate": num_calls(lambda: Federation(here).server.aggregate(dry_run=True)),
     }
 
 
@@ -52,13 +50,13 @@ def small_calls(small: Path) -> dict[str, int]:
     """What the commands do in round 1 of three clients."""
     configure(small, "federation.rounds=20")
     all_take_part(small)
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     return calls(small)
 
 
 def test_it_does_not_grow_with_the_history(small, small_calls):
     for _ in range(12):
-        aggregate(Workspace(small))
+        Federation.open(small).server.aggregate()
         all_take_part(small)
     found = calls(small)
     assert all(found[name] < 1.05 * small_calls[name] + 100 for name in found), (found, small_calls)
@@ -70,7 +68,7 @@ def test_it_does_not_grow_with_the_number_of_clients(small, small_calls, tmp_pat
     identity["fixed"]["federation.clients"] = 50_000
     (large / "workspace.json").write_text(json.dumps(identity))
     configure(large, "federation.clients=50000", "federation.per_round=3")
-    aggregate(Workspace(large))
+    Federation.open(large).server.aggregate()
     assert max(read_manifest(large, 2)["cohort"]) > 3
     found = calls(large)
     assert all(found[name] < 1.05 * small_calls[name] + 100 for name in found), (found, small_calls)

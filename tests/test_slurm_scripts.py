@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.processes import ENVIRONMENT, fedcli, warm
 
+from fedcli import Federation
 from fedcli.config import SlurmConfig, parse_config
 from fedcli.errors import ConfigError
 from fedcli.operations.slurm_state import job_name
 from fedcli.slurm.scripts import ScriptWriter, ranges
-from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +186,7 @@ def test_an_element_that_was_preempted_and_not_requeued_has_failed_and_is_sent_a
     small: Path, programs: Path
 ) -> None:
     workspace = Workspace(small)
-    name = {kind: job_name(workspace, read_head(workspace), kind) for kind in ("clients", "server")}
+    name = {kind: job_name(Federation(workspace).round(), kind) for kind in ("clients", "server")}
     jobs = [
         {"id": 7, "kind": "clients", "clients": [0, 1, 2], "attempt": 1},
         {"id": 8, "kind": "server", "clients": [], "attempt": 1},

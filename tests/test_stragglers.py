@@ -25,11 +25,9 @@ from support.federation import (
 )
 from support.federation import restart as reopen
 
+from fedcli import Federation
 from fedcli.cli import main
 from fedcli.config import FederationConfig
-from fedcli.operations.status import read_status
-from fedcli.server.aggregate import aggregate
-from fedcli.server.verify import verify
 from fedcli.workspace.layout import Workspace
 
 
@@ -63,7 +61,7 @@ def test_a_manifest_says_who_was_drawn_in_which_order_and_how_many_count(selecti
     for number in range(1, 4):
         for client in range(3):
             take_part(selecting, client)
-        aggregate(Workspace(selecting))
+        Federation.open(selecting).server.aggregate()
         orders.add(tuple(order_of(selecting, number)))
     assert len(orders) > 1
 
@@ -84,22 +82,22 @@ def test_the_first_in_draw_order_count_and_not_those_who_came_first(selecting, c
     assert f"updates of clients {last} in round 0: they were not needed" in capsys.readouterr().out
     down = read_manifest(selecting, 0)["cost"]["client_bytes_down"]
     assert read_manifest(selecting, 1)["cost"]["total_bytes_down"] == 3 * down  # who was not needed has read it, too
-    assert verify(Workspace(selecting)).violations == []
+    assert Federation(Workspace(selecting)).verify().violations == []
 
 
 def test_the_next_takes_the_place_of_one_who_is_missing_or_refused(selecting):
     first, second, last = order_of(selecting)
     take_part(selecting, second)
     take_part(selecting, last)
-    aggregate(Workspace(selecting))
+    Federation.open(selecting).server.aggregate()
     assert accounts(selecting) == {"counted": sorted([second, last]), "missing": [first]}
     first, second, last = order_of(selecting, 1)
     for client in range(3):
         take_part(selecting, client)
     os.truncate(selecting / f"inbox/{second}/round-00001/adapter_model.safetensors", 100)
-    aggregate(Workspace(selecting))
+    Federation.open(selecting).server.aggregate()
     assert accounts(selecting, 2) == {"counted": sorted([first, last]), "refused": [second]}
-    assert verify(Workspace(selecting)).violations == []
+    assert Federation(Workspace(selecting)).verify().violations == []
 
 
 def test_the_quorum_is_of_those_who_count(selecting, capsys):
@@ -123,7 +121,7 @@ def test_verify_finds_a_selection_that_was_not_kept_to(small, monkeypatch, capsy
     monkeypatch.chdir(small)
     for _ in range(2):
         all_take_part(small)
-        aggregate(Workspace(small))
+        Federation.open(small).server.aggregate()
     edited(lambda manifest: manifest.update(selection={"order": [0, 1], "count": 2}), small)
     assert main(["verify"]) == 7
     assert "has a selection that is not of its cohort" in capsys.readouterr().out
@@ -162,7 +160,7 @@ def test_a_round_that_was_opened_without_a_deadline_has_none(small, monkeypatch)
     configure(small, "federation.deadline=0.001")
     take_part(small, 0)
     assert main(["server", "aggregate"]) == 6
-    assert read_status(Workspace(small)).deadline is None
+    assert Federation.open(small).status().deadline is None
 
 
 def test_a_late_update_is_shown_and_changes_nothing(small, monkeypatch, capsys):
@@ -173,15 +171,15 @@ def test_a_late_update_is_shown_and_changes_nothing(small, monkeypatch, capsys):
     update.rename(small / "late")
     assert main(["server", "aggregate", "--partial"]) == 0
     published = stored_hashes(small / "rounds")
-    assert read_status(Workspace(small)).last_late == []
+    assert Federation.open(small).status().last_late == []
     (small / "late").rename(update)
-    status = read_status(Workspace(small))
+    status = Federation.open(small).status()
     assert (status.last_missing, status.last_late, status.answered) == ([1, 2], [1], [])
     capsys.readouterr()
     assert main(["status"]) == 0
     assert "updates of clients 1 in round 0: they came too late" in capsys.readouterr().out
     assert stored_hashes(small / "rounds") == published
-    assert verify(Workspace(small)).violations == []
+    assert Federation(Workspace(small)).verify().violations == []
 
 
 def test_the_control_variate_of_who_was_not_needed_or_late_never_becomes_current(selecting):
@@ -190,7 +188,7 @@ def test_the_control_variate_of_who_was_not_needed_or_late_never_becomes_current
     for client in range(3):
         (selecting / "data" / f"client-{client}.jsonl").touch()
         train_as(client, selecting)
-    aggregate(Workspace(selecting))
+    Federation.open(selecting).server.aggregate()
     assert {client for client in range(3) if not own(selecting, client)} == {order_of(selecting)[-1]}
     before = {client: own(selecting, client) for client in range(3)}
     late = order_of(selecting, 1)[0]
@@ -198,14 +196,14 @@ def test_the_control_variate_of_who_was_not_needed_or_late_never_becomes_current
         train_as(client, selecting)
     update = selecting / f"inbox/{late}/round-00001"
     update.rename(selecting / "late")
-    aggregate(Workspace(selecting))
+    Federation.open(selecting).server.aggregate()
     (selecting / "late").rename(update)
-    assert read_status(Workspace(selecting)).last_late == [late]
+    assert Federation.open(selecting).status().last_late == [late]
     assert len(list((selecting / f"private/{late}/control").glob("round-00001-*"))) == 1
     after = own(selecting, late)
     assert after.keys() == before[late].keys()
     assert all(np.array_equal(after[name], before[late][name]) for name in after)
-    assert verify(Workspace(selecting)).violations == []
+    assert Federation(Workspace(selecting)).verify().violations == []
 
 
 def test_a_manifest_of_a_version_that_knew_no_selection_is_merged(small):
@@ -217,7 +215,7 @@ def test_a_manifest_of_a_version_that_knew_no_selection_is_merged(small):
     for client in range(3):
         take_part(small, client)
     tear(small, 1)
-    aggregate(Workspace(small))
+    Federation.open(small).server.aggregate()
     assert accounts(small) == {"counted": [0, 2], "refused": [1]}
 
 

@@ -17,10 +17,9 @@ from support.federation import ADAPTER, configure, own, read_adapter, read_manif
 from support.formulas import OTHER, Formulas, drop, drop_all, random_update
 from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
+from fedcli import Federation
 from fedcli.algos.scaffold import Scaffold
 from fedcli.cli import main
-from fedcli.server.verify import verify
-from fedcli.workspace.history import read_head
 from fedcli.workspace.layout import Workspace
 
 DELTA = "control_delta.safetensors"
@@ -60,7 +59,7 @@ def test_an_override_starts_afresh_goes_on_and_is_forgotten_by_another_algorithm
         formulas.step(updates)
         formulas.check(here, number + 1)
         assert manifest["aggregation"]["algorithm"] == algorithm
-    assert verify(Workspace(here)).violations == []
+    assert Federation(Workspace(here)).verify().violations == []
 
 
 def test_an_override_takes_its_hyperparameters_from_fedcli_yaml_where_that_names_it(here):
@@ -105,7 +104,7 @@ def test_control_variates_start_afresh_after_another_algorithm(here):
     formulas = Formulas(read_adapter(here, 4), name="scaffold")
     formulas.step(merge(here)[0])
     formulas.check(here, 5)
-    assert verify(Workspace(here)).violations == []
+    assert Federation(Workspace(here)).verify().violations == []
 
 
 def test_an_update_without_its_control_delta_or_with_a_bad_one_is_refused(here):
@@ -204,9 +203,9 @@ def check_controls(workspace: Path, counted: dict[int, list[int]]) -> None:
             assert np.abs(total).max() > 0.1
             np.testing.assert_allclose(flat(current), total, rtol=0, atol=1e-6)
         sums.append(total)
-    head = read_head(Workspace(workspace))
+    head = Federation.open(workspace).round()
     np.testing.assert_allclose(flat(head.state(Scaffold())), sum(sums) / 3, rtol=0, atol=1e-6)
-    assert verify(Workspace(workspace)).violations == []
+    assert Federation(Workspace(workspace)).verify().violations == []
 
 
 def candidates(workspace: Path, client: int) -> list[str]:

@@ -14,10 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 from support.processes import ENVIRONMENT, SMALL, command, fedcli, settings
 
+from fedcli import Federation, Observer
 from fedcli.algos import ALGORITHMS
 from fedcli.cli import main
-from fedcli.operations.baseline import train_baseline
-from fedcli.workspace.layout import Workspace
 
 ADAPTER = "adapter/adapter_model.safetensors"
 PAIR = (*SMALL, "federation.clients=2")
@@ -216,7 +215,9 @@ def test_the_pooled_baseline_goes_on_where_it_was_killed(
     assert progress.exists()
     assert not (workspace / "baselines/pooled").exists()
     told: list[int] = []
-    done = train_baseline(Workspace(workspace), None, on_step=lambda number, *_: told.append(number))
+    listener = Observer()
+    listener.baseline_round = lambda number, *_: told.append(number)
+    done = Federation.open(workspace).train_pooled(observer=listener)
     assert done.status == "trained"
     assert told == sorted(told)
     assert told[0] > 0  # what the killed process had finished is not made again

@@ -16,9 +16,8 @@ from support.damage import LAST, edited, flipped, removed, replace_adapter, repl
 from support.federation import ADAPTER, CONTROL_DELTA, all_take_part, answer, configure, restart, stored_hashes
 from support.processes import ENVIRONMENT
 
+from fedcli import Federation
 from fedcli.cli import main
-from fedcli.server.aggregate import aggregate
-from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import file_entry
 
 ROUND = "rounds/00001"
@@ -33,7 +32,7 @@ def finished_template(small_template: Path, tmp_path_factory: pytest.TempPathFac
     folder = Path(shutil.copytree(small_template, tmp_path_factory.mktemp("verify") / "workspace"))
     for _ in range(2):
         all_take_part(folder)
-        aggregate(Workspace(folder))
+        Federation.open(folder).server.aggregate()
     return folder
 
 
@@ -254,7 +253,7 @@ def finished_templates(small_template: Path, tmp_path_factory: pytest.TempPathFa
                 assert answer(workspace, number) == [0, 1, 2]
             else:
                 all_take_part(workspace)
-            aggregate(Workspace(workspace))
+            Federation.open(workspace).server.aggregate()
     return templates
 
 

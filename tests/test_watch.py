@@ -16,9 +16,9 @@ from rich.console import Console
 from support.handmade import drop, merge
 from support.processes import ENVIRONMENT, command, fedcli
 
+from fedcli import Federation
 from fedcli.commands.status_watch import render
 from fedcli.operations.watch import PastRound, Watcher
-from fedcli.server.aggregate import aggregate
 from fedcli.workspace.layout import Workspace
 
 
@@ -31,7 +31,7 @@ def test_without_a_terminal_each_change_is_a_line_and_the_last_round_ends_it(sma
     assert process.stdout.readline() == "round 0 of 2, open: 0 of 3 answered, 3 must, missing 0, 1, 2\n"
     drop(workspace, 1, loss=0.5)
     assert process.stdout.readline() == "round 0 of 2, open: 1 of 3 answered, 3 must, missing 0, 2\n"
-    aggregate(workspace, partial=True)
+    Federation(workspace).server.aggregate(partial=True)
     merge(workspace, {0: 0.25})
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 0
@@ -83,7 +83,7 @@ def test_with_json_it_is_refused(small: Path) -> None:
 
 
 def test_a_look_at_an_unchanged_round_opens_one_file_that_is_not_there(small: Path) -> None:
-    watcher = Watcher(Workspace(small))
+    watcher = Watcher(Federation.open(small).state)
     opened: list[str] = []
     looking = True
     sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if looking and event == "open" else None)
@@ -96,7 +96,7 @@ def test_the_time_left_is_that_of_the_last_rounds(small: Path) -> None:
     config = small / "fedcli.yaml"
     config.write_text(config.read_text().replace("rounds: 2", "rounds: 5"))
     workspace = Workspace(small)
-    watcher = Watcher(workspace)
+    watcher = Watcher(Federation(workspace).state)
     assert watcher.look().eta_seconds is None
     now = time.time()
     for number, ago in ((0, 203), (1, 103), (2, 3)):  # rounds of 100 seconds; the open one began 3 seconds ago
@@ -110,7 +110,7 @@ def test_the_time_left_is_that_of_the_last_rounds(small: Path) -> None:
 
 
 def test_a_cohort_of_hundreds_fits_the_screen(small: Path) -> None:
-    view = Watcher(Workspace(small)).look()
+    view = Watcher(Federation.open(small).state).look()
     past = [PastRound(number, 1.0, 3, [1], [2], 60.0) for number in range(60)]
     cohort = list(range(500))
     view = replace(

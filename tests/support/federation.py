@@ -11,14 +11,13 @@ import yaml
 from protocol_client import take_part
 from safetensors.numpy import load_file
 
+from fedcli import Federation, Observer
 from fedcli.algos.scaffold import Scaffold
 from fedcli.client.due import train_client
 from fedcli.config import apply_overrides, read_document
 from fedcli.data.encoded import EncodedRows
 from fedcli.parties.party import Party
-from fedcli.server.create import open_round
 from fedcli.workspace.controls import read_control
-from fedcli.workspace.history import read_head, read_rounds
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import TrainRecord
 
@@ -39,7 +38,7 @@ def restart(workspace: Path, algorithm: str) -> None:
     """Let round 0, which nobody has answered, be one of another algorithm."""
     configure(workspace, f"algorithm.name={algorithm}")
     shutil.rmtree(workspace / "rounds")
-    open_round(Workspace(workspace))
+    Federation(Workspace(workspace)).server.open()
 
 
 def noisy(client: int):
@@ -68,6 +67,10 @@ class Stub:
     def __init__(self, goal: float = 0.0) -> None:
         self.goal = goal
 
+    def load(self, party: Party) -> "Stub":
+        """Stand in for the process's models, too."""
+        return self
+
     def rows(self, party: Party, train: TrainRecord) -> EncodedRows:
         """Return as many rows as the client has, none of which is looked at."""
         return EncodedRows([None] * NUM_SAMPLES[party.client])
@@ -86,7 +89,7 @@ class Stub:
 
 def train_as(client: int, workspace: Path, goal: float = 0.0) -> None:
     """Let a client do all that `client train` does, but for the model."""
-    result = train_client(Workspace(workspace), client, load_runtime=lambda head, party: Stub(goal))
+    result = train_client(Federation.open(workspace).state, client, Stub(goal), observer=Observer())
     assert result.status in ("submitted", "already_submitted")
 
 
@@ -108,8 +111,8 @@ def read_update(workspace: Path, number: int, client: int) -> dict[str, np.ndarr
 
 def own(workspace: Path, client: int) -> dict[str, np.ndarray]:
     """Return a client's c_k for the open round as fedcli finds it; empty for zero."""
-    head = read_head(Workspace(workspace))
-    rounds = [*read_rounds(Workspace(workspace), before=head.number), head]
+    state = Federation.open(workspace).state
+    rounds = [*state.past(), state.head]
     return read_control(Workspace(workspace).private(client), rounds, Scaffold(), client)
 
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedcli.server.aggregate import aggregate
-from fedcli.workspace.history import read_head
+from fedcli import Federation
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD, Workspace, update_name
 from fedcli.workspace.records import UpdateRecord, file_entry
@@ -17,7 +16,7 @@ Arrays = dict[str, np.ndarray]
 
 def drop(workspace: Workspace, client: int, *, loss: float | None = 1.0, base: str | None = None) -> Arrays:
     """Drop an update of the open round, and return what it adds to the adapter; another `base` makes it wrong."""
-    head = read_head(workspace)
+    head = Federation(workspace).round()
     rng = np.random.default_rng([head.number, client])
     adapter = head.adapter()
     change = {name: rng.normal(size=array.shape).astype(np.float32) for name, array in adapter.items()}
@@ -33,14 +32,14 @@ def drop(workspace: Workspace, client: int, *, loss: float | None = 1.0, base: s
         train_loss=loss,
         files={ADAPTER_FILE: file_entry(contents)},
     )
-    assert drop_update(workspace, head.number, client, [(ADAPTER_FILE, contents), (UPDATE_RECORD, record.to_bytes())])
+    assert drop_update(head, client, [(ADAPTER_FILE, contents), (UPDATE_RECORD, record.to_bytes())])
     return change
 
 
 def merge(workspace: Workspace, losses: Mapping[int, float | None]) -> dict[int, Arrays]:
     """Let these clients answer the open round, and merge it; return what each update adds to the adapter."""
     changes = {client: drop(workspace, client, loss=loss) for client, loss in losses.items()}
-    aggregate(workspace, partial=True)
+    Federation(workspace).server.aggregate(partial=True)
     return changes
 
 

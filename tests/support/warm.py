@@ -121,7 +121,7 @@ def _import_all() -> None:
     with without_bitsandbytes():
         for name in (
             "cli",
-            "rounds.runtime",
+            "client.runtime",
             "data.encoding",
             "model.lora",
             "training.sft",
