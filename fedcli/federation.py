@@ -11,6 +11,7 @@ from fedcli.workspace.layout import Workspace, find_workspace
 
 if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
+    from fedcli.client.runtimes import Runtimes
     from fedcli.operations.baseline import BaselineResult
     from fedcli.operations.doctor import Finding
     from fedcli.operations.export import Exported
@@ -43,8 +44,9 @@ class Federation:
     wrong and what to do. An `Observer` hears how the work goes on.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, *, threads: int | None = None) -> None:
         self.workspace = workspace
+        self.threads = threads
 
     @classmethod
     def create(
@@ -64,13 +66,15 @@ class Federation:
         return cls(create(path, preset=preset, overrides=overrides, observer=observer).federation.workspace)
 
     @classmethod
-    def open(cls, path: Path | str | None = None) -> "Federation":
+    def open(cls, path: Path | str | None = None, *, threads: int | None = None) -> "Federation":
         """Open the workspace in a folder; for None the one that $FEDCLI_WORKSPACE or the current folder names.
+
+        `threads` are the CPU threads of its training; None: $OMP_NUM_THREADS, else all cores.
 
         Raises WorkspaceError where there is none, or where it is not initialised, ConfigError for a fault in its
         fedcli.yaml.
         """
-        found = cls(find_workspace(None if path is None else Path(path)))
+        found = cls(find_workspace(None if path is None else Path(path)), threads=threads)
         assert found.state
         return found
 
@@ -86,6 +90,13 @@ class Federation:
         if "_opened" in self.__dict__:
             self._opened.refresh()
         return self._opened
+
+    @cached_property
+    def runtimes(self) -> "Runtimes":
+        """The models that are loaded, which stay so for the next call."""
+        from fedcli.client.runtimes import Runtimes
+
+        return Runtimes(self.state, threads=self.threads)
 
     @property
     def path(self) -> Path:
@@ -119,35 +130,37 @@ class Federation:
         *,
         rounds: int | None = None,
         workers: int = 1,
-        threads: int | None = None,
         observer: Observer = SILENT,
     ) -> "FederationResult":
         """Train and merge until the last round, or for `rounds` rounds, with so many clients at once."""
         from fedcli.operations.run import run_federation
 
-        return run_federation(self.state, rounds=rounds, workers=workers, threads=threads, observer=observer)
+        return run_federation(
+            self.state,
+            runtimes=self.runtimes,
+            rounds=rounds,
+            workers=workers,
+            threads=self.threads,
+            observer=observer,
+        )
 
     def train_clients(
         self,
         clients: Sequence[int] | None = None,
         *,
         wait: float = 0.0,
-        threads: int | None = None,
         observer: Observer = SILENT,
     ) -> "list[ClientResult]":
         """Do what is due for several clients; for None all that are here and that nobody else trains."""
         from fedcli.client.due import train_clients
-        from fedcli.client.runtimes import Runtimes
 
-        state = self.state
-        runtimes = Runtimes(state, threads=threads, observer=observer)
-        return train_clients(state, clients, runtimes, wait=wait, observer=observer)
+        return train_clients(self.state, clients, self.runtimes, wait=wait, observer=observer)
 
-    def train_pooled(self, *, threads: int | None = None, observer: Observer = SILENT) -> "BaselineResult":
+    def train_pooled(self, *, observer: Observer = SILENT) -> "BaselineResult":
         """Train the baseline of all clients' rows together; only a simulation has them."""
         from fedcli.operations.baseline import train_baseline
 
-        return train_baseline(self.state, None, threads=threads, observer=observer)
+        return train_baseline(self.state, None, threads=self.threads, observer=observer)
 
     def status(self) -> "Status":
         """Return the open round, who has answered it, and how the round before it was merged."""
@@ -283,20 +296,21 @@ class Client:
 
         return client_status(self._federation.state, self.id)
 
-    def train(self, *, wait: float = 0.0, threads: int | None = None, observer: Observer = SILENT) -> "ClientResult":
+    def train(self, *, wait: float = 0.0, observer: Observer = SILENT) -> "ClientResult":
         """Train on the open round and drop the update; that nothing is due is a result, no error."""
         from fedcli.client.due import train_client
-        from fedcli.client.runtimes import Runtimes
 
-        state = self._federation.state
-        runtimes = Runtimes(state, threads=threads, observer=observer)
-        return train_client(state, self.id, runtimes, home=self._home, wait=wait, observer=observer)
+        federation = self._federation
+        return train_client(
+            federation.state, self.id, federation.runtimes, home=self._home, wait=wait, observer=observer
+        )
 
-    def train_alone(self, *, threads: int | None = None, observer: Observer = SILENT) -> "BaselineResult":
+    def train_alone(self, *, observer: Observer = SILENT) -> "BaselineResult":
         """Train the baseline of this client alone."""
         from fedcli.operations.baseline import train_baseline
 
-        return train_baseline(self._federation.state, self.id, home=self._home, threads=threads, observer=observer)
+        federation = self._federation
+        return train_baseline(federation.state, self.id, home=self._home, threads=federation.threads, observer=observer)
 
 
 class Server:

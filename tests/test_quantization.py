@@ -46,7 +46,7 @@ def run(*arguments):
 
 def dtypes(folder):
     workspace = Workspace(folder)
-    runtime = Runtime(Federation(workspace).state, observer=Observer())
+    runtime = Runtime(Federation(workspace).state)
     return {name: str(value.dtype) for name, value in runtime.adapted.model.named_parameters()}
 
 cases, separate, overrides = json.loads(sys.argv[1])

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from support.models import TINY, preference, same_bits
 from support.processes import FEW, Run, results, runner, settings
 
-from fedcli import Federation, Observer
+from fedcli import Federation
 from fedcli.cli import main
 from fedcli.client.runtime import Runtime
 from fedcli.data.conversation import Preference
@@ -141,7 +141,7 @@ def test_the_reference_of_a_federation_that_starts_from_an_sft_adapter_is_that_a
 def warm(workspace: Path) -> tuple[Workspace, Runtime]:
     """A loaded model, and the workspace that it is of."""
     found = Workspace(workspace)
-    return found, Runtime(Federation(found).state, observer=Observer())
+    return found, Runtime(Federation(found).state)
 
 
 def party_of(workspace: Workspace) -> Party:
@@ -170,7 +170,7 @@ def forwards(warm: tuple[Workspace, Runtime], **changes: Any) -> int:
 
 def fresh(warm: tuple[Workspace, Runtime]) -> tuple[Workspace, Runtime]:
     """Return another process's model, which remembers nothing."""
-    return warm[0], Runtime(Federation(warm[0]).state, observer=Observer())
+    return warm[0], Runtime(Federation(warm[0]).state)
 
 
 def test_each_rows_reference_is_computed_once(warm: tuple[Workspace, Runtime]) -> None:

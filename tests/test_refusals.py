@@ -25,7 +25,6 @@ from fedcli import Federation
 from fedcli.cli import main
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.inbox import read_update
-from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import RefusedUpdate, parse_update_record
 from fedcli.workspace.refusal import REFUSAL_CODES, Refusal
 from fedcli.workspace.tensors import decode, encode, schema_of
@@ -296,7 +295,7 @@ def test_a_bad_update_is_refused_with_its_code_and_the_rest_is_counted(small, mo
 def test_an_update_is_refused_for_no_error_but_its_own(small, monkeypatch, call, depth):
     """Every errno, at the client's folder (1), the update's (2) or its record (3): trouble refuses nobody."""
     take_part(small, BAD)
-    workspace, base = Workspace(small), Federation.open(small).round()
+    base = Federation.open(small).round()
     real, inbox = getattr(os, call), str(small / "inbox" / str(BAD))
     broken = (inbox, f"{inbox}/round-00000", f"{inbox}/round-00000/update.json")[depth - 1]
     own = {errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EACCES, *([errno.ENOENT] if depth == 3 else [])}
@@ -316,13 +315,13 @@ def test_an_update_is_refused_for_no_error_but_its_own(small, monkeypatch, call,
             patch.setattr(os, call, fail)
             if call == "open" and number in own:
                 with pytest.raises(Refusal) as refused:
-                    read_update(workspace, base, BAD)
+                    read_update(base, BAD)
                 assert refused.value.code == "not_regular"
             elif call == "open" and number == errno.ENOENT:
-                assert read_update(workspace, base, BAD) is None
+                assert read_update(base, BAD) is None
             else:
                 with pytest.raises(WorkspaceError, match=re.escape(os.strerror(number))):
-                    read_update(workspace, base, BAD)
+                    read_update(base, BAD)
 
 
 TROUBLE = ("ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EKEYEXPIRED", "EUCLEAN", "EBADMSG", "EBUSY", "EREMOTEIO", "ENOMEM")

@@ -61,7 +61,7 @@ def train_and_drop(
         if client in earlier.manifest.cohort
     )
     rule = _Rule.read(party, [*past, head], adapter)
-    runtime = runtimes.load(party)
+    runtime = runtimes.load(party, observer)
     rows = runtime.rows(party, manifest.train)
     started = time.monotonic()
     num_tokens = 0

@@ -50,11 +50,10 @@ class Runtime:
         *,
         threads: int | None = None,
         party: Party | None = None,
-        observer: Observer,
     ) -> None:
         config, manifest = federation.config, federation.head.manifest
         self._federation = federation
-        self._observer = observer
+        self.observer = Observer()
         self.task = manifest.task
         self._fingerprint = manifest.model.fingerprint
         base = party.base_of(config) if party else config.model.base
@@ -107,7 +106,7 @@ class Runtime:
         def count(more: int) -> None:
             nonlocal num_read
             num_read += more
-            self._observer.rows_read("reading rows", num_read)
+            self.observer.rows_read("reading rows", num_read)
 
         rows, num_usable = read_encoded(
             party, self.encoder(train.template), self.task, train, fingerprint=self._fingerprint, on_rows=count

@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 class Runtimes:
     """One model for all clients, and one more for each party with its own copy of the base or its own trust in code."""
 
-    def __init__(self, federation: FederationState, *, threads: int | None = None, observer: Observer) -> None:
+    def __init__(self, federation: FederationState, *, threads: int | None = None) -> None:
         self._federation = federation
         self._threads = threads
-        self._observer = observer
         self._loaded: dict[tuple[str | None, bool | None], Runtime] = {}
 
     @property
@@ -24,12 +23,13 @@ class Runtimes:
         """The one of all clients; None while it has not been loaded."""
         return self._loaded.get((None, None))
 
-    def load(self, party: Party) -> "Runtime":
-        """Return the party's, loaded now where it is not yet."""
-        self._observer.model_loading(self._federation.head)
+    def load(self, party: Party, observer: Observer) -> "Runtime":
+        """Return the party's, loaded now where it is not yet; from now on it tells the observer what it reads."""
+        observer.model_loading(self._federation.head)
         key = (party.base, party.trust_remote_code)
         if key not in self._loaded:
             from fedcli.client.runtime import Runtime
 
-            self._loaded[key] = Runtime(self._federation, threads=self._threads, party=party, observer=self._observer)
+            self._loaded[key] = Runtime(self._federation, threads=self._threads, party=party)
+        self._loaded[key].observer = observer
         return self._loaded[key]

@@ -44,7 +44,7 @@ def train(
     like, on as many machines as you like.
     """
     ids = _parse_ids(clients, any_client, home)
-    federation = found_federation(workspace)
+    federation = found_federation(workspace, threads)
     if ids is None and _has_nothing_to_do(federation, wait, json_output):
         return
     with progress_display(json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s") as progress:
@@ -52,9 +52,9 @@ def train(
         if ids is not None and len(ids) == 1:
             display.client_started(ids[0])
             client = federation.client(ids[0], home=home)
-            results = [client.train(wait=wait, threads=threads, observer=display)]
+            results = [client.train(wait=wait, observer=display)]
         else:
-            results = federation.train_clients(ids, wait=wait, threads=threads, observer=display)
+            results = federation.train_clients(ids, wait=wait, observer=display)
     documents = [client_document(result) for result in results]
     if json_output and ids is not None:
         print_json(documents[0] if len(ids) == 1 else {"clients": documents})

@@ -9,9 +9,9 @@ from fedcli.federation import Federation
 from fedcli.workspace.layout import find_workspace
 
 
-def found_federation(workspace: Path | None) -> Federation:
+def found_federation(workspace: Path | None, threads: int | None = None) -> Federation:
     """Return the federation that --workspace, $FEDCLI_WORKSPACE or the current folder names."""
-    return Federation(find_workspace(workspace))
+    return Federation(find_workspace(workspace), threads=threads)
 
 
 WorkspaceOption = Annotated[

@@ -42,11 +42,11 @@ def run(
     """
     from fedcli.data.formats import describe_counts
 
-    federation = found_federation(workspace)
+    federation = found_federation(workspace, threads)
     with progress_display(
         json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s", "ETA"
     ) as progress:
-        result = federation.run(rounds=rounds, workers=workers, threads=threads, observer=_Display(progress))
+        result = federation.run(rounds=rounds, workers=workers, observer=_Display(progress))
     if json_output:
         print_json(result)
         return

@@ -19,7 +19,7 @@ def train_alone(
     json_output: JsonOption = False,
 ) -> None:
     """Train one client alone, with the federation's steps and schedule: the baseline that federation must beat."""
-    alone = found_federation(workspace).client(client, home=home)
+    alone = found_federation(workspace, threads).client(client, home=home)
     with baseline_display(f"client {client} alone", json_output) as observer:
-        result = alone.train_alone(threads=threads, observer=observer)
+        result = alone.train_alone(observer=observer)
     print_baseline(f"client {client} alone", result, workspace, json_output)

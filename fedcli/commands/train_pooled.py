@@ -22,9 +22,9 @@ def train_pooled(
     threads: ThreadsOption = None, workspace: WorkspaceOption = None, json_output: JsonOption = False
 ) -> None:
     """Train on all clients' rows together, with the federation's steps and schedule (in a simulation only)."""
-    federation = found_federation(workspace)
+    federation = found_federation(workspace, threads)
     with baseline_display(POOLED, json_output) as observer:
-        result = federation.train_pooled(threads=threads, observer=observer)
+        result = federation.train_pooled(observer=observer)
     print_baseline(POOLED, result, workspace, json_output)
 
 

@@ -77,7 +77,7 @@ def train_baseline(
             if (standing.start, standing.train) == (plan.start, plan.train):
                 return BaselineResult("exists", plan.name, standing.last_loss)
             set_baseline_aside(workspace, plan.name)
-        runtime = Runtime(federation, threads=threads, party=party, observer=observer)
+        runtime = Runtime(federation, threads=threads, party=party)
         progress = _train_rounds(federation, own, runtime, party, plan, observer)
         files = {ADAPTER_NAME: encode(progress.adapter), ADAPTER_CONFIG_NAME: start.read(ADAPTER_CONFIG_NAME)}
         publish_baseline(workspace, plan.model_copy(update={"last_loss": progress.last_loss}), files)

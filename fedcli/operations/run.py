@@ -33,6 +33,7 @@ class FederationResult:
 def run_federation(
     federation: FederationState,
     *,
+    runtimes: Runtimes,
     rounds: int | None = None,
     workers: int = 1,
     threads: int | None = None,
@@ -45,7 +46,6 @@ def run_federation(
     bit for bit.
     """
     check_milestones(federation.config)
-    runtimes = Runtimes(federation, threads=threads, observer=observer)
 
     def score() -> None:
         """Score the latest round where that is due, with a model that is loaded, if one is."""

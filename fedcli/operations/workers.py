@@ -166,7 +166,7 @@ def _work(connection: Connection, root: Path, environment: dict[str, str], threa
         try:
             if federation is None:
                 federation = FederationState.open(Workspace(root))
-                runtimes = Runtimes(federation, threads=threads, observer=observer)
+                runtimes = Runtimes(federation, threads=threads)
             federation.refresh()
             connection.send(train_client(federation, client, runtimes, observer=observer))
         except BrokenPipeError:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from fedcli.client.runtime import Runtime
 from fedcli.config import CustomTemplate, TemplateChoice
 from fedcli.eval.memory import Engine
-from fedcli.observer import Observer
 from fedcli.scoring.targets import Target
 from fedcli.workspace.federation_state import FederationState
 
@@ -79,7 +78,7 @@ class Models:
 
     def _loaded_runtime(self) -> Runtime:
         if self._runtime is None:
-            self._runtime = Runtime(self._federation, threads=self._threads, observer=Observer())
+            self._runtime = Runtime(self._federation, threads=self._threads)
         return self._runtime
 
 

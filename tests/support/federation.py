@@ -67,7 +67,7 @@ class Stub:
     def __init__(self, goal: float = 0.0) -> None:
         self.goal = goal
 
-    def load(self, party: Party) -> "Stub":
+    def load(self, party: Party, observer: Observer) -> "Stub":
         """Stand in for the process's models, too."""
         return self
 
