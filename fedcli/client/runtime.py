@@ -230,4 +230,5 @@ def _import_stack() -> None:
     finally:
         if was_enabled:
             gc.enable()
+    gc.collect()  # errors that imports caught hold the frames up to here, and so the Runtime that asked for them
     gc.freeze()
