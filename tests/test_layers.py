@@ -98,13 +98,6 @@ def test_no_test_module_imports_another() -> None:
     assert {name: found & tests for name, found in imported.items() if found & tests} == {}
 
 
-def test_no_test_module_imports_another() -> None:
-    modules = sorted(Path(__file__).parent.rglob("*.py"))
-    imported = {module.stem: {name.split(".")[0] for name in imports(module)} for module in modules}
-    tests = {name for name in imported if name.startswith("test_")} | {"conftest"}
-    assert {name: found & tests for name, found in imported.items() if found & tests} == {}
-
-
 def test_no_file_in_git_is_over_five_megabytes() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:

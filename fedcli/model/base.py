@@ -173,11 +173,11 @@ def load_whole(folder: Path, **options: Any) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    model, report = loaded
+    model: PreTrainedModel = loaded[0]
+    report = loaded[1]
     faults = {
         "missing": sorted(report["missing_keys"]),
         "of another shape": [
