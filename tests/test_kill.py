@@ -28,7 +28,7 @@ from support.kills import arm, copies_killed_at_every_call, die, fork, was_kille
 from fedcli import Federation
 from fedcli.errors import BusyError, FedError, NotReadyError
 from fedcli.server import aggregate as aggregation
-from fedcli.server import open_round as opening
+from fedcli.workspace import publish
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import Workspace
 
@@ -227,7 +227,7 @@ def careless(final: Path, files, *, mode: int) -> bool:
 
 
 def test_the_harness_catches_a_server_that_writes_under_the_final_name(answered, monkeypatch):
-    monkeypatch.setattr(opening, "publish_directory", careless)
+    monkeypatch.setattr(publish, "publish_directory", careless)
     violated = [
         bool(Federation(Workspace(workspace)).verify().violations)
         for workspace in copies_killed_at_every_call(answered, merge_round_0, after=False)

@@ -321,8 +321,8 @@ def test_a_late_updates_control_variate_never_becomes_current(begun):
 
 KILLED_BEFORE_ITS_DROP = """
 import os, signal, sys
-from fedcli.workspace import inbox
-inbox.publish_directory = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+from fedcli.workspace import publish
+publish.publish_directory = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
 from fedcli.cli import main
 main(sys.argv[1:])
 """

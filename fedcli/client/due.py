@@ -11,8 +11,8 @@ from fedcli.errors import BusyError, FedError
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, can_train, find_party
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
+from fedcli.workspace.inbox import sweep_inbox
 from fedcli.workspace.locks import hold
-from fedcli.workspace.publish import remove_temporaries
 
 if TYPE_CHECKING:
     from fedcli.client.local_round import Training
@@ -126,7 +126,7 @@ def _train(federation: FederationState, party: Party, runtimes: Runtimes, observ
     """Train and drop, under the client's lock."""
     from fedcli.client.local_round import train_and_drop
 
-    remove_temporaries(federation.workspace.client_inbox(party.client))
+    sweep_inbox(federation.workspace, party.client)
     training, is_first = train_and_drop(federation, party, runtimes, observer)
     status: ClientStatus = "submitted" if is_first else "already_submitted"
     return ClientResult(status, party.client, federation.head.number, training)

@@ -22,11 +22,12 @@ def list_(
     from fedcli.eval.data import find_roots
     from fedcli.eval.listing import list_benchmarks
     from fedcli.workspace.layout import find_workspace
+    from fedcli.workspace.row_files import find_files
 
     roots = find_roots(data)
     with suppress(WorkspaceError):  # a workspace may hold rows of its own; the list needs none
         roots = (*roots, find_workspace(workspace).data)
-    listed = list_benchmarks(group, roots)
+    listed = list_benchmarks(group, roots, find_files)
     if json_output:
         print_json(listed)
         return

@@ -13,12 +13,13 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias
 
 from fedcli.errors import ConfigError, RequirementError
 
@@ -41,6 +42,8 @@ _LONGEST_CELL = 2**31 - 1
 _CHUNK = 1000
 """Rows of a parquet file that are read at once."""
 
+Opener: TypeAlias = Callable[[Path], BufferedReader]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -61,6 +64,8 @@ class Source:
     split: str = "train"
     revision: str | None = None
     """A branch, tag or commit of the hub's repository."""
+    opener: Opener | None = None
+    """Opens `location`, which then is a file that others keep; None for any place of this machine."""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows one by one.
@@ -69,11 +74,18 @@ class Source:
         data set of the hub that cannot be had.
         """
         is_empty = True
-        for row in _hub_rows(self) if isinstance(self.location, str) else _folder_or_file(self.location, self.split):
+        for row in _hub_rows(self) if isinstance(self.location, str) else self._file_rows(self.location):
             is_empty = False
             yield row
         if is_empty:
             raise ConfigError(f"{self.location} holds no rows", hint="Check data.source, or fill the file.")
+
+    def _paths(self, location: Path) -> list[Path]:
+        return _files(location, self.split) if self.opener is None and location.is_dir() else [location]
+
+    def _file_rows(self, location: Path) -> Iterator[Row]:
+        for path in self._paths(location):
+            yield from _file_rows(path, self.opener or _open)
 
     def digest(self) -> str | None:
         """Return a hash of the names and bytes of its files; None for a data set of the hub, or if one is missing."""
@@ -81,8 +93,8 @@ class Source:
             return None
         digest = hashlib.sha256()
         try:
-            for path in _files(self.location, self.split) if self.location.is_dir() else [self.location]:
-                with path.open("rb") as file:
+            for path in self._paths(self.location):
+                with (self.opener or _open)(path) as file:
                     digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
         except OSError:  # reading it will say what is wrong
             return None
@@ -115,14 +127,9 @@ def write_row(fields: Mapping[str, Any]) -> bytes:
     return (json.dumps(fields, ensure_ascii=False, default=str) + "\n").encode()
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, opener: Opener | None = None) -> list[Row]:
     """Return all rows of a file; raise ConfigError as `Source.rows` does."""
-    return list(find_source(str(path), path.parent).rows())
-
-
-def _folder_or_file(path: Path, split: str) -> Iterator[Row]:
-    for file in _files(path, split) if path.is_dir() else [path]:
-        yield from _file_rows(file)
+    return list(Source(path, opener=opener).rows())
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -162,7 +169,7 @@ def _is_packed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _file_rows(path: Path, opener: Opener) -> Iterator[Row]:
     kind = KINDS.get(_suffix(path))
     if kind is None:
         raise ConfigError(
@@ -170,7 +177,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         )
     try:
         if kind == "json":
-            yield from _json_rows(path)
+            yield from _json_rows(path, opener)
         elif kind == "csv":
             yield from _csv_rows(path)
         else:
@@ -187,9 +194,9 @@ def _file_rows(path: Path) -> Iterator[Row]:
         ) from error
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path, opener: Opener) -> Iterator[Row]:
     """Read an object a line, or one array of objects, whichever the file holds."""
-    with _opened(path) as file:
+    with _opened(path, opener) as file:
         start = file.read(1)
         while start.isspace() or start == "\ufeff":
             start = file.read(1)
@@ -197,11 +204,15 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield from _array(file, path) if start == "[" else _lines(file, path)
 
 
-def _opened(path: Path, newline: str = "\n") -> TextIO:
+def _open(path: Path) -> BufferedReader:
+    return path.open("rb")
+
+
+def _opened(path: Path, opener: Opener = _open, newline: str = "\n") -> TextIO:
     # newline="\n": only this ends a line; U+2028 and its like may stand inside a JSON string
     if _is_packed(path):
         return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    return path.open(encoding="utf-8-sig", newline=newline)
+    return TextIOWrapper(opener(path), encoding="utf-8-sig", newline=newline)
 
 
 def _lines(file: Iterable[str], path: Path) -> Iterator[Row]:

@@ -1,11 +1,12 @@
 """Where a benchmark's rows come from: the publisher's own files in a local folder, else a data set of the hub."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from fedcli.data.source import Row, Source, find_source
+from fedcli.data.source import Opener, Row, Source, find_source
 from fedcli.errors import RequirementError, UsageError
 
 BENCHMARKS_VARIABLE = "FEDCLI_BENCHMARKS"
@@ -28,6 +29,14 @@ class DataSource:
     """A branch of the hub's repository: that of the parquet copy, where a set comes as a script."""
 
 
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Return a folder's files that match a pattern, sorted."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+Finder: TypeAlias = Callable[[Path, str], list[Path]]
+
+
 @dataclass(frozen=True)
 class Files:
     """The data of one benchmark on this machine."""
@@ -38,13 +47,16 @@ class Files:
     """Folders to look in, the first first: each may hold the files, or a folder of the benchmark's name with them."""
     may_fetch: bool = True
     """Whether the hub is asked where no folder has the files."""
+    finder: Finder = find_files
+    opener: Opener | None = None
+    """Whoever keeps one of the folders lists it and opens its files; by default it is a folder as any."""
 
     def find(self, *patterns: str) -> list[Path]:
         """Return the files that match the first pattern with a match (default: the source's), sorted; else []."""
         for root in self.roots:
             for folder in (root / self.benchmark, *(root / name for name in self.source.folders), root):
                 for pattern in patterns or self.source.files:
-                    if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
+                    if found := self.finder(folder, pattern):
                         return found
         return []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcli.eval.benchmark import Benchmark
-from fedcli.eval.data import Files
+from fedcli.eval.data import Files, Finder, find_files
 from fedcli.eval.endpoint import KEY_VARIABLE
 from fedcli.eval.registry import BENCHMARKS, find_group
 
@@ -37,13 +37,14 @@ class Listed:
     citation: str
 
 
-def list_benchmarks(group: str | None, roots: Sequence[Path]) -> list[Listed]:
+def list_benchmarks(group: str | None, roots: Sequence[Path], finder: Finder = find_files) -> list[Listed]:
     """Return all benchmarks, or a group's; raise UsageError for an unknown group."""
-    return [_listed(found, roots) for found in (BENCHMARKS.values() if group is None else find_group(group))]
+    return [_listed(found, roots, finder) for found in (BENCHMARKS.values() if group is None else find_group(group))]
 
 
-def _listed(benchmark: Benchmark, roots: Sequence[Path]) -> Listed:
-    where = min((_where(BENCHMARKS[part], roots) for part in benchmark.parts or (benchmark.name,)), key=_PLACES.index)
+def _listed(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> Listed:
+    parts = benchmark.parts or (benchmark.name,)
+    where = min((_where(BENCHMARKS[part], roots, finder) for part in parts), key=_PLACES.index)
     missing = [] if where in ("local", "cached") else ["data"]
     if "judge" in benchmark.needs and not os.environ.get(KEY_VARIABLE):
         missing.append(f"judge (${KEY_VARIABLE}, a server of your own, or a model folder)")
@@ -76,9 +77,9 @@ _PLACES = ("missing", "hub", "cached", "local")
 """From worst to best: a benchmark of parts is as well off as the worst of them."""
 
 
-def _where(benchmark: Benchmark, roots: Sequence[Path]) -> str:
+def _where(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> str:
     assert benchmark.data is not None
-    if Files(benchmark.name, benchmark.data, tuple(roots)).find():
+    if Files(benchmark.name, benchmark.data, tuple(roots), finder=finder).find():
         return "local"
     if benchmark.data.hub is None:
         return "missing"

@@ -47,6 +47,8 @@ def collect(federation: FederationState, *, dry_run: bool = False) -> Collection
             pruning.prune(closed, closing)
             if pruning.num_files > before:
                 done.append(closed.number)
+        if not dry_run:
+            workspace.store.sweep_abandoned()
         whole = {number: reason for number, reason in kept.items() if number not in pruned}
         return Collection(dry_run, done, whole, pruning.num_files, pruning.num_bytes, pruning.num_foreign)
 

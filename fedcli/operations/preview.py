@@ -24,6 +24,7 @@ from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.publish import publish_file
+from fedcli.workspace.row_files import has_rows
 from fedcli.workspace.train_record import train_record
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _parties(experiment: Experiment, client: int | None, home: Path | None) -> l
     if client is not None:
         experiment.check_clients([client])
         return [find_party(experiment, client, home)]
-    clients = [client for client in range(config.federation.clients) if workspace.client_rows(client).is_file()]
+    clients = [client for client in range(config.federation.clients) if has_rows(workspace, client)]
     if not clients:
         raise NotReadyError(
             f"there are no rows to look at: {workspace.data} holds none",

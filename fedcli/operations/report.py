@@ -20,11 +20,10 @@ from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
 from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity
 from fedcli.scoring.targets import is_stale, target_order
-from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.federation_state import FederationState, config_text
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, check_outside
-from fedcli.workspace.read import read_text
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.report_folder import publish_report
 from fedcli.workspace.scores import ScoreRecord, read_scores
@@ -106,7 +105,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         scores=scores,
         similarities=similarities,
         notes=[*notes, *more_notes],
-        config=read_text(workspace.config),
+        config=config_text(workspace),
         versions=_versions(),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

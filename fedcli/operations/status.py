@@ -9,7 +9,8 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import is_hidden
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost
-from fedcli.workspace.registrations import joined_clients
+from fedcli.workspace.registrations import is_registered, joined_clients
+from fedcli.workspace.row_files import has_rows
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,6 @@ def _next_command(workspace: Workspace, state: str, missing: list[int], is_ready
 
 def next_of_client(workspace: Workspace, client: int) -> str:
     """Return what a client whose update is missing has to run: join, where it has no rows yet, or train."""
-    if workspace.registration(client).exists() or workspace.client_rows(client).exists():
+    if is_registered(workspace, client) or has_rows(workspace, client):
         return f"fedcli client train --id {client}"
     return f"fedcli client join --id {client} --data SOURCE"

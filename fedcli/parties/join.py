@@ -26,6 +26,7 @@ from fedcli.workspace.registrations import (
     register,
     save_party,
 )
+from fedcli.workspace.row_files import has_rows
 
 Share = Literal["full", "minimal"]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -121,7 +122,7 @@ def _own_base(federation: FederationState, record: PartyRecord) -> Path:
 
 def _check_free(workspace: Workspace, client: int, home: Home, workspace_id: str) -> None:
     """Nobody else may have this id, and the home no other client."""
-    if workspace.client_rows(client).exists():
+    if has_rows(workspace, client):
         raise ConfigError(
             f"client {client} is simulated here: {workspace.client_rows(client)} holds its rows",
             hint="Parties join a workspace with data.source: null, made by `fedcli init --set data.source=null`.",

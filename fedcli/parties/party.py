@@ -14,6 +14,7 @@ from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Home, Workspace, default_home
 from fedcli.workspace.registrations import PartyRecord, Registration, read_party, read_registration
+from fedcli.workspace.row_files import has_rows, open_rows
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,15 @@ def find_party(experiment: Experiment, client: int, home: Path | None = None) ->
             hint=f"Run `fedcli client join --id {client} --data SOURCE --home {home}` first.",
         )
     rows = workspace.client_rows(client)
-    if not rows.is_file() or not _may_simulate(experiment):
+    if not has_rows(workspace, client) or not _may_simulate(experiment):
         raise ConfigError(
             f"client {client} has no rows: "
             + (f"{rows} is missing" if not rows.is_file() else "it has not joined, and this is no simulation"),
             hint=f"A party joins with `fedcli client join --id {client} --data SOURCE`; for a simulation set "
             "data.source and run `fedcli data partition`, or put its rows there.",
         )
-    return Party(client, workspace.private(client), Source(rows), _simulated_format(experiment, client))
+    source = Source(rows, opener=open_rows)
+    return Party(client, workspace.private(client), source, _simulated_format(experiment, client))
 
 
 def _simulated_format(experiment: Experiment, client: int) -> DataFormat:
@@ -134,7 +136,7 @@ def can_train(federation: FederationState, client: int) -> bool:
     """Return whether a client has rows that can be trained on from here without naming a home."""
     if not is_here(federation, client):
         return False
-    return federation.workspace.client_rows(client).exists() or _own_record(federation, client, None) is not None
+    return has_rows(federation.workspace, client) or _own_record(federation, client, None) is not None
 
 
 def _own_record(experiment: Experiment, client: int, home: Path | None) -> PartyRecord | None:

@@ -1,6 +1,5 @@
 """A simulation's rows: the sources are read as a stream, split, and written to data/client-N.jsonl."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,8 +22,7 @@ from fedcli.workspace.federation_state import Experiment
 from fedcli.workspace.history import read_identity, read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
-from fedcli.workspace.publish import publish_file, remove_temporaries
-from fedcli.workspace.row_files import RowFiles
+from fedcli.workspace.row_files import RowFiles, read_data_card, save_beside_rows
 
 DEMO_SOURCE = "builtin:demo"
 MIN_DEMO_CLIENTS, MAX_DEMO_CLIENTS = 2, 64
@@ -103,7 +101,6 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
 def write_split(experiment: Experiment, plan: Plan, *, replace: bool = False, observer: Observer) -> None:
     """Write a split's files, and the data card beside them; files of the same contents stay as they are."""
     workspace, config = experiment.workspace, experiment.config
-    remove_temporaries(workspace.data)
     readers = [_reader(config, entry) for entry in config.data.sources]
     clients = plan.split.clients
     with RowFiles(workspace, config.federation.clients) as files:
@@ -117,10 +114,7 @@ def write_split(experiment: Experiment, plan: Plan, *, replace: bool = False, ob
         if sum(reader.num_usable for reader in readers) != plan.summary.num_usable:
             raise ConfigError("the rows changed while they were read", hint="Run it again once nobody writes to them.")
         files.publish(replace=replace)
-    for path, contents in _held_out_files(experiment).items():
-        publish_file(path, contents)
-    card = json.dumps(asdict(plan.summary), indent=1, ensure_ascii=False).encode() + b"\n"
-    publish_file(workspace.data_card, card)
+    save_beside_rows(workspace, _held_out_files(experiment), asdict(plan.summary))
 
 
 def partition_data(workspace: Workspace, *, replace: bool = False, observer: Observer) -> DataSummary:
@@ -153,7 +147,7 @@ def partition_data(workspace: Workspace, *, replace: bool = False, observer: Obs
 def read_summary(workspace: Workspace) -> DataSummary | None:
     """Return the data card of a split, or None where there is none that can be read."""
     try:
-        return DataSummary(**json.loads(workspace.data_card.read_bytes()))
+        return DataSummary(**read_data_card(workspace))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -22,11 +22,11 @@ from fedcli.observer import Observer
 from fedcli.scoring.engines import Models
 from fedcli.scoring.targets import Target
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.locks import hold
-from fedcli.workspace.publish import make_folder
+from fedcli.workspace.row_files import find_files, open_rows
 from fedcli.workspace.scores import (
     ScoreEntry,
     ScoreRecord,
+    hold_scoring,
     opened_log,
     publish_scores,
     read_items,
@@ -95,10 +95,9 @@ def _score(
     files = _files(workspace, benchmark, tools)
     name = scored_name(benchmark.name, tools.options.variant)
     identity = models.identity(target)
-    make_folder(workspace.scores(target.name, name).parent)  # before the lock, which would make it for one user alone
     asked = benchmark.answers_of or benchmark.name
     with ExitStack() as stack:
-        stack.enter_context(hold(workspace.eval_lock(target.name, asked), f"{asked} of {target.name}"))
+        stack.enter_context(hold_scoring(workspace, target.name, asked))
         answers = stack.enter_context(opened_log(workspace.answers(target.name, asked)))
         judge = None
         if tools.judge is not None and {"judge", "judge-optional"} & {*benchmark.needs}:
@@ -124,7 +123,7 @@ def _files(workspace: Workspace, benchmark: Benchmark, tools: Tools) -> Files:
     """Return where a benchmark's data is looked for: a named folder, or $FEDCLI_BENCHMARKS and the hub."""
     assert benchmark.data is not None
     roots = (*find_roots(tools.data), workspace.data)
-    return Files(benchmark.name, benchmark.data, roots, may_fetch=tools.data is None)
+    return Files(benchmark.name, benchmark.data, roots, tools.data is None, find_files, open_rows)
 
 
 def _record(

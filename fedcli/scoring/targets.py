@@ -1,6 +1,5 @@
 """What can be scored: rounds, the base, clients' updates, baselines, adapters and models from elsewhere, endpoints."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,8 +20,8 @@ from fedcli.workspace.baselines import (
 )
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
-from fedcli.workspace.inbox import Update, read_update
-from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, is_round_name, update_name
+from fedcli.workspace.inbox import Update, read_update, submitted_rounds
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, update_name
 from fedcli.workspace.records import sha256
 from fedcli.workspace.refusal import Refusal
 
@@ -134,8 +133,7 @@ def _update(workspace: Workspace, client: int) -> Target:
 
 def _last_update(workspace: Workspace, client: int) -> tuple[int, Update]:
     """Return a client's last update that is valid, with its round."""
-    names = (name.removeprefix("round-") for name in _entries(workspace.client_inbox(client)))
-    for number in sorted(map(int, filter(is_round_name, names)), reverse=True):
+    for number in submitted_rounds(workspace, client):
         base = read_round(workspace, number)
         with suppress(Refusal):
             update = read_update(base, client) if base is not None else None
@@ -149,10 +147,6 @@ def _last_update(workspace: Workspace, client: int) -> tuple[int, Update]:
     raise NotReadyError(
         f"client {client} has sent no valid update yet", hint=f"Let it train: `fedcli client train --id {client}`."
     )
-
-
-def _entries(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else []
 
 
 def _folder(folder: Path) -> Target:

@@ -1,6 +1,5 @@
 """Aggregation: from a cohort's updates to the next round. No torch: numpy and safetensors only."""
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,10 +15,11 @@ from fedcli.server.merge import combine
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
+from fedcli.workspace.history import sweep_rounds
 from fedcli.workspace.inbox import discard_update
 from fedcli.workspace.locks import hold
-from fedcli.workspace.publish import remove_temporaries
 from fedcli.workspace.records import Aggregation
+from fedcli.workspace.registrations import is_server
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def discard(federation: FederationState, client: int) -> bool:
     """
     federation.check_clients([client])
     workspace = federation.workspace
-    is_server = os.stat(workspace.inbox).st_uid == os.geteuid()
-    with hold(workspace.server_lock, "the server's work") if is_server else nullcontext():
+    with hold(workspace.server_lock, "the server's work") if is_server(workspace) else nullcontext():
         federation.refresh()
         return discard_update(federation.head, client)
 
@@ -116,7 +115,7 @@ def _aggregate(
     algorithm = _algorithm(federation, algorithm_name)
     needed = 1 if partial else needed_answers(federation)
     _check_answers(federation, head.missing_clients(), needed)
-    remove_temporaries(federation.workspace.rounds)
+    sweep_rounds(federation.workspace)
     files, aggregation = combine(
         head, algorithm, federation.config.federation.clients, head.draw_order, head.num_counted, observer
     )

@@ -17,14 +17,14 @@ from fedcli.observer import Observer
 from fedcli.parties.simulate import DataSummary, plan_split, write_split
 from fedcli.server.initial_adapter import prepare_start
 from fedcli.server.open_round import open_first_round
-from fedcli.workspace.federation_state import Experiment, FederationState, is_initialised, read_config
-from fedcli.workspace.history import read_identity, read_round
-from fedcli.workspace.layout import Workspace
+from fedcli.workspace.federation_state import Experiment, FederationState, config_text, read_config
+from fedcli.workspace.history import is_initialised, read_identity, read_round, save_identity, sweep_workspace
+from fedcli.workspace.layout import CONFIG_NAME, Workspace
 from fedcli.workspace.locks import hold
-from fedcli.workspace.publish import make_folder, publish_file, remove_temporaries
-from fedcli.workspace.read import read_text
+from fedcli.workspace.publish import make_folder
 from fedcli.workspace.records import Identity
-from fedcli.workspace.registrations import open_to_parties
+from fedcli.workspace.registrations import any_registered, open_to_parties
+from fedcli.workspace.row_files import any_rows
 
 DEFAULT_PRESET = "demo"
 _PATH_KEYS = ("data.source", "model.base", "adapter.init", "eval.data", "eval.judge_model")
@@ -74,20 +74,18 @@ def create_workspace(
     with hold(workspace.server_lock, "the server's work"):
         if _is_open(workspace):
             return _standing(workspace)
-        remove_temporaries(workspace.root)
-        remove_temporaries(workspace.rounds)
+        sweep_workspace(workspace)
         open_to_parties(workspace, multi_user=config.federation.multi_user)
         if plan is not None:
             write_split(experiment, plan, observer=observer)
-        if not workspace.config.exists():
-            publish_file(workspace.config, text.encode())
+        workspace.store.put_new(CONFIG_NAME, text.encode())
         for page in (workspace.readme, workspace.crontab, workspace.slurm_readme):
-            if not page.exists():
-                publish_file(page, (template_folder() / page.relative_to(workspace.root)).read_bytes())
+            name = workspace.name(page)
+            workspace.store.put_new(name, (template_folder() / name).read_bytes())
         workspace_id = read_identity(workspace).id if is_initialised(workspace) else uuid.uuid4().hex
-        is_simulation = plan is not None or any(workspace.data.glob("client-*.jsonl"))
+        is_simulation = plan is not None or any_rows(workspace)
         identity = Identity(id=workspace_id, fixed=config.fixed(), simulation=is_simulation)
-        publish_file(workspace.identity, identity.to_bytes())
+        save_identity(workspace, identity)
         federation = open_first_round(experiment, identity, start)
         return Creation(federation, True, _has_rows(workspace), plan.summary if plan else None)
 
@@ -96,6 +94,7 @@ def open_round(workspace: Workspace) -> FederationState:
     """Open round 0 unless it is open, and return the federation."""
     identity, experiment = read_identity(workspace), Experiment.read(workspace)
     with hold(workspace.server_lock, "the server's work"):
+        sweep_workspace(workspace)
         open_to_parties(workspace, multi_user=experiment.config.federation.multi_user)
         if _is_open(workspace):
             return FederationState.open(workspace)
@@ -108,7 +107,7 @@ def _standing(workspace: Workspace) -> Creation:
 
 def _has_rows(workspace: Workspace) -> bool:
     """Return whether a simulated client has rows, or a party has joined."""
-    return any(workspace.data.glob("client-*.jsonl")) or any(workspace.clients.glob("*.json"))
+    return any_rows(workspace) or any_registered(workspace)
 
 
 def _is_open(workspace: Workspace) -> bool:
@@ -117,10 +116,10 @@ def _is_open(workspace: Workspace) -> bool:
 
 def _configuration(workspace: Workspace, preset: str | None, overrides: Sequence[str]) -> str:
     """Return the text of fedcli.yaml: what stands there, or the preset's with the overrides put in."""
-    standing = workspace.config.exists()
+    standing = workspace.store.exists(CONFIG_NAME)
     if standing and preset is None and not overrides:
         read_config(workspace)
-        return read_text(workspace.config)
+        return config_text(workspace)
     text = _preset_text(preset or DEFAULT_PRESET)
     if overrides:
         document = read_document(text, Path("the preset"))
@@ -129,7 +128,7 @@ def _configuration(workspace: Workspace, preset: str | None, overrides: Sequence
             f"# From the preset {preset or DEFAULT_PRESET}, with settings of the command line.\n"
             "# docs/CONFIG.md explains every key.\n" + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         )
-    if standing and read_text(workspace.config) != text:
+    if standing and config_text(workspace) != text:
         raise WorkspaceError(
             f"{workspace.root} already holds another experiment: its {workspace.config.name} differs",
             hint="Name another folder; or edit that file, and run `fedcli init` without --preset and --set.",

@@ -8,13 +8,12 @@ from fedcli.config import Config
 from fedcli.randomness import draw_cohort
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.workspace.federation_state import Experiment, FederationState
+from fedcli.workspace.history import publish_round
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILE,
     CONTROL_DELTA_FILE,
-    MANIFEST,
 )
-from fedcli.workspace.publish import SHARED_FOLDER_MODE, SHARED_MODE, make_folder, publish_directory
 from fedcli.workspace.records import (
     Aggregation,
     Identity,
@@ -48,7 +47,7 @@ def open_first_round(experiment: Experiment, identity: Identity, start: Start) -
         files=start.files,
         aggregation=None,
     )
-    _publish(experiment, manifest, start.files)
+    publish_round(experiment.workspace, manifest, start.files)
     return FederationState.open(experiment.workspace)
 
 
@@ -67,14 +66,7 @@ def open_next_round(federation: FederationState, files: dict[str, bytes], aggreg
         aggregation=aggregation,
         previous=previous.manifest,
     )
-    return _publish(federation, manifest, files)
-
-
-def _publish(experiment: Experiment, manifest: Manifest, files: dict[str, bytes]) -> bool:
-    workspace = experiment.workspace
-    make_folder(workspace.rounds, SHARED_FOLDER_MODE)
-    contents = [*files.items(), (MANIFEST, manifest.to_bytes())]
-    return publish_directory(workspace.round(manifest.round), contents, mode=SHARED_MODE)
+    return publish_round(federation.workspace, manifest, files)
 
 
 def _manifest(

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +11,16 @@ from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
-from fedcli.workspace.history import PRUNABLE, Round, is_hidden, listed_rounds, read_identity, read_round
-from fedcli.workspace.inbox import MAX_RECORD_BYTES
+from fedcli.workspace.history import (
+    PRUNABLE,
+    Round,
+    is_hidden,
+    listed_rounds,
+    names_of_rounds,
+    read_identity,
+    read_round,
+)
+from fedcli.workspace.inbox import read_update_record
 from fedcli.workspace.layout import (
     ADAPTER_NAME,
     CONTROL_DELTA_FILE,
@@ -27,7 +34,6 @@ from fedcli.workspace.layout import (
     is_round_name,
     round_name,
 )
-from fedcli.workspace.read import read_file
 from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
@@ -93,7 +99,7 @@ def verify(workspace: Workspace, *, observer: Observer) -> Verification:
             if number == 0:
                 _check_baselines(current, result)
         previous = current
-    if previous is not None and os.path.lexists(previous.folder / PRUNED):
+    if previous is not None and previous.has(PRUNED):
         result.report(previous.folder / PRUNED, "removes what may not be removed: the latest round's files")
     if not result.num_rounds:
         result.report(workspace.rounds, "holds no round")
@@ -134,9 +140,7 @@ def _read(workspace: Workspace, number: int, result: Verification) -> Round | No
 
 def _check_names(workspace: Workspace, result: Verification) -> None:
     """Only rounds, and temporary names that start with a dot, may lie in rounds/."""
-    if not workspace.rounds.is_dir():
-        return
-    for entry in sorted(os.listdir(workspace.rounds)):
+    for entry in names_of_rounds(workspace):
         if not entry.startswith(".") and not is_round_name(entry):
             result.report(workspace.rounds / entry, "is no round; nothing else belongs there")
 
@@ -154,14 +158,13 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
             if name == ADAPTER_NAME:
                 decode(contents, manifest.tensors)
         except FedError as error:
-            if name not in pruned or os.path.lexists(current.folder / name):
+            if name not in pruned or current.has(name):
                 result.report(current.folder / name, error.message)
         except Refusal as refusal:
             result.report(current.folder / name, refusal.reason)
         except (OSError, ValueError) as error:  # a name that no file can have
             result.report(current.folder, f"lists {name[:80]!a}: {error}")
-    found = {str(path.relative_to(current.folder)) for path in current.folder.rglob("*") if not path.is_dir()}
-    foreign = found - {MANIFEST, PRUNED, *manifest.files}
+    foreign = current.names() - {MANIFEST, PRUNED, *manifest.files}
     for name in sorted(name for name in foreign if not name.startswith(TEMPORARY_PREFIX)):
         result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
     try:
@@ -269,10 +272,10 @@ def _recompute(
     if hidden:  # parties of other users: the server can check, this user cannot
         result.num_hidden += len(hidden)
         return
-    if os.path.lexists(previous.folder / PRUNED):
+    if previous.has(PRUNED):
         result.num_pruned += 1
         for client, expected in hashes.items():
-            _check_record(workspace.update(previous.number, client), expected, result)
+            _check_record(previous, client, expected, result)
         return
     order = [client for client in previous.draw_order if client in hashes]
     try:
@@ -310,10 +313,11 @@ def _recompute(
             result.report(current.folder / name, "is not what the counted updates give")
 
 
-def _check_record(update: Path, expected: str, result: Verification) -> None:
+def _check_record(base: Round, client: int, expected: str, result: Verification) -> None:
     """Of a counted update that `gc` has been at, update.json is still there."""
+    update = base.workspace.update(base.number, client)
     try:
-        if sha256(read_file(update / UPDATE_RECORD, limit=MAX_RECORD_BYTES)) != expected:
+        if sha256(read_update_record(base, client)) != expected:
             result.report(update, "is not the update that was counted")
     except FileNotFoundError:
         result.report(update, f"was counted, and its {UPDATE_RECORD} is gone")

@@ -1,6 +1,5 @@
 """Baseline adapters under baselines/, and how far an interrupted one came."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from fedcli.algos import Array, Arrays
 from fedcli.errors import IntegrityError
 from fedcli.workspace.history import read_checked, read_whole
 from fedcli.workspace.layout import ADAPTER_NAME, Home, Workspace
-from fedcli.workspace.publish import SHARED_MODE, make_folder, publish_directory, publish_file, set_aside
+from fedcli.workspace.publish import publish_file
 from fedcli.workspace.records import (
     FileEntry,
     Finite,
@@ -56,17 +55,16 @@ def baseline_name(client: int | None) -> str:
 
 def published_baselines(workspace: Workspace) -> list[str]:
     """Return the names of the complete baselines."""
-    if not workspace.baselines.is_dir():
-        return []
-    return sorted(name for name in os.listdir(workspace.baselines) if not name.startswith("."))
+    names = workspace.store.names(workspace.name(workspace.baselines))
+    return [name for name in names if not name.startswith(".")]
 
 
 def read_baseline_record(workspace: Workspace, name: str) -> BaselineRecord | None:
     """Return what a complete baseline says of itself, or None where there is none such."""
     path = workspace.baseline(name) / BASELINE_RECORD
-    if not os.path.lexists(workspace.baseline(name)):
+    if not workspace.store.exists(workspace.name(workspace.baseline(name))):
         return None
-    return parse_record(BaselineRecord, read_whole(path, MAX_RECORD_BYTES), path)
+    return parse_record(BaselineRecord, read_whole(workspace, path, MAX_RECORD_BYTES), path)
 
 
 def read_baseline(workspace: Workspace, name: str, tensors: Mapping[str, TensorEntry]) -> "dict[str, Array] | None":
@@ -75,7 +73,7 @@ def read_baseline(workspace: Workspace, name: str, tensors: Mapping[str, TensorE
     if record is None:
         return None
     folder = workspace.baseline(name)
-    contents = {file: read_checked(folder / file, entry) for file, entry in record.files.items()}
+    contents = {file: read_checked(workspace, folder / file, entry) for file, entry in record.files.items()}
     try:
         return decode(contents[ADAPTER_NAME], tensors)
     except (KeyError, Refusal) as error:
@@ -87,15 +85,14 @@ def read_baseline(workspace: Workspace, name: str, tensors: Mapping[str, TensorE
 
 def publish_baseline(workspace: Workspace, record: BaselineRecord, files: Mapping[str, bytes]) -> None:
     """Publish a baseline's files with one rename, and a record that lists their hashes."""
-    make_folder(workspace.baselines)
     listed = record.model_copy(update={"files": {name: file_entry(contents) for name, contents in files.items()}})
-    contents = [*files.items(), (BASELINE_RECORD, listed.to_bytes())]
-    publish_directory(workspace.baseline(record.name), contents, mode=SHARED_MODE)
+    folder = workspace.name(workspace.baseline(record.name))
+    workspace.store.publish(folder, files.items(), (BASELINE_RECORD, listed.to_bytes()))
 
 
 def set_baseline_aside(workspace: Workspace, name: str) -> None:
     """Give a baseline's name free; what was there keeps a hidden name."""
-    set_aside(workspace.baseline(name))
+    workspace.store.set_aside(workspace.name(workspace.baseline(name)))
 
 
 def save_progress(home: Home, plan: BaselineRecord, progress: Progress) -> None:

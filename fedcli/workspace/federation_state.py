@@ -1,17 +1,25 @@
 """A workspace as its commands see it: fedcli.yaml, and once it is initialised its identity and latest round."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from fedcli.config import Config, parse_config, read_document
-from fedcli.errors import ConfigError, NotReadyError, UsageError
-from fedcli.workspace.history import Round, read_head, read_identity, read_round, read_rounds, read_start
-from fedcli.workspace.layout import Workspace
-from fedcli.workspace.read import read_text
+from fedcli.errors import ConfigError, NotReadyError, UsageError, WorkspaceError
+from fedcli.workspace.history import (
+    Round,
+    is_initialised,
+    read_head,
+    read_identity,
+    read_round,
+    read_rounds,
+    read_start,
+)
+from fedcli.workspace.layout import CONFIG_NAME, Workspace
 from fedcli.workspace.records import Identity
+from fedcli.workspace.refusal import Refusal
 
+MAX_CONFIG_BYTES = 2**20
 POLL_SECONDS = 0.5
 """How long to wait between two looks at the disk."""
 
@@ -61,7 +69,7 @@ class FederationState(Experiment):
     """
 
     head: Round
-    _config_version: tuple[int, ...]
+    _config_version: object
 
     @classmethod
     def open(cls, workspace: Workspace) -> Self:
@@ -70,14 +78,14 @@ class FederationState(Experiment):
         Raises WorkspaceError where it is not initialised, ConfigError for a fault in fedcli.yaml or a change of what
         `init` fixed, NotReadyError where round 0 is not open, IntegrityError where something is damaged.
         """
-        identity, version = read_identity(workspace), _version(workspace)
+        identity, version = read_identity(workspace), workspace.store.version(CONFIG_NAME)
         config = read_config(workspace)
         _check_fixed(workspace, identity, config)
         return cls(workspace, config, identity, read_head(workspace, identity), version)
 
     def refresh(self) -> bool:
         """Read fedcli.yaml where it has changed, and the latest round; return whether that is another round."""
-        if (version := _version(self.workspace)) != self._config_version:
+        if (version := self.workspace.store.version(CONFIG_NAME)) != self._config_version:
             config = read_config(self.workspace)
             _check_fixed(self.workspace, self.identity, config)
             self.config, self._config_version = config, version
@@ -121,21 +129,17 @@ class FederationState(Experiment):
 
 def read_config(workspace: Workspace) -> Config:
     """Read and validate fedcli.yaml; raise ConfigError, or WorkspaceError where it cannot be read."""
-    return parse_config(read_document(read_text(workspace.config), workspace.config), workspace.config)
+    return parse_config(read_document(config_text(workspace), workspace.config), workspace.config)
 
 
-def is_initialised(workspace: Workspace) -> bool:
-    """Return whether `init` has given the workspace its identity."""
-    return workspace.identity.exists()
-
-
-def _version(workspace: Workspace) -> tuple[int, ...]:
-    """Return what changes whenever fedcli.yaml does; empty where it cannot be told."""
+def config_text(workspace: Workspace) -> str:
+    """Return the text of fedcli.yaml; raise WorkspaceError where it cannot be read."""
     try:
-        found = os.stat(workspace.config)
-    except OSError:
-        return ()
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+        return workspace.store.read(CONFIG_NAME, MAX_CONFIG_BYTES).decode()
+    except (OSError, UnicodeDecodeError, Refusal) as error:
+        raise WorkspaceError(
+            f"cannot read {workspace.config}: {error}", hint="Mend the file or its permissions."
+        ) from error
 
 
 def _check_fixed(workspace: Workspace, identity: Identity, config: Config) -> None:

@@ -1,6 +1,5 @@
 """Published rounds: finding the head, reading manifests and files with their hashes checked, and who has answered."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from fedcli.workspace.layout import (
     Workspace,
     is_round_name,
 )
-from fedcli.workspace.read import read_file
 from fedcli.workspace.records import (
     FileEntry,
     Identity,
@@ -79,7 +77,7 @@ class Round:
 
         A copy of the workspace may have lost it.
         """
-        return (self.folder / MANIFEST).stat().st_mtime
+        return self.workspace.store.modified(self.workspace.name(self.folder / MANIFEST))
 
     def has_update(self, client: int) -> bool:
         """Return whether something lies where the client's update of this round belongs."""
@@ -120,7 +118,7 @@ class Round:
         Raises IntegrityError where its hash is another, WorkspaceError where `gc` has removed it.
         """
         try:
-            return read_checked(self.folder / name, self.manifest.files[name])
+            return read_checked(self.workspace, self.folder / name, self.manifest.files[name])
         except IntegrityError:
             if self.is_gone(name):
                 raise WorkspaceError(
@@ -129,20 +127,24 @@ class Round:
                 ) from None
             raise
 
+    def has(self, name: str) -> bool:
+        """Return whether something lies under a name in its directory."""
+        return self.workspace.store.exists(self.workspace.name(self.folder / name))
+
+    def names(self) -> set[str]:
+        """Return the names of all files in its directory."""
+        return {*self.workspace.store.files(self.workspace.name(self.folder))}
+
     def is_gone(self, name: str) -> bool:
         """Return whether `gc` has removed one of the round's files."""
         pruned = self.pruned()
-        return pruned is not None and name in pruned.files and not os.path.lexists(self.folder / name)
+        return pruned is not None and name in pruned.files and not self.has(name)
 
     def pruned(self) -> PrunedRecord | None:
         """Return which of the round's files `gc` has removed, or is removing; None where it has not been here."""
         path = self.folder / PRUNED
-        try:
-            return parse_record(PrunedRecord, read_file(path, limit=MAX_MANIFEST_BYTES), path)
-        except FileNotFoundError:
-            return None
-        except Refusal as refusal:
-            raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
+        contents = read_if_there(self.workspace, path, MAX_MANIFEST_BYTES)
+        return None if contents is None else parse_record(PrunedRecord, contents, path)
 
 
 def state_file(algorithm: Algorithm) -> str:
@@ -155,26 +157,28 @@ def state_schema(algorithm: Algorithm, tensors: Mapping[str, TensorEntry]) -> di
     return {prefix + name: entry for prefix in algorithm.state_prefixes for name, entry in tensors.items()}
 
 
+def is_initialised(workspace: Workspace) -> bool:
+    """Return whether `init` has given the workspace its identity."""
+    return workspace.store.exists(workspace.name(workspace.identity))
+
+
 def read_identity(workspace: Workspace) -> Identity:
     """Read workspace.json; raise WorkspaceError where `init` has not finished."""
-    if not os.path.lexists(workspace.identity):
+    if not is_initialised(workspace):
         raise WorkspaceError(
             f"{workspace.root} holds a {workspace.config.name} but no {workspace.identity.name}: "
             "it is not initialised yet",
             hint=f"Run `fedcli init {workspace.root}`.",
         )
-    return parse_record(Identity, read_whole(workspace.identity, 2**20), workspace.identity)
+    return parse_record(Identity, read_whole(workspace, workspace.identity, 2**20), workspace.identity)
 
 
 def read_round(workspace: Workspace, number: int) -> Round | None:
     """Read a round's manifest, or return None where the round has not been published."""
     path = workspace.round(number) / MANIFEST
-    try:
-        contents = read_file(path, limit=MAX_MANIFEST_BYTES)
-    except FileNotFoundError:
+    contents = read_if_there(workspace, path, MAX_MANIFEST_BYTES)
+    if contents is None:
         return None
-    except Refusal as refusal:
-        raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
     manifest = parse_record(Manifest, contents, path)
     if manifest.round != number:
         raise IntegrityError(f"{path} says that it is round {manifest.round}", hint=_RESTORE)
@@ -222,42 +226,70 @@ def read_rounds(workspace: Workspace, *, before: int) -> list[Round]:
 
 def listed_rounds(workspace: Workspace) -> list[int]:
     """Return the numbers that a listing of rounds/ shows, which may be out of date on a network file system."""
-    if not workspace.rounds.is_dir():
-        return []
-    return sorted(int(name) for name in os.listdir(workspace.rounds) if is_round_name(name))
+    return sorted(int(name) for name in names_of_rounds(workspace) if is_round_name(name))
+
+
+def save_identity(workspace: Workspace, identity: Identity) -> None:
+    """Write workspace.json."""
+    workspace.store.put(workspace.name(workspace.identity), identity.to_bytes())
+
+
+def names_of_rounds(workspace: Workspace) -> list[str]:
+    """Return all names that a listing of rounds/ shows, those that are no round's too."""
+    return workspace.store.names(workspace.name(workspace.rounds))
+
+
+def sweep_workspace(workspace: Workspace) -> None:
+    """Remove what a killed `init` left half-written."""
+    workspace.store.sweep("")
+    sweep_rounds(workspace)
+
+
+def sweep_rounds(workspace: Workspace) -> None:
+    """Remove what a killed server left half-written in rounds/."""
+    workspace.store.sweep(workspace.name(workspace.rounds))
+
+
+def publish_round(workspace: Workspace, manifest: Manifest, files: Mapping[str, bytes]) -> bool:
+    """Publish a round; return False where another server was first (its round stands)."""
+    folder = workspace.name(workspace.round(manifest.round))
+    return workspace.store.publish(folder, files.items(), (MANIFEST, manifest.to_bytes()))
 
 
 def is_hidden(workspace: Workspace, client: int) -> bool:
     """Return whether a client's inbox is closed to this user: only the server and its own user see into it."""
-    inbox = workspace.client_inbox(client)
-    return os.path.lexists(inbox) and not os.access(inbox, os.R_OK | os.X_OK)
+    return workspace.store.is_hidden(workspace.name(workspace.client_inbox(client)))
 
 
 def _last_listed(workspace: Workspace) -> int:
     """Return the last round that a listing shows, 0 for none; an empty folder is no round: the next one replaces it."""
     number = max(listed_rounds(workspace), default=0)
-    while number and _is_vacant(workspace.round(number)):
+    while number and not workspace.store.names(workspace.name(workspace.round(number))):
         number -= 1
     return number
 
 
-def _is_vacant(folder: Path) -> bool:
-    return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
-
-
-def read_checked(path: Path, entry: FileEntry) -> bytes:
+def read_checked(workspace: Workspace, path: Path, entry: FileEntry) -> bytes:
     """Read a file that the server wrote; raise IntegrityError where it is not the one that its record lists."""
-    contents = read_whole(path, entry.bytes)
+    contents = read_whole(workspace, path, entry.bytes)
     if len(contents) != entry.bytes or sha256(contents) != entry.sha256:
         raise IntegrityError(f"{path} is not what its record says: the hash differs", hint=_RESTORE)
     return contents
 
 
-def read_whole(path: Path, limit: int) -> bytes:
+def read_whole(workspace: Workspace, path: Path, limit: int) -> bytes:
     """Read a file that the server wrote; raise IntegrityError where it is missing, odd or larger than `limit` bytes."""
+    contents = read_if_there(workspace, path, limit)
+    if contents is None:
+        raise IntegrityError(f"{path} is missing", hint=_RESTORE)
+    return contents
+
+
+def read_if_there(workspace: Workspace, path: Path, limit: int) -> bytes | None:
+    """Read a file that the server wrote; None where it is missing, IntegrityError as from `read_whole`."""
     try:
-        return read_file(path, limit=limit)
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{path} is missing", hint=_RESTORE) from error
+        return workspace.store.read(workspace.name(path), limit)
+    except FileNotFoundError:
+        return None
     except Refusal as refusal:
         raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal

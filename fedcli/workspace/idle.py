@@ -10,8 +10,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcli.errors import WorkspaceError
-from fedcli.workspace.layout import MANIFEST, WORKSPACE_ID, Home, Workspace, default_home, is_round_name, update_name
+from fedcli.errors import FedError
+from fedcli.workspace.layout import MANIFEST, WORKSPACE_ID, Home, Workspace, default_home, is_round_name
+from fedcli.workspace.refusal import Refusal
+
+MAX_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -26,26 +29,26 @@ class Glance:
 def glance(workspace: Workspace) -> Glance | None:
     """Look at the latest round that a listing shows; None where that is not what it should be."""
     try:
-        identity = json.loads(workspace.identity.read_bytes())["id"]
+        store, name = workspace.store, workspace.name
+        identity = json.loads(store.read(name(workspace.identity), MAX_BYTES))["id"]
         if not re.fullmatch(WORKSPACE_ID, identity):
             return None
-        number = max(int(name) for name in os.listdir(workspace.rounds) if is_round_name(name))
-        if (workspace.round(number + 1) / MANIFEST).exists():  # a listing may be old
+        number = max(int(found) for found in store.names(name(workspace.rounds)) if is_round_name(found))
+        if store.exists(name(workspace.round(number + 1) / MANIFEST)):  # a listing may be old
             return None
-        manifest = json.loads((workspace.round(number) / MANIFEST).read_bytes())
+        manifest = json.loads(store.read(name(workspace.round(number) / MANIFEST), MAX_BYTES))
         if manifest["workspace"] != identity:
             return None
         may_train = any(_may_train(workspace, identity, number, client) for client in manifest["cohort"])
         return Glance(number, manifest["state"] == "finished", may_train)
-    except (OSError, ValueError, KeyError, TypeError, WorkspaceError):
+    except (OSError, ValueError, KeyError, TypeError, FedError, Refusal):
         return None
 
 
 def _may_train(workspace: Workspace, identity: str, number: int, client: int) -> bool:
-    if os.path.lexists(workspace.client_inbox(client) / update_name(number)):
+    if workspace.store.exists(workspace.name(workspace.update(number, client))):
         return False
     named = os.environ.get("FEDCLI_HOME")
     home = Home(Path(named)) if named else default_home(identity, client)
-    return home.party.exists() or (
-        workspace.client_rows(client).exists() and not workspace.registration(client).exists()
-    )
+    is_registered = workspace.store.exists(workspace.name(workspace.registration(client)))
+    return home.party.exists() or (workspace.client_rows(client).exists() and not is_registered)

@@ -2,19 +2,18 @@
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fedcli.algos import Array
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import UPDATE_RECORD, update_name
-from fedcli.workspace.publish import DROPPED_FOLDER_MODE, DROPPED_MODE, make_folder, publish_directory, set_aside
-from fedcli.workspace.read import opened_folder, owner_of, read_file, read_hashed
+from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.registrations import is_stranger, registered_owner
+from fedcli.workspace.registrations import inbox_owner, is_stranger, registered_owner
+from fedcli.workspace.store import Folder
 from fedcli.workspace.tensors import decode, largest_file
 
 MAX_RECORD_BYTES = 64 * 1024
@@ -31,32 +30,39 @@ class Update:
     """Of all its files."""
 
 
-def drop_update(base: Round, client: int, files: Iterable[tuple[str, bytes]]) -> bool:
-    """Publish a client's update of a round; return False where another process was first (its update stands)."""
-    inbox = base.workspace.client_inbox(client)
-    if inbox.is_symlink():  # whoever made it would get the update
-        raise WorkspaceError(f"{inbox} is a symbolic link", hint="Ask the server's operator to remove it.")
-    make_folder(inbox, DROPPED_FOLDER_MODE)
-    return publish_directory(base.workspace.update(base.number, client), files, mode=DROPPED_MODE)
+def drop_update(base: Round, client: int, files: Sequence[tuple[str, bytes]]) -> bool:
+    """Publish a client's update of a round, update.json last; return False where another one stands."""
+    workspace = base.workspace
+    return workspace.store.publish(workspace.name(workspace.update(base.number, client)), files[:-1], files[-1])
+
+
+def sweep_inbox(workspace: Workspace, client: int) -> None:
+    """Remove what killed processes of a client left half-written in its inbox."""
+    workspace.store.sweep(workspace.name(workspace.client_inbox(client)))
+
+
+def submitted_rounds(workspace: Workspace, client: int) -> list[int]:
+    """Return the rounds for which something lies in a client's inbox, the latest first."""
+    names = workspace.store.names(workspace.name(workspace.client_inbox(client)))
+    numbers = (name.removeprefix("round-") for name in names if name.startswith("round-"))
+    return sorted(map(int, filter(is_round_name, numbers)), reverse=True)
 
 
 def discard_update(base: Round, client: int) -> bool:
     """Set a client's update of a round aside; return whether there was one."""
     workspace = base.workspace
-    inbox = workspace.client_inbox(client)
-    if inbox.is_symlink():  # through it another client's update would be moved
-        set_aside(inbox)
-        return True
-    if not base.has_update(client):
-        return False
-    owner = os.lstat(inbox).st_uid
-    if owner not in (os.geteuid(), os.stat(workspace.inbox).st_uid) and not os.access(inbox, os.W_OK):
-        raise WorkspaceError(
-            f"client {client}'s inbox belongs to another user ({owner}), who alone can set its update aside",
-            hint=f"Ask that party to run `fedcli server discard --id {client}`, while the server does not merge.",
-        )
-    set_aside(workspace.update(base.number, client))
-    return True
+    try:
+        return workspace.store.set_aside(workspace.name(workspace.update(base.number, client)))
+    except WorkspaceError as error:
+        owner = workspace.store.owner(workspace.name(workspace.client_inbox(client)))
+        if isinstance(error.__cause__, PermissionError) and owner not in (os.geteuid(), inbox_owner(workspace)):
+            error.message = (
+                f"client {client}'s inbox belongs to another user ({owner}), who alone can set its update aside"
+            )
+            error.hint = (
+                f"Ask that party to run `fedcli server discard --id {client}`, while the server does not merge."
+            )
+        raise
 
 
 def read_update(base: Round, client: int, buffers: dict[str, memoryview] | None = None) -> Update | None:
@@ -67,27 +73,28 @@ def read_update(base: Round, client: int, buffers: dict[str, memoryview] | None 
     """
     workspace = base.workspace
     try:
-        with (
-            opened_folder(workspace.inbox.resolve()) as inbox,
-            opened_folder(str(client), parent=inbox) as own,
-            opened_folder(update_name(base.number), parent=own) as folder,
-        ):
-            owner = owner_of(own, str(client))
+        with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
             registered = registered_owner(workspace, client)
-            if registered is None and is_stranger(workspace, owner):
+            if registered is None and is_stranger(workspace, folder.owner):
                 raise Refusal("unknown_client", f"nobody has joined as client {client}")
-            if registered not in (None, owner):
-                raise Refusal("owner", f"the client's inbox belongs to user {owner}, it joined as user {registered}")
-            return _read_folder(folder, owner, base, client, {} if buffers is None else buffers)
+            if registered not in (None, folder.owner):
+                raise Refusal(
+                    "owner", f"the client's inbox belongs to user {folder.owner}, it joined as user {registered}"
+                )
+            return _read_folder(folder, base, client, {} if buffers is None else buffers)
     except FileNotFoundError:
         return None
 
 
-def _read_folder(folder: int, owner: int, base: Round, client: int, buffers: dict[str, memoryview]) -> Update:
-    if (found := owner_of(folder, update_name(base.number))) != owner:
-        raise Refusal("owner", f"the update belongs to user {found}, the client's inbox to user {owner}")
+def read_update_record(base: Round, client: int) -> bytes:
+    """Return the update.json of an update that was counted; raise FileNotFoundError or Refusal."""
+    path = base.workspace.update(base.number, client) / UPDATE_RECORD
+    return base.workspace.store.read(base.workspace.name(path), MAX_RECORD_BYTES)
+
+
+def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, memoryview]) -> Update:
     with _expected(UPDATE_RECORD):
-        contents = read_file(UPDATE_RECORD, limit=MAX_RECORD_BYTES, parent=folder, owner=owner)
+        contents = folder.read(UPDATE_RECORD, MAX_RECORD_BYTES)
     record = parse_update_record(contents)
     _check_record(record, base, client)
     files = {}
@@ -99,7 +106,7 @@ def _read_folder(folder: int, owner: int, base: Round, client: int, buffers: dic
         if name not in buffers:
             buffers[name] = _new_buffer(largest_file(base.manifest.tensors) + 1)
         with _expected(name):
-            data, digest = read_hashed(name, buffers[name], parent=folder, owner=owner)
+            data, digest = folder.read_hashed(name, buffers[name])
         if len(data) != entry.bytes:
             raise Refusal("size", f"{name} has {len(data)} bytes, update.json says {entry.bytes}")
         if digest != entry.sha256:

@@ -2,9 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedcli.errors import WorkspaceError
+
+if TYPE_CHECKING:
+    from fedcli.workspace.store import Store
 
 CONFIG_NAME = "fedcli.yaml"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -28,6 +33,19 @@ class Workspace:
     """The paths of one workspace; constructing it touches nothing on disk."""
 
     root: Path
+    given_store: "Store | None" = None
+    """Where the protocol's files lie, if not in the directory itself."""
+
+    @cached_property
+    def store(self) -> "Store":
+        """Where the protocol's files lie: rounds, updates, registrations, scores, and what refers to them."""
+        from fedcli.workspace.store import DirectoryStore
+
+        return self.given_store or DirectoryStore(self.root)
+
+    def name(self, path: Path) -> str:
+        """Return a path's name in the store."""
+        return path.relative_to(self.root).as_posix()
 
     @property
     def config(self) -> Path:
@@ -87,7 +105,7 @@ class Workspace:
 
     def has_update(self, number: int, client: int) -> bool:
         """Return whether something lies where a client's update of a round belongs."""
-        return os.path.lexists(self.update(number, client))
+        return self.store.exists(self.name(self.update(number, client)))
 
     @property
     def clients(self) -> Path:

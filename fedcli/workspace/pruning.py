@@ -1,14 +1,12 @@
 """Removing what old rounds no longer need: a PRUNED.json that lists it with its hashes is durable before it goes."""
 
 import os
-import shutil
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedcli.workspace.history import PRUNABLE, PrunedRecord, Round
 from fedcli.workspace.layout import DISCARDED_PREFIX, PRUNED, UPDATE_RECORD, Workspace, update_name
-from fedcli.workspace.publish import explained, publish_file, remove_temporaries
+from fedcli.workspace.refusal import Refusal
 
 
 @dataclass
@@ -32,9 +30,10 @@ class Pruning:
         files = {name: closed.manifest.files[name] for name in PRUNABLE if name in closed.manifest.files}
         record = PrunedRecord(round=closed.number, files=files)
         if not self.is_dry_run:
-            remove_temporaries(closed.folder)
+            store, folder = self.workspace.store, self.workspace.name(closed.folder)
+            store.sweep(folder)
             if closed.pruned() != record:
-                publish_file(closed.folder / PRUNED, record.to_bytes())
+                store.put(f"{folder}/{PRUNED}", record.to_bytes())
         for name in files:
             self._remove(closed.folder / name)
         assert closing.manifest.aggregation is not None
@@ -45,44 +44,32 @@ class Pruning:
     def _prune_inbox(self, closed: Round, client: int, is_counted: bool) -> None:
         own, name = self.workspace.client_inbox(client), update_name(closed.number)
         if client not in self._listings:
-            self._listings[client] = _names(own)
+            self._listings[client] = self._names(own)
         set_aside = f"{DISCARDED_PREFIX}{name}-"
         doomed = [own / found for found in self._listings[client] if found == name or found.startswith(set_aside)]
         for path in doomed:
-            if {os.lstat(own).st_uid, os.lstat(path).st_uid} != {os.geteuid()}:
-                self.num_foreign += path.name != name or not is_counted or _has_more(path)
-            elif path.name == name and is_counted:
-                for file in _names(path):
-                    if file != UPDATE_RECORD:
-                        self._remove(path / file)
-            else:
-                self._remove(path)
+            is_record_kept = path.name == name and is_counted
+            parts = [path / file for file in self._names(path) if file != UPDATE_RECORD] if is_record_kept else [path]
+            owners = {self.workspace.store.owner(self.workspace.name(folder)) for folder in (own, path)}
+            if not owners <= {None, os.geteuid()}:
+                self.num_foreign += bool(parts)
+                continue
+            for part in parts:
+                self._remove(part)
 
     def _remove(self, path: Path) -> None:
         """Remove a file, or a folder and all that is in it; no link is followed."""
-        with explained(path):
-            try:
-                found = os.lstat(path)
-            except FileNotFoundError:
-                return
-            if not stat.S_ISDIR(found.st_mode):
-                self.num_files += 1
-                self.num_bytes += found.st_size
-                if not self.is_dry_run:
-                    os.unlink(path)
-                return
-            for name in os.listdir(path):
-                self._remove(path / name)
-            if not self.is_dry_run:
-                shutil.rmtree(path)
+        store, name = self.workspace.store, self.workspace.name(path)
+        sizes = store.files(name).values()
+        self.num_files += len(sizes)
+        self.num_bytes += sum(sizes)
+        if not self.is_dry_run:
+            store.delete(name)
 
-
-def _names(folder: Path) -> list[str]:
-    """Return what lies in a folder; nothing where it is a link, no folder, or closed to this user."""
-    if folder.is_symlink() or not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
-        return []
-    return sorted(os.listdir(folder))
-
-
-def _has_more(update: Path) -> bool:
-    return any(name != UPDATE_RECORD for name in _names(update))
+    def _names(self, path: Path) -> list[str]:
+        """Return what lies in a folder; nothing where it is a link, no folder, or closed to this user."""
+        try:
+            with self.workspace.store.opened(self.workspace.name(path)) as folder:
+                return folder.names()
+        except (FileNotFoundError, Refusal):
+            return []

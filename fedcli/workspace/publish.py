@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,14 +15,14 @@ from fedcli.errors import WorkspaceError
 from fedcli.workspace.layout import DISCARDED_PREFIX, TEMPORARY_PREFIX
 
 SHARED_MODE = 0o644
-"""What everybody who shares the workspace reads: rounds."""
-DROPPED_MODE = 0o644
-"""What a client drops for the server: explicit, because a umask of 077 would hide it. Its folder keeps others out."""
+"""What everybody who shares the workspace reads: explicit, because a umask of 077 would hide it."""
 DROPPED_FOLDER_MODE = 0o750
 """A client's inbox: its own user's, and the group's that the server reads it as."""
 SHARED_FOLDER_MODE = 0o755
 PRIVATE_FOLDER_MODE = 0o700
 
+ABANDONED_SECONDS = 24 * 3600
+"""Nobody writes for so long at what has a temporary name, and adds nothing to it."""
 _TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + "[0-9a-f]{32}")
 
 _CURES = {
@@ -32,6 +33,7 @@ _CURES = {
     errno.EACCES: "Ask the workspace's owner for write permission there, then run the command again.",
     errno.ENOTDIR: "A file stands where a folder is needed: name another place.",
     errno.EEXIST: "A file stands where a folder is needed: name another place.",
+    errno.EXDEV: "No folder of a lower layer of an overlay can be renamed: use a copy of the workspace.",
     errno.EPERM: "Ask the workspace's owner for write permission there, then run the command again.",
 }
 
@@ -131,6 +133,28 @@ def publish_file(final: Path, contents: bytes, *, mode: int = SHARED_MODE) -> No
         _sync_folder(final.parent)
 
 
+def publish_new_file(final: Path, contents: bytes) -> bool:
+    """Write one file whole, durably; return False, and change nothing, where something stands there."""
+    with explained(final):
+        make_folder(final.parent)
+        temporary = _temporary_beside(final)
+        try:
+            _write(temporary, contents, SHARED_MODE)
+            os.link(temporary, final)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            if os.path.lexists(final):  # without hard links there is no more than a look
+                return False
+            os.rename(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(final.parent)
+        return True
+
+
 def make_folder(folder: Path, mode: int | None = None) -> None:
     """Make a folder and its missing parents, durably; `mode` holds whatever the umask is, without it the umask does."""
     if folder.is_dir():
@@ -146,32 +170,38 @@ def make_folder(folder: Path, mode: int | None = None) -> None:
         _sync_folder(folder.parent)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes of this package left half-written in a folder; other names are not its own.
+def remove_temporaries(folder: Path, *, older_than: float = 0) -> None:
+    """Remove what killed processes of this package left half-written in a folder, where that may be; nothing else.
 
-    Each is renamed first: should its writer live after all (a lock that did not hold), that one's own rename then
-    fails, and it cannot publish what has been emptied under its hands.
+    Who holds no lock that keeps writers out spares what is not ABANDONED_SECONDS old. Each is renamed first: should its
+    writer live after all, that one's own rename then fails, and it cannot publish what was emptied under its hands.
     """
-    if not folder.is_dir():
-        return
-    for entry in folder.iterdir():
-        if _TEMPORARY_NAME.fullmatch(entry.name):
-            doomed = _temporary_beside(entry)
-            with suppress(FileNotFoundError):
+    with suppress(OSError):  # such as a folder that several users share, or that is not there
+        for entry in filter(lambda entry: _TEMPORARY_NAME.fullmatch(entry.name), folder.iterdir()):
+            doomed = _beside(entry)
+            with suppress(OSError):
+                if older_than and time.time() - entry.lstat().st_mtime < older_than:
+                    continue
                 os.rename(entry, doomed)
                 shutil.rmtree(doomed, ignore_errors=True) if doomed.is_dir() else doomed.unlink()
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a published directory to a hidden name beside it, durably; return the new path."""
+def set_aside(folder: Path) -> bool:
+    """Rename a published directory to a hidden name beside it, durably; return True."""
     hidden = folder.parent / f"{DISCARDED_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}"
     with explained(folder):
         os.rename(folder, hidden)
         _sync_folder(folder.parent)
-    return hidden
+    return True
 
 
 def _temporary_beside(path: Path) -> Path:
+    """Return a new temporary name in a path's folder, which is rid of those that killed processes left long ago."""
+    remove_temporaries(path.parent, older_than=ABANDONED_SECONDS)
+    return _beside(path)
+
+
+def _beside(path: Path) -> Path:
     return path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
 
 

@@ -20,14 +20,6 @@ _PIECE = 2**18
 """Bytes that are read, and hashed, at once."""
 
 
-def read_text(path: Path) -> str:
-    """Read a text file of the workspace's owner; raise WorkspaceError where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WorkspaceError(f"cannot read {path}: {error}", hint="Mend the file or its permissions.") from error
-
-
 @contextmanager
 def opened_folder(name: str | Path, *, parent: int | None = None) -> Iterator[int]:
     """Open a directory (below the open directory `parent`), yield its descriptor, and close it.

@@ -2,22 +2,18 @@
 
 import json
 import os
-import stat
 from typing import Literal
 
 from pydantic import ValidationError
 
 from fedcli.config import DataFormat
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
+from fedcli.workspace.history import read_if_there
 from fedcli.workspace.layout import Home, Workspace
-from fedcli.workspace.publish import DROPPED_FOLDER_MODE, PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
-from fedcli.workspace.read import read_file
+from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
 from fedcli.workspace.records import Natural, Record, parse_record
-from fedcli.workspace.refusal import Refusal
 
 MAX_REGISTRATION_BYTES = 64 * 1024
-OPEN_FOLDER_MODE = 0o3777
-"""Everybody may make an entry and nobody another's away; entries get the server's group, which may read them."""
 
 
 class DataCard(Record):
@@ -62,11 +58,12 @@ def read_registration(workspace: Workspace, client: int) -> Registration | None:
     """Return what a joined party said of itself, or None where it has not joined."""
     path = workspace.registration(client)
     try:
-        contents = read_file(path, limit=MAX_REGISTRATION_BYTES)
-    except FileNotFoundError:
+        contents = read_if_there(workspace, path, MAX_REGISTRATION_BYTES)
+    except IntegrityError as error:
+        error.hint = "Let the party join again."
+        raise
+    if contents is None:
         return None
-    except Refusal as refusal:
-        raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint="Let the party join again.") from refusal
     registration = parse_record(Registration, contents, path)
     if registration.client != client:
         raise IntegrityError(f"{path} is client {registration.client}'s", hint="Let the party join again.")
@@ -75,23 +72,39 @@ def read_registration(workspace: Workspace, client: int) -> Registration | None:
 
 def registered_owner(workspace: Workspace, client: int) -> int | None:
     """Return the user id that a party joined under, or None where it has not joined."""
-    try:
-        return os.lstat(workspace.registration(client)).st_uid
-    except FileNotFoundError:
-        return None
+    return workspace.store.owner(workspace.name(workspace.registration(client)))
 
 
-def is_stranger(workspace: Workspace, owner: int) -> bool:
+def is_registered(workspace: Workspace, client: int) -> bool:
+    """Return whether a party has joined as a client."""
+    return workspace.store.exists(workspace.name(workspace.registration(client)))
+
+
+def is_stranger(workspace: Workspace, owner: int | None) -> bool:
     """Return whether a user who has not joined may send nothing: where anybody can make an inbox, all but its owner."""
-    inbox = os.stat(workspace.inbox)
-    return bool(inbox.st_mode & stat.S_IWOTH) and owner != inbox.st_uid
+    return workspace.store.is_open(workspace.name(workspace.inbox)) and owner != inbox_owner(workspace)
+
+
+def inbox_owner(workspace: Workspace) -> int | None:
+    """Return the user id of the server, whose inbox/ is; None where the store knows no users."""
+    return workspace.store.owner(workspace.name(workspace.inbox))
+
+
+def is_server(workspace: Workspace) -> bool:
+    """Return whether this user may work as the server."""
+    return inbox_owner(workspace) in (None, os.geteuid())
+
+
+def any_registered(workspace: Workspace) -> bool:
+    """Return whether any party has joined."""
+    names = workspace.store.names(workspace.name(workspace.clients))
+    return any(name.endswith(".json") for name in names)
 
 
 def joined_clients(workspace: Workspace, num_clients: int) -> list[int]:
     """Return the ids of the parties that have joined."""
-    if not workspace.clients.is_dir():
-        return []
-    stems = (name.removesuffix(".json") for name in os.listdir(workspace.clients) if name.endswith(".json"))
+    names = workspace.store.names(workspace.name(workspace.clients))
+    stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
     ids = (int(stem) for stem in stems if stem.isascii() and stem.isdigit() and stem == str(int(stem)))
     return sorted(client for client in ids if client < num_clients)
 
@@ -100,24 +113,18 @@ def register(workspace: Workspace, registration: Registration) -> None:
     """Write a party's registration, and make the folder that it will drop its updates in."""
     client = registration.client
     inbox = workspace.client_inbox(client)
-    make_folder(inbox, DROPPED_FOLDER_MODE)
-    found = os.lstat(inbox)
-    if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
+    if not workspace.store.claim(workspace.name(inbox)):
         raise WorkspaceError(
             f"client {client} belongs to another user: {inbox} is not yours",
             hint="Ask the server's operator which id is yours.",
         )
-    with explained(inbox):  # a join that was killed may have left it as the umask has it
-        os.chmod(inbox, DROPPED_FOLDER_MODE | (found.st_mode & (stat.S_ISGID | 0o070)))
-    publish_file(workspace.registration(client), registration.to_bytes())
+    workspace.store.put(workspace.name(workspace.registration(client)), registration.to_bytes())
 
 
 def open_to_parties(workspace: Workspace, *, multi_user: bool) -> None:
     """Make inbox/ and clients/; for parties of several unix users, writable for all who can reach the workspace."""
     for folder in (workspace.inbox, workspace.clients):
-        make_folder(folder)
-        if multi_user and os.stat(folder).st_uid == os.geteuid():
-            os.chmod(folder, OPEN_FOLDER_MODE)
+        workspace.store.share(workspace.name(folder), multi_user=multi_user)
 
 
 def read_party(home: Home) -> PartyRecord | None:

@@ -1,15 +1,18 @@
 """A simulation's rows, data/client-N.jsonl, written as a stream whatever their number."""
 
 import filecmp
+import json
 import os
 import uuid
+from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.layout import TEMPORARY_PREFIX, Workspace
-from fedcli.workspace.publish import explained, make_folder, sync_file
+from fedcli.workspace.publish import explained, make_folder, publish_file, remove_temporaries, sync_file
 
 BUFFER_BYTES = 2**24
 
@@ -27,6 +30,7 @@ class RowFiles:
     def __enter__(self) -> Self:
         with explained(self._scratch):
             make_folder(self._workspace.data)
+            remove_temporaries(self._workspace.data)
             self._scratch.mkdir()
             for client in range(self._num_clients):
                 self._temporary(client).touch()
@@ -76,6 +80,38 @@ class RowFiles:
 
     def _temporary(self, client: int) -> Path:
         return self._scratch / f"{client}.jsonl"
+
+
+def has_rows(workspace: Workspace, client: int) -> bool:
+    """Return whether a simulated client has rows."""
+    return workspace.client_rows(client).is_file()
+
+
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of rows in a folder of data/ that match a pattern, sorted."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+def open_rows(path: Path) -> BufferedReader:
+    """Open a file of rows in data/."""
+    return path.open("rb")
+
+
+def any_rows(workspace: Workspace) -> bool:
+    """Return whether any simulated client has rows."""
+    return any(workspace.data.glob("client-*.jsonl"))
+
+
+def save_beside_rows(workspace: Workspace, files: Mapping[Path, bytes], card: Mapping[str, Any]) -> None:
+    """Write what belongs to a split: held-out rows, and the card of what it gave to each client."""
+    written = json.dumps(card, indent=1, ensure_ascii=False).encode() + b"\n"
+    for path, contents in (*files.items(), (workspace.data_card, written)):
+        publish_file(path, contents)
+
+
+def read_data_card(workspace: Workspace) -> Any:
+    """Return what a split gave to each client; raise OSError or ValueError where that cannot be read."""
+    return json.loads(workspace.data_card.read_bytes())
 
 
 def _is_same(temporary: Path, final: Path) -> bool:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fedcli.errors import IntegrityError
+from fedcli.workspace.history import read_if_there, read_whole
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.locks import is_held
-from fedcli.workspace.publish import SHARED_MODE, explained, make_folder, publish_file
+from fedcli.workspace.locks import hold, is_held
+from fedcli.workspace.publish import SHARED_MODE, explained, make_folder
 from fedcli.workspace.records import Finite, Natural, Record, parse_record
 
+MAX_SCORE_BYTES = 2**24
+MAX_ITEMS_BYTES = 2**32
 _ANEW = "Remove that file and score again: the answers are kept, and nothing is asked twice."
 
 
@@ -72,15 +75,21 @@ def publish_scores(workspace: Workspace, record: ScoreRecord, items: Sequence[Ma
     path = workspace.scores(record.target, record.name)
     lines = "".join(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in items)
     if items:
-        publish_file(path.with_suffix(".jsonl"), lines.encode())
-    publish_file(path, record.to_bytes())
+        workspace.store.put(workspace.name(path.with_suffix(".jsonl")), lines.encode())
+    workspace.store.put(workspace.name(path), record.to_bytes())
 
 
 def read_scores(workspace: Workspace) -> list[ScoreRecord]:
     """Return all scores; raise IntegrityError for a damaged file."""
-    if not workspace.eval.is_dir():
-        return []
-    return [_read(path) for path in sorted(workspace.eval.glob("*/*.json")) if not path.name.startswith(".")]
+    targets = workspace.store.names(workspace.name(workspace.eval))
+    paths = [workspace.eval / target / name for target in targets for name in _score_names(workspace, target)]
+    return [_read(workspace, path) for path in paths]
+
+
+def _score_names(workspace: Workspace, target: str) -> list[str]:
+    """Return the files of a target's scores."""
+    names = workspace.store.names(workspace.name(workspace.eval / target))
+    return [name for name in names if name.endswith(".json") and not name.startswith(".")]
 
 
 def unfinished_targets(workspace: Workspace) -> set[str]:
@@ -89,7 +98,7 @@ def unfinished_targets(workspace: Workspace) -> set[str]:
     for folder in workspace.eval.glob("*/"):
         logs = [path for path in folder.glob("*.answers.jsonl") if path.stat().st_size]
         answered = {path.name.removesuffix(".answers.jsonl") for path in logs}
-        scored = {path.stem.partition("@")[0] for path in folder.glob("*.json")}
+        scored = {name.removesuffix(".json").partition("@")[0] for name in _score_names(workspace, folder.name)}
         if answered - scored or any(map(is_held, folder.glob(".*.lock"))):
             found.add(folder.name)
     return found
@@ -98,12 +107,12 @@ def unfinished_targets(workspace: Workspace) -> set[str]:
 def read_score(workspace: Workspace, target: str, name: str) -> ScoreRecord | None:
     """Return a target's scores on a benchmark (with its variant), or None where there are none."""
     path = workspace.scores(target, name)
-    return _read(path) if path.is_file() else None
+    return _read(workspace, path) if workspace.store.exists(workspace.name(path)) else None
 
 
-def _read(path: Path) -> ScoreRecord:
+def _read(workspace: Workspace, path: Path) -> ScoreRecord:
     try:
-        return parse_record(ScoreRecord, path.read_bytes(), path)
+        return parse_record(ScoreRecord, read_whole(workspace, path, MAX_SCORE_BYTES), path)
     except IntegrityError as error:
         error.hint = _ANEW
         raise
@@ -112,12 +121,11 @@ def _read(path: Path) -> ScoreRecord:
 def read_items(workspace: Workspace, target: str, name: str) -> Iterator[dict[str, Any]]:
     """Yield a target's items of a benchmark, with "item", "marks" and what was said; none where none are kept."""
     path = workspace.scores(target, name).with_suffix(".jsonl")
-    if path.is_file():
-        try:
-            with path.open(encoding="utf-8") as file:
-                yield from map(json.loads, file)
-        except ValueError as error:
-            raise IntegrityError(f"{path} is damaged: {error}", hint=_ANEW) from error
+    contents = read_if_there(workspace, path, MAX_ITEMS_BYTES)
+    try:
+        yield from map(json.loads, (contents or b"").splitlines())
+    except ValueError as error:
+        raise IntegrityError(f"{path} is damaged: {error}", hint=_ANEW) from error
 
 
 def read_marks(workspace: Workspace, record: ScoreRecord) -> dict[str, dict[str, Any]]:
@@ -174,6 +182,15 @@ class AnswerLog:
 
 
 @contextmanager
+def hold_scoring(workspace: Workspace, target: str, name: str) -> Iterator[None]:
+    """Hold the lock of scoring a target on a benchmark; raise BusyError where another process has it."""
+    path = workspace.eval_lock(target, name)
+    make_folder(path.parent)  # open to all who may see the workspace, unlike a folder made for a lock
+    with hold(path, f"{name} of {target}"):
+        yield
+
+
+@contextmanager
 def opened_log(path: Path) -> Iterator[AnswerLog]:
     """Open an answer log, and make it durable at the end, whatever happens in the block."""
     log = AnswerLog(path)
@@ -187,5 +204,5 @@ def publish_table(workspace: Workspace, files: Mapping[str, str]) -> list[Path]:
     """Write tables of scores beside the targets' folders, by file name; return their paths."""
     paths = [workspace.eval / name for name in files]
     for path, text in zip(paths, files.values(), strict=True):
-        publish_file(path, text.encode())
+        workspace.store.put(workspace.name(path), text.encode())
     return paths

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias, get_args
 from pydantic import Field
 
 from fedcli.errors import IntegrityError
-from fedcli.workspace.history import read_whole
+from fedcli.workspace.history import read_if_there
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import make_folder, publish_file
@@ -48,10 +48,9 @@ def hold_jobs(workspace: Workspace) -> Iterator[None]:
 def read_jobs(workspace: Workspace, round_number: int) -> list[Job]:
     """Return the jobs that were sent for a round, in their order; raise IntegrityError where the record is damaged."""
     path = workspace.jobs(round_number)
-    if not path.exists():
-        return []
     try:
-        return parse_record(JobsRecord, read_whole(path, MAX_JOBS_BYTES), path).jobs
+        contents = read_if_there(workspace, path, MAX_JOBS_BYTES)
+        return [] if contents is None else parse_record(JobsRecord, contents, path).jobs
     except IntegrityError as error:
         error.hint = "Remove it: `fedcli slurm submit` finds the jobs that are in the queue by their names."
         raise
@@ -59,7 +58,8 @@ def read_jobs(workspace: Workspace, round_number: int) -> list[Job]:
 
 def save_jobs(workspace: Workspace, round_number: int, jobs: list[Job]) -> None:
     """Keep the list of the jobs that were sent for a round."""
-    publish_file(workspace.jobs(round_number), JobsRecord(round=round_number, jobs=jobs).to_bytes())
+    record = JobsRecord(round=round_number, jobs=jobs)
+    workspace.store.put(workspace.name(workspace.jobs(round_number)), record.to_bytes())
 
 
 def save_script(workspace: Workspace, round_number: int, kind: JobKind, text: str) -> Path:

@@ -55,7 +55,7 @@ def _compared(session: Session, pairs: Sequence[Preference]) -> list[ItemScore]:
 def _read(files: Files) -> list[Item]:
     """Read rows of the built-in set: chosen and rejected where they have them, else instruction and response."""
     (path,) = files.require()
-    rows = read_rows(path)
+    rows = read_rows(path, files.opener)
     return [item for _, item in RowReader("preference" if "chosen" in rows[0].fields else "alpaca").read(rows)]
 
 
