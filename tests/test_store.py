@@ -33,7 +33,6 @@ from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, MANIFEST, UPDATE
 from fedcli.workspace.records import PROTOCOL, file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import DataCard, Registration, joined_clients, read_registration, register
-from fedcli.workspace.report_folder import publish_report
 from fedcli.workspace.scores import publish_table
 from fedcli.workspace.slurm_jobs import Job, read_jobs, save_jobs
 from fedcli.workspace.tensors import encode
@@ -407,7 +406,6 @@ WRITERS: dict[str, tuple[str, Callable[[Workspace], object]]] = {
     ),
     "export": ("..", lambda workspace: Federation(workspace).export(workspace.root.parent / "out")),
     "eval table": ("eval", lambda workspace: publish_table(workspace, {"table.md": "x"})),
-    "report": ("report", lambda workspace: publish_report(workspace.report, b"x", {}, [], lambda _: True)),
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fedcli.errors import WorkspaceError
-from fedcli.workspace.publish import explained, make_folder, publish_file
+from fedcli.workspace.publish import explained, make_folder, publish_file, remove_temporaries
 
 PAGE_NAME = "report.html"
 
@@ -30,6 +30,7 @@ def publish_report(
         )
     make_folder(folder)
     publish_file(path, page)  # the first: it is what says that the folder is a report's, should this be interrupted
+    remove_temporaries(folder)
     for name, contents in pictures.items():
         publish_file(folder / f"{name}.png", contents)
     with explained(folder):
