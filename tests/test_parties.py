@@ -360,6 +360,8 @@ def adapters(workspace: Path) -> list[bytes]:
 def test_a_joined_partys_update_is_that_of_a_simulated_client_with_the_same_rows(place: Place) -> None:
     simulated = Place(shutil.copytree(place.folder, place.folder / "simulated"), place.warm)
     (simulated.workspace / "data").mkdir()
+    identity = simulated.workspace / "workspace.json"
+    identity.write_text(identity.read_text().replace('"simulation": false', '"simulation": true'))
     for client in range(3):
         rows = place.rows(f"rows-{client}.jsonl", 5 + client, start=10 * client)
         place.join(client, rows)
