@@ -79,7 +79,6 @@ def test_code_runs_for_a_party_only_where_it_said_so(place: Place, at_default: b
     place("doctor")
     place("export", "out", "--merge")
     place("data", "preview", "--id", 0, *where)
-    place("eval", "demo", "--limit", 1, "--base")
     place("client", "train", "--id", 0, *where)
     place("train-alone", "--id", 0, *where)
     assert not ran(place)
