@@ -12,13 +12,15 @@ from support.processes import SMALL, fedcli, settings
 
 from fedcli import Federation
 from fedcli.algos import ALGORITHMS, FedAvg, MergedUpdates
-from fedcli.algos.arrays import _BLOCK, WeightedSum, difference, to_float32
+from fedcli.algos.arrays import difference
+from fedcli.algos.client_rule import ControlVariate
 from fedcli.algos.fedadagrad import FedAdagrad
 from fedcli.algos.fedadam import FedAdam
 from fedcli.algos.fedavgm import FedAvgM
 from fedcli.algos.fedprox import FedProx
 from fedcli.algos.fedyogi import FedYogi
-from fedcli.algos.scaffold import Scaffold, control_delta
+from fedcli.algos.reducer import BLOCK, Stacks, WeightedMean
+from fedcli.algos.scaffold import DELTA_FILE, Scaffold
 from fedcli.cli import main
 from fedcli.config import apply_overrides, parse_config
 from fedcli.errors import ConfigError
@@ -112,10 +114,11 @@ STEPS = (
 @pytest.mark.parametrize(("algorithm", "means", "first", "second"), STEPS)
 def test_two_steps_give_these_numbers_and_leave_their_inputs_alone(algorithm, means, first, second):
     adapter, state = {"w": np.array([1, 2, 3], np.float32)}, {}
-    controls = ([0.5, -1, 0], [0.25, 1, 2]) if algorithm.uses_control else (None, None)
+    controls = ([0.5, -1, 0], [0.25, 1, 2]) if algorithm.update_files else (None, None)
     for mean, control, (expected, expected_state) in zip(means, controls, (first, second), strict=True):
-        merged = MergedUpdates({"w": np.array(mean, float)}, {"w": np.array(control)} if control else {})
-        inputs = [adapter, merged.difference, merged.control, state]
+        sent = {"w": np.array(control)} if control else {}
+        merged = MergedUpdates({"w": np.array(mean, float)}, {DELTA_FILE: sent})
+        inputs = [adapter, merged.difference, sent, state]
         copies = [{name: array.copy() for name, array in arrays.items()} for arrays in inputs]
         adapter, state = algorithm.apply(*inputs[:1], merged, state)
         for before, after in zip(copies, inputs, strict=True):
@@ -134,8 +137,8 @@ def test_the_table_of_steps_has_every_algorithm():
 @pytest.mark.parametrize("make", [lambda values: np.array(values, np.float32), torch.tensor])
 def test_client_rules_give_arrays_and_tensors_the_same_terms(make):
     w, x, c = make([1.0, -2.0, 4.0]), make([0.5, 2.0, 4.0]), make([4.0, -8.0, 0.0])
-    prox, scaffold = FedProx(mu=0.5).client_rule({"w": x}, {}), Scaffold().client_rule({"w": x}, {"w": c})
-    assert (prox.arrays["w"] is x, scaffold.arrays["w"] is c) == (True, True)
+    prox, scaffold = FedProx(mu=0.5).client_rule({"w": x}, {}, {}), ControlVariate({"w": c})
+    assert prox.arrays["w"] is x
     assert type(prox.gradient_term(w, x)) is type(scaffold.weight_term(c, 0.25)) is type(w)
     assert prox.gradient_term(w, x).tolist() == [0.25, -2.0, 0.0]
     assert scaffold.weight_term(c, 0.25).tolist() == [-1.0, 2.0, 0.0]
@@ -143,14 +146,14 @@ def test_client_rules_give_arrays_and_tensors_the_same_terms(make):
 
 
 def test_only_fedprox_and_scaffold_change_how_clients_train():
-    rules = {name for name, kind in ALGORITHMS.items() if kind().client_rule({}, {}) is not None}
-    assert rules == {"fedprox", "scaffold"}
+    assert {name for name, kind in ALGORITHMS.items() if kind().changes_clients()} == {"fedprox", "scaffold"}
 
 
 def test_a_control_delta_is_the_second_option_of_the_paper():
     x, y, c = ({"w": np.array(v, np.float32)} for v in ([1, 2, 3], [0.5, 2.5, 3], [0.25, 0, -1]))
-    delta = control_delta(x, y, c, steps=2, learning_rate=0.25)
-    assert (delta["w"].dtype, delta["w"].tolist()) == (np.float32, [0.75, -1, 1])
+    sent, kept = Scaffold().client_step(x, y, c, {"w": np.float32([1, 0, 2])}, steps=2, learning_rate=0.25)
+    assert (sent[DELTA_FILE]["w"].dtype, sent[DELTA_FILE]["w"].tolist()) == (np.float32, [0.75, -1, 1])
+    assert (kept["w"].dtype, kept["w"].tolist()) == (np.float32, [1.75, -1, 3])
 
 
 OUT_OF_RANGE = """
@@ -177,13 +180,11 @@ SGD_STEPS, RATE = 50, 0.05
 def train_on_quadratics(algorithm, rounds, clients=(0, 1)):
     """Return x after some rounds of plain SGD on sum_i a_i (w_i - b_i)^2 / 2, two clients of equal weight."""
     x, state = {"w": np.zeros(3, np.float32)}, {}
-    zeros = {"w": np.zeros(3, np.float32)}
-    own = dict.fromkeys(clients, zeros)
+    own = {client: {} for client in clients}
     for _ in range(rounds):
-        differences, controls = WeightedSum(), WeightedSum()
+        differences, files = algorithm.reducer(), {name: algorithm.file_reducer(2) for name in algorithm.update_files}
         for client in clients:
-            control = state or zeros
-            rule = algorithm.client_rule(x, to_float32(difference(control, own[client])))
+            rule = algorithm.client_rule(x, state, own[client])
             w = x["w"].astype(np.float64)
             for _ in range(SGD_STEPS):
                 gradient = CURVATURES[client] * (w - OPTIMA[client])
@@ -192,11 +193,13 @@ def train_on_quadratics(algorithm, rounds, clients=(0, 1)):
                 shift = rule.weight_term(rule.arrays["w"], RATE) if rule else None
                 w = w if shift is None else w + shift
             differences.add(difference({"w": w}, x), algorithm.weight(10))
-            if algorithm.uses_control:
-                delta = control_delta(x, {"w": w}, control, steps=SGD_STEPS, learning_rate=RATE)
-                controls.add(delta, 1.0)
-                own[client] = {"w": own[client]["w"] + delta["w"]}
-        merged = MergedUpdates(differences.over(differences.total_weight), controls.over(2))
+            sent, own[client] = algorithm.client_step(
+                x, {"w": w}, state, own[client], steps=SGD_STEPS, learning_rate=RATE
+            )
+            for name, arrays in sent.items():
+                files[name].add(arrays, 1.0)
+        none = Stacks({}, [])
+        merged = MergedUpdates(differences.result(none), {name: file.result(none) for name, file in files.items()})
         x, state = algorithm.apply(x, merged, state)
     return x["w"]
 
@@ -224,36 +227,36 @@ def test_the_order_of_clients_changes_a_mean_by_rounding_only():
     members = [({"w": generator.normal(size=1000)}, float(weight)) for weight in generator.integers(1, 10**6, size=50)]
     means = []
     for order in (range(50), reversed(range(50)), generator.permutation(50)):
-        total = WeightedSum()
+        mean = WeightedMean()
         for index in order:
-            total.add(*members[index])
-        means.append(total.over(total.total_weight)["w"])
+            mean.add(*members[index])
+        means.append(mean.result(Stacks({}, []))["w"])
     for mean in means[1:]:
         assert np.abs(mean - means[0]).max() <= 1e-12 * np.abs(means[0]).max()
     np.testing.assert_array_equal(train_on_quadratics(Scaffold(), 20), train_on_quadratics(Scaffold(), 20, (1, 0)))
 
 
 def test_a_mean_without_weight_is_an_error():
-    total = WeightedSum()
+    mean = WeightedMean()
     with pytest.raises(ZeroDivisionError):
-        total.over(total.total_weight)
-    total.add({"w": np.ones(3)}, 0.0)
+        mean.result(Stacks({}, []))
+    mean.add({"w": np.ones(3)}, 0.0)
     with pytest.raises(ZeroDivisionError):
-        total.over(total.total_weight)
+        mean.result(Stacks({}, []))
 
 
-@pytest.mark.parametrize("size", [1, _BLOCK - 1, _BLOCK, 2 * _BLOCK + 7])
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 7])
 def test_a_sum_block_by_block_is_the_sum_of_whole_arrays(size):
     generator = np.random.default_rng(size)
     origin = {"w": generator.normal(size=size).astype("float32"), "b": np.float32([[1, 2], [3, 4]])}
     members = [{name: array + generator.normal(size=array.shape).astype("float32") for name, array in origin.items()}
                for _ in range(3)]  # fmt: skip
     members[1] = {name: np.asfortranarray(array.astype("float16")) for name, array in members[1].items()}
-    total, expected = WeightedSum(), dict.fromkeys(origin, np.float64(-0.0))
+    mean, expected = WeightedMean(), dict.fromkeys(origin, np.float64(-0.0))
     for weight, member in enumerate(members, 3):
         deltas = {name: array.astype("float64") - origin[name].astype("float64") for name, array in member.items()}
-        norm = total.add(member, float(weight), origin=origin)
+        norm = mean.add(member, float(weight), origin)
         assert norm == pytest.approx(np.linalg.norm(np.concatenate([d.ravel() for d in deltas.values()])), rel=1e-12)
         expected = {name: expected[name] + weight * delta for name, delta in deltas.items()}
-    for name, array in total.over(12.0).items():
+    for name, array in mean.result(Stacks({}, [])).items():
         np.testing.assert_array_equal(array, expected[name] / 12.0)

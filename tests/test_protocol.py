@@ -12,14 +12,12 @@ import textwrap
 import types
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import protocol_client
 import pytest
 import scaffold_client
 from protocol_client import take_part
-from pydantic import Field, TypeAdapter
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from support.damage import as_bfloat16, replace_adapter, replace_file
@@ -39,8 +37,7 @@ from support.federation import (
 from support.processes import SMALL, fedcli, settings
 
 from fedcli import Federation
-from fedcli.algos import ALGORITHMS, AnyAlgorithm
-from fedcli.config import parsing
+from fedcli.algos import ALGORITHMS
 from fedcli.model.base import find_base
 from fedcli.randomness import draw_cohort
 from fedcli.workspace.inbox import drop_update
@@ -254,9 +251,7 @@ def test_the_walk_to_an_eighth_algorithm_is_true(small, monkeypatch):
     module = types.ModuleType("fedcli.algos.fedrate")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(source, "fedrate.py", "exec"), module.__dict__)
-    registry = Annotated[AnyAlgorithm | module.FedRate, Field(discriminator="name")]
-    monkeypatch.setitem(ALGORITHMS, "fedrate", module.FedRate)
-    monkeypatch.setattr(parsing, "_ALGORITHM", TypeAdapter(registry))
+    monkeypatch.setitem(ALGORITHMS._own, "fedrate", module.FedRate)
     all_take_part(small)
     Federation.open(small).server.aggregate(algorithm="fedrate")
     assert read_manifest(small, 1)["aggregation"]["algorithm"] == {"name": "fedrate", "eta": 0.5}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -355,13 +356,51 @@ def test_a_client_killed_before_its_drop_sends_the_very_same_update_when_it_runs
     assert candidates(begun, 0) == ["round-00000", "round-00001"]
 
 
-@pytest.mark.parametrize("damage", [shutil.rmtree, lambda folder: os.truncate(next(folder.iterdir()), 100)])
-def test_a_lost_control_variate_exits_7_and_the_cure_works(begun, capsys, damage):
+def flipped(place: str, folder: Path) -> None:
+    """Flip a bit of a candidate: of its last value, of its first, or of its digest."""
+    (path,) = folder.iterdir()
+    contents = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(contents[:8], "little")
+    contents[{"last": -1, "first": header, "digest": contents.index(b"sha256") + 12}[place]] ^= 1
+    path.write_bytes(contents)
+
+
+DAMAGES = [
+    shutil.rmtree,
+    lambda folder: os.truncate(next(folder.iterdir()), 100),
+    lambda folder: os.truncate(next(folder.iterdir()), 0),
+    *(partial(flipped, place) for place in ("last", "first", "digest")),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_private_state_exits_7_and_nothing_is_sent(begun, capsys, damage):
     damage(begun / "private" / "0" / "control")
     before = stored_hashes(begun / "inbox")
     assert main(["client", "train", "--id", "0", "-w", str(begun)]) == 7
     error = capsys.readouterr().err
-    assert f"client 0's control variate is gone or damaged: {begun}/private/0/control/round-00000-" in error
+    assert f"client 0's private state of scaffold is gone or damaged: {begun}/private/0/control/round-00000-" in error
+    assert stored_hashes(begun / "inbox") == before
+
+
+def test_a_control_variate_of_a_version_without_digests_still_counts(begun):
+    undisturbed = Path(shutil.copytree(begun, begun.parent / "undisturbed"))
+    (candidate,) = (begun / "private" / "0" / "control").iterdir()
+    assert b'"sha256"' in candidate.read_bytes()[:200]
+    arrays = load_file(candidate)
+    save_file(arrays, candidate, metadata={"format": "pt"})
+    assert own(begun, 0).keys() == arrays.keys()
+    for workspace in (begun, undisturbed):
+        train(workspace, 0)
+    assert stored_hashes(begun / "inbox") == stored_hashes(undisturbed / "inbox")
+
+
+def test_a_lost_control_variate_exits_7_and_the_cure_works(begun, capsys):
+    shutil.rmtree(begun / "private" / "0" / "control")
+    before = stored_hashes(begun / "inbox")
+    assert main(["client", "train", "--id", "0", "-w", str(begun)]) == 7
+    error = capsys.readouterr().err
+    assert f"client 0's private state of scaffold is gone or damaged: {begun}/private/0/control/round-00000-" in error
     assert "`server aggregate --partial --algo fedavg`" in error
     assert stored_hashes(begun / "inbox") == before
     train(begun, 1)

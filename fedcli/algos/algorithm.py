@@ -1,51 +1,92 @@
 """What an algorithm is to the rest of fedcli."""
 
-from dataclasses import Field, dataclass, field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedcli.algos.arrays import Array, Arrays
 from fedcli.algos.client_rule import ClientRule
+from fedcli.algos.server_step import add_mean
+
+if TYPE_CHECKING:
+    from fedcli.algos.reducer import Reducer
 
 
 @dataclass(frozen=True)
 class MergedUpdates:
     """A round's counted updates together, float64, by the adapter's names.
 
-    `difference` is the mean of y_k - x with the algorithm's weights; `control` is (1/N) sum_k (c_k+ - c_k) over the
-    counted updates, N being the number of all clients, and empty unless the algorithm uses control variates.
+    `difference` is what the algorithm's reducer makes of y_k - x, the weighted mean by default; `files` holds what its
+    `file_reducer` makes of each of its `update_files`, by default the sum over the number of all clients.
     """
 
     difference: Arrays
-    control: Arrays = field(default_factory=dict)
+    files: Mapping[str, Arrays] = field(default_factory=dict)
 
 
-class Algorithm(Protocol):
-    """A frozen dataclass whose fields are its name and hyperparameters: a client rule, a weighting and a server step.
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """A federated algorithm: a frozen dataclass whose fields are its name and hyperparameters.
 
-    The class is its own configuration: fedcli.yaml and manifests hold its fields.
+    The class is its own configuration: fedcli.yaml and manifests hold its fields. The defaults are FedAvg's.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+    """What pydantic is told: no unknown hyperparameter, no NaN, no infinity."""
 
-    uses_control: ClassVar[bool]
-    """Whether its state is SCAFFOLD's c, and its clients send c_k+ - c_k beside their adapters."""
-    state_prefixes: ClassVar[tuple[str, ...]]
+    update_files: ClassVar[tuple[str, ...]] = ()
+    """Files that a client sends beside its adapter, each with the adapter's names and shapes."""
+    private_state: ClassVar[str] = ""
+    """The folder in a client's home of what it keeps from round to round; empty where it keeps nothing."""
+    state_file: ClassVar[str] = "optimizer.safetensors"
+    """The file of a round that holds the server's state."""
+    state_prefixes: ClassVar[tuple[str, ...]] = ()
     """What stands before the adapter's names in the server's state: one full set of arrays for each."""
+    clients_read_state: ClassVar[bool] = False
+    """Whether clients need the server's state."""
 
-    @property
-    def name(self) -> str:
-        """The algorithm's name in fedcli.yaml and in manifests."""
+    name: str
+    """The algorithm's name in fedcli.yaml and in manifests."""
 
-    def client_rule(self, adapter: Arrays, correction: Arrays) -> ClientRule | None:
+    def client_rule(self, adapter: Arrays, state: Arrays, own: Arrays) -> ClientRule | None:
         """Return what a client does beside plain training; None for nothing.
 
-        `adapter` is x; `correction` is c - c_k, empty unless the algorithm uses control variates.
+        `adapter` is x; `state` is the server's, empty unless clients read it; `own` is what the client kept, empty
+        before its first counted update.
         """
+        return None
+
+    def client_step(
+        self, adapter: Arrays, trained: Arrays, state: Arrays, own: Arrays, *, steps: int, learning_rate: float
+    ) -> "tuple[dict[str, dict[str, Array]], dict[str, Array]]":
+        """Return what a client sends after training, by `update_files`, and what it keeps if that update counts."""
+        return {}, {}
 
     def weight(self, num_samples: int) -> float:
-        """Return the weight of an update before normalisation."""
+        """Return the weight of an update before normalisation: its number of rows, McMahan et al. 2017."""
+        return float(num_samples)
+
+    def reducer(self) -> "Reducer":
+        """Return what merges the updates' differences from x: their weighted mean."""
+        from fedcli.algos.reducer import WeightedMean
+
+        return WeightedMean()
+
+    def file_reducer(self, num_clients: int) -> "Reducer":
+        """Return what merges one of `update_files`, all weights being 1: the sum over the number of all clients."""
+        from fedcli.algos.reducer import WeightedMean
+
+        return WeightedMean(divisor=num_clients)
 
     def apply(
         self, adapter: Arrays, merged: MergedUpdates, state: Arrays
     ) -> "tuple[dict[str, Array], dict[str, Array]]":
-        """Return the next global adapter and the next state, float32; an empty state is a fresh start."""
+        """Return the next global adapter and the next state, float32; an empty state is a fresh start.
+
+        By default x + D, and no state.
+        """
+        return add_mean(adapter, merged.difference), {}
+
+    def changes_clients(self) -> bool:
+        """Return whether a client must do, send or keep more than plain training gives."""
+        return bool(self.update_files or self.private_state) or self.client_rule({}, {}, {}) is not None

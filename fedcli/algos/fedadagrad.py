@@ -5,33 +5,27 @@ is unweighted, as in OpenFedLLM's code.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from fedcli.algos.algorithm import MergedUpdates
+from fedcli.algos.algorithm import Algorithm, MergedUpdates
 from fedcli.algos.arrays import Array, Arrays, apply
-from fedcli.algos.hyperparameters import CLOSED, Positive
+from fedcli.algos.hyperparameters import Positive
 from fedcli.algos.server_step import SECOND, adaptive_step, second_moment, stored
-from fedcli.algos.weighting import uniform
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAdagrad:
+class FedAdagrad(Algorithm):
     """v+ = v + D^2; x+ = x + eta D / (sqrt v+ + tau); v starts at tau^2."""
 
-    __pydantic_config__ = CLOSED
-    uses_control: ClassVar[bool] = False
-    state_prefixes: ClassVar[tuple[str, ...]] = (SECOND,)
+    state_prefixes = (SECOND,)
 
     name: Literal["fedadagrad"] = "fedadagrad"
     eta: Positive = 1e-3
     tau: Positive = 1e-3
 
-    def client_rule(self, adapter: Arrays, correction: Arrays) -> None:
-        """Return nothing: clients train plainly."""
-
     def weight(self, num_samples: int) -> float:
         """Return 1."""
-        return uniform(num_samples)
+        return 1.0
 
     def apply(
         self, adapter: Arrays, merged: MergedUpdates, state: Arrays

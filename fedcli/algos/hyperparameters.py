@@ -7,6 +7,3 @@ from annotated_types import Ge, Gt, Lt
 Positive: TypeAlias = Annotated[float, Gt(0)]
 NonNegative: TypeAlias = Annotated[float, Ge(0)]
 Decay: TypeAlias = Annotated[float, Ge(0), Lt(1)]
-
-CLOSED = {"extra": "forbid", "allow_inf_nan": False}
-"""What pydantic is told of every algorithm: no unknown hyperparameter, no NaN, no infinity."""

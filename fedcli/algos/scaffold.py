@@ -6,45 +6,55 @@ correction is made to the weights after each step and not to the gradients: c_k 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from fedcli.algos.algorithm import MergedUpdates
-from fedcli.algos.arrays import Array, Arrays, apply, to_float32
+from fedcli.algos.algorithm import Algorithm, MergedUpdates
+from fedcli.algos.arrays import Array, Arrays, apply, difference, to_float32
 from fedcli.algos.client_rule import ControlVariate
-from fedcli.algos.hyperparameters import CLOSED
 from fedcli.algos.server_step import add_mean
-from fedcli.algos.weighting import by_num_samples
+
+DELTA_FILE = "control_delta.safetensors"
+"""What a client sends beside its adapter: c_k+ - c_k."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaffold:
-    """Clients: w -= lr (c - c_k) after each step. Server: as FedAvg, and c+ = c + (1/N) sum_k (c_k+ - c_k)."""
+class Scaffold(Algorithm):
+    """Clients: w -= lr (c - c_k) after each step. Server: as FedAvg, and c+ = c + (1/N) sum_k (c_k+ - c_k).
 
-    __pydantic_config__ = CLOSED
-    uses_control: ClassVar[bool] = True
-    state_prefixes: ClassVar[tuple[str, ...]] = ("",)
+    The server's state is c, and what a client keeps is c_k; both begin with zero.
+    """
+
+    update_files = (DELTA_FILE,)
+    private_state = "control"
+    state_file = "control.safetensors"
+    state_prefixes = ("",)
+    clients_read_state = True
 
     name: Literal["scaffold"] = "scaffold"
 
-    def client_rule(self, adapter: Arrays, correction: Arrays) -> ControlVariate:
+    def client_rule(self, adapter: Arrays, state: Arrays, own: Arrays) -> ControlVariate:
         """Return the correction by c - c_k."""
-        return ControlVariate(correction)
+        return ControlVariate(to_float32(difference(state or _zeros(adapter), own or _zeros(adapter))))
 
-    def weight(self, num_samples: int) -> float:
-        """Return n_k."""
-        return by_num_samples(num_samples)
+    def client_step(
+        self, adapter: Arrays, trained: Arrays, state: Arrays, own: Arrays, *, steps: int, learning_rate: float
+    ) -> "tuple[dict[str, dict[str, Array]], dict[str, Array]]":
+        """Return c_k+ - c_k = (x - y_k) / (K lr) - c after K steps, and c_k+, float32."""
+        scale = steps * learning_rate
+        delta = to_float32(apply(lambda x, y, c: (x - y) / scale - c, adapter, trained, state or _zeros(adapter)))
+        before = own or _zeros(adapter)
+        return {DELTA_FILE: delta}, {name: before[name] + change for name, change in delta.items()}
 
     def apply(
         self, adapter: Arrays, merged: MergedUpdates, state: Arrays
     ) -> "tuple[dict[str, Array], dict[str, Array]]":
-        """Return x + D, and c + (1/N) sum_k (c_k+ - c_k); c is zero in a fresh start."""
-        control = apply(lambda c, d: c + d, state, merged.control) if state else merged.control
+        """Return x + D, and c + (1/N) sum_k (c_k+ - c_k)."""
+        change = merged.files[DELTA_FILE]
+        control = apply(lambda c, d: c + d, state, change) if state else change
         return add_mean(adapter, merged.difference), to_float32(control)
 
 
-def control_delta(
-    adapter: Arrays, trained: Arrays, control: Arrays, *, steps: int, learning_rate: float
-) -> "dict[str, Array]":
-    """Return a client's c_k+ - c_k = (x - y_k) / (K lr) - c after K steps, float32."""
-    scale = steps * learning_rate
-    return to_float32(apply(lambda x, y, c: (x - y) / scale - c, adapter, trained, control))
+def _zeros(adapter: Arrays) -> "dict[str, Array]":
+    import numpy as np
+
+    return {name: np.zeros_like(array) for name, array in adapter.items()}

@@ -10,7 +10,6 @@ from fedcli.algos.arrays import Array, Arrays, apply, to_float32
 
 FIRST, SECOND = "m.", "v."
 """The prefixes of a momentum's and a second moment's names."""
-SecondMoment = Literal["momentum", "delta"]
 Momentum = Literal["damped", "heavy_ball"]
 
 

@@ -4,21 +4,16 @@ import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
-from fedcli.algos import Algorithm, Array, Arrays, ClientRule
-from fedcli.algos.arrays import difference, to_float32
-from fedcli.algos.scaffold import control_delta
 from fedcli.client.runtimes import Runtimes
 from fedcli.config import algorithm_from
 from fedcli.observer import Observer
 from fedcli.parties.party import Party
 from fedcli.training.reports import StepReport
-from fedcli.workspace.controls import read_control, remove_old_candidates, save_candidate
+from fedcli.workspace.client_state import read_state, remove_old_candidates, save_candidate
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import drop_update
-from fedcli.workspace.layout import ADAPTER_FILE, CONTROL_DELTA_FILE, UPDATE_RECORD
+from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sha256
 from fedcli.workspace.tensors import encode
 
@@ -60,7 +55,9 @@ def train_and_drop(
         for earlier in past
         if client in earlier.manifest.cohort
     )
-    rule = _Rule.read(party, [*past, head], adapter)
+    algorithm = algorithm_from(manifest.algorithm)
+    state = head.state(algorithm) if algorithm.clients_read_state else {}
+    own = read_state(party.home, [*past, head], algorithm, client)
     runtime = runtimes.load(party, observer)
     rows = runtime.rows(party, manifest.train)
     started = time.monotonic()
@@ -77,7 +74,7 @@ def train_and_drop(
         party=party,
         round_number=head.number,
         first_draw=first_draw,
-        rule=rule.client_rule,
+        rule=algorithm.client_rule(adapter, state, own),
         on_step=count,
     )
     training = Training(
@@ -88,46 +85,15 @@ def train_and_drop(
         seconds=time.monotonic() - started,
         num_tokens=num_tokens,
     )
-    files = {ADAPTER_FILE: encode(values)}
-    candidate: dict[str, Array] = {}
-    if rule.algorithm.uses_control:
-        delta, candidate = rule.next_control(adapter, values, len(losses), manifest.train.learning_rate)
-        files[CONTROL_DELTA_FILE] = encode(delta)
+    sent, kept = algorithm.client_step(
+        adapter, values, state, own, steps=len(losses), learning_rate=manifest.train.learning_rate
+    )
+    files = {name: encode(arrays) for name, arrays in ({ADAPTER_FILE: values} | sent).items()}
     record = _update_record(head, client, files, training).to_bytes()
-    if candidate:
-        remove_old_candidates(party.home, client, [*past, head])
-        save_candidate(party.home, head.number, sha256(record), candidate)
+    if algorithm.private_state:
+        remove_old_candidates(party.home, algorithm, client, [*past, head])
+        save_candidate(party.home, algorithm, head.number, sha256(record), kept)
     return training, drop_update(head, client, [*files.items(), (UPDATE_RECORD, record)])
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """The open round's algorithm as one client applies it, with SCAFFOLD's c and the client's own c_k."""
-
-    algorithm: Algorithm
-    client_rule: ClientRule | None
-    control: Arrays
-    own: Arrays
-
-    @classmethod
-    def read(cls, party: Party, rounds: list[Round], adapter: Arrays) -> "_Rule":
-        """Read what the last of `rounds` asks of a client."""
-        head = rounds[-1]
-        algorithm = algorithm_from(head.manifest.algorithm)
-        if not algorithm.uses_control:
-            return cls(algorithm, algorithm.client_rule(adapter, {}), {}, {})
-        zeros = {name: np.zeros_like(array) for name, array in adapter.items()}
-        control = head.state(algorithm) or zeros
-        own = read_control(party.home, rounds, algorithm, party.client) or zeros
-        correction = to_float32(difference(control, own))
-        return cls(algorithm, algorithm.client_rule(adapter, correction), control, own)
-
-    def next_control(
-        self, adapter: Arrays, trained: Arrays, steps: int, learning_rate: float
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Return c_k+ - c_k, which goes to the server, and c_k+, which stays here."""
-        delta = control_delta(adapter, trained, self.control, steps=steps, learning_rate=learning_rate)
-        return delta, {name: self.own[name] + change for name, change in delta.items()}
 
 
 def _update_record(head: Round, client: int, files: dict[str, bytes], training: Training) -> UpdateRecord:

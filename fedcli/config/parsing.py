@@ -4,29 +4,28 @@ import dataclasses
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from fedcli.algos import ALGORITHMS, Algorithm, AnyAlgorithm
+from fedcli.algos import ALGORITHMS, Algorithm
+from fedcli.config.algorithm import parse_algorithm
 from fedcli.config.data import PARTITIONS, TAGS, DataFormat, Task, check_format
 from fedcli.config.section import Section
 from fedcli.config.sections import Config
 from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
 
-_ALGORITHM: TypeAdapter[AnyAlgorithm] = TypeAdapter(Annotated[AnyAlgorithm, Field(discriminator="name")])
-
 
 def algorithm_from(record: dict[str, Any]) -> Algorithm:
     """Return the algorithm that a manifest records; raise IntegrityError where this version knows none such."""
     try:
-        return _ALGORITHM.validate_python(record)
-    except ValidationError as error:
+        return parse_algorithm(record)
+    except (ValidationError, PydanticCustomError) as error:
         raise IntegrityError(
             f"a manifest asks for an algorithm that this version does not know: {record}",
-            hint="Use the version of fedcli that opened the round, or a later one.",
+            hint="Use the version of fedcli that opened the round, or a later one, with the packages that it had.",
         ) from error
 
 
@@ -44,7 +43,7 @@ def read_format(text: str, task: Task) -> DataFormat:
         given = _FORMAT.validate_python(yaml.safe_load(text))
         check_format(given, task)
     except ValidationError as error:
-        fault = _describe(error.errors()[0]).removeprefix("the file: ")
+        fault = _describe(error.errors()[0], {}).removeprefix("the file: ")
         raise UsageError(f"--format {text!r}: {fault}", hint=_FORMAT_HINT) from error
     except (yaml.YAMLError, ValueError) as error:
         fault = " ".join(str(error).split()).removeprefix("data.")
@@ -115,29 +114,27 @@ def parse_config(document: dict[str, Any], where: Path) -> Config:
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        faults = list(dict.fromkeys(_describe(fault) for fault in error.errors()))
+        faults = list(dict.fromkeys(_describe(fault, document) for fault in error.errors()))
         raise ConfigError(
             f"{where} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n  " + "\n  ".join(faults),
             hint="Correct the keys that are named.",
         ) from error
 
 
-def _describe(fault: ErrorDetails) -> str:
-    """Return one fault as `key: what is wrong`, with the nearest valid name where there is one."""
+def _describe(fault: ErrorDetails, document: dict[str, Any]) -> str:
+    """Return one fault of a document as `key: what is wrong`, with the nearest valid name where there is one."""
     path = tuple(str(part) for part in fault["loc"])
     location = [part for part in path if not part.startswith("<")]
-    if location[:1] == ["algorithm"]:  # pydantic puts the algorithm's name in the path
-        del location[1:2]
     key = ".".join(location) or "the file"
     kind, found = fault["type"], fault["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key}: unknown key. {did_you_mean(location[-1], _keys_of(path[:-1]))}"
+        return f"{key}: unknown key. {did_you_mean(location[-1], _keys_of(path[:-1], document))}"
     if key == "algorithm" and not isinstance(found, dict):
         return f"algorithm: it is a section with a name, as in algorithm: {{name: fedavg}} (found {found!r})"
-    if kind == "union_tag_invalid":
-        name = str(fault["ctx"]["tag"])
+    if kind == "unknown_algorithm":
+        name = fault["ctx"]["name"]
         return f"algorithm.name: unknown algorithm {name!r}. {did_you_mean(name, ALGORITHMS)}"
-    if kind == "union_tag_not_found" and key == "algorithm":
+    if kind == "no_algorithm":
         return f"algorithm: it has no name. Known: {', '.join(ALGORITHMS)}."
     if kind == "union_tag_not_found":
         unknown = [name for name in found if name not in PARTITIONS] if isinstance(found, dict) else []
@@ -155,10 +152,10 @@ def _describe(fault: ErrorDetails) -> str:
     return f"{key}: {fault['msg']} (found {found!r})"
 
 
-def _keys_of(path: tuple[str, ...]) -> list[str]:
+def _keys_of(path: tuple[str, ...], document: dict[str, Any]) -> list[str]:
     """Return the keys that a section knows, given pydantic's path to it."""
     if path[:1] == ("algorithm",):
-        return sorted(field.name for field in dataclasses.fields(ALGORITHMS[path[1]]))
+        return sorted(field.name for field in dataclasses.fields(ALGORITHMS[document["algorithm"]["name"]]))
     section: type[Section] = Config
     for part in path:
         annotation = TAGS.get(part) or (section.model_fields[part].annotation if part in section.model_fields else None)

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fedcli.algos import AnyAlgorithm, FedAvg
+from fedcli.algos import FedAvg
+from fedcli.config.algorithm import AlgorithmSection
 from fedcli.config.data import DataConfig, Task, check_format
 from fedcli.config.section import Count, Section
 from fedcli.config.slurm import SlurmConfig
@@ -156,7 +157,7 @@ class Config(Section):
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
-    algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")] = FedAvg()
+    algorithm: AlgorithmSection = FedAvg()
     federation: FederationConfig = FederationConfig()
     eval: EvalConfig = EvalConfig()
     retention: RetentionConfig = RetentionConfig()

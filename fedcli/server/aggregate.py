@@ -145,8 +145,8 @@ def _algorithm(federation: FederationState, name: str | None) -> Algorithm:
     own = algorithm_from(head.manifest.algorithm)
     if name is None or name == own.name:
         return own
-    algorithm = config.algorithm if config.algorithm.name == name else ALGORITHMS[name]()
-    if algorithm.uses_control or algorithm.client_rule({}, {}) is not None:
+    algorithm = config.algorithm if config.algorithm.name == name else ALGORITHMS[name](name=name)
+    if algorithm.changes_clients():
         raise UsageError(
             f"--algo {name}: it changes how clients train, too, and those of round {head.number} train for {own.name}",
             hint=f"To switch from the next round on, set algorithm.name to {name} in fedcli.yaml and aggregate without "

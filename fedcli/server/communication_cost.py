@@ -2,16 +2,20 @@
 
 import math
 
-from fedcli.workspace.layout import ADAPTER_NAME, CONTROL_DELTA_FILE, CONTROL_NAME, OPTIMIZER_NAME
+from fedcli.config import algorithm_from
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 
 
 def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
-    """Count what is communicated in a round, and add up what was in all rounds before it."""
+    """Count what is communicated in a round, and add up what was in all rounds before it.
+
+    Raises IntegrityError where this version does not know the round's algorithm.
+    """
     num_files = len(manifest.update_files)
-    uses_control = CONTROL_DELTA_FILE in manifest.update_files
+    algorithm = algorithm_from(manifest.algorithm)
+    read = {ADAPTER_NAME, ADAPTER_CONFIG_NAME} | ({algorithm.state_file} if algorithm.clients_read_state else set())
     trainable = sum(math.prod(entry.shape) for entry in manifest.tensors.values())
-    unread = {OPTIMIZER_NAME} if uses_control else {OPTIMIZER_NAME, CONTROL_NAME}
     down = up = 0
     if manifest.aggregation is not None and previous is not None and previous.cost is not None:
         merge = manifest.aggregation
@@ -22,7 +26,7 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
         base_parameters=manifest.model.num_parameters,
         trainable_parameters=trainable,
         communicated_parameters=trainable * num_files,
-        client_bytes_down=sum(entry.bytes for name, entry in manifest.files.items() if name not in unread),
+        client_bytes_down=sum(entry.bytes for name, entry in manifest.files.items() if name in read),
         client_bytes_up=num_files * sum(entry.bytes for name, entry in manifest.files.items() if name == ADAPTER_NAME),
         total_bytes_down=down,
         total_bytes_up=up,

@@ -1,18 +1,19 @@
-"""Merging a round's updates: one is read and checked while another is summed, and two are in memory at once."""
+"""Merging a round's updates: one is read and hashed while another is checked and summed; two are in memory at once."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from fedcli.algos import Algorithm, Arrays, MergedUpdates
-from fedcli.algos.arrays import WeightedSum
+from fedcli.algos import Algorithm, Array, Arrays, MergedUpdates
+from fedcli.algos.reducer import Reducer, Stacks
 from fedcli.errors import IntegrityError
 from fedcli.observer import Observer
-from fedcli.workspace.history import Round, state_file
-from fedcli.workspace.inbox import Update, read_update
-from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, CONTROL_DELTA_FILE
+from fedcli.workspace.history import Round
+from fedcli.workspace.inbox import FetchedUpdate, StoredFile, Update, fetch_update
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import encode
@@ -26,50 +27,64 @@ def combine(
     count: int,
     observer: Observer,
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
-    """Read the updates of a round's clients in this order, until `count` are valid, and sum them in this order.
+    """Read the updates of a round's clients in this order, until `count` are valid, and merge them in this order.
 
     Returns the next round's merged files (None if no update is valid), which are the adapter and the algorithm's
     state. Raises IntegrityError where they would not be finite.
     """
-    adapter = base.adapter()
-    sums = _Sums()
-    _read_all(base, algorithm, order, count, adapter, sums, observer)
-    aggregation = sums.aggregation(algorithm)
-    if not sums.counted:
+    merge = _Merge(
+        base,
+        algorithm,
+        algorithm.reducer(),
+        {name: algorithm.file_reducer(num_clients) for name in algorithm.update_files},
+    )
+    _read_all(base, order, count, merge, observer)
+    aggregation = merge.aggregation()
+    if not merge.counted:
         return None, aggregation
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
-        following, state = algorithm.apply(
-            adapter,
-            MergedUpdates(sums.differences.over(sums.differences.total_weight), sums.control.over(num_clients)),
-            base.state(algorithm),
-        )
-    _check_finite(base, following, state, sums.magnitudes)
+        following, state = algorithm.apply(merge.adapter, merge.result(), base.state(algorithm))
+    _check_finite(base, following, state, merge.magnitudes)
     files = {ADAPTER_NAME: encode(following)}
     if state:
-        files[state_file(algorithm)] = encode(state)
+        files[algorithm.state_file] = encode(state)
     return files, aggregation
 
 
 @dataclass
-class _Sums:
-    """What is kept of the updates that were read: the weighted differences, and the changes of control variates."""
+class _Merge:
+    """What is kept of the updates that were read."""
 
-    differences: WeightedSum = field(default_factory=WeightedSum)
-    control: WeightedSum = field(default_factory=WeightedSum)
+    base: Round
+    algorithm: Algorithm
+    differences: Reducer
+    files: dict[str, Reducer]
+    """What merges the files that the algorithm's clients send beside their adapters."""
     magnitudes: dict[int, float] = field(default_factory=dict)
     """The largest norm of an update's files, by client."""
+    stored: list[dict[str, StoredFile]] = field(default_factory=list)
     counted: list[CountedUpdate] = field(default_factory=list)
     refused: list[RefusedUpdate] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
     surplus: list[int] = field(default_factory=list)
 
-    def add(self, client: int, update: Update, algorithm: Algorithm, adapter: Arrays) -> None:
+    @cached_property
+    def adapter(self) -> Arrays:
+        """The round's global adapter."""
+        return self.base.adapter()
+
+    @property
+    def reads_again(self) -> bool:
+        """Whether a reducer reads the updates again."""
+        return any(reducer.reads_again for reducer in (self.differences, *self.files.values()))
+
+    def add(self, client: int, update: Update) -> None:
         """Count one client's update."""
-        weight = algorithm.weight(update.record.num_samples)
-        delta_norm = self.differences.add(update.files[ADAPTER_FILE], weight, origin=adapter)
-        self.magnitudes[client] = delta_norm
-        if algorithm.uses_control:
-            self.magnitudes[client] = max(delta_norm, self.control.add(update.files[CONTROL_DELTA_FILE], 1.0))
+        weight = self.algorithm.weight(update.record.num_samples)
+        delta_norm = self.differences.add(update.files[ADAPTER_FILE], weight, self.adapter)
+        norms = [reducer.add(update.files[name], 1.0) for name, reducer in self.files.items()]
+        self.magnitudes[client] = max(delta_norm, *norms, 0.0)
+        self.stored.append(update.stored)
         self.counted.append(
             CountedUpdate(
                 client=client,
@@ -82,14 +97,28 @@ class _Sums:
             )
         )
 
-    def aggregation(self, algorithm: Algorithm) -> Aggregation:
+    def result(self) -> MergedUpdates:
+        """Return the counted updates together."""
+        zeros = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in self.adapter.items()}
+        return MergedUpdates(
+            self._reduce(self.differences, ADAPTER_FILE, self.adapter),
+            {name: self._reduce(reducer, name, zeros) for name, reducer in self.files.items()},
+        )
+
+    def _reduce(self, reducer: Reducer, name: str, origin: Arrays) -> "dict[str, Array]":
+        members = [stored[name].numbers for stored in self.stored if stored]
+        return reducer.result(Stacks(origin, members))
+
+    def aggregation(self) -> Aggregation:
         """Return the record of the merge, every list sorted by client; weights add up to 1."""
-        total = self.differences.total_weight
+        total = 0.0
+        for entry in self.counted:
+            total += entry.weight
         if self.counted and total == 0.0:
             raise ZeroDivisionError("the weights of all updates add up to zero")
         shares = [entry.model_copy(update={"weight": entry.weight / total}) for entry in self.counted]
         return Aggregation(
-            algorithm=asdict(algorithm),
+            algorithm=asdict(self.algorithm),
             counted=sorted(shares, key=lambda entry: entry.client),
             refused=sorted(self.refused, key=lambda entry: entry.client),
             missing=sorted(self.missing),
@@ -99,34 +128,36 @@ class _Sums:
 
 def _read_all(
     base: Round,
-    algorithm: Algorithm,
     order: Sequence[int],
     count: int,
-    adapter: Arrays,
-    sums: _Sums,
+    merge: _Merge,
     observer: Observer,
 ) -> None:
     """Count the first `count` valid updates; note who was refused, is missing, or came beyond them."""
     num_read = 0
-    for client, reading in _read_ahead(base, order):
+    for client, reading in _read_ahead(base, order, merge.reads_again):
         num_read += 1
+        _ = merge.adapter  # is read while the thread reads the first update
         try:
-            update = reading.result()
+            fetched = reading.result()
+            update = None if fetched is None else fetched.checked()
         except Refusal as refusal:
-            sums.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
+            merge.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
         else:
             if update is None:
-                sums.missing.append(client)
+                merge.missing.append(client)
             else:
-                sums.add(client, update, algorithm, adapter)
+                merge.add(client, update)
         observer.update_read(base.number, client)
-        if len(sums.counted) == count:
+        if len(merge.counted) == count:
             break
     for client in order[num_read:]:
-        (sums.surplus if base.has_update(client) else sums.missing).append(client)
+        (merge.surplus if base.has_update(client) else merge.missing).append(client)
 
 
-def _read_ahead(base: Round, clients: Sequence[int]) -> "Iterator[tuple[int, Future[Update | None]]]":
+def _read_ahead(
+    base: Round, clients: Sequence[int], reads_again: bool
+) -> "Iterator[tuple[int, Future[FetchedUpdate | None]]]":
     """Yield each client with its update, while a thread reads the next; an update lasts until the next is asked for.
 
     Reading, hashing and numpy's arithmetic all let other threads run.
@@ -135,7 +166,7 @@ def _read_ahead(base: Round, clients: Sequence[int]) -> "Iterator[tuple[int, Fut
     with ThreadPoolExecutor(1) as reader:
         present = None
         for number, client in enumerate(clients):
-            ahead = reader.submit(read_update, base, client, memory[number % 2])
+            ahead = reader.submit(fetch_update, base, client, memory[number % 2], reads_again=reads_again)
             if present is not None:
                 yield present
             present = client, ahead

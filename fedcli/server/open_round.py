@@ -12,7 +12,6 @@ from fedcli.workspace.history import publish_round
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILE,
-    CONTROL_DELTA_FILE,
 )
 from fedcli.workspace.records import (
     Aggregation,
@@ -89,7 +88,7 @@ def _manifest(
     everybody = list(range(federation.clients))
     drawn = draw_cohort(federation.seed, number, everybody, federation.cohort_size) if is_open else []
     is_selection = len(drawn) > federation.num_counted
-    update_files = [ADAPTER_FILE, CONTROL_DELTA_FILE] if config.algorithm.uses_control else [ADAPTER_FILE]
+    update_files = [ADAPTER_FILE, *config.algorithm.update_files]
     manifest = Manifest(
         workspace=workspace_id,
         round=number,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,28 +13,27 @@ from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.history import (
-    PRUNABLE,
     Round,
     is_hidden,
     listed_rounds,
     names_of_rounds,
+    prunable,
     read_identity,
     read_round,
 )
 from fedcli.workspace.inbox import read_update_record
 from fedcli.workspace.layout import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FILE,
     ADAPTER_NAME,
-    CONTROL_DELTA_FILE,
-    CONTROL_NAME,
     MANIFEST,
-    OPTIMIZER_NAME,
     PRUNED,
-    TEMPORARY_PREFIX,
     UPDATE_RECORD,
     Workspace,
     is_round_name,
     round_name,
 )
+from fedcli.workspace.publish import TEMPORARY_PREFIX
 from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
@@ -168,8 +168,7 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
     for name in sorted(name for name in foreign if not name.startswith(TEMPORARY_PREFIX)):
         result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
     try:
-        uses_control = algorithm_from(manifest.algorithm).uses_control
-        if (CONTROL_DELTA_FILE in manifest.update_files) != uses_control:
+        if manifest.update_files != [ADAPTER_FILE, *algorithm_from(manifest.algorithm).update_files]:
             result.report(current.folder, f"asks for {manifest.update_files}, which its algorithm does not fit")
     except IntegrityError as error:
         result.report(current.folder, error.message)
@@ -191,7 +190,7 @@ def _pruned_files(current: Round, result: Verification) -> set[str]:
         return set()
     if pruned is None:
         return set()
-    if current.number == 0 or pruned.round != current.number or not {*pruned.files} <= {*PRUNABLE}:
+    if current.number == 0 or pruned.round != current.number or ADAPTER_CONFIG_NAME in pruned.files:
         result.report(current.folder / PRUNED, "removes what may not be removed")
         return set()
     if not pruned.files.items() <= current.manifest.files.items():
@@ -214,8 +213,9 @@ def _check_links(current: Round, previous: Round | None, number: int, result: Ve
         result.report(current.folder, f"names another parent than round {number - 1}'s manifest.json")
     if previous.manifest.state == "finished":
         result.report(current.folder, "follows a finished round")
-    if manifest.cost not in (None, cost_of(manifest, previous.manifest)):
-        result.report(current.folder, "states another cost than its files and counted updates give")
+    with suppress(IntegrityError):  # an algorithm that is not known is told once
+        if manifest.cost not in (None, cost_of(manifest, previous.manifest)):
+            result.report(current.folder, "states another cost than its files and counted updates give")
     if manifest.cost is not None and manifest.history != history_of(manifest, previous.manifest):
         result.report(current.folder, "states another history of algorithms than the rounds before it")
     for key in ("task", "model", "tensors"):
@@ -280,7 +280,7 @@ def _recompute(
     order = [client for client in previous.draw_order if client in hashes]
     try:
         algorithm = algorithm_from(aggregation.algorithm)
-        if algorithm.uses_control and CONTROL_DELTA_FILE not in previous.manifest.update_files:
+        if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
         files, again = combine(previous, algorithm, num_clients, order, len(order), Observer())
@@ -307,9 +307,9 @@ def _recompute(
     if not all(map(_same, again.counted, aggregation.counted)):
         result.report(current.folder, "records other weights, losses or norms than the counted updates give")
     result.num_recomputed += 1
-    stored = {name: current.manifest.files.get(name) for name in (ADAPTER_NAME, OPTIMIZER_NAME, CONTROL_NAME)}
-    for name, found in stored.items():
-        if found != (file_entry(files[name]) if name in files else None):
+    stored = prunable(current.manifest)
+    for name in sorted(stored.keys() | files.keys()):
+        if stored.get(name) != (file_entry(files[name]) if name in files else None):
             result.report(current.folder / name, "is not what the counted updates give")
 
 

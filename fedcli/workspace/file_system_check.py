@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedcli.errors import BusyError, FedError
-from fedcli.workspace.layout import TEMPORARY_PREFIX
 from fedcli.workspace.locks import hold
-from fedcli.workspace.publish import publish_directory
+from fedcli.workspace.publish import TEMPORARY_PREFIX, publish_directory
 
 
 def probe_file_system(folder: Path) -> dict[str, str | None]:

@@ -8,10 +8,9 @@ from typing import Literal
 from fedcli.algos import Algorithm, Array
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
 from fedcli.workspace.layout import (
+    ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
-    CONTROL_NAME,
     MANIFEST,
-    OPTIMIZER_NAME,
     PRUNED,
     Workspace,
     is_round_name,
@@ -30,8 +29,6 @@ from fedcli.workspace.refusal import Refusal
 
 MAX_MANIFEST_BYTES = 2**28
 _RESTORE = "Restore it from a backup; `fedcli verify` lists all that is wrong."
-PRUNABLE = (ADAPTER_NAME, OPTIMIZER_NAME, CONTROL_NAME)
-"""What `gc` may remove of a round."""
 
 
 class PrunedRecord(Record):
@@ -93,7 +90,7 @@ class Round:
 
     def state(self, algorithm: Algorithm) -> "dict[str, Array]":
         """Return the server's state that the round before left for an algorithm; empty where it was another's."""
-        manifest, name = self.manifest, state_file(algorithm)
+        manifest, name = self.manifest, algorithm.state_file
         if (
             manifest.aggregation is None
             or manifest.aggregation.algorithm.get("name") != algorithm.name
@@ -147,9 +144,9 @@ class Round:
         return None if contents is None else parse_record(PrunedRecord, contents, path)
 
 
-def state_file(algorithm: Algorithm) -> str:
-    """Return the file of a round that holds an algorithm's state."""
-    return CONTROL_NAME if algorithm.uses_control else OPTIMIZER_NAME
+def prunable(manifest: Manifest) -> dict[str, FileEntry]:
+    """Return what `gc` may remove of a round: its adapter and the server's state."""
+    return {name: entry for name, entry in manifest.files.items() if name != ADAPTER_CONFIG_NAME}
 
 
 def state_schema(algorithm: Algorithm, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

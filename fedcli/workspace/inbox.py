@@ -1,12 +1,14 @@
 """The inbox: how a client drops an update, and how the server reads one that may be hostile."""
 
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedcli.algos import Array
+from fedcli.algos.reducer import PIECE
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
@@ -14,7 +16,7 @@ from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import inbox_owner, is_stranger, registered_owner
 from fedcli.workspace.store import Folder
-from fedcli.workspace.tensors import decode, largest_file
+from fedcli.workspace.tensors import Span, check_finite, largest_file, locate, numbers
 
 MAX_RECORD_BYTES = 64 * 1024
 
@@ -28,6 +30,53 @@ class Update:
     files: dict[str, dict[str, Array]]
     num_bytes: int
     """Of all its files."""
+    stored: "dict[str, StoredFile]" = field(default_factory=dict)
+    """Its files on disk, if they are to be read again."""
+
+
+@dataclass(frozen=True)
+class FetchedUpdate:
+    """An update whose files are those that its record lists; a number in them may still be NaN or infinite."""
+
+    _update: Update
+
+    def checked(self) -> Update:
+        """Return the update; raise Refusal(nonfinite) where a number is not finite."""
+        for arrays in self._update.files.values():
+            check_finite(arrays)
+        return self._update
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A checked update's file: it may be read again piece by piece, and each piece must be the one that was checked."""
+
+    base: Round
+    client: int
+    name: str
+    spans: dict[str, Span]
+    digests: dict[str, list[bytes]]
+    """By tensor, the hashes of its pieces of PIECE numbers."""
+
+    def numbers(self, tensor: str, part: slice) -> Array:
+        """Return a part of a flattened tensor; it begins at a multiple of PIECE, and ends at one or at the end.
+
+        Raises WorkspaceError where the file is not what it was.
+        """
+        span = self.spans[tensor].part(part)
+        workspace = self.base.workspace
+        try:
+            with workspace.store.opened(workspace.name(workspace.update(self.base.number, self.client))) as folder:
+                data = folder.read_part(self.name, span.start, span.end)
+        except (FileNotFoundError, Refusal):
+            data = b""
+        whole = Span(span.dtype, 0, span.end - span.start)
+        if _digests(data, whole) != self.digests[tensor][part.start // PIECE : -(-part.stop // PIECE)]:
+            raise WorkspaceError(
+                f"client {self.client}'s update changed while it was merged",
+                hint=f"Merge again; or set it aside with `fedcli server discard --id {self.client}`.",
+            )
+        return numbers(data, whole)
 
 
 def drop_update(base: Round, client: int, files: Sequence[tuple[str, bytes]]) -> bool:
@@ -65,11 +114,23 @@ def discard_update(base: Round, client: int) -> bool:
         raise
 
 
-def read_update(base: Round, client: int, buffers: dict[str, memoryview] | None = None) -> Update | None:
+def read_update(base: Round, client: int) -> Update | None:
     """Read and check a client's update of a round; None where there is none.
 
+    Raises Refusal with the code of the first fault that is found.
+    """
+    fetched = fetch_update(base, client, {})
+    return None if fetched is None else fetched.checked()
+
+
+def fetch_update(
+    base: Round, client: int, buffers: dict[str, memoryview], *, reads_again: bool = False
+) -> FetchedUpdate | None:
+    """Read a client's update of a round and check all but its numbers; None where there is none.
+
     Every byte is read once, into memory; what is checked is what is used. `buffers` holds that memory, by file, for
-    the next call: this one's arrays are views of it. Raises Refusal with the code of the first fault that is found.
+    the next call: this one's arrays are views of it. With `reads_again` the files can be read again as they were.
+    Raises Refusal with the code of the first fault that is found.
     """
     workspace = base.workspace
     try:
@@ -81,7 +142,7 @@ def read_update(base: Round, client: int, buffers: dict[str, memoryview] | None 
                 raise Refusal(
                     "owner", f"the client's inbox belongs to user {folder.owner}, it joined as user {registered}"
                 )
-            return _read_folder(folder, base, client, {} if buffers is None else buffers)
+            return FetchedUpdate(_read_folder(folder, base, client, buffers, reads_again))
     except FileNotFoundError:
         return None
 
@@ -92,28 +153,39 @@ def read_update_record(base: Round, client: int) -> bytes:
     return base.workspace.store.read(base.workspace.name(path), MAX_RECORD_BYTES)
 
 
-def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, memoryview]) -> Update:
+def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, memoryview], reads_again: bool) -> Update:
     with _expected(UPDATE_RECORD):
         contents = folder.read(UPDATE_RECORD, MAX_RECORD_BYTES)
     record = parse_update_record(contents)
     _check_record(record, base, client)
-    files = {}
+    files, stored = {}, {}
     num_bytes = len(contents)
+    tensors = base.manifest.tensors
     for name in base.manifest.update_files:
         entry = record.files.get(name)
         if entry is None:
             raise Refusal("json", f"update.json does not list {name}")
         if name not in buffers:
-            buffers[name] = _new_buffer(largest_file(base.manifest.tensors) + 1)
+            buffers[name] = _new_buffer(largest_file(tensors) + 1)
         with _expected(name):
             data, digest = folder.read_hashed(name, buffers[name])
         if len(data) != entry.bytes:
             raise Refusal("size", f"{name} has {len(data)} bytes, update.json says {entry.bytes}")
         if digest != entry.sha256:
             raise Refusal("hash", f"{name} does not have the hash that update.json gives")
-        files[name] = decode(data, base.manifest.tensors)
+        spans = locate(data, tensors)
+        files[name] = {tensor: numbers(data, span).reshape(tensors[tensor].shape) for tensor, span in spans.items()}
+        if reads_again:
+            digests = {tensor: _digests(data, span) for tensor, span in spans.items()}
+            stored[name] = StoredFile(base, client, name, spans, digests)
         num_bytes += len(data)
-    return Update(record, sha256(contents), files, num_bytes)
+    return Update(record, sha256(contents), files, num_bytes, stored)
+
+
+def _digests(data: bytes | memoryview, span: Span) -> list[bytes]:
+    """Return the hashes of a tensor's pieces."""
+    tensor, step = memoryview(data)[span.start : span.end], PIECE * span.itemsize
+    return [hashlib.sha256(tensor[begin : begin + step]).digest() for begin in range(0, len(tensor), step)]
 
 
 def _new_buffer(num_bytes: int) -> memoryview:

@@ -16,16 +16,11 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_NAME = f"adapter/{ADAPTER_FILE}"
 ADAPTER_CONFIG_NAME = f"adapter/{ADAPTER_CONFIG_FILE}"
-OPTIMIZER_NAME = "optimizer.safetensors"
-CONTROL_NAME = "control.safetensors"
-CONTROL_DELTA_FILE = "control_delta.safetensors"
 UPDATE_RECORD = "update.json"
 MANIFEST = "manifest.json"
 PRUNED = "PRUNED.json"
-TEMPORARY_PREFIX = ".tmp-"
 WORKSPACE_ID = "^[a-z0-9-]{1,64}$"
 """What a workspace's id may be: a part of the path of parties' homes, and never a path itself."""
-DISCARDED_PREFIX = ".discarded-"
 
 
 @dataclass(frozen=True)
@@ -212,14 +207,9 @@ class Home:
         """The lock that one process training the client holds."""
         return self.folder / "lock"
 
-    @property
-    def controls(self) -> Path:
-        """Candidates for SCAFFOLD's c_k."""
-        return self.folder / "control"
-
-    def candidate(self, round_number: int, update: str) -> Path:
-        """The control variate that the client will have once its update (the hash of update.json) is counted."""
-        return self.controls / f"{update_name(round_number)}-{update}.safetensors"
+    def candidate(self, kind: str, round_number: int, update: str) -> Path:
+        """The state that the client will have once its update (the hash of update.json) is counted."""
+        return self.folder / kind / f"{update_name(round_number)}-{update}.safetensors"
 
     def reference(self, key: str) -> Path:
         """A cache of the reference model's log-probabilities."""

@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcli.workspace.history import PRUNABLE, PrunedRecord, Round
-from fedcli.workspace.layout import DISCARDED_PREFIX, PRUNED, UPDATE_RECORD, Workspace, update_name
+from fedcli.workspace.history import PrunedRecord, Round, prunable
+from fedcli.workspace.layout import PRUNED, UPDATE_RECORD, Workspace, update_name
+from fedcli.workspace.publish import DISCARDED_PREFIX
 from fedcli.workspace.refusal import Refusal
 
 
@@ -27,7 +28,7 @@ class Pruning:
         `closing` is the round that its updates opened. What a killed call left is removed by the next. Raises
         IntegrityError where a PRUNED.json is there and damaged.
         """
-        files = {name: closed.manifest.files[name] for name in PRUNABLE if name in closed.manifest.files}
+        files = prunable(closed.manifest)
         record = PrunedRecord(round=closed.number, files=files)
         if not self.is_dry_run:
             store, folder = self.workspace.store, self.workspace.name(closed.folder)

@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from fedcli.errors import WorkspaceError
-from fedcli.workspace.layout import DISCARDED_PREFIX, TEMPORARY_PREFIX
 
+TEMPORARY_PREFIX = ".tmp-"
+DISCARDED_PREFIX = ".discarded-"
 SHARED_MODE = 0o644
 """What everybody who shares the workspace reads: explicit, because a umask of 077 would hide it."""
 DROPPED_FOLDER_MODE = 0o750

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,6 +71,13 @@ def read_hashed(
         if filled > size:
             raise Refusal("size", f"{name} grew while it was read")
     return buffer[:filled], digest.hexdigest()
+
+
+def read_part(name: str | Path, start: int, end: int, *, parent: int | None = None) -> bytes:
+    """Read some bytes of a regular file, fewer where it ends before; raises as `read_file` does."""
+    with _opened_file(name, sys.maxsize, parent, None) as (file, _):
+        file.seek(start)
+        return file.read(end - start)
 
 
 @contextmanager

@@ -132,7 +132,7 @@ class Cost(Record):
     base_parameters: Natural | None
     trainable_parameters: Natural
     communicated_parameters: Natural
-    """Sent by a client: the adapter's, and as many again for a control variate."""
+    """Sent by a client: the adapter's, and as many again for each other file."""
     client_bytes_down: Natural
     """The files that a client reads, manifest.json aside."""
     client_bytes_up: Natural

@@ -11,8 +11,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedcli.errors import WorkspaceError
-from fedcli.workspace.layout import TEMPORARY_PREFIX, Workspace
-from fedcli.workspace.publish import explained, make_folder, publish_file, remove_temporaries, sync_file
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.publish import (
+    TEMPORARY_PREFIX,
+    explained,
+    make_folder,
+    publish_file,
+    remove_temporaries,
+    sync_file,
+)
 
 BUFFER_BYTES = 2**24
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from fedcli.errors import WorkspaceError
 from fedcli.workspace import publish
-from fedcli.workspace.read import opened_folder, owner_of, read_file, read_hashed
+from fedcli.workspace.read import opened_folder, owner_of, read_file, read_hashed, read_part
 from fedcli.workspace.refusal import Refusal
 
 _OPEN_FOLDER_MODE = 0o3777
@@ -126,6 +127,10 @@ class Folder:
     def read(self, name: str, limit: int) -> bytes:
         """Return a file of at most `limit` bytes; raise FileNotFoundError, or Refusal for anything else."""
         return self._store.read(f"{self._name}/{name}", limit)
+
+    def read_part(self, name: str, start: int, end: int) -> bytes:
+        """Return some bytes of a file, fewer where it ends before; raise as `read` does."""
+        return self.read(name, sys.maxsize)[start:end]
 
     def read_hashed(self, name: str, buffer: memoryview) -> tuple[memoryview, str]:
         """Read a file into a buffer that is larger; return the part that it fills, and its SHA-256."""
@@ -276,6 +281,9 @@ class _OpenedFolder(Folder):
 
     def read(self, name: str, limit: int) -> bytes:
         return read_file(name, limit=limit, parent=self._descriptor, owner=self._checked_owner())
+
+    def read_part(self, name: str, start: int, end: int) -> bytes:
+        return read_part(name, start, end, parent=self._descriptor)
 
     def read_hashed(self, name: str, buffer: memoryview) -> tuple[memoryview, str]:
         return read_hashed(name, buffer, parent=self._descriptor, owner=self._checked_owner())

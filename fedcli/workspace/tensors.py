@@ -3,7 +3,8 @@
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
@@ -17,9 +18,27 @@ _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f
 _MINIMUM_HEADER_LIMIT = 2**20
 
 
-def encode(arrays: Arrays) -> bytes:
+class Span(NamedTuple):
+    """Where a tensor lies in a safetensors file: its first byte, and the one behind its last."""
+
+    dtype: str
+    start: int
+    end: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return _DTYPES[self.dtype].itemsize
+
+    def part(self, numbers: slice) -> "Span":
+        """Return where some of the flattened tensor's numbers lie."""
+        return Span(self.dtype, *(self.start + number * self.itemsize for number in (numbers.start, numbers.stop)))
+
+
+def encode(arrays: Arrays, metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
     """Return named float32 arrays as the bytes of a safetensors file; the same arrays give the same bytes."""
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata={"format": "pt"})
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return save(contiguous, metadata={"format": "pt", **metadata})
 
 
 def schema_of(arrays: Arrays) -> dict[str, TensorEntry]:
@@ -38,37 +57,62 @@ def decode(data: bytes | memoryview, schema: Mapping[str, TensorEntry]) -> dict[
     F32 and F16 come back as views of `data`, BF16 as float32. Raises Refusal with code header, duplicate, schema or
     nonfinite.
     """
-    header, body = _split(memoryview(data), schema)
+    arrays = {name: numbers(data, span).reshape(schema[name].shape) for name, span in locate(data, schema).items()}
+    check_finite(arrays)
+    return arrays
+
+
+def numbers(data: bytes | memoryview, span: Span) -> Array:
+    """Return a tensor's numbers, flat: F32 and F16 as a view of `data`, BF16 as float32."""
+    found = np.frombuffer(memoryview(data)[span.start : span.end], dtype=_DTYPES[span.dtype])
+    return (found.astype(np.uint32) << 16).view(np.float32) if span.dtype == "BF16" else found
+
+
+def check_finite(arrays: Arrays) -> None:
+    """Raise Refusal(nonfinite) where an array holds NaN or infinity."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise Refusal("nonfinite", f"tensor {name!r} holds NaN or infinity")
+
+
+def locate(data: bytes | memoryview, schema: Mapping[str, TensorEntry]) -> dict[str, Span]:
+    """Return where a safetensors file with exactly the schema's names and shapes has its tensors, in the file's order.
+
+    Raises Refusal with code header, duplicate or schema.
+    """
+    header, begin = _read_header(memoryview(data), _header_limit(schema))
+    header.pop("__metadata__", None)
     if header.keys() != schema.keys():
         odd = sorted(header.keys() ^ schema.keys())
         raise Refusal("schema", f"{len(odd)} tensor names differ from the manifest's, the first is {odd[0]!r}")
-    arrays: dict[str, Array] = {}
-    position = 0
+    spans: dict[str, Span] = {}
+    position, size = 0, len(data) - begin
     for name, entry in sorted(header.items(), key=lambda item: _offsets(item)[0]):
         dtype, start, end = _check_entry(name, entry, schema[name])
         if start != position:
             raise Refusal("header", f"tensor {name!r} begins at byte {start}, not {position}: an overlap or a hole")
-        if end > len(body):
-            raise Refusal("header", f"tensor {name!r} ends at byte {end} of {len(body)}")
+        if end > size:
+            raise Refusal("header", f"tensor {name!r} ends at byte {end} of {size}")
         position = end
-        array = np.frombuffer(body[start:end], dtype=_DTYPES[dtype]).reshape(schema[name].shape)
-        if dtype == "BF16":
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        if not np.isfinite(array).all():
-            raise Refusal("nonfinite", f"tensor {name!r} holds NaN or infinity")
-        arrays[name] = array
-    if position != len(body):
-        raise Refusal("header", f"{len(body) - position} bytes follow the last tensor")
-    return arrays
+        spans[name] = Span(dtype, begin + start, begin + end)
+    if position != size:
+        raise Refusal("header", f"{size - position} bytes follow the last tensor")
+    return spans
 
 
-def _split(data: memoryview, schema: Mapping[str, TensorEntry]) -> tuple[dict[str, Any], memoryview]:
-    """Return the header without its metadata, and the bytes behind it."""
+def read_metadata(data: bytes) -> dict[str, Any]:
+    """Return the metadata of a safetensors file with any tensors; raise Refusal with code header or duplicate."""
+    found = _read_header(memoryview(data), len(data))[0].get("__metadata__", {})
+    return found if isinstance(found, dict) else {}
+
+
+def _read_header(data: memoryview, limit: int) -> tuple[dict[str, Any], int]:
+    """Return a header of at most `limit` bytes, and where the first tensor begins."""
     if len(data) < 8:
         raise Refusal("header", f"{len(data)} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", data[:8])
-    if length > _header_limit(schema):
-        raise Refusal("header", f"a header of {length} bytes, {_header_limit(schema)} are allowed")
+    if length > limit:
+        raise Refusal("header", f"a header of {length} bytes, {limit} are allowed")
     if 8 + length > len(data):
         raise Refusal("header", f"a header of {length} bytes in a file of {len(data)}")
     try:
@@ -76,8 +120,7 @@ def _split(data: memoryview, schema: Mapping[str, TensorEntry]) -> tuple[dict[st
     except Refusal as refusal:
         code = "header" if refusal.code == "json" else refusal.code
         raise Refusal(code, refusal.reason) from refusal
-    header.pop("__metadata__", None)
-    return header, data[8 + length :]
+    return header, 8 + length
 
 
 def _header_limit(schema: Mapping[str, TensorEntry]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 
-from fedcli.workspace.layout import DISCARDED_PREFIX, TEMPORARY_PREFIX
+from fedcli.workspace.publish import DISCARDED_PREFIX, TEMPORARY_PREFIX
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.store import Store
 

@@ -1,0 +1,131 @@
+"""Reducers: what takes the place of the weighted mean of the updates' differences from the global adapter.
+
+Arithmetic is float64 and goes block by block: what is computed on the way stays in the processor's cache, and no result
+depends on the number of threads.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from fedcli.algos.arrays import Array, Arrays
+
+BLOCK = 2**15
+"""Numbers that are added at once: a quarter of a megabyte in float64."""
+PIECE = 2**14
+"""Numbers of a tensor that are read again, and checked, at once."""
+_MOST_STACKED = 2**21
+"""Numbers of all updates together that are in memory at once when updates are read again, if a piece of each fits."""
+
+
+class Stacks:
+    """The counted updates' differences from `origin` side by side, read again from their files.
+
+    `members` return a slice of a flattened tensor, by its name, one function for each update.
+    """
+
+    def __init__(self, origin: Arrays, members: "Sequence[Callable[[str, slice], Array]]") -> None:
+        self._origin = origin
+        self._members = members
+
+    def blocks(self) -> "Iterator[tuple[str, slice, Array]]":
+        """Yield a tensor's name, a slice of it flattened, and that part of all updates: float64, a row for each.
+
+        All slices of all tensors come once; each call is another pass over the files. The rows are in memory that the
+        next block takes.
+        """
+        length = PIECE * max(1, _MOST_STACKED // (PIECE * len(self._members)))
+        memory = np.empty((len(self._members), length))
+        for name, array in self._origin.items():
+            start = array.reshape(-1)
+            for begin in range(0, start.size, length):
+                block = slice(begin, min(begin + length, start.size))
+                rows = memory[:, : block.stop - begin]
+                for row, member in zip(rows, self._members, strict=True):
+                    np.subtract(member(name, block), start[block], out=row, dtype=np.float64)
+                yield name, block, rows
+
+    def reduce(self, function: "Callable[[Array], Array]") -> "dict[str, Array]":
+        """Return what a function makes of the rows of each block: one number for each column."""
+        result = {name: np.empty(array.shape) for name, array in self._origin.items()}
+        for name, block, rows in self.blocks():
+            result[name].reshape(-1)[block] = function(rows)
+        return result
+
+
+class Reducer(ABC):
+    """Gets the counted updates one at a time, in the order in which they count, and then says what stands for all."""
+
+    reads_again: ClassVar[bool] = False
+    """Whether `result` uses the stacks: only then what is read first is remembered well enough to be read again."""
+
+    def add(self, update: Arrays, weight: float, origin: "Arrays | None" = None) -> float:
+        """Take an update with its weight (>= 0); return the norm of its difference from `origin` (zero for None)."""
+        squares = []
+        for name, block, difference, spare in _differences(update, origin):
+            squares.append(float(np.multiply(difference, difference, out=spare).sum()))
+            self.add_block(name, block, difference, weight)
+        return math.sqrt(math.fsum(squares))
+
+    def add_block(self, name: str, block: slice, difference: Array, weight: float) -> None:  # noqa: B027 not abstract
+        """Take a slice of a flattened tensor of an update's difference; its memory may be written to."""
+
+    @abstractmethod
+    def result(self, stacks: Stacks) -> "dict[str, Array]":
+        """Return what stands for all updates, float64; it is asked for once."""
+
+
+class WeightedMean(Reducer):
+    """The sum of the weighted differences over the sum of the weights, or over `divisor`; only sums are in memory."""
+
+    def __init__(self, divisor: float | None = None) -> None:
+        self._divisor = divisor
+        self._total_weight = 0.0
+        self._sums: dict[str, Array] = {}
+        self._is_first = True
+
+    def add(self, update: Arrays, weight: float, origin: "Arrays | None" = None) -> float:
+        """Add weight times the difference to the sums."""
+        self._is_first = not self._sums
+        if self._is_first:
+            self._sums = {name: np.empty(array.shape) for name, array in update.items()}
+        self._total_weight += weight
+        return super().add(update, weight, origin)
+
+    def add_block(self, name: str, block: slice, difference: Array, weight: float) -> None:
+        """Add weight times the difference to one block of the sums."""
+        total = self._sums[name].reshape(-1)[block]
+        if self._is_first:
+            np.multiply(difference, weight, out=total)
+        else:
+            np.multiply(difference, weight, out=difference)
+            np.add(total, difference, out=total)
+
+    def result(self, stacks: Stacks) -> "dict[str, Array]":
+        """Return the mean, and forget the sums; raise ZeroDivisionError where all weights are zero."""
+        divisor = self._total_weight if self._divisor is None else self._divisor
+        if divisor == 0.0:
+            raise ZeroDivisionError("the weights of all updates add up to zero")
+        sums, self._sums = self._sums, {}
+        for total in sums.values():
+            np.divide(total, divisor, out=total)  # in place: the sums are as large as two adapters
+        return sums
+
+
+def _differences(update: Arrays, origin: "Arrays | None") -> "Iterator[tuple[str, slice, Array, Array]]":
+    """Yield the slices of an update's difference, by tensor, and as much spare memory; the next one takes both."""
+    memory, spare = np.empty(BLOCK), np.empty(BLOCK)
+    for name, array in update.items():
+        values = array.reshape(-1)
+        start = None if origin is None else origin[name].reshape(-1)
+        for begin in range(0, values.size, BLOCK):
+            block = slice(begin, min(begin + BLOCK, values.size))
+            difference, other = memory[: block.stop - begin], spare[: block.stop - begin]
+            np.copyto(difference, values[block])
+            if start is not None:
+                np.copyto(other, start[block])
+                np.subtract(difference, other, out=difference)
+            yield name, block, difference, other
