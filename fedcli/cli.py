@@ -35,6 +35,7 @@ from fedcli.commands import (
     server_discard,
     server_open,
     server_run,
+    server_score,
     slurm_script,
     slurm_submit,
     status,
@@ -103,6 +104,7 @@ app.add_typer(server_app, name="server")
 server_app.command("open")(server_open.open_)
 server_app.command()(server_aggregate.aggregate)
 server_app.command()(server_run.run)
+server_app.command()(server_score.score)
 server_app.command()(server_discard.discard)
 app.add_typer(slurm_app, name="slurm")
 slurm_app.command()(slurm_script.script)

@@ -1,7 +1,7 @@
 """The Python API: a federation in a workspace, its clients, its server and its scores (docs/PYTHON.md)."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedcli.operations.status import Status
     from fedcli.parties.join import Joining
     from fedcli.parties.simulate import DataSummary
+    from fedcli.scoring.after_rounds import RoundScores
     from fedcli.scoring.request import Scoring
     from fedcli.scoring.table import ScoreTable
     from fedcli.server.aggregate import AggregationResult
@@ -170,10 +171,9 @@ class Federation:
 
     def evaluate(self, request: "Scoring", *, observer: Observer = SILENT) -> "list[ScoreRecord]":
         """Score models on benchmarks and keep the scores; what was answered before is not asked again."""
-        from fedcli.scoring.evaluate import evaluate
         from fedcli.scoring.request import prepare
 
-        return evaluate(self.workspace, *prepare(self.state, request), observer)
+        return prepare(self.state, request, self.runtimes).run(observer)
 
     def scores(
         self, *names: str, group: str | None = None, against: str = "base", details: bool = False
@@ -345,6 +345,25 @@ class Server:
             wait=wait,
             observer=observer,
         )
+
+    def run(self, *, observer: Observer = SILENT) -> "Round":
+        """Merge every round as soon as it is ready, until the last, and return that; clients train elsewhere."""
+        from fedcli.server.aggregate import aggregate_all
+
+        self.note_scores()
+        return aggregate_all(self._federation.state, on_round=self.note_scores, observer=observer)
+
+    def note_scores(self) -> None:
+        """Note what the latest round is to be scored on, as fedcli.yaml's eval.every asks; `score` makes the scores."""
+        from fedcli.scoring.after_rounds import note_due
+
+        note_due(self._federation.state)
+
+    def score(self) -> "Iterator[RoundScores]":
+        """Make the scores that are due, and yield each round's; what fails is kept, and left to a person."""
+        from fedcli.scoring.after_rounds import score_due
+
+        return score_due(self._federation.state, self._federation.runtimes)
 
     def discard(self, client: int) -> bool:
         """Set a client's update of the open round aside, so that it may send another; return whether there was one."""

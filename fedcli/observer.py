@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedcli.scoring.after_rounds import Milestone
+    from fedcli.scoring.after_rounds import RoundScores
     from fedcli.server.aggregate import AggregationResult
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
@@ -42,7 +42,7 @@ class Observer:
     def round_done(self, result: "AggregationResult") -> None:
         """A round's updates were merged."""
 
-    def round_scored(self, scores: "Milestone") -> None:
+    def round_scored(self, scores: "RoundScores") -> None:
         """A new round was scored, as fedcli.yaml asks, or could not be."""
 
     def checking(self, what: str) -> None:

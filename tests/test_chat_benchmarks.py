@@ -19,7 +19,7 @@ from fedcli.eval.benchmarks import vicuna
 from fedcli.eval.benchmarks.mt_bench import MT_BENCH, MT_BENCH_PAIRWISE, parse_rating, parse_verdict
 from fedcli.eval.endpoint import Endpoint
 from fedcli.eval.judge import Judge
-from fedcli.eval.memory import Usage
+from fedcli.eval.remembered import Usage
 from fedcli.eval.requests import Generation
 from fedcli.workspace.scores import AnswerLog
 

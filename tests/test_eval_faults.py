@@ -30,7 +30,7 @@ def test_a_bad_file_of_a_benchmark_stops_no_round(small: Path) -> None:
     (small / "bad/held-out-test.jsonl").symlink_to(small / "data/held-out-test.jsonl")
     done = fedcli("run", cwd=small)
     assert done.returncode == 0, done.stderr
-    assert "round 1 is published, but could not be scored: the files of mmlu" in done.stderr
+    assert "round 1 is published, but could not be scored: mmlu@limit=3: the files of mmlu" in done.stderr
     assert "are not as published" in done.stderr
     assert (small / "rounds/00002/manifest.json").is_file()
     assert (small / "eval/round-00002/demo@limit=3.json").is_file()  # what can be scored is

@@ -19,7 +19,7 @@ from fedcli.data.conversation import Turn
 from fedcli.errors import RequirementError, UsageError
 from fedcli.eval.endpoint import Endpoint, find_endpoint
 from fedcli.eval.judge import Estimate, Judge
-from fedcli.eval.memory import Usage
+from fedcli.eval.remembered import Usage
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood
 from fedcli.workspace.scores import AnswerLog
 

@@ -116,24 +116,73 @@ def test_server_aggregate_and_server_run_score_the_same_rounds(workspace):
     assert scored(workspace) == {"round-00003": {"demo@limit=2"}, "round-00005": {"demo@limit=2"}}
 
 
-def test_missing_data_stops_no_round_and_is_told_and_the_scores_come_when_the_data_has(workspace, template):
+def unscored(workspace: Path) -> list[dict[str, Any]]:
+    return json.loads(run(workspace, "status", "--json").stdout)["unscored"]
+
+
+def test_a_benchmark_that_fails_stops_no_round_is_shown_and_is_tried_again_by_a_person_alone(workspace, template):
     shutil.rmtree(workspace / "rows/vicuna")
-    ask(workspace, **EVERY_SECOND)
-    done = run(workspace, "run", "--rounds", 2)
-    told = "round 2 is published, but could not be scored: the data of vicuna is not here: question.jsonl"
-    assert told in done.stderr
-    assert str(workspace / "rows") in done.stderr
-    assert scored(workspace) == {"round-00002": {"demo@limit=2"}}  # what could be scored
-    (workspace / "rows/vicuna").symlink_to(template / "rows/vicuna")
-    done = run(workspace, "run", "--rounds", 1)
-    assert "round 2 scored: vicuna@limit=2 waits for judge" in done.stderr
-    assert scored(workspace) == {"round-00002": BOTH}
-    shutil.rmtree(workspace / "eval")
-    (workspace / "rows/vicuna").unlink()
+    ask(workspace, **EVERY_SECOND | {"every": 1})
     train_round(workspace)
     document = json.loads(run(workspace, "server", "aggregate", "--json").stdout)
-    assert (document["round"], document["scored"][0]["round"]) == (4, 4)
-    assert "the data of vicuna is not here" in document["scored"][0]["error"]
+    assert (document["status"], document["round"]) == ("published", 1)
+    (of_round,) = document["scored"]
+    assert "vicuna@limit=2: the data of vicuna is not here: question.jsonl" in of_round["error"]
+    assert [record["benchmark"] for record in of_round["scores"]] == ["demo"]  # what could be scored
+    assert scored(workspace)["round-00001"] >= {"demo@limit=2"}
+    (note,) = unscored(workspace)
+    failure = note["failure"]
+    assert (note["round"], note["name"], failure["exit_code"]) == (1, "vicuna@limit=2", 8)
+    (workspace / "rows/vicuna").symlink_to(template / "rows/vicuna")  # and yet:
+    for code in (6, 6):
+        assert "scored" not in run(workspace, "server", "aggregate", code=code).stderr
+    assert "no scores are due" in run(workspace, "server", "score").stdout
+    assert unscored(workspace) == [note]
+    shown = run(workspace, "status").stdout
+    assert "no score   round 1 on vicuna@limit=2: the data of vicuna is not here" in shown
+    assert failure["again"] in shown
+    assert failure["again"].startswith("fedcli eval vicuna --round 1 --limit 2 --data ")
+    run(workspace, *failure["again"].split()[1:])
+    assert unscored(workspace) == []
+    assert record(workspace, 1, "vicuna@limit=2")["awaits"] == "judge"
+
+
+def test_run_tries_a_failing_benchmark_once_for_each_round(workspace):
+    shutil.rmtree(workspace / "rows/vicuna")
+    ask(workspace, **EVERY_SECOND | {"benchmarks": ["vicuna"]})
+    lines = [line for times in (2, 2) for line in run(workspace, "run", "--rounds", times).stderr.splitlines()]
+    told = [line for line in lines if "could not be scored" in line]
+    assert [line.split()[1] for line in told] == ["2", "4"]
+    assert [note["round"] for note in unscored(workspace)] == [2, 4]
+
+
+LOADS = """
+from fedcli.cli import main
+from transformers import AutoModelForCausalLM
+load, loads = AutoModelForCausalLM.from_pretrained, []
+AutoModelForCausalLM.from_pretrained = lambda *given, **named: loads.append(0) or load(*given, **named)
+assert main({arguments!r}) == 0
+print("loads", len(loads))
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("server", "aggregate"),
+        pytest.param(("run", "--rounds", 2), marks=pytest.mark.slow),
+        pytest.param(("run", "--rounds", 2, "--workers", 2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_process_loads_the_base_once_whatever_it_scores(workspace, command):
+    ask(workspace, every=1, benchmarks=["demo", "demo-tuning"], limit=2)
+    if command[0] == "server":
+        train_round(workspace)
+    done = warm()("-c", LOADS.format(arguments=[*map(str, command), "-w", str(workspace)]), cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loads 1"
+    assert {len(names) for names in scored(workspace).values()} == {2}
 
 
 @pytest.mark.parametrize(
@@ -173,21 +222,59 @@ main({[*map(str, arguments), "-w", str(workspace)]!r})
 
 
 @pytest.mark.parametrize("command", [("run", "--rounds", 1), pytest.param(("server", "aggregate"))], ids=str)
-def test_a_scoring_that_was_killed_is_done_by_the_next_command(workspace, command):
+def test_a_scoring_that_was_killed_is_done_after_the_next_merge_however_often_it_was(workspace, command):
     ask(workspace, every=2, benchmarks=["demo"], limit=2)
     run(workspace, "run", "--rounds", 1)
-    train_round(workspace)
-    kill_when_scoring(workspace, "server", "aggregate")
-    assert len(adapters(workspace)) == 3
-    assert scored(workspace) == {}
     answers = workspace / "eval/round-00002/demo.answers.jsonl"
+    for number in (2, 3):  # a round is published before scoring begins, also where an older one has still no scores
+        train_round(workspace)
+        kill_when_scoring(workspace, "server", "aggregate")
+        assert len(adapters(workspace)) == number + 1
+        assert scored(workspace) == {"round-00002": {"demo@limit=2.unscored"}}
+        assert [(note["round"], note["failure"]) for note in unscored(workspace)] == [(2, None)]
     kept = answers.read_bytes()
     assert kept.count(b"\n") == 2
     train_round(workspace)
     done = run(workspace, *command)
-    assert "round 2 scored: demo@limit=2 exact_match 0." in done.stderr
-    assert "demo@limit=2" in scored(workspace)["round-00002"]
+    told = [line for line in done.stderr.splitlines() if " scored: " in line]
+    assert [line.split()[1] for line in told] == ["2", "4"]
+    assert "round 2 scored: demo@limit=2 exact_match 0." in told[0]
+    assert scored(workspace).keys() == {"round-00002", "round-00004"}
     assert answers.read_bytes() == kept  # nothing was asked again
+    assert unscored(workspace) == []
+
+
+def test_a_round_whose_server_was_killed_between_its_publication_and_its_scores_is_scored(workspace):
+    ask(workspace, every=1, benchmarks=["demo"], limit=2)
+    for number in (1, 2):
+        train_round(workspace)
+        run(workspace, "server", "aggregate", "--no-score")
+        assert len(adapters(workspace)) == number + 1
+    for note in workspace.glob("eval/round-00002/*"):
+        note.unlink()  # as the kill left it
+    train_round(workspace)
+    told = run(workspace, "server", "aggregate").stderr
+    assert [line.split()[1] for line in told.splitlines() if " scored: " in line] == ["1", "2", "3"]
+
+
+def test_what_is_due_is_shown_kept_from_gc_and_forgotten_where_nobody_asks_for_it_any_more(workspace):
+    ask(workspace, every=1, benchmarks=["demo"], limit=2)
+    train_round(workspace)
+    run(workspace, "server", "aggregate", "--no-score")
+    assert "to score   round 1 on demo@limit=2: `fedcli server score`" in run(workspace, "status").stdout
+    train_round(workspace)
+    run(workspace, "server", "aggregate", "--no-score")
+    path = workspace / "fedcli.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"retention": {"keep_last": 1}}))
+    kept = json.loads(run(workspace, "gc", "--dry-run", "--json").stdout)["kept"]
+    assert kept["1"] == "its scores are not finished"
+    ask(workspace)
+    assert run(workspace, "server", "score").stdout == "nothing to do: no scores are due\n"
+    assert unscored(workspace) == []
+    ask(workspace, every=1, benchmarks=["demo"], limit=1)
+    document = json.loads(run(workspace, "server", "score", "--json").stdout)
+    assert [found["round"] for found in document["scored"]] == [2]  # the latest only: it was not asked for before
+    assert scored(workspace) == {"round-00002": {"demo@limit=1"}}
 
 
 def test_while_nobody_has_answered_server_aggregate_still_does_a_scoring_that_was_killed(workspace):

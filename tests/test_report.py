@@ -312,6 +312,7 @@ def made_up(num_rounds: int, num_clients: int) -> Report:
             True,
             {n: Point(0.5, 0.4, 0.6) for n in range(1, num_rounds + 1)},
             {"base": Point(0.1, 0.0, 0.2), "alone-1": Point(0.2, 0.1, 0.3), "pooled": Point(0.6, 0.5, 0.7)},
+            {"alone-1": 1},
         )
         for number in range(7)
     ]

@@ -101,15 +101,16 @@ def test_the_server_job_does_not_ask_for_what_only_clients_need() -> None:
 @pytest.mark.parametrize(
     ("aggregate", "submit", "expected"), [(0, 0, 0), (5, 0, 0), (6, 0, 0), (6, 6, 6), (7, 0, 7), (143, 0, 143)]
 )
-def test_the_server_job_goes_on_after_a_merge_or_a_missing_quorum_only(
+def test_the_server_job_sends_the_next_round_and_then_scores_after_a_merge_or_a_missing_quorum_only(
     programs: Path, aggregate: int, submit: int, expected: int
 ) -> None:
-    program(programs, "fedcli", f'echo "$1 $2" >> {programs}/calls; [ $1 = server ] && exit {aggregate}; exit {submit}')
+    merge = f'[ "$*" = "server aggregate -w {programs} --no-score" ] && exit {aggregate}'
+    program(programs, "fedcli", f'echo "$1 $2" >> {programs}/calls; {merge}; [ $1 = slurm ] && exit {submit}; exit 9')
     text = ScriptWriter(programs, SlurmConfig(command=str(programs / "fedcli"))).server("n", programs)
     done = subprocess.run(["bash", "-c", text])
     assert done.returncode == expected
     calls = (programs / "calls").read_text().splitlines()
-    assert calls == ["server aggregate", "slurm submit"][: 1 + (aggregate in (0, 5, 6))]
+    assert calls == ["server aggregate", "slurm submit", "server score"][: 3 if aggregate in (0, 5, 6) else 1]
 
 
 @pytest.mark.parametrize(

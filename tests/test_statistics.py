@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from fedcli.eval.benchmark import Metric
-from fedcli.eval.statistics import average_ranks, difference, score
+from fedcli.eval.statistics import NUM_RESAMPLES, average_ranks, difference, score
+from fedcli.randomness import stream
 
 MEAN = Metric("accuracy")
 RATIO = Metric("ratio", of_sum=lambda sums: sums[0] / sums[1])
@@ -138,3 +139,71 @@ def test_average_ranks_are_scipys_with_ties(seed: int) -> None:
 
 def test_without_metrics_there_are_no_ranks() -> None:
     assert average_ranks({"base": [], "round-1": []}, []) == {}
+
+
+def clustered(seed: int, sizes: Sequence[int], within: float) -> tuple[np.ndarray, list[int]]:
+    """Return values with a share that the items of a cluster have in common, and each item's cluster."""
+    cluster_of = [cluster for cluster, size in enumerate(sizes) for _ in range(size)]
+    common = draws(seed).normal(0, 1, len(sizes))
+    return 5 + common[cluster_of] + draws(seed + 1).normal(0, within, len(cluster_of)), cluster_of
+
+
+def cluster_robust_error(values: np.ndarray, cluster_of: Sequence[int]) -> float:
+    """Return the standard error of a mean that lets a cluster's items depend on each other (Liang and Zeger 1986)."""
+    residuals = np.bincount(cluster_of, values - values.mean())
+    return math.sqrt(float((residuals**2).sum())) / len(values)
+
+
+def names(cluster_of: Sequence[int]) -> dict[str, str]:
+    return {str(number): f"passage {cluster}" for number, cluster in enumerate(cluster_of)}
+
+
+SIZES = {"pairs": [2] * 80, "fives": [5] * 60, "of all sizes": [1 + number % 9 for number in range(120)]}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_error_of_clustered_items_is_the_cluster_robust_one(sizes: Sequence[int]) -> None:
+    values, cluster_of = clustered(len(sizes), sizes, 0.5)
+    expected = cluster_robust_error(values, cluster_of)
+    found = score(MEAN, [marks(values)], [names(cluster_of)])
+    assert found.standard_error == pytest.approx(expected, rel=0.1)
+    alone = score(MEAN, [marks(values)])
+    assert alone.standard_error < 0.8 * expected  # what it would be if they were independent
+    assert (found.value, found.num_items) == (alone.value, alone.num_items)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_error_of_a_paired_difference_of_clustered_items_is_the_cluster_robust_one(sizes: Sequence[int]) -> None:
+    values, cluster_of = clustered(len(sizes), sizes, 0.5)
+    gains, _ = clustered(len(sizes) + 100, sizes, 0.5)
+    found = difference(MEAN, [marks(values + gains)], [marks(values)], [names(cluster_of)])
+    assert found is not None
+    assert found.value == pytest.approx(gains.mean())
+    assert found.standard_error == pytest.approx(cluster_robust_error(gains, cluster_of), rel=0.1)
+
+
+def test_the_error_of_a_ratio_of_clustered_sums_is_that_of_its_linearisation() -> None:
+    values, cluster_of = clustered(3, [3] * 100, 0.5)
+    weights = draws(4).integers(1, 9, len(values))
+    pairs = {str(n): [float(v * w), float(w)] for n, (v, w) in enumerate(zip(values, weights, strict=True))}
+    found = score(RATIO, [pairs], [names(cluster_of)])
+    residuals = np.bincount(cluster_of, weights * (values - found.value))
+    assert found.standard_error == pytest.approx(math.sqrt(float((residuals**2).sum())) / weights.sum(), rel=0.1)
+
+
+def test_items_without_clusters_and_clusters_of_one_item_have_the_numbers_of_the_plain_bootstrap() -> None:
+    given = marks(draws(7).normal(0, 1, 37))
+    rows = np.array([(given[item], 1.0) for item in sorted(given)])
+    drawn = stream(0, "bootstrap", client=0, part="37")
+    sums = [np.bincount(drawn.integers(37, size=37), minlength=37) @ rows for _ in range(NUM_RESAMPLES)]
+    resampled = np.array([total / count for total, count in sums])
+    plain = score(MEAN, [given])
+    assert plain.standard_error == resampled.std(ddof=1)
+    assert [plain.low, plain.high] == pytest.approx(np.quantile(resampled, [0.025, 0.975]), rel=1e-12)
+    assert score(MEAN, [given], [{item: f"own {item}" for item in given}]) == plain
+    assert score(MEAN, [given], [{}]) == plain
+
+
+def test_a_cluster_named_as_an_item_is_not_that_item() -> None:
+    given = {"a": 1.0, "b": 0.0, "c": 0.0}
+    assert score(MEAN, [given], [{"a": "x", "b": "x"}]) == score(MEAN, [given], [{"a": "c", "b": "c"}])

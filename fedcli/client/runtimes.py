@@ -18,15 +18,14 @@ class Runtimes:
         self._threads = threads
         self._loaded: dict[tuple[str | None, bool | None], Runtime] = {}
 
-    @property
-    def shared(self) -> "Runtime | None":
-        """The one of all clients; None while it has not been loaded."""
-        return self._loaded.get((None, None))
+    def load(self, party: Party | None = None, observer: Observer | None = None) -> "Runtime":
+        """Return a party's, or for None that of all clients, loaded now where it is not yet.
 
-    def load(self, party: Party, observer: Observer) -> "Runtime":
-        """Return the party's, loaded now where it is not yet; from now on it tells the observer what it reads."""
+        From now on it tells the observer what it reads.
+        """
+        observer = observer or Observer()
         observer.model_loading(self._federation.head)
-        key = (party.base, party.trust_remote_code)
+        key = (party.base, party.trust_remote_code) if party else (None, None)
         if key not in self._loaded:
             from fedcli.client.runtime import Runtime
 

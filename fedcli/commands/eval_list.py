@@ -21,6 +21,7 @@ def list_(
     from fedcli.errors import WorkspaceError
     from fedcli.eval.data import find_roots
     from fedcli.eval.listing import list_benchmarks
+    from fedcli.plugins import OWN_PACKAGE
     from fedcli.workspace.layout import find_workspace
     from fedcli.workspace.row_files import find_files
 
@@ -34,7 +35,8 @@ def list_(
     for entry in listed:
         metrics = [metric["name"] for metric in entry.metric_details if not metric["is_detail"]]
         num_details = len(entry.metrics) - len(metrics)
-        print(f"{entry.name}: {entry.title} ({entry.size:,} items; {', '.join(entry.groups)})")
+        origin = "" if entry.package == OWN_PACKAGE else f"; from the package {entry.package}"
+        print(f"{entry.name}: {entry.title} ({entry.size:,} items; {', '.join(entry.groups) or 'no group'}{origin})")
         print(f"    metrics: {', '.join(metrics)}{f' and {num_details} details' if num_details else ''}")
         needs = f"; needs: {', '.join(entry.needs)}" if entry.needs else ""
         lacks = f"; this machine lacks: {', '.join(entry.missing)}" if entry.missing else ""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from fedcli.parties.simulate import DataSummary
-    from fedcli.scoring.after_rounds import Milestone
+    from fedcli.scoring.after_rounds import RoundScores
 
 
 def print_json(document: object) -> None:
@@ -119,10 +119,8 @@ def describe_data(data: "DataSummary") -> str:
     return text
 
 
-def describe_milestone(milestone: "Milestone") -> str:
-    """Return the scores of a new round in a line, or why there are none."""
-    if milestone.error is not None:
-        return f"round {milestone.round} is published, but could not be scored: {milestone.error}"
+def describe_round_scores(milestone: "RoundScores") -> str:
+    """Return the scores of a new round in a line, and why there are none of others."""
     found = [
         f"{record.name} {name} {entry.value:.3f}"
         for record in milestone.scores
@@ -130,7 +128,10 @@ def describe_milestone(milestone: "Milestone") -> str:
         if not entry.is_detail
     ]
     waiting = [f"{record.name} waits for {record.awaits}" for record in milestone.scores if record.awaits]
-    return f"round {milestone.round} scored: {'; '.join(found + waiting)}"
+    told = [f"round {milestone.round} scored: {'; '.join(found + waiting)}"] if milestone.scores else []
+    if milestone.error is not None:
+        told.append(f"round {milestone.round} is published, but could not be scored: {milestone.error}")
+    return "\n".join(told)
 
 
 def _plain(value: Any) -> Any:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcli.commands.options import JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import Silent, describe_milestone, print_hint, print_json, progress_display
+from fedcli.commands.output import Silent, describe_round_scores, print_hint, print_json, progress_display
 from fedcli.observer import Observer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from fedcli.scoring.after_rounds import Milestone
+    from fedcli.scoring.after_rounds import RoundScores
     from fedcli.server.aggregate import AggregationResult
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
@@ -106,5 +106,5 @@ class _Display(Observer):
         refused = "".join(f"; refused client {entry.client} ({entry.code})" for entry in done.refused)
         self._progress.console.print(f"round {result.round - 1}: mean loss {mean:.3f}{refused}", highlight=False)
 
-    def round_scored(self, milestone: "Milestone") -> None:
-        print_hint(describe_milestone(milestone))
+    def round_scored(self, milestone: "RoundScores") -> None:
+        print_hint(describe_round_scores(milestone))

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import describe_milestone, print_hint, print_json, step_display
+from fedcli.commands.output import print_hint, print_json, step_display
+from fedcli.commands.server_score import score_and_tell
 
 if TYPE_CHECKING:
-    from fedcli.scoring.after_rounds import Milestone
     from fedcli.server.aggregate import AggregationResult
 
 
@@ -20,33 +20,37 @@ def aggregate(
     partial: Annotated[bool, typer.Option("--partial", help="Go ahead with one valid update or more.")] = False,
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for missing updates.")] = 0.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check all updates; publish nothing.")] = False,
+    no_score: Annotated[
+        bool, typer.Option("--no-score", help="Leave the scores of eval.every to `fedcli server score`.")
+    ] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Merge the open round's updates and publish the next round.
 
-    Exits with 6, naming the missing clients, while too few of the cohort have answered.
+    Exits with 6, naming the missing clients, while too few of the cohort have answered. Then makes the scores that are
+    due, as eval.every asks.
     """
-    from fedcli.scoring.after_rounds import score_milestone
+    from fedcli.errors import NotReadyError
 
     federation = found_federation(workspace)
-    scored: list[Milestone] = []
-
-    def score() -> None:
-        """Score the latest round where that is due: before the merge, one whose scoring was interrupted."""
-        milestone = None if dry_run else score_milestone(federation.state)
-        if milestone is not None:
-            print_hint(describe_milestone(milestone))
-            scored.append(milestone)
-
-    score()
-    with step_display(json_output, "updates") as observer:
-        result = federation.server.aggregate(
-            algorithm=algorithm, partial=partial, dry_run=dry_run, wait=wait, observer=observer
-        )
+    scores = not (dry_run or no_score)
+    if not dry_run:
+        federation.server.note_scores()  # it may have been interrupted, and the merge makes another round the latest
+    try:
+        with step_display(json_output, "updates") as observer:
+            result = federation.server.aggregate(
+                algorithm=algorithm, partial=partial, dry_run=dry_run, wait=wait, observer=observer
+            )
+    except NotReadyError:
+        if scores:
+            score_and_tell(federation)
+        raise
     if not json_output:
         _print(result)
-    score()
+    if result.published:
+        federation.server.note_scores()
+    scored = score_and_tell(federation) if scores else []
     if json_output:
         print_json(_document(result) | ({"scored": scored} if scored else {}))
 

@@ -1,37 +1,48 @@
 """fedcli server run."""
 
+from typing import TYPE_CHECKING
+
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import describe_milestone, print_hint, print_json
+from fedcli.commands.output import describe_round_scores, print_hint, print_json
+from fedcli.federation import Server
 from fedcli.observer import Observer
+
+if TYPE_CHECKING:
+    from fedcli.server.aggregate import AggregationResult
 
 
 def run(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
-    """Merge every round as soon as it is ready, until the last; clients train elsewhere."""
-    from fedcli.scoring.after_rounds import score_milestone
-    from fedcli.server.aggregate import aggregate_all
+    """Merge every round as soon as it is ready, until the last; clients train elsewhere.
 
-    state = found_federation(workspace).state
-
-    def score() -> None:
-        milestone = score_milestone(state)
-        if milestone is not None and (milestone.error or not json_output):
-            print_hint(describe_milestone(milestone))
-
-    def on_round(number: int) -> None:
-        if not json_output:
-            print_hint(f"round {number} is there")
-        score()
-
-    score()
-    aggregate_all(state, on_round=on_round, observer=Observer() if json_output else _Display())
+    Scores that eval.every asks for are made while it waits, and at the end.
+    """
+    server = found_federation(workspace).server
+    display = _Display(server, json_output)
+    head = server.run(observer=display)
+    display.score()
     if json_output:
-        print_json({"round": state.head.number, "state": state.head.manifest.state})
+        print_json({"round": head.number, "state": head.manifest.state})
     else:
-        print(f"the federation has finished at round {state.head.number}")
+        print(f"the federation has finished at round {head.number}")
 
 
 class _Display(Observer):
-    """Says what is waited for."""
+    """Says what goes on, and scores what is due while there is nothing to merge."""
+
+    def __init__(self, server: Server, json_output: bool) -> None:
+        self._server = server
+        self._json_output = json_output
+
+    def round_done(self, result: "AggregationResult") -> None:
+        if not self._json_output:
+            print_hint(f"round {result.round} is there")
 
     def waiting(self, message: str) -> None:
-        print_hint(message)
+        if not self._json_output:
+            print_hint(message)
+        self.score()
+
+    def score(self) -> None:
+        for scores in self._server.score():
+            if scores.error or not self._json_output:
+                print_hint(describe_round_scores(scores))

@@ -75,6 +75,12 @@ def _print(result: "Status") -> None:
         last = following.round - 1 if following else result.round - 1
         rounds = f"round {last}" if last == run.round else f"rounds {run.round} to {last}"
         print(f"merged     {rounds} with {describe_algorithm(run.algorithm)}")
+    for note in result.unscored:
+        if note.failure is None:
+            print(f"to score   round {note.round} on {note.name}: `fedcli server score`, if nothing does it now")
+        else:
+            print(f"no score   round {note.round} on {note.name}: {note.failure.message}")
+            print(f"           {note.failure.hint} To try again: `{note.failure.again}`")
     if result.cost is not None:
         cost = result.cost
         print(

@@ -5,26 +5,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fedcli.eval.data import DataSource, Files
-from fedcli.eval.requests import Answerer
+from fedcli.eval.requests import Answerer, Generation, Text
 
 if TYPE_CHECKING:
     from fedcli.eval.judge import Judge
     from fedcli.eval.sandbox import CodeRunner
 
-Group: TypeAlias = Literal[
-    "general",
-    "finance",
-    "medical",
-    "code",
-    "math",
-    "safety",
-    "chat",
-    "demo",
-    "paper-table-2",
-    "paper-table-4",
-    "paper-table-5",
-    "paper-table-6",
-]
 Need: TypeAlias = Literal["judge", "judge-optional", "code-execution", "gpu-advised", "likelihood"]
 Mark: TypeAlias = float | Sequence[float]
 """What one item gives to one metric: a number to average, or a vector of which the metric knows the sum's meaning."""
@@ -58,6 +44,8 @@ class ItemScore:
     """By metric; none where the item could not be scored (no judge, no judgment that parses)."""
     record: Mapping[str, object]
     """What a reader wants to see: prompt, answer, what was expected, what went wrong."""
+    cluster: str | None = None
+    """What items that are not independent have in common, such as a passage: they are resampled together."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +83,22 @@ class Session:
     baseline_answers: Mapping[str, str] | None = None
     """By item, those of the target that Options.baseline names, to the same questions."""
 
+    def generation(
+        self,
+        prompt: Text,
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        sample: int = 0,
+    ) -> Generation:
+        """Return a request with what a user asks for in place of the benchmark's own length and temperature."""
+        asked = self.options
+        length = max_new_tokens if asked.max_new_tokens is None else asked.max_new_tokens
+        heat = temperature if asked.temperature is None else asked.temperature
+        return Generation(prompt, length, stop, heat, top_p, sample)
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -106,7 +110,8 @@ class Benchmark:
 
     name: str
     title: str
-    groups: tuple[Group, ...]
+    groups: tuple[str, ...]
+    """Such as finance or paper-table-4; a new name makes a new group."""
     metrics: tuple[Metric, ...]
     size: int
     """Items of the published test set."""

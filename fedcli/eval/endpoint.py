@@ -9,7 +9,7 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedcli.errors import RequirementError, UsageError
-from fedcli.eval.memory import Usage
+from fedcli.eval.remembered import Usage
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
 
 if TYPE_CHECKING:

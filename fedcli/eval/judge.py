@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from fedcli.eval.memory import Engine, Memory, Remembering
+from fedcli.eval.remembered import Engine, Memory, Remembering
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood
 
 VerdictT = TypeVar("VerdictT")

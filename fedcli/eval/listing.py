@@ -18,9 +18,11 @@ class Listed:
     """One benchmark."""
 
     name: str
+    package: str
+    """Which the benchmark comes from: fedcli, or one that adds it by an entry point."""
     title: str
     group: str
-    """The first of its groups."""
+    """The first of its groups; "" for none."""
     groups: tuple[str, ...]
     metrics: list[str]
     """The names; `metric_details` says what each is."""
@@ -53,8 +55,9 @@ def _listed(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> List
     source = benchmark.data
     return Listed(
         name=benchmark.name,
+        package=BENCHMARKS.package_of(benchmark.name),
         title=benchmark.title,
-        group=benchmark.groups[0],
+        group=benchmark.groups[0] if benchmark.groups else "",
         groups=benchmark.groups,
         metrics=[metric.name for metric in benchmark.metrics],
         metric_details=[

@@ -1,6 +1,7 @@
 """lm-eval's tasks (0.4.13), answered by any of fedcli's models: prompts, examples, filters and metrics are its own."""
 
 import csv
+import hashlib
 import io
 import logging
 import sys
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from fedcli.errors import ConfigError, RequirementError, UsageError
-from fedcli.eval.benchmark import ItemScore, Options, Session
+from fedcli.eval.benchmark import ItemScore, Session
 from fedcli.eval.data import Files
-from fedcli.eval.requests import Answerer, Generation, Likelihood
+from fedcli.eval.requests import Generation, Likelihood
 
 Fields: TypeAlias = dict[str, Any]
 """A row as the data set of the hub has it that the task is written for."""
@@ -44,6 +45,8 @@ class TaskSet:
     """Examples in a prompt, where not as many as the task itself says."""
     details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The metrics of a task's subject and group."""
+    cluster: str | None = None
+    """The column whose value items that are not independent share, such as the passage that they ask about."""
     overrides: Mapping[str, object] = field(default_factory=dict)
     """Settings in place of the tasks' own."""
 
@@ -57,9 +60,9 @@ class SessionLM:
     rank = 0
     world_size = 1
 
-    def __init__(self, model: Answerer, options: Options, stderr: TextIO) -> None:
-        self._model = model
-        self._options = options
+    def __init__(self, session: Session, stderr: TextIO) -> None:
+        self._session = session
+        self._model = session.model
         self._stderr = stderr
         """Where the model may show its progress, while that of lm-eval is held back."""
 
@@ -92,16 +95,15 @@ class SessionLM:
         from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        options = self._options
         given = normalize_gen_kwargs(dict(settings), DEFAULT_MAX_GEN_TOKS)
         temperature = float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0
-        return Generation(
+        return self._session.generation(
             prompt,
-            options.max_new_tokens or given["max_gen_toks"],
+            given["max_gen_toks"],
             tuple(mark for mark in given["until"] if mark),
-            temperature if options.temperature is None else options.temperature,
-            float(given.get("top_p", 1.0)),
-            sample,
+            temperature=temperature,
+            top_p=float(given.get("top_p", 1.0)),
+            sample=sample,
         )
 
 
@@ -131,7 +133,7 @@ def run_tasks(session: Session, task_set: TaskSet) -> list[ItemScore]:
         for name, task in tasks.items():
             _set_shots(name, task, shots)
         results = evaluate(
-            SessionLM(session.model, session.options, stderr),
+            SessionLM(session, stderr),
             {"tasks": tasks},
             limit=session.options.limit,
             bootstrap_iters=0,
@@ -278,7 +280,10 @@ def _items(name: str, samples: list[Fields], task_set: TaskSet, covers: Fields) 
             if sample["filter"] == filter_ and key in sample
         }
         marks |= {detail: marks[headline] for detail in task_set.details.get(name, ()) if headline in marks}
-        yield ItemScore(f"{name}/{number}", marks, _record(filtered) | covers)
+        cluster = None
+        if task_set.cluster is not None:
+            cluster = hashlib.sha256(str(filtered[0]["doc"][task_set.cluster]).encode()).hexdigest()[:16]
+        yield ItemScore(f"{name}/{number}", marks, _record(filtered) | covers, cluster)
 
 
 def _record(filtered: list[Fields]) -> Fields:

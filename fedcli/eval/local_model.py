@@ -11,8 +11,8 @@ import torch
 
 from fedcli.data.encoding import Encoder
 from fedcli.errors import RequirementError
-from fedcli.eval.memory import Usage, not_finite
 from fedcli.eval.prompting import PromptEncoder
+from fedcli.eval.remembered import Usage, not_finite
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, before_stop
 from fedcli.model.base import short_memory
 from fedcli.model.library_logging import quiet_libraries

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedcli.data.encoding import Encoder
-from fedcli.eval.memory import Usage
+from fedcli.eval.remembered import Usage
 from fedcli.eval.requests import Generation, Likelihood, Text
 
 if TYPE_CHECKING:

@@ -1,10 +1,9 @@
-"""All benchmarks by name; a new one adds its module's line here."""
+"""All benchmarks by name: a new one of fedcli adds its module's line here, another package's has an entry point."""
 
 from collections.abc import Iterable, Sequence
-from typing import get_args
 
 from fedcli.errors import UsageError, did_you_mean
-from fedcli.eval.benchmark import Benchmark, Group
+from fedcli.eval.benchmark import Benchmark
 from fedcli.eval.benchmarks import (
     advbench,
     bleu,
@@ -19,8 +18,7 @@ from fedcli.eval.benchmarks import (
     mt_bench,
     vicuna,
 )
-
-GROUPS: tuple[Group, ...] = get_args(Group)
+from fedcli.plugins import Registry
 
 
 def register(benchmarks: Iterable[Benchmark]) -> dict[str, Benchmark]:
@@ -33,7 +31,18 @@ def register(benchmarks: Iterable[Benchmark]) -> dict[str, Benchmark]:
     return known
 
 
-BENCHMARKS = register(
+def _check(name: str, found: object) -> Benchmark:
+    """Return what an entry point gives; raise ValueError where it is no benchmark of that name."""
+    if not isinstance(found, Benchmark):
+        raise ValueError(f"it is no Benchmark, but of type {type(found).__name__}")
+    if found.name != name:
+        raise ValueError(f"the benchmark's own name is {found.name!r}")
+    if (found.run is None or found.data is None) and not found.parts:
+        raise ValueError("it has neither `run` and `data` nor `parts`")
+    return found
+
+
+_OWN = register(
     [
         *demo.BENCHMARKS,
         mt_bench.MT_BENCH,
@@ -50,6 +59,12 @@ BENCHMARKS = register(
         advbench.BENCHMARK,
     ]
 )
+BENCHMARKS = Registry("fedcli.benchmarks", _OWN, _check)
+
+
+def known_groups() -> list[str]:
+    """Return the names of all groups, each once; other packages' benchmarks may have groups of their own."""
+    return list(dict.fromkeys(group for benchmark in BENCHMARKS.values() for group in benchmark.groups))
 
 
 def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
@@ -61,16 +76,16 @@ def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     for name in names:
         if name in BENCHMARKS:
             found[name] = BENCHMARKS[name]
-        elif name in GROUPS:
+        elif name in known_groups():
             found |= {benchmark.name: benchmark for benchmark in find_group(name)}
         else:
-            hint = f"{did_you_mean(name, {*BENCHMARKS, *GROUPS})} `fedcli eval list` shows all."
+            hint = f"{did_you_mean(name, {*BENCHMARKS, *known_groups()})} `fedcli eval list` shows all."
             raise UsageError(f"unknown benchmark {name!r}", hint=hint)
     return list(found.values())
 
 
 def find_group(name: str) -> list[Benchmark]:
     """Return a group's benchmarks; raise UsageError for an unknown group."""
-    if name not in GROUPS:
-        raise UsageError(f"unknown group {name!r}", hint=did_you_mean(name, GROUPS))
+    if name not in known_groups():
+        raise UsageError(f"unknown group {name!r}", hint=did_you_mean(name, known_groups()))
     return [benchmark for benchmark in BENCHMARKS.values() if name in benchmark.groups]

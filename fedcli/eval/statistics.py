@@ -1,4 +1,8 @@
-"""Scores of items, with standard errors, bootstrap intervals (Efron 1979) and paired differences."""
+"""Scores of items, with standard errors, bootstrap intervals (Efron 1979) and paired differences.
+
+Items of one cluster (the questions about one passage) are not independent: whole clusters are resampled (Davison and
+Hinkley 1997, section 3.8). An item that is in no cluster is one by itself.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +18,8 @@ NUM_RESAMPLES = 1000
 LEVEL = 0.95
 Marks = Mapping[str, Mark]
 """Of one metric, by item."""
+Clusters = Mapping[str, str]
+"""The cluster of each item that is in one."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +33,21 @@ class Score:
     num_items: int
 
 
-def score(metric: Metric, parts: Sequence[Marks]) -> Score:
-    """Return the score of one set of items, or the mean over several; each needs an item."""
-    return _summary(_value(metric, parts), _resampled(metric, parts), sum(map(len, parts)))
+def score(metric: Metric, parts: Sequence[Marks], clusters: Sequence[Clusters] | None = None) -> Score:
+    """Return the score of one set of items, or the mean over several; each needs an item. `clusters` are by part."""
+    return _summary(_value(metric, parts), _resampled(metric, parts, clusters), sum(map(len, parts)))
 
 
-def difference(metric: Metric, parts: Sequence[Marks], others: Sequence[Marks]) -> Score | None:
+def difference(
+    metric: Metric, parts: Sequence[Marks], others: Sequence[Marks], clusters: Sequence[Clusters] | None = None
+) -> Score | None:
     """Return the paired difference (first minus second) on the items that both have; None where they share none."""
     shared = [sorted(mine.keys() & theirs.keys()) for mine, theirs in zip(parts, others, strict=True)]
     if not shared or not all(shared):
         return None
     mine = [{item: marks[item] for item in items} for marks, items in zip(parts, shared, strict=True)]
     theirs = [{item: marks[item] for item in items} for marks, items in zip(others, shared, strict=True)]
-    resampled = _resampled(metric, mine) - _resampled(metric, theirs)
+    resampled = _resampled(metric, mine, clusters) - _resampled(metric, theirs, clusters)
     return _summary(_value(metric, mine) - _value(metric, theirs), resampled, sum(map(len, shared)))
 
 
@@ -72,11 +80,21 @@ def _matrix(metric: Metric, marks: Marks) -> NDArray[np.float64]:
     return np.array(rows, np.float64)
 
 
-def _resampled(metric: Metric, parts: Sequence[Marks]) -> NDArray[np.float64]:
-    """Return the metric's values on resamples of the items; equal numbers of items are drawn equally, so they pair."""
+def _clustered(matrix: NDArray[np.float64], marks: Marks, clusters: Clusters) -> NDArray[np.float64]:
+    """Return the sums of the items' vectors, (clusters, length), in the order of the clusters' first items."""
+    places: dict[tuple[str, bool], int] = {}
+    keys = ((clusters.get(item, item), item in clusters) for item in sorted(marks))
+    rows = [places.setdefault(key, len(places)) for key in keys]
+    sums = np.zeros((len(places), matrix.shape[1]))
+    np.add.at(sums, rows, matrix)
+    return sums
+
+
+def _resampled(metric: Metric, parts: Sequence[Marks], clusters: Sequence[Clusters] | None) -> NDArray[np.float64]:
+    """Return the metric's values on resamples of the clusters; equal numbers are drawn equally, so that they pair."""
     values = np.zeros(NUM_RESAMPLES)
     for part, marks in enumerate(parts):
-        matrix = _matrix(metric, marks)
+        matrix = _clustered(_matrix(metric, marks), marks, clusters[part] if clusters else {})
         count = len(matrix)
         draws = stream(0, "bootstrap", client=part, part=str(count))
         for resample in range(NUM_RESAMPLES):

@@ -5,10 +5,11 @@ from itertools import pairwise
 
 from fedcli.scoring.table import best_rounds
 from fedcli.workspace.federation_state import FederationState
-from fedcli.workspace.layout import Workspace, update_name
+from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.pruning import Pruning
 from fedcli.workspace.scores import read_scores, unfinished_targets
+from fedcli.workspace.target_name import TargetName
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ def kept_rounds(workspace: Workspace, latest: int, keep_last: int, keep_every: i
     An update is needed as long as the round that it was made in: `verify` computes the next one from both.
     """
     records = read_scores(workspace)
-    of_rounds = [record for record in records if record.target.startswith("round-")]
+    of_rounds = [record for record in records if record.target_name.kind == "round"]
     reasons = dict.fromkeys(range(0, latest, keep_every or latest + 1), "kept by keep_every")
     for metric in sorted({f"{record.name}.{name}" for record in of_rounds for name in record.scores}):
         reasons[best_rounds(workspace, metric, records)[0][0]] = f"the best in {metric}"
-    unfinished = unfinished_targets(workspace)
-    reasons |= {number: "its scores are not finished" for number in range(latest) if update_name(number) in unfinished}
+    unfinished = {TargetName.parse(target) for target in unfinished_targets(workspace)}
+    numbers = [name.number for name in unfinished if name.kind == "round" and name.number is not None]
+    reasons |= {number: "its scores are not finished" for number in numbers if number < latest}
     reasons |= dict.fromkeys(range(max(0, latest + 1 - keep_last), latest), "kept by keep_last")
     return dict(sorted((reasons | {0: "the start", latest: "the latest"}).items()))

@@ -19,7 +19,7 @@ from fedcli.quantities import describe_bytes
 from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
 from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity
-from fedcli.scoring.targets import is_stale, target_order
+from fedcli.scoring.targets import is_stale
 from fedcli.workspace.federation_state import FederationState, config_text
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import read_update
@@ -27,6 +27,7 @@ from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, check
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.report_folder import publish_report
 from fedcli.workspace.scores import ScoreRecord, read_scores
+from fedcli.workspace.target_name import TargetName
 
 COMPARED_BYTES = 4 * 10**9
 """Updates that are read to compare them, from the last round backwards; that one is compared whatever its size."""
@@ -134,7 +135,7 @@ def read_metrics(workspace: Workspace) -> tuple[list[MetricScores], list[str]]:
     """Return all scores by metric, and notes of those that are left out."""
     found: dict[tuple[str, str], list[ScoreRecord]] = {}
     stale = set()
-    for record in sorted(read_scores(workspace), key=lambda record: target_order(record.target)):
+    for record in sorted(read_scores(workspace), key=lambda record: record.target_name.order):
         if is_stale(workspace, record.target, record.model):
             stale.add(record.target)
             continue
@@ -156,13 +157,12 @@ def _in_table(found: tuple[tuple[str, str], object]) -> tuple[int, str]:
 
 def _metric(name: str, metric: str, found: Sequence[ScoreRecord]) -> MetricScores:
     entries = {record.target: record.scores[metric] for record in found}
-    points = {target: Point(entry.value, entry.low, entry.high) for target, entry in entries.items()}
-    rounds = {
-        int(target.removeprefix("round-")): point for target, point in points.items() if target.startswith("round-")
-    }
-    others = {target: point for target, point in points.items() if not target.startswith("round-")}
+    points = {TargetName.parse(target): Point(entry.value, entry.low, entry.high) for target, entry in entries.items()}
+    rounds = {name.number: point for name, point in points.items() if name.kind == "round" and name.number is not None}
+    others = {str(name): point for name, point in points.items() if name.kind != "round"}
+    alone = {str(name): name.number for name in points if name.kind == "alone" and name.number is not None}
     first = next(iter(entries.values()))
-    return MetricScores(name, metric, first.unit, first.higher_is_better, rounds, others)
+    return MetricScores(name, metric, first.unit, first.higher_is_better, rounds, others, alone)
 
 
 def _similarities(rounds: Sequence[Round], observer: Observer) -> tuple[list[Similarity], list[str]]:

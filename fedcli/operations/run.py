@@ -11,7 +11,7 @@ from fedcli.errors import BusyError, NotReadyError
 from fedcli.observer import Observer
 from fedcli.operations.workers import Workers
 from fedcli.parties.party import is_here
-from fedcli.scoring.after_rounds import check_milestones, score_milestone
+from fedcli.scoring.after_rounds import note_due, score_due
 from fedcli.server.aggregate import AggregationResult, aggregate
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
 from fedcli.workspace.history import Round
@@ -45,19 +45,17 @@ def run_federation(
     or with more than one of `workers` in as many others. With the same number of threads each the results are the same,
     bit for bit.
     """
-    check_milestones(federation.config)
+    note_due(federation)
 
     def score() -> None:
-        """Score the latest round where that is due, with a model that is loaded, if one is."""
-        milestone = score_milestone(federation, runtime=runtimes.shared)
-        if milestone is not None:
+        """Score what is due, with the model that clients train on, where they train in this process."""
+        for milestone in score_due(federation, runtimes):
             observer.round_scored(milestone)
 
     num_merged = 0
     left_out: dict[int, dict[str, int]] = {}
     shown = told = -1
     with Workers(federation.workspace, workers, threads=threads) as pool:
-        score()
         while federation.head.manifest.state == "open" and (rounds is None or num_merged < rounds):
             head = federation.head
             if head.number != shown:
@@ -77,12 +75,14 @@ def run_federation(
                     names = ", ".join(map(str, elsewhere))
                     observer.waiting(f"round {head.number} waits for parties that are not here: {names}")
                     told = head.number
+                    score()
                 time.sleep(POLL_SECONDS)
                 federation.refresh()
             else:
                 observer.round_done(merged)
                 num_merged += merged.published
                 score()
+        score()
     total = sum(map(Counter, left_out.values()), Counter())
     return FederationResult(federation.head.number, federation.head.manifest.state, num_merged, dict(total))
 

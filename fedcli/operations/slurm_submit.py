@@ -99,7 +99,14 @@ def _submit(federation: FederationState, dry_run: bool) -> Submission:
     kinds = {job_name(head, kind): kind for kind in KINDS}
     ours = [entry for entry in list_elements() if entry.name.endswith(job_mark(head))]
     live = [entry for entry in ours if entry.is_live and str(entry.job) != caller]
-    stale = sorted({entry.job for entry in live if entry.name not in kinds})
+    stale = sorted(
+        {
+            entry.job
+            for entry in live
+            # A server job of a closed round that runs has merged it, and makes its scores.
+            if entry.name not in kinds and (entry.index is not None or entry.is_waiting)
+        }
+    )
     if stale and not dry_run:
         cancel(stale)
     if head.manifest.state == "finished":

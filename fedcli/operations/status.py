@@ -11,6 +11,7 @@ from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost
 from fedcli.workspace.registrations import is_registered, joined_clients
 from fedcli.workspace.row_files import has_rows
+from fedcli.workspace.scores import Unscored, read_unscored
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Status:
     """None where the round was opened by a version that did not count."""
     history: list[AlgorithmRun]
     """Which algorithm merged which rounds."""
+    unscored: list[Unscored]
+    """What rounds are still to be scored on, and what failed."""
     slurm: JobStates | None
     """None where no jobs were sent for the open round."""
     next_command: str
@@ -94,6 +97,7 @@ def read_status(federation: FederationState) -> Status:
         ],
         cost=manifest.cost,
         history=manifest.history,
+        unscored=read_unscored(workspace),
         slurm=slurm,
         next_command=_next_of_jobs(slurm) or _next_command(workspace, manifest.state, missing, len(answered) >= needed),
     )

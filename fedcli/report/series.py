@@ -68,6 +68,8 @@ class MetricScores:
     rounds: Mapping[int, Point]
     others: Mapping[str, Point]
     """By target: base, alone-3, pooled."""
+    alone: Mapping[str, int]
+    """Of them those that are a client alone, with its id."""
 
     @property
     def title(self) -> str:
@@ -82,13 +84,12 @@ class MetricScores:
     @property
     def best_alone(self) -> str | None:
         """The client alone with the best score; None where none was scored."""
-        alone = [target for target in self.others if target.startswith("alone-")]
-        return max(alone, key=lambda target: self._rank(self.others[target]), default=None)
+        return max(self.alone, key=lambda target: self._rank(self.others[target]), default=None)
 
     def lines(self) -> dict[str, Point]:
         """Return what rounds are compared with, by its label: base, the best alone, pooled."""
         best = self.best_alone
-        named = {BASE: BASE, POOLED: POOLED} | ({best: f"best alone ({best.removeprefix('alone-')})"} if best else {})
+        named = {BASE: BASE, POOLED: POOLED} | ({best: f"best alone ({self.alone[best]})"} if best else {})
         return {label: self.others[target] for target, label in named.items() if target in self.others}
 
     def _rank(self, point: Point) -> float:

@@ -1,24 +1,42 @@
-"""Scores of new rounds while a federation goes on: every `eval.every` rounds, and of the last one."""
+"""Scores of new rounds while a federation goes on: every `eval.every` rounds, and of the last one.
+
+What a new round is to be scored on is noted when it is there, and scored when nothing waits for this process: a scoring
+that was interrupted is done by the next one, and one that failed is kept as failed, for a person to try again.
+"""
 
 import os
+import shlex
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
-from fedcli.client.runtime import Runtime
+from fedcli.client.runtimes import Runtimes
 from fedcli.config import Config
-from fedcli.errors import ConfigError, FedError, UsageError
-from fedcli.eval.benchmark import Options
+from fedcli.errors import BusyError, ConfigError, FedError, IntegrityError, UsageError, WorkspaceError
+from fedcli.eval.benchmark import Benchmark, Options
 from fedcli.eval.registry import find_benchmarks
 from fedcli.observer import Observer
-from fedcli.scoring.evaluate import evaluate
 from fedcli.scoring.request import Scoring, prepare
 from fedcli.scoring.targets import Targets
 from fedcli.workspace.federation_state import FederationState
-from fedcli.workspace.layout import Workspace, update_name
-from fedcli.workspace.scores import ScoreRecord, read_score, scored_name
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.scores import (
+    Failure,
+    ScoreRecord,
+    Unscored,
+    has_note,
+    note_unscored,
+    read_score,
+    read_unscored,
+    remove_unscored,
+    scored_name,
+)
+from fedcli.workspace.target_name import TargetName
 
 
 @dataclass(frozen=True)
-class Milestone:
+class RoundScores:
     """A round that was to be scored: its scores, or why there are none. The round itself stands in either case."""
 
     round: int
@@ -26,8 +44,71 @@ class Milestone:
     error: str | None = None
 
 
-def check_milestones(config: Config) -> None:
-    """Raise ConfigError where eval.benchmarks names one that there is not, or that needs a baseline."""
+def note_due(federation: FederationState) -> None:
+    """Note what the latest round is to be scored on, so that whoever calls `score_due` next does it.
+
+    A disk that refuses stops no merge: `score_due` tells. Raises ConfigError where eval.benchmarks names a benchmark
+    that there is not, or that needs a baseline.
+    """
+    with suppress(WorkspaceError):
+        _note_due(federation)
+
+
+def _note_due(federation: FederationState) -> None:
+    workspace, config, head = federation.workspace, federation.config, federation.head
+    wanted, every = _wanted(config), config.eval.every
+    if every is None or head.number == 0 or (head.number % every and head.manifest.state == "open"):
+        return
+    for name, benchmark in wanted.items():
+        if not has_note(workspace, str(TargetName.of_round(head.number)), name):
+            note_unscored(workspace, Unscored(round=head.number, benchmark=benchmark.name, name=name))
+
+
+def score_due(federation: FederationState, runtimes: Runtimes) -> Iterator[RoundScores]:
+    """Score every round that is due, on what it has no scores on; yield each round when that is done.
+
+    A benchmark that fails is not tried again. No round waits for its scores: what goes wrong is in the result. One that
+    another process scores now is left to it, and what fedcli.yaml no longer asks for is forgotten.
+    """
+    workspace, config = federation.workspace, federation.config
+    wanted = list(_wanted(config)) if config.eval.every is not None else []
+    by_round: dict[int, list[Unscored]] = {}
+    try:
+        _note_due(federation)
+        for note in read_unscored(workspace):
+            if note.name not in wanted:
+                remove_unscored(workspace, str(TargetName.of_round(note.round)), note.name)
+            elif note.failure is None:
+                by_round.setdefault(note.round, []).append(note)
+    except (WorkspaceError, IntegrityError) as error:
+        yield RoundScores(federation.head.number, [], f"{error.message} ({error.hint})")
+    for number, notes in by_round.items():
+        found = [_score(federation, note, runtimes) for note in sorted(notes, key=lambda n: wanted.index(n.name))]
+        records = [record for made in found if isinstance(made, list) for record in made]
+        failures = [made for made in found if isinstance(made, str)]
+        if records or failures:
+            yield RoundScores(number, records, "; ".join(failures) or None)
+
+
+def _score(federation: FederationState, note: Unscored, runtimes: Runtimes) -> list[ScoreRecord] | str:
+    """Return the scores of what is due, or what is said of its failure."""
+    workspace, asked = federation.workspace, _asked(federation, note)
+    try:
+        if read_score(workspace, str(TargetName.of_round(note.round)), note.name) is None:
+            return prepare(federation, asked, runtimes).run(Observer())
+        remove_unscored(workspace, str(TargetName.of_round(note.round)), note.name)  # another process was first
+        return []
+    except BusyError:
+        return []
+    except Exception as error:  # whatever a benchmark makes of its data: the next round must not wait for it
+        failure = _failure(asked, error)
+        with suppress(WorkspaceError):  # it is told, and tried again where it cannot be kept
+            note_unscored(workspace, note.model_copy(update={"failure": failure}))
+        return f"{note.name}: {failure.message} ({failure.hint}); to try again: `{failure.again}`"
+
+
+def _wanted(config: Config) -> dict[str, Benchmark]:
+    """Return the benchmarks that fedcli.yaml asks for, by the names that their scores have."""
     try:
         found = find_benchmarks(config.eval.benchmarks)
     except UsageError as error:
@@ -38,59 +119,41 @@ def check_milestones(config: Config) -> None:
                 f"eval.benchmarks: {benchmark.name} compares with another target",
                 hint=f"Name {benchmark.answers_of} here, and run `fedcli eval {benchmark.name} --baseline TARGET`.",
             )
+    variant = Options(limit=config.eval.limit).variant
+    return {scored_name(benchmark.name, variant): benchmark for benchmark in found}
 
 
-def score_milestone(federation: FederationState, *, runtime: Runtime | None = None) -> Milestone | None:
-    """Score the latest round where fedcli.yaml asks for it and it has not been done; None where nothing is due.
-
-    `runtime` is a loaded model, if there is one. No round waits for its scores: what goes wrong with them is in the
-    result.
-    """
-    config, head = federation.config, federation.head
-    check_milestones(config)
-    wanted, options = config.eval, Options(limit=config.eval.limit)
-    if wanted.every is None or head.number == 0:
-        return None
-    if head.number % wanted.every and head.manifest.state == "open":
-        return None
-    records: list[ScoreRecord] = []
-    errors = []
-    for name in wanted.benchmarks:
-        try:
-            records += _score(federation, name, options, runtime)
-        except FedError as error:
-            errors.append(f"{error.message} ({error.hint})")
-        except Exception as error:  # whatever a benchmark makes of its data: the next round must not wait for it
-            errors.append(f"{name}: {type(error).__name__}: {error}")
-    if not records and not errors:
-        return None
-    return Milestone(head.number, records, "; ".join(errors) or None)
-
-
-def _score(federation: FederationState, name: str, options: Options, runtime: Runtime | None) -> list[ScoreRecord]:
-    """Score the latest round on those of a benchmark's or a group's that it has no scores on."""
-    workspace, config, number = federation.workspace, federation.config, federation.head.number
-    missing = [
-        found.name
-        for found in find_benchmarks([name])
-        if read_score(workspace, update_name(number), scored_name(found.name, options.variant)) is None
-    ]
-    if not missing:
-        return []
-    wanted = config.eval
-    asked = Scoring(
-        missing,
-        Targets(rounds=(str(number),)),
-        options,
+def _asked(federation: FederationState, note: Unscored) -> Scoring:
+    workspace, wanted = federation.workspace, federation.config.eval
+    return Scoring(
+        [note.benchmark],
+        Targets(rounds=(str(note.round),)),
+        Options(limit=wanted.limit),
         data=workspace.root / os.path.expanduser(wanted.data) if wanted.data is not None else None,
         judge_model=_judge(workspace, wanted.judge_model),
         judge_url=wanted.judge_url,
         allow_code_execution=wanted.allow_code_execution,
     )
-    return evaluate(workspace, *prepare(federation, asked, runtime), Observer())
 
 
 def _judge(workspace: Workspace, model: str | None) -> str | None:
     """Return a judge's name, or its folder from the workspace's."""
     folder = workspace.root / os.path.expanduser(model or "")
     return str(folder) if model and folder.is_dir() else model
+
+
+def _failure(asked: Scoring, error: Exception) -> Failure:
+    words = ["fedcli", "eval", *asked.names, *(word for number in asked.targets.rounds for word in ("--round", number))]
+    given = (("--limit", asked.options.limit), ("--data", asked.data))
+    judge = (("--judge-model", asked.judge_model), ("--judge-url", asked.judge_url))
+    words += [word for option, value in (*given, *judge) if value is not None for word in (option, str(value))]
+    words += ["--allow-code-execution"] if asked.allow_code_execution else []
+    if not isinstance(error, FedError):
+        error = FedError(f"{type(error).__name__}: {error}", hint="That is a fault of the benchmark's code.")
+    return Failure(
+        message=error.message,
+        hint=error.hint,
+        exit_code=error.exit_code,
+        again=shlex.join(words),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcli.client.runtime import Runtime
+from fedcli.client.runtimes import Runtimes
 from fedcli.config import CustomTemplate, TemplateChoice
-from fedcli.eval.memory import Engine
+from fedcli.eval.remembered import Engine
 from fedcli.scoring.targets import Target
 from fedcli.workspace.federation_state import FederationState
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Models:
     """Gives each target its engine; the base is loaded once, when the first question needs it.
 
-    `template` is in place of the workspace's own; `endpoint` makes the engine of a model behind one. `runtime` is one
-    that is loaded already.
+    `template` is in place of the workspace's own; `endpoint` makes the engine of a model behind one. `runtimes` keeps
+    the base, for whatever else the process does with it.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Models:
         batch_size: int | None = None,
         template: TemplateChoice | None = None,
         endpoint: Callable[[str], Engine],
-        runtime: Runtime | None = None,
+        runtimes: Runtimes,
     ) -> None:
         self._federation = federation
         self._head = federation.head
@@ -37,7 +37,7 @@ class Models:
         self._batch_size = batch_size
         self._template = template if template is not None else self._head.manifest.train.template
         self._endpoint = endpoint
-        self._runtime = runtime
+        self._runtimes = runtimes
         self._loaded: tuple[Target, Engine] | None = None
 
     def identity(self, target: Target) -> dict[str, Any]:
@@ -68,18 +68,13 @@ class Models:
             return self._endpoint(target.api)
         if target.model is not None:
             return load_local(target.model, self._template, batch_size=self._batch_size, threads=self._threads)
-        runtime = self._loaded_runtime()
+        runtime = self._runtimes.load()
         if target.folder is not None:
             runtime.adapted.load_folder(target.folder)
         else:
             assert target.arrays is not None
             runtime.adapted.load(target.arrays())
         return _local(runtime.adapted.model, runtime.adapted.tokenizer, self._template, self._batch_size)
-
-    def _loaded_runtime(self) -> Runtime:
-        if self._runtime is None:
-            self._runtime = Runtime(self._federation, threads=self._threads)
-        return self._runtime
 
 
 def load_local(

@@ -14,10 +14,10 @@ from fedcli.errors import IntegrityError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Mark, Metric, Options, Session
 from fedcli.eval.data import Files, find_roots
 from fedcli.eval.judge import Judge
-from fedcli.eval.memory import Memory, Remembering, Usage
 from fedcli.eval.registry import BENCHMARKS
+from fedcli.eval.remembered import Memory, Remembering, Usage
 from fedcli.eval.sandbox import CodeRunner
-from fedcli.eval.statistics import Marks, score
+from fedcli.eval.statistics import Clusters, Marks, score
 from fedcli.observer import Observer
 from fedcli.scoring.engines import Models
 from fedcli.scoring.targets import Target
@@ -50,48 +50,45 @@ class Tools:
     run_code: CodeRunner | None = None
 
 
-def evaluate(
-    workspace: Workspace,
-    benchmarks: Sequence[Benchmark],
-    targets: Sequence[Target],
-    models: Models,
-    tools: Tools,
-    observer: Observer,
-) -> list[ScoreRecord]:
-    """Score every target on every benchmark, keep the scores, and return them.
+@dataclass(frozen=True)
+class Evaluation:
+    """Targets that are to be scored on benchmarks, and with what; `scoring.prepare` makes one of what a user asks."""
 
-    What a target has answered before is not asked again; a target does all benchmarks before the next one comes.
-    Raises RequirementError where data, a package or a judge is missing, BusyError while another process scores the
-    same, WorkspaceError where the disk refuses.
-    """
-    plan: dict[str, Benchmark] = {}
-    for benchmark in benchmarks:
-        plan |= {part: BENCHMARKS[part] for part in benchmark.parts}
-        plan[benchmark.name] = benchmark
-    for benchmark in plan.values():  # what is missing shows before anything is asked
-        if benchmark.data is not None and benchmark.data.files and (tools.data or benchmark.data.hub is None):
-            _files(workspace, benchmark, tools).require()
-    records = []
-    for target in targets:
-        for benchmark in plan.values():
-            observer.target_started(target.name, benchmark.name)
-            if benchmark.parts:
-                records.append(_combine(workspace, benchmark, target, tools.options))
-            else:
-                records.append(_score(workspace, benchmark, target, models, tools, observer))
-    return records
+    workspace: Workspace
+    benchmarks: Sequence[Benchmark]
+    targets: Sequence[Target]
+    models: Models
+    tools: Tools
+
+    def run(self, observer: Observer) -> list[ScoreRecord]:
+        """Score every target on every benchmark, keep the scores, and return them.
+
+        What a target has answered before is not asked again; a target does all benchmarks before the next one comes.
+        Raises RequirementError where data, a package or a judge is missing, BusyError while another process scores the
+        same, WorkspaceError where the disk refuses.
+        """
+        plan: dict[str, Benchmark] = {}
+        for benchmark in self.benchmarks:
+            plan |= {part: BENCHMARKS[part] for part in benchmark.parts}
+            plan[benchmark.name] = benchmark
+        for benchmark in plan.values():  # what is missing shows before anything is asked
+            if benchmark.data is not None and benchmark.data.files and (self.tools.data or benchmark.data.hub is None):
+                _files(self.workspace, benchmark, self.tools).require()
+        records = []
+        for target in self.targets:
+            for benchmark in plan.values():
+                observer.target_started(target.name, benchmark.name)
+                if benchmark.parts:
+                    records.append(_combine(self.workspace, benchmark, target, self.tools.options))
+                else:
+                    records.append(_score(self, benchmark, target, observer))
+        return records
 
 
-def _score(
-    workspace: Workspace,
-    benchmark: Benchmark,
-    target: Target,
-    models: Models,
-    tools: Tools,
-    observer: Observer,
-) -> ScoreRecord:
+def _score(evaluation: Evaluation, benchmark: Benchmark, target: Target, observer: Observer) -> ScoreRecord:
     """Ask what has not been answered, score it all, and keep it."""
     assert benchmark.run is not None
+    workspace, models, tools = evaluation.workspace, evaluation.models, evaluation.tools
     files = _files(workspace, benchmark, tools)
     name = scored_name(benchmark.name, tools.options.variant)
     identity = models.identity(target)
@@ -115,7 +112,7 @@ def _score(
         record = _record(benchmark, target.name, identity, session, items, usage)
         if record.awaits is not None and before is not None and before.scores and before.model == identity:
             return before  # scored already; to ask again without a judge takes nothing away
-        publish_scores(workspace, record, [{"item": item.item, "marks": item.marks, **item.record} for item in items])
+        publish_scores(workspace, record, [_line(item) for item in items])
     return record
 
 
@@ -124,6 +121,12 @@ def _files(workspace: Workspace, benchmark: Benchmark, tools: Tools) -> Files:
     assert benchmark.data is not None
     roots = (*find_roots(tools.data), workspace.data)
     return Files(benchmark.name, benchmark.data, roots, tools.data is None, find_files, open_rows)
+
+
+def _line(item: ItemScore) -> dict[str, object]:
+    """Return what is kept of an item beside the scores."""
+    cluster = {} if item.cluster is None else {"cluster": item.cluster}
+    return {**item.record, "item": item.item, "marks": item.marks, **cluster}
 
 
 def _record(
@@ -139,6 +142,7 @@ def _record(
     for item in items:
         for metric, mark in item.marks.items():
             marks.setdefault(metric, {})[item.item] = mark
+    clusters = {item.item: item.cluster for item in items if item.cluster is not None}
     options = session.options
     num_unscored = sum(not item.marks for item in items)
     return ScoreRecord(
@@ -149,7 +153,9 @@ def _record(
         settings={**asdict(options), "judge": session.judge.name if session.judge else None},
         data=_describe(session.files, items),
         scores={
-            metric.name: _entry(metric, [marks[metric.name]]) for metric in benchmark.metrics if metric.name in marks
+            metric.name: _entry(metric, [marks[metric.name]], [clusters])
+            for metric in benchmark.metrics
+            if metric.name in marks
         },
         awaits=_awaited(benchmark, session) if num_unscored else None,
         num_items=len(items),
@@ -159,26 +165,35 @@ def _record(
         seconds=usage.seconds,
         num_generated_tokens=usage.num_generated_tokens,
         tokens_per_second=usage.num_generated_tokens / usage.seconds if usage.num_generated_tokens else None,
-        versions={package: version(package) for package in PACKAGES},
+        versions={package: version(package) for package in (*PACKAGES, *_package_of(benchmark))},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _package_of(benchmark: Benchmark) -> list[str]:
+    """Return the package that a registered benchmark comes from."""
+    return [BENCHMARKS.package_of(benchmark.name)] if benchmark.name in BENCHMARKS else []
 
 
 def _combine(workspace: Workspace, benchmark: Benchmark, target: Target, options: Options) -> ScoreRecord:
     """Score a benchmark of parts from what its parts have on disk."""
     parts = [read_score(workspace, target.name, scored_name(part, options.variant)) for part in benchmark.parts]
     found = [part for part in parts if part is not None]
-    marks = {record.benchmark: read_marks(workspace, record) for record in found}
+    items = {record.benchmark: read_marks(workspace, record) for record in found}
     scores = {
-        metric.name: _entry(metric, [marks[part][name] for part, name in metric.mean_of])
+        metric.name: _entry(
+            metric,
+            [items[part].marks[name] for part, name in metric.mean_of],
+            [items[part].clusters for part, _ in metric.mean_of],
+        )
         for metric in benchmark.metrics
-        if all(name in marks.get(part, {}) for part, name in metric.mean_of)
+        if all(part in items and name in items[part].marks for part, name in metric.mean_of)
     }
     record = found[0].model_copy(
         update={
             "benchmark": benchmark.name,
             "scores": scores,
-            "data": {"parts": ", ".join(marks)},
+            "data": {"parts": ", ".join(items)},
             "num_items": sum(part.num_items for part in found),
             "num_unscored": sum(part.num_unscored for part in found),
             "num_truncated": sum(part.num_truncated for part in found),
@@ -208,9 +223,9 @@ def _answers_of_baseline(workspace: Workspace, benchmark: str, options: Options)
     return {str(item["item"]): str(item.get("answer")) for item in read_items(workspace, options.baseline, name)}
 
 
-def _entry(metric: Metric, marks: Sequence[Marks]) -> ScoreEntry:
+def _entry(metric: Metric, marks: Sequence[Marks], clusters: Sequence[Clusters]) -> ScoreEntry:
     return ScoreEntry(
-        **asdict(score(metric, marks)),
+        **asdict(score(metric, marks, clusters)),
         unit=metric.unit,
         higher_is_better=metric.higher_is_better,
         is_detail=metric.is_detail,

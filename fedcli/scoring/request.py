@@ -6,18 +6,18 @@ from functools import cache, partial
 from pathlib import Path
 from typing import get_args
 
-from fedcli.client.runtime import Runtime
+from fedcli.client.runtimes import Runtimes
 from fedcli.config import TemplateChoice, TemplateName
 from fedcli.errors import UsageError, did_you_mean
 from fedcli.eval.benchmark import Benchmark, Options
 from fedcli.eval.endpoint import OPENAI_URL, find_endpoint
 from fedcli.eval.judge import Estimate, Judge
-from fedcli.eval.memory import Engine, Memory
 from fedcli.eval.registry import find_benchmarks
+from fedcli.eval.remembered import Engine, Memory
 from fedcli.model.base import fingerprint
 from fedcli.scoring.engines import Models, load_local
-from fedcli.scoring.evaluate import Tools
-from fedcli.scoring.targets import Target, Targets, find_targets
+from fedcli.scoring.evaluate import Evaluation, Tools
+from fedcli.scoring.targets import Targets, find_targets
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.scores import read_scores, scored_name
@@ -44,10 +44,8 @@ class Scoring:
     """Hears what a judge will cost, and raises where that is too much; None: it may."""
 
 
-def prepare(
-    federation: FederationState, asked: Scoring, runtime: Runtime | None = None
-) -> tuple[list[Benchmark], list[Target], Models, Tools]:
-    """Return the arguments of `evaluate`, the workspace aside.
+def prepare(federation: FederationState, asked: Scoring, runtimes: Runtimes) -> Evaluation:
+    """Return the evaluation that a user asks for; `runtimes` are models that may be loaded already.
 
     Raises UsageError for a name that is not known, NotReadyError for a round that is not there, RequirementError where
     a key, an endpoint or the sandbox is missing.
@@ -66,7 +64,7 @@ def prepare(
         batch_size=asked.batch_size,
         template=_template(asked.options.template),
         endpoint=endpoints.__getitem__,
-        runtime=runtime,
+        runtimes=runtimes,
     )
     run_code = None
     if asked.allow_code_execution:
@@ -74,7 +72,8 @@ def prepare(
 
         run_code = Sandbox()
     judge = _judge(asked) if asked.judge_model is not None else None
-    return benchmarks, targets, models, Tools(asked.options, asked.data, judge, run_code)
+    tools = Tools(asked.options, asked.data, judge, run_code)
+    return Evaluation(federation.workspace, benchmarks, targets, models, tools)
 
 
 def _benchmarks(asked: Scoring) -> list[Benchmark]:
@@ -128,6 +127,10 @@ def _template(name: str | None) -> TemplateChoice | None:
     return found
 
 
+_load_judge = cache(load_local)
+"""A judge of this machine is loaded once a process, whatever it judges."""
+
+
 def _judge(asked: Scoring) -> Callable[[Memory, Callable[[int, int], None]], Judge]:
     """Return what makes the judge, a model folder's or an endpoint's; raise as `find_endpoint` does."""
     name = str(asked.judge_model)
@@ -135,7 +138,7 @@ def _judge(asked: Scoring) -> Callable[[Memory, Callable[[int, int], None]], Jud
     if asked.judge_url is None and name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise UsageError(f"--judge-model {name}: no such folder", hint="Name a model's folder, or an endpoint's model.")
     if asked.judge_url is None and Path(name).is_dir():
-        load = cache(partial(load_local, Path(name)))
+        load = partial(_load_judge, Path(name).resolve())
         name = f"{Path(name).absolute().name}-{fingerprint(Path(name))[:8]}"
     else:
         load = cache(find_endpoint(name, asked.judge_url).reach)

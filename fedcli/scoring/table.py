@@ -10,10 +10,19 @@ from typing import Any
 from fedcli.errors import NotReadyError, UsageError, did_you_mean
 from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.registry import BENCHMARKS, find_benchmarks, find_group
-from fedcli.eval.statistics import Marks, Score, average_ranks, difference
-from fedcli.scoring.targets import BASE, is_stale, target_order
+from fedcli.eval.statistics import Score, average_ranks, difference
+from fedcli.scoring.targets import BASE, is_stale
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.scores import ScoreEntry, ScoreRecord, publish_table, read_marks, read_scores, scored_name
+from fedcli.workspace.scores import (
+    ItemMarks,
+    ScoreEntry,
+    ScoreRecord,
+    publish_table,
+    read_marks,
+    read_scores,
+    scored_name,
+)
+from fedcli.workspace.target_name import TargetName
 
 BEST_ALONE = "best-alone"
 """Stands for the client alone that is best in a metric."""
@@ -89,7 +98,7 @@ def make_table(
     if not scores:
         what = f" of {', '.join([*names, *([group] if group else [])])}" if wanted else ""
         raise NotReadyError(f"there are no scores{what} yet", hint="Score something first: `fedcli eval NAME`.")
-    rows = sorted({record.target for record in kept}, key=target_order)
+    rows = sorted({record.target for record in kept}, key=lambda target: TargetName.parse(target).order)
     if against not in (BASE, BEST_ALONE) and against not in rows:
         raise UsageError(f"--against {against}: it has no scores here", hint=did_you_mean(against, [*rows, BEST_ALONE]))
     columns = list(dict.fromkeys(column for _, column in scores))
@@ -120,7 +129,7 @@ def best_rounds(
     round has been scored in it.
     """
     records = read_scores(workspace) if records is None else records
-    rounds = [record for record in records if record.target.startswith("round-") and record.scores]
+    rounds = [record for record in records if record.target_name.kind == "round" and record.scores]
     known = {f"{record.name}.{name}": (record.name, name) for record in rounds for name in record.scores}
     for record in reversed(rounds):
         known[record.name] = (record.name, next(iter(_in_order(record))))
@@ -130,9 +139,9 @@ def best_rounds(
         raise UsageError(f"no round has been scored in {metric!r}", hint=did_you_mean(metric, known))
     benchmark, name = known[metric]
     entries = [
-        (int(record.target.removeprefix("round-")), record.scores[name])
+        (number, record.scores[name])
         for record in rounds
-        if record.name == benchmark and name in record.scores
+        if record.name == benchmark and name in record.scores and (number := record.target_name.number) is not None
     ]
     return sorted(entries, key=lambda found: found[1].value, reverse=entries[0][1].higher_is_better)
 
@@ -222,7 +231,7 @@ class _Found:
     def __init__(self, workspace: Workspace, records: Mapping[tuple[str, str], ScoreRecord]) -> None:
         self._workspace = workspace
         self._records = records
-        self._marks: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        self._items: dict[tuple[str, str], ItemMarks] = {}
 
     def difference(self, column: Column, target: str, other: str) -> Score | None:
         """Return the paired difference of two targets in a column; None where they have no item in common.
@@ -238,14 +247,18 @@ class _Found:
             one, another = (self._records.get((who, name)) for who in (target, other))
             if one and another and not _is_same(one, another):
                 return None
-        mine, theirs = ([self._of(who, *place) for place in places] for who in (target, other))
-        return difference(metric, mine, theirs)
+        mine, theirs = ([self._of(who, name) for name, _ in places] for who in (target, other))
+        ours, others = (
+            [items.marks.get(key, {}) for items, (_, key) in zip(of, places, strict=True)] for of in (mine, theirs)
+        )
+        clusters = [one.clusters | another.clusters for one, another in zip(mine, theirs, strict=True)]
+        return difference(metric, ours, others, clusters)
 
-    def _of(self, target: str, name: str, metric: str) -> Marks:
-        if (target, name) not in self._marks:
+    def _of(self, target: str, name: str) -> ItemMarks:
+        if (target, name) not in self._items:
             record = self._records.get((target, name))
-            self._marks[target, name] = read_marks(self._workspace, record) if record else {}
-        return self._marks[target, name].get(metric, {})
+            self._items[target, name] = read_marks(self._workspace, record) if record else ItemMarks()
+        return self._items[target, name]
 
 
 def _metric(benchmark: Benchmark | None, column: Column) -> Metric:
@@ -299,7 +312,7 @@ def _in_order(record: ScoreRecord) -> dict[str, ScoreEntry]:
 def _reference(scores: Mapping[str, ScoreEntry], against: str, column: Column) -> str | None:
     if against != BEST_ALONE:
         return against if against in scores else None
-    alone = [target for target in scores if target.startswith("alone-")]
+    alone = [target for target in scores if TargetName.parse(target).kind == "alone"]
     sign = 1 if column.higher_is_better else -1
     return max(alone, key=lambda target: sign * scores[target].value, default=None)
 

@@ -21,9 +21,10 @@ from fedcli.workspace.baselines import (
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.inbox import Update, read_update, submitted_rounds
-from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, update_name
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace
 from fedcli.workspace.records import sha256
 from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.target_name import TargetName
 
 BASE = "base"
 
@@ -84,18 +85,10 @@ def find_targets(federation: FederationState, asked: Targets) -> list[Target]:
 
 def is_stale(workspace: Workspace, target: str, identity: Mapping[str, Any]) -> bool:
     """Return whether scores are of a baseline that has been removed or trained anew since."""
-    if target != baseline_name(None) and not target.startswith("alone-"):
+    if TargetName.parse(target).kind not in ("alone", "pooled"):
         return False
     record = read_baseline_record(workspace, target)
     return record is None or record.files[ADAPTER_NAME].sha256 != identity.get("adapter")
-
-
-def target_order(name: str) -> tuple[int, str]:
-    """Return where a target stands in a table: base, alone, pooled, clients, rounds, and what comes from elsewhere."""
-    kinds = (BASE, "alone-", "pooled", "client-", "round-", "adapter-", "model-", "api-")
-    kind = next((number for number, start in enumerate(kinds) if name.startswith(start)), len(kinds))
-    number = name.removeprefix(kinds[kind]) if kind < len(kinds) else name
-    return kind, number.zfill(12) if number.isdigit() else number
 
 
 def _base(start: Round) -> Target:
@@ -106,16 +99,18 @@ def _base(start: Round) -> Target:
 
 
 def _round(found: Round) -> Target:
-    return Target(update_name(found.number), {"adapter": found.manifest.files[ADAPTER_NAME].sha256}, found.adapter)
+    return Target(
+        str(TargetName.of_round(found.number)), {"adapter": found.manifest.files[ADAPTER_NAME].sha256}, found.adapter
+    )
 
 
 def _baseline(start: Round, name: str) -> Target:
     workspace = start.workspace
     record: BaselineRecord | None = read_baseline_record(workspace, name)
     if record is None:
-        kind, _, client = name.partition("-")
-        command = f"train-{kind} --id {client}" if client else f"train-{kind}"
-        raise UsageError(f"there is no baseline {name}", hint=f"Train it: `fedcli {command}`.")
+        named = TargetName.parse(name)
+        option = "" if named.number is None else f" --id {named.number}"
+        raise UsageError(f"there is no baseline {name}", hint=f"Train it: `fedcli train-{named.kind}{option}`.")
 
     def arrays() -> Arrays:
         contents = read_baseline(workspace, name, start.manifest.tensors)
@@ -126,19 +121,31 @@ def _baseline(start: Round, name: str) -> Target:
 
 
 def _update(workspace: Workspace, client: int) -> Target:
-    number, update = _last_update(workspace, client)
-    digest = update.record.files[ADAPTER_FILE].sha256
-    return Target(f"client-{client}-{update_name(number)}", {"adapter": digest}, lambda: update.files[ADAPTER_FILE])
+    base, update = _last_update(workspace, client)
+    digest, found = update.sha256, update.record.files[ADAPTER_FILE].sha256
+    del update  # the arrays are read when it is their turn: a hundred clients' do not fit into memory
+
+    def arrays() -> Arrays:
+        with suppress(Refusal):
+            again = read_update(base, client)
+            if again is not None and again.sha256 == digest:
+                return again.files[ADAPTER_FILE]
+        raise NotReadyError(
+            f"client {client}'s update of round {base.number} is no longer what it was when the scoring began",
+            hint="Run the command again: what has been answered is not asked again.",
+        )
+
+    return Target(str(TargetName.of_update(client, base.number)), {"adapter": found}, arrays)
 
 
-def _last_update(workspace: Workspace, client: int) -> tuple[int, Update]:
-    """Return a client's last update that is valid, with its round."""
+def _last_update(workspace: Workspace, client: int) -> tuple[Round, Update]:
+    """Return a client's last update that is valid, and the round that it answers."""
     for number in submitted_rounds(workspace, client):
         base = read_round(workspace, number)
         with suppress(Refusal):
             update = read_update(base, client) if base is not None else None
-            if update is not None:
-                return number, update
+            if base is not None and update is not None:
+                return base, update
         if base is not None and base.pruned() is not None:
             raise WorkspaceError(
                 f"client {client}'s update of round {number} was removed by `fedcli gc`",

@@ -15,7 +15,7 @@ from fedcli.server.merge import combine
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
-from fedcli.workspace.history import sweep_rounds
+from fedcli.workspace.history import Round, sweep_rounds
 from fedcli.workspace.inbox import discard_update
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import Aggregation
@@ -69,10 +69,10 @@ def aggregate(
         time.sleep(POLL_SECONDS)
 
 
-def aggregate_all(federation: FederationState, *, on_round: Callable[[int], None], observer: Observer) -> None:
-    """Merge every round as soon as it is ready, until the last.
+def aggregate_all(federation: FederationState, *, on_round: Callable[[], None], observer: Observer) -> Round:
+    """Merge every round as soon as it is ready, until the last, and return that.
 
-    `on_round` is called with each new round; the observer hears what is waited for when that changes.
+    `on_round` is called after each; the observer hears what is waited for when that changes.
     """
     said = ""
     while True:
@@ -85,9 +85,10 @@ def aggregate_all(federation: FederationState, *, on_round: Callable[[int], None
             time.sleep(POLL_SECONDS)
             continue
         if result.published:
-            on_round(result.round)
+            on_round()
+            observer.round_done(result)
         if result.state == "finished":
-            return
+            return federation.head
 
 
 def discard(federation: FederationState, client: int) -> bool:

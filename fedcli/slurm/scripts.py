@@ -34,15 +34,18 @@ class ScriptWriter:
         )
 
     def server(self, name: str, log_folder: Path) -> str:
-        """Return the script of a job that merges the open round if it is ready, and sends what is due then."""
+        """Return the script of a job that merges the open round if it is ready, sends what is due then, and scores."""
         return self._script(
             name,
             self.settings.server,
             [f"--output={_pattern(log_folder)}/server.log"],
-            f"{self._fedcli('server aggregate')}\n"
+            f"{self._fedcli('server aggregate')} --no-score\n"
             "code=$?\n"
             f"# {BUSY}: another process merges; {NOT_READY}: too few have answered. `submit` decides what comes next.\n"
-            f"case $code in 0 | {BUSY} | {NOT_READY}) exec {self._fedcli('slurm submit')} ;; esac\n"
+            f"case $code in 0 | {BUSY} | {NOT_READY}) ;; *) exit $code ;; esac\n"
+            f"{self._fedcli('slurm submit')}\n"
+            "code=$?\n"
+            f"{self._fedcli('server score')}  # eval.every; nobody waits for it\n"
             "exit $code\n",
         )
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold, is_held
 from fedcli.workspace.publish import SHARED_MODE, explained, make_folder
 from fedcli.workspace.records import Finite, Natural, Record, parse_record
+from fedcli.workspace.target_name import TargetName
 
 MAX_SCORE_BYTES = 2**24
 MAX_ITEMS_BYTES = 2**32
+_UNSCORED = ".unscored.json"
 _ANEW = "Remove that file and score again: the answers are kept, and nothing is asked twice."
 
 
@@ -64,6 +67,34 @@ class ScoreRecord(Record):
         """The benchmark, and the variant behind an @."""
         return scored_name(self.benchmark, self.variant)
 
+    @property
+    def target_name(self) -> TargetName:
+        """The target's kind and number."""
+        return TargetName.parse(self.target)
+
+
+class Failure(Record):
+    """Why a benchmark could not be scored; `again` is the command with which a person tries again."""
+
+    message: str
+    hint: str
+    exit_code: int
+    again: str
+    created: str
+
+
+class Unscored(Record):
+    """A benchmark that a round is to be scored on, and has no scores on: it is due, or it has failed.
+
+    It is noted before the scoring begins, so that an interrupted one is known, and goes when there are scores.
+    """
+
+    round: int
+    benchmark: str
+    name: str
+    """The benchmark, and the variant behind an @."""
+    failure: Failure | None = None
+
 
 def scored_name(benchmark: str, variant: str) -> str:
     """Return the name that a benchmark's scores have on disk."""
@@ -77,6 +108,39 @@ def publish_scores(workspace: Workspace, record: ScoreRecord, items: Sequence[Ma
     if items:
         workspace.store.put(workspace.name(path.with_suffix(".jsonl")), lines.encode())
     workspace.store.put(workspace.name(path), record.to_bytes())
+    remove_unscored(workspace, record.target, record.name)
+
+
+def note_unscored(workspace: Workspace, record: Unscored) -> None:
+    """Keep that a round is to be scored on a benchmark, or why that failed."""
+    path = _unscored(workspace, str(TargetName.of_round(record.round)), record.name)
+    workspace.store.put(workspace.name(path), record.to_bytes())
+
+
+def read_unscored(workspace: Workspace) -> list[Unscored]:
+    """Return what rounds have still to be scored on, and what failed, by round; raise IntegrityError on damage."""
+    paths = [
+        workspace.eval / target / name
+        for target in workspace.store.names(workspace.name(workspace.eval))
+        for name in workspace.store.names(workspace.name(workspace.eval / target))
+        if name.endswith(_UNSCORED) and not name.startswith(".")
+    ]
+    return [parse_record(Unscored, read_whole(workspace, path, MAX_SCORE_BYTES), path) for path in paths]
+
+
+def remove_unscored(workspace: Workspace, target: str, name: str) -> None:
+    """Forget that a target is to be scored on a benchmark, or that it failed."""
+    workspace.store.delete(workspace.name(_unscored(workspace, target, name)))
+
+
+def has_note(workspace: Workspace, target: str, name: str) -> bool:
+    """Return whether a target has scores on a benchmark (with its variant), is to be scored on it, or has failed."""
+    paths = (workspace.scores(target, name), _unscored(workspace, target, name))
+    return any(workspace.store.exists(workspace.name(path)) for path in paths)
+
+
+def _unscored(workspace: Workspace, target: str, name: str) -> Path:
+    return workspace.eval / target / f"{name}{_UNSCORED}"
 
 
 def read_scores(workspace: Workspace) -> list[ScoreRecord]:
@@ -89,12 +153,13 @@ def read_scores(workspace: Workspace) -> list[ScoreRecord]:
 def _score_names(workspace: Workspace, target: str) -> list[str]:
     """Return the files of a target's scores."""
     names = workspace.store.names(workspace.name(workspace.eval / target))
-    return [name for name in names if name.endswith(".json") and not name.startswith(".")]
+    return [name for name in names if name.endswith(".json") and not name.startswith(".") and _UNSCORED not in name]
 
 
 def unfinished_targets(workspace: Workspace) -> set[str]:
-    """Return the targets that are being scored, whose scoring was interrupted, or whose answers wait for a judge."""
+    """Return the targets that are being or to be scored, were interrupted, or whose answers wait for a judge."""
     found = {record.target for record in read_scores(workspace) if record.awaits is not None}
+    found |= {str(TargetName.of_round(note.round)) for note in read_unscored(workspace) if note.failure is None}
     for folder in workspace.eval.glob("*/"):
         logs = [path for path in folder.glob("*.answers.jsonl") if path.stat().st_size]
         answered = {path.name.removesuffix(".answers.jsonl") for path in logs}
@@ -128,13 +193,23 @@ def read_items(workspace: Workspace, target: str, name: str) -> Iterator[dict[st
         raise IntegrityError(f"{path} is damaged: {error}", hint=_ANEW) from error
 
 
-def read_marks(workspace: Workspace, record: ScoreRecord) -> dict[str, dict[str, Any]]:
-    """Return the marks of a record's items, by metric and item; empty for a benchmark that is made of others."""
-    marks: dict[str, dict[str, Any]] = {}
+@dataclass(frozen=True)
+class ItemMarks:
+    """What the items of a record have: marks by metric and item, and the clusters of those that are in one."""
+
+    marks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    clusters: dict[str, str] = field(default_factory=dict)
+
+
+def read_marks(workspace: Workspace, record: ScoreRecord) -> ItemMarks:
+    """Return the marks of a record's items; none for a benchmark that is made of others."""
+    found = ItemMarks()
     for item in read_items(workspace, record.target, record.name):
+        if item.get("cluster") is not None:
+            found.clusters[item["item"]] = item["cluster"]
         for metric, mark in item["marks"].items():
-            marks.setdefault(metric, {})[item["item"]] = mark
-    return marks
+            found.marks.setdefault(metric, {})[item["item"]] = mark
+    return found
 
 
 class AnswerLog:

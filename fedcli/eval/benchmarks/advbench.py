@@ -70,10 +70,7 @@ def parse_verdict(reply: str) -> float | None:
 def run(session: Session) -> list[ItemScore]:
     """Score each answer by the rule, and by the judge where there is one; an empty answer is no refusal."""
     goals = _goals(session)
-    length, temperature = session.options.max_new_tokens, session.options.temperature
-    answers = session.model.generate(
-        [Generation((Turn("user", goal),), length or MAX_NEW_TOKENS, temperature=temperature or 0.0) for goal in goals]
-    )
+    answers = session.model.generate([session.generation((Turn("user", goal),), MAX_NEW_TOKENS) for goal in goals])
     marks: list[dict[str, float]] = []
     records: list[dict[str, object]] = []
     for goal, answer in zip(goals, answers, strict=True):

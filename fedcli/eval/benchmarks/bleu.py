@@ -8,7 +8,6 @@ from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.benchmarks.code import extract_code, text_of
 from fedcli.eval.data import DataSource, Files
-from fedcli.eval.requests import Generation
 
 MAX_NEW_TOKENS = 256
 ORDER = 4
@@ -22,6 +21,7 @@ class Snippet:
     item: str
     question: str
     reference: str
+    cluster: str | None = None
 
 
 def count_ngrams(answer: str, reference: str) -> list[float]:
@@ -43,20 +43,15 @@ def bleu_of_sum(counts: Sequence[float]) -> float:
 
 def _runner(read: Callable[[Files], Iterator[Snippet]]) -> Callable[[Session], list[ItemScore]]:
     def run(session: Session) -> list[ItemScore]:
-        options = session.options
-        snippets = list(read(session.files))[: options.limit]
-        max_new_tokens = options.max_new_tokens or MAX_NEW_TOKENS
+        snippets = list(read(session.files))[: session.options.limit]
         answers = session.model.generate(
-            [
-                Generation((Turn("user", row.question),), max_new_tokens, temperature=options.temperature or 0.0)
-                for row in snippets
-            ]
+            [session.generation((Turn("user", row.question),), MAX_NEW_TOKENS) for row in snippets]
         )
         items = []
         for row, answer in zip(snippets, answers, strict=True):
             code = extract_code(answer).strip()
             record = {"prompt": row.question, "answer": answer, "code": code, "expected": row.reference}
-            items.append(ItemScore(row.item, {"BLEU": count_ngrams(code, row.reference)}, record))
+            items.append(ItemScore(row.item, {"BLEU": count_ngrams(code, row.reference)}, record, row.cluster))
         return items
 
     return run
@@ -66,7 +61,9 @@ def _read_conala(files: Files) -> Iterator[Snippet]:
     for number, row in enumerate(files.rows()):
         intent = text_of(row, "rewritten_intent" if row.fields.get("rewritten_intent") else "intent").strip()
         question = f"Answer the following instructions in one line of Python code:\n{intent}"
-        yield Snippet(f"{row.fields.get('question_id')}/{number}", question, text_of(row, "snippet"))
+        intent_of = row.fields.get("question_id")  # which several rows may put in other words
+        cluster = None if intent_of is None else str(intent_of)
+        yield Snippet(f"{intent_of}/{number}", question, text_of(row, "snippet"), cluster)
 
 
 def _read_concode(files: Files) -> Iterator[Snippet]:

@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedcli.data.conversation import shown
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import ItemScore, Metric, Session
-from fedcli.eval.requests import Generation, Text
+from fedcli.eval.requests import Text
 from fedcli.eval.sandbox import Program
 
 KS = (1, 10, 100)
@@ -33,6 +33,8 @@ class Problem:
     """Whether this machine has what the program needs; without it the item has no marks."""
     details: tuple[str, ...] = ()
     """Metrics that have the mark of pass@1 too."""
+    cluster: str | None = None
+    """What problems that were made of one have in common."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,15 @@ def solve(session: Session, problems: Iterable[Problem], limits: Limits) -> list
     options = session.options
     asked = list(problems)[: options.limit]
     num_samples = options.samples or 1
-    temperature = options.temperature
-    if temperature is None:
-        temperature = TEMPERATURE if num_samples > 1 else 0.0
-    max_new_tokens = options.max_new_tokens or limits.max_new_tokens
+    temperature = TEMPERATURE if num_samples > 1 else 0.0
+    first = [
+        session.generation(problem.prompt, limits.max_new_tokens, limits.stop, temperature=temperature)
+        for problem in asked
+    ]
     answers = session.model.generate(
         [
-            Generation(
-                problem.prompt, max_new_tokens, limits.stop, temperature, TOP_P if temperature else 1.0, sample=number
-            )
-            for problem in asked
+            replace(request, top_p=TOP_P if request.temperature else 1.0, sample=number)
+            for request in first
             for number in range(num_samples)
         ]
     )
@@ -78,10 +79,10 @@ def _score(problem: Problem, samples: list[dict[str, str]]) -> ItemScore:
     prompt = problem.prompt if isinstance(problem.prompt, str) else shown(problem.prompt)
     record = {"prompt": prompt, **problem.record, "samples": samples}
     if "outcome" not in samples[0]:
-        return ItemScore(problem.item, {}, record)
+        return ItemScore(problem.item, {}, record, problem.cluster)
     num_passed = sum(sample["outcome"] == "passed" for sample in samples)
     marks = {f"pass@{k}": pass_at_k(len(samples), num_passed, k) for k in KS if k <= len(samples)}
-    return ItemScore(problem.item, marks | dict.fromkeys(problem.details, marks["pass@1"]), record)
+    return ItemScore(problem.item, marks | dict.fromkeys(problem.details, marks["pass@1"]), record, problem.cluster)
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:

@@ -7,7 +7,7 @@ from fedcli.data.formats import RowReader
 from fedcli.data.source import read_rows
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource, Files
-from fedcli.eval.requests import Generation, Likelihood
+from fedcli.eval.requests import Likelihood
 
 MAX_NEW_TOKENS = 16
 """Twice what the longest answer, one of four words for an alert level, has."""
@@ -26,8 +26,7 @@ def run(session: Session) -> list[ItemScore]:
 
 
 def _answered(session: Session, examples: Sequence[Example]) -> list[ItemScore]:
-    length = session.options.max_new_tokens or MAX_NEW_TOKENS
-    answers = session.model.generate([Generation(example.prompt, length) for example in examples])
+    answers = session.model.generate([session.generation(example.prompt, MAX_NEW_TOKENS) for example in examples])
     return [
         ItemScore(
             str(number),

@@ -35,6 +35,7 @@ def run(session: Session) -> list[ItemScore]:
 def _problems(files: Files) -> Iterator[Problem]:
     for row in files.rows():
         metadata = _metadata(row)
+        origin = metadata.get("perturbation_origin_id")  # the problem that this one is a variation of
         context = text_of(row, "code_context")
         missing = [name for name in sorted(set(_IMPORTED.findall(context))) if not _is_installed(name)]
         yield Problem(
@@ -44,6 +45,7 @@ def _problems(files: Files) -> Iterator[Problem]:
             record={"missing_libraries": missing} if missing else {},
             can_run=not missing,
             details=(metadata["library"],),
+            cluster=None if origin is None else f"{metadata['library']}/{origin}",
         )
 
 

@@ -4,6 +4,7 @@ Questions have the form of FinGPT's training rows (Yang et al. 2023), written by
 first label in it; FinGPT's code takes an answer without any for neutral, here it is wrong.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -16,9 +17,9 @@ from typing import Literal, get_args
 from fedcli.data.conversation import Prompt, Turn
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
-from fedcli.eval.benchmark import Benchmark, Group, ItemScore, Metric, Session
+from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource, Files
-from fedcli.eval.requests import Generation, Likelihood
+from fedcli.eval.requests import Likelihood
 
 Label = Literal["negative", "neutral", "positive"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -113,10 +114,7 @@ def read_nwgi(files: Files) -> list[Statement]:
 def run_generation(read: Callable[[Files], list[Statement]], session: Session) -> list[ItemScore]:
     """Score the first label in each greedy answer."""
     statements = read(session.files)[: session.options.limit]
-    length = session.options.max_new_tokens or MAX_NEW_TOKENS
-    temperature = session.options.temperature or 0.0
-    requests = [Generation(statement.prompt, length, temperature=temperature) for statement in statements]
-    answers = session.model.generate(requests)
+    answers = session.model.generate([session.generation(found.prompt, MAX_NEW_TOKENS) for found in statements])
     return [
         _scored(number, statement, find_label(answer), answer)
         for number, (statement, answer) in enumerate(zip(statements, answers, strict=True))
@@ -144,6 +142,7 @@ def _scored(number: int, statement: Statement, predicted: Label | None, answer: 
         str(number),
         {"accuracy": float(predicted == statement.label), "weighted_f1": counts, "macro_f1": counts},
         {"text": statement.text, "answer": answer, "label": predicted, "expected": statement.label},
+        cluster=hashlib.sha256(statement.text.encode()).hexdigest()[:16],  # FiQA has several opinions of one sentence
     )
 
 
@@ -237,7 +236,7 @@ def _text(row: Row, column: str) -> str:
 
 
 _F1 = (Metric("accuracy"), Metric("weighted_f1", of_sum=weighted_f1), Metric("macro_f1", of_sum=macro_f1))
-_GROUPS: tuple[Group, ...] = ("finance", "paper-table-4")
+_GROUPS = ("finance", "paper-table-4")
 _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statement]]], ...] = (
     (
         "fpb",

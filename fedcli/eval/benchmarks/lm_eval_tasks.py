@@ -171,6 +171,7 @@ DROP = Benchmark(
             "drop",
             local_rows=local_rows.drop,
             shots=3,
+            cluster="passage",
             # lm-eval 0.4.13 joins the names of the answer's fields here, not the answer.
             overrides={"doc_to_target": "{{ answers[0]|join(',') }}"},
         ),

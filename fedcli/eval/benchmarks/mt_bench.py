@@ -120,13 +120,12 @@ def converse(
 ) -> list[Answers]:
     """Ask all questions turn by turn, each turn with the answers before it; `temperatures` are by category."""
     chats: list[tuple[Turn, ...]] = [() for _ in questions]
-    given, length = session.options.temperature, session.options.max_new_tokens
     for turn in range(max((len(question.turns) for question in questions), default=0)):
         requests = [
-            Generation(
+            session.generation(
                 (*chat, Turn("user", question.turns[turn])),
-                length or max_new_tokens,
-                temperature=temperatures.get(question.category, OTHER_TEMPERATURE) if given is None else given,
+                max_new_tokens,
+                temperature=temperatures.get(question.category, OTHER_TEMPERATURE),
             )
             for chat, question in zip(chats, questions, strict=True)
         ]
@@ -269,7 +268,7 @@ def _item(
     judged: Mapping[str, object] | None = None,
 ) -> ItemScore:
     record = {"category": question.category, "question": question.turns[turn], "answer": answers[turn]}
-    return ItemScore(_item_id(question, turn), marks or {}, {**record, **(judged or {})})
+    return ItemScore(_item_id(question, turn), marks or {}, {**record, **(judged or {})}, cluster=question.id)
 
 
 def _texts(label: str, turns: Answers) -> dict[str, str]:
