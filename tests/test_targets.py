@@ -12,7 +12,6 @@ from fedcli import Federation
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.scoring.targets import Targets, find_targets
 from fedcli.workspace.inbox import Update
-from fedcli.workspace.layout import Workspace
 from fedcli.workspace.target_name import TargetName
 
 NAMES = {
@@ -46,7 +45,7 @@ def test_a_round_is_named_by_its_number_or_as_the_latest(small: Path) -> None:
     for name in ("last", "-1", "1.0", "", "\u00b2", "\u0663"):
         with pytest.raises(UsageError, match="no such round"):
             Federation.open(small).round(name)
-    with pytest.raises(NotReadyError, match="round 7 is not there yet: the latest is 0"):
+    with pytest.raises(NotReadyError, match="there is no round 7 yet: the latest is 0"):
         Federation.open(small).round("7")
 
 
