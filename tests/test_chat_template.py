@@ -3,6 +3,7 @@
 The texts that are expected are not taken from the package: chat_templates.py writes them out.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ from support.tokenizer_kinds import (
     read_back,
     stretches,
     turns_of,
+    with_every_kind,
 )
 from transformers import PreTrainedTokenizerFast
 
@@ -47,6 +49,7 @@ PAIRS = [
 TEXTS = [text[:2000] for chat, name in PAIRS for text in CHATS[chat].parts(CONVERSATIONS[name])]
 
 
+@functools.cache
 def made(kind: str) -> PreTrainedTokenizerFast:
     tokenizer = KINDS[kind](TEXTS)
     if tokenizer.sep_token:  # BERT's has no start and end, which chat templates write
@@ -57,16 +60,6 @@ def made(kind: str) -> PreTrainedTokenizerFast:
 def with_chat(tokenizer: PreTrainedTokenizerFast, jinja: str) -> PreTrainedTokenizerFast:
     tokenizer.chat_template = jinja
     return tokenizer
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def any_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    return made(kind)
 
 
 @pytest.fixture
@@ -90,11 +83,9 @@ def comparable(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     return text.replace(" ", "") if is_metaspace(tokenizer) else text
 
 
-@pytest.mark.parametrize(("chat", "name"), PAIRS)
-def test_what_is_learnt_is_every_response_and_its_end_token(
-    any_tokenizer: PreTrainedTokenizerFast, chat: str, name: str
-) -> None:
-    tokenizer = with_chat(any_tokenizer, CHATS[chat].jinja)
+@pytest.mark.parametrize(("kind", "chat", "name"), with_every_kind(PAIRS))
+def test_what_is_learnt_is_every_response_and_its_end_token(kind: str, chat: str, name: str) -> None:
+    tokenizer = with_chat(made(kind), CHATS[chat].jinja)
     turns = CONVERSATIONS[name]
     found = stretches(one(tokenizer, turns))
     expected = CHATS[chat].parts(turns)
@@ -109,11 +100,9 @@ def test_what_is_learnt_is_every_response_and_its_end_token(
     assert all(part.ids.index(end_id) == len(part.ids) - 1 for part in found[1::2])
 
 
-@pytest.mark.parametrize("chat", [chat for chat in CHATS if chat != "no end"])
-def test_ids_are_the_tokenizers_own_and_the_mask_is_where_the_responses_are(
-    any_tokenizer: PreTrainedTokenizerFast, kind: str, chat: str
-) -> None:
-    tokenizer = with_chat(any_tokenizer, CHATS[chat].jinja)
+@pytest.mark.parametrize(("kind", "chat"), with_every_kind([(chat,) for chat in CHATS if chat != "no end"]))
+def test_ids_are_the_tokenizers_own_and_the_mask_is_where_the_responses_are(kind: str, chat: str) -> None:
+    tokenizer = with_chat(made(kind), CHATS[chat].jinja)
     compared = set()
     for name in [name for other, name in PAIRS if other == chat]:
         parts = CHATS[chat].parts(CONVERSATIONS[name])
@@ -146,12 +135,12 @@ def test_the_mask_is_that_of_a_template_with_generation_marks(plain: PreTrainedT
     assert row.supervised.astype(int).tolist() == marked["assistant_masks"]
 
 
-@pytest.mark.parametrize("name", ["unicode", "newlines in front", "spaces in front"])
-@pytest.mark.parametrize("chat", CHATS)
-def test_generation_sees_before_each_response_what_training_saw(
-    any_tokenizer: PreTrainedTokenizerFast, chat: str, name: str
-) -> None:
-    tokenizer = with_chat(any_tokenizer, CHATS[chat].jinja)
+@pytest.mark.parametrize(
+    ("kind", "chat", "name"),
+    with_every_kind([(chat, name) for chat in CHATS for name in ("unicode", "newlines in front", "spaces in front")]),
+)
+def test_generation_sees_before_each_response_what_training_saw(kind: str, chat: str, name: str) -> None:
+    tokenizer = with_chat(made(kind), CHATS[chat].jinja)
     turns = CONVERSATIONS[name]
     encoder = Encoder(tokenizer, "chat")
     seen: list[int] = []
@@ -175,10 +164,9 @@ def test_the_start_token_is_where_the_chat_template_writes_it(chat: str, num_sta
         assert (ids[0] == tokenizer.bos_token_id) == (num_starts > 0)
 
 
-def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_cut(
-    any_tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    encoder = Encoder(with_chat(any_tokenizer, CHATML), "chat")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_cut(kind: str) -> None:
+    encoder = Encoder(with_chat(made(kind), CHATML), "chat")
     example = Example(turns_of("What is it?", "Blue, of course.", "And then?", "Green."))
     (whole,) = encoder.rows([example], 10**6).examples
     for length in range(1, whole.num_tokens + 1):
@@ -196,11 +184,9 @@ def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_
     assert encoder.end_id not in cut.ids[whole.prompt_length :]
 
 
-@pytest.mark.parametrize("chat", [chat for chat in CHATS if CHATS[chat].system])
-def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(
-    any_tokenizer: PreTrainedTokenizerFast, chat: str
-) -> None:
-    tokenizer = with_chat(any_tokenizer, CHATS[chat].jinja)
+@pytest.mark.parametrize(("kind", "chat"), with_every_kind([(chat,) for chat in CHATS if CHATS[chat].system]))
+def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(kind: str, chat: str) -> None:
+    tokenizer = with_chat(made(kind), CHATS[chat].jinja)
     encoder = Encoder(tokenizer, "chat")
     prompt = turns_of("Name one.", "Red.", "Another?", "Green.", "And one more?", system="You name colours.")
     (pair,) = encoder.pairs([Preference(prompt, "Blue, of course.", "What?")], 10**6).examples
@@ -270,16 +256,18 @@ def test_where_a_template_rewrites_earlier_turns_the_last_response_alone_is_lear
     assert tokenizer.decode(row.ids.tolist()) == tokenizer.decode(whole)
 
 
-@pytest.mark.parametrize("token", ["</s>", "<s>", "<pad>", "<|im_end|>", "<|im_start|>user\n"])
-@pytest.mark.parametrize("place", range(4))
-def test_a_special_token_that_is_spelt_out_leaves_the_conversation_out(
-    any_tokenizer: PreTrainedTokenizerFast, token: str, place: int
-) -> None:
+SPELT_OUT = ["</s>", "<s>", "<pad>", "<|im_end|>", "<|im_start|>user\n"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "token", "place"), with_every_kind([(token, place) for token in SPELT_OUT for place in range(4)])
+)
+def test_a_special_token_that_is_spelt_out_leaves_the_conversation_out(kind: str, token: str, place: int) -> None:
     texts = ["s", "q", "a", "q2"]
     texts[place] = f"a {token} b"
     system, *spoken = texts
     turns = turns_of(*spoken, "a2", system=system)
-    tokenizer = with_chat(any_tokenizer, CHATML)
+    tokenizer = with_chat(made(kind), CHATML)
     assert left_out(tokenizer, turns, SHORT) == {"malformed": 1}
     encoded = Encoder(tokenizer, "chat").pairs([Preference(turns[:-1], "a", "b"), Preference(SHORT[:1], "a", "b")], 999)
     assert (len(encoded.examples), encoded.left_out) == (1, {"malformed": 1})

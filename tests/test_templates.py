@@ -3,6 +3,7 @@
 The texts that are expected are written here, not taken from the package.
 """
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from support.tokenizer_kinds import (
     read_back,
     stretches,
     turns_of,
+    with_every_kind,
 )
 from transformers import PreTrainedTokenizerFast
 
@@ -87,9 +89,13 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
-    return KINDS[request.param](TEXTS)
+WITH_CONVERSATIONS = with_every_kind([(template, name) for template in TEMPLATES for name in CONVERSATIONS])
+WITH_TEMPLATES = with_every_kind([(template,) for template in TEMPLATES])
+
+
+@functools.cache
+def made(kind: str) -> PreTrainedTokenizerFast:
+    return KINDS[kind](TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +121,9 @@ def in_front(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     return f" {text}" if is_metaspace(tokenizer) and not text.startswith(" ") else normalised(tokenizer, text)
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_what_is_learnt_is_every_response_and_one_end_token_behind_it(
-    tokenizer: PreTrainedTokenizerFast, template: str, name: str
-) -> None:
+@pytest.mark.parametrize(("kind", "template", "name"), WITH_CONVERSATIONS)
+def test_what_is_learnt_is_every_response_and_one_end_token_behind_it(kind: str, template: str, name: str) -> None:
+    tokenizer = made(kind)
     encoder = Encoder(tokenizer, TEMPLATES[template])
     turns = CONVERSATIONS[name]
     row = one(tokenizer, TEMPLATES[template], turns)
@@ -140,11 +144,9 @@ def test_what_is_learnt_is_every_response_and_one_end_token_behind_it(
     assert found == [(in_front(tokenizer, prompt), normalised(tokenizer, response)) for prompt, response in expected]
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_generation_sees_before_each_response_what_training_saw(
-    tokenizer: PreTrainedTokenizerFast, template: str, name: str
-) -> None:
+@pytest.mark.parametrize(("kind", "template", "name"), WITH_CONVERSATIONS)
+def test_generation_sees_before_each_response_what_training_saw(kind: str, template: str, name: str) -> None:
+    tokenizer = made(kind)
     encoder = Encoder(tokenizer, TEMPLATES[template])
     turns = CONVERSATIONS[name]
     parts = stretches(one(tokenizer, TEMPLATES[template], turns))
@@ -230,11 +232,12 @@ def merging(kind: str) -> PreTrainedTokenizerFast:
 BEGINNINGS = ["x b", ": x", "\nx", " x"]
 
 
-@pytest.mark.parametrize("separator", ["", "\n", " "])
-@pytest.mark.parametrize("response", BEGINNINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "separator", "response"),
+    with_every_kind([(separator, response) for separator in ("", "\n", " ") for response in BEGINNINGS]),
+)
 def test_nothing_is_added_to_a_response_that_the_tokenizer_would_merge_with_its_prompt(
-    kind: str, response: str, separator: str
+    kind: str, separator: str, response: str
 ) -> None:
     tokenizer = merging(kind)
     form = CustomTemplate(user="Q: {instruction}\n", assistant="A:", separator=separator)
@@ -252,10 +255,9 @@ def test_most_kinds_of_tokenizers_merge_a_prompt_with_what_follows() -> None:
     assert merge == [kind for kind in KINDS if kind.startswith(("byte-level", "metaspace BPE"))]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_cut(
-    tokenizer: PreTrainedTokenizerFast, template: str
-) -> None:
+@pytest.mark.parametrize(("kind", "template"), WITH_TEMPLATES)
+def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_cut(kind: str, template: str) -> None:
+    tokenizer = made(kind)
     encoder = Encoder(tokenizer, TEMPLATES[template])
     example = Example(turns_of("What is it?", "Blue, of course.", "And then?", "Green."))
     (whole,) = encoder.rows([example], 10**6).examples
@@ -276,10 +278,9 @@ def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_
         assert cut.ids.tolist().count(encoder.end_id) == num_ends
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(
-    tokenizer: PreTrainedTokenizerFast, template: str
-) -> None:
+@pytest.mark.parametrize(("kind", "template"), WITH_TEMPLATES)
+def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(kind: str, template: str) -> None:
+    tokenizer = made(kind)
     encoder = Encoder(tokenizer, TEMPLATES[template])
     prompt = turns_of("Name one.", "Red.", "Another?", "Green.", "And one more?", system="You name colours.")
     encoded = encoder.pairs([Preference(prompt, "Blue, of course.", "\n\nWhat?")], 10**6)

@@ -1,9 +1,11 @@
 """Tokenizers of every family that base models come with, trained on the spot, and how to read their ids back."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
+import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -92,6 +94,20 @@ KINDS: dict[str, Callable[[list[str]], PreTrainedTokenizerFast]] = {
     "metaspace BPE that merges across words": lambda texts: metaspace(texts, "bpe", "first", merges_all=True),
     "word piece": word_piece,
 }
+
+
+def with_every_kind(cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Return the cases with every kind of tokenizer, its name in front.
+
+    By default the cases of the first template (their first value) run with every kind, and all cases with the first
+    kind; the rest of the product is slow.
+    """
+    kind_of_all, template_of_all = next(iter(KINDS)), cases[0][0]
+    return [
+        pytest.param(kind, *case, marks=[] if kind == kind_of_all or case[0] == template_of_all else pytest.mark.slow)
+        for kind in KINDS
+        for case in cases
+    ]
 
 
 def is_metaspace(tokenizer: PreTrainedTokenizerFast) -> bool:
