@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedcli.config import parse_config
 from fedcli.data.hub import HUB_DATASETS
 from fedcli.report.rows_picture import Bar, draw
 from fedcli.server.create import presets
+from fedcli.workspace.layout import Workspace
 
 REPOSITORY = Path(__file__).parents[1]
 REAL = Path(os.environ.get("FEDCLI_TEST_DATA", REPOSITORY.parent / "shared/data"))
@@ -79,6 +80,9 @@ def fedcli(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def written(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+ALPACA_OF_TWO = (*SMALL, "federation.clients=2", "data.format=alpaca", "data.partition=iid")
 
 
 def client_rows(workspace: Path) -> dict[int, list[dict[str, Any]]]:
@@ -206,6 +210,53 @@ def test_rows_are_read_as_what_they_were_split_as_whatever_fedcli_yaml_says_late
 
 
 # Preview
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda card: card.write_bytes(card.read_bytes()[:-20]), "is not JSON"),
+        (lambda card: card.write_bytes(b""), "is not JSON"),
+        (lambda card: card.write_bytes(b"[]"), "is not a JSON object"),
+        (lambda card: card.write_bytes(b"\xff" + card.read_bytes()), "is not JSON"),
+        (lambda card: edit(card, lambda summary: summary.pop("formats")), "formats: Field required"),
+        (lambda card: edit(card, lambda summary: summary.update(sizes="many")), "sizes: Input should be a valid list"),
+        (lambda card: edit(card, lambda summary: summary["formats"].pop()), "its lists are not of one length"),
+        (lambda card: edit(card, lambda summary: summary.update(formats=["odd"] * 2)), "Input should be"),
+        (lambda card: (card.unlink(), card.mkdir()), "is not a regular file"),
+    ],
+)
+def test_a_damaged_data_card_is_an_error_that_names_it_and_its_cure_writes_it_anew(
+    tmp_path: Path, damage: Callable[[Path], object], problem: str
+) -> None:
+    source = written(tmp_path / "rows.jsonl", ALPACA)
+    folder = made(tmp_path, *ALPACA_OF_TWO, f"data.source={source}")
+    card = Workspace(folder).data_card
+    before = card.read_bytes()
+    damage(card)
+    for arguments in (("client", "train", "--id", 0), ("data", "preview")):
+        done = fedcli(*arguments, cwd=folder)
+        assert done.returncode == 7, done.stderr
+        assert f"{card} is damaged: " in done.stderr
+        assert problem in done.stderr
+        assert "fedcli data partition" in done.stderr
+    if card.is_dir():
+        card.rmdir()
+    assert fedcli("data", "partition", cwd=folder).returncode == 0
+    assert card.read_bytes() == before
+
+
+def edit(card: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    summary = json.loads(card.read_bytes())
+    change(summary)
+    card.write_text(json.dumps(summary))
+
+
+def test_without_a_data_card_rows_are_of_the_format_that_fedcli_yaml_names(tmp_path: Path) -> None:
+    source = written(tmp_path / "rows.jsonl", ALPACA)
+    folder = made(tmp_path, *ALPACA_OF_TWO, f"data.source={source}")
+    Workspace(folder).data_card.unlink()
+    assert fedcli("client", "train", "--id", 0, cwd=folder).returncode == 0
 
 
 def test_preview_shows_the_supervised_part_and_what_each_client_has(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from support.federation import (
     train_as,
 )
 from support.federation import restart as reopen
+from support.processes import run_ok
 
 from fedcli import Federation
 from fedcli.cli import main
@@ -64,6 +65,20 @@ def test_a_manifest_says_who_was_drawn_in_which_order_and_how_many_count(selecti
         Federation.open(selecting).server.aggregate()
         orders.add(tuple(order_of(selecting, number)))
     assert len(orders) > 1
+
+
+def test_run_trains_the_first_in_draw_order_and_no_more_than_count(selecting):
+    first, second, last = order_of(selecting)
+    run_ok("run", "--rounds", 1, cwd=selecting)
+    assert accounts(selecting) == {"counted": sorted([first, second]), "missing": [last]}
+    assert [folder.name for folder in sorted((selecting / "inbox").iterdir())] == sorted(map(str, (first, second)))
+
+
+def test_run_trains_no_more_than_are_missing_where_others_have_answered(selecting):
+    first, second, last = order_of(selecting)
+    take_part(selecting, last)
+    run_ok("run", "--rounds", 1, cwd=selecting)
+    assert accounts(selecting) == {"counted": sorted([first, last]), "missing": [second]}
 
 
 def test_the_first_in_draw_order_count_and_not_those_who_came_first(selecting, capsys):

@@ -7,14 +7,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fedcli.config import ColumnsFormat, Config, SourceEntry
+from pydantic import TypeAdapter, ValidationError
+
+from fedcli.config import ColumnsFormat, Config, SourceEntry, parse_format
 from fedcli.data import partition
 from fedcli.data.conversation import Item
 from fedcli.data.demo import demo_preferences, demo_rows
 from fedcli.data.formats import RowReader
 from fedcli.data.hub import choose_format, choose_split
 from fedcli.data.source import Row, find_source, write_row
-from fedcli.errors import ConfigError, NotReadyError, WorkspaceError
+from fedcli.errors import ConfigError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.model.base import BUILTIN_PREFIX
 from fedcli.observer import Observer
 from fedcli.randomness import stream
@@ -22,7 +24,9 @@ from fedcli.workspace.federation_state import Experiment
 from fedcli.workspace.history import read_identity, read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
+from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.row_files import RowFiles, read_data_card, save_beside_rows
+from fedcli.workspace.strict_json import parse_object
 
 DEMO_SOURCE = "builtin:demo"
 MIN_DEMO_CLIENTS, MAX_DEMO_CLIENTS = 2, 64
@@ -47,6 +51,9 @@ class DataSummary:
     formats: list[Any]
     groups: list[str]
     group_counts: list[list[int]]
+
+
+_SUMMARY = TypeAdapter(DataSummary)
 
 
 @dataclass(frozen=True)
@@ -145,11 +152,24 @@ def partition_data(workspace: Workspace, *, replace: bool = False, observer: Obs
 
 
 def read_summary(workspace: Workspace) -> DataSummary | None:
-    """Return the data card of a split, or None where there is none that can be read."""
+    """Return the data card of a split, or None where there is none; raise IntegrityError where it is damaged."""
+    path = workspace.data_card
     try:
-        return DataSummary(**read_data_card(workspace))
-    except (OSError, ValueError, TypeError):
+        summary = _SUMMARY.validate_python(parse_object(read_data_card(workspace), path.name))
+        for each in summary.formats:
+            parse_format(each)
+    except FileNotFoundError:
         return None
+    except Refusal as refusal:
+        problem = refusal.reason
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        problem = ": ".join([*map(str, fault["loc"]), fault["msg"]])
+    else:
+        if len(summary.sizes) == len(summary.formats) == len(summary.group_counts):
+            return summary
+        problem = "its lists are not of one length"
+    raise IntegrityError(f"{path} is damaged: {problem}", hint="Write it anew with `fedcli data partition`.")
 
 
 def _check_formats(config: Config) -> None:

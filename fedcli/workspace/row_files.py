@@ -20,8 +20,10 @@ from fedcli.workspace.publish import (
     remove_temporaries,
     sync_file,
 )
+from fedcli.workspace.read import read_file
 
 BUFFER_BYTES = 2**24
+MAX_CARD_BYTES = 2**28
 
 
 class RowFiles:
@@ -116,9 +118,9 @@ def save_beside_rows(workspace: Workspace, files: Mapping[Path, bytes], card: Ma
         publish_file(path, contents)
 
 
-def read_data_card(workspace: Workspace) -> Any:
-    """Return what a split gave to each client; raise OSError or ValueError where that cannot be read."""
-    return json.loads(workspace.data_card.read_bytes())
+def read_data_card(workspace: Workspace) -> bytes:
+    """Return a split's card; raise FileNotFoundError, or Refusal for what is no file of at most MAX_CARD_BYTES."""
+    return read_file(workspace.data_card, limit=MAX_CARD_BYTES)
 
 
 def _is_same(temporary: Path, final: Path) -> bool:

@@ -125,6 +125,6 @@ def stored_hashes(workspace: Path) -> dict[str, str]:
 def adapter_hashes(workspace: Path) -> list[str]:
     """Return the hash of every round's adapter."""
     return [
-        hashlib.sha256((folder / ADAPTER).read_bytes()).hexdigest()
+        hashlib.sha256((folder / "adapter" / ADAPTER).read_bytes()).hexdigest()
         for folder in sorted((workspace / "rounds").iterdir())
     ]
