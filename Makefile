@@ -2,9 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 KILLS ?= 5
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python $(if $(MEASURE),-m coverage run )-m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo test slow slurm lint check clean
+.PHONY: demo test coverage slow slurm lint check clean
 
 demo: .venv/installed  ## a whole federation on the built-in model and rows, and its scores
 	$(BIN)/fedcli init $(DEMO)
@@ -18,6 +18,10 @@ demo: .venv/installed  ## a whole federation on the built-in model and rows, and
 
 test: .venv/installed-dev  ## the default test suite
 	$(PYTEST)
+
+coverage: .venv/installed-dev  ## the branch coverage of the last `make test MEASURE=1`, processes that tests start included
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 slow: .venv/installed-dev  ## the kill -9 campaigns in their short form; KILLS=50 for more
 	FEDCLI_KILLS=$(KILLS) $(PYTEST) -m slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from support.processes import ENVIRONMENT
+from support.processes import ENVIRONMENT, command_names
 
 from fedcli.cli import app
 
@@ -58,15 +58,6 @@ def test_every_command_is_documented() -> None:
     names = sorted(command_names(typer.main.get_command(app), "fedcli"))
     assert len(names) >= 12
     assert [name for name in names if name not in text] == []
-
-
-def command_names(command: object, name: str) -> Iterator[str]:
-    children = getattr(command, "commands", None)
-    if children is None:
-        yield name
-        return
-    for child, grandchild in children.items():
-        yield from command_names(grandchild, f"{name} {child}")
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +90,13 @@ def results(run: Run, *arguments: object) -> dict[str, Any]:
     code, out, err = run(*arguments, "--json")
     assert (code, err) == (0, "")
     return json.loads(out)
+
+
+def command_names(command: object, name: str) -> Iterator[str]:
+    """Yield the full names of a command's commands that have none of their own."""
+    children = getattr(command, "commands", None)
+    if children is None:
+        yield name
+        return
+    for child, grandchild in children.items():
+        yield from command_names(grandchild, f"{name} {child}")
