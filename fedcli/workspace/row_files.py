@@ -23,7 +23,7 @@ from fedcli.workspace.publish import (
 from fedcli.workspace.read import read_file
 
 BUFFER_BYTES = 2**24
-MAX_CARD_BYTES = 2**28
+MAX_CARD_BYTES = 2**24
 
 
 class RowFiles:
