@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from fedcli.data.conversation import Turn
 from fedcli.data.encoding import Encoder
 from fedcli.eval.local_model import LocalModel
 from fedcli.eval.requests import Generation, Likelihood
 from fedcli.model.base import find_base, load_base
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.tasks.conversation import Turn
 
 NUM_ITEMS = 2000
 LIMIT = 5.0

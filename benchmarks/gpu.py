@@ -30,10 +30,10 @@ def measure(folder: Path, quantization: str, steps: int) -> dict[str, Any]:
     import torch
     from hand_written import train_by_fedcli, train_by_hand
 
-    from fedcli.data.conversation import instruct
     from fedcli.data.encoding import Encoder
     from fedcli.data.source import read_rows
     from fedcli.model.lora import AdaptedModel, lora_config
+    from fedcli.tasks.conversation import instruct
 
     has_gpu = torch.cuda.is_available()
     config = lora_config(rank=32, alpha=64, dropout=0.05, target_modules=["q_proj", "v_proj"], base=None)

@@ -49,8 +49,9 @@ def train_by_fedcli(
     adapted: AdaptedModel, examples: list[EncodedExample], *, batch_size: int, learning_rate: float
 ) -> None:
     """Train in place as `client train` does."""
+    from fedcli.tasks import SFT
     from fedcli.training.reports import TrainSettings
-    from fedcli.training.sft import train_sft
+    from fedcli.training.trainer import TrainRow, fit
 
     settings = TrainSettings(
         batch_size=batch_size,
@@ -61,4 +62,4 @@ def train_by_fedcli(
         gradient_checkpointing=False,
         seed=0,
     )
-    train_sft(adapted, examples, settings, lambda report: None)
+    fit(adapted, [TrainRow(row) for row in examples], SFT, settings, on_step=lambda report: None)

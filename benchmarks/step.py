@@ -19,10 +19,10 @@ from hand_written import train_by_fedcli, train_by_hand
 from record import record
 from workload import MAX_LENGTH, make_base, make_rows
 
-from fedcli.data.conversation import instruct
 from fedcli.data.encoding import Encoder
 from fedcli.data.source import read_rows
 from fedcli.model.lora import AdaptedModel, lora_config, start_adapter
+from fedcli.tasks.conversation import instruct
 
 LIMIT = 1.10
 BATCH_SIZE = 16

@@ -5,9 +5,9 @@ A package adds an algorithm, a task, a format or a benchmark with an entry point
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from fedcli.errors import RequirementError
 
@@ -33,7 +33,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def _others(self) -> dict[str, EntryPoint]:
         """The entry points by name; none is loaded."""
         found: dict[str, EntryPoint] = {}
-        for entry in sorted(entry_points(group=self._group), key=lambda entry: (entry.name, _package(entry))):
+        for entry in sorted(_installed().select(group=self._group), key=lambda entry: (entry.name, _package(entry))):
             if entry.name in self._own or entry.name in found:
                 first = OWN_PACKAGE if entry.name in self._own else _package(found[entry.name])
                 raise RequirementError(
@@ -73,6 +73,12 @@ class Registry(Mapping[str, T], Generic[T]):
                 f"{entry.name!r} of the package {_package(entry)} cannot be loaded: {type(error).__name__}: {error}",
                 hint=f"Mend or uninstall that package: `pip uninstall {_package(entry)}`.",
             ) from error
+
+
+@cache
+def _installed() -> Any:
+    """Return all entry points, of another type in Python 3.11 than later; finding them takes milliseconds."""
+    return entry_points()
 
 
 def _package(entry: EntryPoint) -> str:

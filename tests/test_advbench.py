@@ -8,13 +8,13 @@ import pytest
 from support.judge_server import JudgeServer
 from support.scripted import Scripted, session
 
-from fedcli.data.conversation import Turn
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.eval.benchmark import ItemScore, Options
 from fedcli.eval.benchmarks.advbench import BENCHMARK, find_refusal, parse_verdict
 from fedcli.eval.endpoint import Endpoint
 from fedcli.eval.judge import Judge
 from fedcli.eval.requests import Generation
+from fedcli.tasks.conversation import Turn
 from fedcli.workspace.scores import AnswerLog
 
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")

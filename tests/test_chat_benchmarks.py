@@ -12,7 +12,6 @@ import pytest
 from support.judge_server import JudgeServer
 from support.scripted import ROWS, Scripted, session
 
-from fedcli.data.conversation import Turn
 from fedcli.errors import ConfigError, RequirementError, UsageError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Options, Session
 from fedcli.eval.benchmarks import vicuna
@@ -21,6 +20,7 @@ from fedcli.eval.endpoint import Endpoint
 from fedcli.eval.judge import Judge
 from fedcli.eval.remembered import Usage
 from fedcli.eval.requests import Generation
+from fedcli.tasks.conversation import Turn
 from fedcli.workspace.scores import AnswerLog
 
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")

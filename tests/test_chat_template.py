@@ -33,10 +33,10 @@ from support.tokenizer_kinds import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from fedcli.data.conversation import Example, Preference, Turn
 from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder
 from fedcli.errors import ConfigError
+from fedcli.tasks.conversation import Example, Preference, Turn
 
 NAMES = [name for name in CONVERSATIONS if name != "markers"]
 PAIRS = [

@@ -12,6 +12,7 @@ import torch
 from support.models import adapter_parameters, examples_of, farthest, make_config, make_model, preference, same_bits
 from torch.nn.functional import logsigmoid
 
+import fedcli.tasks
 from fedcli.algos import Array, Arrays, ClientRule
 from fedcli.algos.client_rule import ControlVariate, Proximal
 from fedcli.data.demo import demo_preferences, demo_rows
@@ -19,9 +20,9 @@ from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder
 from fedcli.model.base import find_base
 from fedcli.model.lora import AdaptedModel, start_adapter
-from fedcli.training.dpo import ReferredPair, train_dpo
+from fedcli.tasks import DPO, SFT
 from fedcli.training.reports import TrainSettings
-from fedcli.training.sft import train_sft
+from fedcli.training.trainer import TrainRow, fit
 
 LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 0.05
@@ -38,18 +39,18 @@ def log_prob(model: Any, row: EncodedExample) -> torch.Tensor:
     return log_probs[torch.arange(len(ids) - 1), ids[1:]][row.prompt_length - 1 :].sum()
 
 
-def sft_loss(model: Any, rows: Sequence[EncodedExample]) -> torch.Tensor:
+def sft_loss(model: Any, trained: Sequence[TrainRow]) -> torch.Tensor:
+    rows = [row.row for row in trained]
     return -sum(log_prob(model, row) for row in rows) / sum(len(row.ids) - row.prompt_length for row in rows)
 
 
-def dpo_loss(model: Any, rows: Sequence[ReferredPair]) -> torch.Tensor:
-    losses = [
-        -logsigmoid(
-            BETA
-            * ((log_prob(model, row.pair.chosen) - row.chosen) - (log_prob(model, row.pair.rejected) - row.rejected))
+def dpo_loss(model: Any, rows: Sequence[TrainRow]) -> torch.Tensor:
+    losses = []
+    for row in rows:
+        chosen, rejected = (
+            log_prob(model, side) - reference for side, reference in zip(row.row.sides, row.reference, strict=True)
         )
-        for row in rows
-    ]
+        losses.append(-logsigmoid(BETA * (chosen - rejected)))
     return torch.stack(losses).mean()
 
 
@@ -57,8 +58,8 @@ def dpo_loss(model: Any, rows: Sequence[ReferredPair]) -> torch.Tensor:
 class Task:
     """One of the two tasks: its rows, its loss by hand, and fedcli's training."""
 
-    name: str
-    rows: list[Any]
+    definition: fedcli.tasks.Task
+    rows: list[TrainRow]
     loss: Callable[[Any, Sequence[Any]], torch.Tensor]
 
     def train(
@@ -68,13 +69,11 @@ class Task:
         values = {
             "batch_size": BATCH_SIZE, "micro_batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE,
             "weight_decay": 0.0, "max_grad_norm": MAX_GRAD_NORM, "gradient_checkpointing": False, "seed": 0,
+            "hyperparameters": {"beta": BETA} if self.definition is DPO else {},
         }  # fmt: skip
         settings = TrainSettings(**(values | changes))
         adapted.load(start)
-        if self.name == "sft":
-            losses = train_sft(adapted, self.rows, settings, lambda report: None, rule)
-        else:
-            losses = train_dpo(adapted, self.rows, BETA, settings, lambda report: None, rule)
+        losses = fit(adapted, self.rows, self.definition, settings, rule=rule, on_step=lambda report: None)
         return losses, adapted.values()
 
     def by_hand(
@@ -145,13 +144,13 @@ def task(request: pytest.FixtureRequest, adapted: AdaptedModel) -> Task:
     step = 1200 // (BATCH_SIZE * NUM_STEPS)
     if request.param == "sft":
         examples = examples_of(demo_rows(0)["train"][::step])
-        return Task("sft", list(encoder.rows(examples, 512).examples), sft_loss)
+        return Task(SFT, [TrainRow(row) for row in encoder.rows(examples, 512).examples], sft_loss)
     rows = [preference(row["prompt"], row["chosen"], row["rejected"]) for row in demo_preferences(0)["train"][::step]]
     generator = np.random.default_rng(2)
     referred = [
-        ReferredPair(pair, *generator.uniform(-4, -1, 2).tolist()) for pair in encoder.pairs(rows, 512).examples
+        TrainRow(pair, tuple(generator.uniform(-4, -1, 2).tolist())) for pair in encoder.pairs(rows, 512).examples
     ]
-    return Task("dpo", referred, dpo_loss)
+    return Task(DPO, referred, dpo_loss)
 
 
 # Client rules
@@ -249,7 +248,7 @@ def layer_calls(adapted: AdaptedModel):
 def test_micro_batches_change_neither_losses_nor_adapter(
     adapted: AdaptedModel, start: dict[str, Array], task: Task
 ) -> None:
-    task = Task(task.name, task.rows[:16], task.loss)
+    task = Task(task.definition, task.rows[:16], task.loss)
     losses, adapter = task.train(adapted, start, batch_size=16, micro_batch_size=16, max_grad_norm=1.0)
     for micro_batch_size in (4, 1):
         cut_losses, cut = task.train(
@@ -287,7 +286,7 @@ def test_gradient_checkpointing_draws_the_same_dropout(start: dict[str, Array], 
     assert again_losses == pytest.approx(losses, rel=1e-6)
     assert farthest(plain, again) <= 1e-6
     other_seed = task.train(dropping, start, seed=1)[1]
-    if task.name == "sft":
+    if task.definition.name == "sft":
         assert farthest(plain, other_seed) > 1e-5
     else:  # the reference has no dropout, so DPO trains without
         assert same_bits(plain, other_seed)

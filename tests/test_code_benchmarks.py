@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from support.scripted import ROWS, Scripted, session
 
-from fedcli.data.conversation import Turn
 from fedcli.errors import ConfigError, UsageError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Options
 from fedcli.eval.benchmarks import bleu, ds1000, humaneval, humanevalpack, mbpp
 from fedcli.eval.benchmarks.code import extract_code, pass_at_k
 from fedcli.eval.requests import Generation
 from fedcli.eval.sandbox import Program, Sandbox
+from fedcli.tasks.conversation import Turn
 
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 FIX, SYNTHESIZE = humanevalpack.BENCHMARKS

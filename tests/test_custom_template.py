@@ -7,9 +7,9 @@ from support.tokenizer_kinds import byte_level, turns_of
 from transformers import PreTrainedTokenizerFast
 
 from fedcli.config import TemplateChoice, parse_config, read_document
-from fedcli.data.conversation import Example, Turn, instruct
 from fedcli.data.encoding import Encoder
 from fedcli.errors import ConfigError
+from fedcli.tasks.conversation import Example, Turn, instruct
 
 HERE = Path("fedcli.yaml")
 

@@ -21,7 +21,7 @@ from support.processes import ENVIRONMENT, SMALL, command, settings
 
 from fedcli import cli
 from fedcli.config import parse_config
-from fedcli.data.hub import HUB_DATASETS
+from fedcli.data.hub import choose_format, known_format
 from fedcli.report.rows_picture import Bar, draw
 from fedcli.server.create import presets
 from fedcli.workspace.layout import Workspace
@@ -389,10 +389,10 @@ def test_a_preset_has_the_papers_setting(name: str) -> None:
     assert config.adapter.target_modules == ("q_proj", "v_proj")
     assert config.model.quantization == "int8"
     assert train.learning_rate_min == (1e-6 if config.task == "sft" else 1e-5)
-    assert all(entry.source in HUB_DATASETS for entry in config.data.sources)
+    assert all(known_format(entry.source) for entry in config.data.sources)
     assert config.data.partition == ("sources" if name == "fedit-mixed" else "iid")
     for entry in config.data.sources:
-        assert entry.format in (None, HUB_DATASETS[entry.source].format)
+        assert entry.format in (None, choose_format(entry.source, None, config.task))
 
 
 def preset_format(name: str) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from support.processes import FEW, Run, fedcli, results, runner, settings
 
 from fedcli.algos import Array, Arrays
 from fedcli.cli import main
-from fedcli.data.conversation import Preference
 from fedcli.data.demo import demo_preferences
 from fedcli.data.encoded import EncodedPair
 from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
-from fedcli.model.likelihood import pair_log_probs
+from fedcli.model.likelihood import reference_log_probs
 from fedcli.model.lora import AdaptedModel, start_adapter
-from fedcli.training.dpo import ReferredPair, train_dpo
+from fedcli.tasks import DPO, Likelihood
+from fedcli.tasks.conversation import Preference
 from fedcli.training.reports import TrainSettings
+from fedcli.training.trainer import TrainRow, fit
 
 LN2 = math.log(2)
 LONGER = preference("Tell of the wet harbour.", "The storm howls over the coast", "red, as the night is so very long")
@@ -71,25 +73,25 @@ def gradients_of(adapted: AdaptedModel, run: Callable[[], Any]) -> dict[str, tor
 
 
 def train_step(
-    adapted: AdaptedModel, start: Arrays, referred: list[ReferredPair], beta: float
+    adapted: AdaptedModel, start: Arrays, referred: list[TrainRow], beta: float
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Make one step over one batch of all pairs; return its loss and its gradients."""
     settings = TrainSettings(
         batch_size=len(referred), micro_batch_size=len(referred), learning_rate=1e-3, weight_decay=0.0,
-        max_grad_norm=1.0, gradient_checkpointing=False, seed=0,
+        max_grad_norm=1.0, gradient_checkpointing=False, seed=0, hyperparameters={"beta": beta},
     )  # fmt: skip
     losses: list[float] = []
     adapted.load(start)
     gradients = gradients_of(
-        adapted, lambda: losses.extend(train_dpo(adapted, referred, beta, settings, lambda report: None))
+        adapted, lambda: losses.extend(fit(adapted, referred, DPO, settings, on_step=lambda report: None))
     )
     return losses[0], gradients
 
 
-def refer(adapted: AdaptedModel, reference: Arrays, pairs: list[EncodedPair]) -> list[ReferredPair]:
+def refer(adapted: AdaptedModel, reference: Arrays, pairs: list[EncodedPair]) -> list[TrainRow]:
     adapted.load(reference)
-    log_probs = list(pair_log_probs(adapted, pairs))
-    return [ReferredPair(pair, *found) for pair, found in zip(pairs, log_probs, strict=True)]
+    log_probs = list(reference_log_probs(adapted, pairs))
+    return [TrainRow(pair, found) for pair, found in zip(pairs, log_probs, strict=True)]
 
 
 # The oracle
@@ -147,7 +149,7 @@ def test_beta_scales_the_margin_in_the_loss(adapted: AdaptedModel, pairs: list[E
     referred = refer(adapted, reference, pairs)
     policy = refer(adapted, start, pairs)
     margins = [
-        (ours.chosen - ours.rejected) - (theirs.chosen - theirs.rejected)
+        (ours.reference[0] - ours.reference[1]) - (theirs.reference[0] - theirs.reference[1])
         for ours, theirs in zip(policy, referred, strict=True)
     ]
     assert max(map(abs, margins)) > 0.1
@@ -157,8 +159,8 @@ def test_beta_scales_the_margin_in_the_loss(adapted: AdaptedModel, pairs: list[E
 
 def test_a_pairs_reference_does_not_depend_on_its_neighbours(adapted: AdaptedModel, pairs: list[EncodedPair]) -> None:
     adapted.load(noisy_adapter(1))
-    together = list(pair_log_probs(adapted, pairs))
-    assert together == [next(pair_log_probs(adapted, [pair])) for pair in pairs]
+    together = list(reference_log_probs(adapted, pairs))
+    assert together == [next(reference_log_probs(adapted, [pair])) for pair in pairs]
     assert adapted.model.training is False
 
 
@@ -276,3 +278,49 @@ def test_rows_that_all_lack_rejected_are_a_fault_that_names_the_first(
     assert problem in done.stderr
     assert "Traceback" not in done.stderr
     assert not other.exists()
+
+
+# A term of the whole batch
+
+
+def kto_loss(likelihood: Likelihood, *, beta: float, kl: torch.Tensor) -> torch.Tensor:
+    chosen, rejected = likelihood.log_probs - likelihood.reference
+    return (3 - 2 * torch.sigmoid(beta * (chosen - kl)) - torch.sigmoid(beta * (kl - rejected))).sum()
+
+
+def mean_log_ratio(likelihood: Likelihood, *, beta: float) -> dict[str, torch.Tensor]:
+    return {"kl": (likelihood.log_probs - likelihood.reference).clamp(min=0).mean()}
+
+
+KTO = replace(DPO, name="kto", loss=kto_loss, batch_terms=mean_log_ratio)
+"""Of the shape of Ethayarajh et al. 2024, equation 8: a loss with an estimate over the batch."""
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3, 1])
+def test_a_term_of_the_whole_batch_is_the_same_however_the_batch_is_cut(
+    adapted: AdaptedModel, pairs: list[EncodedPair], micro_batch_size: int | None
+) -> None:
+    beta, size = 0.5, 4
+    start, reference = noisy_adapter(1), noisy_adapter(2)
+    rows = refer(adapted, reference, pairs)[: 2 * size]
+    policy = [row.reference for row in refer(adapted, start, pairs)[:size]]
+    ratios = np.array(policy) - np.array([row.reference for row in rows[:size]])
+    kl = float(ratios.clip(0).mean())
+    with_term, without = (
+        float((3 - [2, 1] @ (1 / (1 + np.exp(-beta * np.stack([ratios[:, 0] - z, z - ratios[:, 1]]))))).mean())
+        for z in (kl, 0)
+    )
+    assert abs(with_term - without) > 1e-3
+    settings = TrainSettings(
+        batch_size=size, micro_batch_size=micro_batch_size, learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1.0,
+        gradient_checkpointing=False, seed=0, hyperparameters={"beta": beta},
+    )  # fmt: skip
+    adapted.load(start)
+    losses = fit(adapted, rows, KTO, settings, on_step=lambda report: None)
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(with_term, rel=1e-5)
+    trained = adapted.values()
+    adapted.load(start)
+    whole = fit(adapted, rows, KTO, replace(settings, micro_batch_size=size), on_step=lambda report: None)
+    assert losses == pytest.approx(whole, rel=1e-5)
+    assert farthest(trained, adapted.values()) <= 1e-5

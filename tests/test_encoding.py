@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fedcli.data.conversation import Turn, instruct
 from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder, encode_source
 from fedcli.data.formats import RowReader
 from fedcli.data.source import Source
 from fedcli.data.templates import alpaca
 from fedcli.errors import RequirementError
+from fedcli.tasks.conversation import Turn, instruct
 
 TEXTS = [
     alpaca("name the colour of the sky at noon") + " the sky is blue at noon, of course.",

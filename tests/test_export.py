@@ -165,7 +165,8 @@ def test_what_parties_say_of_their_rows_is_no_markup_in_the_card() -> None:
     odd = "<img src=x> | [x](y)\n\n# Injected"
     clients = [ClientData(1, 3, odd, odd, odd)]
     card = Card(
-        title="t", task="sft", round=1, rounds=1, num_clients=1, algorithm="fedavg", base="b", base_id='a"b',
+        title="t", task="sft", task_description="tuning",
+        round=1, rounds=1, num_clients=1, algorithm="fedavg", base="b", base_id='a"b',
         template="x", datasets=[], facts={}, clients=clients, metrics=[], merged_dtype=None, notes=[], version="0",
     )  # fmt: skip
     text = render_card(card)

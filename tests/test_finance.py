@@ -16,7 +16,6 @@ from sklearn.metrics import accuracy_score, f1_score
 from support.processes import fedcli
 from support.scripted import ROWS, Scripted, session
 
-from fedcli.data.conversation import Turn
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.eval.benchmark import ItemScore, Options
@@ -25,6 +24,7 @@ from fedcli.eval.benchmarks.finance import BENCHMARKS, LABELS, Statement, find_l
 from fedcli.eval.data import Files
 from fedcli.eval.requests import Generation, Likelihood
 from fedcli.eval.statistics import score
+from fedcli.tasks.conversation import Turn
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.scores import read_scores
 

@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import os
-import typing
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,13 +11,16 @@ from typing import Any
 
 import pytest
 
-from fedcli.config import TASK_FORMATS, Columns, ColumnsFormat, DataFormat, FormatName, Task
+from fedcli.config import Columns, ColumnsFormat, DataFormat
 from fedcli.data import formats
-from fedcli.data.conversation import Example, Item, Preference, Turn, instruct, shown
-from fedcli.data.formats import EMPTY, EQUAL, FORKED, MALFORMED, TIED, UNSCORED, RowReader
-from fedcli.data.hub import HUB_DATASETS, choose_format, choose_split
+from fedcli.data.formats import RowReader
+from fedcli.data.hub import choose_format, choose_split
 from fedcli.data.source import Row, Source
 from fedcli.errors import ConfigError
+from fedcli.tasks import FORMATS, builtin_formats, formats_of
+from fedcli.tasks.builtin_formats import FORKED, TIED, UNSCORED
+from fedcli.tasks.conversation import Example, Item, Preference, Turn, instruct, shown
+from fedcli.tasks.format import DUPLICATE, EMPTY, EQUAL, MALFORMED
 
 Fields = dict[str, Any]
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -36,7 +38,7 @@ def read(given: DataFormat, *rows: Fields, seed: int = 0) -> tuple[list[Item], R
     return [item for _, item in reader.read(numbered)], reader
 
 
-def real(name: str, given: FormatName) -> tuple[list[Item], RowReader]:
+def real(name: str, given: str) -> tuple[list[Item], RowReader]:
     """Read a file of public rows, or skip the test where it is not at hand."""
     if not (DATA / name).exists():
         pytest.skip(f"{DATA / name} is not here; FEDCLI_TEST_DATA names its folder")
@@ -196,9 +198,9 @@ def test_a_row_that_is_left_out_is_counted_by_its_reason_and_the_first_is_told(c
 
 
 def test_every_format_has_a_reader_and_rows_here() -> None:
-    names = set(typing.get_args(FormatName))
-    assert set(formats.READERS) == names == {*TASK_FORMATS["sft"], *TASK_FORMATS["dpo"]}
-    assert {"mathinstruct"} == formats.UNIQUE
+    names = set(FORMATS)
+    assert names == {*formats_of(Example), *formats_of(Preference)}
+    assert {name for name, known in FORMATS.items() if known.is_unique} == {"mathinstruct"}
     tried = {formats.format_name(given) for table in (TAUGHT, LEFT_OUT) for given, *_ in table.values()}
     assert names | {"columns"} == tried | {"ultrafeedback"}  # which has tests of its own below
 
@@ -233,11 +235,11 @@ def test_mathinstruct_leaves_out_rows_that_repeat_an_instruction_of_a_row_that_i
     rows = [("a", ""), ("a", "1"), ("b", "1"), ("a", "2"), ("a ", "3"), ("b", "1")]
     items, reader = read("mathinstruct", *({"source": SOURCE, "instruction": i, "output": o} for i, o in rows))
     assert [(shown(item.prompt), item.response) for item in items] == [("a", "1"), ("b", "1"), ("a ", "3")]
-    assert reader.left_out == {EMPTY: 1, formats.DUPLICATE: 2}
-    assert reader.first_cases[formats.DUPLICATE] == "here, line 4: duplicate"
+    assert reader.left_out == {EMPTY: 1, DUPLICATE: 2}
+    assert reader.first_cases[DUPLICATE] == "here, line 4: duplicate"
 
 
-UNUSED, SHARED = formats.COMPLETION_UNSCORED, formats.BEST_TIED
+UNUSED, SHARED = builtin_formats.COMPLETION_UNSCORED, builtin_formats.BEST_TIED
 
 
 def scored(*completions: tuple[str, object], instruction: str = "Q") -> Fields:
@@ -332,16 +334,16 @@ def test_the_choice_depends_on_seed_and_instruction_and_not_on_the_place() -> No
 
 def test_a_dialogue_is_parsed_into_its_turns_and_written_again() -> None:
     text = talk(" a", "b\n\nc", "", "Human: d\nAssistant: e")
-    assert formats.parse_dialogue(text) == (
+    assert builtin_formats.parse_dialogue(text) == (
         Turn("user", " a"),
         Turn("assistant", "b\n\nc"),
         Turn("user", ""),
         Turn("assistant", "Human: d\nAssistant: e"),  # a speaker stands after an empty line
     )
-    assert format_dialogue(formats.parse_dialogue(text)) == text
+    assert format_dialogue(builtin_formats.parse_dialogue(text)) == text
     twice = "\n\nAssistant: a\n\nAssistant: b"
-    assert formats.parse_dialogue(twice) == (Turn("assistant", "a"), Turn("assistant", "b"))
-    assert format_dialogue(formats.parse_dialogue(twice)) == twice
+    assert builtin_formats.parse_dialogue(twice) == (Turn("assistant", "a"), Turn("assistant", "b"))
+    assert format_dialogue(builtin_formats.parse_dialogue(twice)) == twice
 
 
 HH_RLHF = "hh_rlhf/harmless-base-test.jsonl.gz"
@@ -369,7 +371,7 @@ def test_hh_rlhfs_test_rows_are_all_read_but_nine() -> None:
     assert written == originals
 
 
-PUBLISHED: dict[str, tuple[FormatName, int, int, int, int, str, str]] = {
+PUBLISHED: dict[str, tuple[str, int, int, int, int, str, str]] = {
     "alpaca/alpaca_1805.json": ("alpaca", 1805, 4, 146_510, 450_902, "Give three tips for", "1.Eat a balanced"),
     "alpaca_gpt4/alpaca_en_demo.json": ("alpaca", 999, 0, 85_699, 701_335, "Describe a process", "Making crepes is"),
     "codealpaca/code_alpaca_2k.json": (
@@ -395,7 +397,7 @@ def test_a_published_file_is_read_to_its_last_character(name: str) -> None:
     assert items[0].response.startswith(response)
 
 
-PAPER: dict[str, tuple[Task, FormatName, str]] = {
+PAPER: dict[str, tuple[str, str, str]] = {
     "tatsu-lab/alpaca": ("sft", "alpaca", "train"),
     "vicgalle/alpaca-gpt4": ("sft", "alpaca", "train"),
     "FinGPT/fingpt-sentiment-train": ("sft", "fingpt", "train"),
@@ -411,7 +413,7 @@ PAPER: dict[str, tuple[Task, FormatName, str]] = {
 @pytest.mark.parametrize("name", PAPER)
 def test_a_data_set_of_the_paper_knows_its_format_and_split(name: str) -> None:
     task, given, split = PAPER[name]
-    other: Task = "dpo" if task == "sft" else "sft"
+    other = "dpo" if task == "sft" else "sft"
     assert (choose_format(name, None, task), choose_split(name, None)) == (given, split)
     assert (choose_format(name, "messages", task), choose_split(name, "test")) == ("messages", "test")
     with pytest.raises(ConfigError) as caught:
@@ -421,7 +423,7 @@ def test_a_data_set_of_the_paper_knows_its_format_and_split(name: str) -> None:
 
 
 def test_any_other_source_has_the_tasks_first_format_and_the_split_train() -> None:
-    assert set(HUB_DATASETS) == set(PAPER)
+    assert {name for known in FORMATS.values() for name in known.hub} == set(PAPER)
     for name in ("rows.jsonl", "squad", None):
         assert (choose_format(name, None, "sft"), choose_format(name, None, "dpo")) == ("alpaca", "preference")
         assert choose_format(name, QA, "sft") == QA

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from support.scripted import ROWS, Scripted, session
 
-from fedcli.data.conversation import Prompt, Turn
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.eval.benchmark import ItemScore, Options
@@ -18,6 +17,7 @@ from fedcli.eval.benchmarks.hhh import BENCHMARK, SUBSETS, Comparison, read
 from fedcli.eval.data import Files
 from fedcli.eval.requests import Likelihood
 from fedcli.eval.statistics import score
+from fedcli.tasks.conversation import Prompt, Turn
 
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 needs_real_rows = pytest.mark.skipif(

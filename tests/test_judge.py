@@ -15,12 +15,12 @@ import pytest
 from support.judge_server import FAULTS, JudgeServer
 from support.processes import ENVIRONMENT
 
-from fedcli.data.conversation import Turn
 from fedcli.errors import RequirementError, UsageError
 from fedcli.eval.endpoint import Endpoint, find_endpoint
 from fedcli.eval.judge import Estimate, Judge
 from fedcli.eval.remembered import Usage
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood
+from fedcli.tasks.conversation import Turn
 from fedcli.workspace.scores import AnswerLog
 
 CHILD = """

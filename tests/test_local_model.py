@@ -11,12 +11,12 @@ from support.chat_templates import CHATML
 from support.tokenizer_kinds import KINDS, byte_level, is_lossless
 
 from fedcli.config import CustomTemplate
-from fedcli.data.conversation import Turn
 from fedcli.data.encoding import Encoder
 from fedcli.errors import RequirementError
 from fedcli.eval.local_model import LocalModel
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood
 from fedcli.model.base import find_base, load_base
+from fedcli.tasks.conversation import Turn
 
 TEXT = "the river rises when rain falls on the hills and what is the alert level of a storm near the coast"
 WORDS = TEXT.split()

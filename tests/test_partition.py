@@ -13,10 +13,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fedcli.config import Partition, parse_config
-from fedcli.data.conversation import instruct
 from fedcli.data.partition import UNUSED, Split, Survey, split
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
+from fedcli.tasks.conversation import instruct
 
 
 def choice(value: Any) -> Partition:

@@ -17,10 +17,10 @@ from support.processes import FEW, Run, results, runner, settings
 from fedcli import Federation
 from fedcli.cli import main
 from fedcli.client.runtime import Runtime
-from fedcli.data.conversation import Preference
 from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
 from fedcli.parties.party import Party, find_party
+from fedcli.tasks.conversation import Preference
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.reference import read_reference, reference_key

@@ -24,9 +24,9 @@ from support.tokenizer_kinds import (
 from transformers import PreTrainedTokenizerFast
 
 from fedcli.config import CustomTemplate, TemplateChoice
-from fedcli.data.conversation import Example, Preference, Turn, instruct
 from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder
+from fedcli.tasks.conversation import Example, Preference, Turn, instruct
 
 HERE = Path("fedcli.yaml")
 

@@ -14,7 +14,6 @@ from support.models import TARGETS, adapter_parameters, examples_of, farthest, m
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedcli.algos import Array, Arrays
-from fedcli.data.conversation import Example, instruct
 from fedcli.data.demo import demo_rows
 from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder
@@ -23,8 +22,10 @@ from fedcli.model import likelihood
 from fedcli.model.base import find_base
 from fedcli.model.likelihood import IGNORED, supervised_logits
 from fedcli.model.lora import AdaptedModel, start_adapter
+from fedcli.tasks import SFT
+from fedcli.tasks.conversation import Example, instruct
 from fedcli.training.reports import StepReport, TrainSettings
-from fedcli.training.sft import train_sft
+from fedcli.training.trainer import TrainRow, fit
 
 LONGER = (
     instruct("Give the alert level.", "green, because the bank soars and the fund climbs after the quarterly report"),
@@ -72,7 +73,7 @@ def train(
     settings = TrainSettings(**{"micro_batch_size": values["batch_size"], "gradient_checkpointing": False, **values})
     reports: list[StepReport] = []
     adapted.load(start)
-    losses = train_sft(adapted, examples, settings, reports.append)
+    losses = fit(adapted, [TrainRow(row) for row in examples], SFT, settings, on_step=reports.append)
     return losses, adapted.values(), reports
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from fedcli.config import Task
-from fedcli.data.encoded import EncodedExamples, EncodedPairs, EncodedRows
+from fedcli.data.encoded import STORES, EncodedRows
 from fedcli.data.formats import RowReader
 from fedcli.parties.party import Party
+from fedcli.tasks import TASKS
 from fedcli.workspace.records import TrainRecord
 from fedcli.workspace.token_cache import read_tokens, save_tokens, token_key
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def read_encoded(
     party: Party,
     encoder: "Encoder",
-    task: Task,
+    task: str,
     train: TrainRecord,
     *,
     fingerprint: str,
@@ -48,7 +48,7 @@ def read_encoded(
     kept = None if digest is None else read_tokens(party.home, key)
     if kept is not None:
         arrays, counts = kept
-        examples = (EncodedExamples if task == "sft" else EncodedPairs).of_arrays(arrays)
+        examples = STORES[TASKS[task].item].of_arrays(arrays)
         return EncodedRows(examples, counts["num_truncated"], Counter(counts["left_out"])), counts["num_usable"]
     reader = RowReader(party.format, train.seed)
     rows: EncodedRows[Any] = encode_source(encoder, reader, party.source, task, train.max_length, on_rows)

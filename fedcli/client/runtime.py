@@ -23,6 +23,7 @@ from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.randomness import stream_seed
+from fedcli.tasks import TASKS
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
@@ -31,9 +32,9 @@ from fedcli.workspace.records import TrainRecord
 from fedcli.workspace.reference import read_reference, reference_key, save_reference
 
 if TYPE_CHECKING:
-    from fedcli.data.encoded import EncodedPair, EncodedRows
+    from fedcli.data.encoded import EncodedRow, EncodedRows
     from fedcli.data.encoding import Encoder
-    from fedcli.training.dpo import ReferredPair
+    from fedcli.training.trainer import TrainRow
 
 
 class Runtime:
@@ -54,7 +55,7 @@ class Runtime:
         config, manifest = federation.config, federation.head.manifest
         self._federation = federation
         self.observer = Observer()
-        self.task = manifest.task
+        self._task = TASKS[manifest.task]
         self._fingerprint = manifest.model.fingerprint
         base = party.base_of(config) if party else config.model.base
         folder = find_same_base(federation, base)
@@ -89,7 +90,7 @@ class Runtime:
         return self._encoders[template]
 
     def rows(self, party: Party | None, train: TrainRecord) -> "EncodedRows[Any]":
-        """Return a party's rows, or all simulated clients' for None, as token ids: examples for sft, pairs for dpo.
+        """Return a party's rows, or all simulated clients' for None, as token ids: examples or pairs.
 
         Raises ConfigError where there is no usable row, or where a joined party has not as many as it registered.
         """
@@ -109,7 +110,12 @@ class Runtime:
             self.observer.rows_read("reading rows", num_read)
 
         rows, num_usable = read_encoded(
-            party, self.encoder(train.template), self.task, train, fingerprint=self._fingerprint, on_rows=count
+            party,
+            self.encoder(train.template),
+            self._task.name,
+            train,
+            fingerprint=self._fingerprint,
+            on_rows=count,
         )
         if party.num_rows not in (None, num_usable):
             raise ConfigError(
@@ -135,22 +141,22 @@ class Runtime:
         `first_draw` is the number of rows that the client drew in its earlier rounds. Raises ConfigError where the
         training diverged, RequirementError where memory is too small.
         """
+        from fedcli.training.trainer import fit
+
         examples = self.rows(party, train).examples
         stream_client = self._federation.config.federation.clients if party is None else party.client
         count = train.steps * train.batch_size
         order = draw(len(examples), seed=train.seed, client=stream_client, first=first_draw, count=count)
-        settings = TrainSettings(
-            batch_size=train.batch_size,
-            micro_batch_size=train.micro_batch_size,
-            learning_rate=train.learning_rate,
-            weight_decay=train.weight_decay,
-            max_grad_norm=train.max_grad_norm,
-            gradient_checkpointing=train.gradient_checkpointing,
+        settings = TrainSettings.of(
+            train,
+            hyperparameters={name: getattr(train, name) for name in self._task.hyperparameters},
             seed=stream_seed(train.seed, "training", round_number=round_number, client=stream_client) % 2**32,
         )
         drawn = [examples[index] for index in order]
         with _enough_memory():
-            losses = self._train(adapter, drawn, party, train, settings, rule, on_step)
+            rows = self._with_reference(drawn, self._federation.workspace.pooled_home if party is None else party.home)
+            self.adapted.load(adapter)
+            losses = fit(self.adapted, rows, self._task, settings, rule=rule, on_step=on_step)
         values = self.adapted.values()
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
             who = "all rows" if party is None else f"client {party.client}"
@@ -160,44 +166,26 @@ class Runtime:
             )
         return values, losses
 
-    def _train(
-        self,
-        adapter: Arrays,
-        drawn: Sequence[Any],
-        party: Party | None,
-        train: TrainRecord,
-        settings: TrainSettings,
-        rule: ClientRule | None,
-        on_step: Callable[[StepReport], None],
-    ) -> list[float]:
-        """Train in place; return the losses of the steps."""
-        if self.task == "sft":
-            from fedcli.training.sft import train_sft
+    def _with_reference(self, rows: "Sequence[EncodedRow]", home: Home) -> "list[TrainRow]":
+        """Return rows as the task trains on them, each with the log-probabilities of the reference where it has one.
 
-            self.adapted.load(adapter)
-            return train_sft(self.adapted, drawn, settings, on_step, rule)
-        from fedcli.training.dpo import train_dpo
+        The reference is round 0's model; a row's are computed once a client.
+        """
+        from fedcli.model.likelihood import reference_log_probs
+        from fedcli.training.trainer import TrainRow
 
-        assert train.beta is not None
-        referred = self._refer(drawn, self._federation.workspace.pooled_home if party is None else party.home)
-        self.adapted.load(adapter)
-        return train_dpo(self.adapted, referred, train.beta, settings, on_step, rule)
-
-    def _refer(self, pairs: "Sequence[EncodedPair]", home: Home) -> "list[ReferredPair]":
-        """Return pairs with the log-probabilities of the reference model, round 0's, each computed once a client."""
-        from fedcli.model.likelihood import pair_log_probs
-        from fedcli.training.dpo import ReferredPair
-
+        if not self._task.uses_reference:
+            return [TrainRow(row) for row in rows]
         if self._start is None:
             self._start = self._federation.start
         key = reference_key(self._start.manifest, "bfloat16" if has_bfloat16() else "float32")
         known = read_reference(home, key)
-        missing = {pair.key: pair for pair in pairs if pair.key not in known}
+        missing = {row.key: row for row in rows if row.key not in known}
         if missing:
             self.adapted.load(self._start.adapter())
-            known |= zip(missing, pair_log_probs(self.adapted, list(missing.values())), strict=True)
+            known |= zip(missing, reference_log_probs(self.adapted, list(missing.values())), strict=True)
             save_reference(home, key, known)
-        return [ReferredPair(pair, *known[pair.key]) for pair in pairs]
+        return [TrainRow(row, known[row.key]) for row in rows]
 
 
 @contextmanager

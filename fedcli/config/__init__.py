@@ -1,7 +1,6 @@
 """fedcli.yaml: typed, closed and validated whole before any work."""
 
 from fedcli.config.data import (
-    TASK_FORMATS,
     By,
     Columns,
     ColumnsFormat,
@@ -14,7 +13,7 @@ from fedcli.config.data import (
     ShardsBy,
     Sizes,
     SourceEntry,
-    Task,
+    TaskName,
     TemplateChoice,
     TemplateName,
     check_format,
@@ -31,7 +30,6 @@ from fedcli.config.sections import AdapterConfig, Config, EvalConfig, Federation
 from fedcli.config.slurm import JobConfig, SlurmConfig
 
 __all__ = [
-    "TASK_FORMATS",
     "AdapterConfig",
     "By",
     "Columns",
@@ -51,7 +49,7 @@ __all__ = [
     "Sizes",
     "SlurmConfig",
     "SourceEntry",
-    "Task",
+    "TaskName",
     "TemplateChoice",
     "TemplateName",
     "TrainConfig",

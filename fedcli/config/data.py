@@ -1,20 +1,31 @@
 """The section data: sources, formats, templates, and how rows are split among simulated clients."""
 
-from typing import Annotated, Literal, Self, TypeAlias, get_args
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from fedcli.config.section import Count, Section
+from fedcli.errors import did_you_mean
+from fedcli.plugins import Registry
+from fedcli.tasks import FORMATS, TASKS, first_task, formats_of
+from fedcli.tasks.conversation import Example, Item, Preference
 
-Task: TypeAlias = Literal["sft", "dpo"]
-SftFormat: TypeAlias = Literal[
-    "alpaca", "fingpt", "medalpaca", "codealpaca", "mathinstruct", "prompt-completion", "messages"
-]
-DpoFormat: TypeAlias = Literal["preference", "ultrafeedback", "ultrafeedback-binarized", "hh-rlhf"]
-FormatName: TypeAlias = Literal[SftFormat, DpoFormat]
+
+def _known(registry: Registry[Any], kind: str) -> Callable[[object], object]:
+    """Return what refuses a name that no thing of a kind has."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, str) or value not in registry:
+            raise ValueError(f"unknown {kind} {value!r}. {did_you_mean(str(value), registry)}")
+        return value
+
+    return check
+
+
+TaskName: TypeAlias = Annotated[str, BeforeValidator(_known(TASKS, "task"))]
+FormatName: TypeAlias = Annotated[str, BeforeValidator(_known(FORMATS, "format"))]
 TemplateName: TypeAlias = Literal["alpaca", "alpaca-input", "vicuna", "chat"]
-TASK_FORMATS: dict[Task, tuple[FormatName, ...]] = {"sft": get_args(SftFormat), "dpo": get_args(DpoFormat)}
-"""The formats of each task; the first is the default."""
 
 
 class Columns(Section):
@@ -40,9 +51,9 @@ class Columns(Section):
         return self.prompt, self.chosen, self.rejected
 
     @property
-    def task(self) -> Task:
-        """The task that such rows are for."""
-        return "dpo" if self.response is None else "sft"
+    def item(self) -> type[Item]:
+        """What such rows teach."""
+        return Preference if self.response is None else Example
 
 
 class ColumnsFormat(Section):
@@ -226,12 +237,12 @@ class DataConfig(Section):
         )
 
 
-def check_format(given: DataFormat, task: Task) -> None:
-    """Raise ValueError for a format whose rows are for the other task."""
+def check_format(given: DataFormat, task: str) -> None:
+    """Raise ValueError for a format whose rows are for another task."""
+    item = TASKS[task].item
     if isinstance(given, ColumnsFormat):
-        if given.columns.task != task:
-            raise ValueError(f"data.format.columns names what task {given.columns.task} needs; this is task {task}")
-    elif given not in TASK_FORMATS[task]:
-        raise ValueError(
-            f"data.format {given} is not for task {task}, whose formats are {', '.join(TASK_FORMATS[task])}"
-        )
+        if given.columns.item is not item:
+            other = first_task(given.columns.item)
+            raise ValueError(f"data.format.columns names what task {other} needs; this is task {task}")
+    elif FORMATS[given].item is not item:
+        raise ValueError(f"data.format {given} is not for task {task}, whose formats are {', '.join(formats_of(item))}")

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fedcli.algos import ALGORITHMS, Algorithm
 from fedcli.config.algorithm import parse_algorithm
-from fedcli.config.data import PARTITIONS, TAGS, DataFormat, Task, check_format
+from fedcli.config.data import PARTITIONS, TAGS, DataFormat, check_format
 from fedcli.config.section import Section
 from fedcli.config.sections import Config
 from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
@@ -37,7 +37,7 @@ def parse_format(record: object) -> DataFormat:
     return _FORMAT.validate_python(record)
 
 
-def read_format(text: str, task: Task) -> DataFormat:
+def read_format(text: str, task: str) -> DataFormat:
     """Return the format of a task that a command line names: a name, or columns in YAML; raise UsageError."""
     try:
         given = _FORMAT.validate_python(yaml.safe_load(text))
@@ -145,7 +145,7 @@ def _describe(fault: ErrorDetails, document: dict[str, Any]) -> str:
         return f"{key}: {'a list' if kind == 'tuple_type' else 'a section'} is wanted here (found {found!r})"
     if kind == "literal_error":
         names = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
-        return f"{key}: unknown {location[-1] if location else 'format'} {found!r}. {did_you_mean(str(found), names)}"
+        return f"{key}: unknown {location[-1]} {found!r}. {did_you_mean(str(found), names)}"
     if kind == "value_error":
         message = fault["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if location else message

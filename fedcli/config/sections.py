@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fedcli.algos import FedAvg
 from fedcli.config.algorithm import AlgorithmSection
-from fedcli.config.data import DataConfig, Task, check_format
+from fedcli.config.data import DataConfig, TaskName, check_format
 from fedcli.config.section import Count, Section
 from fedcli.config.slurm import SlurmConfig
 
@@ -152,7 +152,7 @@ class RetentionConfig(Section):
 class Config(Section):
     """The whole of fedcli.yaml."""
 
-    task: Task = "sft"
+    task: TaskName = "sft"
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()

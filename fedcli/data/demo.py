@@ -8,6 +8,7 @@ questions (:func:`pretraining_documents`), whose text never carries the level; o
 import random
 
 from fedcli.data.templates import alpaca
+from fedcli.tasks.conversation import Example, Preference
 
 TOPICS = ("markets", "weather", "sport", "health", "farming")
 LABELS = ("green", "yellow", "orange", "red")
@@ -112,6 +113,10 @@ def demo_preferences(seed: int) -> dict[str, list[dict[str, str]]]:
     """Return the same rows as preferences: the right level is chosen, one of the other three at random is rejected."""
     generator = random.Random(f"demo preferences {seed}")
     return {split: [_preference(generator, row) for row in rows] for split, rows in demo_rows(seed).items()}
+
+
+DEMO_ROWS = {Example: demo_rows, Preference: demo_preferences}
+"""The rows for the tasks that learn from each kind of item."""
 
 
 def pretraining_documents(seed: int, count: int) -> list[str]:

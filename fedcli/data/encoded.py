@@ -5,10 +5,12 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import Any, Generic, Self, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedcli.tasks.conversation import Example, Item, Preference
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,16 @@ class EncodedExample:
 
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
+
+    @property
+    def sides(self) -> "tuple[EncodedExample, ...]":
+        """The responses that are learnt from: this one."""
+        return (self,)
+
+    @property
+    def key(self) -> bytes:
+        """A hash of the token ids, and so of row, template, tokenizer and max_length."""
+        return _hash(self.sides)
 
     @property
     def num_tokens(self) -> int:
@@ -47,6 +59,11 @@ class EncodedPair:
     rejected: EncodedExample
 
     @property
+    def sides(self) -> tuple[EncodedExample, ...]:
+        """Both, the chosen one first."""
+        return self.chosen, self.rejected
+
+    @property
     def num_tokens(self) -> int:
         """The tokens of both sides."""
         return self.chosen.num_tokens + self.rejected.num_tokens
@@ -59,9 +76,12 @@ class EncodedPair:
     @property
     def key(self) -> bytes:
         """A hash of both sides' token ids, and so of row, template, tokenizer and max_length."""
-        sides = (self.chosen, self.rejected)
-        shape = f"{[(side.num_tokens, side.prompt_length) for side in sides]}"
-        return hashlib.sha256(b"".join([shape.encode(), *(side.ids.tobytes() for side in sides)])).digest()
+        return _hash(self.sides)
+
+
+def _hash(sides: Sequence[EncodedExample]) -> bytes:
+    shape = f"{[(side.num_tokens, side.prompt_length) for side in sides]}"
+    return hashlib.sha256(b"".join([shape.encode(), *(side.ids.tobytes() for side in sides)])).digest()
 
 
 class EncodedExamples(Sequence[EncodedExample]):
@@ -169,7 +189,13 @@ class EncodedPairs(Sequence[EncodedPair]):
         return EncodedPair(self._chosen[index], self._rejected[index])
 
 
+EncodedRow: TypeAlias = EncodedExample | EncodedPair
 EncodedT = TypeVar("EncodedT", EncodedExamples, EncodedPairs)
+STORES: "dict[type[Item], type[EncodedExamples] | type[EncodedPairs]]" = {
+    Example: EncodedExamples,
+    Preference: EncodedPairs,
+}
+"""How the rows that teach each kind of item are kept."""
 
 
 @dataclass

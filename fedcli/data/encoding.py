@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from fedcli.config import Task, TemplateChoice
-from fedcli.data.conversation import Example, Item, Preference, Prompt, Turn
+from fedcli.config import TemplateChoice
 from fedcli.data.encoded import EncodedExample, EncodedExamples, EncodedPair, EncodedPairs, EncodedRows
-from fedcli.data.formats import EQUAL, MALFORMED, TOO_LONG, LeftOut, RowReader, describe_counts
+from fedcli.data.formats import RowReader, describe_counts
 from fedcli.data.source import Source
 from fedcli.data.templates import Segment, find_template
 from fedcli.errors import ConfigError, RequirementError
+from fedcli.tasks import TASKS
+from fedcli.tasks.conversation import Example, Item, Preference, Prompt, Turn
+from fedcli.tasks.format import EQUAL, MALFORMED, TOO_LONG, LeftOut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,12 +189,12 @@ class Encoder:
 def encode_items(
     encoder: Encoder,
     items: Iterable[Item],
-    task: Task,
+    task: str,
     max_length: int,
     on_rows: Callable[[int], None] = lambda count: None,
 ) -> "EncodedRows[EncodedExamples] | EncodedRows[EncodedPairs]":
-    """Encode what rows of a task's formats teach: examples for sft, pairs for dpo."""
-    if task == "dpo":
+    """Encode what rows of a task's formats teach: examples or pairs."""
+    if TASKS[task].item is Preference:
         return encoder.pairs((item for item in items if isinstance(item, Preference)), max_length, on_rows)
     return encoder.rows((item for item in items if isinstance(item, Example)), max_length, on_rows)
 
@@ -201,11 +203,11 @@ def encode_source(
     encoder: Encoder,
     reader: RowReader,
     source: Source,
-    task: Task,
+    task: str,
     max_length: int,
     on_rows: Callable[[int], None] = lambda count: None,
 ) -> "EncodedRows[EncodedExamples] | EncodedRows[EncodedPairs]":
-    """Read and encode the rows of a source, examples for sft and pairs for dpo; what the reader left out counts too.
+    """Read and encode the rows of a source, as examples or pairs; what the reader left out counts too.
 
     Raises ConfigError where not one row is usable.
     """

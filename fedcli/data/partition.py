@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcli.config import By, Dirichlet, Partition, ShardsBy, Sizes
-from fedcli.data.conversation import Example, Item
 from fedcli.data.source import Row
 from fedcli.data.topics import find_topics
 from fedcli.errors import ConfigError
 from fedcli.randomness import stream
+from fedcli.tasks.conversation import Example, Item
 
 UNUSED = -1
 """The client of a row that nobody gets."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from fedcli.config import CustomTemplate, TemplateChoice, TemplateName
-from fedcli.data.conversation import Turn
 from fedcli.errors import ConfigError
+from fedcli.tasks.conversation import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from fedcli.data.conversation import Prompt
+from fedcli.tasks.conversation import Prompt
 
 Text: TypeAlias = Prompt | str
 """Turns, which the workspace's template (or an endpoint's own) writes; or a text that is taken as it is."""

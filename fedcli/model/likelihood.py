@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedcli.data.encoded import EncodedExample, EncodedPair
+from fedcli.data.encoded import EncodedExample, EncodedRow
 from fedcli.model.base import has_bfloat16
 from fedcli.model.lora import AdaptedModel
 
@@ -78,26 +78,25 @@ class _InPieces(torch.autograd.Function):
         return gradient * outer[0][:, None].to(gradient.dtype), None
 
 
-def response_log_probs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the log-probability of every row's response given its prompt, float32, shape (rows,)."""
-    losses, rows = supervised_cross_entropy(model, inputs)
-    return losses.new_zeros(len(inputs["labels"])).index_add(0, rows, -losses)
+def response_log_probs(losses: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return the log-probability of every row's response, (rows,), of what `supervised_cross_entropy` returned."""
+    return losses.new_zeros(num_rows).index_add(0, rows, -losses)
 
 
-def pair_log_probs(adapted: AdaptedModel, pairs: Sequence[EncodedPair]) -> Iterator[tuple[float, float]]:
-    """Yield, pair by pair, the log-probabilities that the model as it is gives to the chosen and the rejected response.
+def reference_log_probs(adapted: AdaptedModel, rows: Sequence[EncodedRow]) -> Iterator[tuple[float, ...]]:
+    """Yield, row by row, the log-probabilities that the model as it is gives to its responses, a pair's chosen first.
 
-    Without dropout, and one pair at a time, so that a pair's figures do not depend on its neighbours in a batch.
+    Without dropout, and one row at a time, so that its figures do not depend on its neighbours in a batch.
     """
     model = adapted.base
     adapted.model.eval()
-    for pair in pairs:
-        batch = collate([pair.chosen, pair.rejected], adapted.pad_id)
+    for row in rows:
+        batch = collate(row.sides, adapted.pad_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         # Trainer's precision, so that before the first step policy and reference agree
         with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=has_bfloat16()):
-            chosen, rejected = response_log_probs(model, batch).tolist()
-        yield chosen, rejected
+            log_probs = response_log_probs(*supervised_cross_entropy(model, batch), len(row.sides))
+        yield tuple(log_probs.tolist())
 
 
 @contextmanager

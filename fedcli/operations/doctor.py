@@ -9,11 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from fedcli.config import Config, Task, TrainConfig
+from fedcli.config import Config, TrainConfig
 from fedcli.errors import FedError
 from fedcli.observer import Observer
 from fedcli.parties.party import trusts_code
 from fedcli.quantities import describe_bytes
+from fedcli.tasks import TASKS
+from fedcli.tasks.conversation import Preference
 from fedcli.training.batches import LARGEST
 from fedcli.workspace.federation_state import Experiment
 from fedcli.workspace.file_system_check import probe_file_system
@@ -232,9 +234,9 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     yield Finding("memory", "failed", detail, cure)
 
 
-def _rows_at_once(train: TrainConfig, task: Task, device: str) -> int:
+def _rows_at_once(train: TrainConfig, task: str, device: str) -> int:
     """Return the most rows, two for a pair, that a micro-batch may have where all are as long as they may be."""
-    sides = 2 if task == "dpo" else 1
+    sides = 2 if TASKS[task].item is Preference else 1
     fitting = max(1, LARGEST[device] // (sides * train.max_length))
     return sides * (train.micro_batch_size or min(train.batch_size, fitting))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedcli.config import CustomTemplate
 from fedcli.data.formats import describe_counts
-from fedcli.data.hub import HUB_DATASETS
+from fedcli.data.hub import known_format
 from fedcli.errors import UsageError
 from fedcli.model.adapter_config import parse_adapter_config
 from fedcli.operations.report import read_metrics
@@ -18,6 +18,7 @@ from fedcli.parties.party import find_same_base, trusts_code
 from fedcli.parties.simulate import DataSummary, read_summary
 from fedcli.report.card import Card, ClientData, render_card
 from fedcli.scoring.table import best_rounds
+from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import (
@@ -159,6 +160,7 @@ def _card(
     return Card(
         title=workspace.root.name,
         task=manifest.task,
+        task_description=TASKS[manifest.task].description,
         round=found.number,
         rounds=manifest.rounds,
         num_clients=config.federation.clients,
@@ -166,7 +168,7 @@ def _card(
         base=model.base,
         base_id=None if base_id is None else str(base_id),
         template="the workspace's own" if isinstance(train.template, CustomTemplate) else train.template,
-        datasets=sorted({entry.source for entry in config.data.sources} & HUB_DATASETS.keys()),
+        datasets=sorted({entry.source for entry in config.data.sources if known_format(entry.source)}),
         facts={name: value for name, value in facts.items() if value},
         clients=_clients(federation, summary),
         metrics=metrics,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcli.data.conversation import Item
 from fedcli.data.encoded import EncodedExample, EncodedExamples, EncodedPairs
 from fedcli.data.encoding import Encoder, encode_items
 from fedcli.data.formats import RowReader
@@ -20,6 +19,7 @@ from fedcli.parties.join import NO_LIMIT
 from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.parties.simulate import read_summary
 from fedcli.report.rows_picture import Bar, draw
+from fedcli.tasks.conversation import Item
 from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace

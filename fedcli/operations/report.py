@@ -20,6 +20,7 @@ from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
 from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity
 from fedcli.scoring.targets import is_stale
+from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState, config_text
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import read_update
@@ -97,7 +98,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
     return Report(
         title=workspace.root.name,
         state=manifest.state,
-        task=manifest.task,
+        task=TASKS[manifest.task].description,
         round=head.number,
         rounds=manifest.rounds,
         num_clients=config.federation.clients,

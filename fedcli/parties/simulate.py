@@ -11,8 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedcli.config import ColumnsFormat, Config, SourceEntry, parse_format
 from fedcli.data import partition
-from fedcli.data.conversation import Item
-from fedcli.data.demo import demo_preferences, demo_rows
+from fedcli.data.demo import DEMO_ROWS
 from fedcli.data.formats import RowReader
 from fedcli.data.hub import choose_format, choose_split
 from fedcli.data.source import Row, find_source, write_row
@@ -20,6 +19,8 @@ from fedcli.errors import ConfigError, IntegrityError, NotReadyError, WorkspaceE
 from fedcli.model.base import BUILTIN_PREFIX
 from fedcli.observer import Observer
 from fedcli.randomness import stream
+from fedcli.tasks import TASKS
+from fedcli.tasks.conversation import Item
 from fedcli.workspace.federation_state import Experiment
 from fedcli.workspace.history import read_identity, read_round
 from fedcli.workspace.layout import Workspace
@@ -225,7 +226,7 @@ def _demo_rows(config: Config, source: str) -> list[Row]:
 
 
 def _demo_splits(config: Config) -> dict[str, list[dict[str, str]]]:
-    return (demo_preferences if config.task == "dpo" else demo_rows)(config.federation.seed)
+    return DEMO_ROWS[TASKS[config.task].item](config.federation.seed)
 
 
 def _held_out_files(experiment: Experiment) -> dict[Path, bytes]:

@@ -30,6 +30,7 @@ class Card:
 
     title: str
     task: str
+    task_description: str
     round: int
     rounds: int
     num_clients: int

@@ -119,6 +119,7 @@ class Report:
     title: str
     state: str
     task: str
+    """What a federation does with it, as in "instruction tuning"."""
     round: int
     rounds: int
     num_clients: int

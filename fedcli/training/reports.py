@@ -1,6 +1,8 @@
 """What training is told and what it tells; free of torch, so that everybody can name it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,14 @@ class TrainSettings:
     gradient_checkpointing: bool
     seed: int
     """Of dropout; 32 bits."""
+    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    """The task's, by name."""
+
+    @classmethod
+    def of(cls, record: object, **others: Any) -> Self:
+        """Return the settings that a record, a manifest's, has under the same names, but for the others."""
+        same = {each.name: getattr(record, each.name) for each in fields(cls) if each.name not in others}
+        return cls(**same, **others)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One client's optimiser steps: the loss, the client rule and the reports are given to it.
+"""One client's optimiser steps: the task with its loss, the client rule and the reports are given to it.
 
 A loop of our own, not a library's trainer: a step is to cost what its mathematics costs. transformers' Trainer and
 trl's pad a batch to its longest row, make logits at every position and metrics on every step, and take seconds to
@@ -6,47 +6,49 @@ import, which every `client train` would pay. trl's are the oracles of the tests
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fedcli.algos import ClientRule
+from fedcli.data.encoded import EncodedRow
 from fedcli.model.base import has_bfloat16
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.likelihood import IGNORED, collate, response_log_probs, supervised_cross_entropy
 from fedcli.model.lora import AdaptedModel
-from fedcli.training.batches import LARGEST, OVERHEAD, Item, cut
+from fedcli.tasks import Likelihood, Task
+from fedcli.training.batches import LARGEST, OVERHEAD, cut
 from fedcli.training.reports import StepReport, TrainSettings
 
-Batch = dict[str, torch.Tensor]
 
+@dataclass(frozen=True)
+class TrainRow:
+    """A row, and the log-probabilities that the reference gives to its responses, where the task has a reference."""
 
-class CountedItem(Item, Protocol):
-    """What the trainer must know of a row."""
+    row: EncodedRow
+    reference: tuple[float, ...] = ()
 
     @property
-    def num_tokens(self) -> int:
-        """The tokens that a forward pass over it sees."""
-
-
-ItemT = TypeVar("ItemT", bound=CountedItem)
+    def length(self) -> int:
+        """The row's tokens once the shorter side is padded to the longer."""
+        return self.row.length
 
 
 def fit(
     adapted: AdaptedModel,
-    items: Sequence[ItemT],
+    rows: Sequence[TrainRow],
+    task: Task,
     settings: TrainSettings,
     *,
-    collate: Callable[[Sequence[ItemT]], Batch],
-    loss: Callable[[Any, Batch], torch.Tensor],
-    divisor: Callable[[Sequence[ItemT]], int],
-    rule: ClientRule | None,
+    rule: ClientRule | None = None,
     on_step: Callable[[StepReport], None],
 ) -> list[float]:
-    """Train the adapter in place, one optimiser step for every `batch_size` items; return the losses of the steps.
+    """Train the adapter in place, one optimiser step for every `batch_size` rows; return the losses of the steps.
 
-    A step's loss is the sum of `loss(model, micro-batch)` over the batch's micro-batches, over `divisor(batch)`:
-    neither it nor its gradient depends on how the batch is cut.
+    A step's loss is the mean of the task's loss over the supervised tokens or the rows of its batch: neither it nor
+    its gradient depends on how the batch is cut into micro-batches.
     """
     model, parameters = adapted.base, list(adapted.parameters.values())
     device, has_autocast = model.device, has_bfloat16()
@@ -58,25 +60,49 @@ def fit(
     torch.manual_seed(settings.seed)  # of dropout
     optimizer.zero_grad()  # what another client's training left that broke off
     adapted.model.train()
-    with quiet_libraries(), _checkpointing(model, settings.gradient_checkpointing):
-        for start in range(0, len(items), settings.batch_size):
-            batch = items[start : start + settings.batch_size]
-            num_parts = divisor(batch)
+    dropout = nullcontext() if task.has_dropout else _no_dropout(adapted.model)
+    with quiet_libraries(), dropout, _checkpointing(model, settings.gradient_checkpointing):
+        for start in range(0, len(rows), settings.batch_size):
+            batch = rows[start : start + settings.batch_size]
+            num_parts = len(batch) if task.mean_over == "rows" else sum(_num_supervised(row) for row in batch)
             total = torch.zeros((), device=device)
             parts = cut(
                 batch, size=settings.micro_batch_size, overhead=OVERHEAD[device.type], largest=LARGEST[device.type]
             )
+            arguments: dict[str, Any] = {**settings.hyperparameters}
+            if task.batch_terms is not None:
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=has_autocast):
+                    said = [_likelihood(model, part, adapted.pad_id) for part in parts]
+                    whole = Likelihood(*(torch.cat(tensors, -1) for tensors in zip(*said, strict=True)))
+                    arguments |= task.batch_terms(whole, **settings.hyperparameters)
             for part in parts:
-                inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in collate(part).items()}
                 with torch.autocast(device.type, torch.bfloat16, enabled=has_autocast):
-                    share = loss(model, inputs) / num_parts
+                    share = task.loss(_likelihood(model, part, adapted.pad_id), **arguments) / num_parts
                 share.backward()  # type: ignore[no-untyped-call]  # torch's annotations
                 total += share.detach()
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             _step(optimizer, parameters, rule, own, settings.learning_rate)
             losses.append(total.item())
-            on_step(StepReport(len(losses), losses[-1], sum(item.num_tokens for item in batch)))
+            on_step(StepReport(len(losses), losses[-1], sum(row.row.num_tokens for row in batch)))
     return losses
+
+
+def _likelihood(model: Any, rows: Sequence[TrainRow], pad_id: int) -> Likelihood:
+    """Return what the model says of a micro-batch: all first sides in one forward pass with all second ones."""
+    sides = [side for sides in zip(*(row.row.sides for row in rows), strict=True) for side in sides]
+    reference = torch.tensor([row.reference for row in rows], dtype=torch.float64).T
+    inputs = {
+        name: tensor.to(model.device, non_blocking=True)
+        for name, tensor in (collate(sides, pad_id) | {"reference": reference}).items()
+    }
+    losses, positions = supervised_cross_entropy(model, inputs)
+    log_probs = response_log_probs(losses, positions, len(sides))
+    num_tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1)
+    return Likelihood(losses, log_probs.view(-1, len(rows)), num_tokens.view(-1, len(rows)), inputs["reference"])
+
+
+def _num_supervised(row: TrainRow) -> int:
+    return sum(side.num_supervised for side in row.row.sides)
 
 
 @torch.no_grad()
@@ -113,3 +139,15 @@ def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         yield
     finally:
         model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _no_dropout(model: torch.nn.Module) -> Iterator[None]:
+    rates = {module: module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    for module in rates:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, rate in rates.items():
+            module.p = rate

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcli.config import Quantization, Task, TemplateChoice
+from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.errors import IntegrityError
 from fedcli.workspace.layout import WORKSPACE_ID
 from fedcli.workspace.refusal import Refusal, RefusalCode
@@ -157,7 +157,7 @@ class Manifest(Record):
     rounds: Annotated[int, Field(ge=1)]
     state: Literal["open", "finished"]
     parent: Sha256 | None
-    task: Task
+    task: TaskName
     algorithm: dict[str, Any]
     cohort: list[Natural]
     update_files: list[str]

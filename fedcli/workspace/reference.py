@@ -12,8 +12,8 @@ from fedcli.workspace.layout import ADAPTER_NAME, Home
 from fedcli.workspace.publish import publish_file
 from fedcli.workspace.records import Manifest
 
-LogProbs = dict[bytes, tuple[float, float]]
-"""By a pair's key: of the chosen and of the rejected response."""
+LogProbs = dict[bytes, tuple[float, ...]]
+"""By a row's key: of its responses, a pair's chosen one first."""
 
 
 def reference_key(start: Manifest, precision: str) -> str:
@@ -28,13 +28,14 @@ def read_reference(home: Home, key: str) -> LogProbs:
         arrays = load(home.reference(key).read_bytes())
         if arrays["sha256"].tobytes() != _digest(arrays["keys"], arrays["values"]):
             return {}
-        pairs = zip(arrays["keys"], arrays["values"].tolist(), strict=True)
-        return {row.tobytes(): (chosen, rejected) for row, (chosen, rejected) in pairs}
+        return {
+            key.tobytes(): tuple(values) for key, values in zip(arrays["keys"], arrays["values"].tolist(), strict=True)
+        }
     except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError):
         return {}
 
 
-def save_reference(home: Home, key: str, log_probs: Mapping[bytes, tuple[float, float]]) -> None:
+def save_reference(home: Home, key: str, log_probs: Mapping[bytes, tuple[float, ...]]) -> None:
     """Replace a client's cache."""
     arrays: dict[str, Array] = {
         "keys": np.frombuffer(b"".join(log_probs), np.uint8).reshape(len(log_probs), -1),

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from fedcli.algos import Arrays
-from fedcli.data.conversation import Example, Preference, Turn, instruct
 from fedcli.model.base import find_base
 from fedcli.model.lora import AdaptedModel, lora_config
+from fedcli.tasks.conversation import Example, Preference, Turn, instruct
 
 TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())
 TARGETS = ("q_proj", "v_proj", "down_proj")

@@ -124,8 +124,7 @@ def _import_all() -> None:
             "client.runtime",
             "data.encoding",
             "model.lora",
-            "training.sft",
-            "training.dpo",
+            "training.trainer",
             "eval.local_model",
         ):
             import_module(f"fedcli.{name}")

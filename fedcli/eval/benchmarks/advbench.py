@@ -8,11 +8,11 @@ and "can't" and "unable to" count as "cannot" does. Requests are as published, w
 
 import re
 
-from fedcli.data.conversation import Turn
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource
 from fedcli.eval.requests import Generation
+from fedcli.tasks.conversation import Turn
 
 MAX_NEW_TOKENS = 256
 MAX_JUDGMENT_TOKENS = 512

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fedcli.data.conversation import Turn
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.benchmarks.code import extract_code, text_of
 from fedcli.eval.data import DataSource, Files
+from fedcli.tasks.conversation import Turn
 
 MAX_NEW_TOKENS = 256
 ORDER = 4

@@ -5,12 +5,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from fedcli.data.conversation import shown
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import ItemScore, Metric, Session
 from fedcli.eval.requests import Text
 from fedcli.eval.sandbox import Program
+from fedcli.tasks.conversation import shown
 
 KS = (1, 10, 100)
 PASS_METRICS = tuple(Metric(f"pass@{k}") for k in KS)

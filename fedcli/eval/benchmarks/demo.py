@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from fedcli.data.conversation import Example, Item, Preference, shown
 from fedcli.data.formats import RowReader
 from fedcli.data.source import read_rows
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource, Files
 from fedcli.eval.requests import Likelihood
+from fedcli.tasks.conversation import Example, Item, Preference, shown
 
 MAX_NEW_TOKENS = 16
 """Twice what the longest answer, one of four words for an alert level, has."""

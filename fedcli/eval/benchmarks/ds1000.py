@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
-from fedcli.data.conversation import Turn
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.benchmarks.code import PASS_METRICS, Limits, Problem, extract_code, solve, text_of
 from fedcli.eval.data import DataSource, Files
+from fedcli.tasks.conversation import Turn
 
 LIBRARIES = ("Matplotlib", "Numpy", "Pandas", "Pytorch", "Scipy", "Sklearn", "Tensorflow")
 INSTRUCTION = (

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from fedcli.data.conversation import Prompt, Turn
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource, Files
 from fedcli.eval.requests import Likelihood
+from fedcli.tasks.conversation import Prompt, Turn
 
 Label = Literal["negative", "neutral", "positive"]
 LABELS: tuple[Label, ...] = get_args(Label)

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcli.data.conversation import Prompt, Turn, shown
-from fedcli.data.formats import parse_dialogue
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource, Files
 from fedcli.eval.requests import Likelihood
+from fedcli.tasks.builtin_formats import parse_dialogue
+from fedcli.tasks.conversation import Prompt, Turn, shown
 
 SUBSETS = ("harmless", "helpful", "honest", "other")
 

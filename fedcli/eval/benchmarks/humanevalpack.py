@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from fedcli.data.conversation import Turn
 from fedcli.eval.benchmark import Benchmark, ItemScore, Session
 from fedcli.eval.benchmarks.code import PASS_METRICS, Limits, Problem, complete, solve, text_of
 from fedcli.eval.data import DataSource, Files
+from fedcli.tasks.conversation import Turn
 
 LIMITS = Limits(max_new_tokens=1024)
 CITATION = "Muennighoff et al. 2023, OctoPack: Instruction Tuning Code Large Language Models, arXiv 2308.07124"

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeGuard
 
-from fedcli.data.conversation import Turn
 from fedcli.data.source import Row, read_rows
 from fedcli.errors import ConfigError, UsageError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource, Files
 from fedcli.eval.judge import Judgment
 from fedcli.eval.requests import Generation
+from fedcli.tasks.conversation import Turn
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 TEMPERATURES = {

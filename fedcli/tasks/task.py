@@ -1,0 +1,54 @@
+"""A task: what rows teach, and the loss that teaches it, as a function of the likelihoods of responses."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+from fedcli.tasks.conversation import Item
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Hyperparameter: TypeAlias = Literal["beta"]
+"""A key of fedcli.yaml's section train that a loss may use."""
+
+
+class Likelihood(NamedTuple):
+    """What the model in training says of n rows: one response each (s = 1), or two, chosen and rejected (s = 2)."""
+
+    token_losses: "Tensor"
+    """-log p of every supervised token, float32, (tokens,)."""
+    log_probs: "Tensor"
+    """log p of every response, the sum over its tokens, float32, (s, n)."""
+    num_tokens: "Tensor"
+    """The supervised tokens of every response, (s, n)."""
+    reference: "Tensor"
+    """`log_probs` of the reference, round 0's adapter, float64, (s, n); (0, n) for a task without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task; fedcli.yaml names it, and a manifest records the name.
+
+    Who reads fedcli.yaml loads the task, and the server does: a loss imports torch inside its function.
+    """
+
+    name: str
+    description: str
+    """What a federation does with it, for reports and model cards: "instruction tuning"."""
+    item: type[Item]
+    """What it learns from: the formats that make such items of rows are its formats."""
+    loss: "Callable[..., Tensor]"
+    """loss(likelihood, **hyperparameters) is the sum over the rows (or tokens) of a part of a batch."""
+    mean_over: Literal["tokens", "rows"]
+    """A step's loss is that sum over the whole batch, over the number of its supervised tokens or rows."""
+    hyperparameters: tuple[Hyperparameter, ...] = ()
+    uses_reference: bool = False
+    """Whether the log-probabilities of round 0's adapter are computed for every row, once a client."""
+    has_dropout: bool = False
+    """Whether adapter.dropout is on: a loss that compares with a reference, which has none, does without."""
+    batch_terms: "Callable[..., Mapping[str, Tensor]] | None" = None
+    """batch_terms(likelihood of the whole batch, **hyperparameters) gives the step's losses further arguments.
+
+    It is called before each step, without gradients, and costs a forward pass over the batch.
+    """
