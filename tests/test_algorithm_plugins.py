@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.federation import ADAPTER, read_adapter, read_manifest
-from support.formulas import drop_all
-from support.handmade import drop
+from support.formulas import drop, drop_all
 from support.plugins import install, python_path
 from support.processes import ENVIRONMENT, SMALL, command, settings
 
@@ -165,11 +164,22 @@ class MedianScaffold(Scaffold):
         return Median()
 
 
-@pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This module's algorithms are fedcli's own."""
-    for kind in (FedMedian, MedianScaffold):
-        monkeypatch.setitem(ALGORITHMS._own, kind.name, kind)
+@pytest.fixture(scope="module")
+def own() -> Iterator[None]:
+    """This module's algorithms are fedcli's own, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (FedMedian, MedianScaffold):
+            patch.setitem(ALGORITHMS._own, kind.name, kind)
+        yield
+
+
+@pytest.fixture(scope="module")
+def answered(own: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation of medianscaffold whose clients have answered round 0; tests must not change it."""
+    folder = tmp_path_factory.mktemp("answered")
+    assert main(["init", str(folder), *settings(*SMALL, "algorithm.name=medianscaffold")]) == 0
+    drop_all(folder, 0)
+    return folder
 
 
 @pytest.mark.parametrize("size", [1, 2, PIECE, 3 * PIECE + 5])
@@ -191,14 +201,14 @@ def test_a_median_and_krum_of_the_literature_in_passes_over_blocks(size):
             np.testing.assert_allclose(result["b"], expected[1], rtol=0, atol=1e-12)
 
 
-def test_the_files_beside_the_adapters_are_reduced_as_the_algorithm_says(own, tmp_path):
-    assert main(["init", str(tmp_path), *settings(*SMALL, "algorithm.name=medianscaffold")]) == 0
-    updates = drop_all(tmp_path, 0)
-    Federation.open(tmp_path).server.aggregate()
-    for name, array in load_file(tmp_path / "rounds/00001/control.safetensors").items():
-        expected = np.median([delta[name].astype(float) for _, _, delta in updates.values()], axis=0)
+def test_the_files_beside_the_adapters_are_reduced_as_the_algorithm_says(answered, tmp_path):
+    folder = Path(shutil.copytree(answered, tmp_path / "workspace"))
+    deltas = [load_file(folder / f"inbox/{client}/round-00000" / DELTA_FILE) for client in range(3)]
+    Federation.open(folder).server.aggregate()
+    for name, array in load_file(folder / "rounds/00001/control.safetensors").items():
+        expected = np.median([delta[name].astype(float) for delta in deltas], axis=0)
         np.testing.assert_array_equal(array, expected.astype(np.float32))
-    assert Federation(Workspace(tmp_path)).verify().violations == []
+    assert Federation(Workspace(folder)).verify().violations == []
 
 
 def changed(path: Path) -> None:
@@ -225,26 +235,25 @@ CHANGES: list[Callable[[Path], object]] = [
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", [ADAPTER, DELTA_FILE])
-def test_an_update_that_changes_between_the_passes_is_never_counted(own, tmp_path, monkeypatch, change, name):
-    assert main(["init", str(tmp_path), *settings(*SMALL, "algorithm.name=medianscaffold")]) == 0
-    drop_all(tmp_path, 0)
+def test_an_update_that_changes_between_the_passes_is_never_counted(answered, tmp_path, monkeypatch, change, name):
+    folder = Path(shutil.copytree(answered, tmp_path / "workspace"))
     monkeypatch.setattr(MedianScaffold, "reducer", lambda self: Median())
     original = Median.result
 
     def spoilt(self, stacks):
-        path = tmp_path / "inbox/1/round-00000" / name
+        path = folder / "inbox/1/round-00000" / name
         if path.exists() and not path.is_symlink():
             change(path)
         return original(self, stacks)
 
     monkeypatch.setattr(Median, "result", spoilt)
     with pytest.raises(WorkspaceError, match="client 1's update changed while it was merged"):
-        Federation.open(tmp_path).server.aggregate()
-    assert not (tmp_path / "rounds/00001").exists()
+        Federation.open(folder).server.aggregate()
+    assert not (folder / "rounds/00001").exists()
     monkeypatch.setattr(Median, "result", original)
     if change is not linked and name == ADAPTER:  # the next merge refuses it, or misses it
-        Federation.open(tmp_path).server.aggregate(partial=True)
-        assert [entry["client"] for entry in read_manifest(tmp_path, 1)["aggregation"]["counted"]] == [0, 2]
+        Federation.open(folder).server.aggregate(partial=True)
+        assert [entry["client"] for entry in read_manifest(folder, 1)["aggregation"]["counted"]] == [0, 2]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

@@ -11,9 +11,8 @@ from support.federation import all_take_part
 from support.processes import SMALL, command_names, settings
 from support.warm import write_rows
 
+from fedcli import Federation
 from fedcli.cli import app
-from fedcli.server.aggregate import aggregate
-from fedcli.workspace.layout import Workspace
 
 COMMANDS = {
     "init": ("init", "NEW", *settings(*SMALL)),
@@ -69,7 +68,7 @@ def test_files_of_the_workspace_are_listed_examined_and_opened_in_its_own_room_a
 ) -> None:
     if name in MERGED:
         all_take_part(workspace)
-        aggregate(Workspace(workspace))
+        Federation.open(workspace).server.aggregate()
     if name in ANSWERED:
         all_take_part(workspace)
     program = workspace.parent / "programs" / "sbatch"
