@@ -169,11 +169,16 @@ class Federation:
 
         return read_status(self.state)
 
-    def evaluate(self, request: "Scoring", *, observer: Observer = SILENT) -> "list[ScoreRecord]":
-        """Score models on benchmarks and keep the scores; what was answered before is not asked again."""
-        from fedcli.scoring.request import prepare
+    def evaluate(
+        self, *names: str, request: "Scoring | None" = None, observer: Observer = SILENT
+    ) -> "list[ScoreRecord]":
+        """Score all models of the workspace on benchmarks, or what a `request` names, and keep the scores.
 
-        return prepare(self.state, request, self.runtimes).run(observer)
+        What was answered before is not asked again.
+        """
+        from fedcli.scoring.request import Scoring, prepare
+
+        return prepare(self.state, request or Scoring(names), self.runtimes).run(observer)
 
     def scores(
         self, *names: str, group: str | None = None, against: str = "base", details: bool = False

@@ -25,7 +25,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __init__(self, group: Group, own: Mapping[str, T], check: Callable[[str, object], T]) -> None:
         self._group = group
-        self._own = own
+        self._own = dict(own)
         self._check = check
         self._loaded: dict[str, T] = {}
 
@@ -42,6 +42,12 @@ class Registry(Mapping[str, T], Generic[T]):
                 )
             found[entry.name] = entry
         return found
+
+    def add(self, name: str, thing: T) -> None:
+        """Add a thing of this process alone; raise ValueError for a name that is taken."""
+        if name in self:
+            raise ValueError(f"{name!r} is taken: {self.package_of(name)} gives it")
+        self._own[name] = self._check(name, thing)
 
     def package_of(self, name: str) -> str:
         """Return the name of the package that a known name comes from."""

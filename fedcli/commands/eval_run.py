@@ -145,7 +145,7 @@ def run(
             threads=threads,
             confirm=None if yes else display.confirm,
         )
-        records = federation.evaluate(scoring, observer=display)
+        records = federation.evaluate(request=scoring, observer=display)
     if json_output:
         print_json({"scores": records})
         return

@@ -65,6 +65,17 @@ class ScoreTable:
     against: str
     notes: tuple[str, ...]
 
+    def best(self, metric: str | None = None) -> str:
+        """Return the best target in a column, named "BENCHMARK METRIC"; by default the first one.
+
+        Raises KeyError for a column that is not there.
+        """
+        columns = {column.title: column for column in reversed(self.columns)}
+        column = self.columns[0] if metric is None else columns[metric]
+        return next(
+            target for target in self.targets if (target, column) in self.cells and self.cells[target, column].rank == 1
+        )
+
 
 def make_table(
     workspace: Workspace,
