@@ -29,10 +29,11 @@ slow: .venv/installed-dev  ## the kill -9 campaigns in their short form; KILLS=5
 slurm: .venv/installed-dev  ## federations through a SLURM of this machine, which it starts and stops
 	$(PYTEST) -n 0 -m slurm
 
-lint: .venv/installed-dev  ## ruff and mypy
+lint: .venv/installed-dev  ## ruff, mypy, and the contracts of who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 check: lint slow slurm demo test  ## all that CI runs
 

@@ -1,6 +1,7 @@
 """The shape of the package, read from its source: layers, light imports, documentation, names, sizes."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,6 +88,41 @@ def test_no_test_module_imports_another() -> None:
     imported = {module.stem: {name.split(".")[0] for name in imports(module)} for module in modules}
     tests = {name for name in imported if name.startswith("test_")} | {"conftest"}
     assert {name: found & tests for name, found in imported.items() if found & tests} == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "wrong", "broken"),
+    [
+        ("server/merge.py", "import torch", "After round 0 the server reaches no torch"),
+        ("server/quorum.py", "from fedcli.client.due import client_status", "rooms side by side"),
+        ("training/batches.py", "from fedcli.workspace.layout import Workspace", "know nothing of the workspace"),
+        ("algos/fedavg.py", "import torch", "Algorithms are pure"),
+        ("client/runtimes.py", "from fedcli.client.due import ClientResult", "No import circle"),
+    ],
+)
+def test_a_wrong_import_breaks_a_contract(tmp_path: Path, module: str, wrong: str, broken: str) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "fedcli", ignore=shutil.ignore_patterns("__pycache__", "builtin"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "fedcli" / module).open("a") as file:
+        file.write(f"\n\ndef _lazily() -> None:\n    {wrong}\n")
+    linter = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.run(linter, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1, process.stdout + process.stderr
+    said = " ".join(process.stdout.split())
+    assert broken in said
+    assert "BROKEN" in said
+
+
+def test_nothing_takes_a_workspace_beside_what_holds_it() -> None:
+    """An opened federation, an experiment and a round know their workspace."""
+    holders = {"Experiment", "FederationState", "Round", "Config"}
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                taken = {ast.unparse(each.annotation).strip("'\"") for each in every if each.annotation is not None}
+                assert not ("Workspace" in taken and taken & holders), f"{module}: {node.name}"
 
 
 def test_no_file_in_git_is_over_five_megabytes() -> None:

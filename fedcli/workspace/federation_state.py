@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from fedcli.config import Config, parse_config, read_document
@@ -47,7 +48,7 @@ class Experiment:
         if not is_initialised(workspace):
             return Experiment(workspace, config, None)
         identity = read_identity(workspace)
-        _check_fixed(workspace, identity, config)
+        _check_fixed(workspace.config, identity, config)
         return Experiment(workspace, config, identity)
 
     def check_clients(self, clients: Iterable[int]) -> None:
@@ -80,14 +81,14 @@ class FederationState(Experiment):
         """
         identity, version = read_identity(workspace), workspace.store.version(CONFIG_NAME)
         config = read_config(workspace)
-        _check_fixed(workspace, identity, config)
+        _check_fixed(workspace.config, identity, config)
         return cls(workspace, config, identity, read_head(workspace, identity), version)
 
     def refresh(self) -> bool:
         """Read fedcli.yaml where it has changed, and the latest round; return whether that is another round."""
         if (version := self.workspace.store.version(CONFIG_NAME)) != self._config_version:
             config = read_config(self.workspace)
-            _check_fixed(self.workspace, self.identity, config)
+            _check_fixed(self.workspace.config, self.identity, config)
             self.config, self._config_version = config, version
         before = self.head
         self.head = read_head(self.workspace, self.identity, known=before)
@@ -142,11 +143,11 @@ def config_text(workspace: Workspace) -> str:
         ) from error
 
 
-def _check_fixed(workspace: Workspace, identity: Identity, config: Config) -> None:
+def _check_fixed(where: Path, identity: Identity, config: Config) -> None:
     changed = _differences("", identity.fixed, config.fixed())
     if changed:
         raise ConfigError(
-            f"{workspace.config} changes what was fixed by `fedcli init`:\n  " + "\n  ".join(changed),
+            f"{where} changes what was fixed by `fedcli init`:\n  " + "\n  ".join(changed),
             hint="Set these keys back, or start another workspace with `fedcli init DIR`.",
         )
 
