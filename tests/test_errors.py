@@ -199,7 +199,7 @@ def test_an_error_of_the_system_is_explained_by_what_it_is(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("fedcli.workspace.layout.find_workspace", fail)
+    monkeypatch.setattr("fedcli.commands.options.find_workspace", fail)
     found, _, err = run("status", "-w", tmp_path)
     assert found == code
     assert message in err
@@ -374,14 +374,11 @@ def test_a_base_model_with_a_corrupt_config_is_refused(
 
 
 def test_a_base_model_with_truncated_weights_is_refused(
-    refused: Callable[..., None], run: Run, base: Path, tmp_path: Path
+    refused: Callable[..., None], base: Path, tmp_path: Path
 ) -> None:
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    home = tmp_path / "w"
-    assert run("init", home, *settings(*ONE, f"model.base={base}"))[0] == 0  # init reads no weight
-    (client,) = json.loads(run("status", "-w", home, "--json")[1])["cohort"]
-    refused(8, ["client", "train", "--id", client, "-w", home], base)
+    refused(8, ["init", tmp_path / "w", *settings(*ONE, f"model.base={base}")], base)
 
 
 # Disks and limits

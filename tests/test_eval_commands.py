@@ -359,7 +359,7 @@ MISTAKES: list[tuple[int, list[str], list[str]]] = [
     (2, ["tfns", "--base", "--data", "/nowhere"], ["--data /nowhere: no such folder"]),
     (2, ["tfns", "--client", "7"], ["there is no client 7", "ids 0 to 2"]),
     (2, ["tfns", "--alone", "1"], ["there is no baseline alone-1", "fedcli train-alone --id 1"]),
-    (6, ["tfns", "--round", "99"], ["round 99 is not there yet"]),
+    (6, ["tfns", "--round", "99"], ["there is no round 99 yet"]),
     (2, ["tfns", "--round", "last"], ["--round last: no such round", "latest"]),
     (2, ["tfns", "--base", "--template", "vicunia"], ["unknown template 'vicunia'", "Did you mean vicuna?"]),
     (

@@ -144,7 +144,7 @@ def test_a_faulty_file_is_named(tmp_path: Path, name: str, contents: str | bytes
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
-    for name, problem in (("absent.jsonl", "no such file or folder"), ("folder.jsonl", "holds no files of rows")):
+    for name, problem in (("absent.jsonl", "No such file"), ("folder.jsonl", "holds no files of rows")):
         with pytest.raises(ConfigError, match=problem) as caught:
             read_rows(tmp_path / name)
         assert str(tmp_path / name) in caught.value.message

@@ -11,7 +11,6 @@ from fedcli.errors import BusyError, FedError
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, can_train, find_party
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
-from fedcli.workspace.inbox import sweep_inbox
 from fedcli.workspace.locks import hold
 
 if TYPE_CHECKING:
@@ -125,6 +124,7 @@ def _claimable(federation: FederationState) -> Iterator[int]:
 def _train(federation: FederationState, party: Party, runtimes: Runtimes, observer: Observer) -> ClientResult:
     """Train and drop, under the client's lock."""
     from fedcli.client.local_round import train_and_drop
+    from fedcli.workspace.inbox import sweep_inbox
 
     sweep_inbox(federation.workspace, party.client)
     training, is_first = train_and_drop(federation, party, runtimes, observer)

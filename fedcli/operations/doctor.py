@@ -17,8 +17,9 @@ from fedcli.quantities import describe_bytes
 from fedcli.tasks import TASKS
 from fedcli.tasks.conversation import Preference
 from fedcli.training.batches import LARGEST
-from fedcli.workspace.federation_state import Experiment
+from fedcli.workspace.federation_state import Experiment, read_config
 from fedcli.workspace.file_system_check import probe_file_system
+from fedcli.workspace.history import is_initialised, read_identity
 from fedcli.workspace.layout import Workspace
 
 PACKAGES = (
@@ -60,7 +61,8 @@ def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]
     findings = [_python()]
     if workspace is not None:
         try:
-            experiment = Experiment.read(workspace)
+            identity = read_identity(workspace) if is_initialised(workspace) else None
+            experiment = Experiment(workspace, read_config(workspace), identity)
         except FedError as error:
             findings.append(Finding("fedcli.yaml", "failed", error.message, error.hint))
     config = None if experiment is None else experiment.config

@@ -159,8 +159,10 @@ def is_initialised(workspace: Workspace) -> bool:
     return workspace.store.exists(workspace.name(workspace.identity))
 
 
-def read_identity(workspace: Workspace) -> Identity:
-    """Read workspace.json; raise WorkspaceError where `init` has not finished."""
+def read_identity(workspace: Workspace, contents: bytes | None = None) -> Identity:
+    """Read workspace.json, or its `contents` where they are at hand; raise WorkspaceError where there is none yet."""
+    if contents is not None:
+        return parse_record(Identity, contents, workspace.identity)
     if not is_initialised(workspace):
         raise WorkspaceError(
             f"{workspace.root} holds a {workspace.config.name} but no {workspace.identity.name}: "

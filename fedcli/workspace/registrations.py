@@ -80,6 +80,12 @@ def is_registered(workspace: Workspace, client: int) -> bool:
     return workspace.store.exists(workspace.name(workspace.registration(client)))
 
 
+def is_own(workspace: Workspace) -> bool:
+    """Return whether fedcli.yaml and workspace.json, where they are there, are this user's; links are not followed."""
+    files = [path for path in (workspace.config, workspace.identity) if os.path.lexists(path)]
+    return all(os.lstat(path).st_uid == os.geteuid() for path in files)
+
+
 def is_stranger(workspace: Workspace, owner: int | None) -> bool:
     """Return whether a user who has not joined may send nothing: where anybody can make an inbox, all but its owner."""
     return workspace.store.is_open(workspace.name(workspace.inbox)) and owner != inbox_owner(workspace)
