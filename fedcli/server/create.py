@@ -79,8 +79,7 @@ def create_workspace(
         if plan is not None:
             write_split(experiment, plan, observer=observer)
         workspace.store.put_new(CONFIG_NAME, text.encode())
-        for page in (workspace.readme, workspace.crontab, workspace.slurm_readme):
-            name = workspace.name(page)
+        for name in ("README.md", "cron/crontab", "slurm/README.md"):
             workspace.store.put_new(name, (template_folder() / name).read_bytes())
         workspace_id = read_identity(workspace).id if is_initialised(workspace) else uuid.uuid4().hex
         is_simulation = plan is not None or any_rows(workspace)
