@@ -20,12 +20,7 @@ from fedcli.workspace.tensors import encode
 
 
 def combine(
-    base: Round,
-    algorithm: Algorithm,
-    num_clients: int,
-    order: Sequence[int],
-    count: int,
-    observer: Observer,
+    base: Round, algorithm: Algorithm, num_clients: int, order: Sequence[int], count: int, observer: Observer
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Read the updates of a round's clients in this order, until `count` are valid, and merge them in this order.
 
@@ -126,13 +121,7 @@ class _Merge:
         )
 
 
-def _read_all(
-    base: Round,
-    order: Sequence[int],
-    count: int,
-    merge: _Merge,
-    observer: Observer,
-) -> None:
+def _read_all(base: Round, order: Sequence[int], count: int, merge: _Merge, observer: Observer) -> None:
     """Count the first `count` valid updates; note who was refused, is missing, or came beyond them."""
     num_read = 0
     for client, reading in _read_ahead(base, order, merge.reads_again):

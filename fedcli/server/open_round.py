@@ -9,19 +9,8 @@ from fedcli.randomness import draw_cohort
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.history import publish_round
-from fedcli.workspace.layout import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_FILE,
-)
-from fedcli.workspace.records import (
-    Aggregation,
-    Identity,
-    Manifest,
-    ModelRecord,
-    Selection,
-    TensorEntry,
-    file_entry,
-)
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE
+from fedcli.workspace.records import Aggregation, Identity, Manifest, ModelRecord, Selection, TensorEntry, file_entry
 from fedcli.workspace.train_record import train_record
 
 
@@ -107,6 +96,4 @@ def _manifest(
         selection=Selection(order=drawn, count=federation.num_counted) if is_selection else None,
         opened=time.time() if is_open and federation.deadline is not None else None,
     )
-    return manifest.model_copy(
-        update={"cost": cost_of(manifest, previous), "history": history_of(manifest, previous)},
-    )
+    return manifest.model_copy(update={"cost": cost_of(manifest, previous), "history": history_of(manifest, previous)})

@@ -259,11 +259,7 @@ def _is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) -
 
 
 def _recompute(
-    current: Round,
-    aggregation: Aggregation,
-    previous: Round,
-    num_clients: int,
-    result: Verification,
+    current: Round, aggregation: Aggregation, previous: Round, num_clients: int, result: Verification
 ) -> None:
     """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
     workspace = current.workspace

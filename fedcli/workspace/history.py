@@ -7,24 +7,8 @@ from typing import Literal
 
 from fedcli.algos import Algorithm, Array
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
-from fedcli.workspace.layout import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_NAME,
-    MANIFEST,
-    PRUNED,
-    Workspace,
-    is_round_name,
-)
-from fedcli.workspace.records import (
-    FileEntry,
-    Identity,
-    Manifest,
-    Natural,
-    Record,
-    TensorEntry,
-    parse_record,
-    sha256,
-)
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MANIFEST, PRUNED, Workspace, is_round_name
+from fedcli.workspace.records import FileEntry, Identity, Manifest, Natural, Record, TensorEntry, parse_record, sha256
 from fedcli.workspace.refusal import Refusal
 
 MAX_MANIFEST_BYTES = 2**28
