@@ -128,15 +128,12 @@ def _read_all(base: Round, order: Sequence[int], count: int, merge: _Merge, obse
         num_read += 1
         _ = merge.adapter  # is read while the thread reads the first update
         try:
-            fetched = reading.result()
-            update = None if fetched is None else fetched.checked()
-        except Refusal as refusal:
-            merge.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
-        else:
-            if update is None:
+            if (fetched := reading.result()) is None:
                 merge.missing.append(client)
             else:
-                merge.add(client, update)
+                merge.add(client, fetched.checked())
+        except Refusal as refusal:
+            merge.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
         observer.update_read(base.number, client)
         if len(merge.counted) == count:
             break
