@@ -151,7 +151,6 @@ def read_scores(workspace: Workspace) -> list[ScoreRecord]:
 
 
 def _score_names(workspace: Workspace, target: str) -> list[str]:
-    """Return the files of a target's scores."""
     names = workspace.store.names(workspace.name(workspace.eval / target))
     return [name for name in names if name.endswith(".json") and not name.startswith(".") and _UNSCORED not in name]
 
