@@ -122,7 +122,6 @@ def _claimable(federation: FederationState) -> Iterator[int]:
 
 
 def _train(federation: FederationState, party: Party, runtimes: Runtimes, observer: Observer) -> ClientResult:
-    """Train and drop, under the client's lock."""
     from fedcli.client.local_round import train_and_drop
     from fedcli.workspace.inbox import sweep_inbox
 

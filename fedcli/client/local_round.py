@@ -97,7 +97,6 @@ def train_and_drop(
 
 
 def _update_record(head: Round, client: int, files: dict[str, bytes], training: Training) -> UpdateRecord:
-    """Return what a client says of its update."""
     return UpdateRecord(
         protocol=PROTOCOL,
         workspace=head.manifest.workspace,

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_encoded(
-    party: Party,
-    encoder: "Encoder",
-    task: str,
-    train: TrainRecord,
-    *,
-    fingerprint: str,
-    on_rows: Callable[[int], None],
+    party: Party, encoder: "Encoder", task: str, train: TrainRecord, *, fingerprint: str, on_rows: Callable[[int], None]
 ) -> tuple[EncodedRows[Any], int]:
     """Return a party's encoded rows, and how many of its rows its format could use.
 

@@ -45,13 +45,7 @@ class Runtime:
     where the base model is missing, ConfigError where it is not the federation's.
     """
 
-    def __init__(
-        self,
-        federation: FederationState,
-        *,
-        threads: int | None = None,
-        party: Party | None = None,
-    ) -> None:
+    def __init__(self, federation: FederationState, *, threads: int | None = None, party: Party | None = None) -> None:
         config, manifest = federation.config, federation.head.manifest
         self._federation = federation
         self.observer = Observer()
@@ -72,10 +66,7 @@ class Runtime:
             from fedcli.model.lora import AdaptedModel
 
             self.adapted = AdaptedModel(
-                folder,
-                adapter_config,
-                trust_remote_code=trusts_code(federation, party),
-                quantization=quantization,
+                folder, adapter_config, trust_remote_code=trusts_code(federation, party), quantization=quantization
             )
         self._encoders: dict[TemplateChoice, Encoder] = {}
         self._rows: dict[tuple[int | None, int, TemplateChoice], EncodedRows[Any]] = {}
@@ -110,12 +101,7 @@ class Runtime:
             self.observer.rows_read("reading rows", num_read)
 
         rows, num_usable = read_encoded(
-            party,
-            self.encoder(train.template),
-            self._task.name,
-            train,
-            fingerprint=self._fingerprint,
-            on_rows=count,
+            party, self.encoder(train.template), self._task.name, train, fingerprint=self._fingerprint, on_rows=count
         )
         if party.num_rows not in (None, num_usable):
             raise ConfigError(

@@ -153,11 +153,7 @@ def _minimal_card(reader: RowReader, source: Source, observer: Observer) -> Data
 
 
 def _full_card(
-    federation: FederationState,
-    record: PartyRecord,
-    reader: RowReader,
-    source: Source,
-    observer: Observer,
+    federation: FederationState, record: PartyRecord, reader: RowReader, source: Source, observer: Observer
 ) -> DataCard:
     import numpy as np
 

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +196,9 @@ def _reader(config: Config, entry: SourceEntry) -> RowReader:
 
 def _items(config: Config, root: Path, readers: list[RowReader]) -> Iterator[tuple[Row, Item, int]]:
     """Yield every usable row of all sources, with the number of its source."""
-    return chain.from_iterable(
-        ((row, item, number) for row, item in reader.read(_rows(config, entry, root)))
-        for number, (entry, reader) in enumerate(zip(config.data.sources, readers, strict=True))
-    )
+    for number, (entry, reader) in enumerate(zip(config.data.sources, readers, strict=True)):
+        for row, item in reader.read(_rows(config, entry, root)):
+            yield row, item, number
 
 
 def _rows(config: Config, entry: SourceEntry, root: Path) -> Iterator[Row]:

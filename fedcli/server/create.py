@@ -18,7 +18,7 @@ from fedcli.parties.simulate import DataSummary, plan_split, write_split
 from fedcli.server.initial_adapter import prepare_start
 from fedcli.server.open_round import open_first_round
 from fedcli.workspace.federation_state import Experiment, FederationState, config_text, read_config
-from fedcli.workspace.history import is_initialised, read_identity, read_round, save_identity, sweep_workspace
+from fedcli.workspace.history import is_initialised, read_identity, read_round, sweep_workspace
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import make_folder
@@ -79,13 +79,12 @@ def create_workspace(
         if plan is not None:
             write_split(experiment, plan, observer=observer)
         workspace.store.put_new(CONFIG_NAME, text.encode())
-        for page in (workspace.readme, workspace.crontab, workspace.slurm_readme):
-            name = workspace.name(page)
+        for name in ("README.md", "cron/crontab", "slurm/README.md"):
             workspace.store.put_new(name, (template_folder() / name).read_bytes())
         workspace_id = read_identity(workspace).id if is_initialised(workspace) else uuid.uuid4().hex
         is_simulation = plan is not None or any_rows(workspace)
         identity = Identity(id=workspace_id, fixed=config.fixed(), simulation=is_simulation)
-        save_identity(workspace, identity)
+        workspace.store.put(workspace.name(workspace.identity), identity.to_bytes())
         federation = open_first_round(experiment, identity, start)
         return Creation(federation, True, _has_rows(workspace), plan.summary if plan else None)
 
@@ -120,12 +119,15 @@ def _configuration(workspace: Workspace, preset: str | None, overrides: Sequence
     if standing and preset is None and not overrides:
         read_config(workspace)
         return config_text(workspace)
-    text = _preset_text(preset or DEFAULT_PRESET)
+    name, known = preset or DEFAULT_PRESET, presets()
+    if name not in known:
+        raise UsageError(f"unknown preset {name!r}", hint=did_you_mean(name, known))
+    text = known[name].read_text(encoding="utf-8")
     if overrides:
         document = read_document(text, Path("the preset"))
         apply_overrides(document, [_absolute(override) for override in overrides])
         text = (
-            f"# From the preset {preset or DEFAULT_PRESET}, with settings of the command line.\n"
+            f"# From the preset {name}, with settings of the command line.\n"
             "# docs/CONFIG.md explains every key.\n" + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         )
     if standing and config_text(workspace) != text:
@@ -134,13 +136,6 @@ def _configuration(workspace: Workspace, preset: str | None, overrides: Sequence
             hint="Name another folder; or edit that file, and run `fedcli init` without --preset and --set.",
         )
     return text
-
-
-def _preset_text(name: str) -> str:
-    known = presets()
-    if name not in known:
-        raise UsageError(f"unknown preset {name!r}", hint=did_you_mean(name, known))
-    return known[name].read_text(encoding="utf-8")
 
 
 def _absolute(override: str) -> str:

@@ -24,13 +24,7 @@ def prepare_start(experiment: Experiment) -> Start:
     tokenizer, a template or target modules that will not do.
     """
     from fedcli.data.encoding import Encoder
-    from fedcli.model.base import (
-        BUILTIN_PREFIX,
-        find_base,
-        fingerprint,
-        is_path,
-        load_tokenizer,
-    )
+    from fedcli.model.base import BUILTIN_PREFIX, find_base, fingerprint, is_path, load_tokenizer
     from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
 
     config, root = experiment.config, experiment.workspace.root

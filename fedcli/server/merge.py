@@ -20,12 +20,7 @@ from fedcli.workspace.tensors import encode
 
 
 def combine(
-    base: Round,
-    algorithm: Algorithm,
-    num_clients: int,
-    order: Sequence[int],
-    count: int,
-    observer: Observer,
+    base: Round, algorithm: Algorithm, num_clients: int, order: Sequence[int], count: int, observer: Observer
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Read the updates of a round's clients in this order, until `count` are valid, and merge them in this order.
 
@@ -126,28 +121,19 @@ class _Merge:
         )
 
 
-def _read_all(
-    base: Round,
-    order: Sequence[int],
-    count: int,
-    merge: _Merge,
-    observer: Observer,
-) -> None:
+def _read_all(base: Round, order: Sequence[int], count: int, merge: _Merge, observer: Observer) -> None:
     """Count the first `count` valid updates; note who was refused, is missing, or came beyond them."""
     num_read = 0
     for client, reading in _read_ahead(base, order, merge.reads_again):
         num_read += 1
         _ = merge.adapter  # is read while the thread reads the first update
         try:
-            fetched = reading.result()
-            update = None if fetched is None else fetched.checked()
-        except Refusal as refusal:
-            merge.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
-        else:
-            if update is None:
+            if (fetched := reading.result()) is None:
                 merge.missing.append(client)
             else:
-                merge.add(client, update)
+                merge.add(client, fetched.checked())
+        except Refusal as refusal:
+            merge.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
         observer.update_read(base.number, client)
         if len(merge.counted) == count:
             break

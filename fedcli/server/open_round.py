@@ -2,32 +2,20 @@
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 from fedcli.config import Config
 from fedcli.randomness import draw_cohort
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.workspace.federation_state import Experiment, FederationState
-from fedcli.workspace.history import publish_round
-from fedcli.workspace.layout import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_FILE,
-)
-from fedcli.workspace.records import (
-    Aggregation,
-    Identity,
-    Manifest,
-    ModelRecord,
-    Selection,
-    TensorEntry,
-    file_entry,
-)
+from fedcli.workspace.history import Round, publish_round
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE
+from fedcli.workspace.records import Aggregation, Identity, Manifest, ModelRecord, Selection, TensorEntry, file_entry
 from fedcli.workspace.train_record import train_record
 
 
 @dataclass(frozen=True)
 class Start:
-    """Round 0 before it is published: its base model, its files and the tensors of its adapter."""
+    """A round before it is published: its base model, its files and the tensors of its adapter."""
 
     model: ModelRecord
     files: dict[str, bytes]
@@ -36,77 +24,50 @@ class Start:
 
 def open_first_round(experiment: Experiment, identity: Identity, start: Start) -> FederationState:
     """Publish rounds/00000, unless another server was first, and return the federation as it stands then."""
-    manifest = _manifest(
-        experiment.config,
-        workspace_id=identity.id,
-        number=0,
-        parent=None,
-        model=start.model,
-        tensors=start.tensors,
-        files=start.files,
-        aggregation=None,
-    )
-    publish_round(experiment.workspace, manifest, start.files)
+    publish_round(experiment.workspace, _manifest(experiment.config, identity.id, start), start.files)
     return FederationState.open(experiment.workspace)
 
 
 def open_next_round(federation: FederationState, files: dict[str, bytes], aggregation: Aggregation) -> bool:
     """Publish the round behind the latest with its merged files; return False where another server was first."""
-    previous = federation.head
-    files = {**files, ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}
-    manifest = _manifest(
-        federation.config,
-        workspace_id=previous.manifest.workspace,
-        number=previous.number + 1,
-        parent=previous.sha256,
-        model=previous.manifest.model,
-        tensors=previous.manifest.tensors,
-        files=files,
-        aggregation=aggregation,
-        previous=previous.manifest,
-    )
-    return publish_round(federation.workspace, manifest, files)
+    previous, before = federation.head, federation.head.manifest
+    start = Start(before.model, {**files, ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}, before.tensors)
+    manifest = _manifest(federation.config, before.workspace, start, previous, aggregation)
+    return publish_round(federation.workspace, manifest, start.files)
 
 
 def _manifest(
     config: Config,
-    *,
     workspace_id: str,
-    number: int,
-    parent: str | None,
-    model: ModelRecord,
-    tensors: dict[str, TensorEntry],
-    files: dict[str, bytes],
-    aggregation: Aggregation | None,
-    previous: Manifest | None = None,
+    start: Start,
+    previous: Round | None = None,
+    aggregation: Aggregation | None = None,
 ) -> Manifest:
     """Shape a round's manifest from fedcli.yaml as it stands now."""
     federation = config.federation
+    number = 0 if previous is None else previous.number + 1
     rounds = max(federation.rounds, number)
-    state: Literal["open", "finished"] = "finished" if number >= federation.rounds else "open"
-    is_open = state == "open"
+    is_open = number < federation.rounds
     everybody = list(range(federation.clients))
     drawn = draw_cohort(federation.seed, number, everybody, federation.cohort_size) if is_open else []
     is_selection = len(drawn) > federation.num_counted
-    update_files = [ADAPTER_FILE, *config.algorithm.update_files]
     manifest = Manifest(
         workspace=workspace_id,
         round=number,
         rounds=rounds,
-        state=state,
-        parent=parent,
+        state="open" if is_open else "finished",
+        parent=None if previous is None else previous.sha256,
         task=config.task,
         algorithm=asdict(config.algorithm),
         cohort=sorted(drawn),
-        update_files=update_files,
-        model=model,
+        update_files=[ADAPTER_FILE, *config.algorithm.update_files],
+        model=start.model,
         train=train_record(config, number, rounds),
-        files={name: file_entry(contents) for name, contents in files.items()},
-        tensors=tensors,
+        files={name: file_entry(contents) for name, contents in start.files.items()},
+        tensors=start.tensors,
         aggregation=aggregation,
         selection=Selection(order=drawn, count=federation.num_counted) if is_selection else None,
         opened=time.time() if is_open and federation.deadline is not None else None,
     )
-    return manifest.model_copy(
-        update={"cost": cost_of(manifest, previous), "history": history_of(manifest, previous)},
-    )
+    before = None if previous is None else previous.manifest
+    return manifest.model_copy(update={"cost": cost_of(manifest, before), "history": history_of(manifest, before)})

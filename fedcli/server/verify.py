@@ -34,9 +34,11 @@ from fedcli.workspace.layout import (
     round_name,
 )
 from fedcli.workspace.publish import TEMPORARY_PREFIX
-from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry, sha256
+from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, RefusedUpdate, file_entry, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
+
+_ANOTHER = "is not the update that was counted"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def verify(workspace: Workspace, *, observer: Observer) -> Verification:
     """
     result = Verification()
     identity = _read_identity(workspace, result)
-    _check_names(workspace, result)
+    for entry in names_of_rounds(workspace):
+        if not entry.startswith(".") and not is_round_name(entry):
+            result.report(workspace.rounds / entry, "is no round; nothing else belongs there")
     seen: dict[str, int] = {}
     previous: Round | None = None
     expected = 0
@@ -136,13 +140,6 @@ def _read(workspace: Workspace, number: int, result: Verification) -> Round | No
     if current is None:
         result.report(workspace.round(number), f"has no {MANIFEST}")
     return current
-
-
-def _check_names(workspace: Workspace, result: Verification) -> None:
-    """Only rounds, and temporary names that start with a dot, may lie in rounds/."""
-    for entry in names_of_rounds(workspace):
-        if not entry.startswith(".") and not is_round_name(entry):
-            result.report(workspace.rounds / entry, "is no round; nothing else belongs there")
 
 
 def _check_round(current: Round, identity: Identity | None, result: Verification) -> None:
@@ -229,23 +226,20 @@ def _check_aggregation(
     """The cohort is accounted for, as the order of the draw has it, and no update is counted twice in the history."""
     counted = [entry.client for entry in aggregation.counted]
     refused = [entry.client for entry in aggregation.refused]
+    folder = current.folder
     if not counted:
-        result.report(current.folder, "counts no update")
+        result.report(folder, "counts no update")
     accounts = (counted, refused, aggregation.missing, aggregation.surplus)
     for clients in accounts:
         if clients != sorted(set(clients)):
-            result.report(current.folder, f"lists clients out of order or twice: {clients}")
+            result.report(folder, f"lists clients out of order or twice: {clients}")
     if previous is not None and sorted(itertools.chain(*accounts)) != previous.manifest.cohort:
-        result.report(
-            current.folder, f"does not account for each client of round {previous.number}'s cohort exactly once"
-        )
+        result.report(folder, f"does not account for each client of round {previous.number}'s cohort exactly once")
     elif previous is not None and not _is_first_of_draw(counted, aggregation.surplus, previous):
-        result.report(current.folder, f"does not count the first {previous.num_counted} valid updates in draw order")
+        result.report(folder, f"does not count the first {previous.num_counted} valid updates in draw order")
     for entry in aggregation.counted:
         if entry.update in seen:
-            result.report(
-                current.folder, f"counts client {entry.client}'s update, which round {seen[entry.update]} did"
-            )
+            result.report(folder, f"counts client {entry.client}'s update, which round {seen[entry.update]} did")
         seen[entry.update] = current.number
 
 
@@ -259,11 +253,7 @@ def _is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) -
 
 
 def _recompute(
-    current: Round,
-    aggregation: Aggregation,
-    previous: Round,
-    num_clients: int,
-    result: Verification,
+    current: Round, aggregation: Aggregation, previous: Round, num_clients: int, result: Verification
 ) -> None:
     """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
     workspace = current.workspace
@@ -288,21 +278,12 @@ def _recompute(
         result.report(current.folder, f"cannot be computed again: {error}")
         return
     result.num_updates += len(again.counted)
-    whole = True
-    for client in again.missing:
-        whole = False
-        result.report(workspace.update(previous.number, client), "was counted, and is gone")
-    for refused in again.refused:
-        whole = False
-        result.report(
-            workspace.update(previous.number, refused.client),
-            f"was counted, and is not valid any more: {refused.code}: {refused.reason}",
-        )
-    for entry in again.counted:
-        if entry.update != hashes[entry.client]:
-            whole = False
-            result.report(workspace.update(previous.number, entry.client), "is not the update that was counted")
-    if not whole or files is None:
+    lost = [(client, "was counted, and is gone") for client in again.missing]
+    lost += [(refused.client, _no_longer_valid(refused)) for refused in again.refused]
+    lost += [(entry.client, _ANOTHER) for entry in again.counted if entry.update != hashes[entry.client]]
+    for client, problem in lost:
+        result.report(workspace.update(previous.number, client), problem)
+    if lost or files is None:
         return
     if not all(map(_same, again.counted, aggregation.counted)):
         result.report(current.folder, "records other weights, losses or norms than the counted updates give")
@@ -318,11 +299,15 @@ def _check_record(base: Round, client: int, expected: str, result: Verification)
     update = base.workspace.update(base.number, client)
     try:
         if sha256(read_update_record(base, client)) != expected:
-            result.report(update, "is not the update that was counted")
+            result.report(update, _ANOTHER)
     except FileNotFoundError:
         result.report(update, f"was counted, and its {UPDATE_RECORD} is gone")
     except Refusal as refusal:
-        result.report(update, f"was counted, and is not valid any more: {refusal.code}: {refusal.reason}")
+        result.report(update, _no_longer_valid(refusal))
+
+
+def _no_longer_valid(refused: RefusedUpdate | Refusal) -> str:
+    return f"was counted, and is not valid any more: {refused.code}: {refused.reason}"
 
 
 def _same(again: CountedUpdate, recorded: CountedUpdate) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from fedcli.config import Config, parse_config, read_document
@@ -31,12 +30,8 @@ class Experiment:
 
     workspace: Workspace
     config: Config
-    _identity: Identity | None
-
-    @property
-    def identity(self) -> Identity | None:
-        """What workspace.json says; None where the workspace is not initialised."""
-        return self._identity
+    identity: Identity | None
+    """What workspace.json says; None where the workspace is not initialised."""
 
     @classmethod
     def read(cls, workspace: Workspace) -> "Experiment":
@@ -44,12 +39,10 @@ class Experiment:
 
         Where the workspace is initialised, what `init` fixed must still be the same.
         """
-        config = read_config(workspace)
         if not is_initialised(workspace):
-            return Experiment(workspace, config, None)
+            return Experiment(workspace, read_config(workspace), None)
         identity = read_identity(workspace)
-        _check_fixed(workspace.config, identity, config)
-        return Experiment(workspace, config, identity)
+        return Experiment(workspace, _checked_config(workspace, identity), identity)
 
     def check_clients(self, clients: Iterable[int]) -> None:
         """Raise UsageError for an id that no client has."""
@@ -69,6 +62,7 @@ class FederationState(Experiment):
     `refresh` brings it up to date.
     """
 
+    identity: Identity
     head: Round
     _config_version: object
 
@@ -80,25 +74,16 @@ class FederationState(Experiment):
         `init` fixed, NotReadyError where round 0 is not open, IntegrityError where something is damaged.
         """
         identity, version = read_identity(workspace, identity_contents), workspace.store.version(CONFIG_NAME)
-        config = read_config(workspace)
-        _check_fixed(workspace.config, identity, config)
+        config = _checked_config(workspace, identity)
         return cls(workspace, config, identity, read_head(workspace, identity), version)
 
     def refresh(self) -> bool:
         """Read fedcli.yaml where it has changed, and the latest round; return whether that is another round."""
         if (version := self.workspace.store.version(CONFIG_NAME)) != self._config_version:
-            config = read_config(self.workspace)
-            _check_fixed(self.workspace.config, self.identity, config)
-            self.config, self._config_version = config, version
+            self.config, self._config_version = _checked_config(self.workspace, self.identity), version
         before = self.head
         self.head = read_head(self.workspace, self.identity, known=before)
         return self.head is not before
-
-    @property
-    def identity(self) -> Identity:
-        """What workspace.json says."""
-        assert self._identity is not None
-        return self._identity
 
     @property
     def start(self) -> Round:
@@ -143,13 +128,16 @@ def config_text(workspace: Workspace) -> str:
         ) from error
 
 
-def _check_fixed(where: Path, identity: Identity, config: Config) -> None:
+def _checked_config(workspace: Workspace, identity: Identity) -> Config:
+    """Read fedcli.yaml, in which what `init` fixed must still be the same."""
+    config = read_config(workspace)
     changed = _differences("", identity.fixed, config.fixed())
     if changed:
         raise ConfigError(
-            f"{where} changes what was fixed by `fedcli init`:\n  " + "\n  ".join(changed),
+            f"{workspace.config} changes what was fixed by `fedcli init`:\n  " + "\n  ".join(changed),
             hint="Set these keys back, or start another workspace with `fedcli init DIR`.",
         )
+    return config
 
 
 def _differences(prefix: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:

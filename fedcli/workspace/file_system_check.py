@@ -1,6 +1,5 @@
 """Trying what the protocol needs of a workspace's file system: rename, fsync, locks."""
 
-import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from fedcli.errors import BusyError, FedError
 from fedcli.workspace.locks import hold
-from fedcli.workspace.publish import TEMPORARY_PREFIX, publish_directory
+from fedcli.workspace.publish import TEMPORARY_PREFIX, publish_directory, sync
 
 
 def probe_file_system(folder: Path) -> dict[str, str | None]:
@@ -48,12 +47,9 @@ def _rename(scratch: Path) -> str | None:
 
 def _fsync(scratch: Path) -> None:
     """Files and directories can be fsynced."""
-    for path, flags in ((scratch / "synced", os.O_WRONLY | os.O_CREAT), (scratch, os.O_RDONLY | os.O_DIRECTORY)):
-        descriptor = os.open(path, flags, 0o644)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    (scratch / "synced").touch()
+    sync(scratch / "synced")
+    sync(scratch)
 
 
 def _lock(scratch: Path) -> str | None:

@@ -7,24 +7,8 @@ from typing import Literal
 
 from fedcli.algos import Algorithm, Array
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
-from fedcli.workspace.layout import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_NAME,
-    MANIFEST,
-    PRUNED,
-    Workspace,
-    is_round_name,
-)
-from fedcli.workspace.records import (
-    FileEntry,
-    Identity,
-    Manifest,
-    Natural,
-    Record,
-    TensorEntry,
-    parse_record,
-    sha256,
-)
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MANIFEST, PRUNED, Workspace, is_round_name
+from fedcli.workspace.records import FileEntry, Identity, Manifest, Natural, Record, TensorEntry, parse_record, sha256
 from fedcli.workspace.refusal import Refusal
 
 MAX_MANIFEST_BYTES = 2**28
@@ -90,14 +74,11 @@ class Round:
 
     def state(self, algorithm: Algorithm) -> "dict[str, Array]":
         """Return the server's state that the round before left for an algorithm; empty where it was another's."""
-        manifest, name = self.manifest, algorithm.state_file
-        if (
-            manifest.aggregation is None
-            or manifest.aggregation.algorithm.get("name") != algorithm.name
-            or name not in manifest.files
-        ):
+        manifest, merge, name = self.manifest, self.manifest.aggregation, algorithm.state_file
+        if merge is None or merge.algorithm.get("name") != algorithm.name or name not in manifest.files:
             return {}
-        return self.arrays(name, state_schema(algorithm, manifest.tensors))
+        prefixes, tensors = algorithm.state_prefixes, manifest.tensors
+        return self.arrays(name, {prefix + tensor: tensors[tensor] for prefix in prefixes for tensor in tensors})
 
     def arrays(self, name: str, schema: Mapping[str, TensorEntry]) -> "dict[str, Array]":
         """Return the arrays of one of the round's files; raise IntegrityError where it does not hold them."""
@@ -149,11 +130,6 @@ def prunable(manifest: Manifest) -> dict[str, FileEntry]:
     return {name: entry for name, entry in manifest.files.items() if name != ADAPTER_CONFIG_NAME}
 
 
-def state_schema(algorithm: Algorithm, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Return the tensors of an algorithm's state."""
-    return {prefix + name: entry for prefix in algorithm.state_prefixes for name, entry in tensors.items()}
-
-
 def is_initialised(workspace: Workspace) -> bool:
     """Return whether `init` has given the workspace its identity."""
     return workspace.store.exists(workspace.name(workspace.identity))
@@ -189,14 +165,12 @@ def read_head(workspace: Workspace, identity: Identity, *, known: Round | None =
 
     The listing of rounds/ may be old over NFS, so it is a first guess only: the head is where opening the next fails.
     """
-    head = known
-    number = known.number + 1 if known is not None else _last_listed(workspace)
+    head, number = known, known.number + 1 if known is not None else _last_listed(workspace)
     while (following := read_round(workspace, number)) is not None:
         head, number = following, number + 1
     if head is None and number:
         raise IntegrityError(f"{workspace.round(number)} has no {MANIFEST}", hint=_RESTORE)
-    if head is None:
-        raise NotReadyError(f"{workspace.root} has no round yet", hint="Run `fedcli server open`.")
+    head = head or read_start(workspace)
     if head.manifest.workspace != identity.id:
         raise IntegrityError(
             f"{head.folder} belongs to workspace {head.manifest.workspace}, not to {identity.id}", hint=_RESTORE
@@ -226,11 +200,6 @@ def read_rounds(workspace: Workspace, *, before: int) -> list[Round]:
 def listed_rounds(workspace: Workspace) -> list[int]:
     """Return the numbers that a listing of rounds/ shows, which may be out of date on a network file system."""
     return sorted(int(name) for name in names_of_rounds(workspace) if is_round_name(name))
-
-
-def save_identity(workspace: Workspace, identity: Identity) -> None:
-    """Write workspace.json."""
-    workspace.store.put(workspace.name(workspace.identity), identity.to_bytes())
 
 
 def names_of_rounds(workspace: Workspace) -> list[str]:

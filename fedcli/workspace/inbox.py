@@ -14,7 +14,7 @@ from fedcli.workspace.history import Round
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.registrations import inbox_owner, is_stranger, registered_owner
+from fedcli.workspace.registrations import inbox_owner, is_stranger
 from fedcli.workspace.store import Folder
 from fedcli.workspace.tensors import Span, check_finite, largest_file, locate, numbers
 
@@ -135,7 +135,7 @@ def fetch_update(
     workspace = base.workspace
     try:
         with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
-            registered = registered_owner(workspace, client)
+            registered = workspace.store.owner(workspace.name(workspace.registration(client)))
             if registered is None and is_stranger(workspace, folder.owner):
                 raise Refusal("unknown_client", f"nobody has joined as client {client}")
             if registered not in (None, folder.owner):

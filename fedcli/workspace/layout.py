@@ -1,7 +1,6 @@
 """Where things lie in a workspace, and how one is found."""
 
 import os
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,64 +22,49 @@ WORKSPACE_ID = "^[a-z0-9-]{1,64}$"
 """What a workspace's id may be: a part of the path of parties' homes, and never a path itself."""
 
 
-@dataclass(frozen=True)
 class Workspace:
     """The paths of one workspace; constructing it touches nothing on disk."""
 
-    root: Path
-    given_store: "Store | None" = None
-    """Where the protocol's files lie, if not in the directory itself."""
+    def __init__(self, root: Path, store: "Store | None" = None) -> None:
+        self.root = root
+        self._given_store = store
+        self.config = root / CONFIG_NAME
+        """The experiment, fedcli.yaml."""
+        self.identity = root / "workspace.json"
+        """The workspace's id and protocol version."""
+        self.server_lock = root / "server.lock"
+        """The lock that one aggregating process holds."""
+        self.rounds = root / "rounds"
+        """The published rounds."""
+        self.inbox = root / "inbox"
+        """The updates of all clients."""
+        self.clients = root / "clients"
+        """The registry: what joined parties say of their rows."""
+        self.data = root / "data"
+        """A simulation's rows."""
+        self.data_card = self.data / "card.json"
+        """What a simulation's split gave to each client."""
+        self.baselines = root / "baselines"
+        """Adapters of the baselines."""
+        self.eval = root / "eval"
+        """The scores of all targets, and the tables made of them."""
+        self.report = root / "report"
+        """The page that shows the federation, and its pictures."""
+        self.pooled_home = Home(root / "private" / "pooled")
+        """The private state of the baseline of all clients' rows."""
+        self.slurm_lock = root / "slurm" / "lock"
+        """The lock that one process sending jobs holds."""
 
     @cached_property
     def store(self) -> "Store":
         """Where the protocol's files lie: rounds, updates, registrations, scores, and what refers to them."""
         from fedcli.workspace.store import DirectoryStore
 
-        return self.given_store or DirectoryStore(self.root)
+        return self._given_store or DirectoryStore(self.root)
 
     def name(self, path: Path) -> str:
         """Return a path's name in the store."""
         return path.relative_to(self.root).as_posix()
-
-    @property
-    def config(self) -> Path:
-        """The experiment, fedcli.yaml."""
-        return self.root / CONFIG_NAME
-
-    @property
-    def identity(self) -> Path:
-        """The workspace's id and protocol version."""
-        return self.root / "workspace.json"
-
-    @property
-    def readme(self) -> Path:
-        """What tells a visitor what this folder is."""
-        return self.root / "README.md"
-
-    @property
-    def server_lock(self) -> Path:
-        """The lock that one aggregating process holds."""
-        return self.root / "server.lock"
-
-    @property
-    def rounds(self) -> Path:
-        """The published rounds."""
-        return self.root / "rounds"
-
-    @property
-    def inbox(self) -> Path:
-        """The updates of all clients."""
-        return self.root / "inbox"
-
-    @property
-    def data(self) -> Path:
-        """A simulation's rows."""
-        return self.root / "data"
-
-    @property
-    def baselines(self) -> Path:
-        """Adapters of the baselines."""
-        return self.root / "baselines"
 
     def round(self, number: int) -> Path:
         """The directory of a round."""
@@ -102,11 +86,6 @@ class Workspace:
         """Return whether something lies where a client's update of a round belongs."""
         return self.store.exists(self.name(self.update(number, client)))
 
-    @property
-    def clients(self) -> Path:
-        """The registry: what joined parties say of their rows."""
-        return self.root / "clients"
-
     def registration(self, client: int) -> Path:
         """A joined party's entry in the registry."""
         return self.clients / f"{client}.json"
@@ -115,19 +94,9 @@ class Workspace:
         """A simulated client's private state."""
         return Home(self.root / "private" / str(client))
 
-    @property
-    def pooled_home(self) -> "Home":
-        """The private state of the baseline of all clients' rows."""
-        return Home(self.root / "private" / "pooled")
-
     def client_rows(self, client: int) -> Path:
         """A simulated client's rows."""
         return self.data / f"client-{client}.jsonl"
-
-    @property
-    def data_card(self) -> Path:
-        """What a simulation's split gave to each client."""
-        return self.data / "card.json"
 
     def held_out_rows(self, split: str) -> Path:
         """The demo's held-out rows."""
@@ -136,16 +105,6 @@ class Workspace:
     def baseline(self, name: str) -> Path:
         """The directory of a baseline, such as `alone-3`."""
         return self.baselines / name
-
-    @property
-    def eval(self) -> Path:
-        """The scores of all targets, and the tables made of them."""
-        return self.root / "eval"
-
-    @property
-    def report(self) -> Path:
-        """The page that shows the federation, and its pictures."""
-        return self.root / "report"
 
     def scores(self, target: str, benchmark: str) -> Path:
         """The scores of a target, such as `round-00010` or `base`, on a benchmark; its items lie beside as .jsonl."""
@@ -163,21 +122,6 @@ class Workspace:
         """The lock that one process scoring a target on a benchmark holds."""
         return self.eval / target / f".{benchmark}.lock"
 
-    @property
-    def crontab(self) -> Path:
-        """Lines for a party's and a server's cron."""
-        return self.root / "cron" / "crontab"
-
-    @property
-    def slurm_readme(self) -> Path:
-        """What tells a visitor what the records of jobs are, and how to have some."""
-        return self.root / "slurm" / "README.md"
-
-    @property
-    def slurm_lock(self) -> Path:
-        """The lock that one process sending jobs holds."""
-        return self.root / "slurm" / "lock"
-
     def jobs(self, number: int) -> Path:
         """The record of the jobs that were sent for a round."""
         return self.root / "slurm" / update_name(number) / "jobs.json"
@@ -191,21 +135,19 @@ class Workspace:
         return self.root / "logs" / update_name(number)
 
 
-@dataclass(frozen=True)
 class Home:
     """The paths of one client's private state: a simulated one's lies in the workspace, a joined party's never does."""
 
-    folder: Path
-
-    @property
-    def party(self) -> Path:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.party = folder / "party.json"
         """Where a joined party's rows and base model lie."""
-        return self.folder / "party.json"
-
-    @property
-    def lock(self) -> Path:
+        self.lock = folder / "lock"
         """The lock that one process training the client holds."""
-        return self.folder / "lock"
+        self.baseline_lock = folder / "baseline.lock"
+        """The lock that one process training the client's baseline holds."""
+        self.baseline_progress = folder / "baseline.safetensors"
+        """An unfinished baseline."""
 
     def candidate(self, kind: str, round_number: int, update: str) -> Path:
         """The state that the client will have once its update (the hash of update.json) is counted."""
@@ -218,16 +160,6 @@ class Home:
     def tokens(self, key: str) -> Path:
         """A cache of the client's rows as token ids."""
         return self.folder / f"tokens-{key}.safetensors"
-
-    @property
-    def baseline_lock(self) -> Path:
-        """The lock that one process training the client's baseline holds."""
-        return self.folder / "baseline.lock"
-
-    @property
-    def baseline_progress(self) -> Path:
-        """An unfinished baseline."""
-        return self.folder / "baseline.safetensors"
 
 
 def default_home(workspace_id: str, client: int) -> Home:

@@ -18,13 +18,14 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager
-def hold(path: Path, purpose: str) -> Iterator[None]:
+def hold(path: Path, purpose: str, *, folder_mode: int | None = PRIVATE_FOLDER_MODE) -> Iterator[None]:
     """Hold the lock file at `path` (flock: the kernel frees it when its holder dies); raise BusyError if it is taken.
 
     The file names its holder (host, pid, boot, start time, SLURM job), so that the error can say who it is. It is for
-    its own user alone: who can read it could hold it for ever.
+    its own user alone: who can read it could hold it for ever. A folder made for it has `folder_mode`, None for the
+    umask's.
     """
-    make_folder(path.parent, PRIVATE_FOLDER_MODE)
+    make_folder(path.parent, folder_mode)
     lock = FileLock(path, timeout=0, mode=0o600, fallback_to_soft=False)
     with explained(path):
         try:

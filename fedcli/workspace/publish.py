@@ -71,7 +71,7 @@ def publish_directory(final: Path, files: Iterable[tuple[str, bytes]], *, mode: 
                         folders.append(folder)
                 _write(temporary / relative, contents, mode)
             for folder in reversed(folders):
-                _sync_folder(folder)
+                sync(folder)
             ours = os.lstat(temporary).st_ino
             try:
                 os.rename(temporary, final)
@@ -81,7 +81,7 @@ def publish_directory(final: Path, files: Iterable[tuple[str, bytes]], *, mode: 
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise
                     return False
-            _sync_folder(final.parent)
+            sync(final.parent)
             return _is_inode(final, ours)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -112,11 +112,11 @@ def new_folder(final: Path) -> Iterator[Path]:
             for folder, _, names in os.walk(temporary):
                 for name in names:
                     os.chmod(Path(folder) / name, SHARED_MODE)  # safetensors makes its files for their owner alone
-                    sync_file(Path(folder) / name)
-                _sync_folder(Path(folder))
+                    sync(Path(folder) / name)
+                sync(Path(folder))
             check_free(final)
             os.rename(temporary, final)
-            _sync_folder(final.parent)
+            sync(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -131,7 +131,7 @@ def publish_file(final: Path, contents: bytes, *, mode: int = SHARED_MODE) -> No
             os.rename(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(final.parent)
+        sync(final.parent)
 
 
 def publish_new_file(final: Path, contents: bytes) -> bool:
@@ -152,7 +152,7 @@ def publish_new_file(final: Path, contents: bytes) -> bool:
             os.rename(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(final.parent)
+        sync(final.parent)
         return True
 
 
@@ -168,7 +168,7 @@ def make_folder(folder: Path, mode: int | None = None) -> None:
                 os.chmod(folder, mode | (os.stat(folder).st_mode & stat.S_ISGID))
         except FileExistsError:
             return
-        _sync_folder(folder.parent)
+        sync(folder.parent)
 
 
 def remove_temporaries(folder: Path, *, older_than: float = 0) -> None:
@@ -192,7 +192,7 @@ def set_aside(folder: Path) -> bool:
     hidden = folder.parent / f"{DISCARDED_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}"
     with explained(folder):
         os.rename(folder, hidden)
-        _sync_folder(folder.parent)
+        sync(folder.parent)
     return True
 
 
@@ -224,17 +224,9 @@ def _write(path: Path, contents: bytes, mode: int) -> None:
         os.close(descriptor)
 
 
-def sync_file(path: Path) -> None:
-    """Make a file that was written piece by piece durable."""
+def sync(path: Path) -> None:
+    """Make a file that was written piece by piece, or a folder's list of names, durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

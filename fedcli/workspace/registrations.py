@@ -70,11 +70,6 @@ def read_registration(workspace: Workspace, client: int) -> Registration | None:
     return registration
 
 
-def registered_owner(workspace: Workspace, client: int) -> int | None:
-    """Return the user id that a party joined under, or None where it has not joined."""
-    return workspace.store.owner(workspace.name(workspace.registration(client)))
-
-
 def is_registered(workspace: Workspace, client: int) -> bool:
     """Return whether a party has joined as a client."""
     return workspace.store.exists(workspace.name(workspace.registration(client)))

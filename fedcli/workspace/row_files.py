@@ -18,7 +18,7 @@ from fedcli.workspace.publish import (
     make_folder,
     publish_file,
     remove_temporaries,
-    sync_file,
+    sync,
 )
 from fedcli.workspace.read import read_file
 
@@ -76,7 +76,7 @@ class RowFiles:
                 )
         with explained(self._workspace.data):
             for temporary, final in new.items():
-                sync_file(temporary)
+                sync(temporary)
                 os.replace(temporary, final)
 
     def _flush(self) -> None:

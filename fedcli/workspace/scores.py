@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,6 @@ def read_scores(workspace: Workspace) -> list[ScoreRecord]:
 
 
 def _score_names(workspace: Workspace, target: str) -> list[str]:
-    """Return the files of a target's scores."""
     names = workspace.store.names(workspace.name(workspace.eval / target))
     return [name for name in names if name.endswith(".json") and not name.startswith(".") and _UNSCORED not in name]
 
@@ -256,23 +255,14 @@ class AnswerLog:
         self._is_torn = False
 
 
-@contextmanager
-def hold_scoring(workspace: Workspace, target: str, name: str) -> Iterator[None]:
-    """Hold the lock of scoring a target on a benchmark; raise BusyError where another process has it."""
-    path = workspace.eval_lock(target, name)
-    make_folder(path.parent)  # open to all who may see the workspace, unlike a folder made for a lock
-    with hold(path, f"{name} of {target}"):
-        yield
+def hold_scoring(workspace: Workspace, target: str, name: str) -> AbstractContextManager[None]:
+    """Hold the lock of scoring a target on a benchmark, in a folder that is open to all who may see the workspace."""
+    return hold(workspace.eval_lock(target, name), f"{name} of {target}", folder_mode=None)
 
 
-@contextmanager
-def opened_log(path: Path) -> Iterator[AnswerLog]:
+def opened_log(path: Path) -> AbstractContextManager[AnswerLog]:
     """Open an answer log, and make it durable at the end, whatever happens in the block."""
-    log = AnswerLog(path)
-    try:
-        yield log
-    finally:
-        log.close()
+    return closing(AnswerLog(path))
 
 
 def publish_table(workspace: Workspace, files: Mapping[str, str]) -> list[Path]:

@@ -1,7 +1,6 @@
 """What was sent to SLURM: the scripts of a round, the ids of its jobs, and the folder of their logs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, get_args
 
@@ -37,12 +36,9 @@ class JobsRecord(Record):
     jobs: list[Job]
 
 
-@contextmanager
-def hold_jobs(workspace: Workspace) -> Iterator[None]:
-    """Hold the lock of sending jobs; raise BusyError where another process has it."""
-    make_folder(workspace.slurm_lock.parent)  # open to all who may see the workspace, unlike a folder made for a lock
-    with hold(workspace.slurm_lock, "sending jobs"):
-        yield
+def hold_jobs(workspace: Workspace) -> AbstractContextManager[None]:
+    """Hold the lock of sending jobs, in a folder that is open to all who may see the workspace."""
+    return hold(workspace.slurm_lock, "sending jobs", folder_mode=None)
 
 
 def read_jobs(workspace: Workspace, round_number: int) -> list[Job]:

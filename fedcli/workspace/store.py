@@ -170,11 +170,9 @@ class DirectoryStore(Store):
         }
 
     def exists(self, name: str) -> bool:
-        """Look without following a link."""
         return os.path.lexists(self.root / name)
 
     def modified(self, name: str) -> float:
-        """Return the time of the file, by the disk's clock."""
         return (self.root / name).stat().st_mtime
 
     def version(self, name: str) -> object:
@@ -186,11 +184,9 @@ class DirectoryStore(Store):
         return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
     def put_new(self, name: str, contents: bytes) -> bool:
-        """Link a file that is whole to its name."""
         return publish.publish_new_file(self.root / name, contents)
 
     def put(self, name: str, contents: bytes) -> None:
-        """Rename a file that is whole to its name."""
         publish.publish_file(self.root / name, contents)
 
     def publish(self, folder: str, files: Iterable[tuple[str, bytes]], record: tuple[str, bytes]) -> bool:
@@ -206,7 +202,6 @@ class DirectoryStore(Store):
         return os.path.lexists(path) and publish.set_aside(path)
 
     def delete(self, name: str) -> None:
-        """Remove what is there; no link is followed."""
         path = self.root / name
         with publish.explained(path), suppress(FileNotFoundError):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -224,27 +219,22 @@ class DirectoryStore(Store):
             yield _OpenedFolder(descriptor, owners)
 
     def sweep(self, folder: str) -> None:
-        """Remove temporary names of this package."""
         publish.remove_temporaries(self.root / folder)
 
     def sweep_abandoned(self) -> None:
-        """Remove temporary names of this package in all folders."""
         for folder, _, _ in os.walk(self.root):
             publish.remove_temporaries(Path(folder), older_than=publish.ABANDONED_SECONDS)
 
     def owner(self, name: str) -> int | None:
-        """Return a user id."""
         try:
             return os.stat(self.root / name, follow_symlinks="/" not in name).st_uid
         except FileNotFoundError:
             return None
 
     def is_open(self, folder: str) -> bool:
-        """Return whether others have write permission."""
         return bool(os.stat(self.root / folder).st_mode & stat.S_IWOTH)
 
     def is_hidden(self, folder: str) -> bool:
-        """Return whether this user may not list or search a folder."""
         return self.exists(folder) and not os.access(self.root / folder, os.R_OK | os.X_OK)
 
     def claim(self, folder: str) -> bool:
