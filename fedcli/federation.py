@@ -126,31 +126,16 @@ class Federation:
         """Return a round: its manifest, and `adapter()`, named float32 arrays. Raises NotReadyError for a later one."""
         return self.state.round(number)
 
-    def run(
-        self,
-        *,
-        rounds: int | None = None,
-        workers: int = 1,
-        observer: Observer = SILENT,
-    ) -> "FederationResult":
+    def run(self, *, rounds: int | None = None, workers: int = 1, observer: Observer = SILENT) -> "FederationResult":
         """Train and merge until the last round, or for `rounds` rounds, with so many clients at once."""
         from fedcli.operations.run import run_federation
 
         return run_federation(
-            self.state,
-            runtimes=self.runtimes,
-            rounds=rounds,
-            workers=workers,
-            threads=self.threads,
-            observer=observer,
+            self.state, runtimes=self.runtimes, rounds=rounds, workers=workers, threads=self.threads, observer=observer
         )
 
     def train_clients(
-        self,
-        clients: Sequence[int] | None = None,
-        *,
-        wait: float = 0.0,
-        observer: Observer = SILENT,
+        self, clients: Sequence[int] | None = None, *, wait: float = 0.0, observer: Observer = SILENT
     ) -> "list[ClientResult]":
         """Do what is due for several clients; for None all that are here and that nobody else trains."""
         from fedcli.client.due import train_clients
@@ -338,12 +323,7 @@ class Server:
         from fedcli.server.aggregate import aggregate
 
         return aggregate(
-            self._federation.state,
-            algorithm=algorithm,
-            partial=partial,
-            dry_run=dry_run,
-            wait=wait,
-            observer=observer,
+            self._federation.state, algorithm=algorithm, partial=partial, dry_run=dry_run, wait=wait, observer=observer
         )
 
     def run(self, *, observer: Observer = SILENT) -> "Round":
@@ -392,11 +372,7 @@ class Slurm:
 
 
 def create(
-    path: Path | str = ".",
-    *,
-    preset: str | None = None,
-    overrides: Sequence[str] = (),
-    observer: Observer = SILENT,
+    path: Path | str = ".", *, preset: str | None = None, overrides: Sequence[str] = (), observer: Observer = SILENT
 ) -> "Creation":
     """Make a workspace as `fedcli init` does; `overrides` are key.path=value, values in YAML."""
     from fedcli.server.create import create_workspace

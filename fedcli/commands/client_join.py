@@ -5,7 +5,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import ClientOption, HomeOption, JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import at, print_hint, print_json, rows_display
@@ -16,48 +16,29 @@ if TYPE_CHECKING:
 
 def join(
     client: ClientOption,
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            metavar="SOURCE",
-            help="Your rows: a file, a folder, or a hub id. They stay there.",
-            show_default=False,
-        ),
-    ],
+    data: Annotated[str, Option(metavar="SOURCE", help="Your rows: a file, a folder, or a hub id. They stay there.")],
     data_format: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--format",
             metavar="FORMAT",
             help="What the rows are: a format's name, or '{columns: {instruction: question, response: answer}}'. "
             "Default: as the hub's data set is known to have, else alpaca (sft) or preference (dpo).",
-            show_default=False,
         ),
     ] = None,
     home: HomeOption = None,
     base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            metavar="DIR",
-            help="Your copy of the base model. Default: as fedcli.yaml says.",
-            show_default=False,
-        ),
+        str | None, Option(metavar="DIR", help="Your copy of the base model. Default: as fedcli.yaml says.")
     ] = None,
     share: Annotated[
-        Literal["full", "minimal"], typer.Option("--share", help="minimal: tell the number of rows and nothing else.")
+        Literal["full", "minimal"], Option(help="minimal: tell the number of rows and nothing else.")
     ] = "full",
-    subset: Annotated[
-        str | None, typer.Option("--subset", metavar="NAME", help="Of a hub's data set.", show_default=False)
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", metavar="NAME", help="Of a hub's data set.", show_default=False)
-    ] = None,
+    subset: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
+    split: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
+        bool, Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the data card is written.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask before the data card is written.")] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:

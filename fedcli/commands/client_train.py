@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import HomeOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
 from fedcli.commands.output import Silent, print_hint, print_json, progress_display
@@ -23,15 +23,12 @@ NOTHING_DUE = "nothing to do: no client of the open round is here, missing and u
 
 
 def train(
-    clients: Annotated[
-        str | None,
-        typer.Option("--id", metavar="N[,N...]", help="The client's id, or several.", show_default=False),
-    ] = None,
+    clients: Annotated[str | None, Option("--id", metavar="N[,N...]", help="The client's id, or several.")] = None,
     any_client: Annotated[
-        bool, typer.Option("--any", help="All clients of the round that are here and that nobody trains yet.")
+        bool, Option("--any", help="All clients of the round that are here and that nobody trains yet.")
     ] = False,
     wait: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Look again for so long where nothing is due yet.")
+        float, Option(min=0, metavar="SECONDS", help="Look again for so long where nothing is due yet.")
     ] = 0.0,
     home: HomeOption = None,
     threads: ThreadsOption = None,

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import at, describe_data, print_hint, print_json, rows_display
@@ -10,7 +10,7 @@ from fedcli.commands.output import at, describe_data, print_hint, print_json, ro
 
 def partition(
     replace: Annotated[
-        bool, typer.Option("--replace", help="Write over an earlier split, as long as no round has been merged.")
+        bool, Option("--replace", help="Write over an earlier split, as long as no round has been merged.")
     ] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,

@@ -2,14 +2,14 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_json
 
 
 def best(
-    metric: Annotated[str, typer.Option(metavar="NAME", help="A benchmark (its first metric), or BENCHMARK.METRIC.")],
+    metric: Annotated[str, Option(metavar="NAME", help="A benchmark (its first metric), or BENCHMARK.METRIC.")],
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:

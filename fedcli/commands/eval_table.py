@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_hint, print_json
@@ -16,12 +16,12 @@ FILE_WIDTH = 240
 
 
 def table(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Benchmarks; all by default.")] = None,
-    group: Annotated[str | None, typer.Option(metavar="NAME", help="One group.", show_default=False)] = None,
+    names: Annotated[list[str] | None, Argument(metavar="[NAME...]", help="Benchmarks; all by default.")] = None,
+    group: Annotated[str | None, Option(metavar="NAME", help="One group.")] = None,
     against: Annotated[
-        str, typer.Option(metavar="TARGET", help="Show differences to this one: a target, or best-alone.")
+        str, Option(metavar="TARGET", help="Show differences to this one: a target, or best-alone.")
     ] = "base",
-    details: Annotated[bool, typer.Option("--details", help="Subjects and categories too.")] = False,
+    details: Annotated[bool, Option("--details", help="Subjects and categories too.")] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:

@@ -2,14 +2,14 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_hint, print_json
 
 
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed; remove nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List what would be removed; remove nothing.")] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:

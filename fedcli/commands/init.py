@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption
 from fedcli.commands.output import at, describe_data, print_hint, print_json, rows_display
@@ -11,17 +11,14 @@ from fedcli.commands.output import at, describe_data, print_hint, print_json, ro
 
 def init(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="The folder of the workspace. Default: this one.")
+        Path | None, Argument(metavar="DIR", help="The folder of the workspace. Default: this one.")
     ] = None,
-    preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The settings to start from. Default: demo.", show_default=False)
-    ] = None,
+    preset: Annotated[str | None, Option(metavar="NAME", help="The settings to start from. Default: demo.")] = None,
     overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; may be repeated."),
+        list[str] | None, Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; may be repeated.")
     ] = None,
-    list_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and stop.")] = False,
-    workspace: Annotated[Path | None, typer.Option("--workspace", "-w", metavar="DIR", help="The same as DIR.")] = None,
+    list_presets: Annotated[bool, Option("--list-presets", help="List the presets and stop.")] = False,
+    workspace: Annotated[Path | None, Option("--workspace", "-w", metavar="DIR", help="The same as DIR.")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Make a workspace and open its round 0.

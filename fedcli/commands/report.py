@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_hint, print_json, step_display
@@ -12,22 +12,15 @@ from fedcli.commands.output import print_hint, print_json, step_display
 def report(
     output: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--output",
             "-o",
             metavar="DIR",
             help="A folder for report.html and its pictures. Default: report/ of the workspace.",
-            show_default=False,
         ),
     ] = None,
     tensorboard: Annotated[
-        Path | None,
-        typer.Option(
-            "--tensorboard",
-            metavar="DIR",
-            help="Write the same series as TensorBoard's event files, too.",
-            show_default=False,
-        ),
+        Path | None, Option(metavar="DIR", help="Write the same series as TensorBoard's event files, too.")
     ] = None,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,

@@ -3,7 +3,7 @@
 import time
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, ThreadsOption, WorkspaceOption, found_federation
 from fedcli.commands.output import Silent, describe_round_scores, print_hint, print_json, progress_display
@@ -20,17 +20,10 @@ if TYPE_CHECKING:
 
 def run(
     rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Stop after merging so many. Default: at the last.",
-            show_default=False,
-        ),
+        int | None, Option(min=1, metavar="N", help="Stop after merging so many. Default: at the last.")
     ] = None,
     workers: Annotated[
-        int,
-        typer.Option(min=1, metavar="W", help="Train so many clients at once, each on a GPU or a share of the cores."),
+        int, Option(min=1, metavar="W", help="Train so many clients at once, each on a GPU or a share of the cores.")
     ] = 1,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = None,

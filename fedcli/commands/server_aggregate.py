@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_hint, print_json, step_display
@@ -14,14 +14,13 @@ if TYPE_CHECKING:
 
 def aggregate(
     algorithm: Annotated[
-        str | None,
-        typer.Option("--algo", metavar="NAME", help="Merge with this algorithm, this time only.", show_default=False),
+        str | None, Option("--algo", metavar="NAME", help="Merge with this algorithm, this time only.")
     ] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Go ahead with one valid update or more.")] = False,
-    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for missing updates.")] = 0.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check all updates; publish nothing.")] = False,
+    partial: Annotated[bool, Option("--partial", help="Go ahead with one valid update or more.")] = False,
+    wait: Annotated[float, Option(min=0, metavar="SECONDS", help="Wait so long for missing updates.")] = 0.0,
+    dry_run: Annotated[bool, Option("--dry-run", help="Read and check all updates; publish nothing.")] = False,
     no_score: Annotated[
-        bool, typer.Option("--no-score", help="Leave the scores of eval.every to `fedcli server score`.")
+        bool, Option("--no-score", help="Leave the scores of eval.every to `fedcli server score`.")
     ] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
@@ -56,12 +55,7 @@ def aggregate(
 
 
 def _document(result: "AggregationResult") -> dict[str, object]:
-    return {
-        "status": result.status,
-        "round": result.round,
-        "state": result.state,
-        "aggregation": result.aggregation,
-    }
+    return {"status": result.status, "round": result.round, "state": result.state, "aggregation": result.aggregation}
 
 
 def _print(result: "AggregationResult") -> None:

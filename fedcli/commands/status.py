@@ -3,7 +3,7 @@
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands import status_watch
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
@@ -21,7 +21,7 @@ _MOST = 50
 
 def status(
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show how it goes on, until it has finished or you press Ctrl-C.")
+        bool, Option("--watch", help="Show how it goes on, until it has finished or you press Ctrl-C.")
     ] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,

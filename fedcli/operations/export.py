@@ -21,13 +21,7 @@ from fedcli.scoring.table import best_rounds
 from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_FILE,
-    ADAPTER_NAME,
-    check_outside,
-)
+from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, check_outside
 from fedcli.workspace.publish import check_free, new_folder
 from fedcli.workspace.registrations import joined_clients, read_registration
 

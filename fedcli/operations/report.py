@@ -50,11 +50,7 @@ class WrittenReport:
 
 
 def write_report(
-    federation: FederationState,
-    *,
-    output: Path | None = None,
-    tensorboard: Path | None = None,
-    observer: Observer,
+    federation: FederationState, *, output: Path | None = None, tensorboard: Path | None = None, observer: Observer
 ) -> WrittenReport:
     """Write report.html and its pictures into `output` (default: report/ of the workspace), and event files if asked.
 
