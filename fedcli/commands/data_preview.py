@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fedcli.commands.options import HomeOption, JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import print_hint, print_json, step_display
+from fedcli.commands.output import StepDisplay, print_hint, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,7 @@ def preview(
 
     It writes a picture of the shares too.
     """
-    with step_display(json_output, "rows") as observer:
+    with StepDisplay(json_output, "rows") as observer:
         result = found_federation(workspace).preview(
             client=client, home=home, by=by, num_rows=rows, output=output, observer=observer
         )

@@ -9,7 +9,7 @@ from fedcli.commands.options import BenchmarkDataOption, JsonOption, WorkspaceOp
 from fedcli.commands.output import print_hint, print_json
 
 
-def list_(
+def list(
     group: Annotated[str | None, Option(metavar="NAME", help="Only the benchmarks of a group.")] = None,
     data: BenchmarkDataOption = None,
     workspace: WorkspaceOption = None,

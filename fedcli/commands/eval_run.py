@@ -9,12 +9,9 @@ import typer
 from typer import Argument, Option
 
 from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import Silent, print_hint, print_json, progress_display
-from fedcli.observer import Observer
+from fedcli.commands.output import Display, print_hint, print_json
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from fedcli.eval.judge import Estimate
     from fedcli.workspace.layout import Workspace
     from fedcli.workspace.scores import ScoreRecord
@@ -97,8 +94,7 @@ def run(
     )
     options = Options(limit, shots, samples, temperature, max_new_tokens, template, baseline)
     federation = found_federation(workspace)
-    with progress_display(json_output) as progress:
-        display = _Display(progress)
+    with _Display(json_output, "loading") as display:
         scoring = Scoring(
             names=[splits[split] if name == "demo" else name for name in names],
             targets=targets,
@@ -119,19 +115,16 @@ def run(
     _print(federation.workspace, records)
 
 
-class _Display(Observer):
+class _Display(Display):
     """Shows how far an evaluation is, and asks whether a judge's cost is fine, once."""
 
-    def __init__(self, progress: "Progress | Silent") -> None:
-        self._progress = progress
-        self._task: TaskID = progress.add_task("loading", total=None)
-        self._is_confirmed = False
+    _is_confirmed = False
 
     def target_started(self, target: str, benchmark: str) -> None:
-        self._progress.update(self._task, description=f"{target}: {benchmark}", completed=0, total=None)
+        self.show(description=f"{target}: {benchmark}", completed=0, total=None)
 
     def answered(self, num_done: int, num_asked: int) -> None:
-        self._progress.update(self._task, completed=num_done, total=num_asked)
+        self.show(completed=num_done, total=num_asked)
 
     def confirm(self, estimate: "Estimate") -> None:
         """Ask a person; raise UsageError where none is there, or says no."""
@@ -146,10 +139,10 @@ class _Display(Observer):
         hint = "The answers are kept. Say --yes to let the judge score them."
         if not sys.stdin.isatty():
             raise UsageError(f"the judge's cost needs a yes: {cost}", hint=hint)
-        self._progress.stop()
+        self.stop()
         if not typer.confirm(f"{cost}, and as much for each further model. Go on?", err=True):
             raise UsageError("the judge was not asked", hint=hint)
-        self._progress.start()
+        self.start()
         self._is_confirmed = True
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import print_json
+from fedcli.commands.output import print_result
 
 
 def export(
@@ -33,10 +33,6 @@ def export(
     result = found_federation(workspace).export(
         output, round=round_, best=best, merge=merge, dtype=dtype, max_shard_size=max_shard_size
     )
-    if json_output:
-        print_json(result)
-        return
     what = f"base and adapter merged, {result.merged_dtype}" if result.merged_dtype else "adapter"
-    print(f"exported round {result.round} ({what}, {result.num_bytes:,} bytes) to {result.output}")
-    for name in result.files:
-        print(f"  {name}")
+    done = f"exported round {result.round} ({what}, {result.num_bytes:,} bytes) to {result.output}"
+    print_result(json_output, result, [done, *(f"  {name}" for name in result.files)])

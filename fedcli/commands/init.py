@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption
-from fedcli.commands.output import at, describe_data, print_hint, print_json, rows_display
+from fedcli.commands.output import StepDisplay, at, describe_data, print_result
 
 
 def init(
@@ -30,34 +30,29 @@ def init(
 
     if list_presets:
         names = sorted(presets())
-        print_json({"presets": names}) if json_output else print(*names, sep="\n")
+        print_result(json_output, {"presets": names}, names)
         return
     directory = directory or workspace or Path(".")
-    with rows_display(json_output) as observer:
+    with StepDisplay(json_output, visible=False) as observer:
         creation = create(directory, preset=preset, overrides=overrides or [], observer=observer)
     head, created, data = creation.federation.head, creation.is_new, creation.data
-    manifest = head.manifest
-    if json_output:
-        print_json(
-            {
-                "status": "created" if created else "exists",
-                "workspace": str(directory.absolute()),
-                "round": head.number,
-                "cohort": manifest.cohort,
-                "data": data,
-            }
-        )
-        return
+    manifest, where = head.manifest, directory.absolute()
     verb = "made" if created else "already there"
-    print(f"workspace {directory.absolute()} {verb}: round {head.number} of {manifest.rounds} is {manifest.state}")
-    if data is not None:
-        print(describe_data(data))
+    text = [f"workspace {where} {verb}: round {head.number} of {manifest.rounds} is {manifest.state}"]
+    text += [] if data is None else [describe_data(data)]
+    hint = ""
     if manifest.cohort:
-        print(f"cohort: {', '.join(map(str, manifest.cohort))}")
-        where = "" if directory.absolute() == Path.cwd() else at(directory)
+        text.append(f"cohort: {', '.join(map(str, manifest.cohort))}")
+        option = "" if where == Path.cwd() else at(directory)
+        hint = f"next: each party: fedcli client join --id N --data SOURCE{option}"
         if creation.has_rows:
-            print_hint(
-                f"next: fedcli client train --id {manifest.cohort[0]}{where}, or fedcli run{where} for all rounds"
-            )
-        else:
-            print_hint(f"next: each party: fedcli client join --id N --data SOURCE{where}")
+            hint = f"next: fedcli client train --id {manifest.cohort[0]}{option}, or fedcli run{option} for all rounds"
+    status = "created" if created else "exists"
+    document = {
+        "status": status,
+        "workspace": str(where),
+        "round": head.number,
+        "cohort": manifest.cohort,
+        "data": data,
+    }
+    print_result(json_output, document, text, hint)

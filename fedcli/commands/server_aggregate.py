@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import print_hint, print_json, step_display
+from fedcli.commands.output import StepDisplay, print_hint, print_json
 from fedcli.commands.server_score import score_and_tell
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def aggregate(
     if not dry_run:
         federation.server.note_scores()  # it may have been interrupted, and the merge makes another round the latest
     try:
-        with step_display(json_output, "updates") as observer:
+        with StepDisplay(json_output, "updates") as observer:
             result = federation.server.aggregate(
                 algorithm=algorithm, partial=partial, dry_run=dry_run, wait=wait, observer=observer
             )
@@ -51,11 +51,8 @@ def aggregate(
         federation.server.note_scores()
     scored = score_and_tell(federation) if scores else []
     if json_output:
-        print_json(_document(result) | ({"scored": scored} if scored else {}))
-
-
-def _document(result: "AggregationResult") -> dict[str, object]:
-    return {"status": result.status, "round": result.round, "state": result.state, "aggregation": result.aggregation}
+        document = {name: getattr(result, name) for name in ("status", "round", "state", "aggregation")}
+        print_json(document | ({"scored": scored} if scored else {}))
 
 
 def _print(result: "AggregationResult") -> None:
