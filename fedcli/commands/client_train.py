@@ -115,18 +115,11 @@ def client_document(result: "ClientResult") -> dict[str, object]:
     document: dict[str, object] = {"status": result.status, "client": result.client, "round": result.round}
     if result.training is not None:
         training = result.training
-        document |= {
-            "num_samples": training.num_samples,
-            "num_truncated": training.num_truncated,
-            "num_unusable": training.num_unusable,
-            "left_out": training.left_out,
-            "steps": len(training.losses),
-            "train_loss": training.mean_loss,
-            "first_loss": training.losses[0],
-            "last_loss": training.losses[-1],
-            "seconds": training.seconds,
-            "num_tokens": training.num_tokens,
-        }
+        counts = ("num_samples", "num_truncated", "num_unusable", "left_out", "seconds", "num_tokens")
+        document |= {name: getattr(training, name) for name in counts}
+        first, last = training.losses[0], training.losses[-1]
+        document |= {"steps": len(training.losses), "train_loss": training.mean_loss}
+        document |= {"first_loss": first, "last_loss": last}
     return document
 
 

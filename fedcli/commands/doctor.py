@@ -10,7 +10,7 @@ def doctor(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
     Outside a workspace it looks at the machine alone.
     """
     from fedcli.errors import RequirementError, WorkspaceError
-    from fedcli.federation import doctor as examine
+    from fedcli.operations.doctor import examine
     from fedcli.workspace.layout import find_workspace
 
     try:

@@ -25,8 +25,7 @@ def init(
 
     A folder that holds a fedcli.yaml of yours is initialised from that. Run again after an interruption, it goes on.
     """
-    from fedcli.federation import create
-    from fedcli.server.create import presets
+    from fedcli.server.create import create_workspace, presets
 
     if list_presets:
         names = sorted(presets())
@@ -34,7 +33,7 @@ def init(
         return
     directory = directory or workspace or Path(".")
     with StepDisplay(json_output, visible=False) as observer:
-        creation = create(directory, preset=preset, overrides=overrides or [], observer=observer)
+        creation = create_workspace(directory, preset=preset, overrides=overrides or [], observer=observer)
     head, created, data = creation.federation.head, creation.is_new, creation.data
     manifest, where = head.manifest, directory.absolute()
     verb = "made" if created else "already there"

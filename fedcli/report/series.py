@@ -77,6 +77,11 @@ class MetricScores:
         return f"{self.benchmark} {self.metric}"
 
     @property
+    def heading(self) -> str:
+        """Both names, the unit, and which way is better."""
+        return f"{self.title} ({self.unit}{'' if self.higher_is_better else ', lower is better'})"
+
+    @property
     def best_round(self) -> int | None:
         """The round with the best score, the first of equal ones; None where none was scored."""
         return max(sorted(self.rounds), key=lambda number: self._rank(self.rounds[number]), default=None)
