@@ -47,6 +47,7 @@ class Federation:
     def __init__(self, workspace: Workspace, *, threads: int | None = None) -> None:
         self.workspace = workspace
         self.threads = threads
+        self._state: FederationState | None = None
 
     @classmethod
     def create(
@@ -81,18 +82,16 @@ class Federation:
         assert found.state
         return found
 
-    @cached_property
-    def _opened(self) -> "FederationState":
-        from fedcli.workspace.federation_state import FederationState
-
-        return FederationState.open(self.workspace)
-
     @property
     def state(self) -> "FederationState":
         """Its configuration, identity and latest round, as they are on disk now."""
-        if "_opened" in self.__dict__:
-            self._opened.refresh()
-        return self._opened
+        from fedcli.workspace.federation_state import FederationState
+
+        if self._state is None:
+            self._state = FederationState.open(self.workspace)
+        else:
+            self._state.refresh()
+        return self._state
 
     @cached_property
     def runtimes(self) -> "Runtimes":

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+import numpy as np
 
-    Cosines: TypeAlias = "NDArray[Any]"
+from fedcli.algos import Array
 
 BASE = "base"
 POOLED = "pooled"
@@ -107,13 +105,11 @@ class Similarity:
 
     round: int
     clients: Sequence[int]
-    cosines: "Cosines"
+    cosines: Array
 
-    def pairs(self) -> "Cosines":
+    def pairs(self) -> Array:
         """Return the cosine of each pair of clients once."""
-        import numpy as np
-
-        pairs: Cosines = self.cosines[np.triu_indices(len(self.clients), 1)]
+        pairs: Array = self.cosines[np.triu_indices(len(self.clients), 1)]
         return pairs
 
 
