@@ -8,6 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -15,34 +16,6 @@ import typer
 from typer.core import TyperGroup
 
 from fedcli import __version__
-from fedcli.commands import (
-    client_join,
-    client_status,
-    client_train,
-    data_partition,
-    data_preview,
-    doctor,
-    eval_best,
-    eval_list,
-    eval_run,
-    eval_table,
-    export,
-    gc,
-    init,
-    report,
-    run,
-    server_aggregate,
-    server_discard,
-    server_open,
-    server_run,
-    server_score,
-    slurm_script,
-    slurm_submit,
-    status,
-    train_alone,
-    train_pooled,
-    verify,
-)
 from fedcli.errors import FedError, RequirementError, WorkspaceError
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -58,10 +31,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # rich's help costs a tenth of a second
 )
-client_app = typer.Typer(help="What a party does.", no_args_is_help=True)
-data_app = typer.Typer(
-    help="Rows: how they look, and how they are split among simulated clients.", no_args_is_help=True
-)
 
 
 class EvalGroup(TyperGroup):
@@ -74,41 +43,25 @@ class EvalGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-eval_app = typer.Typer(cls=EvalGroup, help="Scores: benchmarks, tables, the best round.", no_args_is_help=True)
-server_app = typer.Typer(help="What the server does.", no_args_is_help=True)
-slurm_app = typer.Typer(help="The federation as jobs of SLURM.", no_args_is_help=True)
+def _add_commands(group: typer.Typer, prefix: str, names: str) -> None:
+    """Add commands to a group: `fedcli client join` is the function `join` of commands/client_join.py."""
+    for name in names.split():
+        function = name.replace("-", "_")
+        module = import_module(f"fedcli.commands.{prefix}{function}")
+        group.command(name)(getattr(module, function))
 
-app.command()(init.init)
-app.command()(run.run)
-app.command()(status.status)
-app.command()(report.report)
-app.command()(export.export)
-app.command()(verify.verify)
-app.command()(gc.gc)
-app.command()(doctor.doctor)
-app.command("train-alone")(train_alone.train_alone)
-app.command("train-pooled")(train_pooled.train_pooled)
-app.add_typer(client_app, name="client")
-client_app.command()(client_join.join)
-client_app.command()(client_train.train)
-client_app.command()(client_status.status)
-app.add_typer(data_app, name="data")
-data_app.command()(data_preview.preview)
-data_app.command()(data_partition.partition)
-app.add_typer(eval_app, name="eval")
-eval_app.command("run")(eval_run.run)
-eval_app.command("list")(eval_list.list_)
-eval_app.command()(eval_table.table)
-eval_app.command()(eval_best.best)
-app.add_typer(server_app, name="server")
-server_app.command("open")(server_open.open_)
-server_app.command()(server_aggregate.aggregate)
-server_app.command()(server_run.run)
-server_app.command()(server_score.score)
-server_app.command()(server_discard.discard)
-app.add_typer(slurm_app, name="slurm")
-slurm_app.command()(slurm_script.script)
-slurm_app.command()(slurm_submit.submit)
+
+_add_commands(app, "", "init run status report export verify gc doctor train-alone train-pooled")
+for _name, _help, _commands in (
+    ("client", "What a party does.", "join train status"),
+    ("data", "Rows: how they look, and how they are split among simulated clients.", "preview partition"),
+    ("eval", "Scores: benchmarks, tables, the best round.", "run list table best"),
+    ("server", "What the server does.", "open aggregate run score discard"),
+    ("slurm", "The federation as jobs of SLURM.", "script submit"),
+):
+    _group = typer.Typer(cls=EvalGroup if _name == "eval" else TyperGroup, help=_help, no_args_is_help=True)
+    _add_commands(_group, f"{_name}_", _commands)
+    app.add_typer(_group, name=_name)
 
 
 def _print_version(wanted: bool) -> None:

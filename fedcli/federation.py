@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
     from fedcli.client.runtimes import Runtimes
     from fedcli.operations.baseline import BaselineResult
-    from fedcli.operations.doctor import Finding
     from fedcli.operations.export import Exported
     from fedcli.operations.gc import Collection
     from fedcli.operations.preview import Preview
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fedcli.scoring.request import Scoring
     from fedcli.scoring.table import ScoreTable
     from fedcli.server.aggregate import AggregationResult
-    from fedcli.server.create import Creation
     from fedcli.server.verify import Verification
     from fedcli.workspace.federation_state import FederationState
     from fedcli.workspace.history import Round
@@ -50,6 +49,7 @@ class Federation:
         self.workspace = workspace
         self.threads = threads
         self._identity_contents: bytes | None = None
+        self._state: FederationState | None = None
 
     @classmethod
     def create(
@@ -65,8 +65,11 @@ class Federation:
         `settings` are values by key of fedcli.yaml, such as {"train.steps": 20}. Raises UsageError for an unknown
         preset, ConfigError for a fault in the settings or the rows, WorkspaceError where another experiment lies there.
         """
+        from fedcli.server.create import create_workspace
+
         overrides = [f"{key}={json.dumps(value)}" for key, value in (settings or {}).items()]
-        return cls(create(path, preset=preset, overrides=overrides, observer=observer).federation.workspace)
+        made = create_workspace(Path(path), preset=preset, overrides=overrides, observer=observer)
+        return cls(made.federation.workspace)
 
     @classmethod
     def open(cls, path: Path | str | None = None, *, threads: int | None = None) -> "Federation":
@@ -81,12 +84,6 @@ class Federation:
         assert found.state
         return found
 
-    @cached_property
-    def _opened(self) -> "FederationState":
-        from fedcli.workspace.federation_state import FederationState
-
-        return FederationState.open(self.workspace, self._identity_contents)
-
     def look(self) -> "Glance | None":
         """Return at a glance whether any client may have to train here; None where only `state` can tell."""
         from fedcli.workspace.idle import glance
@@ -98,9 +95,13 @@ class Federation:
     @property
     def state(self) -> "FederationState":
         """Its configuration, identity and latest round, as they are on disk now."""
-        if "_opened" in self.__dict__:
-            self._opened.refresh()
-        return self._opened
+        from fedcli.workspace.federation_state import FederationState
+
+        if self._state is None:
+            self._state = FederationState.open(self.workspace, self._identity_contents)
+        else:
+            self._state.refresh()
+        return self._state
 
     @cached_property
     def runtimes(self) -> "Runtimes":
@@ -136,31 +137,16 @@ class Federation:
         """Return a round: its manifest, and `adapter()`, named float32 arrays. Raises NotReadyError for a later one."""
         return self.state.round(number)
 
-    def run(
-        self,
-        *,
-        rounds: int | None = None,
-        workers: int = 1,
-        observer: Observer = SILENT,
-    ) -> "FederationResult":
+    def run(self, *, rounds: int | None = None, workers: int = 1, observer: Observer = SILENT) -> "FederationResult":
         """Train and merge until the last round, or for `rounds` rounds, with so many clients at once."""
         from fedcli.operations.run import run_federation
 
         return run_federation(
-            self.state,
-            runtimes=self.runtimes,
-            rounds=rounds,
-            workers=workers,
-            threads=self.threads,
-            observer=observer,
+            self.state, runtimes=self.runtimes, rounds=rounds, workers=workers, threads=self.threads, observer=observer
         )
 
     def train_clients(
-        self,
-        clients: Sequence[int] | None = None,
-        *,
-        wait: float = 0.0,
-        observer: Observer = SILENT,
+        self, clients: Sequence[int] | None = None, *, wait: float = 0.0, observer: Observer = SILENT
     ) -> "list[ClientResult]":
         """Do what is due for several clients; for None all that are here and that nobody else trains."""
         from fedcli.client.due import train_clients
@@ -268,13 +254,13 @@ class Federation:
         return partition_data(self.workspace, replace=replace, observer=observer)
 
 
+@dataclass(frozen=True)
 class Client:
-    """One client of a federation."""
+    """One client of a federation; `home` is a joined party's own folder, None for the default."""
 
-    def __init__(self, federation: Federation, client: int, home: Path | None) -> None:
-        self._federation = federation
-        self.id = client
-        self._home = home
+    federation: Federation
+    id: int
+    home: Path | None
 
     def join(
         self,
@@ -292,13 +278,13 @@ class Client:
         from fedcli.parties.join import prepare_join
 
         return prepare_join(
-            self._federation.state,
+            self.federation.state,
             self.id,
             data,
             data_format=format,
             subset=subset,
             split=split,
-            home=self._home,
+            home=self.home,
             base=base,
             trust_remote_code=trust_remote_code,
             share=share,
@@ -309,36 +295,34 @@ class Client:
         """Return how the client stands in the open round."""
         from fedcli.client.due import client_status
 
-        return client_status(self._federation.state, self.id)
+        return client_status(self.federation.state, self.id)
 
     def train(self, *, wait: float = 0.0, observer: Observer = SILENT) -> "ClientResult":
         """Train on the open round and drop the update; that nothing is due is a result, no error."""
         from fedcli.client.due import train_client
 
-        federation = self._federation
-        return train_client(
-            federation.state, self.id, federation.runtimes, home=self._home, wait=wait, observer=observer
-        )
+        state, runtimes = self.federation.state, self.federation.runtimes
+        return train_client(state, self.id, runtimes, home=self.home, wait=wait, observer=observer)
 
     def train_alone(self, *, observer: Observer = SILENT) -> "BaselineResult":
         """Train the baseline of this client alone."""
         from fedcli.operations.baseline import train_baseline
 
-        federation = self._federation
-        return train_baseline(federation.state, self.id, home=self._home, threads=federation.threads, observer=observer)
+        federation = self.federation
+        return train_baseline(federation.state, self.id, home=self.home, threads=federation.threads, observer=observer)
 
 
+@dataclass(frozen=True)
 class Server:
     """The server of a federation."""
 
-    def __init__(self, federation: Federation) -> None:
-        self._federation = federation
+    federation: Federation
 
     def open(self) -> "Round":
         """Open round 0 unless it is open, and return the latest round."""
         from fedcli.server.create import open_round
 
-        return open_round(self._federation.workspace).head
+        return open_round(self.federation.workspace).head
 
     def aggregate(
         self,
@@ -353,12 +337,7 @@ class Server:
         from fedcli.server.aggregate import aggregate
 
         return aggregate(
-            self._federation.state,
-            algorithm=algorithm,
-            partial=partial,
-            dry_run=dry_run,
-            wait=wait,
-            observer=observer,
+            self.federation.state, algorithm=algorithm, partial=partial, dry_run=dry_run, wait=wait, observer=observer
         )
 
     def run(self, *, observer: Observer = SILENT) -> "Round":
@@ -366,61 +345,41 @@ class Server:
         from fedcli.server.aggregate import aggregate_all
 
         self.note_scores()
-        return aggregate_all(self._federation.state, on_round=self.note_scores, observer=observer)
+        return aggregate_all(self.federation.state, on_round=self.note_scores, observer=observer)
 
     def note_scores(self) -> None:
         """Note what the latest round is to be scored on, as fedcli.yaml's eval.every asks; `score` makes the scores."""
         from fedcli.scoring.after_rounds import note_due
 
-        note_due(self._federation.state)
+        note_due(self.federation.state)
 
     def score(self) -> "Iterator[RoundScores]":
         """Make the scores that are due, and yield each round's; what fails is kept, and left to a person."""
         from fedcli.scoring.after_rounds import score_due
 
-        return score_due(self._federation.state, self._federation.runtimes)
+        return score_due(self.federation.state, self.federation.runtimes)
 
     def discard(self, client: int) -> bool:
         """Set a client's update of the open round aside, so that it may send another; return whether there was one."""
         from fedcli.server.aggregate import discard
 
-        return discard(self._federation.state, client)
+        return discard(self.federation.state, client)
 
 
+@dataclass(frozen=True)
 class Slurm:
     """A federation as jobs of SLURM."""
 
-    def __init__(self, federation: Federation) -> None:
-        self._federation = federation
+    federation: Federation
 
     def submit(self, *, dry_run: bool = False) -> "Submission":
         """Send the jobs that the open round needs and the queue does not hold."""
         from fedcli.operations.slurm_submit import submit
 
-        return submit(self._federation.state, dry_run=dry_run)
+        return submit(self.federation.state, dry_run=dry_run)
 
     def write_scripts(self) -> "dict[JobKind, Path]":
         """Write the batch scripts of the open round, and send nothing."""
         from fedcli.operations.slurm_submit import write_scripts
 
-        return write_scripts(self._federation.state)
-
-
-def create(
-    path: Path | str = ".",
-    *,
-    preset: str | None = None,
-    overrides: Sequence[str] = (),
-    observer: Observer = SILENT,
-) -> "Creation":
-    """Make a workspace as `fedcli init` does; `overrides` are key.path=value, values in YAML."""
-    from fedcli.server.create import create_workspace
-
-    return create_workspace(Path(path), preset=preset, overrides=overrides, observer=observer)
-
-
-def doctor(workspace: Workspace | None, *, observer: Observer = SILENT) -> "list[Finding]":
-    """Check this machine, and whether a workspace's experiment can run on it."""
-    from fedcli.operations.doctor import examine
-
-    return examine(workspace, observer=observer)
+        return write_scripts(self.federation.state)

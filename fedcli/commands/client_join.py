@@ -3,61 +3,39 @@
 import json
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import ClientOption, HomeOption, JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import at, print_hint, print_json, rows_display
-
-if TYPE_CHECKING:
-    from fedcli.workspace.registrations import DataCard
+from fedcli.commands.output import StepDisplay, at, print_result
 
 
 def join(
     client: ClientOption,
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            metavar="SOURCE",
-            help="Your rows: a file, a folder, or a hub id. They stay there.",
-            show_default=False,
-        ),
-    ],
+    data: Annotated[str, Option(metavar="SOURCE", help="Your rows: a file, a folder, or a hub id. They stay there.")],
     data_format: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--format",
             metavar="FORMAT",
             help="What the rows are: a format's name, or '{columns: {instruction: question, response: answer}}'. "
             "Default: as the hub's data set is known to have, else alpaca (sft) or preference (dpo).",
-            show_default=False,
         ),
     ] = None,
     home: HomeOption = None,
     base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            metavar="DIR",
-            help="Your copy of the base model. Default: as fedcli.yaml says.",
-            show_default=False,
-        ),
+        str | None, Option(metavar="DIR", help="Your copy of the base model. Default: as fedcli.yaml says.")
     ] = None,
     share: Annotated[
-        Literal["full", "minimal"], typer.Option("--share", help="minimal: tell the number of rows and nothing else.")
+        Literal["full", "minimal"], Option(help="minimal: tell the number of rows and nothing else.")
     ] = "full",
-    subset: Annotated[
-        str | None, typer.Option("--subset", metavar="NAME", help="Of a hub's data set.", show_default=False)
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", metavar="NAME", help="Of a hub's data set.", show_default=False)
-    ] = None,
+    subset: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
+    split: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
+        bool, Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the data card is written.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask before the data card is written.")] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -68,8 +46,7 @@ def join(
     """
     federation = found_federation(workspace)
     asks = not yes and not json_output and sys.stdin.isatty()
-
-    with rows_display(json_output) as observer:
+    with StepDisplay(json_output, visible=False) as observer:
         joining = federation.client(client, home=home).join(
             data,
             format=data_format,
@@ -80,26 +57,23 @@ def join(
             share=share,
             observer=observer,
         )
+    card = joining.card.model_dump(mode="json", exclude_none=True)
     if not json_output:
-        _show(joining.card)
+        print("the workspace learns this of your rows, and nothing else:")
+        print(json.dumps(card, indent=1))
     if asks and not _confirmed(f"Write this to {federation.workspace.registration(client)}? [y/N]: "):
         print("nothing was written")
         return
     joining.commit()
-    if json_output:
-        card = joining.card.model_dump(mode="json", exclude_none=True)
-        print_json({"status": "joined", "client": client, "home": str(joining.home.folder), "data": card})
-        return
-    print(f"client {client} has joined; its private state lies in {joining.home.folder}")
     own = "" if home is None else f" --home {shlex.quote(str(home.absolute()))}"
-    print_hint(f"next: fedcli client train --id {client}{own}{at(workspace)}")
+    print_result(
+        json_output,
+        {"status": "joined", "client": client, "home": str(joining.home.folder), "data": card},
+        f"client {client} has joined; its private state lies in {joining.home.folder}",
+        hint=f"next: fedcli client train --id {client}{own}{at(workspace)}",
+    )
 
 
 def _confirmed(question: str) -> bool:
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _show(card: "DataCard") -> None:
-    print("the workspace learns this of your rows, and nothing else:")
-    print(json.dumps(card.model_dump(mode="json", exclude_none=True), indent=1))

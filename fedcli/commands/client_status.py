@@ -2,7 +2,7 @@
 
 from fedcli.commands.client_train import client_document, describe_client
 from fedcli.commands.options import ClientOption, JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import at, print_hint, print_json
+from fedcli.commands.output import at, print_result
 
 
 def status(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
@@ -11,9 +11,5 @@ def status(client: ClientOption, workspace: WorkspaceOption = None, json_output:
 
     federation = found_federation(workspace)
     result = federation.client(client).status()
-    if json_output:
-        print_json(client_document(result))
-        return
-    print(describe_client(result))
-    if result.status == "due":
-        print_hint(f"next: {next_of_client(federation.workspace, client)}{at(workspace)}")
+    hint = f"next: {next_of_client(federation.workspace, client)}{at(workspace)}" if result.status == "due" else ""
+    print_result(json_output, client_document(result), describe_client(result), hint)

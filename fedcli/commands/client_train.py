@@ -1,20 +1,17 @@
 """fedcli client train."""
 
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import HomeOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import Silent, print_hint, print_json, progress_display
+from fedcli.commands.output import TrainingDisplay, print_result
 from fedcli.errors import UsageError
 from fedcli.federation import Federation
-from fedcli.observer import Observer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from fedcli.client.due import ClientResult
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
@@ -23,15 +20,12 @@ NOTHING_DUE = "nothing to do: no client of the open round is here, missing and u
 
 
 def train(
-    clients: Annotated[
-        str | None,
-        typer.Option("--id", metavar="N[,N...]", help="The client's id, or several.", show_default=False),
-    ] = None,
+    clients: Annotated[str | None, Option("--id", metavar="N[,N...]", help="The client's id, or several.")] = None,
     any_client: Annotated[
-        bool, typer.Option("--any", help="All clients of the round that are here and that nobody trains yet.")
+        bool, Option("--any", help="All clients of the round that are here and that nobody trains yet.")
     ] = False,
     wait: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Look again for so long where nothing is due yet.")
+        float, Option(min=0, metavar="SECONDS", help="Look again for so long where nothing is due yet.")
     ] = 0.0,
     home: HomeOption = None,
     threads: ThreadsOption = None,
@@ -47,27 +41,22 @@ def train(
     federation = found_federation(workspace, threads)
     if ids is None and _has_nothing_to_do(federation, wait, json_output):
         return
-    with progress_display(json_output, "loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s") as progress:
-        display = _Display(progress)
+    with _Display(json_output, visible=False) as display:
         if ids is not None and len(ids) == 1:
             display.client_started(ids[0])
             client = federation.client(ids[0], home=home)
             results = [client.train(wait=wait, observer=display)]
         else:
             results = federation.train_clients(ids, wait=wait, observer=display)
-    documents = [client_document(result) for result in results]
-    if json_output and ids is not None:
-        print_json(documents[0] if len(ids) == 1 else {"clients": documents})
-        return
-    if json_output:
-        print_json({"status": "submitted" if results else "nothing_due", "clients": documents})
-        return
-    for result in results:
-        _print(result)
-    if any(result.training for result in results):
-        print_hint("next: fedcli status; once the cohort has answered, fedcli server aggregate")
-    if not results:
-        print(NOTHING_DUE)
+    document: dict[str, object] = {"clients": [client_document(result) for result in results]}
+    if ids is None:
+        document["status"] = "submitted" if results else "nothing_due"
+    elif len(ids) == 1:
+        document = client_document(results[0])
+    lines = [line for result in results for line in _describe(result)] or NOTHING_DUE
+    is_trained = any(result.training for result in results)
+    hint = "next: fedcli status; once the cohort has answered, fedcli server aggregate" if is_trained else ""
+    print_result(json_output, document, lines, hint)
 
 
 def _has_nothing_to_do(federation: Federation, wait: float, json_output: bool) -> bool:
@@ -75,11 +64,10 @@ def _has_nothing_to_do(federation: Federation, wait: float, json_output: bool) -
     seen = federation.look()
     if seen is None or seen.may_train or (wait and not seen.is_finished):
         return False
-    if json_output:
-        print_json({"status": "finished" if seen.is_finished else "nothing_due", "clients": []})
-    else:
-        finished = f"nothing to do: the federation has finished at round {seen.round}"
-        print(finished if seen.is_finished else NOTHING_DUE)
+    status, text = "nothing_due", NOTHING_DUE
+    if seen.is_finished:
+        status, text = "finished", f"nothing to do: the federation has finished at round {seen.round}"
+    print_result(json_output, {"status": status, "clients": []}, text)
     return True
 
 
@@ -98,41 +86,26 @@ def _parse_ids(clients: str | None, any_client: bool, home: Path | None) -> list
     return ids
 
 
-class _Display(Observer):
+class _Display(TrainingDisplay):
     """Shows one client's steps after another's."""
 
-    def __init__(self, progress: "Progress | Silent") -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=None, visible=False, loss=float("nan"), speed=0.0)
-        self._title = ""
-        self._num_tokens = self._steps = 0
-        self._started = time.monotonic()
+    _num_steps = 0
 
     def client_started(self, client: int) -> None:
-        self._title = f"client {client}"
-        self._num_tokens = 0
-        self._progress.update(self._task, description=f"{self._title}: loading", total=None)
+        self.title = f"client {client}"
+        self.begin()
+        self.show(description=f"{self.title}: loading", total=None)
 
     def model_loading(self, head: "Round") -> None:
-        self._steps = head.manifest.train.steps
-        self._progress.update(self._task, visible=True)
+        self._num_steps = head.manifest.train.steps
+        self.show(visible=True)
 
     def rows_read(self, what: str, count: int) -> None:
-        self._progress.update(self._task, description=f"{self._title}: {count:,} rows read")
+        self.show(description=f"{self.title}: {count:,} rows read")
 
     def step_done(self, client: int | None, report: "StepReport") -> None:
-        if report.step == 1:
-            self._started = time.monotonic()
-        else:
-            self._num_tokens += report.num_tokens
-        self._progress.update(
-            self._task,
-            description=self._title,
-            total=self._steps,
-            completed=report.step,
-            loss=report.loss,
-            speed=self._num_tokens / max(1e-9, time.monotonic() - self._started),
-        )
+        self.show(description=self.title, total=self._num_steps)
+        super().step_done(client, report)
 
 
 def client_document(result: "ClientResult") -> dict[str, object]:
@@ -140,18 +113,11 @@ def client_document(result: "ClientResult") -> dict[str, object]:
     document: dict[str, object] = {"status": result.status, "client": result.client, "round": result.round}
     if result.training is not None:
         training = result.training
-        document |= {
-            "num_samples": training.num_samples,
-            "num_truncated": training.num_truncated,
-            "num_unusable": training.num_unusable,
-            "left_out": training.left_out,
-            "steps": len(training.losses),
-            "train_loss": training.mean_loss,
-            "first_loss": training.losses[0],
-            "last_loss": training.losses[-1],
-            "seconds": training.seconds,
-            "num_tokens": training.num_tokens,
-        }
+        counts = ("num_samples", "num_truncated", "num_unusable", "left_out", "seconds", "num_tokens")
+        document |= {name: getattr(training, name) for name in counts}
+        first, last = training.losses[0], training.losses[-1]
+        document |= {"steps": len(training.losses), "train_loss": training.mean_loss}
+        document |= {"first_loss": first, "last_loss": last}
     return document
 
 
@@ -167,19 +133,19 @@ def describe_client(result: "ClientResult") -> str:
     }[result.status]
 
 
-def _print(result: "ClientResult") -> None:
-    print(describe_client(result))
+def _describe(result: "ClientResult") -> Iterator[str]:
+    yield describe_client(result)
     training = result.training
     if training is None:
         return
     from fedcli.data.formats import describe_counts
 
     speed = training.num_tokens / training.seconds
-    print(
+    yield (
         f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f} (mean {training.mean_loss:.3f}) "
         f"in {len(training.losses)} steps, {training.seconds:.1f} s, {speed:.0f} tokens/s"
     )
     left_out = f"; left out: {describe_counts(training.left_out)}" if training.left_out else ""
-    print(
+    yield (
         f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit{left_out}"
     )

@@ -2,15 +2,15 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import at, describe_data, print_hint, print_json, rows_display
+from fedcli.commands.output import StepDisplay, at, describe_data, print_result
 
 
 def partition(
     replace: Annotated[
-        bool, typer.Option("--replace", help="Write over an earlier split, as long as no round has been merged.")
+        bool, Option("--replace", help="Write over an earlier split, as long as no round has been merged.")
     ] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
@@ -20,11 +20,8 @@ def partition(
     `fedcli init` does it too. Run again with the same settings it changes nothing.
     """
     federation = found_federation(workspace)
-    with rows_display(json_output) as observer:
+    with StepDisplay(json_output, visible=False) as observer:
         summary = federation.partition(replace=replace, observer=observer)
-    if json_output:
-        print_json(summary)
-        return
-    print(describe_data(summary))
-    print(f"rows: {federation.workspace.data}/client-N.jsonl    data card: {federation.workspace.data_card}")
-    print_hint(f"next: fedcli data preview{at(workspace)}")
+    where = f"rows: {federation.workspace.data}/client-N.jsonl    data card: {federation.workspace.data_card}"
+    text = [describe_data(summary), where]
+    print_result(json_output, summary, text, f"next: fedcli data preview{at(workspace)}")

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import HomeOption, JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import print_hint, print_json, step_display
+from fedcli.commands.output import StepDisplay, print_hint, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,27 +23,22 @@ MOST_HEADER = 48
 
 def preview(
     client: Annotated[
-        int | None,
-        typer.Option("--id", metavar="N", help="Look at one client. Default: all simulated ones.", show_default=False),
+        int | None, Option("--id", metavar="N", help="Look at one client. Default: all simulated ones.")
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option(
-            "--by",
-            metavar="COLUMN",
-            help="Count this column's values for each client. Default: what the rows were split by.",
-            show_default=False,
+        Option(
+            metavar="COLUMN", help="Count this column's values for each client. Default: what the rows were split by."
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=0, metavar="N", help="How many rows to show.")] = 2,
+    rows: Annotated[int, Option(min=0, metavar="N", help="How many rows to show.")] = 2,
     output: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--output",
             "-o",
             metavar="FILE.png",
             help="The picture. Default: data/preview.png; a joined party's lies in its home.",
-            show_default=False,
         ),
     ] = None,
     home: HomeOption = None,
@@ -54,14 +49,9 @@ def preview(
 
     It writes a picture of the shares too.
     """
-    with step_display(json_output, "rows") as observer:
+    with StepDisplay(json_output, "rows") as observer:
         result = found_federation(workspace).preview(
-            client=client,
-            home=home,
-            by=by,
-            num_rows=rows,
-            output=output,
-            observer=observer,
+            client=client, home=home, by=by, num_rows=rows, output=output, observer=observer
         )
     if json_output:
         print_json(result)

@@ -1,7 +1,7 @@
 """fedcli doctor."""
 
 from fedcli.commands.options import JsonOption, WorkspaceOption
-from fedcli.commands.output import print_json, step_display
+from fedcli.commands.output import StepDisplay, print_result
 
 
 def doctor(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
@@ -10,7 +10,7 @@ def doctor(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
     Outside a workspace it looks at the machine alone.
     """
     from fedcli.errors import RequirementError, WorkspaceError
-    from fedcli.federation import doctor as examine
+    from fedcli.operations.doctor import examine
     from fedcli.workspace.layout import find_workspace
 
     try:
@@ -19,17 +19,14 @@ def doctor(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
         if workspace is not None:
             raise
         found = None
-    with step_display(json_output, "") as observer:
+    with StepDisplay(json_output) as observer:
         findings = examine(found, observer=observer)
-    if json_output:
-        print_json({"findings": findings})
-    else:
-        for finding in findings:
-            print(f"{finding.state:8} {finding.name:17} {finding.detail}")
-            if finding.cure:
-                print(f"{'':26} {finding.cure}")
-        if found is None:
-            print("no workspace here: its file system and its model were not looked at")
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.state:8} {finding.name:17} {finding.detail}")
+        lines += [f"{'':26} {finding.cure}"] if finding.cure else []
+    lines += ["no workspace here: its file system and its model were not looked at"] if found is None else []
+    print_result(json_output, {"findings": findings}, lines)
     if failed := [finding.name for finding in findings if finding.state == "failed"]:
         raise RequirementError(
             f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}",

@@ -2,22 +2,24 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import print_json
+from fedcli.commands.output import print_result
 
 
 def best(
-    metric: Annotated[str, typer.Option(metavar="NAME", help="A benchmark (its first metric), or BENCHMARK.METRIC.")],
+    metric: Annotated[str, Option(metavar="NAME", help="A benchmark (its first metric), or BENCHMARK.METRIC.")],
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Name the best of the rounds that have been scored."""
     ranked = found_federation(workspace).best_rounds(metric)
     number, entry = ranked[0]
-    if json_output:
-        rounds = [{"round": found, **score.model_dump()} for found, score in ranked]
-        print_json({"metric": metric, "best": number, "rounds": rounds})
-        return
-    print(f"round {number}: {metric} {entry.value:.4f} [{entry.low:.4f}, {entry.high:.4f}], of {len(ranked)} rounds")
+    rounds = [{"round": found, **score.model_dump()} for found, score in ranked]
+    interval = f"[{entry.low:.4f}, {entry.high:.4f}]"
+    print_result(
+        json_output,
+        {"metric": metric, "best": number, "rounds": rounds},
+        f"round {number}: {metric} {entry.value:.4f} {interval}, of {len(ranked)} rounds",
+    )

@@ -3,16 +3,14 @@
 from contextlib import suppress
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import BenchmarkDataOption, JsonOption, WorkspaceOption
 from fedcli.commands.output import print_hint, print_json
 
 
-def list_(
-    group: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only the benchmarks of a group.", show_default=False)
-    ] = None,
+def list(
+    group: Annotated[str | None, Option(metavar="NAME", help="Only the benchmarks of a group.")] = None,
     data: BenchmarkDataOption = None,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import Silent, print_hint, print_json, progress_display
-from fedcli.observer import Observer
+from fedcli.commands.output import Display, print_hint, print_json
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from fedcli.eval.judge import Estimate
     from fedcli.workspace.layout import Workspace
     from fedcli.workspace.scores import ScoreRecord
@@ -22,79 +20,45 @@ if TYPE_CHECKING:
 def run(
     names: Annotated[
         list[str],
-        typer.Argument(
-            metavar="NAME...", help="Benchmarks or groups (`fedcli eval list` shows them); or lm-eval TASK..."
-        ),
+        Argument(metavar="NAME...", help="Benchmarks or groups (`fedcli eval list` shows them); or lm-eval TASK..."),
     ],
-    rounds: Annotated[
-        list[str] | None, typer.Option("--round", metavar="N|latest", help="A round's adapter.", show_default=False)
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="The base model.")] = False,
-    clients: Annotated[
-        list[int] | None, typer.Option("--client", metavar="N", help="Client N's last update.", show_default=False)
-    ] = None,
-    alone: Annotated[
-        list[int] | None, typer.Option("--alone", metavar="N", help="Client N trained alone.", show_default=False)
-    ] = None,
-    pooled: Annotated[bool, typer.Option("--pooled", help="The baseline of all rows together.")] = False,
+    rounds: Annotated[list[str] | None, Option("--round", metavar="N|latest", help="A round's adapter.")] = None,
+    base: Annotated[bool, Option("--base", help="The base model.")] = False,
+    clients: Annotated[list[int] | None, Option("--client", metavar="N", help="Client N's last update.")] = None,
+    alone: Annotated[list[int] | None, Option(metavar="N", help="Client N trained alone.")] = None,
+    pooled: Annotated[bool, Option("--pooled", help="The baseline of all rows together.")] = False,
     adapters: Annotated[
-        list[Path] | None,
-        typer.Option("--adapter", metavar="DIR", help="An adapter of this base, in PEFT's layout.", show_default=False),
+        list[Path] | None, Option("--adapter", metavar="DIR", help="An adapter of this base, in PEFT's layout.")
     ] = None,
     models: Annotated[
-        list[str] | None,
-        typer.Option("--model", metavar="DIR|ID", help="A full model: a folder or a hub id.", show_default=False),
+        list[str] | None, Option("--model", metavar="DIR|ID", help="A full model: a folder or a hub id.")
     ] = None,
     apis: Annotated[
-        list[str] | None,
-        typer.Option("--api", metavar="NAME", help="A model behind an OpenAI-compatible endpoint.", show_default=False),
+        list[str] | None, Option("--api", metavar="NAME", help="A model behind an OpenAI-compatible endpoint.")
     ] = None,
-    api_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="That endpoint. Default: OpenAI's.", show_default=False)
-    ] = None,
+    api_url: Annotated[str | None, Option(metavar="URL", help="That endpoint. Default: OpenAI's.")] = None,
     data: BenchmarkDataOption = None,
-    include: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="lm-eval: a folder with tasks of yours.", show_default=False)
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="The first N items only.", show_default=False)
-    ] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Worked examples in the prompt.", show_default=False)
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Answers to each problem, for pass@k.", show_default=False)
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, max=100, metavar="T", help="Sampling; 0 is greedy.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="The longest answer.", show_default=False)
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Instead of the workspace's template.", show_default=False)
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(metavar="TARGET", help="mt-bench-pairwise: whom to compare with.", show_default=False),
-    ] = None,
+    include: Annotated[Path | None, Option(metavar="DIR", help="lm-eval: a folder with tasks of yours.")] = None,
+    limit: Annotated[int | None, Option(min=1, metavar="N", help="The first N items only.")] = None,
+    shots: Annotated[int | None, Option(min=0, metavar="N", help="Worked examples in the prompt.")] = None,
+    samples: Annotated[int | None, Option(min=1, metavar="N", help="Answers to each problem, for pass@k.")] = None,
+    temperature: Annotated[float | None, Option(min=0, max=100, metavar="T", help="Sampling; 0 is greedy.")] = None,
+    max_new_tokens: Annotated[int | None, Option(min=1, metavar="N", help="The longest answer.")] = None,
+    template: Annotated[str | None, Option(metavar="NAME", help="Instead of the workspace's template.")] = None,
+    baseline: Annotated[str | None, Option(metavar="TARGET", help="mt-bench-pairwise: whom to compare with.")] = None,
     judge_model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|DIR", help="The judge: a model of --judge-url, or a folder.", show_default=False),
+        str | None, Option(metavar="NAME|DIR", help="The judge: a model of --judge-url, or a folder.")
     ] = None,
     judge_url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="An OpenAI-compatible endpoint. Default: OpenAI's.", show_default=False),
+        str | None, Option(metavar="URL", help="An OpenAI-compatible endpoint. Default: OpenAI's.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask whether the judge's cost is fine.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask whether the judge's cost is fine.")] = False,
     allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run code that the model wrote, in a sandbox.")
+        bool, Option("--allow-code-execution", help="Run code that the model wrote, in a sandbox.")
     ] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Items at once. Default: 64.", show_default=False)
-    ] = None,
-    backend: Annotated[str | None, typer.Option(hidden=True)] = None,
-    split: Annotated[str, typer.Option(hidden=True)] = "test",
+    batch_size: Annotated[int | None, Option(min=1, metavar="N", help="Items at once. Default: 64.")] = None,
+    backend: Annotated[str | None, Option(hidden=True)] = None,
+    split: Annotated[str, Option(hidden=True)] = "test",
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
@@ -130,8 +94,7 @@ def run(
     )
     options = Options(limit, shots, samples, temperature, max_new_tokens, template, baseline)
     federation = found_federation(workspace)
-    with progress_display(json_output) as progress:
-        display = _Display(progress)
+    with _Display(json_output, "loading") as display:
         scoring = Scoring(
             names=[splits[split] if name == "demo" else name for name in names],
             targets=targets,
@@ -152,19 +115,16 @@ def run(
     _print(federation.workspace, records)
 
 
-class _Display(Observer):
+class _Display(Display):
     """Shows how far an evaluation is, and asks whether a judge's cost is fine, once."""
 
-    def __init__(self, progress: "Progress | Silent") -> None:
-        self._progress = progress
-        self._task: TaskID = progress.add_task("loading", total=None)
-        self._is_confirmed = False
+    _is_confirmed = False
 
     def target_started(self, target: str, benchmark: str) -> None:
-        self._progress.update(self._task, description=f"{target}: {benchmark}", completed=0, total=None)
+        self.show(description=f"{target}: {benchmark}", completed=0, total=None)
 
     def answered(self, num_done: int, num_asked: int) -> None:
-        self._progress.update(self._task, completed=num_done, total=num_asked)
+        self.show(completed=num_done, total=num_asked)
 
     def confirm(self, estimate: "Estimate") -> None:
         """Ask a person; raise UsageError where none is there, or says no."""
@@ -179,10 +139,10 @@ class _Display(Observer):
         hint = "The answers are kept. Say --yes to let the judge score them."
         if not sys.stdin.isatty():
             raise UsageError(f"the judge's cost needs a yes: {cost}", hint=hint)
-        self._progress.stop()
+        self.stop()
         if not typer.confirm(f"{cost}, and as much for each further model. Go on?", err=True):
             raise UsageError("the judge was not asked", hint=hint)
-        self._progress.start()
+        self.start()
         self._is_confirmed = True
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_hint, print_json
@@ -16,12 +16,12 @@ FILE_WIDTH = 240
 
 
 def table(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Benchmarks; all by default.")] = None,
-    group: Annotated[str | None, typer.Option(metavar="NAME", help="One group.", show_default=False)] = None,
+    names: Annotated[list[str] | None, Argument(metavar="[NAME...]", help="Benchmarks; all by default.")] = None,
+    group: Annotated[str | None, Option(metavar="NAME", help="One group.")] = None,
     against: Annotated[
-        str, typer.Option(metavar="TARGET", help="Show differences to this one: a target, or best-alone.")
+        str, Option(metavar="TARGET", help="Show differences to this one: a target, or best-alone.")
     ] = "base",
-    details: Annotated[bool, typer.Option("--details", help="Subjects and categories too.")] = False,
+    details: Annotated[bool, Option("--details", help="Subjects and categories too.")] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -49,6 +49,7 @@ def table(
 def print_table(made: "ScoreTable") -> None:
     """Print a table, the shorter side across: best bold, second best underlined, differences below."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fedcli.scoring.table import show_difference, show_score
@@ -57,37 +58,27 @@ def print_table(made: "ScoreTable") -> None:
     if not console.is_terminal:
         console = Console(width=FILE_WIDTH)
     show_leads = any(cell.difference for cell in made.cells.values())
-    transposed = len(made.targets) < len(made.columns)
     grid = Table(title=f"scores [95 % interval]{f', and difference to {made.against}' if show_leads else ''}")
-    grid.add_column("" if not transposed else "metric")
-    for title in made.targets if transposed else [column.title for column in made.columns]:
-        grid.add_column(title, justify="right")
-    if made.average_rank and not transposed:
-        grid.add_column("average rank", justify="right")
 
     def shown(target: str, column: "Column") -> str:
         cell = made.cells.get((target, column))
         if cell is None:
             return ""
         style = {1: "bold", 2: "underline"}.get(cell.rank)
-        text = f"[{style}]{_plain(show_score(cell))}[/]" if style else _plain(show_score(cell))
-        return f"{text}\n{_plain(show_difference(cell))}" if cell.difference else text
+        text = f"[{style}]{escape(show_score(cell))}[/]" if style else escape(show_score(cell))
+        return f"{text}\n{escape(show_difference(cell))}" if cell.difference else text
 
-    if transposed:
-        for column in made.columns:
-            grid.add_row(column.title, *(shown(target, column) for target in made.targets))
-        if made.average_rank:
-            grid.add_row("average rank", *(f"{made.average_rank[target]:.2f}" for target in made.targets))
-    else:
-        for target in made.targets:
-            rank = [f"{made.average_rank[target]:.2f}"] if made.average_rank else []
-            grid.add_row(target, *(shown(target, column) for column in made.columns), *rank)
+    rows = [["metric", *made.targets]]
+    rows += [[column.title, *(shown(target, column) for target in made.targets)] for column in made.columns]
+    if made.average_rank:
+        rows.append(["average rank", *(f"{made.average_rank[target]:.2f}" for target in made.targets)])
+    if len(made.targets) >= len(made.columns):
+        rows = [list(row) for row in zip(*rows, strict=True)]
+        rows[0][0] = ""
+    for position, title in enumerate(rows[0]):
+        grid.add_column(title, justify="right" if position else "left")
+    for row in rows[1:]:
+        grid.add_row(*row)
     console.print(grid)
     for note in made.notes:
         print_hint(note)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -3,37 +3,25 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import print_json
+from fedcli.commands.output import print_result
 
 
 def export(
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="A folder that does not exist, or is empty.")],
-    round_: Annotated[str, typer.Option("--round", metavar="N|latest", help="The round.")] = "latest",
+    output: Annotated[Path, Argument(metavar="OUTPUT_DIR", help="A folder that does not exist, or is empty.")],
+    round_: Annotated[str, Option("--round", metavar="N|latest", help="The round.")] = "latest",
     best: Annotated[
-        str | None,
-        typer.Option(
-            metavar="METRIC", help="The round that is best in BENCHMARK or BENCHMARK.METRIC.", show_default=False
-        ),
+        str | None, Option(metavar="METRIC", help="The round that is best in BENCHMARK or BENCHMARK.METRIC.")
     ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Write the base model with the adapter merged into it.")
-    ] = False,
+    merge: Annotated[bool, Option("--merge", help="Write the base model with the adapter merged into it.")] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Of a merged model: float32, bfloat16 or float16. Default: the base's own.",
-            show_default=False,
-        ),
+        Option(metavar="TYPE", help="Of a merged model: float32, bfloat16 or float16. Default: the base's own."),
     ] = None,
     max_shard_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="Of a merged model's files, such as 500MB. Default: 5GB.", show_default=False
-        ),
+        str | None, Option(metavar="SIZE", help="Of a merged model's files, such as 500MB. Default: 5GB.")
     ] = None,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
@@ -45,10 +33,6 @@ def export(
     result = found_federation(workspace).export(
         output, round=round_, best=best, merge=merge, dtype=dtype, max_shard_size=max_shard_size
     )
-    if json_output:
-        print_json(result)
-        return
     what = f"base and adapter merged, {result.merged_dtype}" if result.merged_dtype else "adapter"
-    print(f"exported round {result.round} ({what}, {result.num_bytes:,} bytes) to {result.output}")
-    for name in result.files:
-        print(f"  {name}")
+    done = f"exported round {result.round} ({what}, {result.num_bytes:,} bytes) to {result.output}"
+    print_result(json_output, result, [done, *(f"  {name}" for name in result.files)])

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from fedcli.federation import Federation
 from fedcli.workspace.layout import find_workspace
@@ -16,42 +16,31 @@ def found_federation(workspace: Path | None, threads: int | None = None) -> Fede
 
 WorkspaceOption = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--workspace",
         "-w",
         metavar="DIR",
         help="The workspace. Default: $FEDCLI_WORKSPACE, else the nearest parent that holds a fedcli.yaml.",
-        show_default=False,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
-ClientOption = Annotated[int, typer.Option("--id", metavar="N", help="The client's id.", show_default=False)]
+JsonOption = Annotated[bool, Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+ClientOption = Annotated[int, Option("--id", metavar="N", help="The client's id.")]
 BenchmarkDataOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data",
-        metavar="DIR",
-        help="The benchmarks' files. Default: $FEDCLI_BENCHMARKS, else the hub.",
-        show_default=False,
-    ),
+    Path | None, Option(metavar="DIR", help="The benchmarks' files. Default: $FEDCLI_BENCHMARKS, else the hub.")
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(
-        "--threads",
+    Option(
         min=1,
         metavar="N",
         help="CPU threads. Default: $OMP_NUM_THREADS, else all cores; give clients that run at once a share each.",
-        show_default=False,
     ),
 ]
 HomeOption = Annotated[
     Path | None,
-    typer.Option(
-        "--home",
+    Option(
         metavar="DIR",
         help="A joined party's own folder, outside the workspace. Default: $FEDCLI_HOME, else one below "
         "$XDG_DATA_HOME or ~/.local/share.",
-        show_default=False,
     ),
 ]

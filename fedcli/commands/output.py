@@ -3,24 +3,36 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self
 
 from fedcli.observer import Observer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
     from fedcli.parties.simulate import DataSummary
     from fedcli.scoring.after_rounds import RoundScores
+    from fedcli.training.reports import StepReport
 
 
 def print_json(document: object) -> None:
     """Print a JSON document on stdout."""
     print(json.dumps(document, default=_plain, ensure_ascii=False, sort_keys=True))
+
+
+def print_result(json_output: bool, document: object, text: str | Iterable[str], hint: str = "") -> None:
+    """Print a result: under --json its document, else its text or lines of text, and on stderr what to do next."""
+    if json_output:
+        print_json(document)
+        return
+    for line in [text] if isinstance(text, str) else text:
+        print(line)
+    if hint:
+        print_hint(hint)
 
 
 def print_hint(text: str) -> None:
@@ -33,76 +45,94 @@ def at(workspace: Path | None) -> str:
     return "" if workspace is None else f" -w {shlex.quote(str(workspace))}"
 
 
-class Silent:
-    """Takes what rich's Progress is told, and shows nothing."""
+class Display(Observer):
+    """A bar on stderr while its context lasts; without a terminal, or under --json, none, and rich is not loaded."""
 
-    def add_task(self, description: str, **_: Any) -> "TaskID":
-        """Return a number that stands for nothing."""
-        return cast("TaskID", 0)
+    columns: tuple[str, ...] = ()
+    """What stands behind the bar, in the words of rich: fields of its task."""
 
-    def update(self, task_id: "TaskID", **_: Any) -> None:
-        """Pass over it."""
+    def __init__(self, json_output: bool, title: str = "", *, visible: bool = True) -> None:
+        self.title = title
+        self.progress = None if json_output or not sys.stderr.isatty() else _progress(self.columns)
+        if self.progress is not None:
+            self._task = self.progress.add_task(title, total=None, visible=visible, loss=float("nan"), speed=0.0)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def start(self) -> None:
-        """Pass over it."""
+        """Put the bar on the terminal."""
+        if self.progress is not None:
+            self.progress.start()
 
     def stop(self) -> None:
-        """Pass over it."""
+        """Take the bar off the terminal."""
+        if self.progress is not None:
+            self.progress.stop()
+
+    def show(self, **fields: Any) -> None:
+        """Change what is shown: the fields that rich's Progress.update takes."""
+        if self.progress is not None:
+            self.progress.update(self._task, **fields)
 
 
-@contextmanager
-def progress_display(json_output: bool, *columns: str) -> "Iterator[Progress | Silent]":
-    """Show progress bars on stderr; stay quiet, and load nothing, under --json or where stderr is no terminal."""
-    if json_output or not sys.stderr.isatty():
-        yield Silent()
-        return
+def _progress(columns: Iterable[str]) -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        *(TextColumn(column) for column in columns),
+        *map(TextColumn, columns),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-    ) as progress:
-        yield progress
+    )
 
 
-@contextmanager
-def rows_display(json_output: bool) -> Iterator[Observer]:
-    """Show how many rows were read or written so far."""
-    with progress_display(json_output) as progress:
-        yield _StepDisplay(progress, "rows", visible=False)
-
-
-@contextmanager
-def step_display(json_output: bool, title: str) -> Iterator[Observer]:
-    """Show what is done now: a check, a client, an update that is read."""
-    with progress_display(json_output) as progress:
-        yield _StepDisplay(progress, title, visible=True)
-
-
-class _StepDisplay(Observer):
-    """A line that says what is done now."""
-
-    def __init__(self, progress: "Progress | Silent", title: str, *, visible: bool) -> None:
-        self._progress = progress
-        self._task = progress.add_task(title, total=None, visible=visible)
+class StepDisplay(Display):
+    """Shows what is done now: rows that are read, a check, a client, an update."""
 
     def rows_read(self, what: str, count: int) -> None:
-        self._progress.update(self._task, description=f"{what}: {count:,}", visible=True)
+        self.show(description=f"{what}: {count:,}", visible=True)
 
     def checking(self, what: str) -> None:
-        self._progress.update(self._task, advance=1, description=what)
+        self.show(advance=1, description=what)
 
     def client_started(self, client: int) -> None:
-        self._progress.update(self._task, advance=1, description=f"client {client}")
+        self.show(advance=1, description=f"client {client}")
 
     def update_read(self, round_number: int, client: int) -> None:
-        self._progress.update(self._task, advance=1, description=f"round {round_number}, update of client {client}")
+        self.show(advance=1, description=f"round {round_number}, update of client {client}")
+
+
+class TrainingDisplay(Display):
+    """Shows optimiser steps: how many are done, the last loss, and the tokens of a second."""
+
+    columns: tuple[str, ...] = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s")
+
+    def __init__(self, json_output: bool, title: str = "", *, visible: bool = True) -> None:
+        super().__init__(json_output, title, visible=visible)
+        self.begin()
+
+    def begin(self, steps_before: int = 0) -> None:
+        """Count steps from here, so many of which came before, and their tokens anew."""
+        self._steps_before, self._num_tokens, self._started = steps_before, 0, 0.0
+        self._steps: dict[int | None, int] = {}
+
+    def step_done(self, client: int | None, report: "StepReport") -> None:
+        if self._steps:
+            self._num_tokens += report.num_tokens
+        else:  # loading ends with the first step: speed is measured from here
+            self._started = time.monotonic()
+        self._steps[client] = report.step
+        speed = self._num_tokens / max(1e-9, time.monotonic() - self._started)
+        self.show(completed=self._steps_before + sum(self._steps.values()), loss=report.loss, speed=speed)
 
 
 def describe_data(data: "DataSummary") -> str:

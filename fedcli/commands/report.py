@@ -3,31 +3,24 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import print_hint, print_json, step_display
+from fedcli.commands.output import StepDisplay, print_result
 
 
 def report(
     output: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--output",
             "-o",
             metavar="DIR",
             help="A folder for report.html and its pictures. Default: report/ of the workspace.",
-            show_default=False,
         ),
     ] = None,
     tensorboard: Annotated[
-        Path | None,
-        typer.Option(
-            "--tensorboard",
-            metavar="DIR",
-            help="Write the same series as TensorBoard's event files, too.",
-            show_default=False,
-        ),
+        Path | None, Option(metavar="DIR", help="Write the same series as TensorBoard's event files, too.")
     ] = None,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
@@ -36,14 +29,9 @@ def report(
 
     One HTML file that needs no network, and each of its pictures as a PNG beside it.
     """
-    with step_display(json_output, "reading") as observer:
+    with StepDisplay(json_output, "reading") as observer:
         result = found_federation(workspace).report(output=output, tensorboard=tensorboard, observer=observer)
-    if json_output:
-        print_json(result)
-        return
-    print(f"report: {result.page}")
-    print(f"pictures: {len(result.pictures)} PNGs beside it")
+    text = [f"report: {result.page}", f"pictures: {len(result.pictures)} PNGs beside it"]
     if result.tensorboard is not None:
-        print(f"event files: {result.num_values} values in {result.tensorboard}")
-    for note in result.notes:
-        print_hint(f"note: {note}")
+        text.append(f"event files: {result.num_values} values in {result.tensorboard}")
+    print_result(json_output, result, text, hint="\n".join(f"note: {note}" for note in result.notes))

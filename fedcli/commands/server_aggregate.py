@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import print_hint, print_json, step_display
+from fedcli.commands.output import StepDisplay, print_hint, print_json
 from fedcli.commands.server_score import score_and_tell
 
 if TYPE_CHECKING:
@@ -14,14 +14,13 @@ if TYPE_CHECKING:
 
 def aggregate(
     algorithm: Annotated[
-        str | None,
-        typer.Option("--algo", metavar="NAME", help="Merge with this algorithm, this time only.", show_default=False),
+        str | None, Option("--algo", metavar="NAME", help="Merge with this algorithm, this time only.")
     ] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Go ahead with one valid update or more.")] = False,
-    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for missing updates.")] = 0.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check all updates; publish nothing.")] = False,
+    partial: Annotated[bool, Option("--partial", help="Go ahead with one valid update or more.")] = False,
+    wait: Annotated[float, Option(min=0, metavar="SECONDS", help="Wait so long for missing updates.")] = 0.0,
+    dry_run: Annotated[bool, Option("--dry-run", help="Read and check all updates; publish nothing.")] = False,
     no_score: Annotated[
-        bool, typer.Option("--no-score", help="Leave the scores of eval.every to `fedcli server score`.")
+        bool, Option("--no-score", help="Leave the scores of eval.every to `fedcli server score`.")
     ] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
@@ -38,7 +37,7 @@ def aggregate(
     if not dry_run:
         federation.server.note_scores()  # it may have been interrupted, and the merge makes another round the latest
     try:
-        with step_display(json_output, "updates") as observer:
+        with StepDisplay(json_output, "updates") as observer:
             result = federation.server.aggregate(
                 algorithm=algorithm, partial=partial, dry_run=dry_run, wait=wait, observer=observer
             )
@@ -52,16 +51,8 @@ def aggregate(
         federation.server.note_scores()
     scored = score_and_tell(federation) if scores else []
     if json_output:
-        print_json(_document(result) | ({"scored": scored} if scored else {}))
-
-
-def _document(result: "AggregationResult") -> dict[str, object]:
-    return {
-        "status": result.status,
-        "round": result.round,
-        "state": result.state,
-        "aggregation": result.aggregation,
-    }
+        document = {name: getattr(result, name) for name in ("status", "round", "state", "aggregation")}
+        print_json(document | ({"scored": scored} if scored else {}))
 
 
 def _print(result: "AggregationResult") -> None:

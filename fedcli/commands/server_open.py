@@ -1,13 +1,12 @@
 """fedcli server open."""
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import print_json
+from fedcli.commands.output import print_result
 
 
-def open_(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+def open(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Open round 0 unless it is open; `fedcli init` does it too."""
     head = found_federation(workspace).server.open()
-    if json_output:
-        print_json({"round": head.number, "state": head.manifest.state, "cohort": head.manifest.cohort})
-    else:
-        print(f"round {head.number} of {head.manifest.rounds} is {head.manifest.state}")
+    manifest = head.manifest
+    document = {"round": head.number, "state": manifest.state, "cohort": manifest.cohort}
+    print_result(json_output, document, f"round {head.number} of {manifest.rounds} is {manifest.state}")

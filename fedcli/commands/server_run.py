@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import describe_round_scores, print_hint, print_json
+from fedcli.commands.output import describe_round_scores, print_hint, print_result
 from fedcli.federation import Server
 from fedcli.observer import Observer
 
@@ -20,10 +20,8 @@ def run(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> N
     display = _Display(server, json_output)
     head = server.run(observer=display)
     display.score()
-    if json_output:
-        print_json({"round": head.number, "state": head.manifest.state})
-    else:
-        print(f"the federation has finished at round {head.number}")
+    document = {"round": head.number, "state": head.manifest.state}
+    print_result(json_output, document, f"the federation has finished at round {head.number}")
 
 
 class _Display(Observer):

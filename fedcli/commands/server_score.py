@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fedcli.commands.options import JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import describe_round_scores, print_hint, print_json
+from fedcli.commands.output import describe_round_scores, print_hint, print_result
 from fedcli.federation import Federation
 
 if TYPE_CHECKING:
@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 def score(threads: ThreadsOption = None, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Make the scores that are due, as eval.every asks; merge nothing."""
     scored = score_and_tell(found_federation(workspace, threads))
-    if json_output:
-        print_json({"scored": scored})
-    elif not scored:
-        print("nothing to do: no scores are due")
+    print_result(json_output, {"scored": scored}, [] if scored else "nothing to do: no scores are due")
 
 
 def score_and_tell(federation: Federation) -> "list[RoundScores]":

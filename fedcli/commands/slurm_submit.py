@@ -1,18 +1,19 @@
 """fedcli slurm submit."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import at, print_hint, print_json
+from fedcli.commands.output import at, print_result
 
 if TYPE_CHECKING:
     from fedcli.operations.slurm_submit import Submission
 
 
 def submit(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent; send nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print what would be sent; send nothing.")] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -21,26 +22,22 @@ def submit(
     What is in the queue already is not sent again: run it as often as you like.
     """
     result = found_federation(workspace).slurm.submit(dry_run=dry_run)
-    if json_output:
-        print_json(result)
-        return
-    _print(result)
-    if result.status in ("submitted", "in_place"):
-        print_hint(f"next: fedcli status{at(workspace)}")
+    hint = f"next: fedcli status{at(workspace)}" if result.status in ("submitted", "in_place") else ""
+    print_result(json_output, result, _describe(result), hint)
 
 
-def _print(result: "Submission") -> None:
+def _describe(result: "Submission") -> Iterator[str]:
     if result.cancelled:
         verb = "would cancel" if result.status == "dry_run" else "cancelled"
-        print(f"{verb} jobs of closed rounds: {', '.join(map(str, result.cancelled))}")
+        yield f"{verb} jobs of closed rounds: {', '.join(map(str, result.cancelled))}"
     if result.status == "finished":
-        print(f"nothing to send: the federation has finished at round {result.round}")
+        yield f"nothing to send: the federation has finished at round {result.round}"
     elif result.status == "in_place":
-        print(f"nothing to send: the jobs of round {result.round} are in the queue")
+        yield f"nothing to send: the jobs of round {result.round} are in the queue"
     for request in result.requests:
-        print(f"would send, for round {result.round}, {request.kind}:\n{result.scripts[request.kind]}")
+        yield f"would send, for round {result.round}, {request.kind}:\n{result.scripts[request.kind]}"
     for job in result.sent:
         whom = f" for clients {', '.join(map(str, job.clients))}" if job.clients else ""
-        print(f"round {result.round}: {job.kind} is job {job.id}{whom}")
+        yield f"round {result.round}: {job.kind} is job {job.id}{whom}"
     if result.elsewhere:
-        print(f"trained elsewhere, and waited for: {', '.join(map(str, result.elsewhere))}")
+        yield f"trained elsewhere, and waited for: {', '.join(map(str, result.elsewhere))}"

@@ -3,9 +3,8 @@
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
-from fedcli.commands import status_watch
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import at, print_hint, print_json
 from fedcli.errors import UsageError
@@ -21,7 +20,7 @@ _MOST = 50
 
 def status(
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show how it goes on, until it has finished or you press Ctrl-C.")
+        bool, Option("--watch", help="Show how it goes on, until it has finished or you press Ctrl-C.")
     ] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
@@ -31,7 +30,9 @@ def status(
         raise UsageError("--json prints one document, and --watch never ends", hint="Leave one of them out.")
     federation = found_federation(workspace)
     if watch:
-        status_watch.watch(federation)
+        from fedcli.commands.status_watch import watch as show
+
+        show(federation)
         return
     result = federation.status()
     if json_output:

@@ -1,18 +1,18 @@
 """fedcli status --watch: a display that stays on a terminal; elsewhere a line for each change."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from fedcli.federation import Federation
+from fedcli.operations.watch import PastRound, View, Watcher
 from fedcli.quantities import describe_bytes, describe_seconds
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.console import RenderableType
-    from rich.table import Table
-    from rich.text import Text
-
-    from fedcli.operations.watch import PastRound, View
 
 MOST_ROUNDS = 6
 """Past rounds that have a line of their own."""
@@ -23,11 +23,6 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 def watch(federation: Federation) -> None:
     """Show how a federation goes on until it has finished, or until Ctrl-C."""
-    from rich.console import Console
-    from rich.live import Live
-
-    from fedcli.operations.watch import Watcher
-
     watcher = Watcher(federation.state)
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -42,7 +37,7 @@ def watch(federation: Federation) -> None:
             live.update(render(view), refresh=True)
 
 
-def describe(view: "View") -> str:
+def describe(view: View) -> str:
     """Return a view in one line."""
     head = view.head
     line = f"round {head.round} of {head.rounds}, {head.state}"
@@ -54,14 +49,8 @@ def describe(view: "View") -> str:
     return line
 
 
-def render(view: "View") -> "RenderableType":
+def render(view: View) -> RenderableType:
     """Return what the terminal shows of a view."""
-    from rich.console import Group
-    from rich.panel import Panel
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
     head, past = view.head, view.past
     facts = Table.grid(padding=(0, 2), expand=True)
     facts.add_column(style="bold", no_wrap=True)
@@ -91,9 +80,7 @@ def render(view: "View") -> "RenderableType":
     )
 
 
-def _cohort(view: "View") -> "Text":
-    from rich.text import Text
-
+def _cohort(view: View) -> Text:
     if len(view.head.cohort) > MOST_CLIENTS:
         return Text(f"missing {_names(view.missing)}" if view.missing else "all are there", style="dim")
     answered, text = set(view.answered), Text()
@@ -102,10 +89,7 @@ def _cohort(view: "View") -> "Text":
     return text
 
 
-def _past_table(past: "Sequence[PastRound]") -> "Table":
-    from rich import box
-    from rich.table import Table
-
+def _past_table(past: Sequence[PastRound]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("round", "mean loss", "counted", "time"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -128,13 +112,13 @@ def _deadline(seconds: float) -> str:
     return f"{when}; from then on one answer is enough"
 
 
-def _sparkline(values: "Sequence[float]") -> str:
+def _sparkline(values: Sequence[float]) -> str:
     """Return the values as blocks, the smallest the lowest."""
     low, high = min(values), max(values)
     steps = len(_BLOCKS) - 1
     return "".join(_BLOCKS[round((value - low) / (high - low) * steps) if high > low else 0] for value in values)
 
 
-def _names(clients: "Sequence[int]", most: int = 12) -> str:
+def _names(clients: Sequence[int], most: int = 12) -> str:
     more = f" and {len(clients) - most} more" if len(clients) > most else ""
     return ", ".join(map(str, clients[:most])) + more

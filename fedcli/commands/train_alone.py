@@ -8,7 +8,7 @@ from fedcli.commands.options import (
     WorkspaceOption,
     found_federation,
 )
-from fedcli.commands.train_pooled import baseline_display, print_baseline
+from fedcli.commands.train_pooled import BaselineDisplay, print_baseline
 
 
 def train_alone(
@@ -20,6 +20,7 @@ def train_alone(
 ) -> None:
     """Train one client alone, with the federation's steps and schedule: the baseline that federation must beat."""
     alone = found_federation(workspace, threads).client(client, home=home)
-    with baseline_display(f"client {client} alone", json_output) as observer:
+    title = f"client {client} alone"
+    with BaselineDisplay(json_output, title) as observer:
         result = alone.train_alone(observer=observer)
-    print_baseline(f"client {client} alone", result, workspace, json_output)
+    print_baseline(title, result, workspace, json_output)

@@ -8,7 +8,6 @@ from typing import Literal
 
 from fedcli.algos import Arrays
 from fedcli.client.runtime import Runtime
-from fedcli.config import Config
 from fedcli.errors import UsageError
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, find_party
@@ -26,7 +25,6 @@ from fedcli.workspace.baselines import (
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Home
 from fedcli.workspace.locks import hold
-from fedcli.workspace.records import TrainRecord
 from fedcli.workspace.registrations import joined_clients
 from fedcli.workspace.tensors import encode
 from fedcli.workspace.train_record import train_record
@@ -70,7 +68,9 @@ def train_baseline(
     own = workspace.pooled_home if party is None else party.home
     start = federation.start
     name = baseline_name(client)
-    plan = BaselineRecord(name=name, start=start.sha256, train=_train_record(config, 0), last_loss=0.0, files={})
+    plan = BaselineRecord(
+        name=name, start=start.sha256, train=train_record(config, 0, config.federation.rounds), last_loss=0.0, files={}
+    )
     with hold(own.baseline_lock, f"the baseline {name}"):
         standing = read_baseline_record(workspace, plan.name)
         if standing is not None:
@@ -83,10 +83,6 @@ def train_baseline(
         publish_baseline(workspace, plan.model_copy(update={"last_loss": progress.last_loss}), files)
         clear_progress(own)
     return BaselineResult("trained", plan.name, progress.last_loss)
-
-
-def _train_record(config: Config, number: int) -> TrainRecord:
-    return train_record(config, number, config.federation.rounds)
 
 
 def _train_rounds(
@@ -102,7 +98,7 @@ def _train_rounds(
     rounds = config.federation.rounds
     progress = read_progress(home, plan) or Progress(0, federation.start.adapter(), 0.0)
     for number in range(progress.rounds_done, rounds):
-        train = _train_record(config, number)
+        train = train_record(config, number, rounds)
         observer.baseline_round(number, rounds, train.steps)
         adapter: Arrays
         adapter, losses = runtime.train(

@@ -174,9 +174,8 @@ def _hub() -> Iterator[Finding]:
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
-        yield Finding(
-            "hub", "warning", "not asked: HF_HUB_OFFLINE is set", "Unset it to fetch models and rows by name."
-        )
+        cure = "Unset it to fetch models and rows by name."
+        yield Finding("hub", "warning", "not asked: HF_HUB_OFFLINE is set", cure)
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)

@@ -13,7 +13,7 @@ from fedcli.data.hub import known_format
 from fedcli.errors import UsageError
 from fedcli.model.adapter_config import parse_adapter_config
 from fedcli.operations.report import read_metrics
-from fedcli.operations.status import describe_algorithm
+from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.parties.party import find_same_base, trusts_code
 from fedcli.parties.simulate import DataSummary, read_summary
 from fedcli.report.card import Card, ClientData, render_card
@@ -21,13 +21,7 @@ from fedcli.scoring.table import best_rounds
 from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_FILE,
-    ADAPTER_NAME,
-    check_outside,
-)
+from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, check_outside
 from fedcli.workspace.publish import check_free, new_folder
 from fedcli.workspace.registrations import joined_clients, read_registration
 
@@ -74,7 +68,19 @@ def export(
     with new_folder(output) as folder:
         merged_dtype = None
         if merge:
-            merged_dtype = _write_merged(federation, found, adapter_config, folder, dtype, max_shard_size or SHARD_SIZE)
+            from fedcli.model.merged import check_mergeable, write_merged
+
+            base = find_same_base(federation, federation.config.model.base)
+            check_mergeable(base)
+            merged_dtype = write_merged(
+                base,
+                adapter_config,
+                found.adapter(),
+                folder,
+                dtype=dtype,
+                max_shard_size=max_shard_size or SHARD_SIZE,
+                trust_remote_code=trusts_code(federation),
+            )
         else:
             for name, contents in adapter.items():
                 (folder / name).write_bytes(contents)
@@ -102,33 +108,7 @@ def _find_round(federation: FederationState, number: str, best: str | None) -> R
     return federation.round(number)
 
 
-def _write_merged(
-    federation: FederationState,
-    found: Round,
-    adapter_config: dict[str, Any],
-    folder: Path,
-    dtype: str | None,
-    max_shard_size: str,
-) -> str:
-    from fedcli.model.merged import check_mergeable, write_merged
-
-    config = federation.config
-    base = find_same_base(federation, config.model.base)
-    check_mergeable(base)
-    return write_merged(
-        base,
-        adapter_config,
-        found.adapter(),
-        folder,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        trust_remote_code=trusts_code(federation),
-    )
-
-
-def _card(
-    federation: FederationState, found: Round, adapter_config: dict[str, object], merged_dtype: str | None
-) -> Card:
+def _card(federation: FederationState, found: Round, adapter_config: dict[str, Any], merged_dtype: str | None) -> Card:
     workspace, config = federation.workspace, federation.config
     manifest = found.manifest
     model, train = manifest.model, manifest.train
@@ -140,10 +120,7 @@ def _card(
         "quantisation in training": model.quantization,
         "adapter": f"LoRA, rank {adapter_config['r']}, alpha {adapter_config['lora_alpha']:g}, "
         f"of {', '.join(map(str, config.adapter.target_modules))}",
-        "algorithm": "; ".join(
-            f"{describe_algorithm(run.algorithm)} from round {run.round}" for run in manifest.history
-        )
-        or describe_algorithm(manifest.algorithm),
+        "algorithm": describe_history(manifest, "; ") or describe_algorithm(manifest.algorithm),
         "clients": f"{config.federation.clients}, {config.federation.cohort_size} drawn a round",
         "merged into the last round": f"{len(last.counted)} updates" if last else "none: this is the start",
         "steps of a client in a round": f"{train.steps}, each of {train.batch_size} rows",
@@ -156,7 +133,6 @@ def _card(
         "type of the merged weights": merged_dtype or "",
     }
     metrics, _ = read_metrics(workspace)
-    base_id = adapter_config["base_model_name_or_path"]
     return Card(
         title=workspace.root.name,
         task=manifest.task,
@@ -166,7 +142,7 @@ def _card(
         num_clients=config.federation.clients,
         algorithm=str((last.algorithm if last else manifest.algorithm)["name"]),
         base=model.base,
-        base_id=None if base_id is None else str(base_id),
+        base_id=adapter_config["base_model_name_or_path"],
         template="the workspace's own" if isinstance(train.template, CustomTemplate) else train.template,
         datasets=sorted({entry.source for entry in config.data.sources if known_format(entry.source)}),
         facts={name: value for name, value in facts.items() if value},

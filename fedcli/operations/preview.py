@@ -138,7 +138,9 @@ def preview(
     counts_, edges = np.histogram(all_lengths, bins=min(NUM_BINS, len(set(all_lengths))))
     folder = workspace.data if is_simulated else parties[0].home.folder
     picture = output or folder / ("preview.png" if client is None else f"preview-{client}.png")
-    found = Preview(
+    bars = [Bar(share.client, share.num_rows, share.groups) for share in shares]
+    publish_file(picture, draw(bars, groups, all_lengths, max_length))
+    return Preview(
         rows=shown,
         clients=shares,
         groups=groups,
@@ -149,16 +151,6 @@ def preview(
         num_sampled=len(all_lengths),
         picture=picture,
     )
-    publish_file(
-        picture,
-        draw(
-            [Bar(share.client, share.num_rows, share.groups) for share in shares],
-            found.groups,
-            all_lengths,
-            found.max_length,
-        ),
-    )
-    return found
 
 
 def _parties(experiment: Experiment, client: int | None, home: Path | None) -> list[Party]:

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ from fedcli.algos import Array
 from fedcli.errors import IntegrityError
 from fedcli.eval.registry import BENCHMARKS
 from fedcli.observer import Observer
-from fedcli.operations.status import describe_algorithm
+from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.quantities import describe_bytes
 from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
@@ -50,11 +51,7 @@ class WrittenReport:
 
 
 def write_report(
-    federation: FederationState,
-    *,
-    output: Path | None = None,
-    tensorboard: Path | None = None,
-    observer: Observer,
+    federation: FederationState, *, output: Path | None = None, tensorboard: Path | None = None, observer: Observer
 ) -> WrittenReport:
     """Write report.html and its pictures into `output` (default: report/ of the workspace), and event files if asked.
 
@@ -91,9 +88,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         "quantisation": manifest.model.quantization,
         "adapter": f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, of {', '.join(adapter.target_modules)}",
         "algorithm": describe_algorithm(manifest.algorithm),
-        "algorithms so far": ", ".join(
-            f"{describe_algorithm(run.algorithm)} from round {run.round}" for run in manifest.history
-        ),
+        "algorithms so far": describe_history(manifest, ", "),
     }
     return Report(
         title=workspace.root.name,
@@ -245,8 +240,6 @@ def _flat(arrays: "dict[str, Array]", base: Round) -> Array:
 def _versions() -> dict[str, str]:
     found = {"Python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

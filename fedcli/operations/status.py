@@ -8,7 +8,7 @@ from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import is_hidden
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.records import AlgorithmRun, Cost
+from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 from fedcli.workspace.registrations import is_registered, joined_clients
 from fedcli.workspace.row_files import has_rows
 from fedcli.workspace.scores import Unscored, read_unscored
@@ -69,6 +69,7 @@ def read_status(federation: FederationState) -> Status:
     answered = sorted({*manifest.cohort} - {*missing} - {*hidden})
     needed = needed_answers(federation)
     last = manifest.aggregation
+    last_missing = last.missing if last else []
     slurm = read_job_states(head, missing)
     return Status(
         workspace=str(workspace.root),
@@ -90,11 +91,9 @@ def read_status(federation: FederationState) -> Status:
         seconds_left=seconds_left(federation),
         last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
-        last_missing=last.missing if last else [],
+        last_missing=last_missing,
         last_surplus=last.surplus if last else [],
-        last_late=[
-            client for client in (last.missing if last else []) if workspace.has_update(head.number - 1, client)
-        ],
+        last_late=[client for client in last_missing if workspace.has_update(head.number - 1, client)],
         cost=manifest.cost,
         history=manifest.history,
         unscored=read_unscored(workspace),
@@ -107,6 +106,11 @@ def describe_algorithm(algorithm: dict[str, object]) -> str:
     """Return an algorithm's name with its hyperparameters."""
     rest = ", ".join(f"{key} {value}" for key, value in algorithm.items() if key != "name")
     return f"{algorithm['name']} ({rest})" if rest else str(algorithm["name"])
+
+
+def describe_history(manifest: Manifest, separator: str) -> str:
+    """Return which algorithm merged from which round on."""
+    return separator.join(f"{describe_algorithm(run.algorithm)} from round {run.round}" for run in manifest.history)
 
 
 def _next_of_jobs(slurm: JobStates | None) -> str | None:

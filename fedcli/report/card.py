@@ -80,8 +80,7 @@ def render_card(card: Card) -> str:
 def _row(metric: MetricScores, number: int) -> dict[str, Any]:
     alone = metric.best_alone
     points = [metric.rounds[number], *(metric.others.get(name or "") for name in (BASE, alone, POOLED))]
-    arrow = "" if metric.higher_is_better else ", lower is better"
-    return {"title": f"{metric.title} ({metric.unit}{arrow})", "cells": [show_interval(point) for point in points]}
+    return {"title": metric.heading, "cells": [show_interval(point) for point in points]}
 
 
 def _plain(text: str) -> str:

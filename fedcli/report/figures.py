@@ -8,25 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedcli.quantities import byte_unit, describe_seconds
-from fedcli.report.drawing import (
-    BLUE,
-    GREEN,
-    GREY,
-    MOST_LINES,
-    ORANGE,
-    RED,
-    STYLE,
-    Picture,
-    by_client,
-    client_map,
-    finish,
-    height_of,
-    marker_of,
-    one_panel,
-    outside_legend,
-    panels,
-    whole_rounds,
-)
+from fedcli.report import drawing
+from fedcli.report.drawing import BLUE, GREEN, GREY, MOST_LINES, ORANGE, RED, STYLE, Picture, whole_rounds
 from fedcli.report.series import MergedRound, MetricScores, Report, Similarity
 
 if TYPE_CHECKING:
@@ -46,7 +29,7 @@ def draw(report: Report) -> list[Picture]:
 
     drawings = (_losses, _loss_map, _scores, _norms, _cosines, _transfer, _timings, _cohorts)
     with rc_context(STYLE):
-        return [picture for drawing in drawings if (picture := drawing(report)) is not None]
+        return [picture for draw_one in drawings if (picture := draw_one(report)) is not None]
 
 
 def shown_clients(report: Report) -> list[int]:
@@ -58,13 +41,13 @@ def _losses(report: Report) -> Picture | None:
     means = [(merged.number, merged.mean_loss) for merged in report.merged if merged.mean_loss is not None]
     if not means:
         return None
-    figure, axes = one_panel(4.2)
-    by_client(axes, report.merged, lambda merged: merged.losses)
+    figure, axes = drawing.one_panel(4.2)
+    drawing.by_client(axes, report.merged, lambda merged: merged.losses)
     axes.set(ylabel="training loss", xlabel="round")
     (first, start), (last, end) = means[0], means[-1]
     caption = f"The mean training loss of the counted updates is {start:.3f} in round {first}"
     caption += f" and {end:.3f} in round {last}." if last > first else "."
-    return finish("loss", "Training loss by client and round", caption + _legend_note(report), figure)
+    return drawing.finish("loss", "Training loss by client and round", caption + _legend_note(report), figure)
 
 
 def _loss_map(report: Report) -> Picture | None:
@@ -76,12 +59,12 @@ def _loss_map(report: Report) -> Picture | None:
         for row, client in enumerate(clients):
             loss = merged.losses.get(client)
             grid[row, column] = np.nan if loss is None else loss
-    figure, axes = one_panel(height_of(clients))
+    figure, axes = drawing.one_panel(drawing.height_of(clients))
     low, high = np.nanpercentile(grid, [1, 99])
-    image = client_map(axes, grid, report.merged, clients, cmap="viridis_r", vmin=low, vmax=high)
+    image = drawing.client_map(axes, grid, report.merged, clients, cmap="viridis_r", vmin=low, vmax=high)
     figure.colorbar(image, ax=axes, label="training loss", pad=0.01, extend="both", extendfrac=0.02)
     caption = "Dark: a high loss; white: not counted in that round. A row that stays dark is a client that the others"
-    return finish("loss-map", "Training loss, client by client", f"{caption} do not help.", figure)
+    return drawing.finish("loss-map", "Training loss, client by client", f"{caption} do not help.", figure)
 
 
 def _scores(report: Report) -> Picture | None:
@@ -90,7 +73,7 @@ def _scores(report: Report) -> Picture | None:
         return None
     num_columns = min(3, len(metrics))
     num_rows = math.ceil(len(metrics) / num_columns)
-    figure, grid = panels(num_rows, num_columns, 4.2 if num_columns == 1 else 3.4 * num_rows)
+    figure, grid = drawing.panels(num_rows, num_columns, 4.2 if num_columns == 1 else 3.4 * num_rows)
     for axes, metric in zip(grid, metrics, strict=False):
         _score_panel(axes, metric, is_narrow=num_columns > 1)
     for axes in grid[len(metrics) :]:
@@ -99,19 +82,17 @@ def _scores(report: Report) -> Picture | None:
     if num_columns > 1:
         figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4)
     left_out = len([metric for metric in report.scores if metric.rounds]) - len(metrics)
-    caption = (
-        "Scores of the global adapter, with 95 % bootstrap intervals; the level lines are the base model, the best "
-    )
-    caption += "client alone and all rows pooled, as far as they were scored."
+    caption = "Scores of the global adapter, with 95 % bootstrap intervals; the level lines are the base model, the "
+    caption += "best client alone and all rows pooled, as far as they were scored."
     caption += f" {left_out} more metrics are in the table below." if left_out else ""
-    return finish("scores", "Scores by round", caption, figure)
+    return drawing.finish("scores", "Scores by round", caption, figure)
 
 
 def _score_panel(axes: "Axes", metric: MetricScores, *, is_narrow: bool) -> None:
     rounds = sorted(metric.rounds)
     values = [metric.rounds[number].value for number in rounds]
     lows, highs = ([getattr(metric.rounds[number], end) for number in rounds] for end in ("low", "high"))
-    if marker_of(rounds):
+    if drawing.marker_of(rounds):
         errors = np.subtract([values, highs], [lows, values]).clip(0)
         axes.errorbar(
             rounds, values, errors, color=BLUE, marker="o", markersize=4, capsize=2, label="federated", zorder=3
@@ -131,21 +112,21 @@ def _score_panel(axes: "Axes", metric: MetricScores, *, is_narrow: bool) -> None
         axes.set_xlim(rounds[0] - 1, rounds[0] + 1)
     whole_rounds(axes, 5 if is_narrow else 12)
     if not is_narrow:
-        outside_legend(axes)
+        drawing.outside_legend(axes)
 
 
 def _norms(report: Report) -> Picture | None:
     if not any(merged.norms for merged in report.merged):
         return None
-    figure, axes = one_panel(4.2)
-    by_client(axes, report.merged, lambda merged: merged.norms)
+    figure, axes = drawing.one_panel(4.2)
+    drawing.by_client(axes, report.merged, lambda merged: merged.norms)
     axes.set(ylabel="norm of the update", xlabel="round")
     values = [norm for merged in report.merged for norm in merged.norms.values() if norm > 0]
     if values and max(values) > 30 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     caption = "How far each client moved the adapter (Euclidean norm over all its numbers). One far above the others "
-    return finish("norms", "Update norms", caption + "pulls the mean its way." + _legend_note(report), figure)
+    return drawing.finish("norms", "Update norms", caption + "pulls the mean its way." + _legend_note(report), figure)
 
 
 def _cosines(report: Report) -> Picture | None:
@@ -153,13 +134,13 @@ def _cosines(report: Report) -> Picture | None:
     if not found:
         return None
     last = found[-1]
-    figure, (left, right) = panels(1, 2, 4.6, width_ratios=(1.0, 1.15))
+    figure, (left, right) = drawing.panels(1, 2, 4.6, width_ratios=(1.0, 1.15))
     rounds = [similarity.round for similarity in found]
     means, lows, highs = (
         [float(reduce(similarity.pairs())) for similarity in found] for reduce in (np.mean, np.min, np.max)
     )
     left.fill_between(rounds, lows, highs, color=BLUE, alpha=0.15, linewidth=0, label="lowest pair to highest")
-    left.plot(rounds, means, color=BLUE, marker=marker_of(rounds), markersize=4, label="mean over pairs")
+    left.plot(rounds, means, color=BLUE, marker=drawing.marker_of(rounds), markersize=4, label="mean over pairs")
     left.axhline(0, color="#555555", linewidth=0.8)
     left.set(title="over the rounds", xlabel="round", ylabel="cosine")
     whole_rounds(left, 7)
@@ -172,7 +153,7 @@ def _cosines(report: Report) -> Picture | None:
     if len(pairs) > 1:
         (one, other), cosine = names[int(pairs.argmin())], pairs.min()
         caption += f"; farthest apart: {one} and {other} ({cosine:.2f})"
-    return finish("cosine", "Cosine similarity between the clients' updates", f"{caption}.", figure)
+    return drawing.finish("cosine", "Cosine similarity between the clients' updates", f"{caption}.", figure)
 
 
 def _cosine_map(figure: "Figure", axes: "Axes", last: Similarity) -> None:
@@ -199,7 +180,7 @@ def _transfer(report: Report) -> Picture | None:
     if not most:
         return None
     unit, size = byte_unit(most)
-    figure, axes = one_panel(3.2)
+    figure, axes = drawing.one_panel(3.2)
     dot = "o" if len(report.merged) == 1 else ""
     lines = ((down, ORANGE, "--", 4.0, "received by clients"), (up, BLUE, "-", 1.8, "sent by clients"))
     for totals, colour, style, width, label in lines:  # the wide one is seen beside the other where both are the same
@@ -209,7 +190,7 @@ def _transfer(report: Report) -> Picture | None:
     whole_rounds(axes)
     axes.legend(loc="upper left")
     caption = "Adapters and control variates, of all clients together; manifests and update.json are a few kB each."
-    return finish("transfer", "Bytes", caption, figure)
+    return drawing.finish("transfer", "Bytes", caption, figure)
 
 
 def _timings(report: Report) -> Picture | None:
@@ -221,14 +202,14 @@ def _timings(report: Report) -> Picture | None:
         for name, size in (("hours", 3600), ("minutes", 60), ("seconds", 1))
         if max(seconds) >= 2 * size or size == 1
     )
-    figure, axes = one_panel(3.2)
+    figure, axes = drawing.one_panel(3.2)
     axes.bar([merged.number for merged in report.merged], [value / size for value in seconds], 0.8, color=BLUE)
     axes.set(xlabel="round", ylabel=unit)
     axes.grid(visible=False, axis="x")
     whole_rounds(axes)
     median = describe_seconds(sorted(seconds)[len(seconds) // 2])
     caption = f"From a round's publication to the next one's, by the disk's clock; half of them took at most {median}."
-    return finish("timings", "Time of each round", caption, figure)
+    return drawing.finish("timings", "Time of each round", caption, figure)
 
 
 def _cohorts(report: Report) -> Picture | None:
@@ -238,32 +219,24 @@ def _cohorts(report: Report) -> Picture | None:
     clients = shown_clients(report)
     if not clients:
         return None
-    kinds = [
-        ("not drawn", "#EFEFEF"),
-        ("counted", BLUE),
-        ("missing", ORANGE),
-        ("refused", RED),
-        ("not needed", "#56B4E9"),
-    ]
+    names = ("not drawn", "counted", "missing", "refused", "not needed")
+    colours = ("#EFEFEF", BLUE, ORANGE, RED, "#56B4E9")
     grid = np.zeros((len(clients), len(report.merged)))
-    rows = {client: row for row, client in enumerate(clients)}
     for column, merged in enumerate(report.merged):
-        for client in merged.cohort:
-            if client in rows:
-                grid[rows[client], column] = _fate(merged, client)
-    figure, axes = one_panel(height_of(clients))
-    client_map(
-        axes, grid, report.merged, clients, cmap=ListedColormap([colour for _, colour in kinds]), vmin=-0.5, vmax=4.5
-    )
+        for row, client in enumerate(clients):
+            if client in merged.cohort:
+                grid[row, column] = _fate(merged, client)
+    figure, axes = drawing.one_panel(drawing.height_of(clients))
+    drawing.client_map(axes, grid, report.merged, clients, cmap=ListedColormap(colours), vmin=-0.5, vmax=4.5)
     if grid.size <= 4000:
         refused = np.argwhere(grid == 3)  # told apart without colour, too
         axes.scatter(refused[:, 1], refused[:, 0], marker="x", s=18, color="white", linewidth=1.2)
-    seen = [Patch(color=colour, label=name) for code, (name, colour) in enumerate(kinds) if (grid == code).any()]
+    seen = [Patch(color=colours[code], label=names[code]) for code in range(5) if (grid == code).any()]
     figure.legend(handles=seen, loc="outside upper left", ncols=len(seen))
     counted = sum(len(merged.losses) for merged in report.merged)
     drawn = sum(len(merged.cohort) for merged in report.merged)
     caption = f"{counted:,} of the {drawn:,} updates that were asked for were counted."
-    return finish("cohorts", "Who took part", caption, figure)
+    return drawing.finish("cohorts", "Who took part", caption, figure)
 
 
 def _fate(merged: MergedRound, client: int) -> int:

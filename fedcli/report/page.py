@@ -29,16 +29,7 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
     return template.render(
         generator=GENERATOR,
         report=report,
-        pictures=[
-            {
-                "name": picture.name,
-                "title": picture.title,
-                "caption": picture.caption,
-                "pixels": picture.pixels,
-                "encoded": base64.b64encode(picture.png).decode(),
-            }
-            for picture in pictures
-        ],
+        pictures=[{**vars(picture), "encoded": base64.b64encode(picture.png).decode()} for picture in pictures],
         tiles=_tiles(report),
         table=[_score_row(metric) for metric in report.scores],
         rounds=[_round_row(merged) for merged in report.merged],
@@ -71,11 +62,11 @@ def _tiles(report: Report) -> list[dict[str, str]]:
     drawn = f"{few} drawn a round" if few == most else f"{few} to {most} drawn a round"
     tiles.append(_tile("clients", str(report.num_clients), drawn))
     counted = sum(len(merged.losses) for merged in report.merged)
-    lost = [(sum(len(merged.refused) for merged in report.merged), "refused")]
-    lost.append((sum(len(merged.missing) for merged in report.merged), "missing"))
-    tiles.append(_tile("updates counted", f"{counted:,}", ", ".join(f"{count:,} {name}" for count, name in lost)))
+    refused = sum(len(merged.refused) for merged in report.merged)
+    missing = sum(len(merged.missing) for merged in report.merged)
+    tiles.append(_tile("updates counted", f"{counted:,}", f"{refused:,} refused, {missing:,} missing"))
     last = report.merged[-1] if report.merged else None
-    if last is not None and last.total_bytes_up is not None and last.total_bytes_down is not None:
+    if last and last.total_bytes_up is not None and last.total_bytes_down is not None:
         down = f"{describe_bytes(last.total_bytes_down)} received by them"
         tiles.append(_tile("sent by clients", describe_bytes(last.total_bytes_up), down))
     return tiles
@@ -97,8 +88,7 @@ def _score_row(metric: MetricScores) -> dict[str, Any]:
     values = [point.value for point in points if point is not None]
     leader = (max if metric.higher_is_better else min)(values, default=None)
     cells = [{"text": show_interval(point), "is_best": point is not None and point.value == leader} for point in points]
-    arrow = "" if metric.higher_is_better else ", lower is better"
-    return {"title": f"{metric.title} ({metric.unit}{arrow})", "cells": cells, "round": "" if best is None else best}
+    return {"title": metric.heading, "cells": cells, "round": "" if best is None else best}
 
 
 def _round_row(merged: MergedRound) -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+import numpy as np
 
-    Cosines: TypeAlias = "NDArray[Any]"
+from fedcli.algos import Array
 
 BASE = "base"
 POOLED = "pooled"
@@ -77,6 +75,11 @@ class MetricScores:
         return f"{self.benchmark} {self.metric}"
 
     @property
+    def heading(self) -> str:
+        """Both names, the unit, and which way is better."""
+        return f"{self.title} ({self.unit}{'' if self.higher_is_better else ', lower is better'})"
+
+    @property
     def best_round(self) -> int | None:
         """The round with the best score, the first of equal ones; None where none was scored."""
         return max(sorted(self.rounds), key=lambda number: self._rank(self.rounds[number]), default=None)
@@ -102,13 +105,11 @@ class Similarity:
 
     round: int
     clients: Sequence[int]
-    cosines: "Cosines"
+    cosines: Array
 
-    def pairs(self) -> "Cosines":
+    def pairs(self) -> Array:
         """Return the cosine of each pair of clients once."""
-        import numpy as np
-
-        pairs: Cosines = self.cosines[np.triu_indices(len(self.clients), 1)]
+        pairs: Array = self.cosines[np.triu_indices(len(self.clients), 1)]
         return pairs
 
 

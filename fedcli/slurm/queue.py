@@ -90,12 +90,10 @@ def _call(*command: str, patience: float = PATIENCE) -> str:
         ) from error
     except subprocess.TimeoutExpired as error:
         raise RequirementError(
-            f"SLURM does not answer: {command[0]} took more than {patience:g} seconds",
-            hint=_SILENT,
+            f"SLURM does not answer: {command[0]} took more than {patience:g} seconds", hint=_SILENT
         ) from error
     if done.returncode != 0:
         raise RequirementError(
-            f"{command[0]} failed: {done.stderr.strip()}",
-            hint=_REFUSED if command[0] == "sbatch" else _SILENT,
+            f"{command[0]} failed: {done.stderr.strip()}", hint=_REFUSED if command[0] == "sbatch" else _SILENT
         )
     return done.stdout

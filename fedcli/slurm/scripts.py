@@ -2,8 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from fedcli.config import JobConfig, SlurmConfig
@@ -80,17 +81,11 @@ class ScriptWriter:
 
 def ranges(numbers: Collection[int]) -> str:
     """Return numbers as sbatch's --array takes them: 0,2,5-7."""
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in _runs(sorted(numbers)))
-
-
-def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    first = last = numbers[0]
-    for number in numbers[1:]:
-        if number != last + 1:
-            yield first, last
-            first = number
-        last = number
-    yield first, last
+    parts = []
+    for _, run in groupby(enumerate(sorted(numbers)), lambda entry: entry[1] - entry[0]):  # the same all through a run
+        found = [number for _, number in run]
+        parts.append(f"{found[0]}-{found[-1]}" if len(found) > 1 else str(found[0]))
+    return ",".join(parts)
 
 
 def _given(option: str, value: object) -> list[str]:
