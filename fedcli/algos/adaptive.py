@@ -8,7 +8,7 @@ momentum`, the default here. As in that code the mean is unweighted, and the fir
 from dataclasses import dataclass
 from typing import Literal
 
-from fedcli.algos.algorithm import Algorithm, MergedUpdates
+from fedcli.algos.algorithm import Algorithm, MergedUpdates, NextStep
 from fedcli.algos.arrays import Array, Arrays, apply
 from fedcli.algos.hyperparameters import Decay, Positive
 from fedcli.algos.server_step import FIRST, SECOND, adaptive_step, next_momentum, second_moment, stored
@@ -16,7 +16,7 @@ from fedcli.algos.server_step import FIRST, SECOND, adaptive_step, next_momentum
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveMoments(Algorithm):
-    """m+ = b1 m + (1 - b1) D; g = m+^2 or D^2; v+ from v and g; x+ = x + eta m+ / (sqrt v+ + tau)."""
+    """m+ = b1 m + (1 - b1) D; g = m+^2 or D^2; v+ from v (tau^2 at first) and g; x+ = x + eta m+ / (sqrt v+ + tau)."""
 
     state_prefixes = (FIRST, SECOND)
 
@@ -31,13 +31,9 @@ class AdaptiveMoments(Algorithm):
         raise NotImplementedError
 
     def weight(self, num_samples: int) -> float:
-        """Return 1."""
         return 1.0
 
-    def apply(
-        self, adapter: Arrays, merged: MergedUpdates, state: Arrays
-    ) -> "tuple[dict[str, Array], dict[str, Array]]":
-        """Return x + eta m+ / (sqrt v+ + tau), and m+ and v+; v starts at tau^2."""
+    def apply(self, adapter: Arrays, merged: MergedUpdates, state: Arrays) -> NextStep:
         mean = merged.difference
         momentum = next_momentum(state, mean, beta1=self.beta1)
         squared = mean if self.second_moment == "delta" else momentum

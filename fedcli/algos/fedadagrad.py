@@ -7,8 +7,8 @@ is unweighted, as in OpenFedLLM's code.
 from dataclasses import dataclass
 from typing import Literal
 
-from fedcli.algos.algorithm import Algorithm, MergedUpdates
-from fedcli.algos.arrays import Array, Arrays, apply
+from fedcli.algos.algorithm import Algorithm, MergedUpdates, NextStep
+from fedcli.algos.arrays import Arrays, apply
 from fedcli.algos.hyperparameters import Positive
 from fedcli.algos.server_step import SECOND, adaptive_step, second_moment, stored
 
@@ -24,13 +24,9 @@ class FedAdagrad(Algorithm):
     tau: Positive = 1e-3
 
     def weight(self, num_samples: int) -> float:
-        """Return 1."""
         return 1.0
 
-    def apply(
-        self, adapter: Arrays, merged: MergedUpdates, state: Arrays
-    ) -> "tuple[dict[str, Array], dict[str, Array]]":
-        """Return x + eta D / (sqrt v+ + tau), and v+."""
+    def apply(self, adapter: Arrays, merged: MergedUpdates, state: Arrays) -> NextStep:
         mean = merged.difference
         second = apply(lambda v, d: v + d * d, second_moment(state, mean, self.tau), mean)
         return adaptive_step(adapter, mean, second, eta=self.eta, tau=self.tau), stored(SECOND, second)

@@ -14,5 +14,4 @@ class FedAdam(AdaptiveMoments):
     name: Literal["fedadam"] = "fedadam"
 
     def next_second(self, v: Array, g: Array) -> Array:
-        """Return b2 v + (1 - b2) g."""
         return self.beta2 * v + (1.0 - self.beta2) * g

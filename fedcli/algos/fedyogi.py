@@ -14,7 +14,6 @@ class FedYogi(AdaptiveMoments):
     name: Literal["fedyogi"] = "fedyogi"
 
     def next_second(self, v: Array, g: Array) -> Array:
-        """Return v - (1 - b2) g sign(v - g)."""
         import numpy as np
 
         sign: Array = np.sign(v - g)
