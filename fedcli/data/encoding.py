@@ -133,9 +133,7 @@ class Encoder:
         while waiting := [builder for builder in builders if isinstance(builder, _Builder) and builder.segments]:
             joint = self._ids([builder.run_text + builder.segments[0].text for builder in waiting])
             apart = [builder for builder, ids in zip(waiting, joint, strict=True) if not builder.accept(ids)]
-            for builder, ids in zip(
-                apart, self._ids_apart([builder.segments[0].text for builder in apart]), strict=True
-            ):
+            for builder, ids in zip(apart, self._ids_apart([each.segments[0].text for each in apart]), strict=True):
                 builder.start_run()
                 builder.accept(ids)
         return [builder if isinstance(builder, LeftOut) else builder.result(max_length) for builder in builders]
@@ -161,16 +159,15 @@ class Encoder:
 
         A tokenizer that marks the start of a text (sentencepiece) would take them for one; behind a guard it does not.
         """
-        found: list[list[int] | None] = [None] * len(texts)
+        found: dict[int, list[int]] = {}
         for guard in ("\n", ".", ""):
             before = self._ids([guard])[0] if guard else []
-            waiting = [position for position, ids in enumerate(found) if ids is None]
-            for position, ids in zip(
-                waiting, self._ids([guard + texts[position] for position in waiting]), strict=True
-            ):
+            waiting = [position for position in range(len(texts)) if position not in found]
+            guarded = self._ids([guard + texts[position] for position in waiting])
+            for position, ids in zip(waiting, guarded, strict=True):
                 if ids[: len(before)] == before:
                     found[position] = ids[len(before) :]
-        return [ids for ids in found if ids is not None]
+        return [found[position] for position in range(len(texts))]
 
     def _special_start(self) -> list[int]:
         """Return the special tokens that the tokenizer puts in front of a text: [bos], [cls] or none."""

@@ -136,13 +136,8 @@ def _files(folder: Path, split: str) -> list[Path]:
             return [folder / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{state} does not list the files of rows", hint="Save the folder again.") from error
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if _suffix(file) in KINDS
-        and file.is_file()
-        and not file.name.startswith((".", "dataset_info.", "dataset_dict."))
-    )
+    found = [file for file in sorted(folder.iterdir()) if _suffix(file) in KINDS and file.is_file()]
+    files = [file for file in found if not file.name.startswith((".", "dataset_info.", "dataset_dict."))]
     splits = {file: _SPLITS & set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
     if any(splits.values()):
         files = [file for file in files if split in splits[file]]

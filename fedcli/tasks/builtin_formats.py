@@ -4,18 +4,7 @@ import re
 from collections.abc import Mapping
 
 from fedcli.tasks.conversation import Example, Preference, Role, Turn, instruct
-from fedcli.tasks.format import (
-    EQUAL,
-    MALFORMED,
-    Context,
-    Fields,
-    Format,
-    LeftOut,
-    is_finite,
-    prompt_of,
-    text,
-    turns_of,
-)
+from fedcli.tasks.format import EQUAL, MALFORMED, Context, Fields, Format, LeftOut, is_finite, prompt_of, text, turns_of
 
 FORKED = "the dialogues fork before their last turn"
 UNSCORED = "fewer than two scores"
@@ -125,9 +114,8 @@ def _last_turns(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> Prefere
     """Return the preference of two dialogues that share all but the assistant's last turn."""
     if chosen == rejected:
         raise LeftOut(EQUAL)
-    if chosen[:-1] != rejected[:-1]:
+    if (prompt := chosen[:-1]) != rejected[:-1]:
         raise LeftOut(FORKED)
-    prompt = chosen[:-1]
     if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
         raise LeftOut(MALFORMED, "a dialogue does not end with the assistant's turn")
     return Preference(prompt, chosen[-1].content, rejected[-1].content)
