@@ -46,11 +46,6 @@ class Columns(Section):
         return self
 
     @property
-    def pair(self) -> tuple[str | None, str | None, str | None]:
-        """The columns of prompt, chosen and rejected."""
-        return self.prompt, self.chosen, self.rejected
-
-    @property
     def item(self) -> type[Item]:
         """What such rows teach."""
         return Preference if self.response is None else Example

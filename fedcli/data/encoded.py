@@ -53,7 +53,6 @@ class EncodedExample(EncodedRow):
 
     @property
     def sides(self) -> "tuple[EncodedExample]":
-        """This one."""
         return (self,)
 
     @property
@@ -71,7 +70,6 @@ class EncodedPair(EncodedRow):
 
     @property
     def sides(self) -> tuple[EncodedExample, EncodedExample]:
-        """Both."""
         return self.chosen, self.rejected
 
 

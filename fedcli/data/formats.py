@@ -97,7 +97,8 @@ def _columns_format(given: ColumnsFormat) -> Format:
 
     def read(fields: Fields, _: Context) -> Item:
         if columns.response is None:
-            prompt, chosen, rejected = (plain(fields, str(name)) for name in columns.pair)
+            pair = (columns.prompt, columns.chosen, columns.rejected)
+            prompt, chosen, rejected = (plain(fields, str(name)) for name in pair)
             return Preference((Turn("user", prompt),), chosen, rejected)
         has_input = columns.input is not None and fields.get(columns.input) is not None
         extra = plain(fields, str(columns.input)) if has_input else ""

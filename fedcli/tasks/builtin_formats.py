@@ -56,10 +56,8 @@ def _binarized(fields: Fields, _: Context) -> Preference:
     Or they are the answers alone, and the prompt stands in its own column, as trl has it.
     """
     chosen, rejected = (turns_of(fields.get(column), column) for column in ("chosen", "rejected"))
-    if chosen[0].role == rejected[0].role == "assistant":
-        prompt = prompt_of(fields)
-        chosen, rejected = (*prompt, *chosen), (*prompt, *rejected)
-    return _last_turns(chosen, rejected)
+    prompt = prompt_of(fields) if chosen[0].role == rejected[0].role == "assistant" else ()
+    return _last_turns((*prompt, *chosen), (*prompt, *rejected))
 
 
 def _ultrafeedback(fields: Fields, context: Context) -> Preference:
