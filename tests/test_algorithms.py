@@ -12,13 +12,11 @@ from support.processes import SMALL, fedcli, settings
 
 from fedcli import Federation
 from fedcli.algos import ALGORITHMS, FedAvg, MergedUpdates
+from fedcli.algos.adaptive import FedAdagrad, FedAdam, FedYogi
 from fedcli.algos.arrays import difference
 from fedcli.algos.client_rule import ControlVariate
-from fedcli.algos.fedadagrad import FedAdagrad
-from fedcli.algos.fedadam import FedAdam
 from fedcli.algos.fedavgm import FedAvgM
 from fedcli.algos.fedprox import FedProx
-from fedcli.algos.fedyogi import FedYogi
 from fedcli.algos.reducer import BLOCK, Stacks, WeightedMean
 from fedcli.algos.scaffold import DELTA_FILE, Scaffold
 from fedcli.cli import main

@@ -2,15 +2,13 @@
 
 import dataclasses
 
+from fedcli.algos.adaptive import FedAdagrad, FedAdam, FedYogi
 from fedcli.algos.algorithm import Algorithm, MergedUpdates
 from fedcli.algos.arrays import Array, Arrays
 from fedcli.algos.client_rule import ClientRule
-from fedcli.algos.fedadagrad import FedAdagrad
-from fedcli.algos.fedadam import FedAdam
 from fedcli.algos.fedavg import FedAvg
 from fedcli.algos.fedavgm import FedAvgM
 from fedcli.algos.fedprox import FedProx
-from fedcli.algos.fedyogi import FedYogi
 from fedcli.algos.scaffold import Scaffold
 from fedcli.plugins import Registry
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from fedcli.algos.arrays import Array, Arrays
 from fedcli.algos.client_rule import ClientRule
@@ -10,6 +10,9 @@ from fedcli.algos.server_step import add_mean
 
 if TYPE_CHECKING:
     from fedcli.algos.reducer import Reducer
+
+NextStep: TypeAlias = "tuple[dict[str, Array], dict[str, Array]]"
+"""The next global adapter and the next state, float32."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,8 @@ class Algorithm:
 
         return WeightedMean(divisor=num_clients)
 
-    def apply(
-        self, adapter: Arrays, merged: MergedUpdates, state: Arrays
-    ) -> "tuple[dict[str, Array], dict[str, Array]]":
-        """Return the next global adapter and the next state, float32; an empty state is a fresh start.
-
-        By default x + D, and no state.
-        """
+    def apply(self, adapter: Arrays, merged: MergedUpdates, state: Arrays) -> NextStep:
+        """Return the next global adapter and state, by default x + D and none; an empty state is a fresh start."""
         return add_mean(adapter, merged.difference), {}
 
     def changes_clients(self) -> bool:

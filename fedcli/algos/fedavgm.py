@@ -8,8 +8,8 @@ is `momentum: damped`, the default here.
 from dataclasses import dataclass
 from typing import Literal
 
-from fedcli.algos.algorithm import Algorithm, MergedUpdates
-from fedcli.algos.arrays import Array, Arrays
+from fedcli.algos.algorithm import Algorithm, MergedUpdates, NextStep
+from fedcli.algos.arrays import Arrays
 from fedcli.algos.hyperparameters import Decay
 from fedcli.algos.server_step import FIRST, Momentum, add_mean, next_momentum, stored
 
@@ -24,9 +24,6 @@ class FedAvgM(Algorithm):
     beta1: Decay = 0.9
     momentum: Momentum = "damped"
 
-    def apply(
-        self, adapter: Arrays, merged: MergedUpdates, state: Arrays
-    ) -> "tuple[dict[str, Array], dict[str, Array]]":
-        """Return x + m+, and m+."""
+    def apply(self, adapter: Arrays, merged: MergedUpdates, state: Arrays) -> NextStep:
         momentum = next_momentum(state, merged.difference, beta1=self.beta1, form=self.momentum)
         return add_mean(adapter, momentum), stored(FIRST, momentum)

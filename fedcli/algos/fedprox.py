@@ -21,5 +21,4 @@ class FedProx(Algorithm):
     mu: NonNegative = 0.01
 
     def client_rule(self, adapter: Arrays, state: Arrays, own: Arrays) -> Proximal:
-        """Return the pull towards x."""
         return Proximal(adapter, self.mu)

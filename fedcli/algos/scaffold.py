@@ -8,7 +8,7 @@ correction is made to the weights after each step and not to the gradients: c_k 
 from dataclasses import dataclass
 from typing import Literal
 
-from fedcli.algos.algorithm import Algorithm, MergedUpdates
+from fedcli.algos.algorithm import Algorithm, MergedUpdates, NextStep
 from fedcli.algos.arrays import Array, Arrays, apply, difference, to_float32
 from fedcli.algos.client_rule import ControlVariate
 from fedcli.algos.server_step import add_mean
@@ -33,7 +33,6 @@ class Scaffold(Algorithm):
     name: Literal["scaffold"] = "scaffold"
 
     def client_rule(self, adapter: Arrays, state: Arrays, own: Arrays) -> ControlVariate:
-        """Return the correction by c - c_k."""
         return ControlVariate(to_float32(difference(state or _zeros(adapter), own or _zeros(adapter))))
 
     def client_step(
@@ -45,10 +44,7 @@ class Scaffold(Algorithm):
         before = own or _zeros(adapter)
         return {DELTA_FILE: delta}, {name: before[name] + change for name, change in delta.items()}
 
-    def apply(
-        self, adapter: Arrays, merged: MergedUpdates, state: Arrays
-    ) -> "tuple[dict[str, Array], dict[str, Array]]":
-        """Return x + D, and c + (1/N) sum_k (c_k+ - c_k)."""
+    def apply(self, adapter: Arrays, merged: MergedUpdates, state: Arrays) -> NextStep:
         change = merged.files[DELTA_FILE]
         control = apply(lambda c, d: c + d, state, change) if state else change
         return add_mean(adapter, merged.difference), to_float32(control)

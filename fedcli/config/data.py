@@ -46,11 +46,6 @@ class Columns(Section):
         return self
 
     @property
-    def pair(self) -> tuple[str | None, str | None, str | None]:
-        """The columns of prompt, chosen and rejected."""
-        return self.prompt, self.chosen, self.rejected
-
-    @property
     def item(self) -> type[Item]:
         """What such rows teach."""
         return Preference if self.response is None else Example
@@ -62,12 +57,13 @@ class ColumnsFormat(Section):
     columns: Columns
 
 
-def _kind_of_format(value: object) -> str:
-    return "<name>" if isinstance(value, str) else "<columns>"
+def _name_or(tag: str) -> Discriminator:
+    """Return what tells a name from the other kind of value that a key may have."""
+    return Discriminator(lambda value: "<name>" if isinstance(value, str) else tag)
 
 
 DataFormat: TypeAlias = Annotated[
-    Annotated[FormatName, Tag("<name>")] | Annotated[ColumnsFormat, Tag("<columns>")], Discriminator(_kind_of_format)
+    Annotated[FormatName, Tag("<name>")] | Annotated[ColumnsFormat, Tag("<columns>")], _name_or("<columns>")
 ]
 
 
@@ -88,11 +84,8 @@ class CustomTemplate(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for key, names in (
-            ("system", ["system"]),
-            ("user", ["instruction"]),
-            ("user_with_input", ["instruction", "input"]),
-        ):
+        wanted = {"system": ["system"], "user": ["instruction"], "user_with_input": ["instruction", "input"]}
+        for key, names in wanted.items():
             form = getattr(self, key)
             if form is not None and any(form.count(f"{{{name}}}") != 1 for name in names):
                 raise ValueError(f"{key} must hold {' and '.join(f'{{{name}}}' for name in names)} once")
@@ -158,18 +151,6 @@ def _kind_of_partition(value: object) -> str | None:
     return "<name>" if isinstance(value, str) else None
 
 
-def _kind_of_template(value: object) -> str:
-    return "<name>" if isinstance(value, str) else "<template>"
-
-
-def _kind_of_entry(value: object) -> str:
-    return "<name>" if isinstance(value, str) else "<entry>"
-
-
-def _kind_of_source(value: object) -> str:
-    return "<name>" if isinstance(value, str) else "<list>"
-
-
 TAGS: dict[str, type[Section]] = {
     "<columns>": ColumnsFormat,
     "<template>": CustomTemplate,
@@ -187,15 +168,13 @@ Partition: TypeAlias = Annotated[
     Discriminator(_kind_of_partition),
 ]
 TemplateChoice: TypeAlias = Annotated[
-    Annotated[TemplateName, Tag("<name>")] | Annotated[CustomTemplate, Tag("<template>")],
-    Discriminator(_kind_of_template),
+    Annotated[TemplateName, Tag("<name>")] | Annotated[CustomTemplate, Tag("<template>")], _name_or("<template>")
 ]
 _Entry: TypeAlias = Annotated[
-    Annotated[str, Tag("<name>")] | Annotated[SourceEntry, Tag("<entry>")], Discriminator(_kind_of_entry)
+    Annotated[str, Tag("<name>")] | Annotated[SourceEntry, Tag("<entry>")], _name_or("<entry>")
 ]
 _Sources: TypeAlias = Annotated[
-    Annotated[str, Tag("<name>")] | Annotated[tuple[_Entry, ...], Tag("<list>")],
-    Discriminator(_kind_of_source),
+    Annotated[str, Tag("<name>")] | Annotated[tuple[_Entry, ...], Tag("<list>")], _name_or("<list>")
 ]
 
 
@@ -225,14 +204,9 @@ class DataConfig(Section):
         """Each source, with format, subset and split of the section where it has none of its own."""
         given = (self.source,) if isinstance(self.source, str) else self.source or ()
         entries = [SourceEntry(source=entry) if isinstance(entry, str) else entry for entry in given]
+        keys = ("format", "subset", "split")
         return tuple(
-            entry.model_copy(
-                update={
-                    "format": entry.format or self.format,
-                    "subset": entry.subset or self.subset,
-                    "split": entry.split or self.split,
-                }
-            )
+            entry.model_copy(update={key: getattr(entry, key) or getattr(self, key) for key in keys})
             for entry in entries
         )
 

@@ -42,18 +42,16 @@ def read_format(text: str, task: str) -> DataFormat:
     try:
         given = _FORMAT.validate_python(yaml.safe_load(text))
         check_format(given, task)
+        return given
     except ValidationError as error:
         fault = _describe(error.errors()[0], {}).removeprefix("the file: ")
-        raise UsageError(f"--format {text!r}: {fault}", hint=_FORMAT_HINT) from error
     except (yaml.YAMLError, ValueError) as error:
         fault = " ".join(str(error).split()).removeprefix("data.")
-        raise UsageError(f"--format {text!r}: {fault}", hint=_FORMAT_HINT) from error
-    return given
-
-
-_FORMAT_HINT = (
-    "Name a format (docs/DATA.md), or columns: --format '{columns: {instruction: question, response: answer}}'."
-)
+    raise UsageError(
+        f"--format {text!r}: {fault}",
+        hint="Name a format (docs/DATA.md), or columns: "
+        "--format '{columns: {instruction: question, response: answer}}'.",
+    )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -102,11 +100,9 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _drop_other_partitions(document: dict[str, Any], path: list[str]) -> None:
     """Let `data.partition.dirichlet.alpha=1` take the place of, say, shards_by: a partition is of one kind."""
-    data = document.get("data")
-    if path[:2] == ["data", "partition"] and len(path) > 2 and isinstance(data, dict):
-        standing = data.get("partition")
-        if isinstance(standing, dict):
-            data["partition"] = {kind: value for kind, value in standing.items() if kind == path[2]}
+    match document, path:
+        case {"data": {"partition": {**standing}} as data}, ["data", "partition", kind, *_]:
+            data["partition"] = {key: value for key, value in standing.items() if key == kind}
 
 
 def parse_config(document: dict[str, Any], where: Path) -> Config:
@@ -137,9 +133,9 @@ def _describe(fault: ErrorDetails, document: dict[str, Any]) -> str:
     if kind == "no_algorithm":
         return f"algorithm: it has no name. Known: {', '.join(ALGORITHMS)}."
     if kind == "union_tag_not_found":
-        unknown = [name for name in found if name not in PARTITIONS] if isinstance(found, dict) else []
-        if unknown:
-            return f"{key}.{unknown[0]}: unknown key. {did_you_mean(str(unknown[0]), PARTITIONS)}"
+        for name in found if isinstance(found, dict) else ():
+            if name not in PARTITIONS:
+                return f"{key}.{name}: unknown key. {did_you_mean(str(name), PARTITIONS)}"
         return f"{key}: iid, sources, or just one of {', '.join(PARTITIONS)} with its value (found {found!r})"
     if kind in ("model_type", "model_attributes_type", "tuple_type"):
         return f"{key}: {'a list' if kind == 'tuple_type' else 'a section'} is wanted here (found {found!r})"

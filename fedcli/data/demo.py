@@ -167,9 +167,8 @@ def _document(generator: random.Random) -> str:
     """Return one pre-training text."""
     kind = generator.random()
     if kind < 0.5:
-        return " ".join(
-            _headline(generator, *_topic_and_verb(generator)) + "." for _ in range(generator.choice((1, 2)))
-        )
+        count = generator.choice((1, 2))
+        return " ".join(_headline(generator, *_topic_and_verb(generator)) + "." for _ in range(count))
     if kind < 0.6:
         return generator.choice(_COLOUR_SENTENCES).format(*generator.sample(_COLOURS, 3))
     topic, verb = _topic_and_verb(generator)

@@ -1,11 +1,12 @@
 """Rows as token ids, kept so that a million of them fit into memory."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Self, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,37 +14,46 @@ from numpy.typing import NDArray
 from fedcli.tasks.conversation import Example, Item, Preference
 
 
+class EncodedRow(ABC):
+    """A row as token ids: of a conversation, or of two responses to one prompt."""
+
+    @property
+    @abstractmethod
+    def sides(self) -> "tuple[EncodedExample, ...]":
+        """The conversations that are learnt from: one, or a pair's two, the chosen one first."""
+
+    @property
+    def key(self) -> bytes:
+        """A hash of the token ids, and so of row, template, tokenizer and max_length."""
+        shape = f"{[(len(side.ids), side.prompt_length) for side in self.sides]}"
+        return hashlib.sha256(b"".join([shape.encode(), *(side.ids.tobytes() for side in self.sides)])).digest()
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of all sides."""
+        return sum(len(side.ids) for side in self.sides)
+
+    @property
+    def length(self) -> int:
+        """The tokens of all sides once the shorter is padded to the longer: what a micro-batch is padded by."""
+        return len(self.sides) * max(len(side.ids) for side in self.sides)
+
+    @property
+    def num_supervised(self) -> int:
+        """The supervised tokens; the first of all tokens, which nothing predicts, is none of them."""
+        return sum(int(side.supervised[1:].sum()) for side in self.sides)
+
+
 @dataclass(frozen=True)
-class EncodedExample:
+class EncodedExample(EncodedRow):
     """Token ids (int32) of a conversation, and which of them are supervised: responses and their end tokens."""
 
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
 
     @property
-    def sides(self) -> "tuple[EncodedExample, ...]":
-        """The responses that are learnt from: this one."""
+    def sides(self) -> "tuple[EncodedExample]":
         return (self,)
-
-    @property
-    def key(self) -> bytes:
-        """A hash of the token ids, and so of row, template, tokenizer and max_length."""
-        return _hash(self.sides)
-
-    @property
-    def num_tokens(self) -> int:
-        """The length of `ids`."""
-        return len(self.ids)
-
-    @property
-    def length(self) -> int:
-        """The same, as what a micro-batch is padded by."""
-        return len(self.ids)
-
-    @property
-    def num_supervised(self) -> int:
-        """The supervised tokens; the first of all tokens, which nothing predicts, is none of them."""
-        return int(self.supervised[1:].sum())
 
     @property
     def prompt_length(self) -> int:
@@ -52,36 +62,15 @@ class EncodedExample:
 
 
 @dataclass(frozen=True)
-class EncodedPair:
+class EncodedPair(EncodedRow):
     """Two responses to one prompt."""
 
     chosen: EncodedExample
     rejected: EncodedExample
 
     @property
-    def sides(self) -> tuple[EncodedExample, ...]:
-        """Both, the chosen one first."""
+    def sides(self) -> tuple[EncodedExample, EncodedExample]:
         return self.chosen, self.rejected
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens of both sides."""
-        return self.chosen.num_tokens + self.rejected.num_tokens
-
-    @property
-    def length(self) -> int:
-        """The tokens of both sides once the shorter is padded to the longer."""
-        return 2 * max(self.chosen.num_tokens, self.rejected.num_tokens)
-
-    @property
-    def key(self) -> bytes:
-        """A hash of both sides' token ids, and so of row, template, tokenizer and max_length."""
-        return _hash(self.sides)
-
-
-def _hash(sides: Sequence[EncodedExample]) -> bytes:
-    shape = f"{[(side.num_tokens, side.prompt_length) for side in sides]}"
-    return hashlib.sha256(b"".join([shape.encode(), *(side.ids.tobytes() for side in sides)])).digest()
 
 
 class EncodedExamples(Sequence[EncodedExample]):
@@ -129,11 +118,7 @@ class EncodedExamples(Sequence[EncodedExample]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> EncodedExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[EncodedExample]: ...
-    def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
@@ -179,17 +164,12 @@ class EncodedPairs(Sequence[EncodedPair]):
     def __len__(self) -> int:
         return len(self._chosen)
 
-    @overload
-    def __getitem__(self, index: int) -> EncodedPair: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[EncodedPair]: ...
-    def __getitem__(self, index: int | slice) -> EncodedPair | list[EncodedPair]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
         return EncodedPair(self._chosen[index], self._rejected[index])
 
 
-EncodedRow: TypeAlias = EncodedExample | EncodedPair
 EncodedT = TypeVar("EncodedT", EncodedExamples, EncodedPairs)
 STORES: "dict[type[Item], type[EncodedExamples] | type[EncodedPairs]]" = {
     Example: EncodedExamples,

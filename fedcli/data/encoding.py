@@ -1,8 +1,8 @@
 """Token ids of conversations; what is learnt of them is known by construction, never searched for."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING, TypeVar, cast
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -75,16 +75,9 @@ class Encoder:
         Every response is learnt, with the end token behind it. A conversation that is cut loses what is behind the
         cut, the end token too: the model is not taught to stop in the middle. `on_rows` hears how many are done.
         """
-        kept = EncodedExamples()
-        rows: EncodedRows[EncodedExamples] = EncodedRows(kept)
-        for chunk in _chunks(examples):
-            for encoded in self._encode([example.turns for example in chunk], max_length):
-                if isinstance(encoded, LeftOut):
-                    rows.left_out[encoded.reason] += 1
-                else:
-                    kept.append(encoded[0])
-                    rows.num_truncated += encoded[1]
-            on_rows(len(chunk))
+        rows = EncodedRows(EncodedExamples())
+        for (example,) in self._sides(rows, ([row.turns] for row in examples), max_length, on_rows, last_only=False):
+            rows.examples.append(example)
         return rows
 
     def pairs(
@@ -94,25 +87,37 @@ class Encoder:
 
         A pair whose sides are equal, cut or not, is left out.
         """
-        kept = EncodedPairs()
-        rows: EncodedRows[EncodedPairs] = EncodedRows(kept)
-        for chunk in _chunks(preferences):
-            chosen_sides, rejected_sides = (
-                self._encode([(*row.prompt, Turn("assistant", response)) for row, response in sides], max_length, True)
-                for sides in ([(row, row.chosen) for row in chunk], [(row, row.rejected) for row in chunk])
-            )
-            for chosen, rejected in zip(chosen_sides, rejected_sides, strict=True):
-                if isinstance(chosen, LeftOut):
-                    rows.left_out[chosen.reason] += 1
-                elif isinstance(rejected, LeftOut):
-                    rows.left_out[rejected.reason] += 1
-                elif np.array_equal(chosen[0].ids, rejected[0].ids):
-                    rows.left_out[EQUAL] += 1
-                else:
-                    kept.append(EncodedPair(chosen[0], rejected[0]))
-                    rows.num_truncated += chosen[1] or rejected[1]
-            on_rows(len(chunk))
+        rows = EncodedRows(EncodedPairs())
+        dialogues = (
+            [(*row.prompt, Turn("assistant", response)) for response in (row.chosen, row.rejected)]
+            for row in preferences
+        )
+        for chosen, rejected in self._sides(rows, dialogues, max_length, on_rows, last_only=True):
+            rows.examples.append(EncodedPair(chosen, rejected))
         return rows
+
+    def _sides(
+        self,
+        counts: EncodedRows[Any],
+        rows: Iterable[Sequence[Prompt]],
+        max_length: int,
+        on_rows: Callable[[int], None],
+        *,
+        last_only: bool,
+    ) -> Iterator[list[EncodedExample]]:
+        """Yield each usable row's conversations, which must differ, and count the rows that are cut or left out."""
+        for chunk in _chunks(rows):
+            columns = [self._encode(side, max_length, last_only) for side in zip(*chunk, strict=True)]
+            for encoded in zip(*columns, strict=True):
+                sides = [each for each in encoded if not isinstance(each, LeftOut)]
+                if faults := [each.reason for each in encoded if isinstance(each, LeftOut)]:
+                    counts.left_out[faults[0]] += 1
+                elif any(np.array_equal(one.ids, other.ids) for (one, _), (other, _) in pairwise(sides)):
+                    counts.left_out[EQUAL] += 1
+                else:
+                    counts.num_truncated += any(is_cut for _, is_cut in sides)
+                    yield [example for example, _ in sides]
+            on_rows(len(chunk))
 
     def _encode(
         self, conversations: Sequence[Sequence[Turn]], max_length: int | None = None, last_only: bool = False
@@ -128,9 +133,7 @@ class Encoder:
         while waiting := [builder for builder in builders if isinstance(builder, _Builder) and builder.segments]:
             joint = self._ids([builder.run_text + builder.segments[0].text for builder in waiting])
             apart = [builder for builder, ids in zip(waiting, joint, strict=True) if not builder.accept(ids)]
-            for builder, ids in zip(
-                apart, self._ids_apart([builder.segments[0].text for builder in apart]), strict=True
-            ):
+            for builder, ids in zip(apart, self._ids_apart([each.segments[0].text for each in apart]), strict=True):
                 builder.start_run()
                 builder.accept(ids)
         return [builder if isinstance(builder, LeftOut) else builder.result(max_length) for builder in builders]
@@ -156,16 +159,15 @@ class Encoder:
 
         A tokenizer that marks the start of a text (sentencepiece) would take them for one; behind a guard it does not.
         """
-        found: list[list[int] | None] = [None] * len(texts)
+        found: dict[int, list[int]] = {}
         for guard in ("\n", ".", ""):
             before = self._ids([guard])[0] if guard else []
-            waiting = [position for position, ids in enumerate(found) if ids is None]
-            for position, ids in zip(
-                waiting, self._ids([guard + texts[position] for position in waiting]), strict=True
-            ):
+            waiting = [position for position in range(len(texts)) if position not in found]
+            guarded = self._ids([guard + texts[position] for position in waiting])
+            for position, ids in zip(waiting, guarded, strict=True):
                 if ids[: len(before)] == before:
                     found[position] = ids[len(before) :]
-        return [ids for ids in found if ids is not None]
+        return [found[position] for position in range(len(texts))]
 
     def _special_start(self) -> list[int]:
         """Return the special tokens that the tokenizer puts in front of a text: [bos], [cls] or none."""
@@ -192,11 +194,10 @@ def encode_items(
     task: str,
     max_length: int,
     on_rows: Callable[[int], None] = lambda count: None,
-) -> "EncodedRows[EncodedExamples] | EncodedRows[EncodedPairs]":
+) -> EncodedRows[Any]:
     """Encode what rows of a task's formats teach: examples or pairs."""
-    if TASKS[task].item is Preference:
-        return encoder.pairs((item for item in items if isinstance(item, Preference)), max_length, on_rows)
-    return encoder.rows((item for item in items if isinstance(item, Example)), max_length, on_rows)
+    encode: Callable[..., EncodedRows[Any]] = encoder.pairs if TASKS[task].item is Preference else encoder.rows
+    return encode(items, max_length, on_rows)
 
 
 def encode_source(
@@ -206,7 +207,7 @@ def encode_source(
     task: str,
     max_length: int,
     on_rows: Callable[[int], None] = lambda count: None,
-) -> "EncodedRows[EncodedExamples] | EncodedRows[EncodedPairs]":
+) -> EncodedRows[Any]:
     """Read and encode the rows of a source, as examples or pairs; what the reader left out counts too.
 
     Raises ConfigError where not one row is usable.
@@ -273,14 +274,11 @@ class _Builder:
 
     def result(self, max_length: int | None) -> Encoded:
         """Return what was built, cut at `max_length`; a training example must keep a token to learn."""
-        if max_length is None:
-            return EncodedExample(np.array(self._ids, np.int32), np.array(self._supervised, np.bool_)), False
         supervised = np.array(self._supervised[:max_length], np.bool_)
-        if not supervised.any():
+        if max_length is not None and not supervised.any():
             return LeftOut(TOO_LONG)
-        return EncodedExample(np.array(self._ids[:max_length], np.int32), supervised), any(
-            self._supervised[max_length:]
-        )
+        is_cut = any(self._supervised[len(supervised) :])
+        return EncodedExample(np.array(self._ids[:max_length], np.int32), supervised), is_cut
 
 
 def _joined(segments: list[Segment], last_only: bool) -> list[Segment]:

@@ -9,18 +9,7 @@ from fedcli.data.source import Row
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS
 from fedcli.tasks.conversation import Example, Item, Preference, Turn, instruct
-from fedcli.tasks.format import (
-    DUPLICATE,
-    EMPTY,
-    EQUAL,
-    MALFORMED,
-    NO_PROMPT,
-    Context,
-    Fields,
-    Format,
-    LeftOut,
-    plain,
-)
+from fedcli.tasks.format import DUPLICATE, EMPTY, EQUAL, MALFORMED, NO_PROMPT, Context, Fields, Format, LeftOut, plain
 
 
 @dataclass
@@ -108,11 +97,11 @@ def _columns_format(given: ColumnsFormat) -> Format:
 
     def read(fields: Fields, _: Context) -> Item:
         if columns.response is None:
-            prompt, chosen, rejected = (plain(fields, str(name)) for name in columns.pair)
+            pair = (columns.prompt, columns.chosen, columns.rejected)
+            prompt, chosen, rejected = (plain(fields, str(name)) for name in pair)
             return Preference((Turn("user", prompt),), chosen, rejected)
-        extra = ""
-        if columns.input is not None and fields.get(columns.input) is not None:
-            extra = plain(fields, columns.input)
+        has_input = columns.input is not None and fields.get(columns.input) is not None
+        extra = plain(fields, str(columns.input)) if has_input else ""
         return instruct(plain(fields, str(columns.instruction)), plain(fields, columns.response), extra)
 
     return Format("columns", columns.item, read)

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,8 @@ NUM_LENGTH_CLASSES = 10
 NUM_DRAWS = 1000
 """How often Dirichlet shares are drawn until every client has min_rows."""
 
-Clients = NDArray[np.int32]
+Rows: TypeAlias = NDArray[np.int64]
+"""Row numbers, or a number for each row."""
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Survey:
         """Note a usable row; raise ConfigError where it lacks the column that rows are split by."""
         self.sources.append(source)
         if self._by == "topic" and isinstance(self.partition, Dirichlet):
-            self._texts.append(_instruction(item))
+            self._texts.append(item.prompt[-1].text)
         elif self._by == "length" and isinstance(self.partition, Dirichlet):
             self._codes.append(_length(item))
         elif self._by is not None:
@@ -61,20 +62,19 @@ class Survey:
             name = str(row.fields[self._by])
             self._codes.append(self._names.setdefault(name, len(self._names)))
 
-    def groups(self) -> tuple[list[str], NDArray[np.int64]] | None:
-        """Return the names of the groups that rows are split by, sorted, and every row's group; None for iid."""
+    def groups(self) -> tuple[list[str], Rows]:
+        """Return the names of the groups that rows are split by, sorted, and every row's group; no names for iid."""
         if self.partition == "sources":
             codes = np.array(self.sources, np.int64)
             return [f"source {number}" for number in range(int(codes.max(initial=0)) + 1)], codes
         if self._by is None:
-            return None
+            return [], np.zeros(len(self.sources), np.int64)
         if isinstance(self.partition, Dirichlet) and self._by == "topic":
             return find_topics(self._texts, self.partition.dirichlet.topics, self.seed)
         codes = np.array(self._codes, np.int64)
         if isinstance(self.partition, Dirichlet) and self._by == "length":
             edges = np.unique(np.quantile(codes, np.linspace(0, 1, NUM_LENGTH_CLASSES + 1)[1:-1], method="higher"))
-            bounds = [0, *map(int, edges)]
-            names = [f"from {low} characters" for low in bounds]
+            names = [f"from {low} characters" for low in (0, *map(int, edges))]
             return names, np.searchsorted(edges, codes, side="right")
         names = sorted(self._names, key=_natural)
         rank = np.empty(len(names), np.int64)
@@ -86,22 +86,18 @@ class Survey:
 class Split:
     """Every usable row's client (UNUSED for none), and the groups that the rows were split by."""
 
-    clients: Clients
+    clients: NDArray[np.int32]
     num_clients: int
     group_names: list[str]
-    groups: NDArray[np.int64] | None
+    groups: Rows
 
     def sizes(self) -> list[int]:
         """Return every client's number of rows."""
-        counts = np.bincount(self.clients[self.clients != UNUSED], minlength=self.num_clients)
-        return [int(count) for count in counts]
+        return _counts(self.clients[self.clients != UNUSED], self.num_clients)
 
     def group_counts(self, client: int) -> list[int]:
         """Return how many rows of each group a client has."""
-        if self.groups is None:
-            return []
-        counts = np.bincount(self.groups[self.clients == client], minlength=len(self.group_names))
-        return [int(count) for count in counts]
+        return _counts(self.groups[self.clients == client], len(self.group_names))
 
 
 def split(
@@ -112,8 +108,8 @@ def split(
     `max_rows` first takes that many of all rows at random, `source_limits` so many of each source. Raises ConfigError
     where a client would get fewer than `min_rows`.
     """
-    num_clients, seed, partition = survey.num_clients, survey.seed, survey.partition
-    grouped = survey.groups()
+    num_clients = survey.num_clients
+    names, groups = survey.groups()
     order = _chosen(survey, max_rows, source_limits)
     if len(order) < num_clients * min_rows:
         raise ConfigError(
@@ -121,25 +117,18 @@ def split(
             hint="Lower federation.clients or data.min_rows, or give more rows in data.source or data.max_rows.",
         )
     clients = np.full(len(survey.sources), UNUSED, np.int32)
-    names, groups = grouped if grouped is not None else ([], None)
-    match partition:
+    match survey.partition:
         case Dirichlet(dirichlet=options):
-            assert groups is not None
-            shares = _dirichlet(order, groups, num_clients, options.alpha, seed, min_rows)
+            shares = _dirichlet(order, groups, survey, options.alpha, min_rows)
         case By(by=column):
-            assert groups is not None
-            shares = _values(order, groups, names, num_clients, column, min_rows)
+            shares = _values(order, groups, names, survey, column, min_rows)
         case Sizes(sizes=options_):
             weights = np.arange(1, num_clients + 1, dtype=np.float64) ** -options_.power
             shares = _cut(order, weights / weights.sum())
-        case ShardsBy():
-            assert groups is not None
-            shares = _cut(order[np.argsort(groups[order], kind="stable")], np.full(num_clients, 1 / num_clients))
         case "sources":
-            assert groups is not None
             shares = _sources(order, groups, len(names), num_clients)
-        case _:
-            shares = _cut(order, np.full(num_clients, 1 / num_clients))
+        case _:  # shards are cut of the sorted rows; for iid all are of one group, and stay as they are
+            shares = _equal(order[np.argsort(groups[order], kind="stable")], num_clients)
     for client, share in enumerate(shares):
         if len(share) < min_rows:
             raise ConfigError(
@@ -150,7 +139,11 @@ def split(
     return Split(clients, num_clients, names, groups)
 
 
-def _chosen(survey: Survey, max_rows: int | None, source_limits: Sequence[int | None]) -> NDArray[np.int64]:
+def _counts(numbers: NDArray[Any], length: int) -> list[int]:
+    return [int(count) for count in np.bincount(numbers, minlength=length)]
+
+
+def _chosen(survey: Survey, max_rows: int | None, source_limits: Sequence[int | None]) -> Rows:
     """Return the rows that are used, in random order."""
     order = stream(survey.seed, "partition").permutation(len(survey.sources))
     sources = np.array(survey.sources, np.int64)
@@ -161,20 +154,23 @@ def _chosen(survey: Survey, max_rows: int | None, source_limits: Sequence[int | 
     return order[:max_rows]
 
 
-def _cut(order: NDArray[np.int64], shares: NDArray[np.float64]) -> list[NDArray[np.int64]]:
+def _cut(order: Rows, shares: NDArray[np.float64]) -> list[Rows]:
     """Cut rows into consecutive parts in proportion to shares that add up to 1."""
     ends = np.floor(np.cumsum(shares) * len(order) + 1e-9).astype(np.int64)
     ends[-1] = len(order)
     return [order[start:end] for start, end in pairwise([0, *map(int, ends)])]
 
 
-def _dirichlet(
-    order: NDArray[np.int64], groups: NDArray[np.int64], num_clients: int, alpha: float, seed: int, min_rows: int
-) -> list[NDArray[np.int64]]:
+def _equal(order: Rows, num_parts: int) -> list[Rows]:
+    return _cut(order, np.full(num_parts, 1 / num_parts))
+
+
+def _dirichlet(order: Rows, groups: Rows, survey: Survey, alpha: float, min_rows: int) -> list[Rows]:
     """Share out each group by its own draw of Dirichlet(alpha); draw again until every client has enough."""
     present, counts = np.unique(groups[order], return_counts=True)
     for attempt in range(NUM_DRAWS):
-        draws = stream(seed, "dirichlet", part=str(attempt)).dirichlet(np.full(num_clients, alpha), len(present))
+        generator = stream(survey.seed, "dirichlet", part=str(attempt))
+        draws = generator.dirichlet(np.full(survey.num_clients, alpha), len(present))
         ends = (np.cumsum(draws, axis=1) * counts[:, None]).astype(np.int64)
         ends[:, -1] = counts
         sizes = np.diff(ends, axis=1, prepend=0)
@@ -185,7 +181,7 @@ def _dirichlet(
             f"none of {NUM_DRAWS} draws of data.partition.dirichlet gives every client data.min_rows ({min_rows}) rows",
             hint="Raise alpha, or lower data.min_rows or federation.clients.",
         )
-    parts: list[list[NDArray[np.int64]]] = [[] for _ in range(num_clients)]
+    parts: list[list[Rows]] = [[] for _ in range(survey.num_clients)]
     for group, cuts in zip(present, ends, strict=True):
         members = order[groups[order] == group]
         for client, (start, end) in enumerate(pairwise([0, *map(int, cuts)])):
@@ -193,29 +189,20 @@ def _dirichlet(
     return [np.concatenate(own) for own in parts]
 
 
-def _values(
-    order: NDArray[np.int64],
-    groups: NDArray[np.int64],
-    names: list[str],
-    num_clients: int,
-    column: str,
-    min_rows: int,
-) -> list[NDArray[np.int64]]:
+def _values(order: Rows, groups: Rows, names: list[str], survey: Survey, column: str, min_rows: int) -> list[Rows]:
     """Make each value a client; values with too few rows are left out."""
     counts = np.bincount(groups[order], minlength=len(names))
     kept = [group for group in range(len(names)) if counts[group] >= min_rows]
-    if len(kept) != num_clients:
+    if len(kept) != survey.num_clients:
         raise ConfigError(
             f"column {column!r} has {len(names)} values, {len(kept)} of them with at least data.min_rows ({min_rows}) "
-            f"rows; federation.clients is {num_clients}",
+            f"rows; federation.clients is {survey.num_clients}",
             hint=f"Set federation.clients to {len(kept)}: each value is a client.",
         )
     return [order[groups[order] == group] for group in kept]
 
 
-def _sources(
-    order: NDArray[np.int64], groups: NDArray[np.int64], num_sources: int, num_clients: int
-) -> list[NDArray[np.int64]]:
+def _sources(order: Rows, groups: Rows, num_sources: int, num_clients: int) -> list[Rows]:
     """Give every source its own clients, equally many each, with equal shares of its rows."""
     if num_clients % num_sources:
         raise ConfigError(
@@ -223,12 +210,7 @@ def _sources(
             hint=f"Set federation.clients to a multiple of {num_sources}.",
         )
     each = num_clients // num_sources
-    parts = (_cut(order[groups[order] == source], np.full(each, 1 / each)) for source in range(num_sources))
-    return [share for shares in parts for share in shares]
-
-
-def _instruction(item: Item) -> str:
-    return item.prompt[-1].text
+    return [share for source in range(num_sources) for share in _equal(order[groups[order] == source], each)]
 
 
 def _length(item: Item) -> int:

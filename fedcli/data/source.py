@@ -24,13 +24,9 @@ from typing import Any, TextIO, TypeAlias
 from fedcli.errors import ConfigError, RequirementError
 
 KINDS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **{".parquet": "parquet", ".arrow": "arrow"},
 }
 """By the suffix of a file, a further .gz aside."""
 PARQUET_BRANCH = "refs/convert/parquet"
@@ -140,13 +136,8 @@ def _files(folder: Path, split: str) -> list[Path]:
             return [folder / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{state} does not list the files of rows", hint="Save the folder again.") from error
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if _suffix(file) in KINDS
-        and file.is_file()
-        and not file.name.startswith((".", "dataset_info.", "dataset_dict."))
-    )
+    found = [file for file in sorted(folder.iterdir()) if _suffix(file) in KINDS and file.is_file()]
+    files = [file for file in found if not file.name.startswith((".", "dataset_info.", "dataset_dict."))]
     splits = {file: _SPLITS & set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
     if any(splits.values()):
         files = [file for file in files if split in splits[file]]
@@ -201,7 +192,18 @@ def _json_rows(path: Path, opener: Opener) -> Iterator[Row]:
         while start.isspace() or start == "\ufeff":
             start = file.read(1)
         file.seek(0)
-        yield from _array(file, path) if start == "[" else _lines(file, path)
+        rows: Iterable[tuple[str, Any]]
+        if start == "[":
+            rows = ((f"{path}, row {number}", fields) for number, fields in enumerate(_parse(file.read(), path), 1))
+        else:
+            lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+            rows = ((where, _parse(line, where)) for where, line in lines)
+        for where, fields in rows:
+            if not isinstance(fields, dict):
+                raise ConfigError(
+                    f"{where} is not a JSON object", hint="Every row is an object of columns. Mend the row."
+                )
+            yield Row(fields, where)
 
 
 def _open(path: Path) -> BufferedReader:
@@ -215,27 +217,7 @@ def _opened(path: Path, opener: Opener = _open, newline: str = "\n") -> TextIO:
     return TextIOWrapper(opener(path), encoding="utf-8-sig", newline=newline)
 
 
-def _lines(file: Iterable[str], path: Path) -> Iterator[Row]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield _checked(_parse(line, where), where)
-
-
-def _array(file: TextIO, path: Path) -> Iterator[Row]:
-    document = _parse(file.read(), str(path))
-    assert isinstance(document, list)
-    for number, fields in enumerate(document, 1):
-        yield _checked(fields, f"{path}, row {number}")
-
-
-def _checked(fields: object, where: str) -> Row:
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{where} is not a JSON object", hint="Every row is an object of columns. Mend the row.")
-    return Row(fields, where)
-
-
-def _parse(text: str, where: str) -> object:
+def _parse(text: str, where: object) -> Any:
     try:
         document = json.loads(text)
         if "\\u" in text:  # only an escape can be half of a pair

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 from fedcli.config import CustomTemplate, TemplateChoice, TemplateName
 from fedcli.errors import ConfigError
@@ -51,32 +51,19 @@ class Segment:
     ends: bool = False
 
 
-class Template(Protocol):
-    """How a conversation becomes text."""
-
-    parses_special: bool
-    """Whether special tokens are written in the text, as a tokenizer's own chat template does."""
-    end_id: int | None
-    """The token that ends a response; None: the tokenizer's end of sequence."""
-
-    def segments(self, turns: Sequence[Turn]) -> list[Segment]:
-        """Return a conversation's pieces; where its last turn is no response, the last piece asks for one.
-
-        Raises ValueError for turns that the template cannot write.
-        """
-
-
 class TurnTemplate:
     """A template that writes each turn in its own form, the end token after every response."""
 
     parses_special = False
+    """Whether special tokens are written in the text, as a tokenizer's own chat template does."""
     end_id: int | None = None
+    """The token that ends a response; None: the tokenizer's end of sequence."""
 
     def __init__(self, form: CustomTemplate) -> None:
         self._form = form
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
-        """Return a conversation's pieces."""
+        """Return a conversation's pieces; where its last turn is no response, the last piece asks for one."""
         form = self._form
         pieces = []
         text = ""
@@ -137,14 +124,12 @@ class ChatTemplate:
             self.end_id = int(ids[-1])
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
-        """Return a conversation's pieces; raise ValueError where the template refuses a turn."""
+        """Return what TurnTemplate does; raise ValueError for turns that the template cannot write."""
         if any(self._special.search(turn.text) for turn in turns):
             raise ValueError("a special token is spelt out in the text")
         responses = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
         last = [position for position in responses if position == len(turns) - 1]
-        pieces = self._followed(turns, responses)
-        if pieces is None:
-            pieces = self._followed(turns, last)
+        pieces = self._followed(turns, responses) or self._followed(turns, last)
         assert pieces is not None  # one response cannot be rewritten by a later one
         return pieces
 
@@ -193,6 +178,9 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of the model's publisher: it may raise anything
             raise ValueError(f"the chat template refuses it: {error}") from error
         return str(text)
+
+
+Template: TypeAlias = TurnTemplate | ChatTemplate
 
 
 def find_template(template: TemplateChoice, tokenizer: "PreTrainedTokenizerBase") -> Template:

@@ -23,20 +23,13 @@ _BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 _WEIGHTS = ("*.safetensors", "*.bin")
 """In the order of preference: a folder's .bin files count only where it has no safetensors."""
 _SETTINGS = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
 _OTHER_FORMATS = ["*.pth", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot", "original/*", "onnx/*"]
 _CHUNK = 2**20
 _NUM_CHUNKS = 16
+_BROKEN = (MemoryError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError)
 _NUM_NAMED = 3
 """Weights that a message names of each fault."""
 
@@ -111,13 +104,8 @@ def load_base(
     if quantization != "none":  # while it quantises, transformers takes a linear layer's weights of any shape
         load_shapes(folder, revision=None, trust_remote_code=trust_remote_code)
     with loading(folder):
-        model = load_whole(
-            folder,
-            dtype=dtype,
-            device_map=device,
-            trust_remote_code=trust_remote_code,
-            **_bitsandbytes(quantization, dtype),
-        )
+        options = {"trust_remote_code": trust_remote_code, **_bitsandbytes(quantization, dtype)}
+        model = load_whole(folder, dtype=dtype, device_map=device, **options)
         if quantization != "none":
             from peft import prepare_model_for_kbit_training
 
@@ -137,13 +125,8 @@ def _bitsandbytes(quantization: Quantization, dtype: "torch.dtype") -> "dict[str
     require_bitsandbytes(quantization)
     if quantization == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return {"quantization_config": config}
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
 
 
 def load_shapes(source: Path | str, *, revision: str | None, trust_remote_code: bool) -> "PreTrainedModel":
@@ -173,11 +156,10 @@ def load_whole(folder: Path, **options: Any) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    model: PreTrainedModel = loaded[0]
-    report = loaded[1]
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model: PreTrainedModel
+    model, report = loaded
     faults = {
         "missing": sorted(report["missing_keys"]),
         "of another shape": [
@@ -260,10 +242,7 @@ def loading(folder: Path | str) -> Iterator[None]:
             f"the base model {folder} needs a package that is missing: {' '.join(str(error).split())}",
             hint="Install that package, or choose another base model; `fedcli doctor` shows what is there.",
         ) from error
-    except (
-        *(MemoryError, OSError, RuntimeError, SafetensorError),
-        *(ValueError, TypeError, AttributeError, KeyError),
-    ) as error:
+    except (*_BROKEN, SafetensorError) as error:
         if where := short_memory(error):
             raise RequirementError(
                 f"{where} is too small for the base model {folder}",

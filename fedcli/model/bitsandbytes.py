@@ -48,7 +48,6 @@ def show_bitsandbytes() -> None:
         "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
         "transformers.utils.import_utils": ("is_bitsandbytes_available",),
     }
-    for module, functions in asked.items():
-        for function in functions:
-            if module in sys.modules:
-                getattr(sys.modules[module], function).cache_clear()
+    for module in asked.keys() & sys.modules.keys():
+        for function in asked[module]:
+            getattr(sys.modules[module], function).cache_clear()

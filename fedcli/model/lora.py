@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from fedcli.algos import Array, Arrays
 from fedcli.config import Quantization
 from fedcli.errors import ConfigError, did_you_mean
-from fedcli.model.adapter_config import parse_outside_config
+from fedcli.model.adapter_config import AdapterConfig, parse_outside_config
 from fedcli.model.base import load_base, load_shapes
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.randomness import stream
@@ -32,26 +32,16 @@ def lora_config(
     *, rank: int, alpha: float, dropout: float, target_modules: Iterable[str], base: str | None
 ) -> dict[str, Any]:
     """Return the contents of PEFT's adapter_config.json; `base` is a hub id or None, never a path."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": sorted(target_modules),
-        "bias": "none",
-    }
+    changed: dict[str, Any] = {"base_model_name_or_path": base, "r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    return AdapterConfig.model_construct(**changed, target_modules=sorted(target_modules)).model_dump()
 
 
 def start_adapter(
     folder: Path, config: dict[str, Any], *, seed: int, trust_remote_code: bool
 ) -> tuple[dict[str, Array], int]:
-    """Return the arrays that LoRA starts from, A uniform in +-1/sqrt(fan in), as in PEFT, and B zero.
+    """Return the arrays that LoRA starts from, and the number of the base model's parameters.
 
-    With them the number of the base model's parameters.
-
+    A is uniform in +-1/sqrt(fan in), as in PEFT, and B zero.
     The base model's weights are checked by their names and shapes; no value is read. A's values come from the stream
     (seed, "lora", name). Raises ConfigError where a target module does not exist.
     """

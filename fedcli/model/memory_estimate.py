@@ -62,11 +62,8 @@ def estimate_memory(
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
     linear = sum(module.weight.numel() for module in layers_by_name.values())
-    adapter_parameters = sum(
-        rank * sum(module.weight.shape)
-        for name, module in layers_by_name.items()
-        if name.rpartition(".")[2] in target_modules
-    )
+    targets = [module for name, module in layers_by_name.items() if name.rpartition(".")[2] in target_modules]
+    adapter_parameters = rank * sum(sum(module.weight.shape) for module in targets)
     other = sum(parameter.numel() for parameter in model.parameters()) - linear
     if quantization == "none":
         weights = (linear + other) * compute_bytes

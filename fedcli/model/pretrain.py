@@ -36,7 +36,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     template_parts = alpaca("{instruction}").split("{instruction}")
-    special = ["<pad>", "<s>", "</s>"]
+    pad, bos, eos = special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE - len(template_parts),
         special_tokens=special,
@@ -48,14 +48,8 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=special[0],
-        bos_token=special[1],
-        eos_token=special[2],
-        model_max_length=CONTEXT_LENGTH,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    inputs = {"model_max_length": CONTEXT_LENGTH, "model_input_names": ["input_ids", "attention_mask"]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, **inputs)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

@@ -1,6 +1,7 @@
 """What `fedcli data preview` shows: rows as they are trained on, token lengths, and every client's share."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcli.data.encoded import EncodedExample, EncodedExamples, EncodedPairs
+from fedcli.data.encoded import EncodedExample, EncodedRow
 from fedcli.data.encoding import Encoder, encode_items
 from fedcli.data.formats import RowReader
 from fedcli.data.source import Row
@@ -193,12 +194,9 @@ def _sample(reader: RowReader, party: Party, by: str | None) -> tuple[list[tuple
     return items, values
 
 
-def _texts(tokenizer: "PreTrainedTokenizerBase", encoded: EncodedExamples | EncodedPairs) -> list[list[Piece]]:
+def _texts(tokenizer: "PreTrainedTokenizerBase", encoded: Iterable[EncodedRow]) -> list[list[Piece]]:
     """Return a row's text in pieces, of both sides of a pair; nothing where the row is too long to be used."""
-    sides: list[EncodedExample] = []
-    for found in encoded:
-        sides += [found] if isinstance(found, EncodedExample) else [found.chosen, found.rejected]
-    return [_pieces(tokenizer, side) for side in sides]
+    return [_pieces(tokenizer, side) for row in encoded for side in row.sides]
 
 
 def _pieces(tokenizer: "PreTrainedTokenizerBase", example: EncodedExample) -> list[Piece]:

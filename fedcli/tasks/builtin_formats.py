@@ -4,18 +4,7 @@ import re
 from collections.abc import Mapping
 
 from fedcli.tasks.conversation import Example, Preference, Role, Turn, instruct
-from fedcli.tasks.format import (
-    EQUAL,
-    MALFORMED,
-    Context,
-    Fields,
-    Format,
-    LeftOut,
-    is_finite,
-    prompt_of,
-    text,
-    turns_of,
-)
+from fedcli.tasks.format import EQUAL, MALFORMED, Context, Fields, Format, LeftOut, is_finite, prompt_of, text, turns_of
 
 FORKED = "the dialogues fork before their last turn"
 UNSCORED = "fewer than two scores"
@@ -67,10 +56,8 @@ def _binarized(fields: Fields, _: Context) -> Preference:
     Or they are the answers alone, and the prompt stands in its own column, as trl has it.
     """
     chosen, rejected = (turns_of(fields.get(column), column) for column in ("chosen", "rejected"))
-    if chosen[0].role == rejected[0].role == "assistant":
-        prompt = prompt_of(fields)
-        chosen, rejected = (*prompt, *chosen), (*prompt, *rejected)
-    return _last_turns(chosen, rejected)
+    prompt = prompt_of(fields) if chosen[0].role == rejected[0].role == "assistant" else ()
+    return _last_turns((*prompt, *chosen), (*prompt, *rejected))
 
 
 def _ultrafeedback(fields: Fields, context: Context) -> Preference:
@@ -125,9 +112,8 @@ def _last_turns(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> Prefere
     """Return the preference of two dialogues that share all but the assistant's last turn."""
     if chosen == rejected:
         raise LeftOut(EQUAL)
-    if chosen[:-1] != rejected[:-1]:
+    if (prompt := chosen[:-1]) != rejected[:-1]:
         raise LeftOut(FORKED)
-    prompt = chosen[:-1]
     if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
         raise LeftOut(MALFORMED, "a dialogue does not end with the assistant's turn")
     return Preference(prompt, chosen[-1].content, rejected[-1].content)

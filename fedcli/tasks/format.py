@@ -53,7 +53,8 @@ def text(fields: Fields, column: str) -> str:
     """Return a column's text; raise LeftOut where there is none."""
     value = fields.get(column)
     if not isinstance(value, str):
-        raise LeftOut(MALFORMED, f"{'no text in' if column in fields else 'no'} column {column!r}{_found(fields)}")
+        lacks = "no text in" if column in fields else "no"
+        raise LeftOut(MALFORMED, f"{lacks} column {column!r}; it has {', '.join(map(str, fields)) or 'none'}")
     return value
 
 
@@ -90,7 +91,3 @@ def is_finite(score: object) -> bool:
         return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
     except OverflowError:
         return False
-
-
-def _found(fields: Fields) -> str:
-    return f"; it has {', '.join(map(str, fields)) or 'none'}"

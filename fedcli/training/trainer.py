@@ -64,7 +64,7 @@ def fit(
     with quiet_libraries(), dropout, _checkpointing(model, settings.gradient_checkpointing):
         for start in range(0, len(rows), settings.batch_size):
             batch = rows[start : start + settings.batch_size]
-            num_parts = len(batch) if task.mean_over == "rows" else sum(_num_supervised(row) for row in batch)
+            num_parts = len(batch) if task.mean_over == "rows" else sum(row.row.num_supervised for row in batch)
             total = torch.zeros((), device=device)
             parts = cut(
                 batch, size=settings.micro_batch_size, overhead=OVERHEAD[device.type], largest=LARGEST[device.type]
@@ -99,10 +99,6 @@ def _likelihood(model: Any, rows: Sequence[TrainRow], pad_id: int) -> Likelihood
     log_probs = response_log_probs(losses, positions, len(sides))
     num_tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1)
     return Likelihood(losses, log_probs.view(-1, len(rows)), num_tokens.view(-1, len(rows)), inputs["reference"])
-
-
-def _num_supervised(row: TrainRow) -> int:
-    return sum(side.num_supervised for side in row.row.sides)
 
 
 @torch.no_grad()
