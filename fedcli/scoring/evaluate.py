@@ -104,7 +104,9 @@ def _score(evaluation: Evaluation, benchmark: Benchmark, target: Target, observe
         others = _answers_of_baseline(workspace, asked, tools.options)
         session = Session(model, files, tools.options, judge, tools.run_code, others)
         items = benchmark.run(session)
-        before = _scored_before(workspace, target.name, name)
+        before = None
+        with suppress(IntegrityError):  # damaged ones are replaced
+            before = read_score(workspace, target.name, name)
         usage = model.usage
         if before is not None and before.model == identity and not usage.num_requests:
             kept = {name: getattr(before, name) for name in ("seconds", "num_generated_tokens", "num_truncated")}
@@ -145,6 +147,7 @@ def _record(
     clusters = {item.item: item.cluster for item in items if item.cluster is not None}
     options = session.options
     num_unscored = sum(not item.marks for item in items)
+    packages = [*PACKAGES, *([BENCHMARKS.package_of(benchmark.name)] if benchmark.name in BENCHMARKS else [])]
     return ScoreRecord(
         benchmark=benchmark.name,
         variant=options.variant,
@@ -165,14 +168,9 @@ def _record(
         seconds=usage.seconds,
         num_generated_tokens=usage.num_generated_tokens,
         tokens_per_second=usage.num_generated_tokens / usage.seconds if usage.num_generated_tokens else None,
-        versions={package: version(package) for package in (*PACKAGES, *_package_of(benchmark))},
+        versions={package: version(package) for package in packages},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _package_of(benchmark: Benchmark) -> list[str]:
-    """Return the package that a registered benchmark comes from."""
-    return [BENCHMARKS.package_of(benchmark.name)] if benchmark.name in BENCHMARKS else []
 
 
 def _combine(workspace: Workspace, benchmark: Benchmark, target: Target, options: Options) -> ScoreRecord:
@@ -189,16 +187,13 @@ def _combine(workspace: Workspace, benchmark: Benchmark, target: Target, options
         for metric in benchmark.metrics
         if all(part in items and name in items[part].marks for part, name in metric.mean_of)
     }
+    summed = ("num_items", "num_unscored", "num_truncated", "seconds", "num_generated_tokens")
     record = found[0].model_copy(
         update={
+            **{name: sum(getattr(part, name) for part in found) for name in summed},
             "benchmark": benchmark.name,
             "scores": scores,
             "data": {"parts": ", ".join(items)},
-            "num_items": sum(part.num_items for part in found),
-            "num_unscored": sum(part.num_unscored for part in found),
-            "num_truncated": sum(part.num_truncated for part in found),
-            "seconds": sum(part.seconds for part in found),
-            "num_generated_tokens": sum(part.num_generated_tokens for part in found),
             "tokens_per_second": None,
             "created": max(part.created for part in found),
             "notes": [f"{part.benchmark}: {note}" for part in found for note in part.notes],
@@ -206,13 +201,6 @@ def _combine(workspace: Workspace, benchmark: Benchmark, target: Target, options
     )
     publish_scores(workspace, record, [])
     return record
-
-
-def _scored_before(workspace: Workspace, target: str, name: str) -> ScoreRecord | None:
-    """Return the scores that are to be replaced; damaged ones are none."""
-    with suppress(IntegrityError):
-        return read_score(workspace, target, name)
-    return None
 
 
 def _answers_of_baseline(workspace: Workspace, benchmark: str, options: Options) -> dict[str, str] | None:
