@@ -9,17 +9,7 @@ from fedcli.eval.data import DataSource, Files
 from fedcli.tasks.conversation import Turn
 
 LIMITS = Limits(max_new_tokens=1024)
-COLUMNS = (
-    "task_id",
-    "prompt",
-    "declaration",
-    "buggy_solution",
-    "entry_point",
-    "import",
-    "test_setup",
-    "test",
-    "instruction",
-)
+_COLUMNS = "task_id prompt declaration buggy_solution entry_point import test_setup test instruction"
 IMPORTS = """import collections, copy, datetime, functools, hashlib, heapq, itertools, math, re, statistics, string, sys
 import numpy
 import numpy as np
@@ -35,7 +25,7 @@ def _run(ask: Callable[[Mapping[str, str]], str], session: Session) -> list[Item
 
 def _problems(files: Files, ask: Callable[[Mapping[str, str]], str]) -> Iterator[Problem]:
     for row in files.rows():
-        texts = {name: text_of(row, name) for name in COLUMNS}
+        texts = {name: text_of(row, name) for name in _COLUMNS.split()}
         if texts["task_id"].startswith("Python/"):
             yield Problem(texts["task_id"], (Turn("user", ask(texts)),), partial(_program, texts))
 
