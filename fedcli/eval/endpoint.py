@@ -116,11 +116,8 @@ class Endpoint:
                 raise self._explained(error) from error
             except UnicodeEncodeError:  # of the request
                 raise
-            except (
-                ValueError,
-                RecursionError,
-            ):  # no JSON, no UTF-8, a number of thousands of digits, nested too deeply
-                completion = None
+            except (ValueError, RecursionError):
+                completion = None  # no JSON, no UTF-8, a number of thousands of digits, nested too deeply
             if (text := _text(completion)) is not None:
                 return before_stop(text, request.stop), _num_tokens(completion)
             if attempt < self.max_retries:

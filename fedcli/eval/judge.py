@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Generic, TypeVar
 
 from fedcli.eval.remembered import Engine, Memory, Remembering
-from fedcli.eval.requests import Generation, Likelihood, LogLikelihood
+from fedcli.eval.requests import Generation
 
 VerdictT = TypeVar("VerdictT")
 
@@ -32,6 +33,10 @@ class Judgment(Generic[VerdictT]):
     verdict: VerdictT | None
     replies: tuple[str, ...]
 
+    def marks(self, *metrics: str) -> dict[str, VerdictT]:
+        """Return the verdict as the mark of some metrics; none where there is no verdict."""
+        return {} if self.verdict is None else dict.fromkeys(metrics, self.verdict)
+
     def record(self) -> dict[str, object]:
         """Return what a reader of the answers wants to see."""
         if self.verdict is None:
@@ -56,10 +61,9 @@ class Judge:
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.name = name
-        self._load = load
         self._confirm = confirm
-        self._engine: _Confirmed | None = None
-        self._answerer = Remembering(self._confirmed, memory, {"judge": name}, on_progress)
+        self._is_confirmed = False
+        self._answerer = Remembering(cache(load), memory, {"judge": name}, on_progress, self._tell)
 
     def ask(self, requests: Sequence[Generation], parse: Callable[[str], VerdictT | None]) -> list[Judgment[VerdictT]]:
         """Return the judgments in order; a reply that `parse` makes nothing of is asked for once more."""
@@ -73,28 +77,10 @@ class Judge:
             judgments.append(Judgment(parse(replies[-1]), replies))
         return judgments
 
-    def _confirmed(self) -> Engine:
-        if self._engine is None:
-            self._engine = _Confirmed(self._load(), self._confirm)
-        return self._engine
-
-
-class _Confirmed:
-    """An engine that says what its first requests will cost before it asks them."""
-
-    def __init__(self, engine: Engine, confirm: Callable[[Estimate], None]) -> None:
-        self.usage = engine.usage
-        self._engine = engine
-        self._confirm: Callable[[Estimate], None] | None = confirm
-
-    def generate(self, requests: Sequence[Generation], on_answer: Callable[[int, str], None]) -> None:
-        if self._confirm is not None:
+    def _tell(self, requests: Sequence[Generation]) -> None:
+        if not self._is_confirmed:
             self._confirm(estimate(requests))
-            self._confirm = None
-        self._engine.generate(requests, on_answer)
-
-    def log_likelihoods(self, requests: Sequence[Likelihood], on_answer: Callable[[int, LogLikelihood], None]) -> None:
-        self._engine.log_likelihoods(requests, on_answer)
+            self._is_confirmed = True
 
 
 def estimate(requests: Sequence[Generation]) -> Estimate:

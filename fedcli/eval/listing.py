@@ -60,11 +60,7 @@ def _listed(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> List
         group=benchmark.groups[0] if benchmark.groups else "",
         groups=benchmark.groups,
         metrics=[metric.name for metric in benchmark.metrics],
-        metric_details=[
-            {"name": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
-            | {"is_detail": metric.is_detail}
-            for metric in benchmark.metrics
-        ],
+        metric_details=[{name: getattr(metric, name) for name in _DETAILS} for metric in benchmark.metrics],
         size=benchmark.size,
         needs=benchmark.needs,
         data=where,
@@ -76,6 +72,7 @@ def _listed(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> List
     )
 
 
+_DETAILS = ("name", "unit", "higher_is_better", "is_detail")
 _PLACES = ("missing", "hub", "cached", "local")
 """From worst to best: a benchmark of parts is as well off as the worst of them."""
 

@@ -132,15 +132,10 @@ def run_tasks(session: Session, task_set: TaskSet) -> list[ItemScore]:
         tasks = _load(names, task_set, local, files)
         for name, task in tasks.items():
             _set_shots(name, task, shots)
-        results = evaluate(
-            SessionLM(session, stderr),
-            {"tasks": tasks},
-            limit=session.options.limit,
-            bootstrap_iters=0,
-        )
-    covers: Fields = (
-        {} if len(names) == len(task_set.names) else {"covers": f"{len(names)} of {len(task_set.names)} tasks"}
-    )
+        limit = session.options.limit
+        results = evaluate(SessionLM(session, stderr), {"tasks": tasks}, limit=limit, bootstrap_iters=0)
+    is_whole = len(names) == len(task_set.names)
+    covers: Fields = {} if is_whole else {"covers": f"{len(names)} of {len(task_set.names)} tasks"}
     return [item for name in names for item in _items(name, results["samples"][name], task_set, covers)]
 
 
@@ -298,8 +293,5 @@ def _record(filtered: list[Fields]) -> Fields:
         answers = zip(arguments, first["resps"], strict=True)
         return record | {"log_probs": {continuation: resps[0][0] for (_, continuation), resps in answers}}
     record["answer"] = first["resps"][0][0] if len(first["resps"][0]) == 1 else first["resps"][0]
-    if extracted := {
-        sample["filter"]: sample["filtered_resps"][0] for sample in filtered if sample["filter"] != "none"
-    }:
-        record["extracted"] = extracted
-    return record
+    extracted = {sample["filter"]: sample["filtered_resps"][0] for sample in filtered if sample["filter"] != "none"}
+    return record | ({"extracted": extracted} if extracted else {})

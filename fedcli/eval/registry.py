@@ -42,24 +42,21 @@ def _check(name: str, found: object) -> Benchmark:
     return found
 
 
-_OWN = register(
-    [
-        *demo.BENCHMARKS,
-        mt_bench.MT_BENCH,
-        mt_bench.MT_BENCH_PAIRWISE,
-        vicuna.BENCHMARK,
-        *lm_eval_tasks.BENCHMARKS,
-        humaneval.BENCHMARK,
-        mbpp.BENCHMARK,
-        *humanevalpack.BENCHMARKS,
-        ds1000.BENCHMARK,
-        *bleu.BENCHMARKS,
-        *finance.BENCHMARKS,
-        hhh.BENCHMARK,
-        advbench.BENCHMARK,
-    ]
+_OWN = (
+    *demo.BENCHMARKS,
+    *mt_bench.BENCHMARKS,
+    vicuna.BENCHMARK,
+    *lm_eval_tasks.BENCHMARKS,
+    humaneval.BENCHMARK,
+    mbpp.BENCHMARK,
+    *humanevalpack.BENCHMARKS,
+    ds1000.BENCHMARK,
+    *bleu.BENCHMARKS,
+    *finance.BENCHMARKS,
+    hhh.BENCHMARK,
+    advbench.BENCHMARK,
 )
-BENCHMARKS = Registry("fedcli.benchmarks", _OWN, _check)
+BENCHMARKS = Registry("fedcli.benchmarks", register(_OWN), _check)
 
 
 def known_groups() -> list[str]:

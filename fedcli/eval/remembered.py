@@ -60,6 +60,7 @@ class Remembering:
     """The Answerer that benchmarks see: what the memory has is not asked again; `load` is called when something is.
 
     `identity` is all that tells one model's answers from another's (hashes of base and adapter, template, dtype).
+    `before` hears of the requests that the loaded model is going to be asked.
     """
 
     def __init__(
@@ -68,11 +69,13 @@ class Remembering:
         memory: Memory,
         identity: Mapping[str, object],
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        before: Callable[[Sequence[Any]], None] = lambda requests: None,
     ) -> None:
         self._load = load
         self._memory = memory
         self._identity = dict(identity)
         self._on_progress = on_progress
+        self._before = before
         self.usage = Usage()
 
     def generate(self, requests: Sequence[Generation]) -> list[str]:
@@ -105,14 +108,15 @@ class Remembering:
                 self._on_progress(done, total)
 
             engine = self._load()
-            before, start = Usage(**vars(engine.usage)), time.monotonic()
+            self._before(list(missing.values()))
+            before, start = dict(vars(engine.usage)), time.monotonic()
             try:
                 ask(engine, list(missing.values()), keep)
             finally:
                 self.usage.seconds += time.monotonic() - start
-                self.usage.num_requests += engine.usage.num_requests - before.num_requests
-                self.usage.num_generated_tokens += engine.usage.num_generated_tokens - before.num_generated_tokens
-                self.usage.num_truncated += engine.usage.num_truncated - before.num_truncated
+                for name in ("num_requests", "num_generated_tokens", "num_truncated"):
+                    spent = getattr(engine.usage, name) - before[name]
+                    setattr(self.usage, name, getattr(self.usage, name) + spent)
         return [self._memory.get(key) for key in keys]
 
     def _key(self, request: Generation | Likelihood) -> str:

@@ -19,19 +19,10 @@ from fedcli.eval.registry import find_benchmarks
 from fedcli.observer import Observer
 from fedcli.scoring.request import Scoring, prepare
 from fedcli.scoring.targets import Targets
+from fedcli.workspace import scores
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.scores import (
-    Failure,
-    ScoreRecord,
-    Unscored,
-    has_note,
-    note_unscored,
-    read_score,
-    read_unscored,
-    remove_unscored,
-    scored_name,
-)
+from fedcli.workspace.scores import Failure, ScoreRecord, Unscored
 from fedcli.workspace.target_name import TargetName
 
 
@@ -60,8 +51,8 @@ def _note_due(federation: FederationState) -> None:
     if every is None or head.number == 0 or (head.number % every and head.manifest.state == "open"):
         return
     for name, benchmark in wanted.items():
-        if not has_note(workspace, str(TargetName.of_round(head.number)), name):
-            note_unscored(workspace, Unscored(round=head.number, benchmark=benchmark.name, name=name))
+        if not scores.has_note(workspace, str(TargetName.of_round(head.number)), name):
+            scores.note_unscored(workspace, Unscored(round=head.number, benchmark=benchmark.name, name=name))
 
 
 def score_due(federation: FederationState, runtimes: Runtimes) -> Iterator[RoundScores]:
@@ -75,9 +66,9 @@ def score_due(federation: FederationState, runtimes: Runtimes) -> Iterator[Round
     by_round: dict[int, list[Unscored]] = {}
     try:
         _note_due(federation)
-        for note in read_unscored(workspace):
+        for note in scores.read_unscored(workspace):
             if note.name not in wanted:
-                remove_unscored(workspace, str(TargetName.of_round(note.round)), note.name)
+                scores.remove_unscored(workspace, str(TargetName.of_round(note.round)), note.name)
             elif note.failure is None:
                 by_round.setdefault(note.round, []).append(note)
     except (WorkspaceError, IntegrityError) as error:
@@ -94,16 +85,16 @@ def _score(federation: FederationState, note: Unscored, runtimes: Runtimes) -> l
     """Return the scores of what is due, or what is said of its failure."""
     workspace, asked = federation.workspace, _asked(federation, note)
     try:
-        if read_score(workspace, str(TargetName.of_round(note.round)), note.name) is None:
+        if scores.read_score(workspace, str(TargetName.of_round(note.round)), note.name) is None:
             return prepare(federation, asked, runtimes).run(Observer())
-        remove_unscored(workspace, str(TargetName.of_round(note.round)), note.name)  # another process was first
+        scores.remove_unscored(workspace, str(TargetName.of_round(note.round)), note.name)  # another process was first
         return []
     except BusyError:
         return []
     except Exception as error:  # whatever a benchmark makes of its data: the next round must not wait for it
         failure = _failure(asked, error)
         with suppress(WorkspaceError):  # it is told, and tried again where it cannot be kept
-            note_unscored(workspace, note.model_copy(update={"failure": failure}))
+            scores.note_unscored(workspace, note.model_copy(update={"failure": failure}))
         return f"{note.name}: {failure.message} ({failure.hint}); to try again: `{failure.again}`"
 
 
@@ -120,7 +111,7 @@ def _wanted(config: Config) -> dict[str, Benchmark]:
                 hint=f"Name {benchmark.answers_of} here, and run `fedcli eval {benchmark.name} --baseline TARGET`.",
             )
     variant = Options(limit=config.eval.limit).variant
-    return {scored_name(benchmark.name, variant): benchmark for benchmark in found}
+    return {scores.scored_name(benchmark.name, variant): benchmark for benchmark in found}
 
 
 def _asked(federation: FederationState, note: Unscored) -> Scoring:

@@ -1,6 +1,7 @@
 """The models that answer benchmarks: the workspace's base with one adapter after another, others loaded when needed."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,37 +9,25 @@ from fedcli.client.runtimes import Runtimes
 from fedcli.config import CustomTemplate, TemplateChoice
 from fedcli.eval.remembered import Engine
 from fedcli.scoring.targets import Target
-from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import Round
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass
 class Models:
-    """Gives each target its engine; the base is loaded once, when the first question needs it.
+    """Gives each target its engine; the base is loaded once, when the first question needs it."""
 
-    `template` is in place of the workspace's own; `endpoint` makes the engine of a model behind one. `runtimes` keeps
-    the base, for whatever else the process does with it.
-    """
-
-    def __init__(
-        self,
-        federation: FederationState,
-        *,
-        threads: int | None = None,
-        batch_size: int | None = None,
-        template: TemplateChoice | None = None,
-        endpoint: Callable[[str], Engine],
-        runtimes: Runtimes,
-    ) -> None:
-        self._federation = federation
-        self._head = federation.head
-        self._threads = threads
-        self._batch_size = batch_size
-        self._template = template if template is not None else self._head.manifest.train.template
-        self._endpoint = endpoint
-        self._runtimes = runtimes
-        self._loaded: tuple[Target, Engine] | None = None
+    head: Round
+    endpoint: Callable[[str], Engine]
+    """Makes the engine of a model behind one."""
+    runtimes: Runtimes
+    """Keep the base, for whatever else the process does with it."""
+    template: TemplateChoice
+    threads: int | None = None
+    batch_size: int | None = None
+    _loaded: tuple[Target, Engine] | None = field(default=None, init=False)
 
     def identity(self, target: Target) -> dict[str, Any]:
         """Return all that tells a target's answers from others'."""
@@ -46,8 +35,8 @@ class Models:
             return dict(target.identity)
         from fedcli.model.base import has_bfloat16
 
-        template = self._template
-        base = self._head.manifest.model
+        template = self.template
+        base = self.head.manifest.model
         of_base = {"base": base.fingerprint, "quantization": base.quantization} if target.model is None else {}
         return {
             **of_base,
@@ -65,16 +54,16 @@ class Models:
 
     def _load(self, target: Target) -> Engine:
         if target.api is not None:
-            return self._endpoint(target.api)
+            return self.endpoint(target.api)
         if target.model is not None:
-            return load_local(target.model, self._template, batch_size=self._batch_size, threads=self._threads)
-        runtime = self._runtimes.load()
+            return load_local(target.model, self.template, batch_size=self.batch_size, threads=self.threads)
+        runtime = self.runtimes.load()
         if target.folder is not None:
             runtime.adapted.load_folder(target.folder)
         else:
             assert target.arrays is not None
             runtime.adapted.load(target.arrays())
-        return _local(runtime.adapted.model, runtime.adapted.tokenizer, self._template, self._batch_size)
+        return _local(runtime.adapted.model, runtime.adapted.tokenizer, self.template, self.batch_size)
 
 
 def load_local(

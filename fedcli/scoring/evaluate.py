@@ -39,18 +39,6 @@ PACKAGES = ("fedcli", "torch", "transformers", "peft", "lm_eval", "sacrebleu")
 
 
 @dataclass(frozen=True)
-class Tools:
-    """What a user allows and names for an evaluation."""
-
-    options: Options = field(default_factory=Options)
-    data: Path | None = None
-    """A folder with benchmarks' files; None: those of $FEDCLI_BENCHMARKS, else the hub."""
-    judge: Callable[[Memory, Callable[[int, int], None]], Judge] | None = None
-    """Makes the judge, given what it remembers, and who hears how far it is."""
-    run_code: CodeRunner | None = None
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Targets that are to be scored on benchmarks, and with what; `scoring.prepare` makes one of what a user asks."""
 
@@ -58,7 +46,12 @@ class Evaluation:
     benchmarks: Sequence[Benchmark]
     targets: Sequence[Target]
     models: Models
-    tools: Tools
+    options: Options = field(default_factory=Options)
+    data: Path | None = None
+    """A folder with benchmarks' files; None: those of $FEDCLI_BENCHMARKS, else the hub."""
+    judge: Callable[[Memory, Callable[[int, int], None]], Judge] | None = None
+    """Makes the judge, given what it remembers, and who hears how far it is."""
+    run_code: CodeRunner | None = None
 
     def run(self, observer: Observer) -> list[ScoreRecord]:
         """Score every target on every benchmark, keep the scores, and return them.
@@ -72,55 +65,82 @@ class Evaluation:
             plan |= {part: BENCHMARKS[part] for part in benchmark.parts}
             plan[benchmark.name] = benchmark
         for benchmark in plan.values():  # what is missing shows before anything is asked
-            if benchmark.data is not None and benchmark.data.files and (self.tools.data or benchmark.data.hub is None):
-                _files(self.workspace, benchmark, self.tools).require()
+            if benchmark.data is not None and benchmark.data.files and (self.data or benchmark.data.hub is None):
+                self._files(benchmark).require()
         records = []
         for target in self.targets:
             for benchmark in plan.values():
                 observer.target_started(target.name, benchmark.name)
-                if benchmark.parts:
-                    records.append(_combine(self.workspace, benchmark, target, self.tools.options))
-                else:
-                    records.append(_score(self, benchmark, target, observer))
+                score_one = self._combine if benchmark.parts else self._score
+                records.append(score_one(benchmark, target, observer))
         return records
 
+    def _score(self, benchmark: Benchmark, target: Target, observer: Observer) -> ScoreRecord:
+        """Ask what has not been answered, score it all, and keep it."""
+        assert benchmark.run is not None
+        workspace, files = self.workspace, self._files(benchmark)
+        identity = self.models.identity(target)
+        asked = benchmark.answers_of or benchmark.name
+        with ExitStack() as stack:
+            stack.enter_context(hold_scoring(workspace, target.name, asked))
+            answers = stack.enter_context(opened_log(workspace.answers(target.name, asked)))
+            judge = None
+            if self.judge is not None and {"judge", "judge-optional"} & {*benchmark.needs}:
+                memory = stack.enter_context(opened_log(workspace.judgments(target.name, benchmark.name)))
+                judge = self.judge(memory, observer.answered)
+            model = Remembering(lambda: self.models.engine(target), answers, identity, observer.answered)
+            others = _answers_of_baseline(workspace, asked, self.options)
+            session = Session(model, files, self.options, judge, self.run_code, others)
+            items = benchmark.run(session)
+            before = None
+            with suppress(IntegrityError):  # damaged ones are replaced
+                before = read_score(workspace, target.name, scored_name(benchmark.name, self.options.variant))
+            usage = model.usage
+            if before is not None and before.model == identity and not usage.num_requests:
+                kept = {name: getattr(before, name) for name in ("seconds", "num_generated_tokens", "num_truncated")}
+                usage = replace(usage, **kept)
+            record = _record(benchmark, target.name, identity, session, items, usage)
+            if record.awaits is not None and before is not None and before.scores and before.model == identity:
+                return before  # scored already; to ask again without a judge takes nothing away
+            publish_scores(workspace, record, [_line(item) for item in items])
+        return record
 
-def _score(evaluation: Evaluation, benchmark: Benchmark, target: Target, observer: Observer) -> ScoreRecord:
-    """Ask what has not been answered, score it all, and keep it."""
-    assert benchmark.run is not None
-    workspace, models, tools = evaluation.workspace, evaluation.models, evaluation.tools
-    files = _files(workspace, benchmark, tools)
-    name = scored_name(benchmark.name, tools.options.variant)
-    identity = models.identity(target)
-    asked = benchmark.answers_of or benchmark.name
-    with ExitStack() as stack:
-        stack.enter_context(hold_scoring(workspace, target.name, asked))
-        answers = stack.enter_context(opened_log(workspace.answers(target.name, asked)))
-        judge = None
-        if tools.judge is not None and {"judge", "judge-optional"} & {*benchmark.needs}:
-            memory = stack.enter_context(opened_log(workspace.judgments(target.name, benchmark.name)))
-            judge = tools.judge(memory, observer.answered)
-        model = Remembering(lambda: models.engine(target), answers, identity, observer.answered)
-        others = _answers_of_baseline(workspace, asked, tools.options)
-        session = Session(model, files, tools.options, judge, tools.run_code, others)
-        items = benchmark.run(session)
-        before = _scored_before(workspace, target.name, name)
-        usage = model.usage
-        if before is not None and before.model == identity and not usage.num_requests:
-            kept = {name: getattr(before, name) for name in ("seconds", "num_generated_tokens", "num_truncated")}
-            usage = replace(usage, **kept)
-        record = _record(benchmark, target.name, identity, session, items, usage)
-        if record.awaits is not None and before is not None and before.scores and before.model == identity:
-            return before  # scored already; to ask again without a judge takes nothing away
-        publish_scores(workspace, record, [_line(item) for item in items])
-    return record
+    def _files(self, benchmark: Benchmark) -> Files:
+        """Return where a benchmark's data is looked for: a named folder, or $FEDCLI_BENCHMARKS and the hub."""
+        assert benchmark.data is not None
+        roots = (*find_roots(self.data), self.workspace.data)
+        return Files(benchmark.name, benchmark.data, roots, self.data is None, find_files, open_rows)
 
-
-def _files(workspace: Workspace, benchmark: Benchmark, tools: Tools) -> Files:
-    """Return where a benchmark's data is looked for: a named folder, or $FEDCLI_BENCHMARKS and the hub."""
-    assert benchmark.data is not None
-    roots = (*find_roots(tools.data), workspace.data)
-    return Files(benchmark.name, benchmark.data, roots, tools.data is None, find_files, open_rows)
+    def _combine(self, benchmark: Benchmark, target: Target, _: Observer) -> ScoreRecord:
+        """Score a benchmark of parts from what its parts have on disk."""
+        parts = [
+            read_score(self.workspace, target.name, scored_name(part, self.options.variant)) for part in benchmark.parts
+        ]
+        found = [part for part in parts if part is not None]
+        items = {record.benchmark: read_marks(self.workspace, record) for record in found}
+        scores = {
+            metric.name: _entry(
+                metric,
+                [items[part].marks[name] for part, name in metric.mean_of],
+                [items[part].clusters for part, _ in metric.mean_of],
+            )
+            for metric in benchmark.metrics
+            if all(part in items and name in items[part].marks for part, name in metric.mean_of)
+        }
+        summed = ("num_items", "num_unscored", "num_truncated", "seconds", "num_generated_tokens")
+        record = found[0].model_copy(
+            update={
+                **{name: sum(getattr(part, name) for part in found) for name in summed},
+                "benchmark": benchmark.name,
+                "scores": scores,
+                "data": {"parts": ", ".join(items)},
+                "tokens_per_second": None,
+                "created": max(part.created for part in found),
+                "notes": [f"{part.benchmark}: {note}" for part in found for note in part.notes],
+            }
+        )
+        publish_scores(self.workspace, record, [])
+        return record
 
 
 def _line(item: ItemScore) -> dict[str, object]:
@@ -145,6 +165,7 @@ def _record(
     clusters = {item.item: item.cluster for item in items if item.cluster is not None}
     options = session.options
     num_unscored = sum(not item.marks for item in items)
+    packages = [*PACKAGES, *([BENCHMARKS.package_of(benchmark.name)] if benchmark.name in BENCHMARKS else [])]
     return ScoreRecord(
         benchmark=benchmark.name,
         variant=options.variant,
@@ -165,54 +186,9 @@ def _record(
         seconds=usage.seconds,
         num_generated_tokens=usage.num_generated_tokens,
         tokens_per_second=usage.num_generated_tokens / usage.seconds if usage.num_generated_tokens else None,
-        versions={package: version(package) for package in (*PACKAGES, *_package_of(benchmark))},
+        versions={package: version(package) for package in packages},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _package_of(benchmark: Benchmark) -> list[str]:
-    """Return the package that a registered benchmark comes from."""
-    return [BENCHMARKS.package_of(benchmark.name)] if benchmark.name in BENCHMARKS else []
-
-
-def _combine(workspace: Workspace, benchmark: Benchmark, target: Target, options: Options) -> ScoreRecord:
-    """Score a benchmark of parts from what its parts have on disk."""
-    parts = [read_score(workspace, target.name, scored_name(part, options.variant)) for part in benchmark.parts]
-    found = [part for part in parts if part is not None]
-    items = {record.benchmark: read_marks(workspace, record) for record in found}
-    scores = {
-        metric.name: _entry(
-            metric,
-            [items[part].marks[name] for part, name in metric.mean_of],
-            [items[part].clusters for part, _ in metric.mean_of],
-        )
-        for metric in benchmark.metrics
-        if all(part in items and name in items[part].marks for part, name in metric.mean_of)
-    }
-    record = found[0].model_copy(
-        update={
-            "benchmark": benchmark.name,
-            "scores": scores,
-            "data": {"parts": ", ".join(items)},
-            "num_items": sum(part.num_items for part in found),
-            "num_unscored": sum(part.num_unscored for part in found),
-            "num_truncated": sum(part.num_truncated for part in found),
-            "seconds": sum(part.seconds for part in found),
-            "num_generated_tokens": sum(part.num_generated_tokens for part in found),
-            "tokens_per_second": None,
-            "created": max(part.created for part in found),
-            "notes": [f"{part.benchmark}: {note}" for part in found for note in part.notes],
-        }
-    )
-    publish_scores(workspace, record, [])
-    return record
-
-
-def _scored_before(workspace: Workspace, target: str, name: str) -> ScoreRecord | None:
-    """Return the scores that are to be replaced; damaged ones are none."""
-    with suppress(IntegrityError):
-        return read_score(workspace, target, name)
-    return None
 
 
 def _answers_of_baseline(workspace: Workspace, benchmark: str, options: Options) -> dict[str, str] | None:

@@ -16,7 +16,7 @@ from fedcli.eval.registry import find_benchmarks
 from fedcli.eval.remembered import Engine, Memory
 from fedcli.model.base import fingerprint
 from fedcli.scoring.engines import Models, load_local
-from fedcli.scoring.evaluate import Evaluation, Tools
+from fedcli.scoring.evaluate import Evaluation
 from fedcli.scoring.targets import Targets, find_targets
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
@@ -58,22 +58,15 @@ def prepare(federation: FederationState, asked: Scoring, runtimes: Runtimes) -> 
     targets = find_targets(federation, replace(asked.targets, api_url=next(iter(urls), None)))
     for endpoint in endpoints.values():
         endpoint.reach()
-    models = Models(
-        federation,
-        threads=asked.threads,
-        batch_size=asked.batch_size,
-        template=_template(asked.options.template),
-        endpoint=endpoints.__getitem__,
-        runtimes=runtimes,
-    )
+    template = _template(asked.options.template) or federation.head.manifest.train.template
+    models = Models(federation.head, endpoints.__getitem__, runtimes, template, asked.threads, asked.batch_size)
     run_code = None
     if asked.allow_code_execution:
         from fedcli.eval.sandbox import Sandbox
 
         run_code = Sandbox()
     judge = _judge(asked) if asked.judge_model is not None else None
-    tools = Tools(asked.options, asked.data, judge, run_code)
-    return Evaluation(federation.workspace, benchmarks, targets, models, tools)
+    return Evaluation(federation.workspace, benchmarks, targets, models, asked.options, asked.data, judge, run_code)
 
 
 def _benchmarks(asked: Scoring) -> list[Benchmark]:

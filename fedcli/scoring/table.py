@@ -3,8 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedcli.errors import NotReadyError, UsageError, did_you_mean
@@ -41,6 +41,10 @@ class Column:
     def title(self) -> str:
         """Both names."""
         return f"{self.benchmark} {self.metric}"
+
+    def signed(self, score: ScoreEntry) -> float:
+        """Return a value of which more is better."""
+        return score.value if self.higher_is_better else -score.value
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ def make_table(
         reference = _reference(in_column, against, column)
         for target, entry in in_column.items():
             lead = None if reference in (None, target) else found.difference(column, target, str(reference))
-            cells[target, column] = Cell(entry, _rank(entry, in_column.values(), column), lead)
+            rank = 1 + sum(column.signed(other) > column.signed(entry) for other in in_column.values())
+            cells[target, column] = Cell(entry, rank, lead)
     complete = [column for column in columns if all((target, column) in scores for target in rows)]
     ranks = average_ranks(
         {target: [scores[target, column].value for column in complete] for target in rows},
@@ -180,26 +185,14 @@ def as_rows(table: ScoreTable) -> list[dict[str, Any]]:
         for target in table.targets:
             if (cell := table.cells.get((target, column))) is None:
                 continue
-            lead = cell.difference
-            rows.append(
-                {
-                    "target": target,
-                    "benchmark": column.benchmark,
-                    "metric": column.metric,
-                    "unit": column.unit,
-                    "higher_is_better": column.higher_is_better,
-                    "value": cell.score.value,
-                    "standard_error": cell.score.standard_error,
-                    "low": cell.score.low,
-                    "high": cell.score.high,
-                    "num_items": cell.score.num_items,
-                    "rank": cell.rank,
-                    "difference": lead.value if lead else None,
-                    "difference_error": lead.standard_error if lead else None,
-                    "difference_low": lead.low if lead else None,
-                    "difference_high": lead.high if lead else None,
-                }
-            )
+            value = {
+                name: getattr(cell.score, name) for name in ("value", "standard_error", "low", "high", "num_items")
+            }
+            lead = {
+                f"difference{suffix}": getattr(cell.difference, name, None)
+                for suffix, name in (("", "value"), ("_error", "standard_error"), ("_low", "low"), ("_high", "high"))
+            }
+            rows.append({"target": target, **asdict(column), **value, "rank": cell.rank, **lead})
     return rows
 
 
@@ -223,17 +216,20 @@ def to_markdown(table: ScoreTable) -> str:
 
 def show_score(cell: Cell | None) -> str:
     """Return a value with its interval."""
-    if cell is None:
-        return ""
-    return f"{_number(cell.score.value)} [{_number(cell.score.low)}, {_number(cell.score.high)}]"
+    return _interval(cell.score) if cell else ""
 
 
 def show_difference(cell: Cell | None) -> str:
     """Return a difference with its interval, signed."""
-    if cell is None or cell.difference is None:
-        return ""
-    lead = cell.difference
-    return f"{_number(lead.value, '+')} [{_number(lead.low, '+')}, {_number(lead.high, '+')}]"
+    return _interval(cell.difference, "+") if cell and cell.difference else ""
+
+
+def _interval(score: ScoreEntry | Score, sign: str = "") -> str:
+    value, low, high = (
+        f"{number:{sign}.3f}" if abs(number) < 10 else f"{number:{sign}.2f}"
+        for number in (score.value, score.low, score.high)
+    )
+    return f"{value} [{low}, {high}]"
 
 
 class _Found:
@@ -324,13 +320,7 @@ def _reference(scores: Mapping[str, ScoreEntry], against: str, column: Column) -
     if against != BEST_ALONE:
         return against if against in scores else None
     alone = [target for target in scores if TargetName.parse(target).kind == "alone"]
-    sign = 1 if column.higher_is_better else -1
-    return max(alone, key=lambda target: sign * scores[target].value, default=None)
-
-
-def _rank(entry: ScoreEntry, others: Iterable[ScoreEntry], column: Column) -> int:
-    sign = 1 if column.higher_is_better else -1
-    return 1 + sum(sign * other.value > sign * entry.value for other in others)
+    return max(alone, key=lambda target: column.signed(scores[target]), default=None)
 
 
 def _marked(cell: Cell | None) -> str:
@@ -338,10 +328,6 @@ def _marked(cell: Cell | None) -> str:
     if cell is None or cell.rank > 2:
         return shown
     return f"**{shown}**" if cell.rank == 1 else f"<u>{shown}</u>"
-
-
-def _number(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.2f}"
 
 
 def _grid(rows: Sequence[Sequence[str]]) -> str:

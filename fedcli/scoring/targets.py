@@ -11,13 +11,7 @@ import numpy as np
 from fedcli.algos import Arrays
 from fedcli.errors import FedError, NotReadyError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
-from fedcli.workspace.baselines import (
-    BaselineRecord,
-    baseline_name,
-    published_baselines,
-    read_baseline,
-    read_baseline_record,
-)
+from fedcli.workspace import baselines
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.inbox import Update, read_update, submitted_rounds
@@ -70,11 +64,12 @@ def find_targets(federation: FederationState, asked: Targets) -> list[Target]:
     workspace, config, start = federation.workspace, federation.config, federation.start
     federation.check_clients((*asked.clients, *asked.alone))
     everything = replace(asked, api_url=None) == Targets()
-    names = [baseline_name(client) for client in asked.alone] + ([baseline_name(None)] if asked.pooled else [])
+    named = [*asked.alone, *([None] if asked.pooled else [])]
     found = [_base(start)] if asked.base or everything else []
     if everything and config.adapter.init is not None:
         found.append(_round(start))
-    found += [_baseline(start, name) for name in (published_baselines(workspace) if everything else names)]
+    names = baselines.published_baselines(workspace) if everything else map(baselines.baseline_name, named)
+    found += [_baseline(start, name) for name in names]
     found += [_update(workspace, client) for client in asked.clients]
     found += [_round(federation.round(name)) for name in (("latest",) if everything else asked.rounds)]
     found += [_folder(folder) for folder in asked.adapters]
@@ -87,7 +82,7 @@ def is_stale(workspace: Workspace, target: str, identity: Mapping[str, Any]) -> 
     """Return whether scores are of a baseline that has been removed or trained anew since."""
     if TargetName.parse(target).kind not in ("alone", "pooled"):
         return False
-    record = read_baseline_record(workspace, target)
+    record = baselines.read_baseline_record(workspace, target)
     return record is None or record.files[ADAPTER_NAME].sha256 != identity.get("adapter")
 
 
@@ -106,14 +101,14 @@ def _round(found: Round) -> Target:
 
 def _baseline(start: Round, name: str) -> Target:
     workspace = start.workspace
-    record: BaselineRecord | None = read_baseline_record(workspace, name)
+    record: baselines.BaselineRecord | None = baselines.read_baseline_record(workspace, name)
     if record is None:
         named = TargetName.parse(name)
         option = "" if named.number is None else f" --id {named.number}"
         raise UsageError(f"there is no baseline {name}", hint=f"Train it: `fedcli train-{named.kind}{option}`.")
 
     def arrays() -> Arrays:
-        contents = read_baseline(workspace, name, start.manifest.tensors)
+        contents = baselines.read_baseline(workspace, name, start.manifest.tensors)
         assert contents is not None  # it was there a moment ago
         return contents
 

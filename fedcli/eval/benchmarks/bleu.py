@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
@@ -41,20 +42,17 @@ def bleu_of_sum(counts: Sequence[float]) -> float:
     return float(scored.score)
 
 
-def _runner(read: Callable[[Files], Iterator[Snippet]]) -> Callable[[Session], list[ItemScore]]:
-    def run(session: Session) -> list[ItemScore]:
-        snippets = list(read(session.files))[: session.options.limit]
-        answers = session.model.generate(
-            [session.generation((Turn("user", row.question),), MAX_NEW_TOKENS) for row in snippets]
-        )
-        items = []
-        for row, answer in zip(snippets, answers, strict=True):
-            code = extract_code(answer).strip()
-            record = {"prompt": row.question, "answer": answer, "code": code, "expected": row.reference}
-            items.append(ItemScore(row.item, {"BLEU": count_ngrams(code, row.reference)}, record, row.cluster))
-        return items
-
-    return run
+def _run(read: Callable[[Files], Iterator[Snippet]], session: Session) -> list[ItemScore]:
+    snippets = list(read(session.files))[: session.options.limit]
+    answers = session.model.generate(
+        [session.generation((Turn("user", row.question),), MAX_NEW_TOKENS) for row in snippets]
+    )
+    items = []
+    for row, answer in zip(snippets, answers, strict=True):
+        code = extract_code(answer).strip()
+        record = {"prompt": row.question, "answer": answer, "code": code, "expected": row.reference}
+        items.append(ItemScore(row.item, {"BLEU": count_ngrams(code, row.reference)}, record, row.cluster))
+    return items
 
 
 def _read_conala(files: Files) -> Iterator[Snippet]:
@@ -79,13 +77,13 @@ def _read_concode(files: Files) -> Iterator[Snippet]:
         yield Snippet(str(number), question, reference)
 
 
-METRICS = (Metric("BLEU", unit="BLEU", of_sum=bleu_of_sum),)
+_benchmark = partial(
+    Benchmark, groups=("code", "paper-table-5"), metrics=(Metric("BLEU", unit="BLEU", of_sum=bleu_of_sum),)
+)
 BENCHMARKS = (
-    Benchmark(
+    _benchmark(
         name="conala",
         title="CoNaLa: a line of Python from a sentence",
-        groups=("code", "paper-table-5"),
-        metrics=METRICS,
         size=500,
         citation="Yin et al. 2018, Learning to Mine Aligned Code and Natural Language Pairs, arXiv 1805.08949",
         data=DataSource(
@@ -94,13 +92,11 @@ BENCHMARKS = (
             hub="neulab/conala",
             revision="refs/convert/parquet",
         ),
-        run=_runner(_read_conala),
+        run=partial(_run, _read_conala),
     ),
-    Benchmark(
+    _benchmark(
         name="concode",
         title="ConCode: a Java method from a sentence (CodeXGLUE's development part: its test part has no answers)",
-        groups=("code", "paper-table-5"),
-        metrics=METRICS,
         size=2000,
         citation="Iyer et al. 2018, Mapping Language to Code in Programmatic Context, arXiv 1808.09588",
         data=DataSource(
@@ -109,6 +105,6 @@ BENCHMARKS = (
             hub="google/code_x_glue_tc_text_to_code",
             split="validation",
         ),
-        run=_runner(_read_concode),
+        run=partial(_run, _read_concode),
     ),
 )

@@ -4,10 +4,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
-from fedcli.eval.benchmark import ItemScore, Metric, Session
+from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.requests import Text
 from fedcli.eval.sandbox import Program
 from fedcli.tasks.conversation import shown
@@ -17,6 +18,13 @@ PASS_METRICS = tuple(Metric(f"pass@{k}") for k in KS)
 """An item has marks for those k of which it has as many samples."""
 TEMPERATURE, TOP_P = 0.8, 0.95
 """Of sampling, where there is more than one answer to a problem (Chen et al. 2021, section 3.3: for k = 100)."""
+code_benchmark = partial(
+    Benchmark,
+    groups=("code", "paper-table-5"),
+    metrics=PASS_METRICS,
+    needs=("code-execution",),
+    takes=("max_new_tokens", "samples", "temperature", "template"),
+)
 _FENCE = re.compile(r"^[ \t]*```([^\n`]*)\n?", re.MULTILINE)
 
 
@@ -56,17 +64,13 @@ def solve(session: Session, problems: Iterable[Problem], limits: Limits) -> list
         session.generation(problem.prompt, limits.max_new_tokens, limits.stop, temperature=temperature)
         for problem in asked
     ]
-    answers = session.model.generate(
-        [
-            replace(request, top_p=TOP_P if request.temperature else 1.0, sample=number)
-            for request in first
-            for number in range(num_samples)
-        ]
-    )
-    samples = [
-        [{"answer": answer} for answer in answers[start : start + num_samples]]
-        for start in range(0, len(answers), num_samples)
+    requests = [
+        replace(request, top_p=TOP_P if request.temperature else 1.0, sample=number)
+        for request in first
+        for number in range(num_samples)
     ]
+    answers = iter(session.model.generate(requests))
+    samples = [[{"answer": next(answers)} for _ in range(num_samples)] for _ in asked]
     if session.run_code is not None:
         to_run = [(row, sample) for row, of_row in zip(asked, samples, strict=True) if row.can_run for sample in of_row]
         programs = [Program(row.program(sample["answer"]), limits.seconds) for row, sample in to_run]

@@ -8,8 +8,8 @@ from typing import Any
 
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
-from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
-from fedcli.eval.benchmarks.code import PASS_METRICS, Limits, Problem, extract_code, solve, text_of
+from fedcli.eval.benchmark import ItemScore, Metric, Session
+from fedcli.eval.benchmarks.code import PASS_METRICS, Limits, Problem, code_benchmark, extract_code, solve, text_of
 from fedcli.eval.data import DataSource, Files
 from fedcli.tasks.conversation import Turn
 
@@ -75,10 +75,9 @@ def extract_solution(answer: str) -> str:
     return code.rpartition("<code>")[2].partition("</code>")[0].removeprefix("\n")
 
 
-BENCHMARK = Benchmark(
+BENCHMARK = code_benchmark(
     name="ds1000",
     title="DS-1000: data science code for seven libraries",
-    groups=("code", "paper-table-5"),
     metrics=(*PASS_METRICS, *(Metric(library, is_detail=True) for library in LIBRARIES)),
     size=1000,
     citation="Lai et al. 2022, DS-1000: A Natural and Reliable Benchmark for Data Science Code Generation, "
@@ -90,6 +89,4 @@ BENCHMARK = Benchmark(
         hub="xlangai/DS-1000",
     ),
     run=run,
-    needs=("code-execution",),
-    takes=("max_new_tokens", "samples", "temperature", "template"),
 )

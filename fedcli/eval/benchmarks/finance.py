@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
-from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
+from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Need, Session
 from fedcli.eval.data import DataSource, Files
 from fedcli.eval.requests import Likelihood
 from fedcli.tasks.conversation import Prompt, Turn
@@ -24,7 +24,6 @@ from fedcli.tasks.conversation import Prompt, Turn
 Label = Literal["negative", "neutral", "positive"]
 LABELS: tuple[Label, ...] = get_args(Label)
 MAX_NEW_TOKENS = 16
-TAKES = ("max_new_tokens", "temperature", "template")
 
 _QUESTION = "What is the sentiment of this {kind}? Please choose an answer from {{negative/neutral/positive}}."
 _SHOWN = re.compile(r"Instruction: What is the sentiment of this (news|tweet)\?.*?\nInput: (.*)\nAnswer: ?", re.DOTALL)
@@ -236,7 +235,6 @@ def _text(row: Row, column: str) -> str:
 
 
 _F1 = (Metric("accuracy"), Metric("weighted_f1", of_sum=weighted_f1), Metric("macro_f1", of_sum=macro_f1))
-_GROUPS = ("finance", "paper-table-4")
 _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statement]]], ...] = (
     (
         "fpb",
@@ -298,41 +296,48 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
 )
 
 
-def _average(metric: Metric, sets: Sequence[str]) -> Metric:
-    """Return the plain mean of a metric over the sets, whatever their sizes."""
-    parts = tuple((name, metric.name) for name in sets)
-    return Metric(f"Avg:{len(sets)} {metric.name}", of_sum=metric.of_sum, mean_of=parts)
-
-
-def _benchmarks() -> Iterable[Benchmark]:
-    names = [name for name, *_ in _SETS]
-    for mode, run, how in (("", run_generation, ""), ("-likelihood", run_likelihood, ", by likelihood")):
-        for name, title, size, citation, data, read in _SETS:
-            yield Benchmark(
-                name + mode,
-                title + how,
-                _GROUPS if not mode else ("finance",),
-                _F1,
-                size,
-                citation,
-                data,
-                partial(run, read),
-                needs=("likelihood",) if mode else (),
-                takes=("template",) if mode else TAKES,
-            )
-        averages = [_average(metric, [name + mode for name in names[:count]]) for count in (3, 4) for metric in _F1]
-        yield Benchmark(
-            f"finance{mode}",
-            f"Average over FPB, FiQA, TFNS (Avg:3) and NWGI (Avg:4){how}",
-            _GROUPS if not mode else ("finance",),
-            tuple(averages),
-            sum(size for _, _, size, *_ in _SETS),
-            "Ye et al. 2024, OpenFedLLM, arXiv 2402.06954, table 4",
-            None,
-            None,
-            parts=tuple(name + mode for name in names),
-            takes=("template",) if mode else TAKES,
+def _benchmarks(mode: str, how: str, run: Callable[..., list[ItemScore]], needs: tuple[Need, ...]) -> list[Benchmark]:
+    """Return the sets' benchmarks of one way of asking, and the plain means over the sets, whatever their sizes."""
+    benchmark = partial(Benchmark, groups=("finance",) if mode else ("finance", "paper-table-4"))
+    if mode:
+        benchmark = partial(benchmark, takes=("template",))
+    sets = [
+        benchmark(
+            name=name + mode,
+            title=title + how,
+            metrics=_F1,
+            size=size,
+            citation=citation,
+            data=data,
+            run=partial(run, read),
+            needs=needs,
         )
+        for name, title, size, citation, data, read in _SETS
+    ]
+    names = tuple(found.name for found in sets)
+    averages = tuple(
+        Metric(
+            f"Avg:{count} {metric.name}",
+            of_sum=metric.of_sum,
+            mean_of=tuple((name, metric.name) for name in names[:count]),
+        )
+        for count in (3, 4)
+        for metric in _F1
+    )
+    mean = benchmark(
+        name=f"finance{mode}",
+        title=f"Average over FPB, FiQA, TFNS (Avg:3) and NWGI (Avg:4){how}",
+        metrics=averages,
+        size=sum(found.size for found in sets),
+        citation="Ye et al. 2024, OpenFedLLM, arXiv 2402.06954, table 4",
+        data=None,
+        run=None,
+        parts=names,
+    )
+    return [*sets, mean]
 
 
-BENCHMARKS = tuple(_benchmarks())
+BENCHMARKS = (
+    *_benchmarks("", "", run_generation, ()),
+    *_benchmarks("-likelihood", ", by likelihood", run_likelihood, ("likelihood",)),
+)

@@ -52,14 +52,7 @@ def run(session: Session) -> list[ItemScore]:
     for number, row in enumerate(rows):
         better, worse = found[2 * number : 2 * number + 2]
         marks = {"accuracy": float(better > worse), row.subset: float(better > worse)}
-        record = {
-            "subset": row.subset,
-            "prompt": shown(row.prompt),
-            "better": row.better,
-            "worse": row.worse,
-            "log_prob_better": better,
-            "log_prob_worse": worse,
-        }
+        record = vars(row) | {"prompt": shown(row.prompt), "log_prob_better": better, "log_prob_worse": worse}
         items.append(ItemScore(str(number), marks, record))
     return items
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from functools import partial
 
-from fedcli.eval.benchmark import Benchmark, ItemScore, Session
-from fedcli.eval.benchmarks.code import PASS_METRICS, Limits, Problem, complete, solve, text_of
+from fedcli.eval.benchmark import ItemScore, Session
+from fedcli.eval.benchmarks.code import Limits, Problem, code_benchmark, complete, solve, text_of
 from fedcli.eval.data import DataSource, Files
 
 LIMITS = Limits(stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"))
@@ -26,11 +26,10 @@ def _program(prompt: str, entry_point: str, test: str, answer: str) -> str:
     return f"{complete(prompt, entry_point, answer)}\n{test}\ncheck({entry_point})\n"
 
 
-BENCHMARK = Benchmark(
+BENCHMARK = code_benchmark(
     name="humaneval",
     title="HumanEval: functions from docstrings",
     groups=("code", "paper-table-2", "paper-table-5"),
-    metrics=PASS_METRICS,
     size=164,
     citation="Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv 2107.03374",
     data=DataSource(
@@ -39,6 +38,5 @@ BENCHMARK = Benchmark(
         hub="openai/openai_humaneval",
     ),
     run=run,
-    needs=("code-execution",),
     takes=("max_new_tokens", "samples", "temperature"),
 )

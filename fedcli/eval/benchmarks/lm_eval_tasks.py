@@ -1,29 +1,28 @@
 """The closed-ended benchmarks: tasks of lm-eval, on the publishers' files where they are here, else from the hub."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 
-from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
+from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Need, Session
 from fedcli.eval.benchmarks import local_rows
-from fedcli.eval.benchmarks.lm_eval_names import BBH_TASKS, MEDICAL_SUBJECTS, MMLU_GROUPS, MMLU_SUBJECTS
+from fedcli.eval.benchmarks.lm_eval_names import BBH_TASKS, MEDICAL_SUBJECTS, MMLU_GROUPS
 from fedcli.eval.data import DataSource
 from fedcli.eval.lm_eval_bridge import TaskSet, run_tasks
 
 ACCURACY = Metric("accuracy")
-TAKES = ("max_new_tokens", "shots", "temperature")
-CHOICE_TAKES = ("shots",)
 CHOSEN = {("acc", "none"): "accuracy"}
 """The choice of the highest likelihood is the right one."""
-_MMLU_PAPER = "Hendrycks et al. 2021, Measuring Massive Multitask Language Understanding, arXiv:2009.03300"
-_BBH_PAPER = "Suzgun et al. 2022, Challenging BIG-Bench Tasks and Whether Chain-of-Thought Can Solve Them, 2210.09261"
-_MATH_PAPER = "Hendrycks et al. 2021, Measuring Mathematical Problem Solving With the MATH Dataset, arXiv:2103.03874"
+_TAKE_FIRST = {"function": "take_first"}
+_choice = partial(Benchmark, metrics=(ACCURACY,), needs=("likelihood",), takes=("shots",))
+_generation = partial(Benchmark, needs=("gpu-advised",), takes=("max_new_tokens", "shots", "temperature"))
 
 
 def _asks(task_set: TaskSet) -> Callable[[Session], list[ItemScore]]:
     return partial(run_tasks, task_set=task_set)
 
 
-def _details(names: Sequence[str]) -> tuple[Metric, ...]:
+def _details(names: Iterable[str]) -> tuple[Metric, ...]:
     return tuple(Metric(name, is_detail=True) for name in names)
 
 
@@ -35,122 +34,100 @@ def _unboxed(responses: Sequence[Sequence[str]], docs: object) -> list[list[str]
     ]
 
 
-MMLU = Benchmark(
-    name="mmlu",
-    title="MMLU: 57 subjects, 4 choices, 5-shot",
-    groups=("general", "paper-table-2", "paper-table-6"),
-    metrics=(
-        ACCURACY,
-        *_details([*MMLU_GROUPS, *MMLU_SUBJECTS]),
-    ),
-    size=14_042,
-    citation=_MMLU_PAPER,
-    data=DataSource(
-        ("test/*_test.csv",), "https://github.com/hendrycks/test", ("mmlu/data", "data"), hub="cais/mmlu", subset="all"
-    ),
-    run=_asks(
-        TaskSet(
-            tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS),
-            CHOSEN,
-            "mmlu/default",
-            local_rows=local_rows.mmlu(*MMLU_SUBJECTS),
-            shots=5,
-            details={
-                f"mmlu_{subject}": (group, subject) for group, subjects in MMLU_GROUPS.items() for subject in subjects
-            },
+def _mmlu(
+    name: str,
+    title: str,
+    groups: tuple[str, ...],
+    size: int,
+    files: tuple[str, ...],
+    subjects: Mapping[str, tuple[str, ...]],
+    needs: tuple[Need, ...],
+) -> Benchmark:
+    """Return a benchmark of some subjects, each with the metrics that its items count for besides the accuracy."""
+    tasks = {f"mmlu_{subject}": counts for subject, counts in subjects.items()}
+    read = local_rows.mmlu(*subjects)
+    return _choice(
+        name=name,
+        title=title,
+        groups=groups,
+        metrics=(ACCURACY, *_details(dict.fromkeys(chain(*zip(*subjects.values(), strict=True))))),
+        size=size,
+        citation="Hendrycks et al. 2021, Measuring Massive Multitask Language Understanding, arXiv:2009.03300",
+        data=DataSource(
+            files,
+            "https://github.com/hendrycks/test",
+            ("mmlu", "mmlu/data", "data"),
+            hub="cais/mmlu",
+            subset="all",
         ),
-    ),
-    needs=("likelihood", "gpu-advised"),
-    takes=CHOICE_TAKES,
-)
-
-MMLU_MEDICAL = Benchmark(
-    name="mmlu-medical",
-    title="MMLU's six medical subjects, 5-shot",
-    groups=("medical", "paper-table-5"),
-    metrics=(ACCURACY, *_details(MEDICAL_SUBJECTS)),
-    size=1_089,
-    citation=_MMLU_PAPER,
-    data=DataSource(
-        tuple(f"test/{subject}_test.csv" for subject in MEDICAL_SUBJECTS),
-        "https://github.com/hendrycks/test",
-        ("mmlu", "mmlu/data", "data"),
-        hub="cais/mmlu",
-        subset="all",
-    ),
-    run=_asks(
-        TaskSet(
-            tuple(f"mmlu_{subject}" for subject in MEDICAL_SUBJECTS),
-            CHOSEN,
-            "mmlu/default",
-            local_rows=local_rows.mmlu(*MEDICAL_SUBJECTS),
-            shots=5,
-            details={f"mmlu_{subject}": (subject,) for subject in MEDICAL_SUBJECTS},
-        ),
-    ),
-    needs=("likelihood",),
-    takes=CHOICE_TAKES,
-)
-
-
-def _bbh_data() -> DataSource:
-    return DataSource(
-        tuple(f"{task}.json" for task in BBH_TASKS),
-        "https://github.com/suzgunmirac/BIG-Bench-Hard",
-        ("bbh", "bbh/bbh", "BIG-Bench-Hard/bbh"),
-        hub="SaylorTwift/bbh",
+        run=_asks(TaskSet(tuple(tasks), CHOSEN, "mmlu/default", local_rows=read, shots=5, details=tasks)),
+        needs=needs,
     )
 
 
-BBH = Benchmark(
-    name="bbh",
-    title="BIG-Bench Hard: 27 tasks, 3-shot, answers without reasoning",
-    groups=("general", "paper-table-2"),
-    metrics=(ACCURACY, *_details(BBH_TASKS)),
-    size=6_511,
-    citation=_BBH_PAPER,
-    data=_bbh_data(),
-    run=_asks(
-        TaskSet(
-            tuple(f"bbh_fewshot_{task}" for task in BBH_TASKS),
-            {("exact_match", "stripped"): "accuracy"},
-            "bbh/fewshot",
-            local_rows=local_rows.bbh("bbh_fewshot_", BBH_TASKS),
-            details={f"bbh_fewshot_{task}": (task,) for task in BBH_TASKS},
-            # Behind "A:" a model with a byte-level tokenizer writes " True", which lm-eval's own counts as wrong.
-            overrides={
-                "filter_list": [
-                    {"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
-                ]
-            },
-        ),
-    ),
-    needs=("gpu-advised",),
-    takes=TAKES,
+MMLU = _mmlu(
+    "mmlu",
+    "MMLU: 57 subjects, 4 choices, 5-shot",
+    ("general", "paper-table-2", "paper-table-6"),
+    14_042,
+    ("test/*_test.csv",),
+    {subject: (group, subject) for group, subjects in MMLU_GROUPS.items() for subject in subjects},
+    ("likelihood", "gpu-advised"),
+)
+MMLU_MEDICAL = _mmlu(
+    "mmlu-medical",
+    "MMLU's six medical subjects, 5-shot",
+    ("medical", "paper-table-5"),
+    1_089,
+    tuple(f"test/{subject}_test.csv" for subject in MEDICAL_SUBJECTS),
+    {subject: (subject,) for subject in MEDICAL_SUBJECTS},
+    ("likelihood",),
 )
 
-BBH_COT = Benchmark(
-    name="bbh-cot",
-    title="BIG-Bench Hard: 27 tasks, 3-shot, with reasoning step by step",
-    groups=("general",),
-    metrics=(ACCURACY, *_details(BBH_TASKS)),
-    size=6_511,
-    citation=_BBH_PAPER,
-    data=_bbh_data(),
-    run=_asks(
-        TaskSet(
-            tuple(f"bbh_cot_fewshot_{task}" for task in BBH_TASKS),
-            {("exact_match", "get-answer"): "accuracy"},
-            "bbh/cot_fewshot",
-            local_rows=local_rows.bbh("bbh_cot_fewshot_", BBH_TASKS),
-            details={f"bbh_cot_fewshot_{task}": (task,) for task in BBH_TASKS},
-        ),
-    ),
-    needs=("gpu-advised",),
-    takes=TAKES,
-)
 
-DROP = Benchmark(
+def _bbh(
+    name: str, how: str, groups: tuple[str, ...], folder: str, filter_: str, overrides: Mapping[str, object]
+) -> Benchmark:
+    prefix = f"bbh_{folder}_"
+    task_set = TaskSet(
+        tuple(f"{prefix}{task}" for task in BBH_TASKS),
+        {("exact_match", filter_): "accuracy"},
+        f"bbh/{folder}",
+        local_rows=local_rows.bbh(prefix, BBH_TASKS),
+        details={f"{prefix}{task}": (task,) for task in BBH_TASKS},
+        overrides=overrides,
+    )
+    return _generation(
+        name=name,
+        title=f"BIG-Bench Hard: 27 tasks, 3-shot, {how}",
+        groups=groups,
+        metrics=(ACCURACY, *_details(BBH_TASKS)),
+        size=6_511,
+        citation="Suzgun et al. 2022, Challenging BIG-Bench Tasks and Whether Chain-of-Thought Can Solve Them, "
+        "2210.09261",
+        data=DataSource(
+            tuple(f"{task}.json" for task in BBH_TASKS),
+            "https://github.com/suzgunmirac/BIG-Bench-Hard",
+            ("bbh", "bbh/bbh", "BIG-Bench-Hard/bbh"),
+            hub="SaylorTwift/bbh",
+        ),
+        run=_asks(task_set),
+    )
+
+
+# Behind "A:" a model with a byte-level tokenizer writes " True", which lm-eval's own filter counts as wrong.
+_STRIPPED = {"name": "stripped", "filter": [{"function": "remove_whitespace"}, _TAKE_FIRST]}
+BBH = _bbh(
+    "bbh",
+    "answers without reasoning",
+    ("general", "paper-table-2"),
+    "fewshot",
+    "stripped",
+    {"filter_list": [_STRIPPED]},
+)
+BBH_COT = _bbh("bbh-cot", "with reasoning step by step", ("general",), "cot_fewshot", "get-answer", {})
+
+DROP = _generation(
     name="drop",
     title="DROP: reading with arithmetic, 3-shot",
     groups=("general", "paper-table-2"),
@@ -176,15 +153,12 @@ DROP = Benchmark(
             overrides={"doc_to_target": "{{ answers[0]|join(',') }}"},
         ),
     ),
-    needs=("gpu-advised",),
-    takes=TAKES,
 )
 
-CRASS = Benchmark(
+CRASS = _choice(
     name="crass",
     title="CRASS: counterfactual questions of BIG-bench, 4 choices, 0-shot",
     groups=("general", "paper-table-2"),
-    metrics=(ACCURACY,),
     size=44,
     citation="Frohberg and Binder 2022, CRASS: A Novel Data Set and Benchmark to Test Counterfactual Reasoning of "
     "Large Language Models, arXiv:2112.11941",
@@ -201,11 +175,9 @@ CRASS = Benchmark(
             ("bigbench_crass_ai_multiple_choice",), CHOSEN, "bigbench/multiple_choice", local_rows=local_rows.crass
         ),
     ),
-    needs=("likelihood",),
-    takes=CHOICE_TAKES,
 )
 
-GSM8K = Benchmark(
+GSM8K = _generation(
     name="gsm8k",
     title="GSM8K: grade school mathematics, 8-shot with reasoning, exact number",
     groups=("math", "paper-table-5"),
@@ -228,11 +200,9 @@ GSM8K = Benchmark(
             local_rows=local_rows.gsm8k,
         ),
     ),
-    needs=("gpu-advised",),
-    takes=TAKES,
 )
 
-MATH = Benchmark(
+MATH = _generation(
     name="math",
     title="MATH: competition mathematics, 0-shot, equal answers after normalisation",
     groups=("math", "paper-table-5"),
@@ -242,7 +212,7 @@ MATH = Benchmark(
         *_details([task.removeprefix("hendrycks_math_") for task in local_rows.MATH_TASKS.values()]),
     ),
     size=5_000,
-    citation=_MATH_PAPER,
+    citation="Hendrycks et al. 2021, Measuring Mathematical Problem Solving With the MATH Dataset, arXiv:2103.03874",
     data=DataSource(
         ("test/*/*.json", "MATH/test/*/*.json", "test.jsonl"),
         "https://github.com/hendrycks/math",
@@ -259,13 +229,11 @@ MATH = Benchmark(
             details={task: (task.removeprefix("hendrycks_math_"),) for task in local_rows.MATH_TASKS.values()},
             overrides={
                 "filter_list": [
-                    {
-                        "name": "boxed",
-                        "filter": [{"function": "custom", "filter_fn": _unboxed}, {"function": "take_first"}],
-                    },
-                    {"name": "none", "filter": [{"function": "take_first"}]},
+                    {"name": "boxed", "filter": [{"function": "custom", "filter_fn": _unboxed}, _TAKE_FIRST]},
+                    {"name": "none", "filter": [_TAKE_FIRST]},
                 ],
-                "generation_kwargs": {  # lm-eval's own, with room for a solution
+                # lm-eval's own, with room for a solution
+                "generation_kwargs": {
                     "until": ["Problem:"],
                     "do_sample": False,
                     "temperature": 0,
@@ -274,15 +242,12 @@ MATH = Benchmark(
             },
         ),
     ),
-    needs=("gpu-advised",),
-    takes=TAKES,
 )
 
-MEDQA = Benchmark(
+MEDQA = _choice(
     name="medqa",
     title="MedQA: questions of the US medical licence, 4 choices, 0-shot",
     groups=("medical", "paper-table-5"),
-    metrics=(ACCURACY,),
     size=1_273,
     citation="Jin et al. 2020, What Disease does this Patient Have?, arXiv:2009.13081",
     data=DataSource(
@@ -292,15 +257,12 @@ MEDQA = Benchmark(
         hub="GBaker/MedQA-USMLE-4-options-hf",
     ),
     run=_asks(TaskSet(("medqa_4options",), CHOSEN, "medqa", local_rows=local_rows.medqa)),
-    needs=("likelihood",),
-    takes=CHOICE_TAKES,
 )
 
-MEDMCQA = Benchmark(
+MEDMCQA = _choice(
     name="medmcqa",
     title="MedMCQA: Indian medical entrance exams, 4 choices, 0-shot, the development part",
     groups=("medical", "paper-table-5"),
-    metrics=(ACCURACY,),
     size=4_183,
     citation="Pal et al. 2022, MedMCQA: A Large-scale Multi-Subject Multi-Choice Dataset, arXiv:2203.14371",
     data=DataSource(
@@ -310,15 +272,12 @@ MEDMCQA = Benchmark(
         split="validation",
     ),
     run=_asks(TaskSet(("medmcqa",), CHOSEN, "medmcqa", local_rows=local_rows.medmcqa)),
-    needs=("likelihood",),
-    takes=CHOICE_TAKES,
 )
 
-PUBMEDQA = Benchmark(
+PUBMEDQA = _choice(
     name="pubmedqa",
     title="PubMedQA: yes, no or maybe to the question of an abstract, 0-shot",
     groups=("medical", "paper-table-5"),
-    metrics=(ACCURACY,),
     size=500,
     citation="Jin et al. 2019, PubMedQA: A Dataset for Biomedical Research Question Answering, arXiv:1909.06146",
     data=DataSource(
@@ -329,8 +288,6 @@ PUBMEDQA = Benchmark(
         subset="pubmed_qa_labeled_fold0_source",
     ),
     run=_asks(TaskSet(("pubmedqa",), CHOSEN, "pubmedqa", local_rows=local_rows.pubmedqa)),
-    needs=("likelihood",),
-    takes=CHOICE_TAKES,
 )
 
 BENCHMARKS = (MMLU, MMLU_MEDICAL, BBH, BBH_COT, DROP, CRASS, GSM8K, MATH, MEDQA, MEDMCQA, PUBMEDQA)

@@ -8,6 +8,7 @@ published, with file and row, and RequirementError where the examples are missin
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,8 @@ def bbh(prefix: str, tasks: Sequence[str]) -> LocalRows:
         found: dict[str, Splits] = {}
         for task in tasks:
             for path in files.find(f"{task}.json"):
-                rows = _examples(path)
-                found[f"{prefix}{task}"] = {
-                    "test": [{"input": _text(row, "input"), "target": _text(row, "target")} for row in rows]
-                }
+                rows = [{name: _text(row, name) for name in ("input", "target")} for row in _examples(path)]
+                found[f"{prefix}{task}"] = {"test": rows}
         return found
 
     return read
@@ -95,8 +94,7 @@ def crass(files: Files, with_examples: bool) -> dict[str, Splits]:
 
 def drop(files: Files, with_examples: bool) -> dict[str, Splits]:
     """Read drop_dataset_dev.json (passages with qa_pairs), or rows of either data set of the hub."""
-    examples = files.require(*_with_train(files)) if with_examples else []
-    return {"drop": {"validation": _drop_rows(files.find()), "train": _drop_rows(examples)}}
+    return {"drop": {"validation": _drop_rows(files.find()), "train": _drop_rows(_train(files, with_examples))}}
 
 
 def _drop_rows(paths: list[Path]) -> list[Fields]:
@@ -149,7 +147,7 @@ def _drop_answer(answer: Mapping[str, Any]) -> Fields:
 def gsm8k(files: Files, with_examples: bool) -> dict[str, Splits]:
     """Read test.jsonl: question, answer that ends in "#### N"; the examples of prompts are lm-eval's own."""
     rows = []
-    for row in (row for path in files.find() for row in Source(path).rows()):
+    for row in _rows(files.find()):
         if "####" not in _text(row, "answer"):
             raise _bad(row.where, 'an answer that ends in "#### N"')
         rows.append({"question": _text(row, "question"), "answer": _text(row, "answer")})
@@ -159,7 +157,7 @@ def gsm8k(files: Files, with_examples: bool) -> dict[str, Splits]:
 def math(files: Files, with_examples: bool) -> dict[str, Splits]:
     """Read MATH's folders of one JSON file for each problem, or .jsonl files with the same fields."""
     tests = _math_rows(files.find())
-    trains = _math_rows(files.require(*_with_train(files))) if with_examples else {}
+    trains = _math_rows(_train(files, with_examples))
     return {task: {"test": rows, "train": trains.get(task, [])} for task, rows in tests.items()}
 
 
@@ -188,25 +186,24 @@ def boxed(text: str) -> str | None:
 
 def medqa(files: Files, with_examples: bool) -> dict[str, Splits]:
     """Read MedQA's US questions with four options: question, options {A..D}, answer_idx."""
-    train = _medqa_rows(files.require(*_with_train(files))) if with_examples else []
-    return {"medqa_4options": {"test": _medqa_rows(files.find()), "train": train, "validation": []}}
+    train = _train(files, with_examples)
+    return {"medqa_4options": {"test": _medqa_rows(files.find()), "train": _medqa_rows(train), "validation": []}}
 
 
 def _medqa_rows(paths: list[Path]) -> list[Fields]:
     rows = []
-    for path in paths:
-        for row in Source(path).rows():
-            options, answer = _take(row, "options", dict), _text(row, "answer_idx")
-            if sorted(options) != list("ABCD") or answer not in options:
-                raise _bad(row.where, "options A, B, C and D, and one of them as answer_idx")
-            endings = {f"ending{number}": options[letter] for number, letter in enumerate("ABCD")}
-            rows.append({"sent1": _text(row, "question"), **endings, "label": "ABCD".index(answer)})
+    for row in _rows(paths):
+        options, answer = _take(row, "options", dict), _text(row, "answer_idx")
+        if sorted(options) != list("ABCD") or answer not in options:
+            raise _bad(row.where, "options A, B, C and D, and one of them as answer_idx")
+        endings = {f"ending{number}": options[letter] for number, letter in enumerate("ABCD")}
+        rows.append({"sent1": _text(row, "question"), **endings, "label": "ABCD".index(answer)})
     return rows
 
 
 def medmcqa(files: Files, with_examples: bool) -> dict[str, Splits]:
     """Read MedMCQA: dev.json, where `cop` counts from 1, or the hub's rows, where it counts from 0."""
-    train = _medmcqa_rows(files.require(*_with_train(files))) if with_examples else []
+    train = _medmcqa_rows(_train(files, with_examples))
     return {"medmcqa": {"validation": _medmcqa_rows(files.find()), "train": train}}
 
 
@@ -248,12 +245,15 @@ def pubmedqa(files: Files, with_examples: bool) -> dict[str, Splits]:
     return {"pubmedqa": {"test": test, "train": rest, "validation": []}}
 
 
-def _with_train(files: Files) -> tuple[str, ...]:
-    """Return the source's patterns for the training part."""
-    return tuple(
-        pattern.replace("validation", "train").replace("test", "train").replace("dev", "train")
-        for pattern in files.source.files
-    )
+def _train(files: Files, wanted: bool) -> list[Path]:
+    """Return the files of the training part, whose names are like those of the other; none where it is not wanted."""
+    patterns = (re.sub("validation|test|dev", "train", pattern) for pattern in files.source.files)
+    return files.require(*patterns) if wanted else []
+
+
+def _rows(paths: list[Path]) -> Iterator[Row]:
+    for path in paths:
+        yield from Source(path).rows()
 
 
 def _examples(path: Path) -> list[Row]:

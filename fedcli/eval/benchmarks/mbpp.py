@@ -5,8 +5,8 @@ from functools import partial
 
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError, UsageError
-from fedcli.eval.benchmark import Benchmark, ItemScore, Session
-from fedcli.eval.benchmarks.code import PASS_METRICS, Limits, Problem, extract_code, solve, text_of
+from fedcli.eval.benchmark import ItemScore, Session
+from fedcli.eval.benchmarks.code import Limits, Problem, code_benchmark, extract_code, solve, text_of
 from fedcli.eval.data import DataSource
 
 EXAMPLES = (2, 3, 4, 1, 5, 6, 7, 8, 9, 10)
@@ -74,11 +74,9 @@ def _tests(row: Row) -> list[str]:
     return tests
 
 
-BENCHMARK = Benchmark(
+BENCHMARK = code_benchmark(
     name="mbpp",
     title="MBPP: short Python programs from a sentence",
-    groups=("code", "paper-table-5"),
-    metrics=PASS_METRICS,
     size=len(TEST),
     citation="Austin et al. 2021, Program Synthesis with Large Language Models, arXiv 2108.07732",
     data=DataSource(
@@ -89,6 +87,5 @@ BENCHMARK = Benchmark(
         split="prompt+test",
     ),
     run=run,
-    needs=("code-execution",),
     takes=("max_new_tokens", "samples", "shots", "temperature"),
 )

@@ -7,6 +7,7 @@ which categories are judged against a reference, the temperature of each, and ho
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, TypeGuard
 
 from fedcli.data.source import Row, read_rows
@@ -19,15 +20,9 @@ from fedcli.tasks.conversation import Turn
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-    "arena-hard-200": 0.0,
+    **dict.fromkeys(("writing", "roleplay"), 0.7),
+    **dict.fromkeys(("extraction", "math", "coding", "reasoning", "arena-hard-200"), 0.0),
+    **dict.fromkeys(("stem", "humanities"), 0.1),
 }
 OTHER_TEMPERATURE = 0.7
 WITH_REFERENCE = {"math", "reasoning", "coding", "arena-hard-200"}
@@ -53,6 +48,10 @@ class Question:
     id: str
     category: str
     turns: tuple[str, ...]
+
+    def record(self, answers: Answers, turn: int) -> dict[str, object]:
+        """Return what a reader wants to see of one of its turns."""
+        return {"category": self.category, "question": self.turns[turn], "answer": answers[turn]}
 
 
 @dataclass(frozen=True)
@@ -121,19 +120,13 @@ def converse(
     """Ask all questions turn by turn, each turn with the answers before it; `temperatures` are by category."""
     chats: list[tuple[Turn, ...]] = [() for _ in questions]
     for turn in range(max((len(question.turns) for question in questions), default=0)):
+        chats = [(*chat, Turn("user", question.turns[turn])) for chat, question in zip(chats, questions, strict=True)]
         requests = [
-            session.generation(
-                (*chat, Turn("user", question.turns[turn])),
-                max_new_tokens,
-                temperature=temperatures.get(question.category, OTHER_TEMPERATURE),
-            )
+            session.generation(chat, max_new_tokens, temperature=temperatures.get(question.category, OTHER_TEMPERATURE))
             for chat, question in zip(chats, questions, strict=True)
         ]
         texts = session.model.generate(requests)
-        chats = [
-            (*chat, Turn("user", question.turns[turn]), Turn("assistant", text.strip()))
-            for chat, question, text in zip(chats, questions, texts, strict=True)
-        ]
+        chats = [(*chat, Turn("assistant", text.strip())) for chat, text in zip(chats, texts, strict=True)]
     return [[turn.content for turn in chat if turn.role == "assistant"] for chat in chats]
 
 
@@ -163,8 +156,7 @@ def rate(session: Session) -> list[ItemScore]:
     """Let the judge rate each answer by itself; without a judge the items have no marks."""
     questions = read_questions(session, NUM_TURNS)
     prompts = _prompts(session, questions)
-    answers = converse(session, questions, TEMPERATURES, MAX_NEW_TOKENS)
-    turns = _turns(questions, answers)
+    turns = _turns(questions, converse(session, questions, TEMPERATURES, MAX_NEW_TOKENS))
     if session.judge is None or prompts is None:
         return [_item(question, turn, given) for question, given, turn in turns]
     requests = [
@@ -173,9 +165,7 @@ def rate(session: Session) -> list[ItemScore]:
     ]
     items = []
     for (question, given, turn), judgment in zip(turns, session.judge.ask(requests, parse_rating), strict=True):
-        marks = {}
-        if judgment.verdict is not None:
-            marks = dict.fromkeys((f"MT-{turn + 1}", "MT-Avg", question.category), judgment.verdict)
+        marks = judgment.marks(f"MT-{turn + 1}", "MT-Avg", question.category)
         items.append(_item(question, turn, given, marks, judgment.record()))
     return items
 
@@ -267,8 +257,8 @@ def _item(
     marks: Mapping[str, float] | None = None,
     judged: Mapping[str, object] | None = None,
 ) -> ItemScore:
-    record = {"category": question.category, "question": question.turns[turn], "answer": answers[turn]}
-    return ItemScore(_item_id(question, turn), marks or {}, {**record, **(judged or {})}, cluster=question.id)
+    record = question.record(answers, turn) | dict(judged or {})
+    return ItemScore(_item_id(question, turn), marks or {}, record, cluster=question.id)
 
 
 def _texts(label: str, turns: Answers) -> dict[str, str]:
@@ -280,10 +270,14 @@ def _is_texts(turns: object, num: int) -> TypeGuard[list[str]]:
     return isinstance(turns, list) and len(turns) == num and all(isinstance(turn, str) for turn in turns)
 
 
-_CITATION = "Zheng et al. 2023, Judging LLM-as-a-judge with MT-Bench and Chatbot Arena, arXiv:2306.05685"
-_DATA = DataSource(("question.jsonl",), FASTCHAT_URL, ("mt-bench", "mt_bench"))
-
-MT_BENCH = Benchmark(
+_benchmark = partial(
+    Benchmark,
+    size=160,
+    citation="Zheng et al. 2023, Judging LLM-as-a-judge with MT-Bench and Chatbot Arena, arXiv:2306.05685",
+    data=DataSource(("question.jsonl",), FASTCHAT_URL, ("mt-bench", "mt_bench")),
+    needs=("judge", "gpu-advised"),
+)
+MT_BENCH = _benchmark(
     "mt-bench",
     "MT-Bench: two turns, each answer rated by a judge",
     ("chat", "paper-table-2", "paper-table-5", "paper-table-6"),
@@ -293,14 +287,10 @@ MT_BENCH = Benchmark(
         Metric("MT-Avg", "points"),
         *(Metric(category, "points", is_detail=True) for category in CATEGORIES),
     ),
-    160,
-    _CITATION,
-    _DATA,
-    rate,
-    needs=("judge", "gpu-advised"),
+    run=rate,
 )
 
-MT_BENCH_PAIRWISE = Benchmark(
+MT_BENCH_PAIRWISE = _benchmark(
     "mt-bench-pairwise",
     "MT-Bench: each answer compared with a baseline's by a judge, in both orders",
     ("chat",),
@@ -310,11 +300,8 @@ MT_BENCH_PAIRWISE = Benchmark(
         Metric("tie", is_detail=True),
         Metric("loss", higher_is_better=False, is_detail=True),
     ),
-    160,
-    _CITATION,
-    _DATA,
-    compare,
-    needs=("judge", "gpu-advised"),
+    run=compare,
     takes=(*MT_BENCH.takes, "baseline"),
     answers_of=MT_BENCH.name,
 )
+BENCHMARKS = (MT_BENCH, MT_BENCH_PAIRWISE)

@@ -15,24 +15,15 @@ def run(session: Session) -> list[ItemScore]:
     """Let the judge rate each answer; without a judge the items have no marks."""
     questions = read_questions(session, 1)
     prompts = read_prompts(session.files) if session.judge else None
-    answers = converse(session, questions, {}, MAX_NEW_TOKENS)
-    records: list[dict[str, object]] = [
-        {"category": question.category, "question": question.turns[0], "answer": given[0]}
-        for question, given in zip(questions, answers, strict=True)
-    ]
+    asked = list(zip(questions, converse(session, questions, {}, MAX_NEW_TOKENS), strict=True))
     if session.judge is None or prompts is None:
-        return [ItemScore(question.id, {}, record) for question, record in zip(questions, records, strict=True)]
-    requests = [
-        prompts.request("single-v1", question, answer=given) for question, given in zip(questions, answers, strict=True)
-    ]
-    judgments = session.judge.ask(requests, parse_rating)
+        return [ItemScore(question.id, {}, question.record(given, 0)) for question, given in asked]
+    judgments = session.judge.ask(
+        [prompts.request("single-v1", question, answer=given) for question, given in asked], parse_rating
+    )
     return [
-        ItemScore(
-            question.id,
-            {} if judgment.verdict is None else {"Vicuna": judgment.verdict},
-            record | judgment.record(),
-        )
-        for question, record, judgment in zip(questions, records, judgments, strict=True)
+        ItemScore(question.id, judgment.marks("Vicuna"), question.record(given, 0) | judgment.record())
+        for (question, given), judgment in zip(asked, judgments, strict=True)
     ]
 
 
