@@ -78,12 +78,31 @@ class _Named(TyperCommand):
         assert self.callback is not None
         function = self.callback()
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        alone.command(self.name)(function)
-        command = typer.main.get_command(alone)
-        hints = get_type_hints(function)
-        for parameter in command.params:
-            setattr(parameter, "process_value", _sparing(parameter, hints[parameter.name]))  # noqa: B010  # mypy's wish
-        return command.make_context(info_name, args, parent, **extra)
+        alone.command(self.name, cls=_Command)(function)
+        return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
+
+
+class _Command(TyperCommand):
+    """A command that looks at no value in which nothing can be wrong."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return its parameters, --help too."""
+        return _spared(super().get_params(ctx), get_type_hints(self.callback))
+
+
+class _Group(TyperGroup):
+    """A group that looks at no value in which nothing can be wrong."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return its parameters, --help too."""
+        return _spared(super().get_params(ctx), {})
+
+
+def _spared(parameters: list[Any], hints: dict[str, Any]) -> list[Any]:
+    for parameter in parameters:
+        if "process_value" not in vars(parameter):
+            parameter.process_value = _sparing(parameter, hints.get(parameter.name))
+    return parameters
 
 
 def _sparing(parameter: Any, hint: object) -> Callable[[Any, Any], Any]:
@@ -113,7 +132,7 @@ def _function_of(name: str) -> Callable[[], Callable[..., None]]:
     return load
 
 
-class EvalGroup(TyperGroup):
+class EvalGroup(_Group):
     """A group whose command `run` need not be named: `fedcli eval mmlu` is `fedcli eval run mmlu`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -125,6 +144,7 @@ class EvalGroup(TyperGroup):
 
 app = typer.Typer(
     name="fedcli",
+    cls=_Group,
     help="Federated fine-tuning of language models over a shared directory: no daemon, no port, no broker.",
     epilog="Every command takes --debug: tracebacks for errors.",
     no_args_is_help=True,
@@ -133,7 +153,7 @@ app = typer.Typer(
 )
 _groups = {"": app}
 for _name, _help in GROUPS.items():
-    _groups[_name] = typer.Typer(cls=EvalGroup if _name == "eval" else None, help=_help, no_args_is_help=True)
+    _groups[_name] = typer.Typer(cls=EvalGroup if _name == "eval" else _Group, help=_help, no_args_is_help=True)
     app.add_typer(_groups[_name], name=_name)
 for _name, _help in COMMANDS.items():
     _group, _, _word = _name.rpartition(" ")

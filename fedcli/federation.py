@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedcli.server.verify import Verification
     from fedcli.workspace.federation_state import FederationState
     from fedcli.workspace.history import Round
+    from fedcli.workspace.idle import Glance
     from fedcli.workspace.scores import ScoreEntry, ScoreRecord
     from fedcli.workspace.slurm_jobs import JobKind
 
@@ -48,6 +49,7 @@ class Federation:
     def __init__(self, workspace: Workspace, *, threads: int | None = None) -> None:
         self.workspace = workspace
         self.threads = threads
+        self._identity: bytes | None = None
 
     @classmethod
     def create(
@@ -83,7 +85,15 @@ class Federation:
     def _opened(self) -> "FederationState":
         from fedcli.workspace.federation_state import FederationState
 
-        return FederationState.open(self.workspace)
+        return FederationState.open(self.workspace, self._identity)
+
+    def glance(self) -> "Glance | None":
+        """Look whether any client may have something to do here, and load next to nothing; None where it cannot tell."""
+        from fedcli.workspace.idle import glance
+
+        seen = glance(self.workspace)
+        self._identity = seen.identity if seen is not None else None
+        return seen
 
     @property
     def state(self) -> "FederationState":

@@ -72,9 +72,7 @@ def train(
 
 def _has_nothing_to_do(federation: Federation, wait: float, json_output: bool) -> bool:
     """Say so, and return True, where a glance shows that no client has anything to do here, or will have."""
-    from fedcli.workspace.idle import glance
-
-    seen = glance(federation.workspace)
+    seen = federation.glance()
     if seen is None or seen.may_train or (wait and not seen.is_finished):
         return False
     if json_output:

@@ -43,7 +43,7 @@ _NUM_NAMED = 3
 
 def is_path(base: str, root: Path) -> bool:
     """Return whether `base` names a folder rather than a hub id."""
-    return base.startswith(("/", ".", "~")) or (root / base).is_dir()
+    return base.startswith(("/", ".", "~")) or (not base.startswith(BUILTIN_PREFIX) and (root / base).is_dir())
 
 
 def find_base(base: str, *, revision: str | None, root: Path) -> Path:

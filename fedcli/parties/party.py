@@ -11,8 +11,8 @@ from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
 from fedcli.workspace.federation_state import Experiment, FederationState
-from fedcli.workspace.history import read_identity
-from fedcli.workspace.layout import Home, Workspace, default_home
+from fedcli.workspace.history import is_own, read_identity
+from fedcli.workspace.layout import Home, default_home
 from fedcli.workspace.registrations import PartyRecord, Registration, read_party, read_registration
 from fedcli.workspace.row_files import has_rows, open_rows
 
@@ -63,18 +63,12 @@ def trusts_code(experiment: Experiment, party: Party | None = None) -> bool:
         return party.trust_remote_code
     if joined := joined_as(experiment):
         return all(record is not None and record.trust_remote_code for record in joined.values())
-    return experiment.config.model.trust_remote_code and _is_own(experiment.workspace)
+    return experiment.config.model.trust_remote_code and is_own(experiment.workspace)
 
 
 def _may_simulate(experiment: Experiment) -> bool:
     """Return whether rows in data/ may be trained: not in a workspace that was made for parties."""
     return experiment.identity is None or experiment.identity.simulation is not False
-
-
-def _is_own(workspace: Workspace) -> bool:
-    """Return whether the workspace's files are this user's; before `init` there are none."""
-    files = [path for path in (workspace.config, workspace.identity) if os.path.lexists(path)]
-    return all(os.lstat(path).st_uid == os.geteuid() for path in files)
 
 
 def find_party(experiment: Experiment, client: int, home: Path | None = None) -> Party:
@@ -129,7 +123,7 @@ def is_here(federation: FederationState, client: int) -> bool:
         return True
     workspace = federation.workspace
     is_simulated = read_registration(workspace, client) is None and _may_simulate(federation)
-    return is_simulated and _is_own(workspace) and not joined_as(federation)
+    return is_simulated and is_own(workspace) and not joined_as(federation)
 
 
 def can_train(federation: FederationState, client: int) -> bool:

@@ -22,7 +22,7 @@ from fedcli.randomness import stream
 from fedcli.tasks import TASKS
 from fedcli.tasks.conversation import Item
 from fedcli.workspace.federation_state import Experiment
-from fedcli.workspace.history import read_identity, read_round
+from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.refusal import Refusal
@@ -137,7 +137,7 @@ def partition_data(workspace: Workspace, *, replace: bool = False, observer: Obs
             "there is nothing to split: data.source is null",
             hint="Start a workspace with rows: `fedcli init DIR --set data.source=SOURCE`.",
         )
-    if workspace.identity.exists() and read_identity(workspace).simulation is False:
+    if experiment.identity is not None and experiment.identity.simulation is False:
         raise WorkspaceError(
             "this workspace was made without rows: parties join it with their own",
             hint="Start another one: `fedcli init DIR --set data.source=SOURCE`.",

@@ -72,13 +72,13 @@ class FederationState(Experiment):
     _config_version: object
 
     @classmethod
-    def open(cls, workspace: Workspace) -> Self:
-        """Read a workspace.
+    def open(cls, workspace: Workspace, identity_contents: bytes | None = None) -> Self:
+        """Read a workspace, but not its workspace.json again where its contents are given.
 
         Raises WorkspaceError where it is not initialised, ConfigError for a fault in fedcli.yaml or a change of what
         `init` fixed, NotReadyError where round 0 is not open, IntegrityError where something is damaged.
         """
-        identity, version = read_identity(workspace), workspace.store.version(CONFIG_NAME)
+        identity, version = read_identity(workspace, identity_contents), workspace.store.version(CONFIG_NAME)
         config = read_config(workspace)
         _check_fixed(workspace, identity, config)
         return cls(workspace, config, identity, read_head(workspace, identity), version)

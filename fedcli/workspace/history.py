@@ -1,5 +1,6 @@
 """Published rounds: finding the head, reading manifests and files with their hashes checked, and who has answered."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,15 +160,16 @@ def is_initialised(workspace: Workspace) -> bool:
     return workspace.store.exists(workspace.name(workspace.identity))
 
 
-def read_identity(workspace: Workspace) -> Identity:
-    """Read workspace.json; raise WorkspaceError where `init` has not finished."""
-    if not is_initialised(workspace):
+def read_identity(workspace: Workspace, contents: bytes | None = None) -> Identity:
+    """Read workspace.json, or `contents` of it; raise WorkspaceError where `init` has not finished."""
+    if contents is None and not is_initialised(workspace):
         raise WorkspaceError(
             f"{workspace.root} holds a {workspace.config.name} but no {workspace.identity.name}: "
             "it is not initialised yet",
             hint=f"Run `fedcli init {workspace.root}`.",
         )
-    return parse_record(Identity, read_whole(workspace, workspace.identity, 2**20), workspace.identity)
+    contents = read_whole(workspace, workspace.identity, 2**20) if contents is None else contents
+    return parse_record(Identity, contents, workspace.identity)
 
 
 def read_round(workspace: Workspace, number: int) -> Round | None:
@@ -251,6 +253,12 @@ def publish_round(workspace: Workspace, manifest: Manifest, files: Mapping[str, 
     """Publish a round; return False where another server was first (its round stands)."""
     folder = workspace.name(workspace.round(manifest.round))
     return workspace.store.publish(folder, files.items(), (MANIFEST, manifest.to_bytes()))
+
+
+def is_own(workspace: Workspace) -> bool:
+    """Return whether the workspace's files are this user's; before `init` there are none."""
+    files = [path for path in (workspace.config, workspace.identity) if os.path.lexists(path)]
+    return all(os.lstat(path).st_uid == os.geteuid() for path in files)
 
 
 def is_hidden(workspace: Workspace, client: int) -> bool:

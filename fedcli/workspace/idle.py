@@ -21,6 +21,8 @@ MAX_BYTES = 2**28
 class Glance:
     """The latest round, whether it ends the federation, and whether a client of it may have to train here."""
 
+    identity: bytes
+    """What workspace.json holds."""
     round: int
     is_finished: bool
     may_train: bool
@@ -30,7 +32,8 @@ def glance(workspace: Workspace) -> Glance | None:
     """Look at the latest round that a listing shows; None where that is not what it should be."""
     try:
         store, name = workspace.store, workspace.name
-        identity = json.loads(store.read(name(workspace.identity), MAX_BYTES))["id"]
+        contents = store.read(name(workspace.identity), MAX_BYTES)
+        identity = json.loads(contents)["id"]
         if not re.fullmatch(WORKSPACE_ID, identity):
             return None
         number = max(int(found) for found in store.names(name(workspace.rounds)) if is_round_name(found))
@@ -40,7 +43,7 @@ def glance(workspace: Workspace) -> Glance | None:
         if manifest["workspace"] != identity:
             return None
         may_train = any(_may_train(workspace, identity, number, client) for client in manifest["cohort"])
-        return Glance(number, manifest["state"] == "finished", may_train)
+        return Glance(contents, number, manifest["state"] == "finished", may_train)
     except (OSError, ValueError, KeyError, TypeError, FedError, Refusal):
         return None
 
