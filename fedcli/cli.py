@@ -118,7 +118,7 @@ def _sparing(parameter: Any, hint: object) -> Callable[[Any, Any], Any]:
     return process_value
 
 
-def _function_of(name: str) -> Callable[[], Callable[..., None]]:
+def function_of(name: str) -> Callable[[], Callable[..., None]]:
     """Return what imports a command; a function that would hide one of Python's own ends in an underscore."""
 
     def load() -> Callable[..., None]:
@@ -157,7 +157,7 @@ for _name, _help in GROUPS.items():
     app.add_typer(_groups[_name], name=_name)
 for _name, _help in COMMANDS.items():
     _group, _, _word = _name.rpartition(" ")
-    _groups[_group].command(_word, cls=_Named, help=_help)(_function_of(_name))
+    _groups[_group].command(_word, cls=_Named, help=_help)(function_of(_name))
 
 
 def _print_version(wanted: bool) -> None:

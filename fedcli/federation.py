@@ -88,7 +88,7 @@ class Federation:
         return FederationState.open(self.workspace, self._identity)
 
     def glance(self) -> "Glance | None":
-        """Look whether any client may have something to do here, and load next to nothing; None where it cannot tell."""
+        """Look whether any client may have something to do here, loading next to nothing; None: not sure."""
         from fedcli.workspace.idle import glance
 
         seen = glance(self.workspace)

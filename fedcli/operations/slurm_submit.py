@@ -217,11 +217,9 @@ def _check_path(workspace: Workspace) -> None:
 
 def _script(federation: FederationState, request: Request) -> str:
     workspace, head = federation.workspace, federation.head
-    writer = ScriptWriter(workspace.root.resolve(), federation.config.slurm)
-    name, logs = (
-        job_name(head, request.kind),
-        workspace.root.resolve() / workspace.name(workspace.job_logs(head.number)),
-    )
+    root = workspace.root.resolve()
+    writer = ScriptWriter(root, federation.config.slurm)
+    name, logs = job_name(head, request.kind), root / workspace.name(workspace.job_logs(head.number))
     return writer.clients(name, request.clients, logs) if request.kind == "clients" else writer.server(name, logs)
 
 
