@@ -4,16 +4,15 @@ import errno
 import json
 import os
 import signal
-import socket
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from fedcli import __version__
 from fedcli.errors import FedError, RequirementError, WorkspaceError
@@ -23,17 +22,113 @@ TERMINATED = 128 + signal.SIGTERM
 PIPE_CLOSED = 128 + signal.SIGPIPE
 _NETWORK = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN)
 
-app = typer.Typer(
-    name="fedcli",
-    help="Federated fine-tuning of language models over a shared directory: no daemon, no port, no broker.",
-    epilog="Every command takes --debug: tracebacks for errors.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # rich's help costs a tenth of a second
-)
+GROUPS = {
+    "client": "What a party does.",
+    "data": "Rows: how they look, and how they are split among simulated clients.",
+    "eval": "Scores: benchmarks, tables, the best round.",
+    "server": "What the server does.",
+    "slurm": "The federation as jobs of SLURM.",
+}
+COMMANDS = {
+    "init": "Make a workspace and open its round 0.",
+    "run": "Run the whole federation on this machine: its clients take turns, and the base model stays loaded.",
+    "status": "Show the round, the algorithm, who has answered, the last losses, and what to run next.",
+    "report": "Write a page that shows the federation: losses, scores, updates, bytes, time, who took part, and how it "
+    "was set.",
+    "export": "Hand a round over: its adapter with a model card, or merged into the base model.",
+    "verify": "Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is.",
+    "gc": "Remove the weights of old rounds and their updates, as fedcli.yaml's `retention` says.",
+    "doctor": "Check this machine, and whether the workspace's experiment can run on it; exit with 8 where it cannot.",
+    "train-alone": "Train one client alone, with the federation's steps and schedule: the baseline that federation "
+    "must beat.",
+    "train-pooled": "Train on all clients' rows together, with the federation's steps and schedule (in a simulation "
+    "only).",
+    "client join": "Join as a real party: your rows stay where they are, and the workspace gets a data card that you "
+    "see first.",
+    "client train": "Train a client on the open round and drop its update.",
+    "client status": "Show how a client stands in the open round.",
+    "data preview": "Show rows as they are trained on, the supervised part highlighted, token lengths and every "
+    "client's share.",
+    "data partition": "Split data.source among the simulated clients, as data.partition says: data/client-N.jsonl and "
+    "a data card.",
+    "eval run": "Score models on benchmarks, and keep scores and answers; with no model named, all that the "
+    "workspace holds.",
+    "eval list": "Show all benchmarks: groups, metrics, size, what each needs, and whether its data is on this "
+    "machine.",
+    "eval table": "Show scores side by side, and write them to eval/ as markdown, csv and json.",
+    "eval best": "Name the best of the rounds that have been scored.",
+    "server open": "Open round 0 unless it is open; `fedcli init` does it too.",
+    "server aggregate": "Merge the open round's updates and publish the next round.",
+    "server run": "Merge every round as soon as it is ready, until the last; clients train elsewhere.",
+    "server score": "Make the scores that are due, as eval.every asks; merge nothing.",
+    "server discard": "Set aside a client's update of the open round, so that the client may send another.",
+    "slurm script": "Write the open round's batch scripts for SLURM, and send nothing.",
+    "slurm submit": "Send the open round to SLURM: an array of its clients, and a job that merges and sends the next "
+    "round.",
+}
+"""The first line of each command's docstring: a list of commands imports none of them."""
 
 
-class EvalGroup(TyperGroup):
+class _Named(TyperCommand):
+    """A command by its name, whose module is imported when it is called; the callback returns its function."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Parse the arguments as the command itself would."""
+        assert self.callback is not None
+        function = self.callback()
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(self.name, cls=_Command)(function)
+        return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
+
+
+class _Command(TyperCommand):
+    """A command that looks at no value in which nothing can be wrong."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return its parameters, --help too."""
+        return _spared(super().get_params(ctx), get_type_hints(self.callback))
+
+
+class _Group(TyperGroup):
+    """A group that looks at no value in which nothing can be wrong."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return its parameters, --help too."""
+        return _spared(super().get_params(ctx), {})
+
+
+def _spared(parameters: list[Any], hints: dict[str, Any]) -> list[Any]:
+    for parameter in parameters:
+        if "process_value" not in vars(parameter):
+            parameter.process_value = _sparing(parameter, hints.get(parameter.name))
+    return parameters
+
+
+def _sparing(parameter: Any, hint: object) -> Callable[[Any, Any], Any]:
+    """Return what processes a parameter's value without pydantic, a tenth of a second, where nothing can be wrong."""
+    process = parameter.process_value
+
+    def process_value(ctx: Any, value: Any) -> Any:
+        if not parameter.required and ctx.get_parameter_source(parameter.name).name == "DEFAULT":
+            return value
+        is_readable_path = hint == Path | None and os.access(value, os.R_OK)
+        return Path(value) if is_readable_path else process(ctx, value)
+
+    return process_value
+
+
+def function_of(name: str) -> Callable[[], Callable[..., None]]:
+    """Return what imports a command: `fedcli client join` is the function `join` of commands/client_join.py."""
+
+    def load() -> Callable[..., None]:
+        module = import_module(f"fedcli.commands.{name.replace(' ', '_').replace('-', '_')}")
+        found: Callable[..., None] = getattr(module, name.rpartition(" ")[2].replace("-", "_"))
+        return found
+
+    return load
+
+
+class EvalGroup(_Group):
     """A group whose command `run` need not be named: `fedcli eval mmlu` is `fedcli eval run mmlu`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -43,25 +138,22 @@ class EvalGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-def _add_commands(group: typer.Typer, prefix: str, names: str) -> None:
-    """Add commands to a group: `fedcli client join` is the function `join` of commands/client_join.py."""
-    for name in names.split():
-        function = name.replace("-", "_")
-        module = import_module(f"fedcli.commands.{prefix}{function}")
-        group.command(name)(getattr(module, function))
-
-
-_add_commands(app, "", "init run status report export verify gc doctor train-alone train-pooled")
-for _name, _help, _commands in (
-    ("client", "What a party does.", "join train status"),
-    ("data", "Rows: how they look, and how they are split among simulated clients.", "preview partition"),
-    ("eval", "Scores: benchmarks, tables, the best round.", "run list table best"),
-    ("server", "What the server does.", "open aggregate run score discard"),
-    ("slurm", "The federation as jobs of SLURM.", "script submit"),
-):
-    _group = typer.Typer(cls=EvalGroup if _name == "eval" else TyperGroup, help=_help, no_args_is_help=True)
-    _add_commands(_group, f"{_name}_", _commands)
-    app.add_typer(_group, name=_name)
+app = typer.Typer(
+    name="fedcli",
+    cls=_Group,
+    help="Federated fine-tuning of language models over a shared directory: no daemon, no port, no broker.",
+    epilog="Every command takes --debug: tracebacks for errors.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich's help costs a tenth of a second
+)
+_groups = {"": app}
+for _name, _help in GROUPS.items():
+    _groups[_name] = typer.Typer(cls=EvalGroup if _name == "eval" else _Group, help=_help, no_args_is_help=True)
+    app.add_typer(_groups[_name], name=_name)
+for _name, _help in COMMANDS.items():
+    _group, _, _word = _name.rpartition(" ")
+    _groups[_group].command(_word, cls=_Named, help=_help)(function_of(_name))
 
 
 def _print_version(wanted: bool) -> None:
@@ -114,6 +206,8 @@ def _run(arguments: list[str]) -> int:
     else:
         return 0
     if debug:
+        import traceback
+
         traceback.print_exception(raised)
     if as_json and not failure.is_reported:
         _print_error(failure.message, failure.hint, failure.exit_code)
@@ -133,6 +227,8 @@ def _explain(error: Exception) -> FedError:
 
 def _explain_os_error(error: OSError) -> FedError:
     """Return what to tell of an error of the system: of memory, of the network, or of a file or disk."""
+    import socket
+
     problem = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.ENOMEM:
         return RequirementError(f"out of memory: {problem}", hint="Free some memory, then run it again.")

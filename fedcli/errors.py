@@ -1,6 +1,5 @@
 """The errors that a user can meet; each class carries the exit code of the public contract."""
 
-import difflib
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -70,6 +69,8 @@ class RequirementError(FedError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that names the nearest known names, or all of them where none is near."""
     names = sorted(known)
+    import difflib
+
     near = difflib.get_close_matches(name, names, n=2)
     if near:
         return f"Did you mean {' or '.join(near)}?"

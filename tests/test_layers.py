@@ -11,7 +11,7 @@ import pytest
 import typer
 from support.processes import ENVIRONMENT, command_names
 
-from fedcli.cli import app
+from fedcli.cli import COMMANDS, app, function_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedcli"
@@ -59,6 +59,11 @@ def test_every_command_is_documented() -> None:
     names = sorted(command_names(typer.main.get_command(app), "fedcli"))
     assert len(names) >= 12
     assert [name for name in names if name not in text] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_list_of_commands_shows_the_first_line_of_each_ones_help(name: str) -> None:
+    assert (function_of(name)().__doc__ or "").splitlines()[0] == COMMANDS[name]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
