@@ -36,7 +36,10 @@ class Span(NamedTuple):
 
 
 def encode(arrays: Arrays, metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
-    """Return named float32 arrays as the bytes of a safetensors file; the same arrays give the same bytes."""
+    """Return named float32 arrays as the bytes of a safetensors file; the same arrays give the same bytes.
+
+    They are those of `safetensors.numpy.save`, which copies the arrays three times.
+    """
     tensors = {name: np.ascontiguousarray(arrays[name], "<f4") for name in sorted(arrays)}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
@@ -45,9 +48,7 @@ def encode(arrays: Arrays, metadata: Mapping[str, str] = MappingProxyType({})) -
         header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": (start, end)}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join(
-        [struct.pack("<Q", len(text)), text, *(array.data for array in tensors.values())]
-    )  # `safetensors.numpy.save` copies thrice
+    return b"".join([struct.pack("<Q", len(text)), text, *(array.data for array in tensors.values())])
 
 
 def schema_of(arrays: Arrays) -> dict[str, TensorEntry]:
