@@ -447,3 +447,11 @@ def test_whatever_update_json_holds_it_is_read_or_refused_with_a_reason_that_a_m
         assert RefusedUpdate(client=0, code=result.code, reason=result.reason).to_bytes()
     else:
         assert 1 <= result.num_samples <= 2**53
+
+
+def test_an_encoded_adapter_has_the_bytes_that_safetensors_writes():
+    names = ["b", "a", 'é\n\u001f\u007f"\\/', "\uffff", "\U00010000"]
+    arrays = {name: np.full((number, 3), number, np.float32) for number, name in enumerate(names)}
+    for some in ({}, arrays, {"scalar": np.float32(3).reshape(())}, {"turned": np.eye(2, 5, dtype=np.float32).T}):
+        contiguous = {name: np.ascontiguousarray(array) for name, array in some.items()}
+        assert encode(some) == save(contiguous, metadata={"format": "pt"})

@@ -7,6 +7,7 @@ depends on the number of threads.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import numpy as np
@@ -64,14 +65,24 @@ class Reducer(ABC):
 
     def add(self, update: Arrays, weight: float, origin: "Arrays | None" = None) -> float:
         """Take an update with its weight (>= 0); return the norm of its difference from `origin` (zero for None)."""
-        squares = []
-        for name, block, difference, spare in _differences(update, origin):
-            squares.append(float(np.multiply(difference, difference, out=spare).sum()))
-            self.add_block(name, block, difference, weight)
-        return math.sqrt(math.fsum(squares))
+        remaining = iter(_blocks(update))  # of both threads: each takes the next one
+
+        def add_remaining() -> list[float]:
+            squares = []
+            for name, block, difference, spare in _differences(update, origin, remaining):
+                squares.append(float(np.multiply(difference, difference, out=spare).sum()))
+                self.add_block(name, block, difference, weight)
+            return squares
+
+        with ThreadPoolExecutor(1) as second:
+            others = second.submit(add_remaining)
+            return math.sqrt(math.fsum(add_remaining() + others.result()))  # fsum is exact: the order does not matter
 
     def add_block(self, name: str, block: slice, difference: Array, weight: float) -> None:  # noqa: B027 not abstract
-        """Take a slice of a flattened tensor of an update's difference; its memory may be written to."""
+        """Take a slice of a flattened tensor of an update's difference; its memory may be written to.
+
+        Two threads call this at once, for different slices.
+        """
 
     @abstractmethod
     def result(self, stacks: Stacks) -> "dict[str, Array]":
@@ -115,17 +126,25 @@ class WeightedMean(Reducer):
         return sums
 
 
-def _differences(update: Arrays, origin: "Arrays | None") -> "Iterator[tuple[str, slice, Array, Array]]":
-    """Yield the slices of an update's difference, by tensor, and as much spare memory; the next one takes both."""
+def _blocks(update: Arrays) -> list[tuple[str, slice]]:
+    """Return the slices of an update's flattened tensors, by tensor."""
+    return [
+        (name, slice(begin, min(begin + BLOCK, array.size)))
+        for name, array in update.items()
+        for begin in range(0, array.size, BLOCK)
+    ]
+
+
+def _differences(
+    update: Arrays, origin: "Arrays | None", blocks: Iterator[tuple[str, slice]]
+) -> "Iterator[tuple[str, slice, Array, Array]]":
+    """Yield each slice with that part of an update's difference and as much spare memory; the next one takes both."""
     memory, spare = np.empty(BLOCK), np.empty(BLOCK)
-    for name, array in update.items():
-        values = array.reshape(-1)
-        start = None if origin is None else origin[name].reshape(-1)
-        for begin in range(0, values.size, BLOCK):
-            block = slice(begin, min(begin + BLOCK, values.size))
-            difference, other = memory[: block.stop - begin], spare[: block.stop - begin]
-            np.copyto(difference, values[block])
-            if start is not None:
-                np.copyto(other, start[block])
-                np.subtract(difference, other, out=difference)
-            yield name, block, difference, other
+    for name, block in blocks:
+        size = block.stop - block.start
+        difference, other = memory[:size], spare[:size]
+        np.copyto(difference, update[name].reshape(-1)[block])
+        if origin is not None:
+            np.copyto(other, origin[name].reshape(-1)[block])
+            np.subtract(difference, other, out=difference)
+        yield name, block, difference, other

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from fedcli.client.runtimes import Runtimes
 from fedcli.config import Config
 from fedcli.errors import BusyError, ConfigError, FedError, IntegrityError, UsageError, WorkspaceError
-from fedcli.eval.benchmark import Benchmark, Options
-from fedcli.eval.registry import find_benchmarks
 from fedcli.observer import Observer
 from fedcli.scoring.request import Scoring, prepare
 from fedcli.scoring.targets import Targets
@@ -24,6 +22,11 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.scores import Failure, ScoreRecord, Unscored
 from fedcli.workspace.target_name import TargetName
+
+if TYPE_CHECKING:  # every aggregation looks here: what scores is imported where there is something to score
+    from fedcli.client.runtimes import Runtimes
+    from fedcli.eval.benchmark import Benchmark
+    from fedcli.scoring.request import Scoring
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def _note_due(federation: FederationState) -> None:
             scores.note_unscored(workspace, Unscored(round=head.number, benchmark=benchmark.name, name=name))
 
 
-def score_due(federation: FederationState, runtimes: Runtimes) -> Iterator[RoundScores]:
+def score_due(federation: FederationState, runtimes: "Runtimes") -> Iterator[RoundScores]:
     """Score every round that is due, on what it has no scores on; yield each round when that is done.
 
     A benchmark that fails is not tried again. No round waits for its scores: what goes wrong is in the result. One that
@@ -81,8 +84,9 @@ def score_due(federation: FederationState, runtimes: Runtimes) -> Iterator[Round
             yield RoundScores(number, records, "; ".join(failures) or None)
 
 
-def _score(federation: FederationState, note: Unscored, runtimes: Runtimes) -> list[ScoreRecord] | str:
+def _score(federation: FederationState, note: Unscored, runtimes: "Runtimes") -> list[ScoreRecord] | str:
     """Return the scores of what is due, or what is said of its failure."""
+
     workspace, asked = federation.workspace, _asked(federation, note)
     try:
         if scores.read_score(workspace, str(TargetName.of_round(note.round)), note.name) is None:
@@ -98,8 +102,13 @@ def _score(federation: FederationState, note: Unscored, runtimes: Runtimes) -> l
         return f"{note.name}: {failure.message} ({failure.hint}); to try again: `{failure.again}`"
 
 
-def _wanted(config: Config) -> dict[str, Benchmark]:
+def _wanted(config: Config) -> "dict[str, Benchmark]":
     """Return the benchmarks that fedcli.yaml asks for, by the names that their scores have."""
+    if not config.eval.benchmarks:
+        return {}
+    from fedcli.eval.benchmark import Options
+    from fedcli.eval.registry import find_benchmarks
+
     try:
         found = find_benchmarks(config.eval.benchmarks)
     except UsageError as error:
@@ -114,7 +123,10 @@ def _wanted(config: Config) -> dict[str, Benchmark]:
     return {scores.scored_name(benchmark.name, variant): benchmark for benchmark in found}
 
 
-def _asked(federation: FederationState, note: Unscored) -> Scoring:
+def _asked(federation: FederationState, note: Unscored) -> "Scoring":
+    from fedcli.eval.benchmark import Options
+    from fedcli.scoring.request import Scoring
+
     workspace, wanted = federation.workspace, federation.config.eval
     return Scoring(
         [note.benchmark],
@@ -133,7 +145,7 @@ def _judge(workspace: Workspace, model: str | None) -> str | None:
     return str(folder) if model and folder.is_dir() else model
 
 
-def _failure(asked: Scoring, error: Exception) -> Failure:
+def _failure(asked: "Scoring", error: Exception) -> Failure:
     words = ["fedcli", "eval", *asked.names, *(word for number in asked.targets.rounds for word in ("--round", number))]
     given = (("--limit", asked.options.limit), ("--data", asked.data))
     judge = (("--judge-model", asked.judge_model), ("--judge-url", asked.judge_url))

@@ -1,4 +1,4 @@
-"""Merging a round's updates: one is read and hashed while another is checked and summed; two are in memory at once."""
+"""Merging a round's updates: two are read and checked at once, then both threads sum each; no more are in memory."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +12,7 @@ from fedcli.algos.reducer import Reducer, Stacks
 from fedcli.errors import IntegrityError
 from fedcli.observer import Observer
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import FetchedUpdate, StoredFile, Update, fetch_update
+from fedcli.workspace.inbox import StoredFile, Update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.refusal import Refusal
@@ -121,17 +121,23 @@ class _Merge:
         )
 
 
-def _read_all(base: Round, order: Sequence[int], count: int, merge: _Merge, observer: Observer) -> None:
+def _read_all(
+    base: Round,
+    order: Sequence[int],
+    count: int,
+    merge: _Merge,
+    observer: Observer,
+) -> None:
     """Count the first `count` valid updates; note who was refused, is missing, or came beyond them."""
     num_read = 0
-    for client, reading in _read_ahead(base, order, merge.reads_again):
+    for client, reading in _read_pairs(base, order, merge.reads_again):
         num_read += 1
-        _ = merge.adapter  # is read while the thread reads the first update
+        _ = merge.adapter  # is read while the threads read the first updates
         try:
-            if (fetched := reading.result()) is None:
+            if (update := reading.result()) is None:
                 merge.missing.append(client)
             else:
-                merge.add(client, fetched.checked())
+                merge.add(client, update)
         except Refusal as refusal:
             merge.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
         observer.update_read(base.number, client)
@@ -141,23 +147,22 @@ def _read_all(base: Round, order: Sequence[int], count: int, merge: _Merge, obse
         (merge.surplus if base.has_update(client) else merge.missing).append(client)
 
 
-def _read_ahead(
+def _read_pairs(
     base: Round, clients: Sequence[int], reads_again: bool
-) -> "Iterator[tuple[int, Future[FetchedUpdate | None]]]":
-    """Yield each client with its update, while a thread reads the next; an update lasts until the next is asked for.
+) -> "Iterator[tuple[int, Future[Update | None]]]":
+    """Yield each client with its update, while a thread reads the other of a pair; a pair's memory is the next one's.
 
     Reading, hashing and numpy's arithmetic all let other threads run.
     """
     memory: tuple[dict[str, memoryview], ...] = ({}, {})
-    with ThreadPoolExecutor(1) as reader:
-        present = None
-        for number, client in enumerate(clients):
-            ahead = reader.submit(fetch_update, base, client, memory[number % 2], reads_again=reads_again)
-            if present is not None:
-                yield present
-            present = client, ahead
-        if present is not None:
-            yield present
+    with ThreadPoolExecutor(2) as readers:
+        for begin in range(0, len(clients), 2):
+            pair = zip(clients[begin : begin + 2], memory, strict=False)  # the last may be alone
+            readings = [
+                (client, readers.submit(read_update, base, client, buffers, reads_again=reads_again))
+                for client, buffers in pair
+            ]
+            yield from readings
 
 
 def _check_finite(base: Round, adapter: Arrays, state: Arrays, magnitudes: dict[int, float]) -> None:

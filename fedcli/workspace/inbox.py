@@ -35,19 +35,6 @@ class Update:
 
 
 @dataclass(frozen=True)
-class FetchedUpdate:
-    """An update whose files are those that its record lists; a number in them may still be NaN or infinite."""
-
-    _update: Update
-
-    def checked(self) -> Update:
-        """Return the update; raise Refusal(nonfinite) where a number is not finite."""
-        for arrays in self._update.files.values():
-            check_finite(arrays)
-        return self._update
-
-
-@dataclass(frozen=True)
 class StoredFile:
     """A checked update's file: it may be read again piece by piece, and each piece must be the one that was checked."""
 
@@ -114,24 +101,16 @@ def discard_update(base: Round, client: int) -> bool:
         raise
 
 
-def read_update(base: Round, client: int) -> Update | None:
+def read_update(
+    base: Round, client: int, buffers: dict[str, memoryview] | None = None, *, reads_again: bool = False
+) -> Update | None:
     """Read and check a client's update of a round; None where there is none.
-
-    Raises Refusal with the code of the first fault that is found.
-    """
-    fetched = fetch_update(base, client, {})
-    return None if fetched is None else fetched.checked()
-
-
-def fetch_update(
-    base: Round, client: int, buffers: dict[str, memoryview], *, reads_again: bool = False
-) -> FetchedUpdate | None:
-    """Read a client's update of a round and check all but its numbers; None where there is none.
 
     Every byte is read once, into memory; what is checked is what is used. `buffers` holds that memory, by file, for
     the next call: this one's arrays are views of it. With `reads_again` the files can be read again as they were.
     Raises Refusal with the code of the first fault that is found.
     """
+    buffers = {} if buffers is None else buffers
     workspace = base.workspace
     try:
         with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
@@ -142,9 +121,12 @@ def fetch_update(
                 raise Refusal(
                     "owner", f"the client's inbox belongs to user {folder.owner}, it joined as user {registered}"
                 )
-            return FetchedUpdate(_read_folder(folder, base, client, buffers, reads_again))
+            update = _read_folder(folder, base, client, buffers, reads_again)
     except FileNotFoundError:
         return None
+    for arrays in update.files.values():
+        check_finite(arrays)
+    return update
 
 
 def read_update_record(base: Round, client: int) -> bytes:
