@@ -28,7 +28,7 @@ class Proximal:
     """Pulls every weight towards the global adapter x: gradient + mu (w - x), Li et al. 2020, equation 2."""
 
     arrays: Arrays
-    """x."""
+    """The global adapter x."""
     mu: float
 
     def gradient_term(self, weight: Any, own: Any) -> Any:
@@ -44,7 +44,7 @@ class ControlVariate:
     """Corrects a client's drift: w -= lr (c - c_k) after every step, Karimireddy et al. 2020, equation 3."""
 
     arrays: Arrays
-    """c - c_k."""
+    """The correction c - c_k, by the adapter's names."""
 
     def gradient_term(self, weight: Any, own: Any) -> None:
         """Return nothing."""

@@ -55,7 +55,7 @@ class Round:
 
     @property
     def folder(self) -> Path:
-        """Its directory."""
+        """The round's directory."""
         return self.workspace.round(self.number)
 
     @property
