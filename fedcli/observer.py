@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Hears what happens while fedcli works, and does nothing; a display overrides what it shows."""
+    """Receives the events of a call. Each method does nothing; a display overrides those that it shows."""
 
     def rows_read(self, what: str, count: int) -> None:
         """So many rows in all are done of what is being done ("reading rows")."""

@@ -13,7 +13,7 @@ VerdictT = TypeVar("VerdictT")
 SECOND_TEMPERATURE = 0.7
 """Of the second attempt: a greedy judge would only repeat itself."""
 CHARACTERS_PER_TOKEN = 4
-"""Of English text, about."""
+"""An estimate for English text."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Estimate:
 
     num_calls: int
     num_prompt_tokens: int
-    """About."""
+    """An estimate: the prompts' characters divided by CHARACTERS_PER_TOKEN."""
     max_reply_tokens: int
 
 

@@ -15,7 +15,7 @@ from fedcli.eval.registry import BENCHMARKS, find_group
 
 @dataclass(frozen=True)
 class Listed:
-    """One benchmark."""
+    """One benchmark, as `fedcli eval list` shows it."""
 
     name: str
     package: str

@@ -25,7 +25,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of all four."""
         return self.weights + self.adapter + self.optimizer + self.activations
 
 

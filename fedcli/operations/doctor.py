@@ -39,7 +39,7 @@ PACKAGES = (
 )
 OLDEST_PYTHON = (3, 11)
 HUB_TIMEOUT = 5.0
-"""Seconds."""
+"""Seconds to wait for an answer of the hub."""
 
 
 @dataclass(frozen=True)

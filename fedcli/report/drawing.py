@@ -19,7 +19,7 @@ BLUE, ORANGE, GREEN, RED, GREY = PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[5],
 MOST_LINES = len(PALETTE)
 """Clients that get a line of their own; more are dots around their mean."""
 WIDTH = 10.0
-"""Inches."""
+"""The width of a figure, in inches."""
 DPI = 150
 STYLE: dict[Any, Any] = {
     "font.size": 11,

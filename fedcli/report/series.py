@@ -71,7 +71,7 @@ class MetricScores:
 
     @property
     def title(self) -> str:
-        """Both names."""
+        """The benchmark's name and the metric's name."""
         return f"{self.benchmark} {self.metric}"
 
     @property

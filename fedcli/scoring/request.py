@@ -41,7 +41,7 @@ class Scoring:
     batch_size: int | None = None
     threads: int | None = None
     confirm: Callable[[Estimate], None] | None = None
-    """Hears what a judge will cost, and raises where that is too much; None: it may."""
+    """Called with the estimated cost of a judge before its first question; it raises to stop. None: no confirmation."""
 
 
 def prepare(federation: FederationState, asked: Scoring, runtimes: Runtimes) -> Evaluation:

@@ -39,7 +39,7 @@ class Column:
 
     @property
     def title(self) -> str:
-        """Both names."""
+        """The benchmark's name and the metric's name."""
         return f"{self.benchmark} {self.metric}"
 
     def signed(self, score: ScoreEntry) -> float:

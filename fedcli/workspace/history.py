@@ -39,7 +39,7 @@ class Round:
 
     @property
     def folder(self) -> Path:
-        """Its directory."""
+        """The round's directory."""
         return self.workspace.round(self.number)
 
     @property

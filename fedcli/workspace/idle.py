@@ -1,7 +1,7 @@
 """A glance at the open round: whether any of its clients may have something to do here.
 
-It validates nothing and loads next to nothing, so that cron may look every minute; where it is not sure it says that
-there may be something, and whoever looks properly then tells what is wrong.
+It validates nothing and imports little, so that cron can run it every minute. In doubt it answers yes: the full check
+that follows reports what is wrong.
 """
 
 import json
