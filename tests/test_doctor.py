@@ -84,6 +84,7 @@ def test_outside_a_workspace_the_machine_alone_is_looked_at(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_broken_bitsandbytes_fails_a_quantised_experiment_and_only_warns_another(
     small: Path, without_bitsandbytes: str
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_batch_that_cannot_fit_into_memory_fails_with_the_cure(small: Path) ->
     assert "gradient_checkpointing" in findings["memory"]["cure"]
 
 
+@pytest.mark.slow
 def test_a_faulty_configuration_is_a_finding(small: Path) -> None:
     configure(small, "steps: 2", "stepps: 2")
     code, findings = examine(small)

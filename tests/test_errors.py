@@ -503,6 +503,7 @@ def test_a_limit_on_file_sizes_stops_a_command_and_lifting_it_lets_it_go_on(run:
 # Signals
 
 
+@pytest.mark.slow
 def test_a_client_that_is_stopped_leaves_nothing_behind_and_may_run_again(run: Run, tmp_path: Path) -> None:
     home, scratch = tmp_path / "w", tmp_path / "scratch"
     scratch.mkdir()

@@ -103,6 +103,7 @@ def outcomes(processes: list[subprocess.Popen[str]], *, allowed: set[int]) -> li
     return [json.loads(out)["status"] for out, _, code in results if code == 0]
 
 
+@pytest.mark.slow
 def test_twelve_trainers_of_one_client_and_four_servers_make_one_update_and_one_round(small: Path) -> None:
     for client in (0, 2):
         run_ok("client", "train", "--id", client, cwd=small)

@@ -226,6 +226,7 @@ def careless(final: Path, files, *, mode: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_the_harness_catches_a_server_that_writes_under_the_final_name(answered, monkeypatch):
     monkeypatch.setattr(publish, "publish_directory", careless)
     violated = [

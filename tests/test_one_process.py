@@ -70,6 +70,7 @@ def test_a_dropped_model_is_freed_though_another_was_made_since(small: Path) -> 
     assert run(FREED, small) == ["True"]
 
 
+@pytest.mark.slow
 def test_a_quantised_model_may_follow_a_plain_one(small: Path) -> None:
     assert run(QUANTIZED, small) == ["False", "Linear8bitLt torch.int8", "Linear4bit torch.uint8"]
 

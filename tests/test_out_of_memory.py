@@ -94,6 +94,7 @@ def test_a_training_that_does_not_fit_names_this_machine_and_the_cure(small: Pat
     assert "train.micro_batch_size" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_bytes", [0, 2**28], ids=["for the file", "for the weights"])
 def test_a_base_that_does_not_fit_names_this_machine_and_the_cure(num_bytes: int, tmp_path: Path) -> None:
     """A base of 134 MB that takes twice as much when it is loaded; the file's weights are a hole."""

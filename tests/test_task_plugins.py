@@ -131,6 +131,7 @@ def test_what_an_entry_point_gives_must_be_a_task_of_its_name_and_of_known_keys(
         registry["other"]
 
 
+@pytest.mark.slow
 def test_rows_of_a_packages_format_are_split_and_trained_on(plugin: dict[str, str], tmp_path: Path) -> None:
     rows = [{"question": f"What is {number} and one?", "answer": str(number + 1)} for number in range(30)]
     source = tmp_path / "rows.jsonl"
