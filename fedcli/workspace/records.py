@@ -26,7 +26,7 @@ RecordT = TypeVar("RecordT", bound="Record")
 class Record(BaseModel):
     """A record read from disk: types are strict, keys that this version does not know are ignored."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", defer_build=True)
 
     def to_bytes(self) -> bytes:
         """Return UTF-8 JSON with sorted keys."""
