@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fedcli.errors import UsageError
 from fedcli.observer import Observer
 from fedcli.workspace.layout import Workspace, find_workspace
 
@@ -67,7 +68,7 @@ class Federation:
         """
         from fedcli.server.create import create_workspace
 
-        overrides = [f"{key}={json.dumps(value)}" for key, value in (settings or {}).items()]
+        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in (settings or {}).items()]
         made = create_workspace(Path(path), preset=preset, overrides=overrides, observer=observer)
         return cls(made.federation.workspace)
 
@@ -80,7 +81,7 @@ class Federation:
         Raises WorkspaceError where there is none, or where it is not initialised, ConfigError for a fault in its
         fedcli.yaml.
         """
-        found = cls(find_workspace(None if path is None else Path(path)), threads=threads)
+        found = cls(find_workspace(_path(path)), threads=threads)
         assert found.state
         return found
 
@@ -131,7 +132,7 @@ class Federation:
         Raises UsageError for an id that no client has.
         """
         self.state.check_clients([client])
-        return Client(self, client, None if home is None else Path(home))
+        return Client(self, client, _path(home))
 
     def round(self, number: "int | Literal['latest']" = "latest") -> "Round":
         """Return a round: its manifest, and `adapter()`, named float32 arrays. Raises NotReadyError for a later one."""
@@ -141,6 +142,9 @@ class Federation:
         """Train and merge until the last round, or for `rounds` rounds, with so many clients at once."""
         from fedcli.operations.run import run_federation
 
+        for name, number in (("rounds", rounds), ("workers", workers)):
+            if number is not None and number < 1:
+                raise UsageError(f"{name} is {number}", hint="Give 1 or more.")
         return run_federation(
             self.state, runtimes=self.runtimes, rounds=rounds, workers=workers, threads=self.threads, observer=observer
         )
@@ -170,10 +174,12 @@ class Federation:
     ) -> "list[ScoreRecord]":
         """Score all models of the workspace on benchmarks, or what a `request` names, and keep the scores.
 
-        What was answered before is not asked again.
+        What was answered before is not asked again. Raises UsageError where no benchmark is named.
         """
         from fedcli.scoring.request import Scoring, prepare
 
+        if not (names or request):
+            raise UsageError("no benchmark is named", hint="`fedcli eval list` shows those that there are.")
         return prepare(self.state, request or Scoring(names), self.runtimes).run(observer)
 
     def scores(
@@ -200,16 +206,16 @@ class Federation:
         return verify(self.workspace, observer=observer)
 
     def report(
-        self, *, output: Path | None = None, tensorboard: Path | None = None, observer: Observer = SILENT
+        self, *, output: Path | str | None = None, tensorboard: Path | str | None = None, observer: Observer = SILENT
     ) -> "WrittenReport":
         """Write a page that shows the federation, and its pictures."""
         from fedcli.operations.report import write_report
 
-        return write_report(self.state, output=output, tensorboard=tensorboard, observer=observer)
+        return write_report(self.state, output=_path(output), tensorboard=_path(tensorboard), observer=observer)
 
     def export(
         self,
-        output: Path,
+        output: Path | str,
         *,
         round: str = "latest",
         best: str | None = None,
@@ -221,7 +227,7 @@ class Federation:
         from fedcli.operations.export import export
 
         return export(
-            self.state, output, number=round, best=best, merge=merge, dtype=dtype, max_shard_size=max_shard_size
+            self.state, Path(output), number=round, best=best, merge=merge, dtype=dtype, max_shard_size=max_shard_size
         )
 
     def gc(self, *, dry_run: bool = False) -> "Collection | None":
@@ -234,17 +240,23 @@ class Federation:
         self,
         *,
         client: int | None = None,
-        home: Path | None = None,
+        home: Path | str | None = None,
         by: str | None = None,
         num_rows: int = 2,
-        output: Path | None = None,
+        output: Path | str | None = None,
         observer: Observer = SILENT,
     ) -> "Preview":
         """Look at rows as they are trained on, and draw the clients' shares; round 0 need not be open."""
         from fedcli.operations.preview import preview
 
         return preview(
-            self.workspace, client=client, home=home, by=by, num_rows=num_rows, output=output, observer=observer
+            self.workspace,
+            client=client,
+            home=_path(home),
+            by=by,
+            num_rows=num_rows,
+            output=_path(output),
+            observer=observer,
         )
 
     def partition(self, *, replace: bool = False, observer: Observer = SILENT) -> "DataSummary":
@@ -252,6 +264,10 @@ class Federation:
         from fedcli.parties.simulate import partition_data
 
         return partition_data(self.workspace, replace=replace, observer=observer)
+
+
+def _path(path: Path | str | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 @dataclass(frozen=True)
@@ -264,7 +280,7 @@ class Client:
 
     def join(
         self,
-        data: str,
+        data: Path | str,
         *,
         format: str | None = None,
         subset: str | None = None,
@@ -280,7 +296,7 @@ class Client:
         return prepare_join(
             self.federation.state,
             self.id,
-            data,
+            str(data),
             data_format=format,
             subset=subset,
             split=split,
@@ -333,12 +349,20 @@ class Server:
         wait: float = 0.0,
         observer: Observer = SILENT,
     ) -> "AggregationResult":
-        """Merge the open round's updates and publish the next round; raise NotReadyError while too few are there."""
+        """Merge the open round's updates and publish the next round; raise NotReadyError while too few are there.
+
+        What eval.every asks for is noted, and `score` makes the scores.
+        """
         from fedcli.server.aggregate import aggregate
 
-        return aggregate(
+        if not dry_run:
+            self.note_scores()  # an earlier call may have been interrupted before it did
+        result = aggregate(
             self.federation.state, algorithm=algorithm, partial=partial, dry_run=dry_run, wait=wait, observer=observer
         )
+        if result.published:
+            self.note_scores()
+        return result
 
     def run(self, *, observer: Observer = SILENT) -> "Round":
         """Merge every round as soon as it is ready, until the last, and return that; clients train elsewhere."""

@@ -74,7 +74,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def _load(self, entry: EntryPoint) -> T:
         try:
             return self._check(entry.name, entry.load())
-        except Exception as error:  # whatever a stranger's module raises, its package is named
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises, its package is named
             raise RequirementError(
                 f"{entry.name!r} of the package {_package(entry)} cannot be loaded: {type(error).__name__}: {error}",
                 hint=f"Mend or uninstall that package: `pip uninstall {_package(entry)}`.",

@@ -57,6 +57,15 @@ class FedMedian(Algorithm):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Weightless(Algorithm):
+    name: Literal["weightless"] = "weightless"
+    given: float = 0.0
+
+    def weight(self, num_samples: int) -> float:
+        return {2.0: np.nan, 3.0: np.inf}.get(self.given, self.given)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Misnamed(Algorithm):
     name: Literal["other"] = "other"
 
@@ -71,7 +80,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The installed package, its reducer as CONTRIBUTING.md shows it."""
     shown = CONTRIBUTING.read_text().split("A `Reducer`")[1].split("```python\n")[1].split("   ```")[0]
     median = "".join(line[3:] or "\n" for line in shown.splitlines(keepends=True))
-    names = {"fedmedian": "FedMedian", "misnamed": "Misnamed", "foreign": "Foreign", "gone": "Gone"}
+    kinds = ("FedMedian", "Weightless", "Misnamed", "Foreign", "Gone")
+    names = {kind.lower(): kind for kind in kinds}
     points = {"fedcli.algorithms": {name: f"somebodys_median:{kind}" for name, kind in names.items()}}
     return install(tmp_path_factory.mktemp("package"), "somebodys-median", PACKAGE.replace("MEDIAN", median), points)
 
@@ -116,6 +126,15 @@ def test_a_federation_with_another_packages_algorithm_gives_the_median_and_is_ve
 )
 def test_what_is_wrong_with_another_packages_algorithm_is_told(package, tmp_path, name, code, said):
     assert said in run(package, tmp_path, "init", ".", "--set", f"algorithm.name={name}", code=code)
+
+
+@pytest.mark.parametrize("weight", [0, -1, 2, 3], ids=["zero", "negative", "nan", "inf"])
+def test_a_weight_that_is_none_is_told_and_nothing_is_published(package, tmp_path, weight):
+    run(package, tmp_path, "init", ".", *settings(*SMALL, "algorithm.name=weightless", f"algorithm.given={weight}"))
+    run(package, tmp_path, "client", "train", "--any")
+    told = run(package, tmp_path, "server", "aggregate", "--partial", code=3)
+    assert "the algorithm weightless gives client" in told
+    assert not (tmp_path / "rounds/00001").exists()
 
 
 def test_hyperparameters_and_algo_of_another_packages_algorithm_are_checked_like_fedclis_own(package, small):

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from support.processes import SMALL, fedcli, settings, warm
 
+from fedcli import Federation
+
 ONE = (*SMALL, "federation.clients=2", "federation.per_round=1", "federation.rounds=5", "train.steps=1")
 """Settings of a federation of five rounds, each of one client."""
 EVERY_SECOND = {"every": 2, "benchmarks": ["demo", "vicuna"], "limit": 2, "data": "rows"}
@@ -118,6 +120,21 @@ def test_server_aggregate_and_server_run_score_the_same_rounds(workspace):
 
 def unscored(workspace: Path) -> list[dict[str, Any]]:
     return json.loads(run(workspace, "status", "--json").stdout)["unscored"]
+
+
+def test_a_round_that_the_api_merged_is_scored_like_one_that_the_command_merged(workspace):
+    ask(workspace, every=1, benchmarks=["demo"], limit=2)
+    train_round(workspace)
+    federation = Federation.open(workspace)
+    federation.server.aggregate(dry_run=True)
+    assert not list(workspace.glob("eval/*/*.unscored.json"))
+    federation.server.aggregate()
+    (note,) = workspace.glob("eval/*/*.unscored.json")
+    note.write_bytes(b"{")
+    assert "Remove that file" in run(workspace, "status", code=7).stderr
+    note.unlink()
+    assert [made.round for made in federation.server.score()] == [1]
+    assert scored(workspace) == {"round-00001": {"demo@limit=2"}}
 
 
 def test_a_benchmark_that_fails_stops_no_round_is_shown_and_is_tried_again_by_a_person_alone(workspace, template):

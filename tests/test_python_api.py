@@ -10,6 +10,7 @@ import pytest
 from support.processes import ENVIRONMENT
 
 import fedcli
+from fedcli.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs" / "federation_in_60_lines.py"
@@ -59,3 +60,11 @@ def test_a_name_that_is_taken_is_not_added(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match="its name is 'fedavg'"):
         ALGORITHMS.add("another", FedAvg)
     assert "another" not in ALGORITHMS
+
+
+def test_an_argument_that_makes_no_sense_is_a_usage_error(small: Path) -> None:
+    federation = fedcli.Federation.open(small)
+    for call in (lambda: federation.run(rounds=0), lambda: federation.run(workers=0), federation.evaluate):
+        with pytest.raises(UsageError):
+            call()
+    assert federation.report(output=str(small / "page")).page.parent == small / "page"

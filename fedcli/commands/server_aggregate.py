@@ -34,8 +34,6 @@ def aggregate(
 
     federation = found_federation(workspace)
     scores = not (dry_run or no_score)
-    if not dry_run:
-        federation.server.note_scores()  # it may have been interrupted, and the merge makes another round the latest
     try:
         with StepDisplay(json_output, "updates") as observer:
             result = federation.server.aggregate(
@@ -47,8 +45,6 @@ def aggregate(
         raise
     if not json_output:
         _print(result)
-    if result.published:
-        federation.server.note_scores()
     scored = score_and_tell(federation) if scores else []
     if json_output:
         document = {name: getattr(result, name) for name in ("status", "round", "state", "aggregation")}

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 from fedcli.config import Config
 from fedcli.errors import BusyError, ConfigError, FedError, IntegrityError, UsageError, WorkspaceError
 from fedcli.observer import Observer
-from fedcli.scoring.request import Scoring, prepare
-from fedcli.scoring.targets import Targets
 from fedcli.workspace import scores
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
@@ -86,6 +84,7 @@ def score_due(federation: FederationState, runtimes: "Runtimes") -> Iterator[Rou
 
 def _score(federation: FederationState, note: Unscored, runtimes: "Runtimes") -> list[ScoreRecord] | str:
     """Return the scores of what is due, or what is said of its failure."""
+    from fedcli.scoring.request import prepare
 
     workspace, asked = federation.workspace, _asked(federation, note)
     try:
@@ -126,6 +125,7 @@ def _wanted(config: Config) -> "dict[str, Benchmark]":
 def _asked(federation: FederationState, note: Unscored) -> "Scoring":
     from fedcli.eval.benchmark import Options
     from fedcli.scoring.request import Scoring
+    from fedcli.scoring.targets import Targets
 
     workspace, wanted = federation.workspace, federation.config.eval
     return Scoring(

@@ -1,5 +1,6 @@
 """Merging a round's updates: two are read and checked at once, then both threads sum each; no more are in memory."""
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ import numpy as np
 
 from fedcli.algos import Algorithm, Array, Arrays, MergedUpdates
 from fedcli.algos.reducer import Reducer, Stacks
-from fedcli.errors import IntegrityError
+from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import StoredFile, Update, read_update
@@ -25,7 +26,7 @@ def combine(
     """Read the updates of a round's clients in this order, until `count` are valid, and merge them in this order.
 
     Returns the next round's merged files (None if no update is valid), which are the adapter and the algorithm's
-    state. Raises IntegrityError where they would not be finite.
+    state. Raises IntegrityError where they would not be finite, ConfigError where the algorithm gives no usable weight.
     """
     merge = _Merge(
         base,
@@ -76,6 +77,11 @@ class _Merge:
     def add(self, client: int, update: Update) -> None:
         """Count one client's update."""
         weight = self.algorithm.weight(update.record.num_samples)
+        if not 0 < weight < math.inf:
+            raise ConfigError(
+                f"the algorithm {self.algorithm.name} gives client {client}'s update the weight {weight}",
+                hint="A weight is a finite number above 0. Mend the algorithm, or choose another with --algo.",
+            )
         delta_norm = self.differences.add(update.files[ADAPTER_FILE], weight, self.adapter)
         norms = [reducer.add(update.files[name], 1.0) for name, reducer in self.files.items()]
         self.magnitudes[client] = max(delta_norm, *norms, 0.0)
@@ -109,8 +115,6 @@ class _Merge:
         total = 0.0
         for entry in self.counted:
             total += entry.weight
-        if self.counted and total == 0.0:
-            raise ZeroDivisionError("the weights of all updates add up to zero")
         shares = [entry.model_copy(update={"weight": entry.weight / total}) for entry in self.counted]
         return Aggregation(
             algorithm=asdict(self.algorithm),

@@ -44,7 +44,7 @@ def glance(workspace: Workspace) -> Glance | None:
             return None
         may_train = any(_may_train(workspace, identity, number, client) for client in manifest["cohort"])
         return Glance(number, manifest["state"] == "finished", may_train, contents)
-    except (OSError, ValueError, KeyError, TypeError, FedError, Refusal):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, FedError, Refusal):
         return None
 
 

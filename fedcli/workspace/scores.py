@@ -125,7 +125,14 @@ def read_unscored(workspace: Workspace) -> list[Unscored]:
         for name in workspace.store.names(workspace.name(workspace.eval / target))
         if name.endswith(_UNSCORED) and not name.startswith(".")
     ]
-    return [parse_record(Unscored, read_whole(workspace, path, MAX_SCORE_BYTES), path) for path in paths]
+    return [_read_note(workspace, path) for path in paths]
+
+
+def _read_note(workspace: Workspace, path: Path) -> Unscored:
+    try:
+        return parse_record(Unscored, read_whole(workspace, path, MAX_SCORE_BYTES), path)
+    except IntegrityError as error:
+        raise IntegrityError(error.message, hint="Remove that file: what is due is noted again.") from error
 
 
 def remove_unscored(workspace: Workspace, target: str, name: str) -> None:
