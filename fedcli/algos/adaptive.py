@@ -6,6 +6,7 @@ squares the new momentum m+ instead: `second_moment: momentum`, the default here
 unweighted, and the first m is D itself.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +42,7 @@ class FedAdagrad(Adaptive):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveMoments(Adaptive):
+class AdaptiveMoments(Adaptive, ABC):
     """The direction is m+ = b1 m + (1 - b1) D; v+ comes from v and g = m+^2 or D^2."""
 
     state_prefixes = (FIRST, SECOND)
@@ -50,9 +51,9 @@ class AdaptiveMoments(Adaptive):
     beta2: Decay = 0.99
     second_moment: Literal["momentum", "delta"] = "momentum"
 
+    @abstractmethod
     def next_second(self, v: Array, g: Array) -> Array:
         """Return v+."""
-        raise NotImplementedError
 
     def apply(self, adapter: Arrays, merged: MergedUpdates, state: Arrays) -> NextStep:
         mean = merged.difference
