@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fedcli.commands.options import HomeOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import TrainingDisplay, print_result
+from fedcli.commands.output import TrainingDisplay, at, print_result
 from fedcli.errors import UsageError
 from fedcli.federation import Federation
 
@@ -55,8 +55,9 @@ def train(
         document = client_document(results[0])
     lines = [line for result in results for line in _describe(result)] or NOTHING_DUE
     is_trained = any(result.training for result in results)
-    hint = "next: fedcli status; once the cohort has answered, fedcli server aggregate" if is_trained else ""
-    print_result(json_output, document, lines, hint)
+    here = at(workspace)
+    hint = f"next: fedcli status{here}; once the cohort has answered, fedcli server aggregate{here}"
+    print_result(json_output, document, lines, hint if is_trained else "")
 
 
 def _has_nothing_to_do(federation: Federation, wait: float, json_output: bool) -> bool:

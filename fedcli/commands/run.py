@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fedcli.commands.options import JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import TrainingDisplay, describe_round_scores, print_hint, print_result
+from fedcli.commands.output import TrainingDisplay, at, describe_round_scores, print_hint, print_result
 
 if TYPE_CHECKING:
     from fedcli.scoring.after_rounds import RoundScores
@@ -38,7 +38,7 @@ def run(
     if result.left_out:
         text.append(f"left out of the clients' rows: {describe_counts(result.left_out)}")
     text.append(f"adapter: {federation.workspace.adapter(result.round)}")
-    print_result(json_output, result, text, "next: fedcli status, fedcli verify")
+    print_result(json_output, result, text, f"next: fedcli status{at(workspace)}, fedcli verify{at(workspace)}")
 
 
 class _Display(TrainingDisplay):

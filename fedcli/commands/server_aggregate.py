@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import StepDisplay, print_hint, print_json
+from fedcli.commands.output import StepDisplay, at, print_hint, print_json
 from fedcli.commands.server_score import score_and_tell
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ def aggregate(
             score_and_tell(federation)
         raise
     if not json_output:
-        _print(result)
+        _print(result, at(workspace))
     scored = score_and_tell(federation) if scores else []
     if json_output:
         document = {name: getattr(result, name) for name in ("status", "round", "state", "aggregation")}
         print_json(document | ({"scored": scored} if scored else {}))
 
 
-def _print(result: "AggregationResult") -> None:
+def _print(result: "AggregationResult", here: str) -> None:
     if result.aggregation is None:
         print(f"nothing to do: the federation has finished at round {result.round}")
         return
@@ -68,4 +68,4 @@ def _print(result: "AggregationResult") -> None:
     if result.status != "dry_run":
         print(f"round {result.round} is {result.state}")
     elif done.refused:
-        print_hint(f"next: fedcli server discard --id {done.refused[0].client} lets that client send again")
+        print_hint(f"next: fedcli server discard --id {done.refused[0].client}{here} lets that client send again")

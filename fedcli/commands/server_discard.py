@@ -1,7 +1,7 @@
 """fedcli server discard."""
 
 from fedcli.commands.options import ClientOption, JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import print_result
+from fedcli.commands.output import at, print_result
 
 
 def discard(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
@@ -11,5 +11,5 @@ def discard(client: ClientOption, workspace: WorkspaceOption = None, json_output
         json_output,
         {"status": "discarded" if discarded else "nothing_to_discard", "client": client},
         f"client {client}: {'its update is set aside' if discarded else 'has no update in the open round'}",
-        hint=f"next: fedcli client train --id {client}" if discarded else "",
+        hint=f"next: fedcli client train --id {client}{at(workspace)}" if discarded else "",
     )
