@@ -423,8 +423,8 @@ def test_every_shipped_preset_is_listed_and_valid() -> None:
 @pytest.mark.skipif(not (REAL / "fin_sentiment").is_dir(), reason=f"no public rows in {REAL}")
 @pytest.mark.parametrize("partition", ["iid", "{dirichlet: {by: label, alpha: 0.3}}"])
 def test_finance_on_the_phrase_bank_for_two_rounds(partition: str, tmp_path: Path) -> None:
-    """The README's one-liner makes a CSV of `sentence@label` lines."""
-    (one_liner,) = re.findall(r"^ +(iconv .*)$", (REPOSITORY / "docs/DATA.md").read_text(), re.M)
+    """The command of DATA.md makes a CSV of `sentence@label` lines."""
+    (one_liner,) = re.findall(r"^    iconv .*\n(?:^    .*\n)*", (REPOSITORY / "docs/DATA.md").read_text(), re.M)
     shutil.copy(REAL / "fin_sentiment/Sentences_50Agree.txt", tmp_path)
     subprocess.run(["bash", "-c", one_liner], cwd=tmp_path, check=True)
     columns = ("data.format.columns.instruction=sentence", "data.format.columns.response=label")
