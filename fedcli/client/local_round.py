@@ -69,7 +69,7 @@ def train_and_drop(
         observer.step_done(client, report)
 
     values, losses = runtime.train(
-        adapter,
+        algorithm.start(adapter, own),
         manifest.train,
         party=party,
         round_number=head.number,
@@ -88,7 +88,10 @@ def train_and_drop(
     sent, kept = algorithm.client_step(
         adapter, values, state, own, steps=len(losses), learning_rate=manifest.train.learning_rate
     )
-    files = {name: encode(arrays) for name, arrays in ({ADAPTER_FILE: values} | sent).items()}
+    files = {
+        name: encode({tensor: arrays[tensor] for tensor in manifest.sent_tensors})
+        for name, arrays in ({ADAPTER_FILE: values} | sent).items()
+    }
     record = _update_record(head, client, files, training).to_bytes()
     if algorithm.private_state:
         remove_old_candidates(party.home, algorithm, client, [*past, head])

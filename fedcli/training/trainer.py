@@ -50,12 +50,16 @@ def fit(
     A step's loss is the mean of the task's loss over the supervised tokens or the rows of its batch: neither it nor
     its gradient depends on how the batch is cut into micro-batches.
     """
-    model, parameters = adapted.base, list(adapted.parameters.values())
+    model = adapted.base
+    for name, parameter in adapted.parameters.items():
+        parameter.requires_grad_(rule is None or rule.trains(name))
+    trained = {name: parameter for name, parameter in adapted.parameters.items() if parameter.requires_grad}
+    parameters = list(trained.values())
     device, has_autocast = model.device, has_bfloat16()
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
     )
-    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=device) for name in adapted.parameters]
+    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=device) for name in trained]
     losses: list[float] = []
     torch.manual_seed(settings.seed)  # of dropout
     optimizer.zero_grad()  # what another client's training left that broke off
