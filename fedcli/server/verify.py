@@ -16,7 +16,6 @@ from fedcli.workspace.history import (
     Round,
     is_hidden,
     listed_rounds,
-    names_of_rounds,
     prunable,
     read_identity,
     read_round,
@@ -77,7 +76,7 @@ def verify(workspace: Workspace, *, observer: Observer) -> Verification:
     """
     result = Verification()
     identity = _read_identity(workspace, result)
-    for entry in names_of_rounds(workspace):
+    for entry in workspace.store.names("rounds"):
         if not entry.startswith(".") and not is_round_name(entry):
             result.report(workspace.rounds / entry, "is no round; nothing else belongs there")
     seen: dict[str, int] = {}
