@@ -25,9 +25,9 @@ from fedcli.workspace.baselines import (
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Home
 from fedcli.workspace.locks import hold
+from fedcli.workspace.records import train_record
 from fedcli.workspace.registrations import joined_clients
 from fedcli.workspace.tensors import encode
-from fedcli.workspace.train_record import train_record
 
 
 @dataclass(frozen=True)

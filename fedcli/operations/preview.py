@@ -25,8 +25,8 @@ from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.publish import publish_file
+from fedcli.workspace.records import train_record
 from fedcli.workspace.row_files import has_rows
-from fedcli.workspace.train_record import train_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

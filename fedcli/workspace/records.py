@@ -3,15 +3,16 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcli.config import Quantization, TaskName, TemplateChoice
+from fedcli.config import Config, Quantization, TaskName, TemplateChoice, TrainConfig
 from fedcli.errors import IntegrityError
+from fedcli.tasks import TASKS
+from fedcli.tasks.task import Hyperparameter
 from fedcli.workspace.layout import WORKSPACE_ID
 from fedcli.workspace.refusal import Refusal, RefusalCode
-from fedcli.workspace.strict_json import parse_object
 
 PROTOCOL = 1
 LARGEST_COUNT = 2**53
@@ -198,9 +199,46 @@ class UpdateRecord(Record):
     files: dict[str, FileEntry]
 
 
+def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
+    """Return what a client must obey in a round, as fedcli.yaml has it now."""
+    train = config.train
+    unused = {*get_args(Hyperparameter)} - {*TASKS[config.task].hyperparameters}
+    shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - unused
+    own = {
+        "learning_rate": train.learning_rate_of(number, rounds),
+        "schedule": Schedule(
+            learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds
+        ),
+        "template": config.data.template,
+        "seed": config.federation.seed,
+    }
+    return TrainRecord(**{name: getattr(train, name) for name in shared} | own)
+
+
 def file_entry(contents: bytes) -> FileEntry:
     """Describe a file with these contents."""
     return FileEntry(sha256=sha256(contents), bytes=len(contents))
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """Parse a stranger's UTF-8 JSON object; raise Refusal(json), for NaN and any depth too, or Refusal(duplicate)."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            raise Refusal("duplicate", f"{what} has a key twice in one object")
+        return mapping
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise Refusal("json", f"{what} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise Refusal("json", f"{what} is not a JSON object")
+    return document
 
 
 def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:
