@@ -8,7 +8,7 @@ from safetensors.numpy import save
 
 from fedcli.algos import Array, Arrays
 from fedcli.errors import IntegrityError
-from fedcli.workspace.history import read_checked, read_whole
+from fedcli.workspace.history import MAX_RECORD_BYTES, read_checked, read_whole
 from fedcli.workspace.layout import ADAPTER_NAME, Home, Workspace
 from fedcli.workspace.publish import publish_file
 from fedcli.workspace.records import (
@@ -26,7 +26,6 @@ from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
 
 BASELINE_RECORD = "baseline.json"
-MAX_RECORD_BYTES = 2**24
 
 
 class BaselineRecord(Record):
@@ -55,8 +54,7 @@ def baseline_name(client: int | None) -> str:
 
 def published_baselines(workspace: Workspace) -> list[str]:
     """Return the names of the complete baselines."""
-    names = workspace.store.names(workspace.name(workspace.baselines))
-    return [name for name in names if not name.startswith(".")]
+    return [name for name in workspace.store.names("baselines") if not name.startswith(".")]
 
 
 def read_baseline_record(workspace: Workspace, name: str) -> BaselineRecord | None:

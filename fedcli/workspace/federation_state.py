@@ -39,9 +39,7 @@ class Experiment:
 
         Where the workspace is initialised, what `init` fixed must still be the same.
         """
-        if not is_initialised(workspace):
-            return Experiment(workspace, read_config(workspace), None)
-        identity = read_identity(workspace)
+        identity = read_identity(workspace) if is_initialised(workspace) else None
         return Experiment(workspace, _checked_config(workspace, identity), identity)
 
     def check_clients(self, clients: Iterable[int]) -> None:
@@ -128,11 +126,10 @@ def config_text(workspace: Workspace) -> str:
         ) from error
 
 
-def _checked_config(workspace: Workspace, identity: Identity) -> Config:
+def _checked_config(workspace: Workspace, identity: Identity | None) -> Config:
     """Read fedcli.yaml, in which what `init` fixed must still be the same."""
     config = read_config(workspace)
-    changed = _differences("", identity.fixed, config.fixed())
-    if changed:
+    if identity is not None and (changed := _differences("", identity.fixed, config.fixed())):
         raise ConfigError(
             f"{workspace.config} changes what was fixed by `fedcli init`:\n  " + "\n  ".join(changed),
             hint="Set these keys back, or start another workspace with `fedcli init DIR`.",
