@@ -60,7 +60,7 @@ def published_baselines(workspace: Workspace) -> list[str]:
 def read_baseline_record(workspace: Workspace, name: str) -> BaselineRecord | None:
     """Return what a complete baseline says of itself, or None where there is none such."""
     path = workspace.baseline(name) / BASELINE_RECORD
-    if not workspace.store.exists(workspace.name(workspace.baseline(name))):
+    if not workspace.store.exists(f"baselines/{name}"):
         return None
     return parse_record(BaselineRecord, read_whole(workspace, path, MAX_RECORD_BYTES), path)
 
@@ -84,13 +84,7 @@ def read_baseline(workspace: Workspace, name: str, tensors: Mapping[str, TensorE
 def publish_baseline(workspace: Workspace, record: BaselineRecord, files: Mapping[str, bytes]) -> None:
     """Publish a baseline's files with one rename, and a record that lists their hashes."""
     listed = record.model_copy(update={"files": {name: file_entry(contents) for name, contents in files.items()}})
-    folder = workspace.name(workspace.baseline(record.name))
-    workspace.store.publish(folder, files.items(), (BASELINE_RECORD, listed.to_bytes()))
-
-
-def set_baseline_aside(workspace: Workspace, name: str) -> None:
-    """Give a baseline's name free; what was there keeps a hidden name."""
-    workspace.store.set_aside(workspace.name(workspace.baseline(name)))
+    workspace.store.publish(f"baselines/{record.name}", files.items(), (BASELINE_RECORD, listed.to_bytes()))
 
 
 def save_progress(home: Home, plan: BaselineRecord, progress: Progress) -> None:

@@ -11,8 +11,8 @@ from fedcli.workspace.history import (
     is_initialised,
     read_head,
     read_identity,
+    read_past,
     read_round,
-    read_rounds,
     read_start,
 )
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
@@ -90,7 +90,7 @@ class FederationState(Experiment):
 
     def past(self) -> list[Round]:
         """Return all rounds before the latest; raise IntegrityError where one is missing."""
-        return read_rounds(self.workspace, before=self.head.number)
+        return [read_past(self.workspace, number) for number in range(self.head.number)]
 
     def round(self, name: int | str) -> Round:
         """Return a round by its number, or "latest".

@@ -196,15 +196,12 @@ def read_start(workspace: Workspace) -> Round:
     return start
 
 
-def read_rounds(workspace: Workspace, *, before: int) -> list[Round]:
-    """Return rounds 0 to `before` - 1; raise IntegrityError where one is missing."""
-    rounds = []
-    for number in range(before):
-        past = read_round(workspace, number)
-        if past is None:
-            raise IntegrityError(f"{workspace.round(number)} is missing though a later round exists", hint=_RESTORE)
-        rounds.append(past)
-    return rounds
+def read_past(workspace: Workspace, number: int) -> Round:
+    """Return a round that a later one follows; raise IntegrityError where it is missing."""
+    past = read_round(workspace, number)
+    if past is None:
+        raise IntegrityError(f"{workspace.round(number)} is missing though a later round exists", hint=_RESTORE)
+    return past
 
 
 def listed_rounds(workspace: Workspace) -> list[int]:

@@ -77,6 +77,10 @@ class Workspace:
         """A joined party's entry in the registry."""
         return self.clients / f"{client}.json"
 
+    def has_joined(self, client: int) -> bool:
+        """Return whether a party has joined as a client."""
+        return self.store.exists(self.name(self.registration(client)))
+
     def private(self, client: int) -> "Home":
         """A simulated client's private state."""
         return Home(self.root / "private" / str(client))

@@ -28,21 +28,20 @@ def hold(path: Path, purpose: str, *, folder_mode: int | None = PRIVATE_FOLDER_M
     make_folder(path.parent, folder_mode)
     lock = FileLock(path, timeout=0, mode=0o600, fallback_to_soft=False)
     with explained(path):
-        try:
-            while not lock.is_locked:
-                try:
-                    lock.acquire()
-                except Timeout as error:
-                    if is_held(path):  # else somebody only asked
-                        raise BusyError(
-                            f"another process is busy with {purpose}: {_holder(path)}",
-                            hint="Nothing to do: let it finish, or run this again later.",
-                        ) from error
-        except NotImplementedError as error:
-            raise WorkspaceError(
-                f"the file system of {path} has no locks (flock)",
-                hint="Put the workspace on a file system that has them; on Lustre mount it with -o flock.",
-            ) from error
+        while not lock.is_locked:
+            try:
+                lock.acquire()
+            except Timeout as error:
+                if is_held(path):  # else somebody only asked
+                    raise BusyError(
+                        f"another process is busy with {purpose}: {_holder(path)}",
+                        hint="Nothing to do: let it finish, or run this again later.",
+                    ) from error
+            except NotImplementedError as error:
+                raise WorkspaceError(
+                    f"the file system of {path} has no locks (flock)",
+                    hint="Put the workspace on a file system that has them; on Lustre mount it with -o flock.",
+                ) from error
     try:
         with explained(path):
             _name_holder(path)

@@ -63,11 +63,6 @@ def read_registration(workspace: Workspace, client: int) -> Registration | None:
     return registration
 
 
-def is_registered(workspace: Workspace, client: int) -> bool:
-    """Return whether a party has joined as a client."""
-    return workspace.store.exists(workspace.name(workspace.registration(client)))
-
-
 def is_own(workspace: Workspace) -> bool:
     """Return whether fedcli.yaml and workspace.json, where they are there, are this user's; links are not followed."""
     files = [path for path in (workspace.config, workspace.identity) if os.path.lexists(path)]

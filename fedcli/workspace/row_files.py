@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from filecmp import cmp
 from io import BufferedReader
@@ -37,9 +38,7 @@ class RowFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for path in self._scratch.iterdir():
-            path.unlink()
-        self._scratch.rmdir()
+        shutil.rmtree(self._scratch)
 
     def add(self, client: int, line: bytes) -> None:
         """Add a row to a client's file."""

@@ -1,6 +1,5 @@
 """What was sent to SLURM: the scripts of a round, the ids of its jobs, and the folder of their logs."""
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, get_args
 
@@ -8,7 +7,6 @@ from pydantic import Field
 
 from fedcli.workspace.history import read_record
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import make_folder, publish_file
 from fedcli.workspace.records import Natural, Record
 
@@ -31,11 +29,6 @@ class JobsRecord(Record):
 
     round: Natural
     jobs: list[Job]
-
-
-def hold_jobs(workspace: Workspace) -> AbstractContextManager[None]:
-    """Hold the lock of sending jobs, in a folder that is open to all who may see the workspace."""
-    return hold(workspace.slurm_lock, "sending jobs", folder_mode=None)
 
 
 def read_jobs(workspace: Workspace, round_number: int) -> list[Job]:
