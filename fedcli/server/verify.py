@@ -12,14 +12,7 @@ from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
-from fedcli.workspace.history import (
-    Round,
-    is_hidden,
-    listed_rounds,
-    prunable,
-    read_identity,
-    read_round,
-)
+from fedcli.workspace.history import Round, is_hidden, listed_rounds, prunable, read_identity, read_round
 from fedcli.workspace.inbox import read_update_record
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,

@@ -6,15 +6,7 @@ from typing import Any, Self
 
 from fedcli.config import Config, parse_config, read_document
 from fedcli.errors import ConfigError, NotReadyError, UsageError, WorkspaceError
-from fedcli.workspace.history import (
-    Round,
-    is_initialised,
-    read_head,
-    read_identity,
-    read_past,
-    read_round,
-    read_start,
-)
+from fedcli.workspace.history import Round, is_initialised, read_head, read_identity, read_past, read_round, read_start
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
 from fedcli.workspace.records import Identity
 from fedcli.workspace.refusal import Refusal
