@@ -178,7 +178,7 @@ def check_outside(workspace: Workspace, output: Path) -> None:
             raise WorkspaceError(problem, hint="Name another folder.")
 
 
-def find_workspace(given: Path | None, *, start: Path | None = None) -> Workspace:
+def find_workspace(given: Path | None) -> Workspace:
     """Return the workspace that `given`, $FEDCLI_WORKSPACE or the nearest parent with a fedcli.yaml names."""
     named = given or (Path(value) if (value := os.environ.get("FEDCLI_WORKSPACE")) else None)
     if named is not None:
@@ -188,7 +188,7 @@ def find_workspace(given: Path | None, *, start: Path | None = None) -> Workspac
                 hint=f"Create one with `fedcli init {named}`.",
             )
         return Workspace(named.absolute())
-    here = (start or Path.cwd()).absolute()
+    here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / CONFIG_NAME).is_file():
             return Workspace(folder)
