@@ -204,11 +204,10 @@ def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
     train = config.train
     unused = {*get_args(Hyperparameter)} - {*TASKS[config.task].hyperparameters}
     shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - unused
+    schedule = Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds)
     own = {
         "learning_rate": train.learning_rate_of(number, rounds),
-        "schedule": Schedule(
-            learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds
-        ),
+        "schedule": schedule,
         "template": config.data.template,
         "seed": config.federation.seed,
     }

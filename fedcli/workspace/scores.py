@@ -226,8 +226,13 @@ class AnswerLog:
 
     def add(self, key: str, value: object) -> None:
         """Keep an answer; raise WorkspaceError where the disk refuses (then nothing of it is kept)."""
+        line = json.dumps({"key": key, "answer": value}, ensure_ascii=False).encode() + b"\n"
+        rest = memoryview(b"\n" + line if self._is_torn else line)
+        self._is_torn = True
         with explained(self._path):
-            self._write(json.dumps({"key": key, "answer": value}, ensure_ascii=False).encode() + b"\n")
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        self._is_torn = False
         self._known[key] = value
 
     def close(self) -> None:
@@ -237,13 +242,6 @@ class AnswerLog:
                 os.fsync(self._descriptor)
             finally:
                 os.close(self._descriptor)
-
-    def _write(self, line: bytes) -> None:
-        rest = memoryview(b"\n" + line if self._is_torn else line)
-        self._is_torn = True
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
-        self._is_torn = False
 
 
 def hold_scoring(workspace: Workspace, target: str, name: str) -> AbstractContextManager[None]:
@@ -258,7 +256,6 @@ def opened_log(path: Path) -> AbstractContextManager[AnswerLog]:
 
 def publish_table(workspace: Workspace, files: Mapping[str, str]) -> list[Path]:
     """Write tables of scores beside the targets' folders, by file name; return their paths."""
-    paths = [workspace.eval / name for name in files]
-    for path, text in zip(paths, files.values(), strict=True):
-        workspace.store.put(workspace.name(path), text.encode())
-    return paths
+    for name, text in files.items():
+        workspace.store.put(f"eval/{name}", text.encode())
+    return [workspace.eval / name for name in files]
