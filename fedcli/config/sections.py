@@ -81,14 +81,15 @@ def parse_algorithm(value: object) -> Algorithm:
     name = value["name"]
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise PydanticCustomError("unknown_algorithm", "it is unknown", {"name": str(name)})
-    return _adapter(ALGORITHMS[name]).validate_python(value)
+    kind: Any = ALGORITHMS[name]
+    return _adapter(kind).validate_python(value)
 
 
 AlgorithmSection: TypeAlias = Annotated[Algorithm, PlainValidator(parse_algorithm), PlainSerializer(asdict)]
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Algorithm]:
+def _adapter(kind: type[Algorithm]) -> TypeAdapter[Algorithm]:
     return TypeAdapter(kind)
 
 

@@ -62,7 +62,7 @@ def read_reference(home: Home, key: str) -> LogProbs:
 def save_reference(home: Home, key: str, log_probs: Mapping[bytes, tuple[float, ...]]) -> None:
     """Replace a client's log-probabilities."""
     keys = np.frombuffer(b"".join(log_probs), np.uint8).reshape(len(log_probs), -1)
-    arrays = {"keys": keys, "values": np.array(list(log_probs.values()), np.float64)}
+    arrays: dict[str, Array] = {"keys": keys, "values": np.array(list(log_probs.values()), np.float64)}
     _save(home.reference(key), arrays, _hash_of_pairs)
 
 
