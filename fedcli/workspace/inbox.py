@@ -87,12 +87,10 @@ def discard_update(base: Round, client: int) -> bool:
     except WorkspaceError as error:
         owner = workspace.store.owner(workspace.name(workspace.client_inbox(client)))
         if isinstance(error.__cause__, PermissionError) and owner not in (os.geteuid(), inbox_owner(workspace)):
-            error.message = (
-                f"client {client}'s inbox belongs to another user ({owner}), who alone can set its update aside"
-            )
-            error.hint = (
-                f"Ask that party to run `fedcli server discard --id {client}`, while the server does not merge."
-            )
+            raise WorkspaceError(
+                f"client {client}'s inbox belongs to another user ({owner}), who alone can set its update aside",
+                hint=f"Ask that party to run `fedcli server discard --id {client}`, while the server does not merge.",
+            ) from error
         raise
 
 
