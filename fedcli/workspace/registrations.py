@@ -91,9 +91,8 @@ def any_registered(workspace: Workspace) -> bool:
 
 def joined_clients(workspace: Workspace, num_clients: int) -> list[int]:
     """Return the ids of the parties that have joined."""
-    stems = (name.removesuffix(".json") for name in workspace.store.names("clients") if name.endswith(".json"))
-    ids = (int(stem) for stem in stems if stem.isascii() and stem.isdigit() and stem == str(int(stem)))
-    return sorted(client for client in ids if client < num_clients)
+    names = {*workspace.store.names("clients")}
+    return [client for client in range(num_clients) if f"{client}.json" in names]
 
 
 def register(workspace: Workspace, registration: Registration) -> None:
