@@ -234,7 +234,7 @@ def test_a_baseline_that_was_trained_anew_is_left_out_where_it_was_not_scored_ag
     lead = cells(make_table(filled, against="best-alone"), "fpb accuracy")["round-00002"].difference
     assert lead is not None
     assert lead.value == 0.25  # to alone-2: the old alone-1 would be as good as the round
-    shutil.rmtree(filled.baselines / "alone-2")
+    shutil.rmtree(filled.baseline("alone-2"))
     assert make_table(filled, names=["fpb"]).targets == ("base", "round-00002", "round-00010")
 
 

@@ -25,7 +25,7 @@ def train_pooled(
 def print_baseline(title: str, result: "BaselineResult", workspace: Path | None, json_output: bool) -> None:
     """Print what became of a baseline."""
     done = "nothing to do, trained already" if result.status == "exists" else "trained"
-    where = found_federation(workspace).workspace.baselines / result.name
+    where = found_federation(workspace).workspace.baseline(result.name)
     text = f"{title}: {done}; loss {result.last_loss:.3f} in the last round; {where}"
     print_result(json_output, result, text)
 

@@ -120,7 +120,7 @@ def _check_baselines(start: Round, result: Verification) -> None:
             read_baseline(workspace, name, start.manifest.tensors)
             result.num_baselines += 1
         except IntegrityError as error:
-            result.report(workspace.baselines / name, error.message)
+            result.report(workspace.baseline(name), error.message)
 
 
 def _read(workspace: Workspace, number: int, result: Verification) -> Round | None:

@@ -59,7 +59,7 @@ def published_baselines(workspace: Workspace) -> list[str]:
 
 def read_baseline_record(workspace: Workspace, name: str) -> BaselineRecord | None:
     """Return what a complete baseline says of itself, or None where there is none such."""
-    path = workspace.baselines / name / BASELINE_RECORD
+    path = workspace.baseline(name) / BASELINE_RECORD
     if not workspace.store.exists(f"baselines/{name}"):
         return None
     return parse_record(BaselineRecord, read_whole(workspace, path, MAX_RECORD_BYTES), path)
@@ -70,7 +70,7 @@ def read_baseline(workspace: Workspace, name: str, tensors: Mapping[str, TensorE
     record = read_baseline_record(workspace, name)
     if record is None:
         return None
-    folder = workspace.baselines / name
+    folder = workspace.baseline(name)
     contents = {file: read_checked(workspace, folder / file, entry) for file, entry in record.files.items()}
     try:
         return decode(contents[ADAPTER_NAME], tensors)

@@ -36,7 +36,7 @@ class Workspace:
         self.clients = root / "clients"  # what joined parties say of their rows
         self.data = root / "data"  # a simulation's rows
         self.data_card = self.data / "card.json"  # what a split gave to each client
-        self.baselines = root / "baselines"  # by name, such as alone-3
+        self.baselines = root / "baselines"
         self.eval = root / "eval"  # the scores of all targets, and the tables made of them
         self.report = root / "report"
         self.pooled_home = Home(root / "private" / "pooled")  # of the baseline of all clients' rows
@@ -92,6 +92,10 @@ class Workspace:
     def held_out_rows(self, split: str) -> Path:
         """The demo's held-out rows."""
         return self.data / f"held-out-{split}.jsonl"
+
+    def baseline(self, name: str) -> Path:
+        """The directory of a baseline, such as `alone-3`."""
+        return self.baselines / name
 
     def scores(self, target: str, benchmark: str) -> Path:
         """The scores of a target, such as `round-00010` or `base`, on a benchmark; its items lie beside as .jsonl."""
