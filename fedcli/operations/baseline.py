@@ -21,10 +21,9 @@ from fedcli.workspace.baselines import (
     read_progress,
     save_progress,
 )
-from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.federation_state import FederationState, train_record
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Home
 from fedcli.workspace.locks import hold
-from fedcli.workspace.records import train_record
 from fedcli.workspace.registrations import joined_clients
 from fedcli.workspace.tensors import encode
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from fedcli.config import Config, parse_config, read_document
+from fedcli.config import Config, TrainConfig, parse_config, read_document
 from fedcli.errors import ConfigError, NotReadyError, UsageError, WorkspaceError
+from fedcli.tasks import TASKS
+from fedcli.tasks.task import Hyperparameter
 from fedcli.workspace.history import Round, is_initialised, read_head, read_identity, read_past, read_round, read_start
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
-from fedcli.workspace.records import Identity
+from fedcli.workspace.records import Identity, Schedule, TrainRecord
 from fedcli.workspace.refusal import Refusal
 
 MAX_CONFIG_BYTES = 2**20
@@ -116,6 +118,21 @@ def config_text(workspace: Workspace) -> str:
         raise WorkspaceError(
             f"cannot read {workspace.config}: {error}", hint="Mend the file or its permissions."
         ) from error
+
+
+def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
+    """Return what a client must obey in a round, as fedcli.yaml has it now."""
+    train = config.train
+    unused = {*get_args(Hyperparameter)} - {*TASKS[config.task].hyperparameters}
+    shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - unused
+    schedule = Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds)
+    own = {
+        "learning_rate": train.learning_rate_of(number, rounds),
+        "schedule": schedule,
+        "template": config.data.template,
+        "seed": config.federation.seed,
+    }
+    return TrainRecord(**{name: getattr(train, name) for name in shared} | own)
 
 
 def _checked_config(workspace: Workspace, identity: Identity | None) -> Config:

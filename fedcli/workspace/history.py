@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from fedcli.algos import Algorithm, Array
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
@@ -12,8 +11,7 @@ from fedcli.workspace.records import (
     FileEntry,
     Identity,
     Manifest,
-    Natural,
-    Record,
+    PrunedRecord,
     RecordT,
     TensorEntry,
     parse_record,
@@ -24,14 +22,6 @@ from fedcli.workspace.refusal import Refusal
 MAX_MANIFEST_BYTES = 2**28
 MAX_RECORD_BYTES = 2**24
 _RESTORE = "Restore it from a backup; `fedcli verify` lists all that is wrong."
-
-
-class PrunedRecord(Record):
-    """PRUNED.json: files of the round that may be gone, as its manifest lists them."""
-
-    protocol: Literal[1] = 1
-    round: Natural
-    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)

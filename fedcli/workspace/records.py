@@ -3,14 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcli.config import Config, Quantization, TaskName, TemplateChoice, TrainConfig
+from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.errors import IntegrityError
-from fedcli.tasks import TASKS
-from fedcli.tasks.task import Hyperparameter
 from fedcli.workspace.layout import WORKSPACE_ID
 from fedcli.workspace.refusal import Refusal, RefusalCode
 
@@ -185,6 +183,14 @@ class Identity(Record):
     """Whether its clients are simulated, with rows in data/; None in workspaces of versions that did not say."""
 
 
+class PrunedRecord(Record):
+    """PRUNED.json: files of the round that may be gone, as its manifest lists them."""
+
+    protocol: Literal[1] = 1
+    round: Natural
+    files: dict[str, FileEntry]
+
+
 class UpdateRecord(Record):
     """update.json: what a client says of its update."""
 
@@ -197,21 +203,6 @@ class UpdateRecord(Record):
     steps: Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
     train_loss: Finite | None
     files: dict[str, FileEntry]
-
-
-def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
-    """Return what a client must obey in a round, as fedcli.yaml has it now."""
-    train = config.train
-    unused = {*get_args(Hyperparameter)} - {*TASKS[config.task].hyperparameters}
-    shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - unused
-    schedule = Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds)
-    own = {
-        "learning_rate": train.learning_rate_of(number, rounds),
-        "schedule": schedule,
-        "template": config.data.template,
-        "seed": config.federation.seed,
-    }
-    return TrainRecord(**{name: getattr(train, name) for name in shared} | own)
 
 
 def file_entry(contents: bytes) -> FileEntry:
