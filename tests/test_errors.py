@@ -555,6 +555,16 @@ def test_init_leaves_alone_what_is_not_its_own(refused: Callable[..., None], tmp
     assert (tmp_path / ".tmp-mine/file").read_text() == "mine"
 
 
+def test_init_gives_a_workspace_that_lost_its_identity_the_id_of_its_rounds(run: Run, small: Path) -> None:
+    before = (small / "workspace.json").read_bytes()
+    (small / "workspace.json").unlink()
+    code, text, _ = run("init", small)
+    assert code == 0
+    assert f"workspace.json was missing: it has the id of round 0 again, {json.loads(before)['id']}" in text
+    assert (small / "workspace.json").read_bytes() == before
+    assert run("verify", "-w", small)[0] == 0
+
+
 def test_a_training_that_diverges_drops_nothing_and_says_why(
     run: Run, refused: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -21,9 +21,9 @@ from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
 from fedcli.parties.party import Party, find_party
 from fedcli.tasks.conversation import Preference
+from fedcli.workspace.caches import read_reference, reference_key
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.reference import read_reference, reference_key
 
 
 @pytest.fixture

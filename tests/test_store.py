@@ -24,11 +24,11 @@ from support.processes import ENVIRONMENT
 from fedcli import Federation
 from fedcli.config import apply_overrides, read_document
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
-from fedcli.workspace.baselines import BaselineRecord, publish_baseline, read_baseline, set_baseline_aside
+from fedcli.workspace.baselines import BaselineRecord, publish_baseline, read_baseline
 from fedcli.workspace.federation_state import config_text
 from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.idle import glance
-from fedcli.workspace.inbox import drop_update, read_update, sweep_inbox
+from fedcli.workspace.inbox import drop_update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, MANIFEST, UPDATE_RECORD, Workspace
 from fedcli.workspace.records import PROTOCOL, file_entry
 from fedcli.workspace.refusal import Refusal
@@ -89,7 +89,7 @@ def update_of(base: Round, client: int, /, **changes: object) -> list[tuple[str,
 
 def answer(workspace: Workspace, client: int) -> None:
     """Do what a client does: sweep its inbox, and drop its update of the latest round."""
-    sweep_inbox(workspace, client)
+    workspace.store.sweep(f"inbox/{client}")
     head = Federation(workspace).round()
     drop_update(head, client, update_of(head, client))
 
@@ -298,7 +298,7 @@ def test_jobs_and_baselines_are_kept(place):
     publish_baseline(place, a_baseline(place), {ADAPTER_NAME: encode(start.adapter())})
     assert read_baseline(place, "pooled", start.manifest.tensors).keys() == start.adapter().keys()
     assert Federation(place).verify().num_baselines == 1
-    set_baseline_aside(place, "pooled")
+    assert place.store.set_aside("baselines/pooled")
     assert read_baseline(place, "pooled", start.manifest.tensors) is None
 
 

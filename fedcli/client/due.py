@@ -123,9 +123,9 @@ def _claimable(federation: FederationState) -> Iterator[int]:
 
 def _train(federation: FederationState, party: Party, runtimes: Runtimes, observer: Observer) -> ClientResult:
     from fedcli.client.local_round import train_and_drop
-    from fedcli.workspace.inbox import sweep_inbox
 
-    sweep_inbox(federation.workspace, party.client)
+    workspace = federation.workspace
+    workspace.store.sweep(workspace.name(workspace.client_inbox(party.client)))
     training, is_first = train_and_drop(federation, party, runtimes, observer)
     status: ClientStatus = "submitted" if is_first else "already_submitted"
     return ClientResult(status, party.client, federation.head.number, training)

@@ -9,8 +9,8 @@ from fedcli.data.encoded import STORES, EncodedRows
 from fedcli.data.formats import RowReader
 from fedcli.parties.party import Party
 from fedcli.tasks import TASKS
+from fedcli.workspace.caches import read_tokens, save_tokens, token_key
 from fedcli.workspace.records import TrainRecord
-from fedcli.workspace.token_cache import read_tokens, save_tokens, token_key
 
 if TYPE_CHECKING:
     from fedcli.data.encoding import Encoder

@@ -25,11 +25,11 @@ from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.randomness import stream_seed
 from fedcli.tasks import TASKS
 from fedcli.training.reports import StepReport, TrainSettings
+from fedcli.workspace.caches import read_reference, reference_key, save_reference
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home
 from fedcli.workspace.records import TrainRecord
-from fedcli.workspace.reference import read_reference, reference_key, save_reference
 
 if TYPE_CHECKING:
     from fedcli.data.encoded import EncodedRow, EncodedRows

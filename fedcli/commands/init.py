@@ -38,6 +38,8 @@ def init(
     manifest, where = head.manifest, directory.absolute()
     verb = "made" if created else "already there"
     text = [f"workspace {where} {verb}: round {head.number} of {manifest.rounds} is {manifest.state}"]
+    if creation.has_lost_identity:
+        text.append(f"workspace.json was missing: it has the id of round 0 again, {manifest.workspace}")
     text += [] if data is None else [describe_data(data)]
     hint = ""
     if manifest.cohort:

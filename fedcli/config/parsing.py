@@ -11,10 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fedcli.algos import ALGORITHMS, Algorithm
-from fedcli.config.algorithm import parse_algorithm
 from fedcli.config.data import PARTITIONS, TAGS, DataFormat, check_format
 from fedcli.config.section import Section
-from fedcli.config.sections import Config
+from fedcli.config.sections import Config, parse_algorithm
 from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
 
 

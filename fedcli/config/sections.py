@@ -2,13 +2,15 @@
 
 import math
 import re
+from dataclasses import asdict
 from fractions import Fraction
+from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, TypeAdapter, model_validator
+from pydantic_core import PydanticCustomError
 
-from fedcli.algos import FedAvg
-from fedcli.config.algorithm import AlgorithmSection
+from fedcli.algos import ALGORITHMS, Algorithm, FedAvg
 from fedcli.config.data import DataConfig, TaskName, check_format
 from fedcli.config.section import Count, Section
 from fedcli.config.slurm import SlurmConfig
@@ -65,6 +67,30 @@ class TrainConfig(Section):
         """Return the cosine schedule's rate: lr_min + (lr_0 - lr_min) (1 + cos(pi t / T)) / 2."""
         cosine = (1 + math.cos(math.pi * round_number / rounds)) / 2
         return self.learning_rate_min + (self.learning_rate - self.learning_rate_min) * cosine
+
+
+def parse_algorithm(value: object) -> Algorithm:
+    """Return the algorithm of a section or a manifest; the class under its name says what else belongs in it.
+
+    Raises ValidationError for its hyperparameters, PydanticCustomError where it has no name or an unknown one.
+    """
+    if isinstance(value, Algorithm):
+        return value
+    if not isinstance(value, dict) or "name" not in value:
+        raise PydanticCustomError("no_algorithm", "it has no name")
+    name = value["name"]
+    if not isinstance(name, str) or name not in ALGORITHMS:
+        raise PydanticCustomError("unknown_algorithm", "it is unknown", {"name": str(name)})
+    kind: Any = ALGORITHMS[name]
+    return _adapter(kind).validate_python(value)
+
+
+AlgorithmSection: TypeAlias = Annotated[Algorithm, PlainValidator(parse_algorithm), PlainSerializer(asdict)]
+
+
+@cache
+def _adapter(kind: type[Algorithm]) -> TypeAdapter[Algorithm]:
+    return TypeAdapter(kind)
 
 
 def _seconds(value: Any) -> Any:

@@ -20,14 +20,12 @@ from fedcli.workspace.baselines import (
     read_baseline_record,
     read_progress,
     save_progress,
-    set_baseline_aside,
 )
-from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.federation_state import FederationState, train_record
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Home
 from fedcli.workspace.locks import hold
 from fedcli.workspace.registrations import joined_clients
 from fedcli.workspace.tensors import encode
-from fedcli.workspace.train_record import train_record
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def train_baseline(
         if standing is not None:
             if (standing.start, standing.train) == (plan.start, plan.train):
                 return BaselineResult("exists", plan.name, standing.last_loss)
-            set_baseline_aside(workspace, plan.name)
+            workspace.store.set_aside(f"baselines/{plan.name}")
         runtime = Runtime(federation, threads=threads, party=party)
         progress = _train_rounds(federation, own, runtime, party, plan, observer)
         files = {ADAPTER_NAME: encode(progress.adapter), ADAPTER_CONFIG_NAME: start.read(ADAPTER_CONFIG_NAME)}

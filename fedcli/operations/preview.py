@@ -21,12 +21,11 @@ from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.parties.simulate import read_summary
 from fedcli.report.rows_picture import Bar, draw
 from fedcli.tasks.conversation import Item
-from fedcli.workspace.federation_state import Experiment, FederationState
+from fedcli.workspace.federation_state import Experiment, FederationState, train_record
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.publish import publish_file
 from fedcli.workspace.row_files import has_rows
-from fedcli.workspace.train_record import train_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,7 +22,8 @@ from fedcli.slurm.scripts import ScriptWriter
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.slurm_jobs import KINDS, Job, JobKind, hold_jobs, read_jobs, save_jobs, save_script
+from fedcli.workspace.locks import hold
+from fedcli.workspace.slurm_jobs import KINDS, Job, JobKind, read_jobs, save_jobs, save_script
 
 LOCK_PATIENCE = 120.0
 """Seconds to wait for another `submit`: a server job that gave up would leave the next round without jobs."""
@@ -67,7 +68,7 @@ def submit(federation: FederationState, *, dry_run: bool = False) -> Submission:
     end = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
-            with hold_jobs(workspace):
+            with hold(workspace.slurm_lock, "sending jobs", folder_mode=None):  # the folder is for all to see
                 federation.refresh()
                 return _submit(federation, dry_run)
         except BusyError:

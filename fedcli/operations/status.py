@@ -9,7 +9,7 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import is_hidden
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
-from fedcli.workspace.registrations import is_registered, joined_clients
+from fedcli.workspace.registrations import joined_clients
 from fedcli.workspace.row_files import has_rows
 from fedcli.workspace.scores import Unscored, read_unscored
 
@@ -129,6 +129,6 @@ def _next_command(workspace: Workspace, state: str, missing: list[int], is_ready
 
 def next_of_client(workspace: Workspace, client: int) -> str:
     """Return what a client whose update is missing has to run: join, where it has no rows yet, or train."""
-    if is_registered(workspace, client) or has_rows(workspace, client):
+    if workspace.has_joined(client) or has_rows(workspace, client):
         return f"fedcli client train --id {client}"
     return f"fedcli client join --id {client} --data SOURCE"

@@ -15,7 +15,7 @@ from fedcli.server.merge import combine
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
-from fedcli.workspace.history import Round, sweep_rounds
+from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import discard_update
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import Aggregation
@@ -116,7 +116,7 @@ def _aggregate(
     algorithm = _algorithm(federation, algorithm_name)
     needed = 1 if partial else needed_answers(federation)
     _check_answers(federation, head.missing_clients(), needed)
-    sweep_rounds(federation.workspace)
+    federation.workspace.store.sweep("rounds")
     files, aggregation = combine(
         head, algorithm, federation.config.federation.clients, head.draw_order, head.num_counted, observer
     )

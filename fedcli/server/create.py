@@ -51,6 +51,8 @@ class Creation:
     is_new: bool
     has_rows: bool
     data: DataSummary | None = None
+    has_lost_identity: bool = False
+    """Whether rounds stood there without a workspace.json: it is made again, with the id that they have."""
 
 
 def create_workspace(
@@ -58,9 +60,10 @@ def create_workspace(
 ) -> Creation:
     """Make a workspace in a folder, split its rows and open round 0.
 
-    A folder that holds a fedcli.yaml already is initialised from it. Called again after an interruption it goes on,
-    and on a finished workspace it changes nothing. Raises UsageError for an unknown preset, ConfigError for a fault in
-    the configuration or the rows, WorkspaceError where another experiment lies there.
+    A folder that holds a fedcli.yaml already is initialised from it. Called again after an interruption it goes on, on
+    a finished workspace it changes nothing, and a workspace.json that was lost gets the id of round 0. Raises
+    UsageError for an unknown preset, ConfigError for a fault in the configuration or the rows, WorkspaceError where
+    another experiment lies there.
     """
     workspace = Workspace(root.absolute())
     text = _configuration(workspace, preset, overrides)
@@ -75,18 +78,23 @@ def create_workspace(
         if _is_open(workspace):
             return _standing(workspace)
         sweep_workspace(workspace)
+        orphan = None if is_initialised(workspace) else read_round(workspace, 0)
         open_to_parties(workspace, multi_user=config.federation.multi_user)
         if plan is not None:
             write_split(experiment, plan, observer=observer)
         workspace.store.put_new(CONFIG_NAME, text.encode())
         for name in ("README.md", "cron/crontab", "slurm/README.md"):
             workspace.store.put_new(name, (template_folder() / name).read_bytes())
-        workspace_id = read_identity(workspace).id if is_initialised(workspace) else uuid.uuid4().hex
+        if is_initialised(workspace):
+            workspace_id = read_identity(workspace).id
+        else:
+            workspace_id = uuid.uuid4().hex if orphan is None else orphan.manifest.workspace
         is_simulation = plan is not None or any_rows(workspace)
         identity = Identity(id=workspace_id, fixed=config.fixed(), simulation=is_simulation)
         workspace.store.put(workspace.name(workspace.identity), identity.to_bytes())
         federation = open_first_round(experiment, identity, start)
-        return Creation(federation, True, _has_rows(workspace), plan.summary if plan else None)
+        summary = plan.summary if plan else None
+        return Creation(federation, True, _has_rows(workspace), summary, has_lost_identity=orphan is not None)
 
 
 def open_round(workspace: Workspace) -> FederationState:

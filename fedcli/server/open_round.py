@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from fedcli.config import Config
 from fedcli.randomness import draw_cohort
 from fedcli.server.communication_cost import cost_of, history_of
-from fedcli.workspace.federation_state import Experiment, FederationState
+from fedcli.workspace.federation_state import Experiment, FederationState, train_record
 from fedcli.workspace.history import Round, publish_round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE
 from fedcli.workspace.records import Aggregation, Identity, Manifest, ModelRecord, Selection, TensorEntry, file_entry
-from fedcli.workspace.train_record import train_record
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,7 @@ from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
-from fedcli.workspace.history import (
-    Round,
-    is_hidden,
-    listed_rounds,
-    names_of_rounds,
-    prunable,
-    read_identity,
-    read_round,
-)
+from fedcli.workspace.history import Round, is_hidden, listed_rounds, prunable, read_identity, read_round
 from fedcli.workspace.inbox import read_update_record
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
@@ -77,7 +69,7 @@ def verify(workspace: Workspace, *, observer: Observer) -> Verification:
     """
     result = Verification()
     identity = _read_identity(workspace, result)
-    for entry in names_of_rounds(workspace):
+    for entry in workspace.store.names("rounds"):
         if not entry.startswith(".") and not is_round_name(entry):
             result.report(workspace.rounds / entry, "is no round; nothing else belongs there")
     seen: dict[str, int] = {}

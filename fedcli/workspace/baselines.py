@@ -8,7 +8,7 @@ from safetensors.numpy import save
 
 from fedcli.algos import Array, Arrays
 from fedcli.errors import IntegrityError
-from fedcli.workspace.history import read_checked, read_whole
+from fedcli.workspace.history import MAX_RECORD_BYTES, read_checked, read_whole
 from fedcli.workspace.layout import ADAPTER_NAME, Home, Workspace
 from fedcli.workspace.publish import publish_file
 from fedcli.workspace.records import (
@@ -26,7 +26,6 @@ from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
 
 BASELINE_RECORD = "baseline.json"
-MAX_RECORD_BYTES = 2**24
 
 
 class BaselineRecord(Record):
@@ -55,14 +54,13 @@ def baseline_name(client: int | None) -> str:
 
 def published_baselines(workspace: Workspace) -> list[str]:
     """Return the names of the complete baselines."""
-    names = workspace.store.names(workspace.name(workspace.baselines))
-    return [name for name in names if not name.startswith(".")]
+    return [name for name in workspace.store.names("baselines") if not name.startswith(".")]
 
 
 def read_baseline_record(workspace: Workspace, name: str) -> BaselineRecord | None:
     """Return what a complete baseline says of itself, or None where there is none such."""
     path = workspace.baseline(name) / BASELINE_RECORD
-    if not workspace.store.exists(workspace.name(workspace.baseline(name))):
+    if not workspace.store.exists(f"baselines/{name}"):
         return None
     return parse_record(BaselineRecord, read_whole(workspace, path, MAX_RECORD_BYTES), path)
 
@@ -86,13 +84,7 @@ def read_baseline(workspace: Workspace, name: str, tensors: Mapping[str, TensorE
 def publish_baseline(workspace: Workspace, record: BaselineRecord, files: Mapping[str, bytes]) -> None:
     """Publish a baseline's files with one rename, and a record that lists their hashes."""
     listed = record.model_copy(update={"files": {name: file_entry(contents) for name, contents in files.items()}})
-    folder = workspace.name(workspace.baseline(record.name))
-    workspace.store.publish(folder, files.items(), (BASELINE_RECORD, listed.to_bytes()))
-
-
-def set_baseline_aside(workspace: Workspace, name: str) -> None:
-    """Give a baseline's name free; what was there keeps a hidden name."""
-    workspace.store.set_aside(workspace.name(workspace.baseline(name)))
+    workspace.store.publish(f"baselines/{record.name}", files.items(), (BASELINE_RECORD, listed.to_bytes()))
 
 
 def save_progress(home: Home, plan: BaselineRecord, progress: Progress) -> None:

@@ -71,13 +71,12 @@ def _read_candidate(home: Home, algorithm: Algorithm, closing: Round, client: in
         if digest is None:  # written by a version without digests, whose clients kept the adapter's names
             return decode(contents, closing.manifest.tensors)
         arrays: dict[str, Array] = load(contents)
-        if sha256(encode(arrays)) == digest:
-            return arrays
-        problem: Exception | None = None
+        if sha256(encode(arrays)) != digest:
+            raise Refusal("hash", "its arrays do not have the hash that it names")
+        return arrays
     except (FileNotFoundError, Refusal, SafetensorError) as error:
-        problem = error
-    raise IntegrityError(
-        f"client {client}'s private state of {algorithm.name} is gone or damaged: {path}",
-        hint="Restore it from a backup; or let one round be merged with another algorithm "
-        "(`server aggregate --partial --algo fedavg`), after which all clients' private states start afresh.",
-    ) from problem
+        raise IntegrityError(
+            f"client {client}'s private state of {algorithm.name} is gone or damaged: {path}",
+            hint="Restore it from a backup; or let one round be merged with another algorithm "
+            "(`server aggregate --partial --algo fedavg`), after which all clients' private states start afresh.",
+        ) from error

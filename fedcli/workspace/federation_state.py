@@ -2,21 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from fedcli.config import Config, parse_config, read_document
+from fedcli.config import Config, TrainConfig, parse_config, read_document
 from fedcli.errors import ConfigError, NotReadyError, UsageError, WorkspaceError
-from fedcli.workspace.history import (
-    Round,
-    is_initialised,
-    read_head,
-    read_identity,
-    read_round,
-    read_rounds,
-    read_start,
-)
+from fedcli.tasks import TASKS
+from fedcli.tasks.task import Hyperparameter
+from fedcli.workspace.history import Round, is_initialised, read_head, read_identity, read_past, read_round, read_start
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
-from fedcli.workspace.records import Identity
+from fedcli.workspace.records import Identity, Schedule, TrainRecord
 from fedcli.workspace.refusal import Refusal
 
 MAX_CONFIG_BYTES = 2**20
@@ -39,9 +33,7 @@ class Experiment:
 
         Where the workspace is initialised, what `init` fixed must still be the same.
         """
-        if not is_initialised(workspace):
-            return Experiment(workspace, read_config(workspace), None)
-        identity = read_identity(workspace)
+        identity = read_identity(workspace) if is_initialised(workspace) else None
         return Experiment(workspace, _checked_config(workspace, identity), identity)
 
     def check_clients(self, clients: Iterable[int]) -> None:
@@ -92,7 +84,7 @@ class FederationState(Experiment):
 
     def past(self) -> list[Round]:
         """Return all rounds before the latest; raise IntegrityError where one is missing."""
-        return read_rounds(self.workspace, before=self.head.number)
+        return [read_past(self.workspace, number) for number in range(self.head.number)]
 
     def round(self, name: int | str) -> Round:
         """Return a round by its number, or "latest".
@@ -128,11 +120,25 @@ def config_text(workspace: Workspace) -> str:
         ) from error
 
 
-def _checked_config(workspace: Workspace, identity: Identity) -> Config:
+def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
+    """Return what a client must obey in a round, as fedcli.yaml has it now."""
+    train = config.train
+    unused = {*get_args(Hyperparameter)} - {*TASKS[config.task].hyperparameters}
+    shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - unused
+    schedule = Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds)
+    own = {
+        "learning_rate": train.learning_rate_of(number, rounds),
+        "schedule": schedule,
+        "template": config.data.template,
+        "seed": config.federation.seed,
+    }
+    return TrainRecord(**{name: getattr(train, name) for name in shared} | own)
+
+
+def _checked_config(workspace: Workspace, identity: Identity | None) -> Config:
     """Read fedcli.yaml, in which what `init` fixed must still be the same."""
     config = read_config(workspace)
-    changed = _differences("", identity.fixed, config.fixed())
-    if changed:
+    if identity is not None and (changed := _differences("", identity.fixed, config.fixed())):
         raise ConfigError(
             f"{workspace.config} changes what was fixed by `fedcli init`:\n  " + "\n  ".join(changed),
             hint="Set these keys back, or start another workspace with `fedcli init DIR`.",

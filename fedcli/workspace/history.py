@@ -3,24 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from fedcli.algos import Algorithm, Array
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MANIFEST, PRUNED, Workspace, is_round_name
-from fedcli.workspace.records import FileEntry, Identity, Manifest, Natural, Record, TensorEntry, parse_record, sha256
+from fedcli.workspace.records import (
+    FileEntry,
+    Identity,
+    Manifest,
+    PrunedRecord,
+    RecordT,
+    TensorEntry,
+    parse_record,
+    sha256,
+)
 from fedcli.workspace.refusal import Refusal
 
 MAX_MANIFEST_BYTES = 2**28
+MAX_RECORD_BYTES = 2**24
 _RESTORE = "Restore it from a backup; `fedcli verify` lists all that is wrong."
-
-
-class PrunedRecord(Record):
-    """PRUNED.json: files of the round that may be gone, as its manifest lists them."""
-
-    protocol: Literal[1] = 1
-    round: Natural
-    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,7 @@ class Round:
 
     def pruned(self) -> PrunedRecord | None:
         """Return which of the round's files `gc` has removed, or is removing; None where it has not been here."""
-        path = self.folder / PRUNED
-        contents = read_if_there(self.workspace, path, MAX_MANIFEST_BYTES)
-        return None if contents is None else parse_record(PrunedRecord, contents, path)
+        return read_record(self.workspace, PrunedRecord, self.folder / PRUNED, MAX_MANIFEST_BYTES)
 
 
 def prunable(manifest: Manifest) -> dict[str, FileEntry]:
@@ -139,13 +138,14 @@ def read_identity(workspace: Workspace, contents: bytes | None = None) -> Identi
     """Read workspace.json, or its `contents` where they are at hand; raise WorkspaceError where there is none yet."""
     if contents is not None:
         return parse_record(Identity, contents, workspace.identity)
-    if not is_initialised(workspace):
+    identity = read_record(workspace, Identity, workspace.identity, 2**20)
+    if identity is None:
         raise WorkspaceError(
             f"{workspace.root} holds a {workspace.config.name} but no {workspace.identity.name}: "
             "it is not initialised yet",
             hint=f"Run `fedcli init {workspace.root}`.",
         )
-    return parse_record(Identity, read_whole(workspace, workspace.identity, 2**20), workspace.identity)
+    return identity
 
 
 def read_round(workspace: Workspace, number: int) -> Round | None:
@@ -186,36 +186,23 @@ def read_start(workspace: Workspace) -> Round:
     return start
 
 
-def read_rounds(workspace: Workspace, *, before: int) -> list[Round]:
-    """Return rounds 0 to `before` - 1; raise IntegrityError where one is missing."""
-    rounds = []
-    for number in range(before):
-        past = read_round(workspace, number)
-        if past is None:
-            raise IntegrityError(f"{workspace.round(number)} is missing though a later round exists", hint=_RESTORE)
-        rounds.append(past)
-    return rounds
+def read_past(workspace: Workspace, number: int) -> Round:
+    """Return a round that a later one follows; raise IntegrityError where it is missing."""
+    past = read_round(workspace, number)
+    if past is None:
+        raise IntegrityError(f"{workspace.round(number)} is missing though a later round exists", hint=_RESTORE)
+    return past
 
 
 def listed_rounds(workspace: Workspace) -> list[int]:
     """Return the numbers that a listing of rounds/ shows, which may be out of date on a network file system."""
-    return sorted(int(name) for name in names_of_rounds(workspace) if is_round_name(name))
-
-
-def names_of_rounds(workspace: Workspace) -> list[str]:
-    """Return all names that a listing of rounds/ shows, those that are no round's too."""
-    return workspace.store.names(workspace.name(workspace.rounds))
+    return sorted(int(name) for name in workspace.store.names("rounds") if is_round_name(name))
 
 
 def sweep_workspace(workspace: Workspace) -> None:
     """Remove what a killed `init` left half-written."""
     workspace.store.sweep("")
-    sweep_rounds(workspace)
-
-
-def sweep_rounds(workspace: Workspace) -> None:
-    """Remove what a killed server left half-written in rounds/."""
-    workspace.store.sweep(workspace.name(workspace.rounds))
+    workspace.store.sweep("rounds")
 
 
 def publish_round(workspace: Workspace, manifest: Manifest, files: Mapping[str, bytes]) -> bool:
@@ -235,6 +222,18 @@ def _last_listed(workspace: Workspace) -> int:
     while number and not workspace.store.names(workspace.name(workspace.round(number))):
         number -= 1
     return number
+
+
+def read_record(
+    workspace: Workspace, kind: type[RecordT], path: Path, limit: int = MAX_RECORD_BYTES, *, hint: str | None = None
+) -> RecordT | None:
+    """Read a record that the server wrote; None where it is missing, IntegrityError (with `hint`) where damaged."""
+    try:
+        contents = read_if_there(workspace, path, limit)
+        return None if contents is None else parse_record(kind, contents, path)
+    except IntegrityError as error:
+        error.hint = hint or error.hint
+        raise
 
 
 def read_checked(workspace: Workspace, path: Path, entry: FileEntry) -> bytes:

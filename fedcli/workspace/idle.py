@@ -49,9 +49,8 @@ def glance(workspace: Workspace) -> Glance | None:
 
 
 def _may_train(workspace: Workspace, identity: str, number: int, client: int) -> bool:
-    if workspace.store.exists(workspace.name(workspace.update(number, client))):
+    if workspace.has_update(number, client):
         return False
     named = os.environ.get("FEDCLI_HOME")
     home = Home(Path(named)) if named else default_home(identity, client)
-    is_registered = workspace.store.exists(workspace.name(workspace.registration(client)))
-    return home.party.exists() or (workspace.client_rows(client).exists() and not is_registered)
+    return home.party.exists() or (workspace.client_rows(client).exists() and not workspace.has_joined(client))

@@ -72,11 +72,6 @@ def drop_update(base: Round, client: int, files: Sequence[tuple[str, bytes]]) ->
     return workspace.store.publish(workspace.name(workspace.update(base.number, client)), files[:-1], files[-1])
 
 
-def sweep_inbox(workspace: Workspace, client: int) -> None:
-    """Remove what killed processes of a client left half-written in its inbox."""
-    workspace.store.sweep(workspace.name(workspace.client_inbox(client)))
-
-
 def submitted_rounds(workspace: Workspace, client: int) -> list[int]:
     """Return the rounds for which something lies in a client's inbox, the latest first."""
     names = workspace.store.names(workspace.name(workspace.client_inbox(client)))
@@ -92,12 +87,10 @@ def discard_update(base: Round, client: int) -> bool:
     except WorkspaceError as error:
         owner = workspace.store.owner(workspace.name(workspace.client_inbox(client)))
         if isinstance(error.__cause__, PermissionError) and owner not in (os.geteuid(), inbox_owner(workspace)):
-            error.message = (
-                f"client {client}'s inbox belongs to another user ({owner}), who alone can set its update aside"
-            )
-            error.hint = (
-                f"Ask that party to run `fedcli server discard --id {client}`, while the server does not merge."
-            )
+            raise WorkspaceError(
+                f"client {client}'s inbox belongs to another user ({owner}), who alone can set its update aside",
+                hint=f"Ask that party to run `fedcli server discard --id {client}`, while the server does not merge.",
+            ) from error
         raise
 
 

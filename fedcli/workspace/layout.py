@@ -29,31 +29,18 @@ class Workspace:
         self.root = root
         self._given_store = store
         self.config = root / CONFIG_NAME
-        """The experiment, fedcli.yaml."""
         self.identity = root / "workspace.json"
-        """The workspace's id and protocol version."""
         self.server_lock = root / "server.lock"
-        """The lock that one aggregating process holds."""
         self.rounds = root / "rounds"
-        """The published rounds."""
         self.inbox = root / "inbox"
-        """The updates of all clients."""
-        self.clients = root / "clients"
-        """The registry: what joined parties say of their rows."""
-        self.data = root / "data"
-        """A simulation's rows."""
-        self.data_card = self.data / "card.json"
-        """What a simulation's split gave to each client."""
+        self.clients = root / "clients"  # what joined parties say of their rows
+        self.data = root / "data"  # a simulation's rows
+        self.data_card = self.data / "card.json"  # what a split gave to each client
         self.baselines = root / "baselines"
-        """Adapters of the baselines."""
-        self.eval = root / "eval"
-        """The scores of all targets, and the tables made of them."""
+        self.eval = root / "eval"  # the scores of all targets, and the tables made of them
         self.report = root / "report"
-        """The page that shows the federation, and its pictures."""
-        self.pooled_home = Home(root / "private" / "pooled")
-        """The private state of the baseline of all clients' rows."""
-        self.slurm_lock = root / "slurm" / "lock"
-        """The lock that one process sending jobs holds."""
+        self.pooled_home = Home(root / "private" / "pooled")  # of the baseline of all clients' rows
+        self.slurm_lock = root / "slurm" / "lock"  # held by the process that sends jobs
 
     @cached_property
     def store(self) -> "Store":
@@ -89,6 +76,10 @@ class Workspace:
     def registration(self, client: int) -> Path:
         """A joined party's entry in the registry."""
         return self.clients / f"{client}.json"
+
+    def has_joined(self, client: int) -> bool:
+        """Return whether a party has joined as a client."""
+        return self.store.exists(self.name(self.registration(client)))
 
     def private(self, client: int) -> "Home":
         """A simulated client's private state."""
@@ -126,10 +117,6 @@ class Workspace:
         """The record of the jobs that were sent for a round."""
         return self.root / "slurm" / update_name(number) / "jobs.json"
 
-    def job_script(self, number: int, kind: str) -> Path:
-        """The batch script of a kind of a round's jobs."""
-        return self.jobs(number).with_name(f"{kind}.sh")
-
     def job_logs(self, number: int) -> Path:
         """The folder of what a round's jobs print."""
         return self.root / "logs" / update_name(number)
@@ -140,14 +127,10 @@ class Home:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.party = folder / "party.json"
-        """Where a joined party's rows and base model lie."""
-        self.lock = folder / "lock"
-        """The lock that one process training the client holds."""
+        self.party = folder / "party.json"  # where a joined party's rows and base model lie
+        self.lock = folder / "lock"  # held by the process that trains the client
         self.baseline_lock = folder / "baseline.lock"
-        """The lock that one process training the client's baseline holds."""
         self.baseline_progress = folder / "baseline.safetensors"
-        """An unfinished baseline."""
 
     def candidate(self, kind: str, round_number: int, update: str) -> Path:
         """The state that the client will have once its update (the hash of update.json) is counted."""
@@ -189,19 +172,13 @@ def update_name(number: int) -> str:
 
 def check_outside(workspace: Workspace, output: Path) -> None:
     """Raise WorkspaceError for a place in a folder that the workspace keeps for itself."""
-    kept = (
-        *(workspace.rounds, workspace.inbox, workspace.clients, workspace.eval, workspace.data, workspace.baselines),
-        *(workspace.root / "private", workspace.slurm_lock.parent),
-    )
-    for folder in kept:
-        if output.resolve().is_relative_to(folder.resolve()):
-            raise WorkspaceError(
-                f"{output} lies in {folder.name}/ of the workspace, where nothing else belongs",
-                hint="Name another folder.",
-            )
+    for name in ("rounds", "inbox", "clients", "eval", "data", "baselines", "private", "slurm"):
+        if output.resolve().is_relative_to((workspace.root / name).resolve()):
+            problem = f"{output} lies in {name}/ of the workspace, where nothing else belongs"
+            raise WorkspaceError(problem, hint="Name another folder.")
 
 
-def find_workspace(given: Path | None, *, start: Path | None = None) -> Workspace:
+def find_workspace(given: Path | None) -> Workspace:
     """Return the workspace that `given`, $FEDCLI_WORKSPACE or the nearest parent with a fedcli.yaml names."""
     named = given or (Path(value) if (value := os.environ.get("FEDCLI_WORKSPACE")) else None)
     if named is not None:
@@ -211,7 +188,7 @@ def find_workspace(given: Path | None, *, start: Path | None = None) -> Workspac
                 hint=f"Create one with `fedcli init {named}`.",
             )
         return Workspace(named.absolute())
-    here = (start or Path.cwd()).absolute()
+    here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / CONFIG_NAME).is_file():
             return Workspace(folder)

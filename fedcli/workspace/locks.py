@@ -28,21 +28,20 @@ def hold(path: Path, purpose: str, *, folder_mode: int | None = PRIVATE_FOLDER_M
     make_folder(path.parent, folder_mode)
     lock = FileLock(path, timeout=0, mode=0o600, fallback_to_soft=False)
     with explained(path):
-        try:
-            while not lock.is_locked:
-                try:
-                    lock.acquire()
-                except Timeout as error:
-                    if is_held(path):  # else somebody only asked
-                        raise BusyError(
-                            f"another process is busy with {purpose}: {_holder(path)}",
-                            hint="Nothing to do: let it finish, or run this again later.",
-                        ) from error
-        except NotImplementedError as error:
-            raise WorkspaceError(
-                f"the file system of {path} has no locks (flock)",
-                hint="Put the workspace on a file system that has them; on Lustre mount it with -o flock.",
-            ) from error
+        while not lock.is_locked:
+            try:
+                lock.acquire()
+            except Timeout as error:
+                if is_held(path):  # else somebody only asked
+                    raise BusyError(
+                        f"another process is busy with {purpose}: {_holder(path)}",
+                        hint="Nothing to do: let it finish, or run this again later.",
+                    ) from error
+            except NotImplementedError as error:
+                raise WorkspaceError(
+                    f"the file system of {path} has no locks (flock)",
+                    hint="Put the workspace on a file system that has them; on Lustre mount it with -o flock.",
+                ) from error
     try:
         with explained(path):
             _name_holder(path)
@@ -57,17 +56,12 @@ def is_held(path: Path) -> bool:
     It asks by taking the lock shared: that fails where a holder has it, and only there.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        with path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except PermissionError:
+    except (PermissionError, BlockingIOError):
         return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
     return False
 
 

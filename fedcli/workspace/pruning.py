@@ -4,9 +4,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcli.workspace.history import PrunedRecord, Round, prunable
+from fedcli.workspace.history import Round, prunable
 from fedcli.workspace.layout import PRUNED, UPDATE_RECORD, Workspace, update_name
 from fedcli.workspace.publish import DISCARDED_PREFIX
+from fedcli.workspace.records import PrunedRecord
 from fedcli.workspace.refusal import Refusal
 
 

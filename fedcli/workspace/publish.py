@@ -31,11 +31,11 @@ _CURES = {
     errno.EDQUOT: "Your disk quota is used up: free some space and run the command again; nothing is lost.",
     errno.EFBIG: "A limit on file sizes is in force (ulimit -f): raise it and run the command again; nothing is lost.",
     errno.EROFS: "The file system is mounted read-only: mount it writable and run the command again.",
-    errno.EACCES: "Ask the workspace's owner for write permission there, then run the command again.",
-    errno.ENOTDIR: "A file stands where a folder is needed: name another place.",
-    errno.EEXIST: "A file stands where a folder is needed: name another place.",
     errno.EXDEV: "No folder of a lower layer of an overlay can be renamed: use a copy of the workspace.",
-    errno.EPERM: "Ask the workspace's owner for write permission there, then run the command again.",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), "Ask the workspace's owner for write permission there, then run the command again."
+    ),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A file stands where a folder is needed: name another place."),
 }
 
 
@@ -51,25 +51,22 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def publish_directory(final: Path, files: Iterable[tuple[str, bytes]], *, mode: int) -> bool:
+def publish_directory(final: Path, files: Iterable[tuple[str, bytes]]) -> bool:
     """Make `final` appear with all of `files` (relative POSIX name, contents) at once; return whether it is ours.
 
     False means that somebody else's directory already stands there. Raises WorkspaceError where the disk refuses.
     """
     temporary = _temporary_beside(final)
-    folder_mode = mode | (mode & 0o444) >> 2  # who may read a file may search its folder
-    folder_mode |= 0o700
+    folders: list[Path] = []
     with explained(final):
         try:
-            _make_folder(temporary, folder_mode)
-            folders = [temporary]
             for name, contents in files:
-                relative = PurePosixPath(name)
-                for parent in reversed(relative.parents[:-1]):
+                for parent in reversed(PurePosixPath(name).parents):
                     if (folder := temporary / parent) not in folders:
-                        _make_folder(folder, folder_mode)
+                        os.mkdir(folder)
+                        os.chmod(folder, SHARED_FOLDER_MODE)
                         folders.append(folder)
-                _write(temporary / relative, contents, mode)
+                _write(temporary / name, contents, SHARED_MODE)
             for folder in reversed(folders):
                 sync(folder)
             ours = os.lstat(temporary).st_ino
@@ -179,7 +176,7 @@ def remove_temporaries(folder: Path, *, older_than: float = 0) -> None:
     """
     with suppress(OSError):  # such as a folder that several users share, or that is not there
         for entry in filter(lambda entry: _TEMPORARY_NAME.fullmatch(entry.name), folder.iterdir()):
-            doomed = _beside(entry)
+            doomed = temporary_in(folder)
             with suppress(OSError):
                 if older_than and time.time() - entry.lstat().st_mtime < older_than:
                     continue
@@ -187,28 +184,15 @@ def remove_temporaries(folder: Path, *, older_than: float = 0) -> None:
                 shutil.rmtree(doomed, ignore_errors=True) if doomed.is_dir() else doomed.unlink()
 
 
-def set_aside(folder: Path) -> bool:
-    """Rename a published directory to a hidden name beside it, durably; return True."""
-    hidden = folder.parent / f"{DISCARDED_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}"
-    with explained(folder):
-        os.rename(folder, hidden)
-        sync(folder.parent)
-    return True
+def temporary_in(folder: Path) -> Path:
+    """Return a new temporary name in a folder."""
+    return folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
 
 
 def _temporary_beside(path: Path) -> Path:
     """Return a new temporary name in a path's folder, which is rid of those that killed processes left long ago."""
     remove_temporaries(path.parent, older_than=ABANDONED_SECONDS)
-    return _beside(path)
-
-
-def _beside(path: Path) -> Path:
-    return path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-
-
-def _make_folder(folder: Path, mode: int) -> None:
-    os.mkdir(folder)
-    os.chmod(folder, mode)
+    return temporary_in(path.parent)
 
 
 def _write(path: Path, contents: bytes, mode: int) -> None:

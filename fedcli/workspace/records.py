@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
@@ -11,7 +11,6 @@ from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.errors import IntegrityError
 from fedcli.workspace.layout import WORKSPACE_ID
 from fedcli.workspace.refusal import Refusal, RefusalCode
-from fedcli.workspace.strict_json import parse_object
 
 PROTOCOL = 1
 LARGEST_COUNT = 2**53
@@ -197,6 +196,14 @@ class Identity(Record):
     """Whether its clients are simulated, with rows in data/; None in workspaces of versions that did not say."""
 
 
+class PrunedRecord(Record):
+    """PRUNED.json: files of the round that may be gone, as its manifest lists them."""
+
+    protocol: Literal[1] = 1
+    round: Natural
+    files: dict[str, FileEntry]
+
+
 class UpdateRecord(Record):
     """update.json: what a client says of its update."""
 
@@ -214,6 +221,27 @@ class UpdateRecord(Record):
 def file_entry(contents: bytes) -> FileEntry:
     """Describe a file with these contents."""
     return FileEntry(sha256=sha256(contents), bytes=len(contents))
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """Parse a stranger's UTF-8 JSON object; raise Refusal(json), for NaN and any depth too, or Refusal(duplicate)."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            raise Refusal("duplicate", f"{what} has a key twice in one object")
+        return mapping
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise Refusal("json", f"{what} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise Refusal("json", f"{what} is not a JSON object")
+    return document
 
 
 def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:

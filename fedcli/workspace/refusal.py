@@ -1,6 +1,6 @@
 """Why an update is refused: the codes of the public contract."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 RefusalCode = Literal[
     "symlink",
@@ -21,9 +21,6 @@ RefusalCode = Literal[
     "wrong_client",
     "unknown_client",
 ]
-REFUSAL_CODES: tuple[str, ...] = get_args(RefusalCode)
-
-
 MAX_REASON = 300
 
 

@@ -8,10 +8,10 @@ from pydantic import ValidationError
 
 from fedcli.config import DataFormat
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
-from fedcli.workspace.history import read_if_there
+from fedcli.workspace.history import read_record
 from fedcli.workspace.layout import Home, Workspace
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
-from fedcli.workspace.records import Natural, Record, parse_record
+from fedcli.workspace.records import Natural, Record
 
 MAX_REGISTRATION_BYTES = 64 * 1024
 
@@ -56,23 +56,11 @@ class PartyRecord(Record):
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:
     """Return what a joined party said of itself, or None where it has not joined."""
-    path = workspace.registration(client)
-    try:
-        contents = read_if_there(workspace, path, MAX_REGISTRATION_BYTES)
-    except IntegrityError as error:
-        error.hint = "Let the party join again."
-        raise
-    if contents is None:
-        return None
-    registration = parse_record(Registration, contents, path)
-    if registration.client != client:
-        raise IntegrityError(f"{path} is client {registration.client}'s", hint="Let the party join again.")
+    path, hint = workspace.registration(client), "Let the party join again."
+    registration = read_record(workspace, Registration, path, MAX_REGISTRATION_BYTES, hint=hint)
+    if registration is not None and registration.client != client:
+        raise IntegrityError(f"{path} is client {registration.client}'s", hint=hint)
     return registration
-
-
-def is_registered(workspace: Workspace, client: int) -> bool:
-    """Return whether a party has joined as a client."""
-    return workspace.store.exists(workspace.name(workspace.registration(client)))
 
 
 def is_own(workspace: Workspace) -> bool:
@@ -83,12 +71,12 @@ def is_own(workspace: Workspace) -> bool:
 
 def is_stranger(workspace: Workspace, owner: int | None) -> bool:
     """Return whether a user who has not joined may send nothing: where anybody can make an inbox, all but its owner."""
-    return workspace.store.is_open(workspace.name(workspace.inbox)) and owner != inbox_owner(workspace)
+    return workspace.store.is_open("inbox") and owner != inbox_owner(workspace)
 
 
 def inbox_owner(workspace: Workspace) -> int | None:
     """Return the user id of the server, whose inbox/ is; None where the store knows no users."""
-    return workspace.store.owner(workspace.name(workspace.inbox))
+    return workspace.store.owner("inbox")
 
 
 def is_server(workspace: Workspace) -> bool:
@@ -98,16 +86,13 @@ def is_server(workspace: Workspace) -> bool:
 
 def any_registered(workspace: Workspace) -> bool:
     """Return whether any party has joined."""
-    names = workspace.store.names(workspace.name(workspace.clients))
-    return any(name.endswith(".json") for name in names)
+    return any(name.endswith(".json") for name in workspace.store.names("clients"))
 
 
 def joined_clients(workspace: Workspace, num_clients: int) -> list[int]:
     """Return the ids of the parties that have joined."""
-    names = workspace.store.names(workspace.name(workspace.clients))
-    stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
-    ids = (int(stem) for stem in stems if stem.isascii() and stem.isdigit() and stem == str(int(stem)))
-    return sorted(client for client in ids if client < num_clients)
+    names = {*workspace.store.names("clients")}
+    return [client for client in range(num_clients) if f"{client}.json" in names]
 
 
 def register(workspace: Workspace, registration: Registration) -> None:
@@ -115,17 +100,15 @@ def register(workspace: Workspace, registration: Registration) -> None:
     client = registration.client
     inbox = workspace.client_inbox(client)
     if not workspace.store.claim(workspace.name(inbox)):
-        raise WorkspaceError(
-            f"client {client} belongs to another user: {inbox} is not yours",
-            hint="Ask the server's operator which id is yours.",
-        )
+        problem = f"client {client} belongs to another user: {inbox} is not yours"
+        raise WorkspaceError(problem, hint="Ask the server's operator which id is yours.")
     workspace.store.put(workspace.name(workspace.registration(client)), registration.to_bytes())
 
 
 def open_to_parties(workspace: Workspace, *, multi_user: bool) -> None:
     """Make inbox/ and clients/; for parties of several unix users, writable for all who can reach the workspace."""
-    for folder in (workspace.inbox, workspace.clients):
-        workspace.store.share(workspace.name(folder), multi_user=multi_user)
+    for folder in ("inbox", "clients"):
+        workspace.store.share(folder, multi_user=multi_user)
 
 
 def read_party(home: Home) -> PartyRecord | None:

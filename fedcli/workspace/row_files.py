@@ -1,25 +1,17 @@
 """A simulation's rows, data/client-N.jsonl, written as a stream whatever their number."""
 
-import filecmp
 import json
 import os
-import uuid
+import shutil
 from collections.abc import Mapping
+from filecmp import cmp
 from io import BufferedReader
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.publish import (
-    TEMPORARY_PREFIX,
-    explained,
-    make_folder,
-    publish_file,
-    remove_temporaries,
-    sync,
-)
+from fedcli.workspace.publish import explained, make_folder, publish_file, remove_temporaries, sync, temporary_in
 from fedcli.workspace.read import read_file
 
 BUFFER_BYTES = 2**24
@@ -32,7 +24,7 @@ class RowFiles:
     def __init__(self, workspace: Workspace, num_clients: int) -> None:
         self._workspace = workspace
         self._num_clients = num_clients
-        self._scratch = workspace.data / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        self._scratch = temporary_in(workspace.data)
         self._buffers: dict[int, bytearray] = {}
         self._num_buffered = 0
 
@@ -45,12 +37,8 @@ class RowFiles:
                 self._temporary(client).touch()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for path in self._scratch.iterdir():
-            path.unlink()
-        self._scratch.rmdir()
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._scratch)
 
     def add(self, client: int, line: bytes) -> None:
         """Add a row to a client's file."""
@@ -65,9 +53,9 @@ class RowFiles:
         Raises WorkspaceError, and changes nothing, where one is there with other contents, unless they may be replaced.
         """
         self._flush()
-        finals = {self._temporary(client): self._workspace.client_rows(client) for client in range(self._num_clients)}
-        new = {temporary: final for temporary, final in finals.items() if not _is_same(temporary, final)}
-        for final in new.values():
+        rows = [(self._temporary(client), self._workspace.client_rows(client)) for client in range(self._num_clients)]
+        new = [(made, final) for made, final in rows if not final.is_file() or not cmp(made, final, shallow=False)]
+        for _, final in new:
             if final.exists() and not replace:
                 raise WorkspaceError(
                     f"{final} is there already, and is not what data.source gives",
@@ -75,9 +63,9 @@ class RowFiles:
                     "data.source to null in fedcli.yaml or with --set.",
                 )
         with explained(self._workspace.data):
-            for temporary, final in new.items():
-                sync(temporary)
-                os.replace(temporary, final)
+            for made, final in new:
+                sync(made)
+                os.replace(made, final)
 
     def _flush(self) -> None:
         with explained(self._scratch):
@@ -121,7 +109,3 @@ def save_beside_rows(workspace: Workspace, files: Mapping[Path, bytes], card: Ma
 def read_data_card(workspace: Workspace) -> bytes:
     """Return a split's card; raise FileNotFoundError, or Refusal for what is no file of at most MAX_CARD_BYTES."""
     return read_file(workspace.data_card, limit=MAX_CARD_BYTES)
-
-
-def _is_same(temporary: Path, final: Path) -> bool:
-    return final.is_file() and filecmp.cmp(temporary, final, shallow=False)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fedcli.errors import IntegrityError
-from fedcli.workspace.history import read_if_there, read_whole
+from fedcli.workspace.history import read_if_there, read_record
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold, is_held
 from fedcli.workspace.publish import SHARED_MODE, explained, make_folder
-from fedcli.workspace.records import Finite, Natural, Record, parse_record
+from fedcli.workspace.records import Finite, Natural, Record, RecordT
 from fedcli.workspace.target_name import TargetName
 
-MAX_SCORE_BYTES = 2**24
 MAX_ITEMS_BYTES = 2**32
 _UNSCORED = ".unscored.json"
 _ANEW = "Remove that file and score again: the answers are kept, and nothing is asked twice."
@@ -119,20 +118,7 @@ def note_unscored(workspace: Workspace, record: Unscored) -> None:
 
 def read_unscored(workspace: Workspace) -> list[Unscored]:
     """Return what rounds have still to be scored on, and what failed, by round; raise IntegrityError on damage."""
-    paths = [
-        workspace.eval / target / name
-        for target in workspace.store.names(workspace.name(workspace.eval))
-        for name in workspace.store.names(workspace.name(workspace.eval / target))
-        if name.endswith(_UNSCORED) and not name.startswith(".")
-    ]
-    return [_read_note(workspace, path) for path in paths]
-
-
-def _read_note(workspace: Workspace, path: Path) -> Unscored:
-    try:
-        return parse_record(Unscored, read_whole(workspace, path, MAX_SCORE_BYTES), path)
-    except IntegrityError as error:
-        raise IntegrityError(error.message, hint="Remove that file: what is due is noted again.") from error
+    return _read_all(workspace, Unscored, hint="Remove that file: what is due is noted again.")
 
 
 def remove_unscored(workspace: Workspace, target: str, name: str) -> None:
@@ -152,14 +138,21 @@ def _unscored(workspace: Workspace, target: str, name: str) -> Path:
 
 def read_scores(workspace: Workspace) -> list[ScoreRecord]:
     """Return all scores; raise IntegrityError for a damaged file."""
-    targets = workspace.store.names(workspace.name(workspace.eval))
-    paths = [workspace.eval / target / name for target in targets for name in _score_names(workspace, target)]
-    return [_read(workspace, path) for path in paths]
+    return _read_all(workspace, ScoreRecord, hint=_ANEW)
 
 
-def _score_names(workspace: Workspace, target: str) -> list[str]:
-    names = workspace.store.names(workspace.name(workspace.eval / target))
-    return [name for name in names if name.endswith(".json") and not name.startswith(".") and _UNSCORED not in name]
+def _read_all(workspace: Workspace, kind: type[RecordT], *, hint: str) -> list[RecordT]:
+    names = workspace.store.names
+    paths = [workspace.eval / target / name for target in names("eval") for name in names(f"eval/{target}")]
+    found = [read_record(workspace, kind, path, hint=hint) for path in paths if _kind_of(path) is kind]
+    return [record for record in found if record is not None]  # one that is gone was removed meanwhile
+
+
+def _kind_of(path: Path) -> type[Record] | None:
+    """Return what a file of a target's folder holds; None for all but scores and notes of what is unscored."""
+    if path.suffix != ".json" or path.name.startswith("."):
+        return None
+    return Unscored if path.name.endswith(_UNSCORED) else ScoreRecord
 
 
 def unfinished_targets(workspace: Workspace) -> set[str]:
@@ -169,7 +162,7 @@ def unfinished_targets(workspace: Workspace) -> set[str]:
     for folder in workspace.eval.glob("*/"):
         logs = [path for path in folder.glob("*.answers.jsonl") if path.stat().st_size]
         answered = {path.name.removesuffix(".answers.jsonl") for path in logs}
-        scored = {name.removesuffix(".json").partition("@")[0] for name in _score_names(workspace, folder.name)}
+        scored = {path.stem.partition("@")[0] for path in folder.glob("*.json") if _kind_of(path) is ScoreRecord}
         if answered - scored or any(map(is_held, folder.glob(".*.lock"))):
             found.add(folder.name)
     return found
@@ -177,16 +170,7 @@ def unfinished_targets(workspace: Workspace) -> set[str]:
 
 def read_score(workspace: Workspace, target: str, name: str) -> ScoreRecord | None:
     """Return a target's scores on a benchmark (with its variant), or None where there are none."""
-    path = workspace.scores(target, name)
-    return _read(workspace, path) if workspace.store.exists(workspace.name(path)) else None
-
-
-def _read(workspace: Workspace, path: Path) -> ScoreRecord:
-    try:
-        return parse_record(ScoreRecord, read_whole(workspace, path, MAX_SCORE_BYTES), path)
-    except IntegrityError as error:
-        error.hint = _ANEW
-        raise
+    return read_record(workspace, ScoreRecord, workspace.scores(target, name), hint=_ANEW)
 
 
 def read_items(workspace: Workspace, target: str, name: str) -> Iterator[dict[str, Any]]:
@@ -242,8 +226,13 @@ class AnswerLog:
 
     def add(self, key: str, value: object) -> None:
         """Keep an answer; raise WorkspaceError where the disk refuses (then nothing of it is kept)."""
+        line = json.dumps({"key": key, "answer": value}, ensure_ascii=False).encode() + b"\n"
+        rest = memoryview(b"\n" + line if self._is_torn else line)
+        self._is_torn = True
         with explained(self._path):
-            self._write(json.dumps({"key": key, "answer": value}, ensure_ascii=False).encode() + b"\n")
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        self._is_torn = False
         self._known[key] = value
 
     def close(self) -> None:
@@ -253,13 +242,6 @@ class AnswerLog:
                 os.fsync(self._descriptor)
             finally:
                 os.close(self._descriptor)
-
-    def _write(self, line: bytes) -> None:
-        rest = memoryview(b"\n" + line if self._is_torn else line)
-        self._is_torn = True
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
-        self._is_torn = False
 
 
 def hold_scoring(workspace: Workspace, target: str, name: str) -> AbstractContextManager[None]:
@@ -274,7 +256,6 @@ def opened_log(path: Path) -> AbstractContextManager[AnswerLog]:
 
 def publish_table(workspace: Workspace, files: Mapping[str, str]) -> list[Path]:
     """Write tables of scores beside the targets' folders, by file name; return their paths."""
-    paths = [workspace.eval / name for name in files]
-    for path, text in zip(paths, files.values(), strict=True):
-        workspace.store.put(workspace.name(path), text.encode())
-    return paths
+    for name, text in files.items():
+        workspace.store.put(f"eval/{name}", text.encode())
+    return [workspace.eval / name for name in files]

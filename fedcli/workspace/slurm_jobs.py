@@ -1,19 +1,14 @@
 """What was sent to SLURM: the scripts of a round, the ids of its jobs, and the folder of their logs."""
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import Field
 
-from fedcli.errors import IntegrityError
-from fedcli.workspace.history import read_if_there
+from fedcli.workspace.history import read_record
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import make_folder, publish_file
-from fedcli.workspace.records import Natural, Record, parse_record
-
-MAX_JOBS_BYTES = 2**24
+from fedcli.workspace.records import Natural, Record
 
 JobKind: TypeAlias = Literal["clients", "server", "timer"]
 KINDS: tuple[JobKind, ...] = get_args(JobKind)
@@ -36,20 +31,11 @@ class JobsRecord(Record):
     jobs: list[Job]
 
 
-def hold_jobs(workspace: Workspace) -> AbstractContextManager[None]:
-    """Hold the lock of sending jobs, in a folder that is open to all who may see the workspace."""
-    return hold(workspace.slurm_lock, "sending jobs", folder_mode=None)
-
-
 def read_jobs(workspace: Workspace, round_number: int) -> list[Job]:
     """Return the jobs that were sent for a round, in their order; raise IntegrityError where the record is damaged."""
-    path = workspace.jobs(round_number)
-    try:
-        contents = read_if_there(workspace, path, MAX_JOBS_BYTES)
-        return [] if contents is None else parse_record(JobsRecord, contents, path).jobs
-    except IntegrityError as error:
-        error.hint = "Remove it: `fedcli slurm submit` finds the jobs that are in the queue by their names."
-        raise
+    hint = "Remove it: `fedcli slurm submit` finds the jobs that are in the queue by their names."
+    record = read_record(workspace, JobsRecord, workspace.jobs(round_number), hint=hint)
+    return [] if record is None else record.jobs
 
 
 def save_jobs(workspace: Workspace, round_number: int, jobs: list[Job]) -> None:
@@ -61,6 +47,6 @@ def save_jobs(workspace: Workspace, round_number: int, jobs: list[Job]) -> None:
 def save_script(workspace: Workspace, round_number: int, kind: JobKind, text: str) -> Path:
     """Keep a batch script, and make the folder of its log: without that SLURM fails the job; return its path."""
     make_folder(workspace.job_logs(round_number))
-    path = workspace.job_script(round_number, kind)
+    path = workspace.jobs(round_number).with_name(f"{kind}.sh")
     publish_file(path, text.encode())
     return path

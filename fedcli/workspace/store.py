@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import sys
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -149,7 +150,6 @@ class DirectoryStore(Store):
     root: Path
 
     def read(self, name: str, limit: int) -> bytes:
-        """Read a regular file, never through a link."""
         return read_file(self.root / name, limit=limit)
 
     def names(self, folder: str) -> list[str]:
@@ -176,7 +176,6 @@ class DirectoryStore(Store):
         return (self.root / name).stat().st_mtime
 
     def version(self, name: str) -> object:
-        """Return its times, size and inode."""
         try:
             found = os.stat(self.root / name)
         except OSError:
@@ -194,12 +193,17 @@ class DirectoryStore(Store):
         if (link := self._link_to(folder)) is not None:
             raise WorkspaceError(f"{link} is a symbolic link", hint="Ask the server's operator to remove it.")
         publish.make_folder((self.root / folder).parent, _FOLDER_MODES.get(PurePosixPath(folder).parts[0]))
-        return publish.publish_directory(self.root / folder, [*files, record], mode=publish.SHARED_MODE)
+        return publish.publish_directory(self.root / folder, [*files, record])
 
     def set_aside(self, folder: str) -> bool:
         """Rename a folder; of a link on the way the link, for through it another's folder would be moved."""
         path = self._link_to(folder) or self.root / folder
-        return os.path.lexists(path) and publish.set_aside(path)
+        if not os.path.lexists(path):
+            return False
+        with publish.explained(path):
+            os.rename(path, path.with_name(f"{publish.DISCARDED_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"))
+            publish.sync(path.parent)
+        return True
 
     def delete(self, name: str) -> None:
         path = self.root / name

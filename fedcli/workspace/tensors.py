@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedcli.algos import Array, Arrays
-from fedcli.workspace.records import TensorEntry
+from fedcli.workspace.records import TensorEntry, parse_object
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.strict_json import parse_object
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _MINIMUM_HEADER_LIMIT = 2**20
