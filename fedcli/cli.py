@@ -70,14 +70,13 @@ COMMANDS = {
 
 
 class _Named(TyperCommand):
-    """A command by its name, whose module is imported when it is called; the callback returns its function."""
+    """A command by its name and group, whose module is imported when it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse the arguments as the command itself would."""
-        assert self.callback is not None
-        function = self.callback()
+        assert self.name is not None
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        alone.command(self.name, cls=_Command)(function)
+        alone.command(info_name, cls=_Command)(function_of(self.name))
         return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
 
 
@@ -90,7 +89,14 @@ class _Command(TyperCommand):
 
 
 class _Group(TyperGroup):
-    """A group that looks at no value in which nothing can be wrong."""
+    """The commands of a group, and those groups that are added; it looks at no value in which nothing can be wrong."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        prefix = "" if self.name == "fedcli" else f"{self.name} "
+        own = {name.removeprefix(prefix): help for name, help in COMMANDS.items() if name.startswith(prefix)}
+        named = {word: _Named(prefix + word, help=help) for word, help in own.items() if " " not in word}
+        self.commands = named | self.commands
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return its parameters, --help too."""
@@ -117,15 +123,11 @@ def _sparing(parameter: Any, hint: object) -> Callable[[Any, Any], Any]:
     return process_value
 
 
-def function_of(name: str) -> Callable[[], Callable[..., None]]:
-    """Return what imports a command: `fedcli client join` is the function `join` of commands/client_join.py."""
-
-    def load() -> Callable[..., None]:
-        module = import_module(f"fedcli.commands.{name.replace(' ', '_').replace('-', '_')}")
-        found: Callable[..., None] = getattr(module, name.rpartition(" ")[2].replace("-", "_"))
-        return found
-
-    return load
+def function_of(name: str) -> Callable[..., None]:
+    """Import a command: `fedcli client join` is the function `join` of commands/client_join.py."""
+    module = import_module(f"fedcli.commands.{name.replace(' ', '_').replace('-', '_')}")
+    found: Callable[..., None] = getattr(module, name.rpartition(" ")[2].replace("-", "_"))
+    return found
 
 
 class EvalGroup(_Group):
@@ -147,13 +149,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # rich's help costs a tenth of a second
 )
-_groups = {"": app}
 for _name, _help in GROUPS.items():
-    _groups[_name] = typer.Typer(cls=EvalGroup if _name == "eval" else _Group, help=_help, no_args_is_help=True)
-    app.add_typer(_groups[_name], name=_name)
-for _name, _help in COMMANDS.items():
-    _group, _, _word = _name.rpartition(" ")
-    _groups[_group].command(_word, cls=_Named, help=_help)(function_of(_name))
+    _group = typer.Typer(cls=EvalGroup if _name == "eval" else _Group, help=_help, no_args_is_help=True)
+    app.add_typer(_group, name=_name)
 
 
 def _print_version(wanted: bool) -> None:
