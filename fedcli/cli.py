@@ -124,9 +124,9 @@ def _sparing(parameter: Any, hint: object) -> Callable[[Any, Any], Any]:
 
 
 def function_of(name: str) -> Callable[..., None]:
-    """Import a command: `fedcli client join` is the function `join` of commands/client_join.py."""
-    module = import_module(f"fedcli.commands.{name.replace(' ', '_').replace('-', '_')}")
-    found: Callable[..., None] = getattr(module, name.rpartition(" ")[2].replace("-", "_"))
+    """Import a command: `fedcli client join` is the function `client_join` of commands/client.py."""
+    words = name.replace("-", " ").split()
+    found: Callable[..., None] = getattr(import_module(f"fedcli.commands.{words[0]}"), "_".join(words))
     return found
 
 

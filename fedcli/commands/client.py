@@ -1,13 +1,23 @@
-"""fedcli client train."""
+"""fedcli client: what a party does."""
 
+import json
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
-from fedcli.commands.options import HomeOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import TrainingDisplay, at, print_result
+from fedcli.commands.options import (
+    ClientOption,
+    HomeOption,
+    JsonOption,
+    ThreadsOption,
+    WorkspaceOption,
+    found_federation,
+)
+from fedcli.commands.output import StepDisplay, TrainingDisplay, at, print_result
 from fedcli.errors import UsageError
 from fedcli.federation import Federation
 
@@ -19,7 +29,73 @@ if TYPE_CHECKING:
 NOTHING_DUE = "nothing to do: no client of the open round is here, missing and unclaimed"
 
 
-def train(
+def client_join(
+    client: ClientOption,
+    data: Annotated[str, Option(metavar="SOURCE", help="Your rows: a file, a folder, or a hub id. They stay there.")],
+    data_format: Annotated[
+        str | None,
+        Option(
+            "--format",
+            metavar="FORMAT",
+            help="What the rows are: a format's name, or '{columns: {instruction: question, response: answer}}'. "
+            "Default: as the hub's data set is known to have, else alpaca (sft) or preference (dpo).",
+        ),
+    ] = None,
+    home: HomeOption = None,
+    base: Annotated[
+        str | None, Option(metavar="DIR", help="Your copy of the base model. Default: as fedcli.yaml says.")
+    ] = None,
+    share: Annotated[
+        Literal["full", "minimal"], Option(help="minimal: tell the number of rows and nothing else.")
+    ] = "full",
+    subset: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
+    split: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
+    ] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask before the data card is written.")] = False,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Join as a real party: your rows stay where they are, and the workspace gets a data card that you see first.
+
+    On a terminal you are asked before it is written; elsewhere, and with --json, you are not. Run again, it replaces
+    your card.
+    """
+    federation = found_federation(workspace)
+    asks = not yes and not json_output and sys.stdin.isatty()
+    with StepDisplay(json_output, visible=False) as observer:
+        joining = federation.client(client, home=home).join(
+            data,
+            format=data_format,
+            subset=subset,
+            split=split,
+            base=base,
+            trust_remote_code=trust_remote_code,
+            share=share,
+            observer=observer,
+        )
+    card = joining.card.model_dump(mode="json", exclude_none=True)
+    if not json_output:
+        print("the workspace learns this of your rows, and nothing else:")
+        print(json.dumps(card, indent=1))
+    if asks:
+        question = f"Write this to {federation.workspace.registration(client)}? [y/N]: "
+        print(question, end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("nothing was written")
+            return
+    joining.commit()
+    own = "" if home is None else f" --home {shlex.quote(str(home.absolute()))}"
+    print_result(
+        json_output,
+        {"status": "joined", "client": client, "home": str(joining.home.folder), "data": card},
+        f"client {client} has joined; its private state lies in {joining.home.folder}",
+        hint=f"next: fedcli client train --id {client}{own}{at(workspace)}",
+    )
+
+
+def client_train(
     clients: Annotated[str | None, Option("--id", metavar="N[,N...]", help="The client's id, or several.")] = None,
     any_client: Annotated[
         bool, Option("--any", help="All clients of the round that are here and that nobody trains yet.")
@@ -150,3 +226,13 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     yield (
         f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit{left_out}"
     )
+
+
+def client_status(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+    """Show how a client stands in the open round."""
+    from fedcli.operations.status import next_of_client
+
+    federation = found_federation(workspace)
+    result = federation.client(client).status()
+    hint = f"next: {next_of_client(federation.workspace, client)}{at(workspace)}" if result.status == "due" else ""
+    print_result(json_output, client_document(result), describe_client(result), hint)
