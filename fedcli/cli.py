@@ -96,7 +96,7 @@ class _Group(TyperGroup):
         prefix = "" if self.name == "fedcli" else f"{self.name} "
         own = {name.removeprefix(prefix): help for name, help in COMMANDS.items() if name.startswith(prefix)}
         named = {word: _Named(prefix + word, help=help) for word, help in own.items() if " " not in word}
-        self.commands = named | self.commands
+        self.commands = {**named, **self.commands}
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return its parameters, --help too."""

@@ -124,11 +124,11 @@ def client_train(
             results = [client.train(wait=wait, observer=display)]
         else:
             results = federation.train_clients(ids, wait=wait, observer=display)
-    document: dict[str, object] = {"clients": [client_document(result) for result in results]}
+    document: dict[str, object] = {"clients": [_document(result) for result in results]}
     if ids is None:
         document["status"] = "submitted" if results else "nothing_due"
     elif len(ids) == 1:
-        document = client_document(results[0])
+        document = _document(results[0])
     lines = [line for result in results for line in _describe(result)] or NOTHING_DUE
     is_trained = any(result.training for result in results)
     here = at(workspace)
@@ -185,8 +185,7 @@ class _Display(TrainingDisplay):
         super().step_done(client, report)
 
 
-def client_document(result: "ClientResult") -> dict[str, object]:
-    """Return the JSON form of a client's result."""
+def _document(result: "ClientResult") -> dict[str, object]:
     document: dict[str, object] = {"status": result.status, "client": result.client, "round": result.round}
     if result.training is not None:
         training = result.training
@@ -198,8 +197,7 @@ def client_document(result: "ClientResult") -> dict[str, object]:
     return document
 
 
-def describe_client(result: "ClientResult") -> str:
-    """Return one line on how a client stands."""
+def _describe_status(result: "ClientResult") -> str:
     who = f"client {result.client}"
     return {
         "finished": f"{who}: nothing to do, the federation has finished at round {result.round}",
@@ -211,7 +209,7 @@ def describe_client(result: "ClientResult") -> str:
 
 
 def _describe(result: "ClientResult") -> Iterator[str]:
-    yield describe_client(result)
+    yield _describe_status(result)
     training = result.training
     if training is None:
         return
@@ -235,4 +233,4 @@ def client_status(client: ClientOption, workspace: WorkspaceOption = None, json_
     federation = found_federation(workspace)
     result = federation.client(client).status()
     hint = f"next: {next_of_client(federation.workspace, client)}{at(workspace)}" if result.status == "due" else ""
-    print_result(json_output, client_document(result), describe_client(result), hint)
+    print_result(json_output, _document(result), _describe_status(result), hint)
