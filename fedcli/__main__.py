@@ -9,10 +9,11 @@ from typing import NoReturn
 def entry_point() -> NoReturn:
     """The console script."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some costs each command 20 ms
-    gc.set_threshold(10_000)  # imports make objects that stay: collections on the way find nothing
     try:
+        gc.disable()  # imports make objects that stay: collections on the way find nothing
         from fedcli.cli import main
 
+        gc.enable()
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may know ASCII only
         code = main()
     except KeyboardInterrupt:

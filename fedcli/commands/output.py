@@ -56,15 +56,9 @@ class Display(Observer):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = map(TextColumn, self.columns)
-            parts = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                *columns,
-                TimeRemainingColumn(),
-            )
-            self.progress = Progress(*parts, console=Console(stderr=True), transient=True)
+            front = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            columns = (*front, *map(TextColumn, self.columns), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
             self._task = self.progress.add_task(title, total=None, visible=visible, loss=float("nan"), speed=0.0)
 
     def __enter__(self) -> Self:

@@ -1,5 +1,6 @@
 """fedcli status."""
 
+import gc
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +35,11 @@ def status(
 
         show(federation)
         return
-    result = federation.status()
+    gc.disable()  # what is imported and read stays to the end: collections on the way find nothing
+    try:
+        result = federation.status()
+    finally:
+        gc.enable()
     if json_output:
         print_json(result)
         return
