@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -104,23 +105,19 @@ class _Group(TyperGroup):
 
 
 def _spared(parameters: list[Any], hints: dict[str, Any]) -> list[Any]:
+    """Let parameters process a value without pydantic, a tenth of a second, where nothing can be wrong with it."""
     for parameter in parameters:
         if "process_value" not in vars(parameter):
-            parameter.process_value = _sparing(parameter, hints.get(parameter.name))
+            hint, process = hints.get(parameter.name), parameter.process_value
+            parameter.process_value = partial(_process_value, parameter, hint, process)
     return parameters
 
 
-def _sparing(parameter: Any, hint: object) -> Callable[[Any, Any], Any]:
-    """Return what processes a parameter's value without pydantic, a tenth of a second, where nothing can be wrong."""
-    process = parameter.process_value
-
-    def process_value(ctx: Any, value: Any) -> Any:
-        if not parameter.required and ctx.get_parameter_source(parameter.name).name == "DEFAULT":
-            return value
-        is_readable_path = hint == Path | None and os.access(value, os.R_OK)
-        return Path(value) if is_readable_path else process(ctx, value)
-
-    return process_value
+def _process_value(parameter: Any, hint: object, process: Callable[[Any, Any], Any], ctx: Any, value: Any) -> Any:
+    if not parameter.required and ctx.get_parameter_source(parameter.name).name == "DEFAULT":
+        return value
+    is_readable_path = hint == Path | None and os.access(value, os.R_OK)
+    return Path(value) if is_readable_path else process(ctx, value)
 
 
 def function_of(name: str) -> Callable[..., None]:
@@ -143,7 +140,6 @@ class EvalGroup(_Group):
 app = typer.Typer(
     name="fedcli",
     cls=_Group,
-    help="Federated fine-tuning of language models over a shared directory: no daemon, no port, no broker.",
     epilog="Every command takes --debug: tracebacks for errors.",
     no_args_is_help=True,
     add_completion=False,
