@@ -10,9 +10,8 @@ from fedcli.commands.output import StepDisplay, at, describe_data, print_hint, p
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
-    from fedcli.operations.preview import Piece, Preview, ShownRow
+    from fedcli.operations.preview import Preview, ShownRow
 
 
 MOST_CHARACTERS = 1200
@@ -76,21 +75,11 @@ def _print_row(console: "Console", row: "ShownRow") -> None:
     names = ["trained on"] if len(row.texts) < 2 else ["chosen", "rejected"]
     for name, pieces in zip(names, row.texts, strict=False):
         console.print(Text(f"\n{name}, «supervised»:", style="bold"))
-        console.print(_highlighted(pieces))
+        texts = [(_shortened(piece.text), piece.is_supervised) for piece in pieces]
+        styled = ((f"«{text}»", "bold green") if supervised else (text, "dim") for text, supervised in texts)
+        console.print(Text.assemble(*styled))
     if not row.texts:
         console.print("\nnot used: too long, or with nothing to learn")
-
-
-def _highlighted(pieces: "list[Piece]") -> "Text":
-    from rich.text import Text
-
-    text = Text()
-    for piece in pieces:
-        if piece.is_supervised:
-            text.append(f"«{_shortened(piece.text)}»", style="bold green")
-        else:
-            text.append(_shortened(piece.text), style="dim")
-    return text
 
 
 def _print_histogram(console: "Console", result: "Preview") -> None:

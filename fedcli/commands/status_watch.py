@@ -85,10 +85,9 @@ def render(view: View) -> RenderableType:
 def _cohort(view: View) -> Text:
     if len(view.head.cohort) > MOST_CLIENTS:
         return Text(f"missing {_names(view.missing)}" if view.missing else "all are there", style="dim")
-    answered, text = set(view.answered), Text()
-    for client in view.head.cohort:
-        text.append(f"{client}✓ " if client in answered else f"{client}… ", "green" if client in answered else "dim")
-    return text
+    answered = set(view.answered)
+    told = ((f"{client}✓ ", "green") if client in answered else (f"{client}… ", "dim") for client in view.head.cohort)
+    return Text.assemble(*told)
 
 
 def _past_table(past: Sequence[PastRound]) -> Table:
