@@ -87,8 +87,17 @@ def eval_run(
     splits = {"test": "demo", "tuning": "demo-tuning"}
     if split not in splits:
         raise UsageError(f"unknown split {split!r}", hint=did_you_mean(split, splits))
-    adapters, apis = adapters or [], apis or []
-    targets = Targets(rounds or [], base, clients or [], alone or [], pooled, adapters, models or [], apis, api_url)
+    targets = Targets(
+        rounds=tuple(rounds or ()),
+        base=base,
+        clients=tuple(clients or ()),
+        alone=tuple(alone or ()),
+        pooled=pooled,
+        adapters=tuple(adapters or ()),
+        models=tuple(models or ()),
+        apis=tuple(apis or ()),
+        api_url=api_url,
+    )
     options = Options(limit, shots, samples, temperature, max_new_tokens, template, baseline)
     federation = found_federation(workspace)
     with _Display(json_output, "loading") as display:
