@@ -2,12 +2,11 @@
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import StepDisplay, print_result
+from fedcli.errors import IntegrityError
 
 
 def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is."""
-    from fedcli.errors import IntegrityError
-
     with StepDisplay(json_output, "rounds") as observer:
         result = found_federation(workspace).verify(observer=observer)
     lines = [
