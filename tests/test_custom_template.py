@@ -20,7 +20,7 @@ def plain() -> PreTrainedTokenizerFast:
 
 
 def text_of(tokenizer: PreTrainedTokenizerFast, template: TemplateChoice, turns: tuple[Turn, ...]) -> str:
-    (example,) = Encoder(tokenizer, template).rows([Example(turns)], 999).examples
+    (example,) = sides(Encoder(tokenizer, template).encode([Example(turns)], 999))
     return tokenizer.decode(example.ids)
 
 

@@ -84,11 +84,11 @@ def test_length_normalised_dpo_of_a_package_is_trained_as_its_formula_says(
     model = AdaptedModel(base, json.loads((folder / "adapter_config.json").read_text()), trust_remote_code=False)
     model.model.eval()
     rows = [json.loads(line) for line in (tmp_path / "data/client-0.jsonl").read_text().splitlines()]
-    pairs = Encoder(model.tokenizer).pairs(
+    pairs = Encoder(model.tokenizer).encode(
         (Preference((Turn("user", row["prompt"]),), row["chosen"], row["rejected"]) for row in rows), 128
     )
-    drawn = [pairs.examples[index] for index in draw(len(rows), seed=0, client=0, first=8, count=8)]
-    sides = [tuple((side.ids, side.prompt_length) for side in (pair.chosen, pair.rejected)) for pair in drawn]
+    drawn = [pairs[index] for index in draw(len(rows), seed=0, client=0, first=8, count=8)]
+    sides = [tuple((side.ids, side.prompt_length) for side in pair.sides) for pair in drawn]
     said = []
     for number in (0, 1):  # the reference's, then the policy's
         model.load(load_file(tmp_path / f"rounds/{number:05d}/adapter/adapter_model.safetensors"))
