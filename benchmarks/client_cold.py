@@ -50,7 +50,7 @@ def save_examples(workspace: Path, path: Path) -> Path:
     reader = RowReader(party.format, config.federation.seed)
     rows = encode_source(encoder, reader, party.source, config.train.max_length)
     order = draw(len(rows), seed=config.federation.seed, client=0, first=0, count=160)
-    examples = [rows[index] for index in order]
+    examples = [rows[index].sides[0] for index in order]
     lengths = np.array([len(row.ids) for row in examples])
     ids = np.concatenate([row.ids for row in examples])
     supervised = np.concatenate([row.supervised for row in examples])

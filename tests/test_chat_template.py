@@ -19,6 +19,7 @@ from support.chat_templates import (
     LLAMA_2,
     THINKS_ONCE,
 )
+from support.models import sides
 from support.tokenizer_kinds import (
     CONVERSATIONS,
     KINDS,
@@ -269,7 +270,9 @@ def test_a_special_token_that_is_spelt_out_leaves_the_conversation_out(kind: str
     turns = turns_of(*spoken, "a2", system=system)
     tokenizer = with_chat(made(kind), CHATML)
     assert left_out(tokenizer, turns, SHORT) == {"malformed": 1}
-    encoded = Encoder(tokenizer, "chat").encode([Preference(turns[:-1], "a", "b"), Preference(SHORT[:1], "a", "b")], 999)
+    encoded = Encoder(tokenizer, "chat").encode(
+        [Preference(turns[:-1], "a", "b"), Preference(SHORT[:1], "a", "b")], 999
+    )
     assert (len(encoded), encoded.left_out) == (1, {"malformed": 1})
     with pytest.raises(ConfigError, match="a special token is spelt out in the text"):
         Encoder(tokenizer, "chat").prompt(turns[:-1])

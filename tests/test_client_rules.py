@@ -2,14 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.models import adapter_parameters, examples_of, farthest, make_config, make_model, preference, same_bits
+from support.models import (
+    adapter_parameters,
+    examples_of,
+    farthest,
+    make_config,
+    make_model,
+    preference,
+    same_bits,
+    sides,
+)
 from torch.nn.functional import logsigmoid
 
 import fedcli.tasks
@@ -40,7 +49,7 @@ def log_prob(model: Any, row: EncodedExample) -> torch.Tensor:
 
 
 def sft_loss(model: Any, trained: Sequence[EncodedRow]) -> torch.Tensor:
-    rows = [row.row for row in trained]
+    rows = sides(trained)
     return -sum(log_prob(model, row) for row in rows) / sum(len(row.ids) - row.prompt_length for row in rows)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.models import sides
 from support.tokenizer_kinds import byte_level, turns_of
 from transformers import PreTrainedTokenizerFast
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import TINY, adapter_parameters, farthest, make_config, make_model, preference
+from support.models import TINY, adapter_parameters, farthest, make_config, make_model, preference, sides
 from support.processes import FEW, Run, fedcli, results, runner, settings
 
 from fedcli.algos import Array, Arrays

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import TARGETS, adapter_parameters, examples_of, farthest, make_config, make_model, same_bits
+from support.models import TARGETS, adapter_parameters, examples_of, farthest, make_config, make_model, same_bits, sides
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedcli.algos import Array, Arrays
@@ -49,7 +49,7 @@ def encoded(adapted: AdaptedModel, rows: list[Example]) -> list[EncodedRow]:
     """Rows of different lengths; none is cut."""
     found = Encoder(adapted.tokenizer).encode(rows, 512)
     assert found.num_truncated == found.num_unusable == 0
-    assert len({len(example.ids) for example in found}) > 5
+    assert len({row.num_tokens for row in found}) > 5
     return list(found)
 
 
@@ -131,7 +131,7 @@ def test_loss_gradients_ids_and_labels_are_those_of_trls_trainer(
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], whole, strict=True)
     }
     assert theirs == {
-        (tuple(row.ids.tolist()), tuple(np.where(row.supervised, row.ids, IGNORED).tolist())) for row in encoded
+        (tuple(row.ids.tolist()), tuple(np.where(row.supervised, row.ids, IGNORED).tolist())) for row in sides(encoded)
     }
     their_gradients = gradients_of(other, trainer.train)
     assert losses == pytest.approx([trainer.state.log_history[0]["loss"]], rel=1e-5)
@@ -154,9 +154,10 @@ def test_three_steps_are_those_of_a_loop_written_by_hand(
     expected, norms = [], []
     for batch in batches:
         # One row at a time and unpadded: the mean over the batch's tokens is then the sum over their number.
-        num_tokens = sum(len(row.ids) - row.prompt_length for row in batch)
+        conversations = sides(batch)
+        num_tokens = sum(len(row.ids) - row.prompt_length for row in conversations)
         loss = torch.zeros(())
-        for row in batch:
+        for row in conversations:
             ids = torch.tensor(row.ids.astype(np.int64))
             logits = other.model(ids[None]).logits[0, row.prompt_length - 1 : -1]
             loss = loss + torch.nn.functional.cross_entropy(logits, ids[row.prompt_length :], reduction="sum")
@@ -291,7 +292,7 @@ def test_every_step_tells_its_number_loss_and_tokens(
     adapted: AdaptedModel, start: Arrays, encoded: list[EncodedRow]
 ) -> None:
     losses, _, reports = train(adapted, start, encoded[:6], batch_size=2, micro_batch_size=1)
-    lengths = [len(example.ids) for example in encoded[:6]]
+    lengths = [row.num_tokens for row in encoded[:6]]
     tokens = [sum(lengths[at : at + 2]) for at in (0, 2, 4)]
     assert reports == [StepReport(n + 1, losses[n], tokens[n]) for n in range(3)]
 
