@@ -134,7 +134,7 @@ def test_kto_of_a_package_is_trained_as_its_formula_says(judged: Path, tmp_path:
     points = {"fedcli.tasks": {"kto": "kto_walk:KTO"}, "fedcli.formats": {"unpaired-preference": "kto_walk:UNPAIRED"}}
     environment = python_path(install(tmp_path / "package", "kto-walk", KTO_FILE.read_text(), points))
     workspace = tmp_path / "workspace"
-    one = ("train.steps=1", "train.batch_size=8", "train.micro_batch_size=3", "train.learning_rate=0.01")
+    one = ("train.steps=1", "train.batch_size=8", "train.micro_batch_size=4", "train.learning_rate=0.01")
     overrides = settings(*SMALL, *one, f"train.beta={BETA}", "task=kto", f"data.source={judged}", "data.partition=iid")
     answer("init", workspace, *overrides, cwd=tmp_path, **environment)
     assert json.loads((workspace / "data/card.json").read_text())["left_out"] == {"malformed": 1}
@@ -176,6 +176,7 @@ def test_kto_of_a_package_is_trained_as_its_formula_says(judged: Path, tmp_path:
 
 def test_kto_in_fedcli_would_be_a_file_and_its_object(judged: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "fedcli", tmp_path / "site/fedcli", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "workspace_template", tmp_path / "site/workspace_template")
     names = tmp_path / "site/fedcli/tasks/__init__.py"
     source = names.read_text().replace("(SFT, DPO)", "(SFT, DPO, KTO)", 1)
     names.write_text(source.replace("from fedcli.tasks.sft", "from fedcli.tasks.kto import KTO\nfrom fedcli.tasks.sft"))
