@@ -121,7 +121,8 @@ class EncodedRows(Sequence[EncodedRow]):
     def lengths(self) -> NDArray[np.int64]:
         """Return each row's number of tokens in the longest of its sides."""
         ends = np.array(self._ends, np.int64)
-        return np.max(np.diff(ends).reshape(-1, self._num_sides), axis=1, initial=0)
+        lengths: NDArray[np.int64] = np.diff(ends).reshape(-1, self._num_sides).max(axis=1)
+        return lengths
 
     def __len__(self) -> int:
         return (len(self._ends) - 1) // self._num_sides
