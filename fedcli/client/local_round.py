@@ -78,7 +78,7 @@ def train_and_drop(
         on_step=count,
     )
     training = Training(
-        num_samples=len(rows.examples),
+        num_samples=len(rows),
         num_truncated=rows.num_truncated,
         left_out=dict(rows.left_out),
         losses=losses,

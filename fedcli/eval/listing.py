@@ -41,7 +41,7 @@ class Listed:
 
 def list_benchmarks(group: str | None, roots: Sequence[Path], finder: Finder = find_files) -> list[Listed]:
     """Return all benchmarks, or a group's; raise UsageError for an unknown group."""
-    return [_listed(found, roots, finder) for found in (BENCHMARKS.values() if group is None else find_group(group))]
+    return [_listed(found, roots, finder) for found in (BENCHMARKS.usable() if group is None else find_group(group))]
 
 
 def _listed(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> Listed:

@@ -15,7 +15,6 @@ from fedcli.observer import Observer
 from fedcli.parties.party import trusts_code
 from fedcli.quantities import describe_bytes
 from fedcli.tasks import TASKS
-from fedcli.tasks.conversation import Preference
 from fedcli.training.batches import LARGEST
 from fedcli.workspace.federation_state import Experiment, read_config
 from fedcli.workspace.file_system_check import probe_file_system
@@ -237,7 +236,7 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
 
 def _rows_at_once(train: TrainConfig, task: str, device: str) -> int:
     """Return the most rows, two for a pair, that a micro-batch may have where all are as long as they may be."""
-    sides = 2 if TASKS[task].item is Preference else 1
+    sides = TASKS[task].item.num_sides
     fitting = max(1, LARGEST[device] // (sides * train.max_length))
     return sides * (train.micro_batch_size or min(train.batch_size, fitting))
 
