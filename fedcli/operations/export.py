@@ -11,7 +11,7 @@ from fedcli.config import CustomTemplate
 from fedcli.data.formats import describe_counts
 from fedcli.data.hub import known_format
 from fedcli.errors import UsageError
-from fedcli.model.adapter_config import parse_adapter_config
+from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.operations.report import read_metrics
 from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.parties.party import find_same_base, trusts_code
