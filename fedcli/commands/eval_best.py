@@ -6,6 +6,7 @@ from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_result
+from fedcli.quantities import plural
 
 
 def best(
@@ -21,5 +22,5 @@ def best(
     print_result(
         json_output,
         {"metric": metric, "best": number, "rounds": rounds},
-        f"round {number}: {metric} {entry.value:.4f} {interval}, of {len(ranked)} rounds",
+        f"round {number}: {metric} {entry.value:.4f} {interval}, of {plural(len(ranked), 'round')}",
     )

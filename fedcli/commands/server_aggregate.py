@@ -7,6 +7,7 @@ from typer import Option
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import StepDisplay, at, print_hint, print_json
 from fedcli.commands.server_score import score_and_tell
+from fedcli.quantities import plural
 
 if TYPE_CHECKING:
     from fedcli.server.aggregate import AggregationResult
@@ -58,7 +59,8 @@ def _print(result: "AggregationResult", here: str) -> None:
     done = result.aggregation
     clients = ", ".join(str(entry.client) for entry in done.counted)
     verb = {"published": "merged", "overtaken": "another server merged", "dry_run": "would merge"}[result.status]
-    print(f"{verb} {len(done.counted)} updates (clients {clients})")
+    who = "client" if len(done.counted) == 1 else "clients"
+    print(f"{verb} {plural(len(done.counted), 'update')} ({who} {clients})")
     for entry in done.refused:
         print(f"refused client {entry.client}: {entry.code}: {entry.reason}")
     if done.missing:
