@@ -24,7 +24,7 @@ TARGETS = ("q_proj", "v_proj")
 def examine(cwd: Path, **environment: str) -> tuple[int, dict[str, dict]]:
     """Run doctor --json; return its exit code and the findings by name."""
     done = subprocess.run(
-        command("doctor", "--json"), cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=60
+        command("doctor", "--json"), cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300
     )
     return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
 
@@ -111,6 +111,26 @@ def test_a_faulty_configuration_is_a_finding(small: Path) -> None:
     assert "train.stepps" in findings["fedcli.yaml"]["detail"]
     done = fedcli("doctor", "-w", small / "nowhere", cwd=small)
     assert done.returncode == 4
+
+
+def test_a_base_of_the_hub_is_whole_in_its_cache_or_a_finding_and_nothing_is_fetched(
+    small: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    stored = cache / "models--some--model"
+    snapshot = stored / "snapshots" / "0123abc"
+    configure(small, "base: builtin:tiny", "base: some/model")
+
+    def found() -> tuple[int, str, str]:
+        code, findings = examine(small, HF_HUB_CACHE=str(cache))
+        return code, findings["base model"]["state"], findings["base model"]["detail"]
+
+    shutil.copytree(find_base("builtin:tiny", revision=None, root=tmp_path), snapshot)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(snapshot.name)
+    assert found() == (0, "ok", "some/model")
+    (snapshot / "model.safetensors").unlink()
+    assert found() == (8, "failed", f"base model not found: {snapshot} does not hold config.json and weights")
 
 
 class Hub(BaseHTTPRequestHandler):

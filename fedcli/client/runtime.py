@@ -15,9 +15,9 @@ import numpy as np
 from fedcli.algos import Array, Arrays, ClientRule
 from fedcli.client.row_tokens import read_encoded
 from fedcli.config import TemplateChoice
+from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.data.order import draw
 from fedcli.errors import ConfigError, RequirementError
-from fedcli.model.adapter_config import parse_adapter_config
 from fedcli.model.base import comes_quantized, has_bfloat16, short_memory
 from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
 from fedcli.observer import Observer

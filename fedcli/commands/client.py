@@ -20,6 +20,7 @@ from fedcli.commands.options import (
 from fedcli.commands.output import StepDisplay, TrainingDisplay, at, print_result
 from fedcli.errors import UsageError
 from fedcli.federation import Federation
+from fedcli.quantities import plural
 
 if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
@@ -218,7 +219,7 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     speed = training.num_tokens / training.seconds
     yield (
         f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f} (mean {training.mean_loss:.3f}) "
-        f"in {len(training.losses)} steps, {training.seconds:.1f} s, {speed:.0f} tokens/s"
+        f"in {plural(len(training.losses), 'step')}, {training.seconds:.1f} s, {speed:.0f} tokens/s"
     )
     left_out = f"; left out: {describe_counts(training.left_out)}" if training.left_out else ""
     yield (

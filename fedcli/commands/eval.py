@@ -12,6 +12,7 @@ from typer import Argument, Option
 from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
 from fedcli.commands.output import Display, print_hint, print_json, print_result
 from fedcli.errors import UsageError, WorkspaceError, did_you_mean
+from fedcli.quantities import plural
 from fedcli.workspace.layout import find_workspace
 
 if TYPE_CHECKING:
@@ -283,5 +284,5 @@ def eval_best(
     print_result(
         json_output,
         {"metric": metric, "best": number, "rounds": rounds},
-        f"round {number}: {metric} {entry.value:.4f} {interval}, of {len(ranked)} rounds",
+        f"round {number}: {metric} {entry.value:.4f} {interval}, of {plural(len(ranked), 'round')}",
     )

@@ -10,6 +10,7 @@ from fedcli.commands.output import StepDisplay, at, describe_round_scores, print
 from fedcli.errors import NotReadyError
 from fedcli.federation import Server
 from fedcli.observer import Observer
+from fedcli.quantities import plural
 
 if TYPE_CHECKING:
     from fedcli.scoring.after_rounds import RoundScores
@@ -68,7 +69,8 @@ def _print(result: "AggregationResult", here: str) -> None:
     done = result.aggregation
     clients = ", ".join(str(entry.client) for entry in done.counted)
     verb = {"published": "merged", "overtaken": "another server merged", "dry_run": "would merge"}[result.status]
-    print(f"{verb} {len(done.counted)} updates (clients {clients})")
+    who = "client" if len(done.counted) == 1 else "clients"
+    print(f"{verb} {plural(len(done.counted), 'update')} ({who} {clients})")
     for entry in done.refused:
         print(f"refused client {entry.client}: {entry.code}: {entry.reason}")
     if done.missing:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcli.algos import Array
+from fedcli.config.adapter_config import parse_outside_config
 from fedcli.errors import ConfigError
-from fedcli.model.adapter_config import parse_outside_config
 from fedcli.parties.party import trusts_code
 from fedcli.server.open_round import Start
 from fedcli.workspace.federation_state import Experiment
