@@ -114,9 +114,9 @@ class WeightedMean(Reducer):
         """Add weight times each difference to the sums."""
         if not self._sums:
             arrays = updates[0][0]
-            ends = np.cumsum([array.size for array in arrays.values()])
-            sums = np.full(ends[-1], -0.0)  # one array: numpy gives it huge pages; -0.0 plus a number is that number
-            parts = np.split(sums, ends[:-1])
+            sizes = [array.size for array in arrays.values()]
+            sums = np.full(sum(sizes), -0.0)  # one array: numpy gives it huge pages; -0.0 plus a number is that number
+            parts = np.split(sums, np.cumsum(sizes)[:-1])
             self._sums = {name: part.reshape(arrays[name].shape) for name, part in zip(arrays, parts, strict=True)}
         for _, weight in updates:
             self._total_weight += weight

@@ -1,4 +1,4 @@
-"""Merging a round's updates: two are read and checked at once, then both threads sum each; no more are in memory."""
+"""Merging a round's updates: two are read and checked at once, then both threads sum both; no more are in memory."""
 
 import math
 from collections.abc import Iterator, Sequence
