@@ -181,6 +181,7 @@ DAMAGES: list[tuple[str, str, Callable[[Path], object]]] = [
     ("an adapter of NaN, hashed", f"{LAST}/adapter/{ADAPTER}", partial(rewritten, np.nan)),
     ("a pattern in its config, hashed", f"{LAST}/{CONFIG}", partial(config_rewritten, target_modules="(a+)+$")),
     ("a key too many in its config, hashed", f"{LAST}/{CONFIG}", partial(config_rewritten, layer_replication=[[0, 2]])),
+    ("another alpha in its config, hashed", LAST, partial(config_rewritten, lora_alpha=99)),
     ("a file too many", f"{ROUND}/notes.txt", partial(added, f"{ROUND}/notes.txt")),
     ("a foreign name", "rounds/latest", partial(added, "rounds/latest")),
     ("a second spelling", "rounds/000001", lambda w: shutil.copytree(w / ROUND, w / "rounds/000001")),

@@ -213,6 +213,8 @@ def _check_links(current: Round, previous: Round | None, number: int, result: Ve
     for key in ("task", "model", "tensors"):
         if getattr(manifest, key) != getattr(previous.manifest, key):
             result.report(current.folder, f"changes {key}, which is fixed")
+    if manifest.files.get(ADAPTER_CONFIG_NAME) != previous.manifest.files.get(ADAPTER_CONFIG_NAME):
+        result.report(current.folder, f"changes {ADAPTER_CONFIG_NAME}, which is fixed")
 
 
 def _check_aggregation(
