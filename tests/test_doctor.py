@@ -67,6 +67,7 @@ def test_a_healthy_workspace_has_no_failed_finding_and_is_left_as_it_was(small: 
     assert sorted(small.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_sandbox_is_tried_out_and_the_cure_named_where_it_is_missing(tmp_path: Path) -> None:
     code, findings = examine(tmp_path, PATH=str(tmp_path))
     assert (code, findings["sandbox"]["state"]) == (0, "warning")
@@ -96,6 +97,7 @@ def test_a_broken_bitsandbytes_fails_a_quantised_experiment_and_only_warns_anoth
     assert "built for another machine" in findings["quantised matmul"]["detail"]
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_fit_into_memory_fails_with_the_cure(small: Path) -> None:
     configure(small, "max_length: 128", "max_length: 100000000")
     code, findings = examine(small)

@@ -84,6 +84,7 @@ def federations(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     return folder, results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "algorithm"), CASES)
 def test_a_quantised_federation_trains_verifies_and_sends_float32(
     federations: tuple[Path, dict[str, Any]], tmp_path: Path, quantization: str, algorithm: str
@@ -205,6 +206,7 @@ def after_evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     return folder, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_an_evaluation_pass_of_an_nf4_base_changes_no_gradient_of_a_later_step(
     after_evaluation: tuple[Path, dict[str, Any]],
 ) -> None:
