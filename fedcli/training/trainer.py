@@ -50,16 +50,14 @@ def fit(
     A step's loss is the mean of the task's loss over the supervised tokens or the rows of its batch: neither it nor
     its gradient depends on how the batch is cut into micro-batches.
     """
-    model = adapted.base
-    for name, parameter in adapted.parameters.items():
+    for name, parameter in adapted.parameters.items():  # one that is frozen has no gradient, and so makes no step
         parameter.requires_grad_(rule is None or rule.trains(name))
-    trained = {name: parameter for name, parameter in adapted.parameters.items() if parameter.requires_grad}
-    parameters = list(trained.values())
+    model, parameters = adapted.base, list(adapted.parameters.values())
     device, has_autocast = model.device, has_bfloat16()
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
     )
-    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=device) for name in trained]
+    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=device) for name in adapted.parameters]
     losses: list[float] = []
     torch.manual_seed(settings.seed)  # of dropout
     optimizer.zero_grad()  # what another client's training left that broke off
@@ -124,7 +122,7 @@ def _step(
     if rule is not None:
         for parameter, array in zip(parameters, own, strict=True):
             term = rule.weight_term(array, learning_rate)
-            if term is not None:
+            if term is not None and parameter.requires_grad:
                 parameter.add_(term)
 
 
