@@ -1,6 +1,6 @@
 """What an algorithm is to the rest of fedcli."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -20,7 +20,8 @@ class MergedUpdates:
     """A round's counted updates together, float64, by the adapter's names.
 
     `difference` is what the algorithm's reducer makes of y_k - x, the weighted mean by default; `files` holds what its
-    `file_reducer` makes of each of its `update_files`, by default the sum over the number of all clients.
+    `file_reducer` makes of each of its `update_files`, by default the sum over the number of all clients. Tensors that
+    updates do not carry are zero in both.
     """
 
     difference: Arrays
@@ -38,7 +39,7 @@ class Algorithm:
     """What pydantic is told: no unknown hyperparameter, no NaN, no infinity."""
 
     update_files: ClassVar[tuple[str, ...]] = ()
-    """Files that a client sends beside its adapter, each with the adapter's names and shapes."""
+    """Files that a client sends beside its adapter, each with the tensors that updates carry."""
     private_state: ClassVar[str] = ""
     """The folder in a client's home of what it keeps from round to round; empty where it keeps nothing."""
     state_file: ClassVar[str] = "optimizer.safetensors"
@@ -51,6 +52,19 @@ class Algorithm:
     name: str
     """The algorithm's name in fedcli.yaml and in manifests."""
 
+    def shares(self, tensor: str) -> bool:
+        """Return whether updates carry this tensor of the adapter; no merge changes one that they do not carry."""
+        return True
+
+    def update_tensors(self, tensors: Collection[str]) -> list[str] | None:
+        """Return which of the adapter's tensors updates carry, sorted; None for all of them."""
+        shared = sorted(filter(self.shares, tensors))
+        return None if len(shared) == len(tensors) else shared
+
+    def start(self, adapter: Arrays, own: Arrays) -> Arrays:
+        """Return what a client's training starts from, x by default; `own` is what the client kept."""
+        return adapter
+
     def client_rule(self, adapter: Arrays, state: Arrays, own: Arrays) -> ClientRule | None:
         """Return what a client does beside plain training; None for nothing.
 
@@ -62,7 +76,10 @@ class Algorithm:
     def client_step(
         self, adapter: Arrays, trained: Arrays, state: Arrays, own: Arrays, *, steps: int, learning_rate: float
     ) -> "tuple[dict[str, dict[str, Array]], dict[str, Array]]":
-        """Return what a client sends after training, by `update_files`, and what it keeps if that update counts."""
+        """Return what a client sends after training, by `update_files`, and what it keeps if that update counts.
+
+        Of what is sent only the tensors that updates carry leave the client.
+        """
         return {}, {}
 
     def weight(self, num_samples: int) -> float:
@@ -87,4 +104,5 @@ class Algorithm:
 
     def changes_clients(self) -> bool:
         """Return whether a client must do, send or keep more than plain training gives."""
-        return bool(self.update_files or self.private_state) or self.client_rule({}, {}, {}) is not None
+        has_own = any(getattr(type(self), name) is not getattr(Algorithm, name) for name in ("shares", "start"))
+        return has_own or bool(self.update_files or self.private_state) or self.client_rule({}, {}, {}) is not None

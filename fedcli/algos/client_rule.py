@@ -16,6 +16,10 @@ class ClientRule:
     arrays: Arrays
     """The rule's own arrays, by the adapter's names."""
 
+    def trains(self, tensor: str) -> bool:
+        """Return whether training changes this tensor of the adapter; it is frozen otherwise."""
+        return True
+
     def gradient_term(self, weight: Any, own: Any) -> Any | None:
         """Return what is added to a weight's gradient after clipping, before the optimiser's step; None for nothing."""
         return None

@@ -233,8 +233,8 @@ def _read(base: Round, client: int, hashes: dict[int, str]) -> "dict[str, Array]
 
 
 def _flat(arrays: "dict[str, Array]", base: Round) -> Array:
-    """Return all numbers of an adapter in one float32 vector, in the manifest's order."""
-    return np.concatenate([arrays[name].astype(np.float32).ravel() for name in base.manifest.tensors])
+    """Return the numbers of an adapter that updates carry in one float32 vector, in the manifest's order."""
+    return np.concatenate([arrays[name].astype(np.float32).ravel() for name in base.manifest.sent_tensors])
 
 
 def _versions() -> dict[str, str]:

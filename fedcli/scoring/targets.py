@@ -117,6 +117,11 @@ def _baseline(start: Round, name: str) -> Target:
 
 def _update(workspace: Workspace, client: int) -> Target:
     base, update = _last_update(workspace, client)
+    if base.manifest.update_tensors is not None:
+        raise UsageError(
+            f"client {client}'s update of round {base.number} is no whole model: the client keeps a part to itself",
+            hint=f"Score the global adapter: --round {base.number}.",
+        )
     digest, found = update.sha256, update.record.files[ADAPTER_FILE].sha256
     del update  # the arrays are read when it is their turn: a hundred clients' do not fit into memory
 

@@ -5,6 +5,7 @@ import math
 from fedcli.config import algorithm_from
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
+from fedcli.workspace.tensors import encoded_size
 
 
 def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
@@ -15,7 +16,10 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
     num_files = len(manifest.update_files)
     algorithm = algorithm_from(manifest.algorithm)
     read = {ADAPTER_NAME, ADAPTER_CONFIG_NAME} | ({algorithm.state_file} if algorithm.clients_read_state else set())
-    trainable = sum(math.prod(entry.shape) for entry in manifest.tensors.values())
+    trainable, sent = (
+        sum(math.prod(entry.shape) for entry in tensors.values())
+        for tensors in (manifest.tensors, manifest.sent_tensors)
+    )
     down = up = 0
     if manifest.aggregation is not None and previous is not None and previous.cost is not None:
         merge = manifest.aggregation
@@ -25,9 +29,9 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
     return Cost(
         base_parameters=manifest.model.num_parameters,
         trainable_parameters=trainable,
-        communicated_parameters=trainable * num_files,
+        communicated_parameters=sent * num_files,
         client_bytes_down=sum(entry.bytes for name, entry in manifest.files.items() if name in read),
-        client_bytes_up=num_files * sum(entry.bytes for name, entry in manifest.files.items() if name == ADAPTER_NAME),
+        client_bytes_up=num_files * encoded_size(manifest.sent_tensors),
         total_bytes_down=down,
         total_bytes_up=up,
     )

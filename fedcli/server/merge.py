@@ -112,16 +112,16 @@ class _Merge:
         return weight
 
     def result(self) -> MergedUpdates:
-        """Return the counted updates together."""
+        """Return the counted updates together, zero where they carry nothing."""
         zeros = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in self.adapter.items()}
         return MergedUpdates(
-            self._reduce(self.differences, ADAPTER_FILE, self.adapter),
-            {name: self._reduce(reducer, name, zeros) for name, reducer in self.files.items()},
+            zeros | self._reduce(self.differences, ADAPTER_FILE, self.adapter),
+            {name: zeros | self._reduce(reducer, name, zeros) for name, reducer in self.files.items()},
         )
 
     def _reduce(self, reducer: Reducer, name: str, origin: Arrays) -> "dict[str, Array]":
         members = [stored[name].numbers for stored in self.stored if stored]
-        return reducer.result(Stacks(origin, members))
+        return reducer.result(Stacks({tensor: origin[tensor] for tensor in self.base.manifest.sent_tensors}, members))
 
     def aggregation(self) -> Aggregation:
         """Return the record of the merge, every list sorted by client; weights add up to 1."""

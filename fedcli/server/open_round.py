@@ -60,6 +60,7 @@ def _manifest(
         algorithm=asdict(config.algorithm),
         cohort=sorted(drawn),
         update_files=[ADAPTER_FILE, *config.algorithm.update_files],
+        update_tensors=config.algorithm.update_tensors(start.tensors),
         model=start.model,
         train=train_record(config, number, rounds),
         files={name: file_entry(contents) for name, contents in start.files.items()},

@@ -160,8 +160,11 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
     for name in sorted(name for name in foreign if not name.startswith(TEMPORARY_PREFIX)):
         result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
     try:
-        if manifest.update_files != [ADAPTER_FILE, *algorithm_from(manifest.algorithm).update_files]:
+        algorithm = algorithm_from(manifest.algorithm)
+        if manifest.update_files != [ADAPTER_FILE, *algorithm.update_files]:
             result.report(current.folder, f"asks for {manifest.update_files}, which its algorithm does not fit")
+        if manifest.update_tensors != algorithm.update_tensors(manifest.tensors):
+            result.report(current.folder, "asks for other tensors than its algorithm has updates carry")
     except IntegrityError as error:
         result.report(current.folder, error.message)
     if (manifest.state == "finished") != (manifest.cohort == []):

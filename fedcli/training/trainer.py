@@ -39,6 +39,8 @@ def fit(
     A step's loss is the mean of the task's loss over the supervised tokens or the rows of its batch: neither it nor
     its gradient depends on how the batch is cut into micro-batches.
     """
+    for name, parameter in adapted.parameters.items():  # one that is frozen has no gradient, and so makes no step
+        parameter.requires_grad_(rule is None or rule.trains(name))
     model, parameters = adapted.base, list(adapted.parameters.values())
     device, has_autocast = model.device, has_bfloat16()
     optimizer = torch.optim.AdamW(
@@ -116,7 +118,7 @@ def _step(
     if rule is not None:
         for parameter, array in zip(parameters, own, strict=True):
             term = rule.weight_term(array, learning_rate)
-            if term is not None:
+            if term is not None and parameter.requires_grad:
                 parameter.add_(term)
 
 

@@ -135,7 +135,7 @@ def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, me
     _check_record(record, base, client)
     files, stored = {}, {}
     num_bytes = len(contents)
-    tensors = base.manifest.tensors
+    tensors = base.manifest.sent_tensors
     for name in base.manifest.update_files:
         entry = record.files.get(name)
         if entry is None:

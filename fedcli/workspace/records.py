@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.errors import IntegrityError
@@ -171,6 +171,19 @@ class Manifest(Record):
     """None where all of the cohort count."""
     opened: Annotated[Finite, Field(ge=0)] | None = None
     """When the round was opened, in seconds since 1970 by the server's clock; None without a deadline."""
+    update_tensors: list[str] | None = None
+    """Which of `tensors` updates carry; None for all, and then it is not written."""
+
+    @property
+    def sent_tensors(self) -> dict[str, TensorEntry]:
+        """The tensors of each file of an update."""
+        if (names := self.update_tensors) is None:
+            return self.tensors
+        return {name: entry for name, entry in self.tensors.items() if name in names}
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "update_tensors" or value is not None}
 
 
 class Identity(Record):

@@ -40,14 +40,31 @@ def encode(arrays: Arrays, metadata: Mapping[str, str] = MappingProxyType({})) -
     They are those of `safetensors.numpy.save`, which copies the arrays three times.
     """
     tensors = {name: np.ascontiguousarray(arrays[name], "<f4") for name in sorted(arrays)}
+    return b"".join(
+        [
+            _header({name: array.shape for name, array in tensors.items()}, metadata),
+            *(array.data for array in tensors.values()),
+        ]
+    )
+
+
+def encoded_size(schema: Mapping[str, TensorEntry]) -> int:
+    """Return the bytes that `encode` makes of arrays of this schema."""
+    return len(_header({name: entry.shape for name, entry in schema.items()}, {})) + sum(
+        4 * math.prod(entry.shape) for entry in schema.values()
+    )
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the numbers of float32 tensors, which lie in the order of their names."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name, array in tensors.items():
-        start, end = end, end + array.nbytes
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": (start, end)}
+    for name, shape in sorted(shapes.items()):
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *(array.data for array in tensors.values())])
+    return struct.pack("<Q", len(text)) + text
 
 
 def schema_of(arrays: Arrays) -> dict[str, TensorEntry]:
