@@ -31,14 +31,15 @@ def list(
         print_json(listed)
         return
     for entry in listed:
-        metrics = [metric["name"] for metric in entry.metric_details if not metric["is_detail"]]
-        num_details = len(entry.metrics) - len(metrics)
-        origin = "" if entry.package == OWN_PACKAGE else f"; from the package {entry.package}"
-        print(f"{entry.name}: {entry.title} ({entry.size:,} items; {', '.join(entry.groups) or 'no group'}{origin})")
+        metrics = [metric["name"] for metric in entry["metric_details"] if not metric["is_detail"]]
+        num_details = len(entry["metrics"]) - len(metrics)
+        origin = "" if entry["package"] == OWN_PACKAGE else f"; from the package {entry['package']}"
+        groups = ", ".join(entry["groups"]) or "no group"
+        print(f"{entry['name']}: {entry['title']} ({entry['size']:,} items; {groups}{origin})")
         print(f"    metrics: {', '.join(metrics)}{f' and {num_details} details' if num_details else ''}")
-        needs = f"; needs: {', '.join(entry.needs)}" if entry.needs else ""
-        lacks = f"; this machine lacks: {', '.join(entry.missing)}" if entry.missing else ""
-        print(f"    data: {entry.data}{needs}{lacks}")
+        needs = f"; needs: {', '.join(entry['needs'])}" if entry["needs"] else ""
+        lacks = f"; this machine lacks: {', '.join(entry['missing'])}" if entry["missing"] else ""
+        print(f"    data: {entry['data']}{needs}{lacks}")
     print_hint(
         "data: local (its files are here), cached (of the hub), hub (it would be fetched), missing; --json says more"
     )

@@ -6,10 +6,11 @@ import io
 import logging
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
@@ -62,48 +63,43 @@ class SessionLM:
 
     def __init__(self, session: Session, stderr: TextIO) -> None:
         self._session = session
-        self._model = session.model
         self._stderr = stderr
         """Where the model may show its progress, while that of lm-eval is held back."""
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return log-likelihood and whether greedy decoding gives the same, of (prompt, continuation) each."""
         with redirect_stderr(self._stderr):
-            answers = self._model.log_likelihoods([Likelihood(*request.args) for request in requests])
+            answers = self._session.model.log_likelihoods([Likelihood(*request.args) for request in requests])
         return [(answer.log_prob, answer.is_greedy) for answer in answers]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the answers to (prompt, settings) each; a request that comes n times has n samples."""
+        from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         asked: list[Generation] = []
-        samples: dict[int, int] = {}
+        samples: Counter[int] = Counter()
         for request in requests:
-            sample = samples.get(id(request), 0)
-            samples[id(request)] = sample + 1
             prompt, settings = request.args
-            asked.append(self._generation(prompt, settings, sample))
+            given = normalize_gen_kwargs(dict(settings), DEFAULT_MAX_GEN_TOKS)
+            generation = self._session.generation(
+                prompt,
+                given["max_gen_toks"],
+                tuple(mark for mark in given["until"] if mark),
+                temperature=float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0,
+                top_p=float(given.get("top_p", 1.0)),
+                sample=samples[id(request)],
+            )
+            samples[id(request)] += 1
+            asked.append(generation)
         with redirect_stderr(self._stderr):
-            return self._model.generate(asked)
+            return self._session.model.generate(asked)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Raise UsageError: perplexity of whole texts is not offered."""
         raise UsageError(
             "this task of lm-eval measures the perplexity of whole texts, which fedcli does not",
             hint="Choose a task with answers: multiple choice, loglikelihood or generate_until.",
-        )
-
-    def _generation(self, prompt: str, settings: Mapping[str, Any], sample: int) -> Generation:
-        from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
-        from lm_eval.models.utils import normalize_gen_kwargs
-
-        given = normalize_gen_kwargs(dict(settings), DEFAULT_MAX_GEN_TOKS)
-        temperature = float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0
-        return self._session.generation(
-            prompt,
-            given["max_gen_toks"],
-            tuple(mark for mark in given["until"] if mark),
-            temperature=temperature,
-            top_p=float(given.get("top_p", 1.0)),
-            sample=sample,
         )
 
 
@@ -181,8 +177,8 @@ def _load(names: list[str], task_set: TaskSet, local: dict[str, Splits] | None, 
     """Return lm-eval's tasks by name, with rows from here where there are any."""
     settings = [{"task": name, **task_set.overrides} for name in names]
     if local is not None:
-        for setting in settings:
-            setting["custom_dataset"] = _in_memory(local[str(setting["task"])])
+        for name, setting in zip(names, settings, strict=True):
+            setting["custom_dataset"] = partial(_in_memory, local[name])
     try:
         manager = task_manager(task_set.folder, task_set.include)
         tasks: dict[str, Any] = manager.load([{"group": "fedcli", "task": settings}])["tasks"]
@@ -211,23 +207,19 @@ def _load(names: list[str], task_set: TaskSet, local: dict[str, Splits] | None, 
     return tasks
 
 
-def _in_memory(splits: Splits) -> Callable[..., dict[str, Any]]:
-    def rows(**_: object) -> dict[str, Any]:  # called with the task's metadata
-        import datasets
+def _in_memory(splits: Splits, **_: object) -> dict[str, Any]:  # called with the task's metadata
+    import datasets
 
-        return {split: datasets.Dataset.from_list(fields) for split, fields in splits.items()}
-
-    return rows
+    return {split: datasets.Dataset.from_list(fields) for split, fields in splits.items()}
 
 
 def task_manager(folder: str | None, include: Path | None = None) -> Any:
     """Return lm-eval's manager of one folder (of its registry, else a path), or of all of it and a user's folder."""
-    import lm_eval.tasks
+    from lm_eval import tasks
 
     if folder is None:
         return _whole_registry(include)
-    registry = Path(lm_eval.tasks.__file__).parent
-    return lm_eval.tasks.TaskManager(include_path=registry / folder, include_defaults=False)
+    return tasks.TaskManager(include_path=Path(tasks.__file__).parent / folder, include_defaults=False)
 
 
 @cache

@@ -54,11 +54,7 @@ def _loss_map(report: Report) -> Picture | None:
     clients = shown_clients(report)
     if len(clients) <= MOST_LINES or not any(merged.mean_loss is not None for merged in report.merged):
         return None
-    grid = np.full((len(clients), len(report.merged)), np.nan)
-    for column, merged in enumerate(report.merged):
-        for row, client in enumerate(clients):
-            loss = merged.losses.get(client)
-            grid[row, column] = np.nan if loss is None else loss
+    grid = np.array([[merged.losses.get(client) for merged in report.merged] for client in clients], float)
     figure, axes = drawing.one_panel(drawing.height_of(clients))
     low, high = np.nanpercentile(grid, [1, 99])
     image = drawing.client_map(axes, grid, report.merged, clients, cmap="viridis_r", vmin=low, vmax=high)
@@ -197,11 +193,8 @@ def _timings(report: Report) -> Picture | None:
     if not report.merged:
         return None
     seconds = [merged.seconds for merged in report.merged]
-    unit, size = next(
-        (name, size)
-        for name, size in (("hours", 3600), ("minutes", 60), ("seconds", 1))
-        if max(seconds) >= 2 * size or size == 1
-    )
+    units = (("hours", 3600), ("minutes", 60))
+    unit, size = next((found for found in units if max(seconds) >= 2 * found[1]), ("seconds", 1))
     figure, axes = drawing.one_panel(3.2)
     axes.bar([merged.number for merged in report.merged], [value / size for value in seconds], 0.8, color=BLUE)
     axes.set(xlabel="round", ylabel=unit)
@@ -221,11 +214,7 @@ def _cohorts(report: Report) -> Picture | None:
         return None
     names = ("not drawn", "counted", "missing", "refused", "not needed")
     colours = ("#EFEFEF", BLUE, ORANGE, RED, "#56B4E9")
-    grid = np.zeros((len(clients), len(report.merged)))
-    for column, merged in enumerate(report.merged):
-        for row, client in enumerate(clients):
-            if client in merged.cohort:
-                grid[row, column] = _fate(merged, client)
+    grid = np.array([[_fate(merged, client) for merged in report.merged] for client in clients])
     figure, axes = drawing.one_panel(drawing.height_of(clients))
     drawing.client_map(axes, grid, report.merged, clients, cmap=ListedColormap(colours), vmin=-0.5, vmax=4.5)
     if grid.size <= 4000:
@@ -240,6 +229,8 @@ def _cohorts(report: Report) -> Picture | None:
 
 
 def _fate(merged: MergedRound, client: int) -> int:
+    if client not in merged.cohort:
+        return 0
     if client in merged.losses:
         return 1
     if client in merged.missing:

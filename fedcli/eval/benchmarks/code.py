@@ -54,10 +54,10 @@ class Limits:
     seconds: float = 10.0
 
 
-def solve(session: Session, problems: Iterable[Problem], limits: Limits) -> list[ItemScore]:
-    """Ask for answers to problems, run them where the session can, and mark each problem with pass@k."""
+def solve(read: Callable[[Session], Iterable[Problem]], limits: Limits, session: Session) -> list[ItemScore]:
+    """Ask for answers to a session's problems, run them where it can, and mark each problem with pass@k."""
     options = session.options
-    asked = list(problems)[: options.limit]
+    asked = list(read(session))[: options.limit]
     num_samples = options.samples or 1
     temperature = TEMPERATURE if num_samples > 1 else 0.0
     first = [

@@ -8,9 +8,9 @@ from typing import Any
 
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
-from fedcli.eval.benchmark import ItemScore, Metric, Session
+from fedcli.eval.benchmark import Metric, Session
 from fedcli.eval.benchmarks.code import PASS_METRICS, Limits, Problem, code_benchmark, extract_code, solve, text_of
-from fedcli.eval.data import DataSource, Files
+from fedcli.eval.data import DataSource
 from fedcli.tasks.conversation import Turn
 
 LIBRARIES = ("Matplotlib", "Numpy", "Pandas", "Pytorch", "Scipy", "Sklearn", "Tensorflow")
@@ -24,16 +24,9 @@ _IMPORTED = re.compile(r"^\s*(?:from\s+(?=[\w.]+\s+import\b)|import\s+)(\w+)", r
 """Top packages that a harness, or the program in its text, imports."""
 
 
-def run(session: Session) -> list[ItemScore]:
-    """Ask for the code between the tags, and run it in the row's own harness.
-
-    Items for which this machine lacks a library have no marks, and name it.
-    """
-    return solve(session, _problems(session.files), LIMITS)
-
-
-def _problems(files: Files) -> Iterator[Problem]:
-    for row in files.rows():
+def _problems(session: Session) -> Iterator[Problem]:
+    """Yield the problems, each with its own harness; those for which this machine lacks a library name it."""
+    for row in session.files.rows():
         metadata = _metadata(row)
         origin = metadata.get("perturbation_origin_id")  # the problem that this one is a variation of
         context = text_of(row, "code_context")
@@ -88,5 +81,5 @@ BENCHMARK = code_benchmark(
         folders=("DS-1000",),
         hub="xlangai/DS-1000",
     ),
-    run=run,
+    run=partial(solve, _problems, LIMITS),
 )

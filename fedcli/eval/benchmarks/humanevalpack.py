@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from fedcli.eval.benchmark import ItemScore, Session
+from fedcli.eval.benchmark import Session
 from fedcli.eval.benchmarks.code import Limits, Problem, code_benchmark, complete, solve, text_of
-from fedcli.eval.data import DataSource, Files
+from fedcli.eval.data import DataSource
 from fedcli.tasks.conversation import Turn
 
 LIMITS = Limits(max_new_tokens=1024)
@@ -19,12 +19,8 @@ from collections import *
 """What the publisher's harness puts before every answer."""
 
 
-def _run(ask: Callable[[Mapping[str, str]], str], session: Session) -> list[ItemScore]:
-    return solve(session, _problems(session.files, ask), LIMITS)
-
-
-def _problems(files: Files, ask: Callable[[Mapping[str, str]], str]) -> Iterator[Problem]:
-    for row in files.rows():
+def _problems(ask: Callable[[Mapping[str, str]], str], session: Session) -> Iterator[Problem]:
+    for row in session.files.rows():
         texts = {name: text_of(row, name) for name in _COLUMNS.split()}
         if texts["task_id"].startswith("Python/"):
             yield Problem(texts["task_id"], (Turn("user", ask(texts)),), partial(_program, texts))
@@ -62,11 +58,11 @@ BENCHMARKS = (
     _of_pack(
         name="humanevalfix",
         title="HumanEvalFix: bugs to mend in Python functions",
-        run=partial(_run, _ask_fix),
+        run=partial(solve, partial(_problems, _ask_fix), LIMITS),
     ),
     _of_pack(
         name="humanevalsynthesize",
         title="HumanEvalSynthesize: Python functions from instructions",
-        run=partial(_run, _ask_synthesize),
+        run=partial(solve, partial(_problems, _ask_synthesize), LIMITS),
     ),
 )

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 
-from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Need, Session
+from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.benchmarks import local_rows
 from fedcli.eval.benchmarks.lm_eval_names import BBH_TASKS, MEDICAL_SUBJECTS, MMLU_GROUPS
 from fedcli.eval.data import DataSource
@@ -34,24 +35,12 @@ def _unboxed(responses: Sequence[Sequence[str]], docs: object) -> list[list[str]
     ]
 
 
-def _mmlu(
-    name: str,
-    title: str,
-    groups: tuple[str, ...],
-    size: int,
-    files: tuple[str, ...],
-    subjects: Mapping[str, tuple[str, ...]],
-    needs: tuple[Need, ...],
-) -> Benchmark:
+def _mmlu(files: tuple[str, ...], subjects: Mapping[str, tuple[str, ...]], **fields: Any) -> Benchmark:
     """Return a benchmark of some subjects, each with the metrics that its items count for besides the accuracy."""
     tasks = {f"mmlu_{subject}": counts for subject, counts in subjects.items()}
-    read = local_rows.mmlu(*subjects)
+    read = partial(local_rows.mmlu, tuple(subjects))
     return _choice(
-        name=name,
-        title=title,
-        groups=groups,
         metrics=(ACCURACY, *_details(dict.fromkeys(chain(*zip(*subjects.values(), strict=True))))),
-        size=size,
         citation="Hendrycks et al. 2021, Measuring Massive Multitask Language Understanding, arXiv:2009.03300",
         data=DataSource(
             files,
@@ -61,46 +50,35 @@ def _mmlu(
             subset="all",
         ),
         run=_asks(TaskSet(tuple(tasks), CHOSEN, "mmlu/default", local_rows=read, shots=5, details=tasks)),
-        needs=needs,
+        **fields,
     )
 
 
 MMLU = _mmlu(
-    "mmlu",
-    "MMLU: 57 subjects, 4 choices, 5-shot",
-    ("general", "paper-table-2", "paper-table-6"),
-    14_042,
     ("test/*_test.csv",),
     {subject: (group, subject) for group, subjects in MMLU_GROUPS.items() for subject in subjects},
-    ("likelihood", "gpu-advised"),
+    name="mmlu",
+    title="MMLU: 57 subjects, 4 choices, 5-shot",
+    groups=("general", "paper-table-2", "paper-table-6"),
+    size=14_042,
+    needs=("likelihood", "gpu-advised"),
 )
 MMLU_MEDICAL = _mmlu(
-    "mmlu-medical",
-    "MMLU's six medical subjects, 5-shot",
-    ("medical", "paper-table-5"),
-    1_089,
     tuple(f"test/{subject}_test.csv" for subject in MEDICAL_SUBJECTS),
     {subject: (subject,) for subject in MEDICAL_SUBJECTS},
-    ("likelihood",),
+    name="mmlu-medical",
+    title="MMLU's six medical subjects, 5-shot",
+    groups=("medical", "paper-table-5"),
+    size=1_089,
 )
 
 
-def _bbh(
-    name: str, how: str, groups: tuple[str, ...], folder: str, filter_: str, overrides: Mapping[str, object]
-) -> Benchmark:
-    prefix = f"bbh_{folder}_"
-    task_set = TaskSet(
-        tuple(f"{prefix}{task}" for task in BBH_TASKS),
-        {("exact_match", filter_): "accuracy"},
-        f"bbh/{folder}",
-        local_rows=local_rows.bbh(prefix, BBH_TASKS),
-        details={f"{prefix}{task}": (task,) for task in BBH_TASKS},
-        overrides=overrides,
-    )
+def _bbh(folder: str, filter_: str, overrides: Mapping[str, object], **fields: Any) -> Benchmark:
+    details = {f"bbh_{folder}_{task}": (task,) for task in BBH_TASKS}
+    read = partial(local_rows.bbh, details)
+    marks = {("exact_match", filter_): "accuracy"}
+    task_set = TaskSet(tuple(details), marks, f"bbh/{folder}", local_rows=read, details=details, overrides=overrides)
     return _generation(
-        name=name,
-        title=f"BIG-Bench Hard: 27 tasks, 3-shot, {how}",
-        groups=groups,
         metrics=(ACCURACY, *_details(BBH_TASKS)),
         size=6_511,
         citation="Suzgun et al. 2022, Challenging BIG-Bench Tasks and Whether Chain-of-Thought Can Solve Them, "
@@ -112,20 +90,28 @@ def _bbh(
             hub="SaylorTwift/bbh",
         ),
         run=_asks(task_set),
+        **fields,
     )
 
 
 # Behind "A:" a model with a byte-level tokenizer writes " True", which lm-eval's own filter counts as wrong.
 _STRIPPED = {"name": "stripped", "filter": [{"function": "remove_whitespace"}, _TAKE_FIRST]}
 BBH = _bbh(
-    "bbh",
-    "answers without reasoning",
-    ("general", "paper-table-2"),
     "fewshot",
     "stripped",
     {"filter_list": [_STRIPPED]},
+    name="bbh",
+    title="BIG-Bench Hard: 27 tasks, 3-shot, answers without reasoning",
+    groups=("general", "paper-table-2"),
 )
-BBH_COT = _bbh("bbh-cot", "with reasoning step by step", ("general",), "cot_fewshot", "get-answer", {})
+BBH_COT = _bbh(
+    "cot_fewshot",
+    "get-answer",
+    {},
+    name="bbh-cot",
+    title="BIG-Bench Hard: 27 tasks, 3-shot, with reasoning step by step",
+    groups=("general",),
+)
 
 DROP = _generation(
     name="drop",
