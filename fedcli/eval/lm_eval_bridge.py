@@ -51,6 +51,37 @@ class TaskSet:
     overrides: Mapping[str, object] = field(default_factory=dict)
     """Settings in place of the tasks' own."""
 
+    def run(self, session: Session) -> list[ItemScore]:
+        """Ask the session's model and score it; items are named TASK/NUMBER.
+
+        Rows come from the session's files where there are any, else from the hub. Where the files hold some of the
+        tasks only, these are run, and each record's `covers` says how many. `limit` holds for each task.
+
+        Raises RequirementError for data or a package that is not to be had, UsageError for too many examples.
+        """
+        files, shots = session.files, self.shots if session.options.shots is None else session.options.shots
+        local = None
+        if self.local_rows is not None:
+            if files.find():
+                local = _read_rows(self.local_rows, files, bool(shots))
+            elif not files.may_fetch:
+                raise files.missing()
+        names = [name for name in self.names if local is None or name in local]
+        if not names:
+            raise files.missing()
+        with quiet_lm_eval() as stderr:
+            from lm_eval.evaluator import evaluate
+
+            _compile_templates_once()
+            tasks = _load(names, self, local, files)
+            for name, task in tasks.items():
+                _set_shots(name, task, shots)
+            limit = session.options.limit
+            results = evaluate(SessionLM(session, stderr), {"tasks": tasks}, limit=limit, bootstrap_iters=0)
+        is_whole = len(names) == len(self.names)
+        covers: Fields = {} if is_whole else {"covers": f"{len(names)} of {len(self.names)} tasks"}
+        return [item for name in names for item in _items(name, results["samples"][name], self, covers)]
+
 
 class SessionLM:
     """What lm-eval takes for a model of a single process; the requests go to a session's model.
@@ -101,38 +132,6 @@ class SessionLM:
             "this task of lm-eval measures the perplexity of whole texts, which fedcli does not",
             hint="Choose a task with answers: multiple choice, loglikelihood or generate_until.",
         )
-
-
-def run_tasks(session: Session, task_set: TaskSet) -> list[ItemScore]:
-    """Ask the session's model and score it; items are named TASK/NUMBER.
-
-    Rows come from the session's files where there are any, else from the hub. Where the files hold some of the tasks
-    only, these are run, and each record's `covers` says how many. `limit` holds for each task, as lm-eval has it.
-
-    Raises RequirementError for data or a package that is not to be had, UsageError for examples that a task has not.
-    """
-    files, shots = session.files, task_set.shots if session.options.shots is None else session.options.shots
-    local = None
-    if task_set.local_rows is not None:
-        if files.find():
-            local = _read_rows(task_set.local_rows, files, bool(shots))
-        elif not files.may_fetch:
-            raise files.missing()
-    names = [name for name in task_set.names if local is None or name in local]
-    if not names:
-        raise files.missing()
-    with quiet_lm_eval() as stderr:
-        from lm_eval.evaluator import evaluate
-
-        _compile_templates_once()
-        tasks = _load(names, task_set, local, files)
-        for name, task in tasks.items():
-            _set_shots(name, task, shots)
-        limit = session.options.limit
-        results = evaluate(SessionLM(session, stderr), {"tasks": tasks}, limit=limit, bootstrap_iters=0)
-    is_whole = len(names) == len(task_set.names)
-    covers: Fields = {} if is_whole else {"covers": f"{len(names)} of {len(task_set.names)} tasks"}
-    return [item for name in names for item in _items(name, results["samples"][name], task_set, covers)]
 
 
 def _read_rows(read: LocalRows, files: Files, with_examples: bool) -> dict[str, Splits]:

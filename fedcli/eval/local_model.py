@@ -225,6 +225,8 @@ class _Prompts:
         self._encoder = encoder
         self._usage = usage
         self.end_id = encoder.end_id
+        start_id = tokenizer.bos_token_id
+        self._start_id = start_id if isinstance(start_id, int) else self.end_id
         limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
         self.context = min(
             (limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=UNKNOWN_CONTEXT
@@ -260,17 +262,13 @@ class _Prompts:
         """Return the ids of a text, and how many are the continuation's; white space before it is, as in lm-eval."""
         context = prompt.rstrip()
         whole = self._text(prompt + continuation)
-        if len(whole) < 2 or (not context and whole[0] != self._start_id()):
-            whole = [self._start_id(), *whole]
+        if len(whole) < 2 or (not context and whole[0] != self._start_id):
+            whole = [self._start_id, *whole]
         return whole, len(whole) - (len(self._text(context)) if context else 1)
 
     def _text(self, text: str) -> list[int]:
         """Return the ids of a text as it is, with the start token where the tokenizer puts one; never none at all."""
-        return [int(token) for token in self._tokenizer(text, verbose=False)["input_ids"]] or [self._start_id()]
-
-    def _start_id(self) -> int:
-        start = self._tokenizer.bos_token_id
-        return start if isinstance(start, int) else self.end_id
+        return [int(token) for token in self._tokenizer(text, verbose=False)["input_ids"]] or [self._start_id]
 
     def _cut(self, ids: list[int], room: int) -> list[int]:
         self._usage.num_truncated += len(ids) > self.context - room

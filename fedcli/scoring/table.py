@@ -281,7 +281,8 @@ def _notes(kept: Sequence[ScoreRecord], stale: Sequence[ScoreRecord]) -> tuple[s
     models: dict[str, set[tuple[str, ...]]] = {}
     asked: dict[str, list[ScoreRecord]] = {}
     for record in kept:
-        models.setdefault(record.target, set()).add(_weights(record))
+        weights = tuple(str(record.model.get(name)) for name in ("base", "adapter", "model", "api", "url"))
+        models.setdefault(record.target, set()).add(weights)
         asked.setdefault(record.name, []).append(record)
     notes += [
         f"{target}: its scores are of different models: score it again" for target in models if len(models[target]) > 1
@@ -297,11 +298,6 @@ def _is_same(one: ScoreRecord, other: ScoreRecord) -> bool:
     """Return whether two targets had the same questions, and no two judges."""
     judges = {one.settings.get("judge"), other.settings.get("judge")} - {None}
     return one.data.get("sha256", one.data) == other.data.get("sha256", other.data) and len(judges) < 2
-
-
-def _weights(record: ScoreRecord) -> tuple[str, ...]:
-    """Return what tells a record's model from others, settings such as the template aside."""
-    return tuple(str(record.model.get(name)) for name in ("base", "adapter", "model", "api", "url"))
 
 
 def _in_order(record: ScoreRecord) -> dict[str, ScoreEntry]:

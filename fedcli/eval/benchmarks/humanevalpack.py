@@ -31,11 +31,6 @@ def _ask_fix(row: Mapping[str, str]) -> str:
     return f"{row['declaration']}{row['buggy_solution']}\n{row['test']}\nFix bugs in {row['entry_point']}."
 
 
-def _ask_synthesize(row: Mapping[str, str]) -> str:
-    """Return a signature and what the function is to do."""
-    return row["instruction"].strip()
-
-
 def _program(row: Mapping[str, str], answer: str) -> str:
     code = complete(row["prompt"], row["entry_point"], answer)
     return "\n".join([IMPORTS, row["import"], row["test_setup"], code, row["test"]])
@@ -63,6 +58,6 @@ BENCHMARKS = (
     _of_pack(
         name="humanevalsynthesize",
         title="HumanEvalSynthesize: Python functions from instructions",
-        run=partial(solve, partial(_problems, _ask_synthesize), LIMITS),
+        run=partial(solve, partial(_problems, lambda row: row["instruction"].strip()), LIMITS),
     ),
 )

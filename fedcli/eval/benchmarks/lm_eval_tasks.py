@@ -1,15 +1,15 @@
 """The closed-ended benchmarks: tasks of lm-eval, on the publishers' files where they are here, else from the hub."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
 
-from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
+from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.benchmarks import local_rows
 from fedcli.eval.benchmarks.lm_eval_names import BBH_TASKS, MEDICAL_SUBJECTS, MMLU_GROUPS
 from fedcli.eval.data import DataSource
-from fedcli.eval.lm_eval_bridge import TaskSet, run_tasks
+from fedcli.eval.lm_eval_bridge import TaskSet
 
 ACCURACY = Metric("accuracy")
 CHOSEN = {("acc", "none"): "accuracy"}
@@ -17,10 +17,6 @@ CHOSEN = {("acc", "none"): "accuracy"}
 _TAKE_FIRST = {"function": "take_first"}
 _choice = partial(Benchmark, metrics=(ACCURACY,), needs=("likelihood",), takes=("shots",))
 _generation = partial(Benchmark, needs=("gpu-advised",), takes=("max_new_tokens", "shots", "temperature"))
-
-
-def _asks(task_set: TaskSet) -> Callable[[Session], list[ItemScore]]:
-    return partial(run_tasks, task_set=task_set)
 
 
 def _details(names: Iterable[str]) -> tuple[Metric, ...]:
@@ -49,7 +45,7 @@ def _mmlu(files: tuple[str, ...], subjects: Mapping[str, tuple[str, ...]], **fie
             hub="cais/mmlu",
             subset="all",
         ),
-        run=_asks(TaskSet(tuple(tasks), CHOSEN, "mmlu/default", local_rows=read, shots=5, details=tasks)),
+        run=TaskSet(tuple(tasks), CHOSEN, "mmlu/default", local_rows=read, shots=5, details=tasks).run,
         **fields,
     )
 
@@ -89,7 +85,7 @@ def _bbh(folder: str, filter_: str, overrides: Mapping[str, object], **fields: A
             ("bbh", "bbh/bbh", "BIG-Bench-Hard/bbh"),
             hub="SaylorTwift/bbh",
         ),
-        run=_asks(task_set),
+        run=task_set.run,
         **fields,
     )
 
@@ -127,18 +123,16 @@ DROP = _generation(
         hub="EleutherAI/drop",
         split="validation",
     ),
-    run=_asks(
-        TaskSet(
-            ("drop",),
-            {("f1", "none"): "f1", ("em", "none"): "em"},
-            "drop",
-            local_rows=local_rows.drop,
-            shots=3,
-            cluster="passage",
-            # lm-eval 0.4.13 joins the names of the answer's fields here, not the answer.
-            overrides={"doc_to_target": "{{ answers[0]|join(',') }}"},
-        ),
-    ),
+    run=TaskSet(
+        ("drop",),
+        {("f1", "none"): "f1", ("em", "none"): "em"},
+        "drop",
+        local_rows=local_rows.drop,
+        shots=3,
+        cluster="passage",
+        # lm-eval 0.4.13 joins the names of the answer's fields here, not the answer.
+        overrides={"doc_to_target": "{{ answers[0]|join(',') }}"},
+    ).run,
 )
 
 CRASS = _choice(
@@ -156,11 +150,9 @@ CRASS = _choice(
         subset="crass_ai_zero_shot",
         split="default",
     ),
-    run=_asks(
-        TaskSet(
-            ("bigbench_crass_ai_multiple_choice",), CHOSEN, "bigbench/multiple_choice", local_rows=local_rows.crass
-        ),
-    ),
+    run=TaskSet(
+        ("bigbench_crass_ai_multiple_choice",), CHOSEN, "bigbench/multiple_choice", local_rows=local_rows.crass
+    ).run,
 )
 
 GSM8K = _generation(
@@ -177,15 +169,13 @@ GSM8K = _generation(
         hub="openai/gsm8k",
         subset="main",
     ),
-    run=_asks(
-        TaskSet(
-            ("gsm8k_cot",),
-            # The last number of an answer; strict: the number behind "The answer is", as in the examples.
-            {("exact_match", "flexible-extract"): "accuracy", ("exact_match", "strict-match"): "accuracy-strict"},
-            "gsm8k",
-            local_rows=local_rows.gsm8k,
-        ),
-    ),
+    run=TaskSet(
+        ("gsm8k_cot",),
+        # The last number of an answer; strict: the number behind "The answer is", as in the examples.
+        {("exact_match", "flexible-extract"): "accuracy", ("exact_match", "strict-match"): "accuracy-strict"},
+        "gsm8k",
+        local_rows=local_rows.gsm8k,
+    ).run,
 )
 
 MATH = _generation(
@@ -206,28 +196,26 @@ MATH = _generation(
         hub="EleutherAI/hendrycks_math",
         subset="algebra",
     ),
-    run=_asks(
-        TaskSet(
-            tuple(local_rows.MATH_TASKS.values()),
-            {("exact_match", "boxed"): "accuracy", ("exact_match", "none"): "accuracy-unboxed"},
-            "hendrycks_math",
-            local_rows=local_rows.math,
-            details={task: (task.removeprefix("hendrycks_math_"),) for task in local_rows.MATH_TASKS.values()},
-            overrides={
-                "filter_list": [
-                    {"name": "boxed", "filter": [{"function": "custom", "filter_fn": _unboxed}, _TAKE_FIRST]},
-                    {"name": "none", "filter": [_TAKE_FIRST]},
-                ],
-                # lm-eval's own, with room for a solution
-                "generation_kwargs": {
-                    "until": ["Problem:"],
-                    "do_sample": False,
-                    "temperature": 0,
-                    "max_gen_toks": 1024,
-                },
+    run=TaskSet(
+        tuple(local_rows.MATH_TASKS.values()),
+        {("exact_match", "boxed"): "accuracy", ("exact_match", "none"): "accuracy-unboxed"},
+        "hendrycks_math",
+        local_rows=local_rows.math,
+        details={task: (task.removeprefix("hendrycks_math_"),) for task in local_rows.MATH_TASKS.values()},
+        overrides={
+            "filter_list": [
+                {"name": "boxed", "filter": [{"function": "custom", "filter_fn": _unboxed}, _TAKE_FIRST]},
+                {"name": "none", "filter": [_TAKE_FIRST]},
+            ],
+            # lm-eval's own, with room for a solution
+            "generation_kwargs": {
+                "until": ["Problem:"],
+                "do_sample": False,
+                "temperature": 0,
+                "max_gen_toks": 1024,
             },
-        ),
-    ),
+        },
+    ).run,
 )
 
 MEDQA = _choice(
@@ -242,7 +230,7 @@ MEDQA = _choice(
         ("medqa/data_clean", "data_clean"),
         hub="GBaker/MedQA-USMLE-4-options-hf",
     ),
-    run=_asks(TaskSet(("medqa_4options",), CHOSEN, "medqa", local_rows=local_rows.medqa)),
+    run=TaskSet(("medqa_4options",), CHOSEN, "medqa", local_rows=local_rows.medqa).run,
 )
 
 MEDMCQA = _choice(
@@ -257,7 +245,7 @@ MEDMCQA = _choice(
         hub="openlifescienceai/medmcqa",
         split="validation",
     ),
-    run=_asks(TaskSet(("medmcqa",), CHOSEN, "medmcqa", local_rows=local_rows.medmcqa)),
+    run=TaskSet(("medmcqa",), CHOSEN, "medmcqa", local_rows=local_rows.medmcqa).run,
 )
 
 PUBMEDQA = _choice(
@@ -273,7 +261,7 @@ PUBMEDQA = _choice(
         hub="bigbio/pubmed_qa",
         subset="pubmed_qa_labeled_fold0_source",
     ),
-    run=_asks(TaskSet(("pubmedqa",), CHOSEN, "pubmedqa", local_rows=local_rows.pubmedqa)),
+    run=TaskSet(("pubmedqa",), CHOSEN, "pubmedqa", local_rows=local_rows.pubmedqa).run,
 )
 
 BENCHMARKS = (MMLU, MMLU_MEDICAL, BBH, BBH_COT, DROP, CRASS, GSM8K, MATH, MEDQA, MEDMCQA, PUBMEDQA)
