@@ -71,9 +71,7 @@ def _of(metric: Metric, sums: NDArray[np.float64]) -> float:
 
 def _matrix(metric: Metric, marks: Marks) -> NDArray[np.float64]:
     """Return the items' vectors, (items, length), in the order of their names; a plain mark x is (x, 1)."""
-    rows = [marks[item] for item in sorted(marks)]
-    if metric.of_sum is None:
-        return np.array([(row, 1.0) for row in rows], np.float64)
+    rows = [marks[item] if metric.of_sum else (marks[item], 1.0) for item in sorted(marks)]
     return np.array(rows, np.float64)
 
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from functools import partial
 
 from fedcli.eval.benchmark import Session
-from fedcli.eval.benchmarks.code import Limits, Problem, code_benchmark, complete, solve, text_of
+from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, solve, text_of
 from fedcli.eval.data import DataSource
 
-LIMITS = Limits(stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"))
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 """The paper's stop sequences (section 3.1), and the end of a fenced block."""
 
 
@@ -33,6 +33,6 @@ BENCHMARK = code_benchmark(
         url="https://github.com/openai/human-eval",
         hub="openai/openai_humaneval",
     ),
-    run=partial(solve, _problems, LIMITS),
+    run=partial(solve, _problems, stop=STOP),
     takes=("max_new_tokens", "samples", "temperature"),
 )

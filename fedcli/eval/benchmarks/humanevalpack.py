@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from fedcli.eval.benchmark import Session
-from fedcli.eval.benchmarks.code import Limits, Problem, code_benchmark, complete, solve, text_of
+from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, solve, text_of
 from fedcli.eval.data import DataSource
 from fedcli.tasks.conversation import Turn
 
-LIMITS = Limits(max_new_tokens=1024)
+MAX_NEW_TOKENS = 1024
 _COLUMNS = "task_id prompt declaration buggy_solution entry_point import test_setup test instruction"
 IMPORTS = """import collections, copy, datetime, functools, hashlib, heapq, itertools, math, re, statistics, string, sys
 import numpy
@@ -53,11 +53,11 @@ BENCHMARKS = (
     _of_pack(
         name="humanevalfix",
         title="HumanEvalFix: bugs to mend in Python functions",
-        run=partial(solve, partial(_problems, _ask_fix), LIMITS),
+        run=partial(solve, partial(_problems, _ask_fix), max_new_tokens=MAX_NEW_TOKENS),
     ),
     _of_pack(
         name="humanevalsynthesize",
         title="HumanEvalSynthesize: Python functions from instructions",
-        run=partial(solve, partial(_problems, lambda row: row["instruction"].strip()), LIMITS),
+        run=partial(solve, partial(_problems, lambda row: row["instruction"].strip()), max_new_tokens=MAX_NEW_TOKENS),
     ),
 )
