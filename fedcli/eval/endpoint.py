@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedcli.errors import RequirementError, UsageError
 from fedcli.eval.remembered import Usage
-from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
+from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, before_stop
+from fedcli.tasks.conversation import Turn
 
 if TYPE_CHECKING:
     import openai
@@ -129,9 +130,10 @@ class Endpoint:
 
     def _body(self, request: Generation) -> dict[str, Any]:
         limit = "max_completion_tokens" if "max_tokens" in self._not_taken else "max_tokens"
+        turns = (Turn("user", request.prompt),) if isinstance(request.prompt, str) else request.prompt
         body: dict[str, Any] = {
             "model": self.name,
-            "messages": _messages(request.prompt),
+            "messages": [{"role": turn.role, "content": turn.text} for turn in turns],
             "temperature": request.temperature,
             limit: request.max_new_tokens,
         }
@@ -182,12 +184,6 @@ def find_endpoint(name: str, url: str | None = None) -> Endpoint:
     if url is not None and not url.startswith(("http://", "https://")):
         raise UsageError(f"{url} is no URL of an endpoint", hint="Name one such as http://localhost:8000/v1.")
     return Endpoint(name, url or OPENAI_URL, key or NO_KEY)
-
-
-def _messages(prompt: Text) -> list[dict[str, str]]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return [{"role": turn.role, "content": turn.text} for turn in prompt]
 
 
 def _text(completion: Any) -> str | None:

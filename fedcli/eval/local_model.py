@@ -11,9 +11,8 @@ import torch
 
 from fedcli.data.encoding import Encoder
 from fedcli.errors import RequirementError
-from fedcli.eval.prompting import PromptEncoder
 from fedcli.eval.remembered import Usage, not_finite
-from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, before_stop
+from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
 from fedcli.model.base import short_memory
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.likelihood import logits_at
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 MAX_BATCH_TOKENS = 2**16
 """Of a batch with its padding and what may be generated."""
+UNKNOWN_CONTEXT = 2048
+"""Tokens, for a model that does not say how many it takes."""
 
 RequestT = TypeVar("RequestT")
 AnswerT = TypeVar("AnswerT")
@@ -34,8 +35,7 @@ class LocalModel:
     """Answers requests with a loaded model (with or without an adapter in it) and a template's encoder.
 
     A prompt that is too long for the model's context loses its beginning, and is counted. Greedy answers depend on the
-    batch only where two tokens are as likely as makes no difference; sampled ones on which prompts
-    share a batch.
+    batch only where two tokens are as likely as makes no difference; sampled ones on which prompts share a batch.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LocalModel:
         self.usage = Usage()
         self._model = model
         self._tokenizer = tokenizer
-        self._prompts = PromptEncoder(tokenizer, encoder, model.config, self.usage)
+        self._prompts = _Prompts(tokenizer, encoder, model.config, self.usage)
         self._batch_size = batch_size or BATCH_SIZE
         pad_id = tokenizer.pad_token_id
         self._pad_id = pad_id if isinstance(pad_id, int) else encoder.end_id
@@ -58,7 +58,7 @@ class LocalModel:
 
         for _, same in groupby(sorted(range(len(requests)), key=settings), settings):
             indices = list(same)
-            room = self._prompts.room(requests[indices[0]])
+            room = min(requests[indices[0]].max_new_tokens, self._prompts.context // 2)
             ask = partial(self._generate, request=requests[indices[0]], room=room)
             encoded = self._prompts.asking([requests[index].prompt for index in indices], room)
             prompts = dict(zip(indices, encoded, strict=True))
@@ -215,3 +215,61 @@ class _Continued:
     ids: list[int]
     length: int
     options: list[list[int]]
+
+
+class _Prompts:
+    """Encodes requests for one model; `config` is the model's own (transformers), for the length of its context."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", encoder: Encoder, config: Any, usage: Usage) -> None:
+        self._tokenizer = tokenizer
+        self._encoder = encoder
+        self._usage = usage
+        self.end_id = encoder.end_id
+        start_id = tokenizer.bos_token_id
+        self._start_id = start_id if isinstance(start_id, int) else self.end_id
+        limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+        self.context = min(
+            (limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=UNKNOWN_CONTEXT
+        )
+        """Tokens that the model takes, prompt and answer together."""
+
+    def asking(self, prompts: Sequence[Text], room: int) -> list[list[int]]:
+        """Return the ids of prompts, each of which leaves room for an answer."""
+        written = iter(self._encoder.prompts([prompt for prompt in prompts if not isinstance(prompt, str)]))
+        return [self._cut(self._text(prompt) if isinstance(prompt, str) else next(written), room) for prompt in prompts]
+
+    def continued(self, requests: Sequence[Likelihood]) -> list[tuple[list[int], int]]:
+        """Return the ids of prompts with continuations, and how many of each are the continuation's, at least one.
+
+        They may be one more than the context holds: the last one is only predicted.
+        """
+        turns = [(request.prompt, request.continuation) for request in requests if not isinstance(request.prompt, str)]
+        written = iter(self._encoder.responses(*zip(*turns, strict=True)) if turns else ())
+        rows = []
+        for request in requests:
+            if isinstance(request.prompt, str):
+                whole, length = self._joined(request.prompt, request.continuation)
+            else:
+                example = next(written)
+                # A chat template may write more behind the response.
+                whole = example.ids[: int(example.supervised.nonzero()[0][-1]) + 1].tolist()
+                length = int(example.supervised.sum())
+            ids = self._cut(whole, -1)
+            rows.append((ids, min(max(length, 1), len(ids) - 1)))
+        return rows
+
+    def _joined(self, prompt: str, continuation: str) -> tuple[list[int], int]:
+        """Return the ids of a text, and how many are the continuation's; white space before it is, as in lm-eval."""
+        context = prompt.rstrip()
+        whole = self._text(prompt + continuation)
+        if len(whole) < 2 or (not context and whole[0] != self._start_id):
+            whole = [self._start_id, *whole]
+        return whole, len(whole) - (len(self._text(context)) if context else 1)
+
+    def _text(self, text: str) -> list[int]:
+        """Return the ids of a text as it is, with the start token where the tokenizer puts one; never none at all."""
+        return [int(token) for token in self._tokenizer(text, verbose=False)["input_ids"]] or [self._start_id]
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        self._usage.num_truncated += len(ids) > self.context - room
+        return ids[-(self.context - room) :]

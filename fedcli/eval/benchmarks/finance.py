@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -235,17 +235,22 @@ def _text(row: Row, column: str) -> str:
 
 
 _F1 = (Metric("accuracy"), Metric("weighted_f1", of_sum=weighted_f1), Metric("macro_f1", of_sum=macro_f1))
+
+
+def _source(name: str, files: tuple[str, ...], hub: str, **chosen: str) -> DataSource:
+    return DataSource(files, f"https://huggingface.co/datasets/{hub}", (name, "fin_sentiment"), hub, **chosen)
+
+
 _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statement]]], ...] = (
     (
         "fpb",
         "Financial PhraseBank (FinGPT's test part)",
         1212,
         "Malo et al. 2014, Good debt or bad debt, arXiv 1307.5336",
-        DataSource(
+        _source(
+            "fpb",
             ("fpb*test*.jsonl", "Sentences_50Agree.txt"),
-            "https://huggingface.co/datasets/takala/financial_phrasebank",
-            ("fpb", "fin_sentiment"),
-            hub="takala/financial_phrasebank",
+            "takala/financial_phrasebank",
             subset="sentences_50agree",
             split="train",
             revision="refs/convert/parquet",
@@ -257,11 +262,10 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
         "FiQA-SA: sentiment of financial news and posts",
         235,
         "Maia et al. 2018, WWW'18 open challenge: financial opinion mining and question answering",
-        DataSource(
+        _source(
+            "fiqa",
             ("fiqa*test*.jsonl", "task1_*.json", "fiqa*.json"),
-            "https://huggingface.co/datasets/pauri32/fiqa-2018",
-            ("fiqa", "fin_sentiment"),
-            hub="pauri32/fiqa-2018",
+            "pauri32/fiqa-2018",
             split="train+validation+test",
         ),
         read_fiqa,
@@ -271,11 +275,10 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
         "Twitter financial news sentiment",
         2388,
         "Magic 2022, Twitter Financial News Sentiment (Hugging Face)",
-        DataSource(
+        _source(
+            "tfns",
             ("sent_valid.csv", "tfns*valid*.csv"),
-            "https://huggingface.co/datasets/zeroshot/twitter-financial-news-sentiment",
-            ("tfns", "fin_sentiment"),
-            hub="zeroshot/twitter-financial-news-sentiment",
+            "zeroshot/twitter-financial-news-sentiment",
             split="validation",
         ),
         read_tfns,
@@ -285,12 +288,7 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
         "News with GPT instructions, seven labels as three",
         4047,
         "Yang 2023, News with GPT instructions (FinGPT, Hugging Face)",
-        DataSource(
-            ("nwgi*test*.jsonl",),
-            "https://huggingface.co/datasets/oliverwang15/news_with_gpt_instructions",
-            ("nwgi", "fin_sentiment"),
-            hub="oliverwang15/news_with_gpt_instructions",
-        ),
+        _source("nwgi", ("nwgi*test*.jsonl",), "oliverwang15/news_with_gpt_instructions"),
         read_nwgi,
     ),
 )
@@ -298,9 +296,9 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
 
 def _benchmarks(mode: str, how: str, run: Callable[..., list[ItemScore]], needs: tuple[Need, ...]) -> list[Benchmark]:
     """Return the sets' benchmarks of one way of asking, and the plain means over the sets, whatever their sizes."""
-    benchmark = partial(Benchmark, groups=("finance",) if mode else ("finance", "paper-table-4"))
+    benchmark = partial(Benchmark, groups=("finance", "paper-table-4"))
     if mode:
-        benchmark = partial(benchmark, takes=("template",))
+        benchmark = partial(Benchmark, groups=("finance",), takes=("template",))
     sets = [
         benchmark(
             name=name + mode,
@@ -316,11 +314,7 @@ def _benchmarks(mode: str, how: str, run: Callable[..., list[ItemScore]], needs:
     ]
     names = tuple(found.name for found in sets)
     averages = tuple(
-        Metric(
-            f"Avg:{count} {metric.name}",
-            of_sum=metric.of_sum,
-            mean_of=tuple((name, metric.name) for name in names[:count]),
-        )
+        replace(metric, name=f"Avg:{count} {metric.name}", mean_of=tuple((name, metric.name) for name in names[:count]))
         for count in (3, 4)
         for metric in _F1
     )
