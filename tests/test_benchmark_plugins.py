@@ -121,7 +121,7 @@ def test_a_name_that_two_packages_give_is_an_error_that_names_them(
     ],
 )
 def test_what_cannot_be_loaded_is_an_error_for_its_name_and_elsewhere_a_line_that_names_its_package(
-    site: Path, tmp_path: Path, name: str, source: str, points: dict[str, str], told: str
+    site: Path, small: Path, tmp_path: Path, name: str, source: str, points: dict[str, str], told: str
 ) -> None:
     sites = [site, install(tmp_path, name, source, {"fedcli.benchmarks": points})]
     listed = cold(tmp_path, "eval", "list", "--json", sites=sites)
@@ -129,6 +129,6 @@ def test_what_cannot_be_loaded_is_an_error_for_its_name_and_elsewhere_a_line_tha
     (line,) = listed.stderr.splitlines()
     assert line.startswith("fedcli: warning: ")
     assert told in line
-    asked = cold(tmp_path, "eval", "ebb", "--base", sites=sites, code=8)
+    asked = cold(small, "eval", "ebb", "--base", sites=sites, code=8)
     assert told in asked.stderr
     assert "pip uninstall" in asked.stderr
