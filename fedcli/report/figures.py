@@ -240,11 +240,8 @@ def _cohorts(report: Report) -> Picture | None:
 
 
 def _fate(merged: MergedRound, client: int) -> int:
-    if client in merged.losses:
-        return 1
-    if client in merged.missing:
-        return 2
-    return 3 if client in merged.refused else 4
+    fates = (merged.losses, merged.missing, merged.refused)
+    return next((fate for fate, clients in enumerate(fates, 1) if client in clients), 4)
 
 
 def _legend_note(report: Report) -> str:

@@ -26,7 +26,6 @@ MMLU_GROUPS = {
     "other": _OTHER.split(),
 }
 """The 57 subjects by group (Hendrycks et al. 2021)."""
-MMLU_SUBJECTS = [subject for subjects in MMLU_GROUPS.values() for subject in subjects]
 _MEDICAL = "anatomy clinical_knowledge college_biology college_medicine medical_genetics professional_medicine"
 MEDICAL_SUBJECTS = _MEDICAL.split()
 """Those that papers on medical models report (Singhal et al. 2022, arXiv:2212.13138)."""
