@@ -1,13 +1,13 @@
 """A report's page: one HTML file with everything in it, no script, and nothing from any network."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from fedcli.quantities import describe_bytes, describe_seconds
 from fedcli.report.drawing import Picture
-from fedcli.report.series import BASE, POOLED, MergedRound, MetricScores, Point, Report
+from fedcli.report.series import BASE, POOLED, MetricScores, Point, Report
 
 GENERATOR = "fedcli report"
 """What tells a page of ours from others, in its head."""
@@ -25,6 +25,7 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"duration": describe_seconds, "refusals": _refusals, "some": _some}
     template = environment.from_string(files("fedcli.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         generator=GENERATOR,
@@ -32,48 +33,39 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
         pictures=[{**vars(picture), "encoded": base64.b64encode(picture.png).decode()} for picture in pictures],
         tiles=_tiles(report),
         table=[_score_row(metric) for metric in report.scores],
-        rounds=[_round_row(merged) for merged in report.merged],
-        refusals=[
-            {"round": merged.number, "client": client, "code": code, "reason": reason}
-            for merged in report.merged
-            for client, (code, reason) in merged.refused.items()
-        ],
+        num_refused=sum(len(merged.refused) for merged in report.merged),
     )
 
 
-def _tiles(report: Report) -> list[dict[str, str]]:
-    """Return the key figures."""
+def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    """Return the key figures: label, value and note of each."""
     took = f", {describe_seconds(sum(merged.seconds for merged in report.merged))}" if report.merged else ""
     state = report.state + took
-    tiles = [_tile("rounds merged", f"{len(report.merged)} of {report.rounds}", state)]
+    tiles = [("rounds merged", f"{len(report.merged)} of {report.rounds}", state)]
     if (metric := next((metric for metric in report.scores if metric.rounds), None)) is not None:
         best = metric.best_round
         assert best is not None
-        tiles.append(_tile(f"best {metric.title}", _number(metric.rounds[best].value), f"round {best}"))
+        tiles.append((f"best {metric.title}", _number(metric.rounds[best].value), f"round {best}"))
         if (alone := metric.best_alone) is not None:
-            tiles.append(_tile("best client alone", _number(metric.others[alone].value), alone.replace("-", " ")))
+            tiles.append(("best client alone", _number(metric.others[alone].value), alone.replace("-", " ")))
         if BASE in metric.others:
-            tiles.append(_tile("base model", _number(metric.others[BASE].value), "without an adapter"))
+            tiles.append(("base model", _number(metric.others[BASE].value), "without an adapter"))
     losses = [merged.mean_loss for merged in report.merged if merged.mean_loss is not None]
     if losses:
-        tiles.append(_tile("mean training loss", _number(losses[-1]), f"{_number(losses[0])} in the first round"))
+        tiles.append(("mean training loss", _number(losses[-1]), f"{_number(losses[0])} in the first round"))
     per_round = sorted({len(merged.cohort) for merged in report.merged})
     few, most = (per_round[0], per_round[-1]) if per_round else (0, 0)
     drawn = f"{few} drawn a round" if few == most else f"{few} to {most} drawn a round"
-    tiles.append(_tile("clients", str(report.num_clients), drawn))
+    tiles.append(("clients", str(report.num_clients), drawn))
     counted = sum(len(merged.losses) for merged in report.merged)
     refused = sum(len(merged.refused) for merged in report.merged)
     missing = sum(len(merged.missing) for merged in report.merged)
-    tiles.append(_tile("updates counted", f"{counted:,}", f"{refused:,} refused, {missing:,} missing"))
+    tiles.append(("updates counted", f"{counted:,}", f"{refused:,} refused, {missing:,} missing"))
     last = report.merged[-1] if report.merged else None
     if last and last.total_bytes_up is not None and last.total_bytes_down is not None:
         down = f"{describe_bytes(last.total_bytes_down)} received by them"
-        tiles.append(_tile("sent by clients", describe_bytes(last.total_bytes_up), down))
+        tiles.append(("sent by clients", describe_bytes(last.total_bytes_up), down))
     return tiles
-
-
-def _tile(label: str, value: str, note: str) -> dict[str, str]:
-    return {"label": label, "value": value, "note": note}
 
 
 def _score_row(metric: MetricScores) -> dict[str, Any]:
@@ -91,23 +83,13 @@ def _score_row(metric: MetricScores) -> dict[str, Any]:
     return {"title": metric.heading, "cells": cells, "round": "" if best is None else best}
 
 
-def _round_row(merged: MergedRound) -> dict[str, Any]:
-    loss = merged.mean_loss
-    return {
-        "number": merged.number,
-        "algorithm": merged.algorithm,
-        "learning_rate": f"{merged.learning_rate:.3g}",
-        "counted": f"{len(merged.losses)} of {len(merged.cohort)}",
-        "refused": _names([f"{client} ({code})" for client, (code, _) in merged.refused.items()]),
-        "missing": _names([str(client) for client in merged.missing]),
-        "loss": "" if loss is None else f"{loss:.4f}",
-        "time": describe_seconds(merged.seconds),
-    }
+def _refusals(refused: Mapping[int, tuple[str, str]]) -> str:
+    return _some([f"{client} ({code})" for client, (code, _) in refused.items()])
 
 
-def _names(names: Sequence[str]) -> str:
+def _some(names: Sequence[object]) -> str:
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
+    return ", ".join(map(str, names[:_MOST_NAMES])) + more
 
 
 def show_interval(point: Point | None) -> str:
