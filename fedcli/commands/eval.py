@@ -187,15 +187,16 @@ def eval_list(
         roots = (*roots, find_workspace(workspace).data)
     listed = list_benchmarks(group, roots, find_files)
     if json_output:
-        print_json(listed)
+        print_json([entry.document() for entry in listed])
         return
     for entry in listed:
-        metrics = [metric["name"] for metric in entry.metric_details if not metric["is_detail"]]
-        num_details = len(entry.metrics) - len(metrics)
+        found = entry.benchmark
+        metrics = [metric.name for metric in found.metrics if not metric.is_detail]
+        num_details = len(found.metrics) - len(metrics)
         origin = "" if entry.package == OWN_PACKAGE else f"; from the package {entry.package}"
-        print(f"{entry.name}: {entry.title} ({entry.size:,} items; {', '.join(entry.groups) or 'no group'}{origin})")
+        print(f"{found.name}: {found.title} ({found.size:,} items; {', '.join(found.groups) or 'no group'}{origin})")
         print(f"    metrics: {', '.join(metrics)}{f' and {num_details} details' if num_details else ''}")
-        needs = f"; needs: {', '.join(entry.needs)}" if entry.needs else ""
+        needs = f"; needs: {', '.join(found.needs)}" if found.needs else ""
         lacks = f"; this machine lacks: {', '.join(entry.missing)}" if entry.missing else ""
         print(f"    data: {entry.data}{needs}{lacks}")
     print_hint(
