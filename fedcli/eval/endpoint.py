@@ -3,10 +3,10 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fedcli.errors import RequirementError, UsageError
 from fedcli.eval.remembered import Usage
@@ -25,7 +25,6 @@ MAX_STOPS = 4
 """As many stop sequences the interface takes."""
 MAX_TOKENS = 10**9
 """A reply with as many tokens is none."""
-ArgumentT = TypeVar("ArgumentT")
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Endpoint:
                     self.usage.num_generated_tokens += num_tokens
                     on_answer(index, text)
 
-            _in_threads(answer, range(len(requests)), self.concurrency)
+            _in_threads(answer, len(requests), self.concurrency)
 
     def log_likelihoods(self, requests: Sequence[Likelihood], on_answer: Callable[[int, LogLikelihood], None]) -> None:
         """Raise UsageError: a chat endpoint gives none."""
@@ -203,22 +202,22 @@ def _num_tokens(completion: Any) -> int:
     return count if type(count) is int and 0 <= count < MAX_TOKENS else 0
 
 
-def _in_threads(call: Callable[[ArgumentT], None], arguments: Iterable[ArgumentT], num_threads: int) -> None:
-    """Call a function for all arguments, some at once; after an error none is begun, and what has begun is awaited.
+def _in_threads(call: Callable[[int], None], num_calls: int, num_threads: int) -> None:
+    """Call a function for all numbers, some at once; after an error none is begun, and what has begun is awaited.
 
     The threads are daemons: Ctrl-C ends the command at once, however long a server hangs.
     """
-    waiting = deque(arguments)
+    waiting = deque(range(num_calls))
     errors: list[BaseException] = []
 
     def work() -> None:
         while not errors:
             try:
-                argument = waiting.popleft()
+                number = waiting.popleft()
             except IndexError:
                 return
             try:
-                call(argument)
+                call(number)
             except BaseException as error:  # raised again below, where a caller can meet it
                 errors.append(error)
 

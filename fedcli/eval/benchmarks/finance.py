@@ -76,11 +76,11 @@ def find_label(answer: str) -> Label | None:
 def read_fpb(files: Files) -> list[Statement]:
     """Read FPB: the test part in FinGPT's form, else that part of all sentences (Latin-1 lines of sentence@label)."""
     if found := files.find("Sentences_50Agree.txt") if not files.find("fpb*test*.jsonl") else []:
-        return [_labelled(row, "sentence") for row in held_out(list(_sentences(found[0])), 0.25)]
+        return [_labelled(row) for row in held_out(list(_sentences(found[0])), 0.25)]
     rows = list(files.rows())
     if any("context" in row.fields for row in rows):
         return [_shown(row) for row in rows]
-    return [_labelled(row, "sentence") for row in held_out(rows, 0.25)]
+    return [_labelled(row) for row in held_out(rows, 0.25)]
 
 
 def read_fiqa(files: Files) -> list[Statement]:
@@ -205,10 +205,9 @@ def _shown(row: Row) -> Statement:
     return Statement(found[2], _named(row, "target"), "tweet" if found[1] == "tweet" else "news")
 
 
-def _labelled(row: Row, text: str) -> Statement:
-    if isinstance(row.fields.get("label"), int):
-        return Statement(_text(row, text), _numbered(row, LABELS))
-    return Statement(_text(row, text), _named(row, "label"))
+def _labelled(row: Row) -> Statement:
+    is_number = isinstance(row.fields.get("label"), int)
+    return Statement(_text(row, "sentence"), _numbered(row, LABELS) if is_number else _named(row, "label"))
 
 
 def _numbered(row: Row, labels: Sequence[Label]) -> Label:
