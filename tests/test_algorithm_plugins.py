@@ -133,7 +133,7 @@ def test_what_is_wrong_with_another_packages_algorithm_is_told(package, tmp_path
     [
         pytest.param(0, id="zero"),
         pytest.param(-1, id="negative", marks=pytest.mark.slow),
-        pytest.param(2, id="nan"),
+        pytest.param(2, id="nan", marks=pytest.mark.slow),
         pytest.param(3, id="inf", marks=pytest.mark.slow),
     ],
 )

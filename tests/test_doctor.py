@@ -115,6 +115,7 @@ def test_a_faulty_configuration_is_a_finding(small: Path) -> None:
     assert done.returncode == 4
 
 
+@pytest.mark.slow
 def test_a_base_of_the_hub_is_whole_in_its_cache_or_a_finding_and_nothing_is_fetched(
     small: Path, tmp_path: Path
 ) -> None:

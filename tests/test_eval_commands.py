@@ -174,6 +174,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_adapter_of_another_base_is_refused(place, fault) -> None:
     sizes = {"narrower": {"width": 32}, "deeper": {"layers": 3}, "shallower": {"layers": 1}}.get(fault, {})

@@ -99,6 +99,7 @@ def test_run_scores_every_second_round_and_the_last_and_trains_what_it_would_wit
     assert found[0]["scores"] == record(workspace, 2)["scores"]
 
 
+@pytest.mark.slow
 def test_server_aggregate_and_server_run_score_the_same_rounds(workspace):
     ask(workspace, every=3, benchmarks=["demo"], limit=2)
     run(workspace, "run", "--rounds", 2)
@@ -277,6 +278,7 @@ def test_a_round_whose_server_was_killed_between_its_publication_and_its_scores_
     assert [line.split()[1] for line in told.splitlines() if " scored: " in line] == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_what_is_due_is_shown_kept_from_gc_and_forgotten_where_nobody_asks_for_it_any_more(workspace):
     ask(workspace, every=1, benchmarks=["demo"], limit=2)
     train_round(workspace)

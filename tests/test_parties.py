@@ -97,6 +97,7 @@ def test_on_a_terminal_no_writes_nothing(place: Place) -> None:
     assert not (place.folder / "H0").exists()
 
 
+@pytest.mark.slow
 def test_on_a_terminal_yes_joins(place: Place) -> None:
     code, screen = answer(place, b"y\n")
     assert code == 0, screen
@@ -359,6 +360,7 @@ def adapters(workspace: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(workspace.rglob(ADAPTER))]
 
 
+@pytest.mark.slow
 def test_a_joined_partys_update_is_that_of_a_simulated_client_with_the_same_rows(place: Place) -> None:
     simulated = Place(shutil.copytree(place.folder, place.folder / "simulated"), place.warm)
     (simulated.workspace / "data").mkdir()

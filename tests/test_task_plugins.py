@@ -67,6 +67,7 @@ def log_probs(model: AdaptedModel, pair: tuple[np.ndarray, ...]) -> list[tuple[f
     return found
 
 
+@pytest.mark.slow
 def test_length_normalised_dpo_of_a_package_is_trained_as_its_formula_says(
     plugin: dict[str, str], tmp_path: Path
 ) -> None:
@@ -174,6 +175,7 @@ def test_kto_of_a_package_is_trained_as_its_formula_says(judged: Path, tmp_path:
     assert told[1] == pytest.approx(1 - values.mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_kto_in_fedcli_would_be_a_file_and_its_object(judged: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "fedcli", tmp_path / "site/fedcli", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "workspace_template", tmp_path / "site/workspace_template")
@@ -191,7 +193,13 @@ def test_kto_in_fedcli_would_be_a_file_and_its_object(judged: Path, tmp_path: Pa
     assert "data.source: builtin:demo has no rows for task kto" in demo.stderr
 
 
-@pytest.mark.parametrize(("group", "kind"), [("fedcli.tasks", "task"), ("fedcli.formats", "data.format")])
+@pytest.mark.parametrize(
+    ("group", "kind"),
+    [
+        pytest.param("fedcli.tasks", "task", marks=pytest.mark.slow),
+        ("fedcli.formats", "data.format"),
+    ],
+)
 def test_a_broken_task_or_format_stops_who_asks_for_it_alone(group: str, kind: str, tmp_path: Path) -> None:
     other = python_path(install(tmp_path, "broken-one", "import nothing_such", {group: {"odd": "broken_one:X"}}))
     fault = "'odd' of the package broken-one cannot be loaded: ModuleNotFoundError: No module named 'nothing_such'"
