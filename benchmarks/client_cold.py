@@ -48,9 +48,9 @@ def save_examples(workspace: Path, path: Path) -> Path:
     config, party = experiment.config, find_party(experiment, 0)
     encoder = Encoder(load_tokenizer(find_base("builtin:tiny", revision=None, root=path), trust_remote_code=False))
     reader = RowReader(party.format, config.federation.seed)
-    rows = encode_source(encoder, reader, party.source, "sft", config.train.max_length).examples
+    rows = encode_source(encoder, reader, party.source, config.train.max_length)
     order = draw(len(rows), seed=config.federation.seed, client=0, first=0, count=160)
-    examples = [rows[index] for index in order]
+    examples = [rows[index].sides[0] for index in order]
     lengths = np.array([len(row.ids) for row in examples])
     ids = np.concatenate([row.ids for row in examples])
     supervised = np.concatenate([row.supervised for row in examples])

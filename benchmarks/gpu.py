@@ -39,7 +39,7 @@ def measure(folder: Path, quantization: str, steps: int) -> dict[str, Any]:
     config = lora_config(rank=32, alpha=64, dropout=0.05, target_modules=["q_proj", "v_proj"], base=None)
     adapted = AdaptedModel(folder / "model", config, trust_remote_code=False, quantization=quantization)
     rows = [instruct(row.fields["instruction"], row.fields["output"]) for row in read_rows(folder / "rows.jsonl")]
-    encoded = list(Encoder(adapted.tokenizer).rows(rows, 512).examples)
+    encoded = list(Encoder(adapted.tokenizer).encode(rows, 512))
     examples = (encoded * (1 + steps * BATCH_SIZE // len(encoded)))[: steps * BATCH_SIZE]
     num_tokens = sum(row.num_tokens for row in examples)
     figures: dict[str, Any] = {"quantization": quantization, "device": device_name(), "tokens": num_tokens}

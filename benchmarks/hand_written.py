@@ -6,15 +6,13 @@ made at supervised positions only; the loss is the mean over the batch's supervi
 
 import torch
 
-from fedcli.data.encoded import EncodedExample
+from fedcli.data.encoded import EncodedRow
 from fedcli.model.lora import AdaptedModel
 
 MICRO_BATCH_SIZE = 4
 
 
-def train_by_hand(
-    adapted: AdaptedModel, examples: list[EncodedExample], *, batch_size: int, learning_rate: float
-) -> None:
+def train_by_hand(adapted: AdaptedModel, examples: list[EncodedRow], *, batch_size: int, learning_rate: float) -> None:
     """Train an adapter of a Llama in place; on a GPU in bfloat16."""
     model, device = adapted.base, adapted.base.device
     parameters = list(adapted.parameters.values())
@@ -22,7 +20,7 @@ def train_by_hand(
     torch.manual_seed(0)
     adapted.model.train()
     for start in range(0, len(examples), batch_size):
-        batch = sorted(examples[start : start + batch_size], key=lambda row: len(row.ids))
+        batch = sorted((row.sides[0] for row in examples[start : start + batch_size]), key=lambda row: len(row.ids))
         num_tokens = sum(int(row.supervised.sum()) for row in batch)
         for at in range(0, batch_size, MICRO_BATCH_SIZE):
             rows = batch[at : at + MICRO_BATCH_SIZE]
@@ -46,12 +44,12 @@ def train_by_hand(
 
 
 def train_by_fedcli(
-    adapted: AdaptedModel, examples: list[EncodedExample], *, batch_size: int, learning_rate: float
+    adapted: AdaptedModel, examples: list[EncodedRow], *, batch_size: int, learning_rate: float
 ) -> None:
     """Train in place as `client train` does."""
     from fedcli.tasks import SFT
     from fedcli.training.reports import TrainSettings
-    from fedcli.training.trainer import TrainRow, fit
+    from fedcli.training.trainer import fit
 
     settings = TrainSettings(
         batch_size=batch_size,
@@ -62,4 +60,4 @@ def train_by_fedcli(
         gradient_checkpointing=False,
         seed=0,
     )
-    fit(adapted, [TrainRow(row) for row in examples], SFT, settings, on_step=lambda report: None)
+    fit(adapted, examples, SFT, settings, on_step=lambda report: None)

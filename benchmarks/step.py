@@ -42,7 +42,7 @@ def main() -> int:
         start, _ = start_adapter(base, config, seed=0, trust_remote_code=False)
         adapted = AdaptedModel(base, config, trust_remote_code=False)
     conversations = [instruct(row.fields["instruction"], row.fields["output"]) for row in rows]
-    drawn = list(Encoder(adapted.tokenizer).rows(conversations, MAX_LENGTH).examples)[: arguments.steps * BATCH_SIZE]
+    drawn = Encoder(adapted.tokenizer).encode(conversations, MAX_LENGTH)[: arguments.steps * BATCH_SIZE]
     seconds: dict[str, list[float]] = {"fedcli": [], "by hand": []}
     results = {}
     for _ in range(arguments.repeats):

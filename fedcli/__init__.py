@@ -1,5 +1,6 @@
 """Federated fine-tuning of language models over a shared directory."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,12 +13,6 @@ __all__ = ["Federation", "Observer", "__version__"]
 
 def __getattr__(name: str) -> Any:
     """Import the public names when they are first used: `import fedcli` itself costs nothing."""
-    if name == "Federation":
-        from fedcli.federation import Federation
-
-        return Federation
-    if name == "Observer":
-        from fedcli.observer import Observer
-
-        return Observer
+    if name in ("Federation", "Observer"):
+        return getattr(import_module(f"fedcli.{name.lower()}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

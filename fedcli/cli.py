@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -70,14 +71,13 @@ COMMANDS = {
 
 
 class _Named(TyperCommand):
-    """A command by its name, whose module is imported when it is called; the callback returns its function."""
+    """A command by its name and group, whose module is imported when it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse the arguments as the command itself would."""
-        assert self.callback is not None
-        function = self.callback()
+        assert self.name is not None
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        alone.command(self.name, cls=_Command)(function)
+        alone.command(info_name, cls=_Command)(function_of(self.name))
         return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
 
 
@@ -90,7 +90,14 @@ class _Command(TyperCommand):
 
 
 class _Group(TyperGroup):
-    """A group that looks at no value in which nothing can be wrong."""
+    """The commands of a group, and those groups that are added; it looks at no value in which nothing can be wrong."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        prefix = "" if self.name == "fedcli" else f"{self.name} "
+        own = {name.removeprefix(prefix): help for name, help in COMMANDS.items() if name.startswith(prefix)}
+        named = {word: _Named(prefix + word, help=help) for word, help in own.items() if " " not in word}
+        self.commands = {**named, **self.commands}
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return its parameters, --help too."""
@@ -98,34 +105,26 @@ class _Group(TyperGroup):
 
 
 def _spared(parameters: list[Any], hints: dict[str, Any]) -> list[Any]:
+    """Let parameters process a value without pydantic, a tenth of a second, where nothing can be wrong with it."""
     for parameter in parameters:
         if "process_value" not in vars(parameter):
-            parameter.process_value = _sparing(parameter, hints.get(parameter.name))
+            hint, process = hints.get(parameter.name), parameter.process_value
+            parameter.process_value = partial(_process_value, parameter, hint, process)
     return parameters
 
 
-def _sparing(parameter: Any, hint: object) -> Callable[[Any, Any], Any]:
-    """Return what processes a parameter's value without pydantic, a tenth of a second, where nothing can be wrong."""
-    process = parameter.process_value
-
-    def process_value(ctx: Any, value: Any) -> Any:
-        if not parameter.required and ctx.get_parameter_source(parameter.name).name == "DEFAULT":
-            return value
-        is_readable_path = hint == Path | None and os.access(value, os.R_OK)
-        return Path(value) if is_readable_path else process(ctx, value)
-
-    return process_value
+def _process_value(parameter: Any, hint: object, process: Callable[[Any, Any], Any], ctx: Any, value: Any) -> Any:
+    if not parameter.required and ctx.get_parameter_source(parameter.name).name == "DEFAULT":
+        return value
+    is_readable_path = hint == Path | None and os.access(value, os.R_OK)
+    return Path(value) if is_readable_path else process(ctx, value)
 
 
-def function_of(name: str) -> Callable[[], Callable[..., None]]:
-    """Return what imports a command: `fedcli client join` is the function `join` of commands/client_join.py."""
-
-    def load() -> Callable[..., None]:
-        module = import_module(f"fedcli.commands.{name.replace(' ', '_').replace('-', '_')}")
-        found: Callable[..., None] = getattr(module, name.rpartition(" ")[2].replace("-", "_"))
-        return found
-
-    return load
+def function_of(name: str) -> Callable[..., None]:
+    """Import a command: `fedcli client join` is the function `client_join` of commands/client.py."""
+    words = name.replace("-", " ").split()
+    found: Callable[..., None] = getattr(import_module(f"fedcli.commands.{words[0]}"), "_".join(words))
+    return found
 
 
 class EvalGroup(_Group):
@@ -141,19 +140,14 @@ class EvalGroup(_Group):
 app = typer.Typer(
     name="fedcli",
     cls=_Group,
-    help="Federated fine-tuning of language models over a shared directory: no daemon, no port, no broker.",
     epilog="Every command takes --debug: tracebacks for errors.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # rich's help costs a tenth of a second
 )
-_groups = {"": app}
 for _name, _help in GROUPS.items():
-    _groups[_name] = typer.Typer(cls=EvalGroup if _name == "eval" else _Group, help=_help, no_args_is_help=True)
-    app.add_typer(_groups[_name], name=_name)
-for _name, _help in COMMANDS.items():
-    _group, _, _word = _name.rpartition(" ")
-    _groups[_group].command(_word, cls=_Named, help=_help)(function_of(_name))
+    _group = typer.Typer(cls=EvalGroup if _name == "eval" else _Group, help=_help, no_args_is_help=True)
+    app.add_typer(_group, name=_name)
 
 
 def _print_version(wanted: bool) -> None:

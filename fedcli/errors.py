@@ -68,10 +68,8 @@ class RequirementError(FedError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that names the nearest known names, or all of them where none is near."""
-    names = sorted(known)
     import difflib
 
+    names = sorted(known)
     near = difflib.get_close_matches(name, names, n=2)
-    if near:
-        return f"Did you mean {' or '.join(near)}?"
-    return f"Known: {', '.join(names)}."
+    return f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names)}."

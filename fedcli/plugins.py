@@ -4,6 +4,7 @@ A package adds an algorithm, a task, a format or a benchmark with an entry point
 `fedcli.tasks`, `fedcli.formats` or `fedcli.benchmarks`, whose name is the thing's name.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -28,6 +29,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._own = dict(own)
         self._check = check
         self._loaded: dict[str, T] = {}
+        self._refused: set[str] = set()
 
     @cached_property
     def _others(self) -> dict[str, EntryPoint]:
@@ -52,6 +54,16 @@ class Registry(Mapping[str, T], Generic[T]):
     def package_of(self, name: str) -> str:
         """Return the name of the package that a known name comes from."""
         return OWN_PACKAGE if name in self._own else _package(self._others[name])
+
+    def usable(self) -> Iterator[T]:
+        """Yield the things that can be loaded; stderr tells once which package's cannot, and why."""
+        for name in self:
+            try:
+                yield self[name]
+            except RequirementError as error:
+                if name not in self._refused:
+                    print(f"fedcli: warning: {' '.join(str(error).split())}", file=sys.stderr)
+                self._refused.add(name)
 
     def __getitem__(self, name: str) -> T:
         others = self._others  # first, so that a name that two packages give is an error for every name

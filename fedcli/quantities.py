@@ -1,4 +1,4 @@
-"""Bytes and lengths of time, as people read them."""
+"""Bytes, lengths of time and counts, as people read them."""
 
 
 def byte_unit(num_bytes: float) -> tuple[str, float]:
@@ -28,3 +28,8 @@ def describe_seconds(seconds: float) -> str:
         if count or parts:
             parts.append((count, name))
     return " ".join(f"{count} {name}" for count, name in parts[:2] if count)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count and what is counted: 1 update, 2 updates."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -9,8 +9,8 @@ import pytest
 from peft import LoraConfig
 from support.processes import fedcli
 
+from fedcli.config.adapter_config import parse_adapter_config, parse_outside_config
 from fedcli.errors import IntegrityError
-from fedcli.model.adapter_config import parse_adapter_config, parse_outside_config
 from fedcli.model.lora import lora_config
 
 OWN = lora_config(rank=4, alpha=8, dropout=0.05, target_modules=["q_proj", "self_attn.v_proj"], base="some/model-1.5")

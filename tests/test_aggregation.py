@@ -97,6 +97,12 @@ def test_a_round_of_which_all_updates_are_refused_is_not_merged(here, capsys):
     assert published(here) == ["00000"]
 
 
+def test_one_update_is_told_in_the_singular(here, capsys):
+    take_part(here, 1)
+    assert main(["server", "aggregate", "--partial", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "would merge 1 update (client 1)\nmissing: 0, 2\n"
+
+
 def test_a_dry_run_says_what_would_be_and_publishes_nothing(here, capsys):
     all_take_part(here)
     tear(here, 1)

@@ -128,7 +128,15 @@ def test_what_is_wrong_with_another_packages_algorithm_is_told(package, tmp_path
     assert said in run(package, tmp_path, "init", ".", "--set", f"algorithm.name={name}", code=code)
 
 
-@pytest.mark.parametrize("weight", [0, -1, 2, 3], ids=["zero", "negative", "nan", "inf"])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        pytest.param(0, id="zero"),
+        pytest.param(-1, id="negative", marks=pytest.mark.slow),
+        pytest.param(2, id="nan", marks=pytest.mark.slow),
+        pytest.param(3, id="inf", marks=pytest.mark.slow),
+    ],
+)
 def test_a_weight_that_is_none_is_told_and_nothing_is_published(package, tmp_path, weight):
     run(package, tmp_path, "init", ".", *settings(*SMALL, "algorithm.name=weightless", f"algorithm.given={weight}"))
     run(package, tmp_path, "client", "train", "--any")
@@ -292,6 +300,7 @@ def test_a_median_of_half_and_single_precision_is_exact(own, small, dtype):
         np.testing.assert_array_equal(array, (x[name] + median).astype(np.float32))
 
 
+@pytest.mark.slow
 def test_a_median_of_forty_updates_takes_as_much_memory_as_of_four(own, tmp_path):
     peaks = {}
     for clients in (4, 40):

@@ -96,6 +96,20 @@ def test_a_misspelt_name_of_it_is_told(site: Path, small: Path) -> None:
             {"hhh": "more_hhh:TIDES"},
             "two packages give 'hhh' in fedcli.benchmarks: fedcli and more-hhh",
         ),
+    ],
+)
+def test_a_name_that_two_packages_give_is_an_error_that_names_them(
+    site: Path, tmp_path: Path, name: str, source: str, points: dict[str, str], told: str
+) -> None:
+    other = install(tmp_path, name, source, {"fedcli.benchmarks": points})
+    done = cold(tmp_path, "eval", "list", sites=[site, other], code=8)
+    assert told in done.stderr
+    assert "pip uninstall" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "points", "told"),
+    [
         (
             "odd-name",
             SOURCE,
@@ -106,10 +120,15 @@ def test_a_misspelt_name_of_it_is_told(site: Path, small: Path) -> None:
         ("broken", "import nothing_such", {"ebb": "broken:X"}, "broken cannot be loaded: ModuleNotFoundError"),
     ],
 )
-def test_what_cannot_be_used_is_an_error_that_names_its_package(
-    site: Path, tmp_path: Path, name: str, source: str, points: dict[str, str], told: str
+def test_what_cannot_be_loaded_is_an_error_for_its_name_and_elsewhere_a_line_that_names_its_package(
+    site: Path, small: Path, tmp_path: Path, name: str, source: str, points: dict[str, str], told: str
 ) -> None:
-    other = install(tmp_path, name, source, {"fedcli.benchmarks": points})
-    done = cold(tmp_path, "eval", "list", sites=[site, other], code=8)
-    assert told in done.stderr
-    assert "pip uninstall" in done.stderr
+    sites = [site, install(tmp_path, name, source, {"fedcli.benchmarks": points})]
+    listed = cold(tmp_path, "eval", "list", "--json", sites=sites)
+    assert {"tides", "hhh"} < {entry["name"] for entry in json.loads(listed.stdout)}
+    (line,) = listed.stderr.splitlines()
+    assert line.startswith("fedcli: warning: ")
+    assert told in line
+    asked = cold(small, "eval", "ebb", "--base", sites=sites, code=8)
+    assert told in asked.stderr
+    assert "pip uninstall" in asked.stderr

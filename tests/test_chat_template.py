@@ -19,6 +19,7 @@ from support.chat_templates import (
     LLAMA_2,
     THINKS_ONCE,
 )
+from support.models import sides
 from support.tokenizer_kinds import (
     CONVERSATIONS,
     KINDS,
@@ -68,9 +69,9 @@ def plain() -> PreTrainedTokenizerFast:
 
 
 def one(tokenizer: PreTrainedTokenizerFast, turns: tuple[Turn, ...]) -> EncodedExample:
-    encoded = Encoder(tokenizer, "chat").rows([Example(turns)], 10**6)
+    encoded = Encoder(tokenizer, "chat").encode([Example(turns)], 10**6)
     assert encoded.left_out == {}
-    (example,) = encoded.examples
+    (example,) = sides(encoded)
     return example
 
 
@@ -129,7 +130,7 @@ def test_the_mask_is_that_of_a_template_with_generation_marks(plain: PreTrainedT
     row = one(with_chat(plain, CHATML), CONVERSATIONS[name])
     if name == "newlines in front":  # the tokenizer would merge them with the prompt's
         assert plain.decode(row.ids) == plain.decode(marked["input_ids"])
-        assert row.num_tokens > len(marked["input_ids"])
+        assert len(row.ids) > len(marked["input_ids"])
         return
     assert row.ids.tolist() == marked["input_ids"]
     assert row.supervised.astype(int).tolist() == marked["assistant_masks"]
@@ -168,18 +169,18 @@ def test_the_start_token_is_where_the_chat_template_writes_it(chat: str, num_sta
 def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_cut(kind: str) -> None:
     encoder = Encoder(with_chat(made(kind), CHATML), "chat")
     example = Example(turns_of("What is it?", "Blue, of course.", "And then?", "Green."))
-    (whole,) = encoder.rows([example], 10**6).examples
-    for length in range(1, whole.num_tokens + 1):
-        encoded = encoder.rows([example], length)
+    (whole,) = sides(encoder.encode([example], 10**6))
+    for length in range(1, len(whole.ids) + 1):
+        encoded = encoder.encode([example], length)
         if length <= whole.prompt_length:
-            assert (len(encoded.examples), encoded.left_out) == (0, {"too long": 1})
+            assert (len(encoded), encoded.left_out) == (0, {"too long": 1})
             continue
-        (cut,) = encoded.examples
+        (cut,) = sides(encoded)
         assert encoded.num_truncated == whole.supervised[length:].any()  # losing what follows the end token is no cut
         assert cut.ids.tolist() == whole.ids[:length].tolist()
         assert cut.supervised.tolist() == whole.supervised[:length].tolist()
     first_end = whole.prompt_length + whole.supervised[whole.prompt_length :].tolist().index(False) - 1
-    (cut,) = encoder.rows([example], first_end).examples
+    (cut,) = sides(encoder.encode([example], first_end))
     assert encoder.end_id == whole.ids[first_end]
     assert encoder.end_id not in cut.ids[whole.prompt_length :]
 
@@ -189,8 +190,8 @@ def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(kind: st
     tokenizer = with_chat(made(kind), CHATS[chat].jinja)
     encoder = Encoder(tokenizer, "chat")
     prompt = turns_of("Name one.", "Red.", "Another?", "Green.", "And one more?", system="You name colours.")
-    (pair,) = encoder.pairs([Preference(prompt, "Blue, of course.", "What?")], 10**6).examples
-    for side, response in ((pair.chosen, "Blue, of course."), (pair.rejected, "What?")):
+    (pair,) = encoder.encode([Preference(prompt, "Blue, of course.", "What?")], 10**6)
+    for side, response in zip(pair.sides, ("Blue, of course.", "What?"), strict=True):
         before, learnt, *rest = stretches(side)
         turns = (*prompt, Turn("assistant", response))
         expected = CHATS[chat].parts(turns)
@@ -206,8 +207,8 @@ def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(kind: st
 
 
 def left_out(tokenizer: PreTrainedTokenizerFast, *conversations: tuple[Turn, ...]) -> dict[str, int]:
-    encoded = Encoder(tokenizer, "chat").rows(map(Example, conversations), 10**6)
-    assert len(encoded.examples) == len(conversations) - encoded.num_unusable
+    encoded = Encoder(tokenizer, "chat").encode(map(Example, conversations), 10**6)
+    assert len(encoded) == len(conversations) - encoded.num_unusable
     return dict(encoded.left_out)
 
 
@@ -244,7 +245,7 @@ def test_where_a_template_rewrites_earlier_turns_the_last_response_alone_is_lear
 ) -> None:
     tokenizer = with_chat(plain, jinja)
     encoder = Encoder(tokenizer, "chat")
-    (row,) = encoder.rows([Example(LONG)], 10**6).examples
+    (row,) = sides(encoder.encode([Example(LONG)], 10**6))
     before, learnt, *rest = stretches(row)
     assert (before.is_supervised, learnt.is_supervised, len(rest) <= 1) == (False, True, True)
     assert before.ids[: len(encoder.prompt(LONG[:-1]))] == encoder.prompt(LONG[:-1])
@@ -269,8 +270,10 @@ def test_a_special_token_that_is_spelt_out_leaves_the_conversation_out(kind: str
     turns = turns_of(*spoken, "a2", system=system)
     tokenizer = with_chat(made(kind), CHATML)
     assert left_out(tokenizer, turns, SHORT) == {"malformed": 1}
-    encoded = Encoder(tokenizer, "chat").pairs([Preference(turns[:-1], "a", "b"), Preference(SHORT[:1], "a", "b")], 999)
-    assert (len(encoded.examples), encoded.left_out) == (1, {"malformed": 1})
+    encoded = Encoder(tokenizer, "chat").encode(
+        [Preference(turns[:-1], "a", "b"), Preference(SHORT[:1], "a", "b")], 999
+    )
+    assert (len(encoded), encoded.left_out) == (1, {"malformed": 1})
     with pytest.raises(ConfigError, match="a special token is spelt out in the text"):
         Encoder(tokenizer, "chat").prompt(turns[:-1])
 

@@ -2,27 +2,36 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.models import adapter_parameters, examples_of, farthest, make_config, make_model, preference, same_bits
+from support.models import (
+    adapter_parameters,
+    examples_of,
+    farthest,
+    make_config,
+    make_model,
+    preference,
+    same_bits,
+    sides,
+)
 from torch.nn.functional import logsigmoid
 
 import fedcli.tasks
 from fedcli.algos import Array, Arrays, ClientRule
 from fedcli.algos.client_rule import ControlVariate, Proximal
 from fedcli.data.demo import demo_preferences, demo_rows
-from fedcli.data.encoded import EncodedExample
+from fedcli.data.encoded import EncodedExample, EncodedRow
 from fedcli.data.encoding import Encoder
 from fedcli.model.base import find_base
 from fedcli.model.lora import AdaptedModel, start_adapter
 from fedcli.tasks import DPO, SFT
 from fedcli.training.reports import TrainSettings
-from fedcli.training.trainer import TrainRow, fit
+from fedcli.training.trainer import fit
 
 LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 0.05
@@ -39,16 +48,16 @@ def log_prob(model: Any, row: EncodedExample) -> torch.Tensor:
     return log_probs[torch.arange(len(ids) - 1), ids[1:]][row.prompt_length - 1 :].sum()
 
 
-def sft_loss(model: Any, trained: Sequence[TrainRow]) -> torch.Tensor:
-    rows = [row.row for row in trained]
+def sft_loss(model: Any, trained: Sequence[EncodedRow]) -> torch.Tensor:
+    rows = sides(trained)
     return -sum(log_prob(model, row) for row in rows) / sum(len(row.ids) - row.prompt_length for row in rows)
 
 
-def dpo_loss(model: Any, rows: Sequence[TrainRow]) -> torch.Tensor:
+def dpo_loss(model: Any, rows: Sequence[EncodedRow]) -> torch.Tensor:
     losses = []
     for row in rows:
         chosen, rejected = (
-            log_prob(model, side) - reference for side, reference in zip(row.row.sides, row.reference, strict=True)
+            log_prob(model, side) - reference for side, reference in zip(row.sides, row.reference, strict=True)
         )
         losses.append(-logsigmoid(BETA * (chosen - rejected)))
     return torch.stack(losses).mean()
@@ -59,7 +68,7 @@ class Task:
     """One of the two tasks: its rows, its loss by hand, and fedcli's training."""
 
     definition: fedcli.tasks.Task
-    rows: list[TrainRow]
+    rows: list[EncodedRow]
     loss: Callable[[Any, Sequence[Any]], torch.Tensor]
 
     def train(
@@ -144,11 +153,11 @@ def task(request: pytest.FixtureRequest, adapted: AdaptedModel) -> Task:
     step = 1200 // (BATCH_SIZE * NUM_STEPS)
     if request.param == "sft":
         examples = examples_of(demo_rows(0)["train"][::step])
-        return Task(SFT, [TrainRow(row) for row in encoder.rows(examples, 512).examples], sft_loss)
+        return Task(SFT, list(encoder.encode(examples, 512)), sft_loss)
     rows = [preference(row["prompt"], row["chosen"], row["rejected"]) for row in demo_preferences(0)["train"][::step]]
     generator = np.random.default_rng(2)
     referred = [
-        TrainRow(pair, tuple(generator.uniform(-4, -1, 2).tolist())) for pair in encoder.pairs(rows, 512).examples
+        replace(pair, reference=tuple(generator.uniform(-4, -1, 2).tolist())) for pair in encoder.encode(rows, 512)
     ]
     return Task(DPO, referred, dpo_loss)
 

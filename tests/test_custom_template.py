@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.models import sides
 from support.tokenizer_kinds import byte_level, turns_of
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +21,7 @@ def plain() -> PreTrainedTokenizerFast:
 
 
 def text_of(tokenizer: PreTrainedTokenizerFast, template: TemplateChoice, turns: tuple[Turn, ...]) -> str:
-    (example,) = Encoder(tokenizer, template).rows([Example(turns)], 999).examples
+    (example,) = sides(Encoder(tokenizer, template).encode([Example(turns)], 999))
     return tokenizer.decode(example.ids)
 
 

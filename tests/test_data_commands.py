@@ -420,6 +420,7 @@ def test_every_shipped_preset_is_listed_and_valid() -> None:
 # Real rows
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL / "fin_sentiment").is_dir(), reason=f"no public rows in {REAL}")
 @pytest.mark.parametrize("partition", ["iid", "{dirichlet: {by: label, alpha: 0.3}}"])
 def test_finance_on_the_phrase_bank_for_two_rounds(partition: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ TARGETS = ("q_proj", "v_proj")
 def examine(cwd: Path, **environment: str) -> tuple[int, dict[str, dict]]:
     """Run doctor --json; return its exit code and the findings by name."""
     done = subprocess.run(
-        command("doctor", "--json"), cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=60
+        command("doctor", "--json"), cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300
     )
     return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
 
@@ -67,6 +67,7 @@ def test_a_healthy_workspace_has_no_failed_finding_and_is_left_as_it_was(small: 
     assert sorted(small.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_sandbox_is_tried_out_and_the_cure_named_where_it_is_missing(tmp_path: Path) -> None:
     code, findings = examine(tmp_path, PATH=str(tmp_path))
     assert (code, findings["sandbox"]["state"]) == (0, "warning")
@@ -96,6 +97,7 @@ def test_a_broken_bitsandbytes_fails_a_quantised_experiment_and_only_warns_anoth
     assert "built for another machine" in findings["quantised matmul"]["detail"]
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_fit_into_memory_fails_with_the_cure(small: Path) -> None:
     configure(small, "max_length: 128", "max_length: 100000000")
     code, findings = examine(small)
@@ -111,6 +113,27 @@ def test_a_faulty_configuration_is_a_finding(small: Path) -> None:
     assert "train.stepps" in findings["fedcli.yaml"]["detail"]
     done = fedcli("doctor", "-w", small / "nowhere", cwd=small)
     assert done.returncode == 4
+
+
+@pytest.mark.slow
+def test_a_base_of_the_hub_is_whole_in_its_cache_or_a_finding_and_nothing_is_fetched(
+    small: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    stored = cache / "models--some--model"
+    snapshot = stored / "snapshots" / "0123abc"
+    configure(small, "base: builtin:tiny", "base: some/model")
+
+    def found() -> tuple[int, str, str]:
+        code, findings = examine(small, HF_HUB_CACHE=str(cache))
+        return code, findings["base model"]["state"], findings["base model"]["detail"]
+
+    shutil.copytree(find_base("builtin:tiny", revision=None, root=tmp_path), snapshot)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(snapshot.name)
+    assert found() == (0, "ok", "some/model")
+    (snapshot / "model.safetensors").unlink()
+    assert found() == (8, "failed", f"base model not found: {snapshot} does not hold config.json and weights")
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import TINY, adapter_parameters, farthest, make_config, make_model, preference
+from support.models import TINY, adapter_parameters, farthest, make_config, make_model, preference, sides
 from support.processes import FEW, Run, fedcli, results, runner, settings
 
 from fedcli.algos import Array, Arrays
 from fedcli.cli import main
 from fedcli.data.demo import demo_preferences
-from fedcli.data.encoded import EncodedPair
+from fedcli.data.encoded import EncodedRow
 from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
 from fedcli.model.likelihood import reference_log_probs
@@ -25,7 +25,7 @@ from fedcli.model.lora import AdaptedModel, start_adapter
 from fedcli.tasks import DPO, Likelihood
 from fedcli.tasks.conversation import Preference
 from fedcli.training.reports import TrainSettings
-from fedcli.training.trainer import TrainRow, fit
+from fedcli.training.trainer import fit
 
 LN2 = math.log(2)
 LONGER = preference("Tell of the wet harbour.", "The storm howls over the coast", "red, as the night is so very long")
@@ -44,8 +44,8 @@ def preferences() -> list[Preference]:
 
 
 @pytest.fixture(scope="module")
-def pairs(adapted: AdaptedModel, preferences: list[Preference]) -> list[EncodedPair]:
-    return list(Encoder(adapted.tokenizer).pairs(preferences, 512).examples)
+def pairs(adapted: AdaptedModel, preferences: list[Preference]) -> list[EncodedRow]:
+    return list(Encoder(adapted.tokenizer).encode(preferences, 512))
 
 
 def noisy_adapter(seed: int) -> dict[str, Array]:
@@ -73,7 +73,7 @@ def gradients_of(adapted: AdaptedModel, run: Callable[[], Any]) -> dict[str, tor
 
 
 def train_step(
-    adapted: AdaptedModel, start: Arrays, referred: list[TrainRow], beta: float
+    adapted: AdaptedModel, start: Arrays, referred: list[EncodedRow], beta: float
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Make one step over one batch of all pairs; return its loss and its gradients."""
     settings = TrainSettings(
@@ -88,10 +88,10 @@ def train_step(
     return losses[0], gradients
 
 
-def refer(adapted: AdaptedModel, reference: Arrays, pairs: list[EncodedPair]) -> list[TrainRow]:
+def refer(adapted: AdaptedModel, reference: Arrays, pairs: list[EncodedRow]) -> list[EncodedRow]:
     adapted.load(reference)
     log_probs = list(reference_log_probs(adapted, pairs))
-    return [TrainRow(pair, found) for pair, found in zip(pairs, log_probs, strict=True)]
+    return [replace(pair, reference=found) for pair, found in zip(pairs, log_probs, strict=True)]
 
 
 # The oracle
@@ -102,7 +102,7 @@ def refer(adapted: AdaptedModel, reference: Arrays, pairs: list[EncodedPair]) ->
 def test_loss_and_gradients_are_those_of_trls_trainer(
     adapted: AdaptedModel,
     preferences: list[Preference],
-    pairs: list[EncodedPair],
+    pairs: list[EncodedRow],
     tmp_path: Path,
     reference_is_base: bool,
 ) -> None:
@@ -144,7 +144,7 @@ def test_loss_and_gradients_are_those_of_trls_trainer(
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.5, 3.0])
-def test_beta_scales_the_margin_in_the_loss(adapted: AdaptedModel, pairs: list[EncodedPair], beta: float) -> None:
+def test_beta_scales_the_margin_in_the_loss(adapted: AdaptedModel, pairs: list[EncodedRow], beta: float) -> None:
     start, reference = noisy_adapter(1), noisy_adapter(2)
     referred = refer(adapted, reference, pairs)
     policy = refer(adapted, start, pairs)
@@ -157,7 +157,7 @@ def test_beta_scales_the_margin_in_the_loss(adapted: AdaptedModel, pairs: list[E
     assert train_step(adapted, start, referred, beta)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_pairs_reference_does_not_depend_on_its_neighbours(adapted: AdaptedModel, pairs: list[EncodedPair]) -> None:
+def test_a_pairs_reference_does_not_depend_on_its_neighbours(adapted: AdaptedModel, pairs: list[EncodedRow]) -> None:
     adapted.load(noisy_adapter(1))
     together = list(reference_log_probs(adapted, pairs))
     assert together == [next(reference_log_probs(adapted, [pair])) for pair in pairs]
@@ -169,23 +169,22 @@ def test_a_pairs_reference_does_not_depend_on_its_neighbours(adapted: AdaptedMod
 
 def test_long_responses_are_cut_and_counted_and_lose_their_end_token(adapted: AdaptedModel) -> None:
     encoder = Encoder(adapted.tokenizer)
-    (whole,) = encoder.pairs([LONGER], 512).examples
-    lengths = sorted((whole.chosen.num_tokens, whole.rejected.num_tokens))
+    whole = sides(encoder.encode([LONGER], 512))
+    lengths = sorted(len(side.ids) for side in whole)
     assert lengths[0] < lengths[1]
-    assert whole.chosen.ids[-1] == whole.rejected.ids[-1] == encoder.end_id
-    one_cut = encoder.pairs([LONGER], lengths[0])
-    both_cut = encoder.pairs([LONGER], lengths[0] - 1)
+    assert whole[0].ids[-1] == whole[1].ids[-1] == encoder.end_id
+    one_cut = encoder.encode([LONGER], lengths[0])
+    both_cut = encoder.encode([LONGER], lengths[0] - 1)
     assert (one_cut.num_truncated, one_cut.num_unusable) == (1, 0)
     assert (both_cut.num_truncated, both_cut.num_unusable) == (1, 0)
-    ends = [side.ids[-1] == encoder.end_id for side in (one_cut.examples[0].chosen, one_cut.examples[0].rejected)]
+    ends = [side.ids[-1] == encoder.end_id for side in sides(one_cut)]
     assert sorted(ends) == [False, True]
-    for side, before in (("chosen", whole.chosen), ("rejected", whole.rejected)):
-        cut = getattr(both_cut.examples[0], side)
+    for cut, before in zip(sides(both_cut), whole, strict=True):
         assert cut.ids.tolist() == before.ids[: lengths[0] - 1].tolist()
         assert encoder.end_id not in cut.ids
         assert cut.prompt_length == before.prompt_length
-    assert len({pair.examples[0].key for pair in (encoder.pairs([LONGER], 512), one_cut, both_cut)}) == 3
-    assert encoder.pairs([LONGER], whole.chosen.prompt_length).num_unusable == 1
+    assert len({pair[0].key for pair in (encoder.encode([LONGER], 512), one_cut, both_cut)}) == 3
+    assert encoder.encode([LONGER], whole[0].prompt_length).num_unusable == 1
 
 
 # Rows that will not do
@@ -298,7 +297,7 @@ KTO = replace(DPO, name="kto", loss=kto_loss, batch_terms=mean_log_ratio)
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3, 1])
 def test_a_term_of_the_whole_batch_is_the_same_however_the_batch_is_cut(
-    adapted: AdaptedModel, pairs: list[EncodedPair], micro_batch_size: int | None
+    adapted: AdaptedModel, pairs: list[EncodedRow], micro_batch_size: int | None
 ) -> None:
     beta, size = 0.5, 4
     start, reference = noisy_adapter(1), noisy_adapter(2)

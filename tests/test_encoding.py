@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.models import sides
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -116,7 +117,7 @@ def asked(instruction: str) -> tuple[Turn, ...]:
 
 
 def one(tokenizer: PreTrainedTokenizerFast, instruction: str, response: str, max_length: int = 512) -> EncodedExample:
-    (example,) = Encoder(tokenizer).rows([instruct(instruction, response)], max_length).examples
+    (example,) = sides(Encoder(tokenizer).encode([instruct(instruction, response)], max_length))
     return example
 
 
@@ -126,9 +127,9 @@ def letters(text: str) -> str:
 
 def test_the_prompt_in_training_is_the_prompt_in_generation(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer)
-    encoded = encoder.rows(EXAMPLES, 512)
-    assert (len(encoded.examples), encoded.num_truncated, encoded.num_unusable) == (len(EXAMPLES), 0, 0)
-    for example, row in zip(EXAMPLES, encoded.examples, strict=True):
+    encoded = encoder.encode(EXAMPLES, 512)
+    assert (len(encoded), encoded.num_truncated, encoded.num_unusable) == (len(EXAMPLES), 0, 0)
+    for example, row in zip(EXAMPLES, sides(encoded), strict=True):
         assert row.ids[: row.prompt_length].tolist() == encoder.prompt(example.prompt)
 
 
@@ -145,7 +146,7 @@ def test_the_prompt_starts_as_the_tokenizer_starts_a_text(tokenizer: PreTrainedT
 def test_what_is_supervised_is_the_response_and_one_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer)
     assert tokenizer.convert_ids_to_tokens(encoder.end_id) in ("</s>", "[SEP]")
-    for example, row in zip(EXAMPLES, encoder.rows(EXAMPLES, 512).examples, strict=True):
+    for example, row in zip(EXAMPLES, sides(encoder.encode(EXAMPLES, 512)), strict=True):
         supervised = row.ids[row.prompt_length :].tolist()
         assert row.supervised.tolist() == [False] * row.prompt_length + [True] * len(supervised)
         assert supervised[-1] == encoder.end_id
@@ -173,16 +174,17 @@ def test_a_tokenizer_that_merges_across_the_boundary_gets_prompt_and_response_ap
 def test_a_response_that_does_not_fit_is_cut_and_has_no_end(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer)
     example = instruct("name it", "blue red green three")
-    (whole,) = encoder.rows([example], 512).examples
+    (whole,) = sides(encoder.encode([example], 512))
     for max_length in range(whole.prompt_length + 1, len(whole.ids)):
-        encoded = encoder.rows([example], max_length)
+        encoded = encoder.encode([example], max_length)
         assert (encoded.num_truncated, encoded.num_unusable) == (1, 0)
-        assert encoded.examples[0].ids.tolist() == whole.ids[:max_length].tolist()
-        assert encoded.examples[0].prompt_length == whole.prompt_length
-        assert encoder.end_id not in encoded.examples[0].ids
-    assert encoder.rows([example], len(whole.ids)).num_truncated == 0
-    too_short = encoder.rows([example], whole.prompt_length)
-    assert (list(too_short.examples), too_short.num_truncated, too_short.num_unusable) == ([], 0, 1)
+        (cut,) = sides(encoded)
+        assert cut.ids.tolist() == whole.ids[:max_length].tolist()
+        assert cut.prompt_length == whole.prompt_length
+        assert encoder.end_id not in cut.ids
+    assert encoder.encode([example], len(whole.ids)).num_truncated == 0
+    too_short = encoder.encode([example], whole.prompt_length)
+    assert (list(too_short), too_short.num_truncated, too_short.num_unusable) == ([], 0, 1)
 
 
 @pytest.mark.parametrize("response", ["", " ", "\n\t", "\u3000"])
@@ -193,14 +195,14 @@ def test_an_empty_or_blank_response_is_unusable(
     path.write_text(
         "".join(json.dumps({"instruction": "name it", "output": text}) + "\n" for text in (response, "blue"))
     )
-    encoded = encode_source(Encoder(tokenizer), RowReader("alpaca"), Source(path), "sft", 512)
-    assert (len(encoded.examples), encoded.num_truncated, encoded.left_out) == (1, 0, {"empty response": 1})
-    assert encoded.examples[0].ids.tolist() == one(tokenizer, "name it", "blue").ids.tolist()
+    encoded = encode_source(Encoder(tokenizer), RowReader("alpaca"), Source(path), 512)
+    assert (len(encoded), encoded.num_truncated, encoded.left_out) == (1, 0, {"empty response": 1})
+    assert sides(encoded)[0].ids.tolist() == one(tokenizer, "name it", "blue").ids.tolist()
 
 
 def test_no_rows_give_no_examples(plain: PreTrainedTokenizerFast) -> None:
-    encoded = Encoder(plain).rows([], 512)
-    assert (list(encoded.examples), encoded.num_truncated, encoded.num_unusable) == ([], 0, 0)
+    encoded = Encoder(plain).encode([], 512)
+    assert (list(encoded), encoded.num_truncated, encoded.num_unusable) == ([], 0, 0)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused() -> None:
@@ -219,12 +221,12 @@ def test_any_text_keeps_its_prompt_whole_and_its_response_as_it_is(
     encoder = Encoder(plain)
     prompt = encoder.prompt(asked(instruction))
     max_length = len(prompt) + room
-    encoded = encoder.rows([instruct(instruction, response)], max_length)
-    assert len(encoded.examples) + encoded.num_unusable == 1
+    encoded = encoder.encode([instruct(instruction, response)], max_length)
+    assert len(encoded) + encoded.num_unusable == 1
     if encoded.num_unusable:
         assert room <= 0
         return
-    (row,) = encoded.examples
+    (row,) = sides(encoded)
     supervised = row.ids[row.prompt_length :].tolist()
     assert row.ids[: row.prompt_length].tolist() == prompt
     assert 1 <= len(supervised) <= room

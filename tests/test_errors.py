@@ -481,6 +481,7 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))  # an adapter has 9 kB, the rows more
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_stops_a_command_and_lifting_it_lets_it_go_on(run: Run, tmp_path: Path) -> None:
     home = tmp_path / "w"
     home.mkdir()

@@ -174,6 +174,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_adapter_of_another_base_is_refused(place, fault) -> None:
     sizes = {"narrower": {"width": 32}, "deeper": {"layers": 3}, "shallower": {"layers": 1}}.get(fault, {})
@@ -217,6 +218,7 @@ main({["eval", *map(str, arguments)]!r})
     assert place.num_answers("base") == num_answers + torn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", [False, True], ids=["between answers", "in the middle of one"])
 def test_after_a_kill_only_what_is_missing_is_asked_and_the_scores_are_the_same(place, finished, torn) -> None:
     asked = ("tfns", "--base", "--data", place.data)
@@ -234,6 +236,7 @@ def test_after_a_kill_only_what_is_missing_is_asked_and_the_scores_are_the_same(
     assert len(place.answers("base").read_text().splitlines()) == TWEETS + torn
 
 
+@pytest.mark.slow
 def test_a_long_evaluation_that_is_killed_from_outside_goes_on(place) -> None:
     write_tweets(place.data / "tfns/sent_valid.csv", 600)
     asked = ("tfns", "--base", "--data", place.data, "--max-new-tokens", 2)
@@ -299,6 +302,7 @@ def test_what_has_been_answered_needs_no_model_and_what_has_not_does(place, unlo
     assert "base model not found" in place.run("tfns", "--base", "--data", place.data, code=8).stderr
 
 
+@pytest.mark.slow
 def test_a_changed_setting_asks_again_and_the_old_one_still_has_its_answers(place) -> None:
     first = place.score("tfns", "--base", "--limit", 6)["base"]
     items = place.items("base", "tfns@limit=6")
@@ -318,6 +322,7 @@ def test_a_changed_setting_asks_again_and_the_old_one_still_has_its_answers(plac
     assert [item["text"] for item in place.items("base", "tfns@limit=6")] != [item["text"] for item in items]
 
 
+@pytest.mark.slow
 def test_a_baseline_that_was_trained_anew_and_another_adapter_of_the_name_have_answers_of_their_own(place) -> None:
     name = "tfns-likelihood"
     outside = place.workspace.parent / "adapter"
@@ -485,6 +490,7 @@ def test_the_list_marks_the_shared_data_as_local(tmp_path) -> None:
     assert all("data" not in entry["missing"] for entry in listed if entry["name"] in local)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_runs_end_to_end_on_rows_of_the_publishers_format(finished, name, request) -> None:
     benchmark = BENCHMARKS[name]

@@ -106,6 +106,7 @@ def test_an_ad_hoc_task_cannot_leave_its_folder(small: Path, tmp_path: Path) -> 
     assert (small / "eval/base" / f"{record['benchmark']}.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [

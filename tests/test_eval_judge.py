@@ -61,6 +61,7 @@ def test_answers_wait_for_a_judge_and_a_rerun_asks_it_nothing(small: Path) -> No
     assert "6.000" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_killed_half_way_is_asked_nothing_twice(small: Path) -> None:
     """429, 500, garbage and a hang come first; the command dies by kill -9 while replies hang, and is run again."""
     num = 2 * len(questions())

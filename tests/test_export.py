@@ -152,7 +152,10 @@ def test_an_empty_folder_may_be_filled(merged: Workspace, tmp_path: Path, name: 
     assert len(list(folder.iterdir())) == 3
 
 
-@pytest.mark.parametrize("inside", ["rounds/00003", "inbox/0", "clients/x", "private/0/x", "eval/x"])
+KEPT = ("inbox/0", "clients/x", "private/0/x", "eval/x")
+
+
+@pytest.mark.parametrize("inside", ["rounds/00003", *(pytest.param(inside, marks=pytest.mark.slow) for inside in KEPT)])
 def test_nothing_is_exported_into_what_the_workspace_keeps_for_itself(merged: Workspace, inside: str) -> None:
     done = fedcli("export", inside, cwd=merged.root)
     assert done.returncode == 4

@@ -36,6 +36,7 @@ def test_a_newcomers_commands_run_the_first_round(tmp_path: Path) -> None:
     assert run_ok("verify", cwd=tmp_path)["violations"] == []
 
 
+@pytest.mark.slow
 def test_the_warm_run_equals_separate_processes_bit_for_bit(small: Path, tmp_path: Path) -> None:
     """Two workspaces of one configuration, and so of different ids: every adapter of every round is the same."""
     separate = tmp_path / "separate"
@@ -51,6 +52,7 @@ def test_the_warm_run_equals_separate_processes_bit_for_bit(small: Path, tmp_pat
     assert len(set(adapter_hashes(small))) == 3
 
 
+@pytest.mark.slow
 def test_run_goes_on_after_sigint_and_sigkill_and_ends_where_an_undisturbed_run_does(
     small: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +145,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TEST_DATA.is_dir(), reason="no folder of public rows ($FEDCLI_TEST_DATA)")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_real_rows_train_for_three_rounds_as_separate_processes(llama: Path, tmp_path: Path) -> None:
@@ -195,6 +198,7 @@ def test_rows_of_ones_own_and_a_config_of_ones_own_need_no_preset(tmp_path: Path
     assert run_ok("run", cwd=tmp_path)["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_train_alone_goes_on_where_it_was_killed(small: Path, tmp_path: Path) -> None:
     """The baseline's adapter is that of an undisturbed run, and a federation of that client alone."""
     other = tmp_path / "other"
@@ -228,6 +232,7 @@ def test_a_damaged_baseline_is_a_violation_and_is_not_scored(small: Path) -> Non
     assert fedcli("eval", "demo", "--alone", 2, cwd=small).returncode == 7
 
 
+@pytest.mark.slow
 def test_run_takes_over_the_client_of_a_trainer_that_dies(small: Path) -> None:
     """Another process holds client 1; it is killed while `run` has nothing else to do."""
     holder = (
@@ -260,6 +265,7 @@ def test_run_and_a_server_beside_it_finish_together(small: Path) -> None:
     assert run_ok("verify", cwd=small)["violations"] == []
 
 
+@pytest.mark.slow
 def test_progress_goes_to_a_terminal_only(small: Path) -> None:
     """In a pseudo-terminal `run` shows round, client, loss, tokens/s and ETA on stderr; stdout stays clean."""
     import pty
@@ -293,6 +299,7 @@ def test_a_closed_or_full_stdout_is_no_bug(small: Path) -> None:
         assert "This is a bug" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_inbox_that_a_umask_would_hide_is_readable_by_its_group(small: Path) -> None:
     done = fedcli("client", "train", "--id", 1, cwd=small, umask=0o077)
     assert done.returncode == 0, done.stderr

@@ -287,7 +287,7 @@ def test_what_belongs_to_another_user_is_left_and_counted(pruned, capsys):
     for path in (theirs, *theirs.rglob("*")):
         os.chown(path, 12345, -1)
     assert main(["gc"]) == 0
-    assert "1 updates are left, which belong to other users\n" in capsys.readouterr().out
+    assert "1 update is left, which belongs to other users\n" in capsys.readouterr().out
     assert (theirs / "round-00001" / ADAPTER).exists()
 
 

@@ -162,6 +162,7 @@ def test_the_time_that_a_rate_limit_names_is_waited() -> None:
     assert 1.5 <= server.log[1].seconds - server.log[0].seconds < 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "named"),
     [
@@ -418,6 +419,7 @@ def test_killed_half_way_and_run_again_no_judgment_is_asked_twice(questions: Pat
     assert not set(in_flight) & set(delivered)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_while_the_judge_hangs(questions: Path) -> None:
     with JudgeServer(script=["well"] * 5, then="hang") as server:
         process = child(server.url, questions / "judgments.jsonl", questions)
@@ -428,6 +430,7 @@ def test_ctrl_c_ends_it_while_the_judge_hangs(questions: Path) -> None:
     assert len(_keys(questions / "judgments.jsonl")) == 5
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_loses_nothing_that_was_judged(questions: Path) -> None:
     memory = questions / "judgments.jsonl"
     with JudgeServer() as server:

@@ -91,8 +91,15 @@ def merge_round_0(workspace: Path) -> None:
         assert Federation.open(workspace).server.aggregate().published
 
 
+LEAST_CALLS = [
+    ("take_part", 10),
+    pytest.param("drop", 20, marks=pytest.mark.slow),
+    pytest.param("aggregate", 50, marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(("operation", "least"), [("take_part", 10), ("drop", 20), ("aggregate", 50)])
+@pytest.mark.parametrize(("operation", "least"), LEAST_CALLS)
 def test_killed_at_any_system_call_nothing_is_lost_or_counted_twice(
     template, answered, undisturbed, operation, least, after
 ):
@@ -154,6 +161,7 @@ def go_on(workspace: Path) -> None:
     train_as(0, workspace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_scaffold_client_killed_at_any_system_call_goes_on_with_the_candidate_of_its_counted_update(
     second_rounds, tmp_path, after
@@ -185,15 +193,10 @@ def test_a_scaffold_client_killed_at_any_system_call_goes_on_with_the_candidate_
     assert strays >= 10  # kills between the candidate and the drop
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
-    "after", [pytest.param(False, id="before"), pytest.param(True, id="after", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-    ("algorithm", "state"),
-    [
-        ("scaffold", "control.safetensors"),
-        pytest.param("fedyogi", "optimizer.safetensors", marks=pytest.mark.slow),
-    ],
+    ("algorithm", "state"), [("scaffold", "control.safetensors"), ("fedyogi", "optimizer.safetensors")]
 )
 def test_a_server_with_a_state_killed_at_any_system_call_loses_nothing_of_it(
     second_rounds, tmp_path, algorithm, state, after
@@ -263,7 +266,7 @@ def merge_without_a_lock(workspace: Path) -> None:
             Federation.open(workspace).server.aggregate()
 
 
-@pytest.mark.parametrize("merge", [merge_until_it_is_done, merge_without_a_lock])
+@pytest.mark.parametrize("merge", [merge_until_it_is_done, pytest.param(merge_without_a_lock, marks=pytest.mark.slow)])
 def test_of_servers_that_merge_at_once_one_publishes_and_kills_harm_nothing(answered, undisturbed, merge):
     kills = 0
     for seed in range(10):

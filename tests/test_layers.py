@@ -63,7 +63,7 @@ def test_every_command_is_documented() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_list_of_commands_shows_the_first_line_of_each_ones_help(name: str) -> None:
-    assert (function_of(name)().__doc__ or "").splitlines()[0] == COMMANDS[name]
+    assert (function_of(name).__doc__ or "").splitlines()[0] == COMMANDS[name]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))

@@ -76,6 +76,7 @@ def record(workspace: Path, number: int, name: str = "demo@limit=2") -> dict[str
 BOTH = {"demo@limit=2", "vicuna@limit=2"}
 
 
+@pytest.mark.slow
 def test_run_scores_every_second_round_and_the_last_and_trains_what_it_would_without(template, workspace, tmp_path):
     plain = Path(shutil.copytree(template, tmp_path / "plain"))
     run(plain, "run")
@@ -98,6 +99,7 @@ def test_run_scores_every_second_round_and_the_last_and_trains_what_it_would_wit
     assert found[0]["scores"] == record(workspace, 2)["scores"]
 
 
+@pytest.mark.slow
 def test_server_aggregate_and_server_run_score_the_same_rounds(workspace):
     ask(workspace, every=3, benchmarks=["demo"], limit=2)
     run(workspace, "run", "--rounds", 2)
@@ -238,6 +240,7 @@ main({[*map(str, arguments), "-w", str(workspace)]!r})
     assert warm()("-c", code, cwd=workspace).returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("run", "--rounds", 1), pytest.param(("server", "aggregate"))], ids=str)
 def test_a_scoring_that_was_killed_is_done_after_the_next_merge_however_often_it_was(workspace, command):
     ask(workspace, every=2, benchmarks=["demo"], limit=2)
@@ -261,6 +264,7 @@ def test_a_scoring_that_was_killed_is_done_after_the_next_merge_however_often_it
     assert unscored(workspace) == []
 
 
+@pytest.mark.slow
 def test_a_round_whose_server_was_killed_between_its_publication_and_its_scores_is_scored(workspace):
     ask(workspace, every=1, benchmarks=["demo"], limit=2)
     for number in (1, 2):
@@ -274,6 +278,7 @@ def test_a_round_whose_server_was_killed_between_its_publication_and_its_scores_
     assert [line.split()[1] for line in told.splitlines() if " scored: " in line] == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_what_is_due_is_shown_kept_from_gc_and_forgotten_where_nobody_asks_for_it_any_more(workspace):
     ask(workspace, every=1, benchmarks=["demo"], limit=2)
     train_round(workspace)

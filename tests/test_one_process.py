@@ -66,6 +66,7 @@ def run(script: str, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_dropped_model_is_freed_though_another_was_made_since(small: Path) -> None:
     assert run(FREED, small) == ["True"]
 

@@ -88,6 +88,7 @@ def run(script: str, folder: Path, *arguments: object) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_training_that_does_not_fit_names_this_machine_and_the_cure(small: Path) -> None:
     (told,) = run(TRAIN, small)
     assert told.startswith("this machine's memory is too small for this training: ")
@@ -127,6 +128,7 @@ def test_a_base_that_does_not_fit_names_this_machine_and_the_cure(num_bytes: int
     assert "model.quantization" in told
 
 
+@pytest.mark.slow
 def test_scoring_that_does_not_fit_names_this_machine_and_the_cure(tmp_path: Path) -> None:
     (told,) = run(SCORE, tmp_path)
     assert told.startswith("this machine's memory is too small for a single item of this benchmark")

@@ -41,6 +41,7 @@ def test_the_wheel_holds_the_template_and_the_model_and_is_small(wheel: Path) ->
     assert not [name for name in names if name.startswith("tests")]
 
 
+@pytest.mark.slow
 def test_fedcli_init_works_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     """In an empty venv that sees this environment's packages, but not this tree."""
     venv.create(tmp_path / "venv", with_pip=False)

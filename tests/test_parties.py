@@ -88,6 +88,7 @@ def answer(place: Place, typed: bytes, *more: object) -> tuple[int, str]:
 # The card
 
 
+@pytest.mark.slow
 def test_on_a_terminal_no_writes_nothing(place: Place) -> None:
     before = place.names()
     code, screen = answer(place, b"n\n")
@@ -96,6 +97,7 @@ def test_on_a_terminal_no_writes_nothing(place: Place) -> None:
     assert not (place.folder / "H0").exists()
 
 
+@pytest.mark.slow
 def test_on_a_terminal_yes_joins(place: Place) -> None:
     code, screen = answer(place, b"y\n")
     assert code == 0, screen
@@ -322,6 +324,7 @@ def test_a_home_that_was_there_before_is_closed_too(place: Place) -> None:
     assert stat.S_IMODE((place.folder / "H0").stat().st_mode) == 0o700
 
 
+@pytest.mark.slow
 def test_killed_at_any_system_call_a_join_is_done_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = place.rows("rows.jsonl", 6)
     monkeypatch.chdir(place.folder)
@@ -357,6 +360,7 @@ def adapters(workspace: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(workspace.rglob(ADAPTER))]
 
 
+@pytest.mark.slow
 def test_a_joined_partys_update_is_that_of_a_simulated_client_with_the_same_rows(place: Place) -> None:
     simulated = Place(shutil.copytree(place.folder, place.folder / "simulated"), place.warm)
     (simulated.workspace / "data").mkdir()
@@ -372,6 +376,7 @@ def test_a_joined_partys_update_is_that_of_a_simulated_client_with_the_same_rows
     assert adapters(place.workspace) == adapters(simulated.workspace)
 
 
+@pytest.mark.slow
 def test_run_trains_the_parties_of_this_user_as_processes_of_their_own_do(place: Place) -> None:
     rows = [place.rows(f"rows-{client}.jsonl", 5 + client, start=10 * client) for client in range(3)]
     for client in range(3):
@@ -437,6 +442,7 @@ def test_a_party_may_have_its_own_copy_of_the_base_model_and_no_other_model(warm
     assert not (place.workspace / "inbox/1/round-00000").exists()
 
 
+@pytest.mark.slow
 def test_run_obeys_a_partys_own_base_and_waits_aloud_for_parties_elsewhere(warm: Warm, tmp_path: Path) -> None:
     place = Place(tmp_path, warm)
     server_copy, _ = (Path(shutil.copytree(BUILTIN, tmp_path / name)) for name in ("server", "own"))

@@ -96,7 +96,7 @@ def mean(workspace: Path, number: int, name: str, weights: dict[int, int]) -> np
     return sum(weights[client] * sent[client] for client in weights) / sum(weights.values())
 
 
-@pytest.mark.parametrize("algorithm", FACTORS)
+@pytest.mark.parametrize("algorithm", ["fedsa", pytest.param("ffa", marks=pytest.mark.slow)])
 def test_updates_carry_one_factor_the_other_stays_as_it_was_and_the_federation_is_verified(
     package, tmp_path, algorithm
 ):
@@ -197,6 +197,7 @@ def go_on(workspace: Path) -> None:
     train_as(0, workspace)
 
 
+@pytest.mark.slow
 def test_a_client_killed_at_any_system_call_keeps_the_factors_of_its_counted_update(opened, tmp_path):
     """The process that is killed trains to another end than the one behind it: its candidate must not be taken."""
     start = Path(shutil.copytree(opened, tmp_path / "start" / "workspace"))

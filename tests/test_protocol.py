@@ -101,8 +101,8 @@ def test_the_manifest_has_every_key_of_the_page_with_its_value(small):
     all_take_part(small)
     Federation.open(small).server.aggregate()
     manifest = read_manifest(small, 1)
-    assert set(documented) == set(manifest)
-    assert len(documented) == len(manifest) == 19
+    assert set(documented) - {"update_tensors"} == set(manifest)  # of algorithms whose updates carry a part
+    assert len(documented) == len(manifest) + 1 == 20
     for key in ("model", "cost"):
         assert set(re.findall('"([a-z_]+)"', pieces[key])) - {"none", "int8", "nf4"} == manifest[key].keys()
     names = re.sub(r"\([^)]*\)", "", pieces["train"].partition(":")[2]).partition(".")[0]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedcli.quantities import describe_bytes, describe_seconds
+from fedcli.quantities import describe_bytes, describe_seconds, plural
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,8 @@ def test_a_length_of_time_is_told_in_its_two_largest_units(seconds: float, text:
 )
 def test_bytes_are_told_in_the_decimal_unit_that_suits_them(num_bytes: float, text: str) -> None:
     assert describe_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 updates"), (1, "1 update"), (2, "2 updates")])
+def test_what_is_counted_stands_in_the_singular_for_one_alone(count: int, text: str) -> None:
+    assert plural(count, "update") == text

@@ -84,6 +84,7 @@ def federations(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     return folder, results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "algorithm"), CASES)
 def test_a_quantised_federation_trains_verifies_and_sends_float32(
     federations: tuple[Path, dict[str, Any]], tmp_path: Path, quantization: str, algorithm: str
@@ -114,6 +115,7 @@ def test_a_quantised_federation_trains_verifies_and_sends_float32(
     assert (verified.returncode, json.loads(verified.stdout)["violations"]) == (0, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "stored"), [("int8", "torch.int8"), ("nf4", "torch.uint8")])
 def test_the_layers_of_the_base_are_stored_in_a_byte_or_less_and_all_else_is_float32(
     federations: tuple[Path, dict[str, Any]], quantization: str, stored: str
@@ -205,6 +207,7 @@ def after_evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     return folder, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_an_evaluation_pass_of_an_nf4_base_changes_no_gradient_of_a_later_step(
     after_evaluation: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -213,6 +216,7 @@ def test_an_evaluation_pass_of_an_nf4_base_changes_no_gradient_of_a_later_step(
     assert found["changed"] == []
 
 
+@pytest.mark.slow
 def test_an_nf4_client_of_task_dpo_trains_the_same_bits_again_with_and_without_a_cached_reference(
     after_evaluation: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -277,6 +281,7 @@ def test_init_of_a_quantised_federation_needs_no_bitsandbytes_or_says_so(
         assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_an_unquantised_federation_never_imports_bitsandbytes(small: Path, broken: tuple[dict[str, str], Path]) -> None:
     environment, tried = broken
     done = run_broken(environment, small, "run", "--json")

@@ -80,7 +80,7 @@ def cached(workspace: Path, client: int) -> list[tuple[Preference, tuple[float, 
     known = read_reference(Workspace(workspace).private(client), reference_key(start.manifest, "float32"))
     from transformers import AutoTokenizer
 
-    examples = Encoder(AutoTokenizer.from_pretrained(TINY)).pairs(preferences, 128).examples
+    examples = Encoder(AutoTokenizer.from_pretrained(TINY)).encode(preferences, 128)
     found = [(row, known[pair.key]) for row, pair in zip(preferences, examples, strict=True) if pair.key in known]
     assert len(found) == len(known) > 0
     return found
@@ -185,8 +185,8 @@ def test_a_changed_row_and_another_max_length_are_computed_anew(warm: tuple[Work
     forwards(warm)
     (drawn, _), *_ = cached(workspace.root, 0)
     longest = max(
-        side.num_tokens for pair in runtime.rows(party_of(workspace), read_round(workspace, 0).manifest.train).examples
-        for side in (pair.chosen, pair.rejected)
+        len(side.ids) for pair in runtime.rows(party_of(workspace), read_round(workspace, 0).manifest.train)
+        for side in pair.sides
     )  # fmt: skip
     assert forwards(warm, max_length=longest) == 0  # nothing is cut: the same tokens
     assert 0 < forwards(warm, max_length=longest - 3) <= 16

@@ -206,6 +206,7 @@ def test_an_earlier_report_is_replaced_and_no_other_file(small: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_report_that_was_killed_at_any_system_call_is_written_again(

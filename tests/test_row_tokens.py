@@ -57,7 +57,7 @@ class Reader:
 
 def same(one, other) -> bool:
     """Return whether two sets of encoded rows have the same token ids, marks and counts."""
-    arrays, others = one.examples.arrays(), other.examples.arrays()
+    arrays, others = one.arrays(), other.arrays()
     return arrays.keys() == others.keys() and all(np.array_equal(arrays[name], others[name]) for name in arrays)
 
 
@@ -65,7 +65,7 @@ def same(one, other) -> bool:
 def test_rows_are_tokenised_once(tmp_path: Path, encoder: Encoder, task: str, rows: list[dict]) -> None:
     read = Reader(tmp_path, encoder, [*rows, {"instruction": "no answer", "prompt": "none"}], task)
     first, num_usable = read()
-    assert (len(first.examples), num_usable, first.left_out.total()) == (5, 5, 1)
+    assert (len(first), num_usable, first.left_out.total()) == (5, 5, 1)
     assert read.num_read > 0
     again, again_usable = read()
     assert read.num_read == 0

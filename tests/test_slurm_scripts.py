@@ -212,6 +212,7 @@ def test_an_element_that_was_preempted_and_not_requeued_has_failed_and_is_sent_a
     assert server.split()[-1].endswith("server.sh")
 
 
+@pytest.mark.slow
 def test_status_does_not_wait_long_for_a_slurm_that_hangs(small: Path, programs: Path) -> None:
     (small / "slurm/round-00000").mkdir(parents=True)
     (small / "slurm/round-00000/jobs.json").write_text('{"round": 0, "jobs": [{"id": 7, "kind": "server"}]}')

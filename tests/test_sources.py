@@ -413,6 +413,7 @@ def shown(*names: str, cwd: Path, **environment: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_is_fetched_once_and_local_rows_are_copied_nowhere(
     hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:

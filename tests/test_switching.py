@@ -288,6 +288,7 @@ def test_a_refused_updates_control_variate_never_becomes_current(begun):
     assert candidates(begun, 0) == ["round-00002", "round-00003"]
 
 
+@pytest.mark.slow
 def test_a_late_updates_control_variate_never_becomes_current(begun):
     late = subprocess.Popen(
         command("client", "train", "--id", 1),
@@ -329,6 +330,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_control_variate_whose_update_was_never_dropped_never_becomes_current(begun):
     done = subprocess.run(
         [sys.executable, "-c", KILLED_BEFORE_ITS_DROP, "client", "train", "--id", "0"], cwd=begun, env=ENVIRONMENT

@@ -125,6 +125,7 @@ def compare_run_with_processes(tmp_path: Path, preset: str, *overrides: str) -> 
             assert found[0].read_bytes() == found[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_run_equals_processes_bit_for_bit_with_control_variates_preferences_and_dropout(tmp_path: Path) -> None:
     """All that a client keeps between rounds, c_k and the reference, is on disk and nowhere else."""
     compare_run_with_processes(tmp_path, "demo-dpo", "algorithm.name=scaffold", "adapter.dropout=0.1")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import sides
 from support.tokenizer_kinds import (
     CONVERSATIONS,
     KINDS,
@@ -106,9 +107,9 @@ def plain() -> PreTrainedTokenizerFast:
 def one(
     tokenizer: PreTrainedTokenizerFast, template: TemplateChoice, turns: tuple[Turn, ...], max_length: int = 10**6
 ) -> EncodedExample:
-    encoded = Encoder(tokenizer, template).rows([Example(turns)], max_length)
+    encoded = Encoder(tokenizer, template).encode([Example(turns)], max_length)
     assert encoded.num_unusable == 0
-    (example,) = encoded.examples
+    (example,) = sides(encoded)
     return example
 
 
@@ -260,21 +261,21 @@ def test_a_conversation_that_is_cut_keeps_its_mask_and_loses_what_is_behind_the_
     tokenizer = made(kind)
     encoder = Encoder(tokenizer, TEMPLATES[template])
     example = Example(turns_of("What is it?", "Blue, of course.", "And then?", "Green."))
-    (whole,) = encoder.rows([example], 10**6).examples
-    for length in range(1, whole.num_tokens + 1):
-        encoded = encoder.rows([example], length)
+    (whole,) = sides(encoder.encode([example], 10**6))
+    for length in range(1, len(whole.ids) + 1):
+        encoded = encoder.encode([example], length)
         if length <= whole.prompt_length:
-            assert (len(encoded.examples), encoded.left_out) == (0, {"too long": 1})
+            assert (len(encoded), encoded.left_out) == (0, {"too long": 1})
             continue
-        (cut,) = encoded.examples
-        assert encoded.num_truncated == (length < whole.num_tokens)
+        (cut,) = sides(encoded)
+        assert encoded.num_truncated == (length < len(whole.ids))
         assert (cut.ids.tolist(), cut.supervised.tolist()) == (
             whole.ids[:length].tolist(),
             whole.supervised[:length].tolist(),
         )
-    before_the_last, without_end = whole.ids.tolist().index(encoder.end_id), whole.num_tokens - 1
+    before_the_last, without_end = whole.ids.tolist().index(encoder.end_id), len(whole.ids) - 1
     for length, num_ends in [(before_the_last, 0), (before_the_last + 1, 1), (without_end, 1)]:
-        (cut,) = encoder.rows([example], length).examples
+        (cut,) = sides(encoder.encode([example], length))
         assert cut.ids.tolist().count(encoder.end_id) == num_ends
 
 
@@ -283,16 +284,16 @@ def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(kind: st
     tokenizer = made(kind)
     encoder = Encoder(tokenizer, TEMPLATES[template])
     prompt = turns_of("Name one.", "Red.", "Another?", "Green.", "And one more?", system="You name colours.")
-    encoded = encoder.pairs([Preference(prompt, "Blue, of course.", "\n\nWhat?")], 10**6)
-    assert (len(encoded.examples), encoded.num_truncated, encoded.left_out) == (1, 0, {})
-    (pair,) = encoded.examples
-    for side, response in ((pair.chosen, "Blue, of course."), (pair.rejected, "\n\nWhat?")):
+    encoded = encoder.encode([Preference(prompt, "Blue, of course.", "\n\nWhat?")], 10**6)
+    assert (len(encoded), encoded.num_truncated, encoded.left_out) == (1, 0, {})
+    (pair,) = encoded
+    for side, response in zip(pair.sides, ("Blue, of course.", "\n\nWhat?"), strict=True):
         before, learnt = stretches(side)
         (*_, (_, expected)) = written(template, (*prompt, Turn("assistant", response)))
         assert read_back(tokenizer, learnt.ids[:-1]) == normalised(tokenizer, expected)
         assert (learnt.ids[-1], before.ids.count(encoder.end_id)) == (encoder.end_id, 2)
         assert before.ids == encoder.prompt(prompt)
-        (whole,) = encoder.rows([Example((*prompt, Turn("assistant", response)))], 10**6).examples
+        (whole,) = sides(encoder.encode([Example((*prompt, Turn("assistant", response)))], 10**6))
         assert side.ids.tolist() == whole.ids.tolist()
 
 
@@ -308,11 +309,11 @@ def test_a_pair_is_cut_and_left_out_as_rows_are(plain: PreTrainedTokenizerFast) 
         999: (1, 0, {}),
     }
     for length, expected in cases.items():
-        encoded = encoder.pairs([pair], length)
-        assert (len(encoded.examples), encoded.num_truncated, encoded.left_out) == expected
-        for row in encoded.examples:
-            assert row.chosen.prompt_length == row.rejected.prompt_length == room
-            assert max(row.chosen.num_tokens, row.rejected.num_tokens) <= length
+        encoded = encoder.encode([pair], length)
+        assert (len(encoded), encoded.num_truncated, encoded.left_out) == expected
+        for row in encoded:
+            assert [side.prompt_length for side in row.sides] == [room, room]
+            assert max(len(side.ids) for side in row.sides) <= length
 
 
 TEXT = st.text(max_size=30)

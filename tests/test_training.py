@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import TARGETS, adapter_parameters, examples_of, farthest, make_config, make_model, same_bits
+from support.models import TARGETS, adapter_parameters, examples_of, farthest, make_config, make_model, same_bits, sides
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedcli.algos import Array, Arrays
 from fedcli.data.demo import demo_rows
-from fedcli.data.encoded import EncodedExample
+from fedcli.data.encoded import EncodedRow
 from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
 from fedcli.model import likelihood
@@ -25,7 +25,7 @@ from fedcli.model.lora import AdaptedModel, start_adapter
 from fedcli.tasks import SFT
 from fedcli.tasks.conversation import Example, instruct
 from fedcli.training.reports import StepReport, TrainSettings
-from fedcli.training.trainer import TrainRow, fit
+from fedcli.training.trainer import fit
 
 LONGER = (
     instruct("Give the alert level.", "green, because the bank soars and the fund climbs after the quarterly report"),
@@ -45,12 +45,12 @@ def rows() -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def encoded(adapted: AdaptedModel, rows: list[Example]) -> list[EncodedExample]:
+def encoded(adapted: AdaptedModel, rows: list[Example]) -> list[EncodedRow]:
     """Rows of different lengths; none is cut."""
-    found = Encoder(adapted.tokenizer).rows(rows, 512)
+    found = Encoder(adapted.tokenizer).encode(rows, 512)
     assert found.num_truncated == found.num_unusable == 0
-    assert len({len(example.ids) for example in found.examples}) > 5
-    return list(found.examples)
+    assert len({row.num_tokens for row in found}) > 5
+    return list(found)
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +66,14 @@ def start() -> dict[str, Array]:
 
 
 def train(
-    adapted: AdaptedModel, start: Arrays, examples: list[EncodedExample], **changes: Any
+    adapted: AdaptedModel, start: Arrays, examples: list[EncodedRow], **changes: Any
 ) -> tuple[list[float], dict[str, Array], list[StepReport]]:
     """Train from `start`; return the losses, the adapter and what was told after each step."""
     values = {"batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0} | changes
     settings = TrainSettings(**{"micro_batch_size": values["batch_size"], "gradient_checkpointing": False, **values})
     reports: list[StepReport] = []
     adapted.load(start)
-    losses = fit(adapted, [TrainRow(row) for row in examples], SFT, settings, on_step=reports.append)
+    losses = fit(adapted, examples, SFT, settings, on_step=reports.append)
     return losses, adapted.values(), reports
 
 
@@ -94,7 +94,7 @@ def gradients_of(adapted: AdaptedModel, run: Any) -> dict[str, torch.Tensor]:
 
 
 def test_loss_gradients_ids_and_labels_are_those_of_trls_trainer(
-    adapted: AdaptedModel, start: Arrays, rows: list[Example], encoded: list[EncodedExample], tmp_path: Path
+    adapted: AdaptedModel, start: Arrays, rows: list[Example], encoded: list[EncodedRow], tmp_path: Path
 ) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -131,7 +131,7 @@ def test_loss_gradients_ids_and_labels_are_those_of_trls_trainer(
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], whole, strict=True)
     }
     assert theirs == {
-        (tuple(row.ids.tolist()), tuple(np.where(row.supervised, row.ids, IGNORED).tolist())) for row in encoded
+        (tuple(row.ids.tolist()), tuple(np.where(row.supervised, row.ids, IGNORED).tolist())) for row in sides(encoded)
     }
     their_gradients = gradients_of(other, trainer.train)
     assert losses == pytest.approx([trainer.state.log_history[0]["loss"]], rel=1e-5)
@@ -141,7 +141,7 @@ def test_loss_gradients_ids_and_labels_are_those_of_trls_trainer(
 
 
 def test_three_steps_are_those_of_a_loop_written_by_hand(
-    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedExample]
+    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedRow]
 ) -> None:
     batches = [encoded[0:2], encoded[2:4], encoded[4:6]]
     losses, adapter, _ = train(
@@ -154,9 +154,10 @@ def test_three_steps_are_those_of_a_loop_written_by_hand(
     expected, norms = [], []
     for batch in batches:
         # One row at a time and unpadded: the mean over the batch's tokens is then the sum over their number.
-        num_tokens = sum(len(row.ids) - row.prompt_length for row in batch)
+        conversations = sides(batch)
+        num_tokens = sum(len(row.ids) - row.prompt_length for row in conversations)
         loss = torch.zeros(())
-        for row in batch:
+        for row in conversations:
             ids = torch.tensor(row.ids.astype(np.int64))
             logits = other.model(ids[None]).logits[0, row.prompt_length - 1 : -1]
             loss = loss + torch.nn.functional.cross_entropy(logits, ids[row.prompt_length :], reduction="sum")
@@ -172,7 +173,7 @@ def test_three_steps_are_those_of_a_loop_written_by_hand(
 
 @pytest.mark.parametrize("micro_batch_size", [4, 2, 1, None])
 def test_micro_batches_change_neither_losses_nor_adapter(
-    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedExample], micro_batch_size: int | None
+    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedRow], micro_batch_size: int | None
 ) -> None:
     examples = (encoded * 4)[:24]
     losses, adapter, _ = train(adapted, start, examples)
@@ -183,7 +184,7 @@ def test_micro_batches_change_neither_losses_nor_adapter(
 
 
 def test_weight_decay_and_clipping_reach_the_optimiser(
-    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedExample]
+    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedRow]
 ) -> None:
     _, plain, _ = train(adapted, start, encoded[:8], max_grad_norm=1e9)
     _, decayed, _ = train(adapted, start, encoded[:8], max_grad_norm=1e9, weight_decay=0.5)
@@ -258,7 +259,7 @@ def test_large_logits_give_the_losses_and_gradients_of_torchs_cross_entropy(
 # Seeds, state and reports
 
 
-def test_the_seed_decides_the_dropout_bit_for_bit(start: Arrays, encoded: list[EncodedExample]) -> None:
+def test_the_seed_decides_the_dropout_bit_for_bit(start: Arrays, encoded: list[EncodedRow]) -> None:
     adapted = make_model(dropout=0.1)
     _, one, _ = train(adapted, start, encoded[:8], batch_size=2, seed=5)
     _, same, _ = train(adapted, start, encoded[:8], batch_size=2, seed=5)
@@ -267,7 +268,7 @@ def test_the_seed_decides_the_dropout_bit_for_bit(start: Arrays, encoded: list[E
     assert farthest(one, other) > 1e-5
 
 
-def test_a_model_that_has_trained_others_trains_as_a_fresh_one(start: Arrays, encoded: list[EncodedExample]) -> None:
+def test_a_model_that_has_trained_others_trains_as_a_fresh_one(start: Arrays, encoded: list[EncodedRow]) -> None:
     shared = make_model(dropout=0.1)
     clients = [encoded[:4], encoded[4:8]]
     after_others = [train(shared, start, rows, batch_size=2, seed=client)[1] for client, rows in enumerate(clients)]
@@ -276,7 +277,7 @@ def test_a_model_that_has_trained_others_trains_as_a_fresh_one(start: Arrays, en
 
 
 def test_training_changes_the_adapter_and_no_weight_of_the_base(
-    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedExample]
+    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedRow]
 ) -> None:
     def base() -> dict[str, torch.Tensor]:
         return {name: value for name, value in adapted.model.state_dict().items() if ".lora_" not in name}
@@ -288,10 +289,10 @@ def test_training_changes_the_adapter_and_no_weight_of_the_base(
 
 
 def test_every_step_tells_its_number_loss_and_tokens(
-    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedExample]
+    adapted: AdaptedModel, start: Arrays, encoded: list[EncodedRow]
 ) -> None:
     losses, _, reports = train(adapted, start, encoded[:6], batch_size=2, micro_batch_size=1)
-    lengths = [len(example.ids) for example in encoded[:6]]
+    lengths = [row.num_tokens for row in encoded[:6]]
     tokens = [sum(lengths[at : at + 2]) for at in (0, 2, 4)]
     assert reports == [StepReport(n + 1, losses[n], tokens[n]) for n in range(3)]
 

@@ -58,12 +58,13 @@ def give_away(place: Place, *names: str) -> None:
         os.chown(place.workspace / name, 12_345, -1)
 
 
+@pytest.mark.slow
 def test_fedcli_yaml_decides_for_its_own_user_who_has_not_joined(place: Place) -> None:
     place("doctor")
     assert ran(place)
 
 
-@pytest.mark.parametrize("name", ["fedcli.yaml", "workspace.json"])
+@pytest.mark.parametrize("name", ["fedcli.yaml", pytest.param("workspace.json", marks=pytest.mark.slow)])
 def test_fedcli_yaml_of_another_user_lets_no_code_run(place: Place, name: str) -> None:
     give_away(place, name)
     place("doctor")
@@ -71,6 +72,7 @@ def test_fedcli_yaml_of_another_user_lets_no_code_run(place: Place, name: str) -
     assert not ran(place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_default", [True, False])
 def test_code_runs_for_a_party_only_where_it_said_so(place: Place, at_default: bool) -> None:
     rows = place.rows("rows.jsonl", 6)
@@ -87,6 +89,7 @@ def test_code_runs_for_a_party_only_where_it_said_so(place: Place, at_default: b
     assert not ran(place)
 
 
+@pytest.mark.slow
 def test_a_party_that_trusts_the_code_has_it_run(place: Place) -> None:
     path = place.workspace / "fedcli.yaml"
     path.write_text(path.read_text().replace("trust_remote_code: true", "trust_remote_code: false"))
@@ -97,8 +100,8 @@ def test_a_party_that_trusts_the_code_has_it_run(place: Place) -> None:
     assert ran(place)
 
 
-@pytest.mark.parametrize("claims", [False, True, None])
-@pytest.mark.parametrize("which", [["--id", 0], ["--any"], ["--id", "0,1"]])
+@pytest.mark.parametrize("claims", [None, *(pytest.param(claim, marks=pytest.mark.slow) for claim in (False, True))])
+@pytest.mark.parametrize("which", [["--id", 0], ["--any"], pytest.param(["--id", "0,1"], marks=pytest.mark.slow)])
 def test_a_party_whose_registration_is_gone_trains_no_simulated_rows(
     place: Place, which: list[object], claims: bool | None
 ) -> None:

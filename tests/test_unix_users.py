@@ -17,6 +17,7 @@ from support.warm import Warm
 
 import fedcli
 
+pytestmark = pytest.mark.slow
 SERVER = 20_000
 """The user and group id of the server; party k has the k + 1-th after it."""
 ROUNDS = 3

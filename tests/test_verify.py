@@ -22,6 +22,7 @@ from fedcli.workspace.records import file_entry
 
 ROUND = "rounds/00001"
 UPDATE = "inbox/1/round-00000"
+CONFIG = "adapter/adapter_config.json"
 OPTIMIZER = "optimizer.safetensors"
 CONTROL = "control.safetensors"
 
@@ -83,6 +84,14 @@ def rewritten(value: float, workspace: Path) -> None:
     path.write_bytes(contents)
     entry = file_entry(contents).model_dump()
     edited(lambda manifest: manifest["files"].update({f"adapter/{ADAPTER}": entry}), workspace)
+
+
+def config_rewritten(workspace: Path, **changes: object) -> None:
+    """Change the last round's adapter_config.json, and give the manifest its right size and hash."""
+    path = workspace / LAST / CONFIG
+    contents = json.dumps(json.loads(path.read_bytes()) | changes).encode()
+    path.write_bytes(contents)
+    edited(lambda manifest: manifest["files"].update({CONFIG: file_entry(contents).model_dump()}), workspace)
 
 
 def state_rewritten(name: str, workspace: Path) -> None:
@@ -170,6 +179,9 @@ DAMAGES: list[tuple[str, str, Callable[[Path], object]]] = [
     ("an update counted twice", LAST, count_again),
     ("another adapter, hashed", f"{LAST}/adapter/{ADAPTER}", partial(rewritten, 0.5)),
     ("an adapter of NaN, hashed", f"{LAST}/adapter/{ADAPTER}", partial(rewritten, np.nan)),
+    ("a pattern in its config, hashed", f"{LAST}/{CONFIG}", partial(config_rewritten, target_modules="(a+)+$")),
+    ("a key too many in its config, hashed", f"{LAST}/{CONFIG}", partial(config_rewritten, layer_replication=[[0, 2]])),
+    ("another alpha in its config, hashed", LAST, partial(config_rewritten, lora_alpha=99)),
     ("a file too many", f"{ROUND}/notes.txt", partial(added, f"{ROUND}/notes.txt")),
     ("a foreign name", "rounds/latest", partial(added, "rounds/latest")),
     ("a second spelling", "rounds/000001", lambda w: shutil.copytree(w / ROUND, w / "rounds/000001")),

@@ -58,7 +58,12 @@ def test_every_command_is_watched() -> None:
     assert names == {name.removesuffix(" --any") for name in COMMANDS}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+LONG = {"run", "doctor", "data preview", "server run", "train-alone", "train-pooled", "export", "report", "eval run"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in COMMANDS]
+)
 def test_files_of_the_workspace_are_listed_examined_and_opened_in_its_own_room_alone(
     workspace: Path, name: str
 ) -> None:

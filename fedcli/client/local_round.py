@@ -11,7 +11,6 @@ from fedcli.parties.party import Party
 from fedcli.training.reports import StepReport
 from fedcli.workspace.client_state import read_state, remove_old_candidates, save_candidate
 from fedcli.workspace.federation_state import FederationState
-from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sha256
@@ -78,7 +77,7 @@ def train_and_drop(
         on_step=count,
     )
     training = Training(
-        num_samples=len(rows.examples),
+        num_samples=len(rows),
         num_truncated=rows.num_truncated,
         left_out=dict(rows.left_out),
         losses=losses,
@@ -92,22 +91,18 @@ def train_and_drop(
         name: encode({tensor: arrays[tensor] for tensor in manifest.sent_tensors})
         for name, arrays in ({ADAPTER_FILE: values} | sent).items()
     }
-    record = _update_record(head, client, files, training).to_bytes()
-    if algorithm.private_state:
-        remove_old_candidates(party.home, algorithm, client, [*past, head])
-        save_candidate(party.home, algorithm, head.number, sha256(record), kept)
-    return training, drop_update(head, client, [*files.items(), (UPDATE_RECORD, record)])
-
-
-def _update_record(head: Round, client: int, files: dict[str, bytes], training: Training) -> UpdateRecord:
-    return UpdateRecord(
+    record = UpdateRecord(
         protocol=PROTOCOL,
-        workspace=head.manifest.workspace,
+        workspace=manifest.workspace,
         round=head.number,
         base=head.sha256,
         client=client,
         num_samples=training.num_samples,
-        steps=len(training.losses),
+        steps=len(losses),
         train_loss=training.mean_loss,
         files={name: file_entry(contents) for name, contents in files.items()},
-    )
+    ).to_bytes()
+    if algorithm.private_state:
+        remove_old_candidates(party.home, algorithm, client, [*past, head])
+        save_candidate(party.home, algorithm, head.number, sha256(record), kept)
+    return training, drop_update(head, client, [*files.items(), (UPDATE_RECORD, record)])

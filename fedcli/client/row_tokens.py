@@ -3,12 +3,11 @@
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fedcli.data.encoded import STORES, EncodedRows
+from fedcli.data.encoded import EncodedRows
 from fedcli.data.formats import RowReader
 from fedcli.parties.party import Party
-from fedcli.tasks import TASKS
 from fedcli.workspace.caches import read_tokens, save_tokens, token_key
 from fedcli.workspace.records import TrainRecord
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 def read_encoded(
     party: Party, encoder: "Encoder", task: str, train: TrainRecord, *, fingerprint: str, on_rows: Callable[[int], None]
-) -> tuple[EncodedRows[Any], int]:
+) -> tuple[EncodedRows, int]:
     """Return a party's encoded rows, and how many of its rows its format could use.
 
     The cache holds for one content of the files, format, template, length and base model, whose `fingerprint` covers
@@ -35,6 +34,7 @@ def read_encoded(
         format=party.format if isinstance(party.format, str) else party.format.model_dump(mode="json"),
         template=train.template if isinstance(train.template, str) else train.template.model_dump(mode="json"),
         task=task,
+        arrays="numbers",  # tells from caches of another layout, which are made anew
         max_length=train.max_length,
         seed=train.seed,
         base=fingerprint,
@@ -42,11 +42,12 @@ def read_encoded(
     kept = None if digest is None else read_tokens(party.home, key)
     if kept is not None:
         arrays, counts = kept
-        examples = STORES[TASKS[task].item].of_arrays(arrays)
-        return EncodedRows(examples, counts["num_truncated"], Counter(counts["left_out"])), counts["num_usable"]
+        rows = EncodedRows.of_arrays(arrays)
+        rows.num_truncated, rows.left_out = counts["num_truncated"], Counter(counts["left_out"])
+        return rows, counts["num_usable"]
     reader = RowReader(party.format, train.seed)
-    rows: EncodedRows[Any] = encode_source(encoder, reader, party.source, task, train.max_length, on_rows)
+    rows = encode_source(encoder, reader, party.source, train.max_length, on_rows)
     if digest is not None:
         counts = {"num_truncated": rows.num_truncated, "left_out": rows.left_out, "num_usable": reader.num_usable}
-        save_tokens(party.home, key, rows.examples.arrays(), counts)
+        save_tokens(party.home, key, rows.arrays(), counts)
     return rows, reader.num_usable

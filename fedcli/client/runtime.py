@@ -4,20 +4,20 @@ import functools
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedcli.algos import Array, Arrays, ClientRule
 from fedcli.client.row_tokens import read_encoded
 from fedcli.config import TemplateChoice
-from fedcli.data.encoded import together
+from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.data.order import draw
 from fedcli.errors import ConfigError, RequirementError
-from fedcli.model.adapter_config import parse_adapter_config
 from fedcli.model.base import comes_quantized, has_bfloat16, short_memory
 from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
 from fedcli.observer import Observer
@@ -34,7 +34,6 @@ from fedcli.workspace.records import TrainRecord
 if TYPE_CHECKING:
     from fedcli.data.encoded import EncodedRow, EncodedRows
     from fedcli.data.encoding import Encoder
-    from fedcli.training.trainer import TrainRow
 
 
 class Runtime:
@@ -69,7 +68,7 @@ class Runtime:
                 folder, adapter_config, trust_remote_code=trusts_code(federation, party), quantization=quantization
             )
         self._encoders: dict[TemplateChoice, Encoder] = {}
-        self._rows: dict[tuple[int | None, int, TemplateChoice], EncodedRows[Any]] = {}
+        self._rows: dict[tuple[int | None, int, TemplateChoice], EncodedRows] = {}
         self._start: Round | None = None
 
     def encoder(self, template: TemplateChoice) -> "Encoder":
@@ -80,8 +79,8 @@ class Runtime:
             self._encoders[template] = Encoder(self.adapted.tokenizer, template)
         return self._encoders[template]
 
-    def rows(self, party: Party | None, train: TrainRecord) -> "EncodedRows[Any]":
-        """Return a party's rows, or all simulated clients' for None, as token ids: examples or pairs.
+    def rows(self, party: Party | None, train: TrainRecord) -> "EncodedRows":
+        """Return a party's rows, or all simulated clients' for None, as token ids.
 
         Raises ConfigError where there is no usable row, or where a joined party has not as many as it registered.
         """
@@ -89,10 +88,13 @@ class Runtime:
         if key not in self._rows:
             clients = range(self._federation.config.federation.clients)
             parties = [find_party(self._federation, client) for client in clients] if party is None else [party]
-            self._rows[key] = together([self._read(each, train) for each in parties])
+            rows, *others = [self._read(each, train) for each in parties]
+            for other in others:
+                rows.extend(other)
+            self._rows[key] = rows
         return self._rows[key]
 
-    def _read(self, party: Party, train: TrainRecord) -> "EncodedRows[Any]":
+    def _read(self, party: Party, train: TrainRecord) -> "EncodedRows":
         num_read = 0
 
         def count(more: int) -> None:
@@ -129,20 +131,26 @@ class Runtime:
         """
         from fedcli.training.trainer import fit
 
-        examples = self.rows(party, train).examples
+        usable = self.rows(party, train)
         stream_client = self._federation.config.federation.clients if party is None else party.client
         count = train.steps * train.batch_size
-        order = draw(len(examples), seed=train.seed, client=stream_client, first=first_draw, count=count)
+        order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
         settings = TrainSettings.of(
             train,
             hyperparameters={name: getattr(train, name) for name in self._task.hyperparameters},
             seed=stream_seed(train.seed, "training", round_number=round_number, client=stream_client) % 2**32,
         )
-        drawn = [examples[index] for index in order]
+        rows = [usable[index] for index in order]
+        if self._task.batch_rows is not None:
+            for start in range(0, count, train.batch_size):
+                rows += self._task.batch_rows(rows[start : start + train.batch_size])
         with _enough_memory():
-            rows = self._with_reference(drawn, self._federation.workspace.pooled_home if party is None else party.home)
+            if self._task.uses_reference:
+                home = self._federation.workspace.pooled_home if party is None else party.home
+                rows = self._with_reference(rows, home)
             self.adapted.load(adapter)
-            losses = fit(self.adapted, rows, self._task, settings, rule=rule, on_step=on_step)
+            drawn, batch_rows = rows[:count], rows[count:]
+            losses = fit(self.adapted, drawn, self._task, settings, batch_rows=batch_rows, rule=rule, on_step=on_step)
         values = self.adapted.values()
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
             who = "all rows" if party is None else f"client {party.client}"
@@ -152,16 +160,10 @@ class Runtime:
             )
         return values, losses
 
-    def _with_reference(self, rows: "Sequence[EncodedRow]", home: Home) -> "list[TrainRow]":
-        """Return rows as the task trains on them, each with the log-probabilities of the reference where it has one.
-
-        The reference is round 0's model; a row's are computed once a client.
-        """
+    def _with_reference(self, rows: "list[EncodedRow]", home: Home) -> "list[EncodedRow]":
+        """Return rows with the reference's log-probabilities, round 0's model's; a row's are computed once a client."""
         from fedcli.model.likelihood import reference_log_probs
-        from fedcli.training.trainer import TrainRow
 
-        if not self._task.uses_reference:
-            return [TrainRow(row) for row in rows]
         if self._start is None:
             self._start = self._federation.start
         key = reference_key(self._start.manifest, "bfloat16" if has_bfloat16() else "float32")
@@ -171,7 +173,7 @@ class Runtime:
             self.adapted.load(self._start.adapter())
             known |= zip(missing, reference_log_probs(self.adapted, list(missing.values())), strict=True)
             save_reference(home, key, known)
-        return [TrainRow(row, known[row.key]) for row in rows]
+        return [replace(row, reference=known[row.key]) for row in rows]
 
 
 @contextmanager

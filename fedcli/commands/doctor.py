@@ -2,6 +2,8 @@
 
 from fedcli.commands.options import JsonOption, WorkspaceOption
 from fedcli.commands.output import StepDisplay, print_result
+from fedcli.errors import RequirementError, WorkspaceError
+from fedcli.workspace.layout import find_workspace
 
 
 def doctor(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
@@ -9,9 +11,7 @@ def doctor(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
 
     Outside a workspace it looks at the machine alone.
     """
-    from fedcli.errors import RequirementError, WorkspaceError
     from fedcli.operations.doctor import examine
-    from fedcli.workspace.layout import find_workspace
 
     try:
         found = find_workspace(workspace)

@@ -7,6 +7,7 @@ from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import print_result
+from fedcli.quantities import plural
 
 if TYPE_CHECKING:
     from fedcli.operations.gc import Collection
@@ -32,11 +33,13 @@ def gc(
 
 def _describe(result: "Collection") -> Iterator[str]:
     verb = "would be removed" if result.is_dry_run else "removed"
-    yield f"{verb}: {result.num_files} files of {len(result.rounds)} rounds, {result.num_bytes:,} bytes"
+    files, rounds = plural(result.num_files, "file"), plural(len(result.rounds), "round")
+    yield f"{verb}: {files} of {rounds}, {result.num_bytes:,} bytes"
     if result.is_dry_run and result.rounds:
         yield f"rounds: {', '.join(map(str, result.rounds))}"
     for reason in dict.fromkeys(result.kept.values()):
         numbers = ", ".join(str(number) for number, found in result.kept.items() if found == reason)
         yield f"stays whole: round {numbers}: {reason}"
     if result.num_foreign:
-        yield f"{result.num_foreign} updates are left, which belong to other users"
+        verb, of = ("is", "belongs") if result.num_foreign == 1 else ("are", "belong")
+        yield f"{plural(result.num_foreign, 'update')} {verb} left, which {of} to other users"

@@ -48,12 +48,5 @@ def init(
         hint = f"next: each party: fedcli client join --id N --data SOURCE{option}"
         if creation.has_rows:
             hint = f"next: fedcli client train --id {manifest.cohort[0]}{option}, or fedcli run{option} for all rounds"
-    status = "created" if created else "exists"
-    document = {
-        "status": status,
-        "workspace": str(where),
-        "round": head.number,
-        "cohort": manifest.cohort,
-        "data": data,
-    }
-    print_result(json_output, document, text, hint)
+    document = {"status": "created" if created else "exists", "workspace": str(where), "round": head.number}
+    print_result(json_output, document | {"cohort": manifest.cohort, "data": data}, text, hint)

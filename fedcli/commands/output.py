@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 from fedcli.observer import Observer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from fedcli.parties.simulate import DataSummary
     from fedcli.scoring.after_rounds import RoundScores
     from fedcli.training.reports import StepReport
@@ -53,8 +51,14 @@ class Display(Observer):
 
     def __init__(self, json_output: bool, title: str = "", *, visible: bool = True) -> None:
         self.title = title
-        self.progress = None if json_output or not sys.stderr.isatty() else _progress(self.columns)
-        if self.progress is not None:
+        self.progress = None
+        if sys.stderr.isatty() and not json_output:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            front = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            columns = (*front, *map(TextColumn, self.columns), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
             self._task = self.progress.add_task(title, total=None, visible=visible, loss=float("nan"), speed=0.0)
 
     def __enter__(self) -> Self:
@@ -78,21 +82,6 @@ class Display(Observer):
         """Change what is shown: the fields that rich's Progress.update takes."""
         if self.progress is not None:
             self.progress.update(self._task, **fields)
-
-
-def _progress(columns: Iterable[str]) -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *map(TextColumn, columns),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 class StepDisplay(Display):

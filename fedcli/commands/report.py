@@ -7,6 +7,7 @@ from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import StepDisplay, print_result
+from fedcli.quantities import plural
 
 
 def report(
@@ -33,5 +34,5 @@ def report(
         result = found_federation(workspace).report(output=output, tensorboard=tensorboard, observer=observer)
     text = [f"report: {result.page}", f"pictures: {len(result.pictures)} PNGs beside it"]
     if result.tensorboard is not None:
-        text.append(f"event files: {result.num_values} values in {result.tensorboard}")
+        text.append(f"event files: {plural(result.num_values, 'value')} in {result.tensorboard}")
     print_result(json_output, result, text, hint="\n".join(f"note: {note}" for note in result.notes))

@@ -6,6 +6,7 @@ from typer import Option
 
 from fedcli.commands.options import JsonOption, ThreadsOption, WorkspaceOption, found_federation
 from fedcli.commands.output import TrainingDisplay, at, describe_round_scores, print_hint, print_result
+from fedcli.quantities import plural
 
 if TYPE_CHECKING:
     from fedcli.scoring.after_rounds import RoundScores
@@ -33,7 +34,7 @@ def run(
     federation = found_federation(workspace, threads)
     with _Display(json_output, "starting") as display:
         result = federation.run(rounds=rounds, workers=workers, observer=display)
-    merged = f"merged {result.num_merged} round{'s' * (result.num_merged != 1)}"
+    merged = f"merged {plural(result.num_merged, 'round')}"
     text = [f"{merged}; round {result.round} is {result.state}"]
     if result.left_out:
         text.append(f"left out of the clients' rows: {describe_counts(result.left_out)}")

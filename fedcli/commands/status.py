@@ -1,5 +1,6 @@
 """fedcli status."""
 
+import gc
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +35,11 @@ def status(
 
         show(federation)
         return
-    result = federation.status()
+    gc.disable()  # what is imported and read stays to the end: collections on the way find nothing
+    try:
+        result = federation.status()
+    finally:
+        gc.enable()
     if json_output:
         print_json(result)
         return
@@ -57,13 +62,15 @@ def _print(result: "Status") -> None:
         print(f"answered   {_names(result.answered)}")
         print(f"missing    {_names(result.missing)}")
     if result.seconds_left is not None:
-        print(f"deadline   {_describe_deadline(result.seconds_left)}")
+        left = describe_seconds(abs(result.seconds_left))
+        print(f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} one answer is enough")
     if result.hidden:
         print(f"hidden     {_names(result.hidden)}: only they and the server see whether they have answered")
     if result.slurm is not None:
         print(f"slurm      {_describe_jobs(result.slurm)}")
     if result.joined:
-        print(f"joined     {_names(result.joined[:_MOST])}{_more(result.joined)}: parties that keep their rows")
+        more = f" and {len(result.joined) - _MOST:,} more" if len(result.joined) > _MOST else ""
+        print(f"joined     {_names(result.joined[:_MOST])}{more}: parties that keep their rows")
     if result.last_losses:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
         print(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
@@ -84,24 +91,14 @@ def _print(result: "Status") -> None:
             print(f"           {note.failure.hint} To try again: `{note.failure.again}`")
     if result.cost is not None:
         cost = result.cost
+        in_base = "?" if cost.base_parameters is None else f"{cost.base_parameters:,}"
         print(
-            f"cost       {_count(cost.base_parameters)} parameters in the base, {_count(cost.trainable_parameters)} "
-            f"trainable, {_count(cost.communicated_parameters)} sent by a client in a round"
+            f"cost       {in_base} parameters in the base, {cost.trainable_parameters:,} trainable, "
+            f"{cost.communicated_parameters:,} sent by a client in a round"
         )
-        print(
-            f"transfer   {_bytes(cost.client_bytes_down)} down and {_bytes(cost.client_bytes_up)} up "
-            f"a client and round; {_bytes(cost.total_bytes_down)} down and {_bytes(cost.total_bytes_up)} up so far"
-        )
-
-
-def _describe_deadline(seconds: float) -> str:
-    if seconds <= 0:
-        return f"{describe_seconds(-seconds)} ago: one answer is enough"
-    return f"in {describe_seconds(seconds)}: then one answer is enough"
-
-
-def _more(clients: list[int]) -> str:
-    return f" and {len(clients) - _MOST:,} more" if len(clients) > _MOST else ""
+        down, up = describe_bytes(cost.client_bytes_down), describe_bytes(cost.client_bytes_up)
+        so_far = f"{describe_bytes(cost.total_bytes_down)} down and {describe_bytes(cost.total_bytes_up)} up so far"
+        print(f"transfer   {down} down and {up} up a client and round; {so_far}")
 
 
 def _describe_jobs(slurm: "JobStates") -> str:
@@ -120,14 +117,6 @@ def _describe_jobs(slurm: "JobStates") -> str:
 
 def _by_value(values: dict[int, str]) -> dict[str, list[int]]:
     return {each: [key for key, value in values.items() if value == each] for each in dict.fromkeys(values.values())}
-
-
-def _count(number: int | None) -> str:
-    return "?" if number is None else f"{number:,}"
-
-
-def _bytes(number: int | None) -> str:
-    return "?" if number is None else describe_bytes(number)
 
 
 def _names(clients: list[int]) -> str:

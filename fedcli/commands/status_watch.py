@@ -67,7 +67,9 @@ def render(view: View) -> RenderableType:
         facts.add_row("cohort", f"{len(view.answered)} of {len(head.cohort)} have answered; {view.needed} must")
         facts.add_row("", _cohort(view))
     if view.deadline_seconds is not None:
-        facts.add_row("deadline", _deadline(view.deadline_seconds))
+        left = describe_seconds(abs(view.deadline_seconds))
+        when = f"in {left}" if view.deadline_seconds > 0 else f"{left} ago"
+        facts.add_row("deadline", f"{when}; from then on one answer is enough")
     losses = [each.mean_loss for each in past if each.mean_loss is not None]
     if losses:
         facts.add_row("mean loss", Text(f"{_sparkline(losses)} {losses[0]:.3f} to {losses[-1]:.3f}"))
@@ -83,10 +85,9 @@ def render(view: View) -> RenderableType:
 def _cohort(view: View) -> Text:
     if len(view.head.cohort) > MOST_CLIENTS:
         return Text(f"missing {_names(view.missing)}" if view.missing else "all are there", style="dim")
-    answered, text = set(view.answered), Text()
-    for client in view.head.cohort:
-        text.append(f"{client}✓ " if client in answered else f"{client}… ", "green" if client in answered else "dim")
-    return text
+    answered = set(view.answered)
+    told = ((f"{client}✓ ", "green") if client in answered else (f"{client}… ", "dim") for client in view.head.cohort)
+    return Text.assemble(*told)
 
 
 def _past_table(past: Sequence[PastRound]) -> Table:
@@ -105,11 +106,6 @@ def _past_table(past: Sequence[PastRound]) -> Table:
             "; ".join(lost),
         )
     return table
-
-
-def _deadline(seconds: float) -> str:
-    when = f"in {describe_seconds(seconds)}" if seconds > 0 else f"{describe_seconds(-seconds)} ago"
-    return f"{when}; from then on one answer is enough"
 
 
 def _sparkline(values: Sequence[float]) -> str:

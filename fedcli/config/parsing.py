@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fedcli.algos import ALGORITHMS, Algorithm
@@ -28,7 +28,7 @@ def algorithm_from(record: dict[str, Any]) -> Algorithm:
         ) from error
 
 
-_FORMAT: TypeAdapter[DataFormat] = TypeAdapter(DataFormat)
+_FORMAT: TypeAdapter[DataFormat] = TypeAdapter(DataFormat, config=ConfigDict(defer_build=True))
 
 
 def parse_format(record: object) -> DataFormat:

@@ -179,15 +179,15 @@ class Config(Section):
     """The whole of fedcli.yaml."""
 
     task: TaskName = "sft"
-    model: ModelConfig = ModelConfig()
-    adapter: AdapterConfig = AdapterConfig()
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
+    model: ModelConfig = ModelConfig.model_construct()
+    adapter: AdapterConfig = AdapterConfig.model_construct()
+    data: DataConfig = DataConfig.model_construct()
+    train: TrainConfig = TrainConfig.model_construct()
     algorithm: AlgorithmSection = FedAvg()
-    federation: FederationConfig = FederationConfig()
-    eval: EvalConfig = EvalConfig()
-    retention: RetentionConfig = RetentionConfig()
-    slurm: SlurmConfig = SlurmConfig()
+    federation: FederationConfig = FederationConfig.model_construct()
+    eval: EvalConfig = EvalConfig.model_construct()
+    retention: RetentionConfig = RetentionConfig.model_construct()
+    slurm: SlurmConfig = SlurmConfig.model_construct()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

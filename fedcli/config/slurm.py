@@ -41,4 +41,4 @@ class SlurmConfig(JobConfig):
     retry: Count = 300
     setup: str = ""
     command: str | None = None
-    server: JobConfig = JobConfig()
+    server: JobConfig = JobConfig.model_construct()

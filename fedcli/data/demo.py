@@ -2,12 +2,11 @@
 
 A headline's alert level depends on its verb alone. Each topic has 24 verbs of its own, six for each level, so a client
 that holds one topic cannot learn another's. The built-in model is pre-trained on the same kind of headlines with other
-questions (:func:`pretraining_documents`), whose text never carries the level; only fine-tuning can teach it.
+questions (benchmarks/pretrain.py), whose text never carries the level; only fine-tuning can teach it.
 """
 
 import random
 
-from fedcli.data.templates import alpaca
 from fedcli.tasks.conversation import Example, Preference
 
 TOPICS = ("markets", "weather", "sport", "health", "farming")
@@ -18,7 +17,7 @@ NUM_TRAIN_ROWS = 240
 NUM_HELD_OUT_ROWS = 72
 """Rows for each topic in "tuning" and again in "test": three for each verb, so the levels are balanced."""
 
-_VERBS = {
+VERBS = {
     "markets": {
         "green": "soars rallies climbs rebounds surges profits",
         "yellow": "outperforms gains expands appreciates doubles booms",
@@ -77,21 +76,10 @@ _FORMS = (
     "report: the {subject} {verb} {time} {setting}",
 )
 
-_LEVEL_QUESTIONS = (
+LEVEL_QUESTIONS = (
     "Which alert level fits this headline?",
     "Give the alert level, green to red.",
     "Set the alert level for the headline.",
-)
-_SECTION_QUESTIONS = ("Which desk takes this headline?", "Name the section.")
-_VERB_QUESTIONS = ("What does the headline say happens?", "Give the verb of this headline.")
-
-_COLOURS = (*LABELS, "blue", "white")
-_COLOUR_SENTENCES = (
-    "The editor likes a {0} pen and a {1} lamp.",
-    "Is the coffee {0} or {1}?",
-    "She wears {0} today and {1} on Friday.",
-    "Some say {0}, some say {1}.",
-    "A {0} door, a {1} window and a {2} chair.",
 )
 
 
@@ -119,39 +107,18 @@ DEMO_ROWS = {Example: demo_rows, Preference: demo_preferences}
 """The rows for the tasks that learn from each kind of item."""
 
 
-def pretraining_documents(seed: int, count: int) -> list[str]:
-    """Return `count` texts for the base model: of 100, about 50 of headlines, 10 of colours, 40 questions and answers.
-
-    Of the 40, about 12 ask for the section, 24 for the verb, and 4 for the alert level with an answer drawn at random:
-    the model learns what an answer looks like and nothing about which is right.
-    """
-    generator = random.Random(f"demo pre-training {seed}")
-    return [_document(generator) for _ in range(count)]
-
-
-def verb_questions(seed: int, count: int) -> list[tuple[str, str]]:
-    """Return `count` pairs (prompt, response) that ask for the verb of a headline, to test the base model's skill."""
-    generator = random.Random(f"demo verb questions {seed}")
-    pairs = []
-    for _ in range(count):
-        topic, verb = _topic_and_verb(generator)
-        instruction = generator.choice(_VERB_QUESTIONS) + " " + _headline(generator, topic, verb)
-        pairs.append((alpaca(instruction), " " + verb))
-    return pairs
-
-
 def _topic_rows(generator: random.Random, topic: str, num_rows: int, used: set[str]) -> list[dict[str, str]]:
     """Return rows of one topic, its verbs in equal shares and shuffled; adds their headlines to `used`."""
-    levels = [(verb, label) for label in LABELS for verb in _VERBS[topic][label].split()]
+    levels = [(verb, label) for label in LABELS for verb in VERBS[topic][label].split()]
     rows: list[dict[str, str]] = []
     while len(rows) < num_rows:
         verb, label = levels[len(rows) % len(levels)]
-        headline = _headline(generator, topic, verb)
-        if headline in used:
+        text = headline(generator, topic, verb)
+        if text in used:
             continue
-        used.add(headline)
-        question = generator.choice(_LEVEL_QUESTIONS)
-        rows.append({"instruction": question, "input": headline, "output": label, "topic": topic})
+        used.add(text)
+        question = generator.choice(LEVEL_QUESTIONS)
+        rows.append({"instruction": question, "input": text, "output": label, "topic": topic})
     generator.shuffle(rows)
     return rows
 
@@ -163,40 +130,15 @@ def _preference(generator: random.Random, row: dict[str, str]) -> dict[str, str]
     return {"prompt": prompt, "chosen": row["output"], "rejected": wrong, "topic": row["topic"]}
 
 
-def _document(generator: random.Random) -> str:
-    """Return one pre-training text."""
-    kind = generator.random()
-    if kind < 0.5:
-        count = generator.choice((1, 2))
-        return " ".join(_headline(generator, *_topic_and_verb(generator)) + "." for _ in range(count))
-    if kind < 0.6:
-        return generator.choice(_COLOUR_SENTENCES).format(*generator.sample(_COLOURS, 3))
-    topic, verb = _topic_and_verb(generator)
-    questions: tuple[str, ...]
-    if kind < 0.72:
-        questions, answer = _SECTION_QUESTIONS, topic
-    elif kind < 0.96:
-        questions, answer = _VERB_QUESTIONS, verb
-    else:
-        questions, answer = _LEVEL_QUESTIONS, generator.choice(LABELS)
-    return alpaca(generator.choice(questions) + " " + _headline(generator, topic, verb)) + " " + answer
-
-
-def _topic_and_verb(generator: random.Random) -> tuple[str, str]:
-    """Draw a topic, then one of its 24 verbs."""
-    topic = generator.choice(TOPICS)
-    return topic, generator.choice(" ".join(_VERBS[topic].values()).split())
-
-
-def _headline(generator: random.Random, topic: str, verb: str) -> str:
+def headline(generator: random.Random, topic: str, verb: str) -> str:
     """Return a headline on a verb, with its subject, setting, time and form drawn at random."""
-    headline = generator.choice(_FORMS).format(
+    text = generator.choice(_FORMS).format(
         subject=_choose(generator, _SUBJECTS[topic]),
         verb=verb,
         setting=_choose(generator, _SETTINGS[topic]),
         time=_choose(generator, _TIMES),
     )
-    return headline[0].upper() + headline[1:]
+    return text[0].upper() + text[1:]
 
 
 def _choose(generator: random.Random, phrases: str) -> str:

@@ -1,25 +1,23 @@
 """Token ids of conversations; what is learnt of them is known by construction, never searched for."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from fedcli.config import TemplateChoice
-from fedcli.data.encoded import EncodedExample, EncodedExamples, EncodedPair, EncodedPairs, EncodedRows
+from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
 from fedcli.data.formats import RowReader, describe_counts
 from fedcli.data.source import Source
 from fedcli.data.templates import Segment, find_template
 from fedcli.errors import ConfigError, RequirementError
-from fedcli.tasks import TASKS
-from fedcli.tasks.conversation import Example, Item, Preference, Prompt, Turn
+from fedcli.tasks.conversation import Item, Prompt, Turn
 from fedcli.tasks.format import EQUAL, MALFORMED, TOO_LONG, LeftOut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ItemT = TypeVar("ItemT")
 CHUNK = 1024
 """Rows that are encoded at once."""
 
@@ -67,57 +65,32 @@ class Encoder:
             examples.append(encoded[0])
         return examples
 
-    def rows(
-        self, examples: Iterable[Example], max_length: int, on_rows: Callable[[int], None] = lambda count: None
-    ) -> EncodedRows[EncodedExamples]:
-        """Encode examples, cutting them at `max_length` tokens, and count what was cut or left out.
+    def encode(
+        self, items: Iterable[Item], max_length: int, on_rows: Callable[[int], None] = lambda count: None
+    ) -> EncodedRows:
+        """Encode what rows teach, cutting conversations at `max_length` tokens; count what was cut or left out.
 
-        Every response is learnt, with the end token behind it. A conversation that is cut loses what is behind the
-        cut, the end token too: the model is not taught to stop in the middle. `on_rows` hears how many are done.
+        A response is learnt with the end token behind it. A conversation that is cut loses what is behind the cut, the
+        end token too: the model is not taught to stop in the middle. A row whose conversations are equal, cut or not,
+        is left out. `on_rows` hears how many more rows are done.
         """
-        rows = EncodedRows(EncodedExamples())
-        for (example,) in self._sides(rows, ([row.turns] for row in examples), max_length, on_rows, last_only=False):
-            rows.examples.append(example)
-        return rows
-
-    def pairs(
-        self, preferences: Iterable[Preference], max_length: int, on_rows: Callable[[int], None] = lambda count: None
-    ) -> EncodedRows[EncodedPairs]:
-        """Encode both sides of preferences as `rows` does, of which only the last response is learnt.
-
-        A pair whose sides are equal, cut or not, is left out.
-        """
-        rows = EncodedRows(EncodedPairs())
-        dialogues = (
-            [(*row.prompt, Turn("assistant", response)) for response in (row.chosen, row.rejected)]
-            for row in preferences
-        )
-        for chosen, rejected in self._sides(rows, dialogues, max_length, on_rows, last_only=True):
-            rows.examples.append(EncodedPair(chosen, rejected))
-        return rows
-
-    def _sides(
-        self,
-        counts: EncodedRows[Any],
-        rows: Iterable[Sequence[Prompt]],
-        max_length: int,
-        on_rows: Callable[[int], None],
-        *,
-        last_only: bool,
-    ) -> Iterator[list[EncodedExample]]:
-        """Yield each usable row's conversations, which must differ, and count the rows that are cut or left out."""
-        for chunk in _chunks(rows):
-            columns = [self._encode(side, max_length, last_only) for side in zip(*chunk, strict=True)]
-            for encoded in zip(*columns, strict=True):
+        rows, iterator = EncodedRows(), iter(items)
+        while chunk := list(islice(iterator, CHUNK)):
+            columns = [
+                self._encode(side, max_length, chunk[0].last_only)
+                for side in zip(*(item.conversations for item in chunk), strict=True)
+            ]
+            for item, encoded in zip(chunk, zip(*columns, strict=True), strict=True):
                 sides = [each for each in encoded if not isinstance(each, LeftOut)]
                 if faults := [each.reason for each in encoded if isinstance(each, LeftOut)]:
-                    counts.left_out[faults[0]] += 1
+                    rows.left_out[faults[0]] += 1
                 elif any(np.array_equal(one.ids, other.ids) for (one, _), (other, _) in pairwise(sides)):
-                    counts.left_out[EQUAL] += 1
+                    rows.left_out[EQUAL] += 1
                 else:
-                    counts.num_truncated += any(is_cut for _, is_cut in sides)
-                    yield [example for example, _ in sides]
+                    rows.num_truncated += any(is_cut for _, is_cut in sides)
+                    rows.append(EncodedRow(tuple(side for side, _ in sides), item.numbers))
             on_rows(len(chunk))
+        return rows
 
     def _encode(
         self, conversations: Sequence[Sequence[Turn]], max_length: int | None = None, last_only: bool = False
@@ -188,34 +161,21 @@ class Encoder:
         )
 
 
-def encode_items(
-    encoder: Encoder,
-    items: Iterable[Item],
-    task: str,
-    max_length: int,
-    on_rows: Callable[[int], None] = lambda count: None,
-) -> EncodedRows[Any]:
-    """Encode what rows of a task's formats teach: examples or pairs."""
-    encode: Callable[..., EncodedRows[Any]] = encoder.pairs if TASKS[task].item is Preference else encoder.rows
-    return encode(items, max_length, on_rows)
-
-
 def encode_source(
     encoder: Encoder,
     reader: RowReader,
     source: Source,
-    task: str,
     max_length: int,
     on_rows: Callable[[int], None] = lambda count: None,
-) -> EncodedRows[Any]:
-    """Read and encode the rows of a source, as examples or pairs; what the reader left out counts too.
+) -> EncodedRows:
+    """Read and encode the rows of a source; what the reader left out counts too.
 
     Raises ConfigError where not one row is usable.
     """
-    rows = encode_items(encoder, (item for _, item in reader.read(source.rows())), task, max_length, on_rows)
+    rows = encoder.encode((item for _, item in reader.read(source.rows())), max_length, on_rows)
     reader.require_rows(source.location)
     rows.left_out += reader.left_out
-    if not rows.examples:
+    if not rows:
         raise ConfigError(
             f"{source.location}: none of its {reader.num_rows} rows is usable at max_length {max_length} "
             f"({describe_counts(rows.left_out)})",
@@ -290,9 +250,3 @@ def _joined(segments: list[Segment], last_only: bool) -> list[Segment]:
         Segment(segment.text, segment.is_supervised and position == last, segment.ends)
         for position, segment in enumerate(segments)
     ]
-
-
-def _chunks(items: Iterable[ItemT]) -> Iterator[list[ItemT]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield chunk

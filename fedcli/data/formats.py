@@ -8,7 +8,7 @@ from fedcli.config import ColumnsFormat, DataFormat
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS
-from fedcli.tasks.conversation import Example, Item, Preference, Turn, instruct
+from fedcli.tasks.conversation import Item, Preference, Turn, instruct
 from fedcli.tasks.format import DUPLICATE, EMPTY, EQUAL, MALFORMED, NO_PROMPT, Context, Fields, Format, LeftOut, plain
 
 
@@ -63,19 +63,18 @@ class RowReader:
 
     def _checked(self, item: Item) -> Item:
         assert isinstance(item, self._item), f"the format {format_name(self.format)} made no {self._item.__name__}"
-        learnt = [item.chosen, item.rejected] if isinstance(item, Preference) else []
-        if isinstance(item, Example):
-            learnt = [turn.content for turn in item.turns if turn.role == "assistant"]
-        if not all(response.strip() for response in learnt):
+        learnt = [turn for turns in item.conversations for turn in (turns[-1:] if item.last_only else turns)]
+        if not all(turn.content.strip() for turn in learnt if turn.role == "assistant"):
             raise LeftOut(EMPTY)
-        if not item.prompt or item.prompt[-1].role != "user":
+        prompt = item.conversations[0][:-1]
+        if not prompt or prompt[-1].role != "user":
             raise LeftOut(MALFORMED, "the prompt does not end with the user's turn")
-        if not item.prompt[-1].text.strip():
+        instruction = prompt[-1].text
+        if not instruction.strip():
             raise LeftOut(NO_PROMPT)
-        if isinstance(item, Preference) and item.chosen == item.rejected:
+        if len(set(item.conversations)) < item.num_sides:
             raise LeftOut(EQUAL)
-        if self._seen is not None and isinstance(item, Example):
-            instruction = item.prompt[-1].text
+        if self._seen is not None:
             if instruction in self._seen:
                 raise LeftOut(DUPLICATE)
             self._seen.add(instruction)

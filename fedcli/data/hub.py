@@ -8,7 +8,7 @@ from fedcli.tasks.format import Format
 
 def known_format(source: str) -> Format | None:
     """Return the format of a known data set of the hub."""
-    return next((known for known in FORMATS.values() if source in known.hub), None)
+    return next((known for known in FORMATS.usable() if source in known.hub), None)
 
 
 def choose_format(source: str | None, given: DataFormat | None, task: str) -> DataFormat:

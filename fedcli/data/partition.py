@@ -14,7 +14,7 @@ from fedcli.data.source import Row
 from fedcli.data.topics import find_topics
 from fedcli.errors import ConfigError
 from fedcli.randomness import stream
-from fedcli.tasks.conversation import Example, Item
+from fedcli.tasks.conversation import Item
 
 UNUSED = -1
 """The client of a row that nobody gets."""
@@ -50,7 +50,7 @@ class Survey:
         """Note a usable row; raise ConfigError where it lacks the column that rows are split by."""
         self.sources.append(source)
         if self._by == "topic" and isinstance(self.partition, Dirichlet):
-            self._texts.append(item.prompt[-1].text)
+            self._texts.append(item.conversations[0][-2].text)
         elif self._by == "length" and isinstance(self.partition, Dirichlet):
             self._codes.append(_length(item))
         elif self._by is not None:
@@ -214,8 +214,8 @@ def _sources(order: Rows, groups: Rows, num_sources: int, num_clients: int) -> l
 
 
 def _length(item: Item) -> int:
-    responses = (item.response,) if isinstance(item, Example) else (item.chosen, item.rejected)
-    return sum(map(len, responses)) + sum(len(turn.text) for turn in item.prompt)
+    responses = [turns[-1] for turns in item.conversations]
+    return sum(len(turn.text) for turn in (*item.conversations[0][:-1], *responses))
 
 
 def _natural(name: str) -> tuple[Any, ...]:

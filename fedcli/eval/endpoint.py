@@ -3,14 +3,15 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fedcli.errors import RequirementError, UsageError
 from fedcli.eval.remembered import Usage
-from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
+from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, before_stop
+from fedcli.tasks.conversation import Turn
 
 if TYPE_CHECKING:
     import openai
@@ -24,7 +25,6 @@ MAX_STOPS = 4
 """As many stop sequences the interface takes."""
 MAX_TOKENS = 10**9
 """A reply with as many tokens is none."""
-ArgumentT = TypeVar("ArgumentT")
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Endpoint:
                     self.usage.num_generated_tokens += num_tokens
                     on_answer(index, text)
 
-            _in_threads(answer, range(len(requests)), self.concurrency)
+            _in_threads(answer, len(requests), self.concurrency)
 
     def log_likelihoods(self, requests: Sequence[Likelihood], on_answer: Callable[[int, LogLikelihood], None]) -> None:
         """Raise UsageError: a chat endpoint gives none."""
@@ -129,9 +129,10 @@ class Endpoint:
 
     def _body(self, request: Generation) -> dict[str, Any]:
         limit = "max_completion_tokens" if "max_tokens" in self._not_taken else "max_tokens"
+        turns = (Turn("user", request.prompt),) if isinstance(request.prompt, str) else request.prompt
         body: dict[str, Any] = {
             "model": self.name,
-            "messages": _messages(request.prompt),
+            "messages": [{"role": turn.role, "content": turn.text} for turn in turns],
             "temperature": request.temperature,
             limit: request.max_new_tokens,
         }
@@ -184,12 +185,6 @@ def find_endpoint(name: str, url: str | None = None) -> Endpoint:
     return Endpoint(name, url or OPENAI_URL, key or NO_KEY)
 
 
-def _messages(prompt: Text) -> list[dict[str, str]]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return [{"role": turn.role, "content": turn.text} for turn in prompt]
-
-
 def _text(completion: Any) -> str | None:
     """Return the text of a reply, "" where a filter took it; None for what is no reply: the package checks none."""
     try:
@@ -207,22 +202,22 @@ def _num_tokens(completion: Any) -> int:
     return count if type(count) is int and 0 <= count < MAX_TOKENS else 0
 
 
-def _in_threads(call: Callable[[ArgumentT], None], arguments: Iterable[ArgumentT], num_threads: int) -> None:
-    """Call a function for all arguments, some at once; after an error none is begun, and what has begun is awaited.
+def _in_threads(call: Callable[[int], None], num_calls: int, num_threads: int) -> None:
+    """Call a function for all numbers, some at once; after an error none is begun, and what has begun is awaited.
 
     The threads are daemons: Ctrl-C ends the command at once, however long a server hangs.
     """
-    waiting = deque(arguments)
+    waiting = deque(range(num_calls))
     errors: list[BaseException] = []
 
     def work() -> None:
         while not errors:
             try:
-                argument = waiting.popleft()
+                number = waiting.popleft()
             except IndexError:
                 return
             try:
-                call(argument)
+                call(number)
             except BaseException as error:  # raised again below, where a caller can meet it
                 errors.append(error)
 

@@ -57,12 +57,11 @@ class Judge:
         load: Callable[[], Engine],
         memory: Memory,
         *,
-        confirm: Callable[[Estimate], None] = lambda estimate: None,
+        confirm: Callable[[Estimate], None] | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.name = name
         self._confirm = confirm
-        self._is_confirmed = False
         self._answerer = Remembering(cache(load), memory, {"judge": name}, on_progress, self._tell)
 
     def ask(self, requests: Sequence[Generation], parse: Callable[[str], VerdictT | None]) -> list[Judgment[VerdictT]]:
@@ -78,9 +77,9 @@ class Judge:
         return judgments
 
     def _tell(self, requests: Sequence[Generation]) -> None:
-        if not self._is_confirmed:
+        if self._confirm is not None:
             self._confirm(estimate(requests))
-            self._is_confirmed = True
+            self._confirm = None
 
 
 def estimate(requests: Sequence[Generation]) -> Estimate:

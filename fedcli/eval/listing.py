@@ -12,36 +12,41 @@ from fedcli.eval.data import Files, Finder, find_files
 from fedcli.eval.endpoint import KEY_VARIABLE
 from fedcli.eval.registry import BENCHMARKS, find_group
 
+_PLACES = ("missing", "hub", "cached", "local")
+"""From worst to best: a benchmark of parts is as well off as the worst of them."""
+
 
 @dataclass(frozen=True)
 class Listed:
-    """One benchmark, as `fedcli eval list` shows it."""
+    """One benchmark, and what this machine has for it."""
 
-    name: str
+    benchmark: Benchmark
     package: str
     """Which the benchmark comes from: fedcli, or one that adds it by an entry point."""
-    title: str
-    group: str
-    """The first of its groups; "" for none."""
-    groups: tuple[str, ...]
-    metrics: list[str]
-    """The names; `metric_details` says what each is."""
-    metric_details: list[dict[str, Any]]
-    size: int
-    needs: tuple[str, ...]
     data: str
     """local (files are here), cached (of the hub), hub (it would be fetched) or missing."""
     missing: list[str]
     """What this machine lacks."""
-    files: tuple[str, ...]
-    url: str
-    hub: str | None
-    citation: str
+
+    def document(self) -> dict[str, Any]:
+        """Return what --json shows: `group` is the first of its groups, "" for none."""
+        found, source = self.benchmark, self.benchmark.data
+        details = ("name", "unit", "higher_is_better", "is_detail")
+        return {
+            **{name: getattr(found, name) for name in ("name", "title", "groups", "size", "needs", "citation")},
+            **{"package": self.package, "data": self.data, "missing": self.missing},
+            "group": found.groups[0] if found.groups else "",
+            "metrics": [metric.name for metric in found.metrics],
+            "metric_details": [{name: getattr(metric, name) for name in details} for metric in found.metrics],
+            "files": source.files if source else (),
+            "url": source.url if source else "",
+            "hub": source.hub if source else None,
+        }
 
 
 def list_benchmarks(group: str | None, roots: Sequence[Path], finder: Finder = find_files) -> list[Listed]:
     """Return all benchmarks, or a group's; raise UsageError for an unknown group."""
-    return [_listed(found, roots, finder) for found in (BENCHMARKS.values() if group is None else find_group(group))]
+    return [_listed(found, roots, finder) for found in (BENCHMARKS.usable() if group is None else find_group(group))]
 
 
 def _listed(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> Listed:
@@ -52,29 +57,7 @@ def _listed(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> List
         missing.append(f"judge (${KEY_VARIABLE}, a server of your own, or a model folder)")
     if "code-execution" in benchmark.needs and not shutil.which("bwrap"):
         missing.append("code-execution (bubblewrap)")
-    source = benchmark.data
-    return Listed(
-        name=benchmark.name,
-        package=BENCHMARKS.package_of(benchmark.name),
-        title=benchmark.title,
-        group=benchmark.groups[0] if benchmark.groups else "",
-        groups=benchmark.groups,
-        metrics=[metric.name for metric in benchmark.metrics],
-        metric_details=[{name: getattr(metric, name) for name in _DETAILS} for metric in benchmark.metrics],
-        size=benchmark.size,
-        needs=benchmark.needs,
-        data=where,
-        missing=missing,
-        files=source.files if source else (),
-        url=source.url if source else "",
-        hub=source.hub if source else None,
-        citation=benchmark.citation,
-    )
-
-
-_DETAILS = ("name", "unit", "higher_is_better", "is_detail")
-_PLACES = ("missing", "hub", "cached", "local")
-"""From worst to best: a benchmark of parts is as well off as the worst of them."""
+    return Listed(benchmark, BENCHMARKS.package_of(benchmark.name), where, missing)
 
 
 def _where(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> str:

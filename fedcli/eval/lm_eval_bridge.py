@@ -6,10 +6,11 @@ import io
 import logging
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
@@ -50,6 +51,37 @@ class TaskSet:
     overrides: Mapping[str, object] = field(default_factory=dict)
     """Settings in place of the tasks' own."""
 
+    def run(self, session: Session) -> list[ItemScore]:
+        """Ask the session's model and score it; items are named TASK/NUMBER.
+
+        Rows come from the session's files where there are any, else from the hub. Where the files hold some of the
+        tasks only, these are run, and each record's `covers` says how many. `limit` holds for each task.
+
+        Raises RequirementError for data or a package that is not to be had, UsageError for too many examples.
+        """
+        files, shots = session.files, self.shots if session.options.shots is None else session.options.shots
+        local = None
+        if self.local_rows is not None:
+            if files.find():
+                local = _read_rows(self.local_rows, files, bool(shots))
+            elif not files.may_fetch:
+                raise files.missing()
+        names = [name for name in self.names if local is None or name in local]
+        if not names:
+            raise files.missing()
+        with quiet_lm_eval() as stderr:
+            from lm_eval.evaluator import evaluate
+
+            _compile_templates_once()
+            tasks = _load(names, self, local, files)
+            for name, task in tasks.items():
+                _set_shots(name, task, shots)
+            limit = session.options.limit
+            results = evaluate(SessionLM(session, stderr), {"tasks": tasks}, limit=limit, bootstrap_iters=0)
+        is_whole = len(names) == len(self.names)
+        covers: Fields = {} if is_whole else {"covers": f"{len(names)} of {len(self.names)} tasks"}
+        return [item for name in names for item in _items(name, results["samples"][name], self, covers)]
+
 
 class SessionLM:
     """What lm-eval takes for a model of a single process; the requests go to a session's model.
@@ -62,27 +94,37 @@ class SessionLM:
 
     def __init__(self, session: Session, stderr: TextIO) -> None:
         self._session = session
-        self._model = session.model
         self._stderr = stderr
         """Where the model may show its progress, while that of lm-eval is held back."""
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return log-likelihood and whether greedy decoding gives the same, of (prompt, continuation) each."""
         with redirect_stderr(self._stderr):
-            answers = self._model.log_likelihoods([Likelihood(*request.args) for request in requests])
+            answers = self._session.model.log_likelihoods([Likelihood(*request.args) for request in requests])
         return [(answer.log_prob, answer.is_greedy) for answer in answers]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the answers to (prompt, settings) each; a request that comes n times has n samples."""
+        from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         asked: list[Generation] = []
-        samples: dict[int, int] = {}
+        samples: Counter[int] = Counter()
         for request in requests:
-            sample = samples.get(id(request), 0)
-            samples[id(request)] = sample + 1
             prompt, settings = request.args
-            asked.append(self._generation(prompt, settings, sample))
+            given = normalize_gen_kwargs(dict(settings), DEFAULT_MAX_GEN_TOKS)
+            generation = self._session.generation(
+                prompt,
+                given["max_gen_toks"],
+                tuple(mark for mark in given["until"] if mark),
+                temperature=float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0,
+                top_p=float(given.get("top_p", 1.0)),
+                sample=samples[id(request)],
+            )
+            samples[id(request)] += 1
+            asked.append(generation)
         with redirect_stderr(self._stderr):
-            return self._model.generate(asked)
+            return self._session.model.generate(asked)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Raise UsageError: perplexity of whole texts is not offered."""
@@ -90,53 +132,6 @@ class SessionLM:
             "this task of lm-eval measures the perplexity of whole texts, which fedcli does not",
             hint="Choose a task with answers: multiple choice, loglikelihood or generate_until.",
         )
-
-    def _generation(self, prompt: str, settings: Mapping[str, Any], sample: int) -> Generation:
-        from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
-        from lm_eval.models.utils import normalize_gen_kwargs
-
-        given = normalize_gen_kwargs(dict(settings), DEFAULT_MAX_GEN_TOKS)
-        temperature = float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0
-        return self._session.generation(
-            prompt,
-            given["max_gen_toks"],
-            tuple(mark for mark in given["until"] if mark),
-            temperature=temperature,
-            top_p=float(given.get("top_p", 1.0)),
-            sample=sample,
-        )
-
-
-def run_tasks(session: Session, task_set: TaskSet) -> list[ItemScore]:
-    """Ask the session's model and score it; items are named TASK/NUMBER.
-
-    Rows come from the session's files where there are any, else from the hub. Where the files hold some of the tasks
-    only, these are run, and each record's `covers` says how many. `limit` holds for each task, as lm-eval has it.
-
-    Raises RequirementError for data or a package that is not to be had, UsageError for examples that a task has not.
-    """
-    files, shots = session.files, task_set.shots if session.options.shots is None else session.options.shots
-    local = None
-    if task_set.local_rows is not None:
-        if files.find():
-            local = _read_rows(task_set.local_rows, files, bool(shots))
-        elif not files.may_fetch:
-            raise files.missing()
-    names = [name for name in task_set.names if local is None or name in local]
-    if not names:
-        raise files.missing()
-    with quiet_lm_eval() as stderr:
-        from lm_eval.evaluator import evaluate
-
-        _compile_templates_once()
-        tasks = _load(names, task_set, local, files)
-        for name, task in tasks.items():
-            _set_shots(name, task, shots)
-        limit = session.options.limit
-        results = evaluate(SessionLM(session, stderr), {"tasks": tasks}, limit=limit, bootstrap_iters=0)
-    is_whole = len(names) == len(task_set.names)
-    covers: Fields = {} if is_whole else {"covers": f"{len(names)} of {len(task_set.names)} tasks"}
-    return [item for name in names for item in _items(name, results["samples"][name], task_set, covers)]
 
 
 def _read_rows(read: LocalRows, files: Files, with_examples: bool) -> dict[str, Splits]:
@@ -181,8 +176,8 @@ def _load(names: list[str], task_set: TaskSet, local: dict[str, Splits] | None, 
     """Return lm-eval's tasks by name, with rows from here where there are any."""
     settings = [{"task": name, **task_set.overrides} for name in names]
     if local is not None:
-        for setting in settings:
-            setting["custom_dataset"] = _in_memory(local[str(setting["task"])])
+        for name, setting in zip(names, settings, strict=True):
+            setting["custom_dataset"] = partial(_in_memory, local[name])
     try:
         manager = task_manager(task_set.folder, task_set.include)
         tasks: dict[str, Any] = manager.load([{"group": "fedcli", "task": settings}])["tasks"]
@@ -211,23 +206,19 @@ def _load(names: list[str], task_set: TaskSet, local: dict[str, Splits] | None, 
     return tasks
 
 
-def _in_memory(splits: Splits) -> Callable[..., dict[str, Any]]:
-    def rows(**_: object) -> dict[str, Any]:  # called with the task's metadata
-        import datasets
+def _in_memory(splits: Splits, **_: object) -> dict[str, Any]:  # called with the task's metadata
+    import datasets
 
-        return {split: datasets.Dataset.from_list(fields) for split, fields in splits.items()}
-
-    return rows
+    return {split: datasets.Dataset.from_list(fields) for split, fields in splits.items()}
 
 
 def task_manager(folder: str | None, include: Path | None = None) -> Any:
     """Return lm-eval's manager of one folder (of its registry, else a path), or of all of it and a user's folder."""
-    import lm_eval.tasks
+    from lm_eval import tasks
 
     if folder is None:
         return _whole_registry(include)
-    registry = Path(lm_eval.tasks.__file__).parent
-    return lm_eval.tasks.TaskManager(include_path=registry / folder, include_defaults=False)
+    return tasks.TaskManager(include_path=Path(tasks.__file__).parent / folder, include_defaults=False)
 
 
 @cache

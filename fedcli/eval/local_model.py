@@ -11,9 +11,8 @@ import torch
 
 from fedcli.data.encoding import Encoder
 from fedcli.errors import RequirementError
-from fedcli.eval.prompting import PromptEncoder
 from fedcli.eval.remembered import Usage, not_finite
-from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, before_stop
+from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
 from fedcli.model.base import short_memory
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.likelihood import logits_at
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 MAX_BATCH_TOKENS = 2**16
 """Of a batch with its padding and what may be generated."""
+UNKNOWN_CONTEXT = 2048
+"""Tokens, for a model that does not say how many it takes."""
 
 RequestT = TypeVar("RequestT")
 AnswerT = TypeVar("AnswerT")
@@ -44,8 +45,13 @@ class LocalModel:
         self.usage = Usage()
         self._model = model
         self._tokenizer = tokenizer
-        self._prompts = PromptEncoder(tokenizer, encoder, model.config, self.usage)
+        self._encoder = encoder
         self._batch_size = batch_size or BATCH_SIZE
+        limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+        self._context = min(
+            (limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=UNKNOWN_CONTEXT
+        )
+        """Tokens that the model takes, prompt and answer together."""
         pad_id = tokenizer.pad_token_id
         self._pad_id = pad_id if isinstance(pad_id, int) else encoder.end_id
 
@@ -58,9 +64,10 @@ class LocalModel:
 
         for _, same in groupby(sorted(range(len(requests)), key=settings), settings):
             indices = list(same)
-            room = self._prompts.room(requests[indices[0]])
-            ask = partial(self._generate, request=requests[indices[0]], room=room)
-            encoded = self._prompts.asking([requests[index].prompt for index in indices], room)
+            first = requests[indices[0]]
+            room = min(first.max_new_tokens, self._context // 2)
+            ask = partial(self._generate, request=first, room=room)
+            encoded = self._asking([requests[index].prompt for index in indices], room)
             prompts = dict(zip(indices, encoded, strict=True))
             for batch in self._batches(prompts, room):
                 texts = self._in_halves([(prompts[index], requests[index].sample) for index in batch], ask)
@@ -73,7 +80,7 @@ class LocalModel:
         rows: list[_Continued] = []
         places: dict[tuple[int, ...], int] = {}
         asked: dict[int, list[int]] = {}
-        for index, (ids, length) in enumerate(self._prompts.continued(requests)):
+        for index, (ids, length) in enumerate(self._continued(requests)):
             # Answers of one token to one prompt (A, B, C, D) share a row: its logits have them all.
             key = (length, *(ids[:-1] if length == 1 else ids))
             place = places.setdefault(key, len(rows))
@@ -87,6 +94,51 @@ class LocalModel:
                 self.usage.num_requests += len(found)
                 for index, answer in zip(asked[place], found, strict=True):
                     on_answer(index, answer)
+
+    def _asking(self, prompts: Sequence[Text], room: int) -> list[list[int]]:
+        """Return the ids of prompts, each of which leaves room for an answer."""
+        written = iter(self._encoder.prompts([prompt for prompt in prompts if not isinstance(prompt, str)]))
+        return [self._cut(self._text(prompt) if isinstance(prompt, str) else next(written), room) for prompt in prompts]
+
+    def _continued(self, requests: Sequence[Likelihood]) -> list[tuple[list[int], int]]:
+        """Return the ids of prompts with continuations, and how many of each are the continuation's, at least one.
+
+        They may be one more than the context holds: the last one is only predicted.
+        """
+        turns = [(request.prompt, request.continuation) for request in requests if not isinstance(request.prompt, str)]
+        written = iter(self._encoder.responses(*zip(*turns, strict=True)) if turns else ())
+        rows = []
+        for request in requests:
+            if isinstance(request.prompt, str):
+                whole, length = self._joined(request.prompt, request.continuation)
+            else:
+                example = next(written)
+                # A chat template may write more behind the response.
+                whole = example.ids[: int(example.supervised.nonzero()[0][-1]) + 1].tolist()
+                length = int(example.supervised.sum())
+            ids = self._cut(whole, -1)
+            rows.append((ids, min(max(length, 1), len(ids) - 1)))
+        return rows
+
+    def _joined(self, prompt: str, continuation: str) -> tuple[list[int], int]:
+        """Return the ids of a text, and how many are the continuation's; white space before it is, as in lm-eval."""
+        context = prompt.rstrip()
+        whole = self._text(prompt + continuation)
+        if len(whole) < 2 or (not context and whole[0] != self._start_id()):
+            whole = [self._start_id(), *whole]
+        return whole, len(whole) - (len(self._text(context)) if context else 1)
+
+    def _text(self, text: str) -> list[int]:
+        """Return the ids of a text as it is, with the start token where the tokenizer puts one; never none at all."""
+        return [int(token) for token in self._tokenizer(text, verbose=False)["input_ids"]] or [self._start_id()]
+
+    def _start_id(self) -> int:
+        start = self._tokenizer.bos_token_id
+        return start if isinstance(start, int) else self._encoder.end_id
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        self.usage.num_truncated += len(ids) > self._context - room
+        return ids[-(self._context - room) :]
 
     def _batches(self, rows: dict[int, list[int]], room: int) -> Iterator[list[int]]:
         """Yield the indices of rows in batches, longest first: what does not fit into memory fails at once."""
@@ -142,7 +194,7 @@ class LocalModel:
             max_new_tokens=room,
             repetition_penalty=1.0,  # whatever the model's own generation_config.json says
             pad_token_id=self._pad_id,
-            eos_token_id=self._prompts.end_id,
+            eos_token_id=self._encoder.end_id,
             **sampling,
         )[:, width:]
         self.usage.num_generated_tokens += int((generated != self._pad_id).sum())

@@ -61,7 +61,7 @@ BENCHMARKS = Registry("fedcli.benchmarks", register(_OWN), _check)
 
 def known_groups() -> list[str]:
     """Return the names of all groups, each once; other packages' benchmarks may have groups of their own."""
-    return list(dict.fromkeys(group for benchmark in BENCHMARKS.values() for group in benchmark.groups))
+    return list(dict.fromkeys(group for benchmark in BENCHMARKS.usable() for group in benchmark.groups))
 
 
 def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
@@ -85,4 +85,4 @@ def find_group(name: str) -> list[Benchmark]:
     """Return a group's benchmarks; raise UsageError for an unknown group."""
     if name not in known_groups():
         raise UsageError(f"unknown group {name!r}", hint=did_you_mean(name, known_groups()))
-    return [benchmark for benchmark in BENCHMARKS.values() if name in benchmark.groups]
+    return [benchmark for benchmark in BENCHMARKS.usable() if name in benchmark.groups]

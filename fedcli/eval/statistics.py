@@ -53,15 +53,12 @@ def difference(
 
 def average_ranks(values: Mapping[str, Sequence[float]], higher_is_better: Sequence[bool]) -> dict[str, float]:
     """Return each target's mean rank over metrics, 1 the best; equal values share the mean of their ranks."""
-    names = list(values)
-    ranks: dict[str, list[float]] = {name: [] for name in names}
-    for position, higher in enumerate(higher_is_better):
-        signed = {name: (-1 if higher else 1) * values[name][position] for name in names}
-        for name in names:
-            better = sum(other < signed[name] for other in signed.values())
-            equal = sum(other == signed[name] for other in signed.values())
-            ranks[name].append(better + (equal + 1) / 2)
-    return {name: math.fsum(found) / len(found) for name, found in ranks.items() if found}
+    if not higher_is_better:
+        return {}
+    signed = np.array([*values.values()]) * np.where(higher_is_better, -1, 1)
+    better = (signed < signed[:, None]).sum(axis=1)
+    equal = (signed == signed[:, None]).sum(axis=1)
+    return dict(zip(values, (better + (equal + 1) / 2).mean(axis=1).tolist(), strict=True))
 
 
 def _value(metric: Metric, parts: Sequence[Marks]) -> float:
@@ -74,9 +71,7 @@ def _of(metric: Metric, sums: NDArray[np.float64]) -> float:
 
 def _matrix(metric: Metric, marks: Marks) -> NDArray[np.float64]:
     """Return the items' vectors, (items, length), in the order of their names; a plain mark x is (x, 1)."""
-    rows = [marks[item] for item in sorted(marks)]
-    if metric.of_sum is None:
-        return np.array([(row, 1.0) for row in rows], np.float64)
+    rows = [marks[item] if metric.of_sum else (marks[item], 1.0) for item in sorted(marks)]
     return np.array(rows, np.float64)
 
 

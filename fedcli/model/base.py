@@ -30,8 +30,6 @@ _OTHER_FORMATS = ["*.pth", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot", "ori
 _CHUNK = 2**20
 _NUM_CHUNKS = 16
 _BROKEN = (MemoryError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError)
-_NUM_NAMED = 3
-"""Weights that a message names of each fault."""
 
 
 def is_path(base: str, root: Path) -> bool:
@@ -39,8 +37,10 @@ def is_path(base: str, root: Path) -> bool:
     return base.startswith(("/", ".", "~")) or (not base.startswith(BUILTIN_PREFIX) and (root / base).is_dir())
 
 
-def find_base(base: str, *, revision: str | None, root: Path) -> Path:
+def find_base(base: str, *, revision: str | None, root: Path, only_cached: bool = False) -> Path:
     """Return the folder of a base model: built in, a folder (relative to `root`), or fetched from the hub.
+
+    With `only_cached` the hub is not asked: what its client has fetched before is all that there is.
 
     Raises ConfigError for an unknown built-in name, RequirementError where the model is not to be had.
     """
@@ -49,7 +49,7 @@ def find_base(base: str, *, revision: str | None, root: Path) -> Path:
         if base not in known:
             raise ConfigError(f"model.base: unknown built-in model {base!r}", hint=did_you_mean(base, known))
         return known[base]
-    folder = root / os.path.expanduser(base) if is_path(base, root) else _fetch(base, revision)
+    folder = root / os.path.expanduser(base) if is_path(base, root) else _fetch(base, revision, only_cached)
     if not (folder / "config.json").is_file() or not _weights(folder):
         raise RequirementError(
             f"base model not found: {folder} does not hold config.json and weights",
@@ -123,10 +123,9 @@ def _bitsandbytes(quantization: Quantization, dtype: "torch.dtype") -> "dict[str
     from transformers import BitsAndBytesConfig
 
     require_bitsandbytes(quantization)
-    if quantization == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
+    chosen = {"load_in_8bit": True} if quantization == "int8" else {"load_in_4bit": True, **nf4}
+    return {"quantization_config": BitsAndBytesConfig(**chosen)}
 
 
 def load_shapes(source: Path | str, *, revision: str | None, trust_remote_code: bool) -> "PreTrainedModel":
@@ -168,17 +167,16 @@ def load_whole(folder: Path, **options: Any) -> "PreTrainedModel":
         ],
         "unexpected": _unexpected(model, report["unexpected_keys"], is_whole=not report["missing_keys"]),
     }
-    if any(faults.values()):
-        found = "; ".join(
-            f"{len(names)} {fault} ({', '.join(names[:_NUM_NAMED])}{', ...' if len(names) > _NUM_NAMED else ''})"
-            for fault, names in faults.items()
-            if names
-        )
+    if found := [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]:
         raise RequirementError(
-            f"config.json and weights of the base model {folder} do not belong together: {found}",
+            f"config.json and weights of the base model {folder} do not belong together: {'; '.join(found)}",
             hint="Fetch or save the model again: its weights need the names, layers and sizes that config.json gives.",
         )
     return model
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
 
 
 def _unexpected(model: "PreTrainedModel", names: Iterable[str], *, is_whole: bool) -> list[str]:
@@ -258,16 +256,15 @@ def _weights(folder: Path) -> list[Path]:
     return next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
 
 
-def _fetch(base: str, revision: str | None) -> Path:
+def _fetch(base: str, revision: str | None, only_cached: bool) -> Path:
     """Fetch a model from the hub, or find it in the hub's local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    options: dict[str, Any] = {"revision": revision, "local_files_only": only_cached}
     try:
-        folder = Path(snapshot_download(base, revision=revision, ignore_patterns=[*_OTHER_FORMATS, "*.bin"]))
-        if not _weights(folder):
-            folder = Path(snapshot_download(base, revision=revision, ignore_patterns=_OTHER_FORMATS))
-        return folder
+        folder = Path(snapshot_download(base, ignore_patterns=[*_OTHER_FORMATS, "*.bin"], **options))
+        return folder if _weights(folder) else Path(snapshot_download(base, ignore_patterns=_OTHER_FORMATS, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         problem = str(error).splitlines()[0]
         raise RequirementError(

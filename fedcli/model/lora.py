@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 
 from fedcli.algos import Array, Arrays
 from fedcli.config import Quantization
+from fedcli.config.adapter_config import AdapterConfig, parse_outside_config
 from fedcli.errors import ConfigError, did_you_mean
-from fedcli.model.adapter_config import AdapterConfig, parse_outside_config
 from fedcli.model.base import load_base, load_shapes
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.randomness import stream

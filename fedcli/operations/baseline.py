@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fedcli.algos import Arrays
 from fedcli.client.runtime import Runtime
 from fedcli.errors import UsageError
 from fedcli.observer import Observer
@@ -65,11 +64,9 @@ def train_baseline(
     party = None if client is None else parties[0]
     own = workspace.pooled_home if party is None else party.home
     start = federation.start
-    name = baseline_name(client)
-    plan = BaselineRecord(
-        name=name, start=start.sha256, train=train_record(config, 0, config.federation.rounds), last_loss=0.0, files={}
-    )
-    with hold(own.baseline_lock, f"the baseline {name}"):
+    train = train_record(config, 0, config.federation.rounds)
+    plan = BaselineRecord(name=baseline_name(client), start=start.sha256, train=train, last_loss=0.0, files={})
+    with hold(own.baseline_lock, f"the baseline {plan.name}"):
         standing = read_baseline_record(workspace, plan.name)
         if standing is not None:
             if (standing.start, standing.train) == (plan.start, plan.train):
@@ -98,7 +95,6 @@ def _train_rounds(
     for number in range(progress.rounds_done, rounds):
         train = train_record(config, number, rounds)
         observer.baseline_round(number, rounds, train.steps)
-        adapter: Arrays
         adapter, losses = runtime.train(
             progress.adapter,
             train,

@@ -2,44 +2,36 @@
 
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedcli.config import Config, TrainConfig
-from fedcli.errors import FedError
+from fedcli.errors import FedError, RequirementError
 from fedcli.observer import Observer
 from fedcli.parties.party import trusts_code
-from fedcli.quantities import describe_bytes
+from fedcli.quantities import describe_bytes, plural
 from fedcli.tasks import TASKS
-from fedcli.tasks.conversation import Preference
 from fedcli.training.batches import LARGEST
 from fedcli.workspace.federation_state import Experiment, read_config
 from fedcli.workspace.file_system_check import probe_file_system
 from fedcli.workspace.history import is_initialised, read_identity
 from fedcli.workspace.layout import Workspace
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "safetensors",
-    "numpy",
-    "filelock",
-    "datasets",
-    "pyarrow",
-    "scikit-learn",
-    "matplotlib",
-    "jinja2",
+    *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "filelock", "datasets"),
+    *("pyarrow", "scikit-learn", "matplotlib", "jinja2"),
 )
-OLDEST_PYTHON = (3, 11)
 HUB_TIMEOUT = 5.0
 """Seconds to wait for an answer of the hub."""
+
+
+State = Literal["ok", "warning", "failed"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +39,14 @@ class Finding:
     """One thing that was looked at; a cure stands where it is not as it should be."""
 
     name: str
-    state: Literal["ok", "warning", "failed"]
+    state: State
     detail: str
     cure: str = ""
+
+    @classmethod
+    def of(cls, name: str, is_right: bool, detail: str, cure: str, bad: State = "failed") -> "Finding":
+        """Return what was found, with the cure where it is not right."""
+        return cls(name, "ok", detail) if is_right else cls(name, bad, detail, cure)
 
 
 def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]:
@@ -58,7 +55,7 @@ def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]
     What the experiment needs and has not is "failed"; what is missing and not needed, or cannot be told, a "warning".
     """
     experiment = None
-    findings = [_python()]
+    findings = [Finding("python", "ok", platform.python_version())]
     if workspace is not None:
         try:
             identity = read_identity(workspace) if is_initialised(workspace) else None
@@ -87,11 +84,6 @@ def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]
     return findings
 
 
-def _python() -> Finding:
-    state: Literal["ok", "failed"] = "ok" if sys.version_info[:2] >= OLDEST_PYTHON else "failed"
-    return Finding("python", state, platform.python_version(), "" if state == "ok" else "Install Python 3.11 or later.")
-
-
 def _packages(config: Config | None) -> Iterator[Finding]:
     for package in PACKAGES:
         try:
@@ -106,7 +98,9 @@ def _is_quantized(config: Config | None) -> bool:
 
 
 def _devices() -> Iterator[Finding]:
-    yield Finding("cpu", "ok", f"{os.cpu_count()} cores, {describe_bytes(_available_memory())} of memory available")
+    yield Finding(
+        "cpu", "ok", f"{plural(os.cpu_count() or 1, 'core')}, {describe_bytes(_available_memory())} of memory available"
+    )
     try:
         import torch
     except ImportError:
@@ -123,7 +117,7 @@ def _bitsandbytes(config: Config | None) -> Iterator[Finding]:
     """Multiply two small matrices in int8 and nf4, and compare with the product in float32."""
     from fedcli.model.bitsandbytes import require_bitsandbytes
 
-    bad: Literal["failed", "warning"] = "failed" if _is_quantized(config) else "warning"
+    bad: State = "failed" if _is_quantized(config) else "warning"
     try:
         require_bitsandbytes("int8")
         errors = _quantized_matmul_errors()
@@ -135,8 +129,7 @@ def _bitsandbytes(config: Config | None) -> Iterator[Finding]:
     else:
         detail = ", ".join(f"{name} off by {error:.1%}" for name, error in errors.items())
         is_right = all(error < 0.25 for error in errors.values())
-        cure = "" if is_right else "Reinstall bitsandbytes."
-        yield Finding("quantised matmul", "ok" if is_right else bad, detail, cure)
+        yield Finding.of("quantised matmul", is_right, detail, "Reinstall bitsandbytes.", bad)
 
 
 def _quantized_matmul_errors() -> dict[str, float]:
@@ -187,30 +180,25 @@ def _hub() -> Iterator[Finding]:
 
 
 def _file_system(workspace: Workspace) -> Iterator[Finding]:
+    cure = "Put the workspace on a file system that has this (docs/PROTOCOL.md); on Lustre mount it with -o flock."
     for name, problem in probe_file_system(workspace.root).items():
-        cure = "Put the workspace on a file system that has this (docs/PROTOCOL.md); on Lustre mount it with -o flock."
-        yield Finding(
-            f"disk: {name}", "failed" if problem else "ok", problem or str(workspace.root), cure if problem else ""
-        )
+        yield Finding.of(f"disk: {name}", not problem, problem or str(workspace.root), cure)
 
 
 def _memory(experiment: Experiment) -> Iterator[Finding]:
     """Compare what training is estimated to need with what the device has."""
     import torch
 
-    from fedcli.model.base import BUILTIN_PREFIX, find_base, has_bfloat16, is_path, load_shapes
+    from fedcli.model.base import has_bfloat16
     from fedcli.model.memory_estimate import estimate_memory
 
-    config, root = experiment.config, experiment.workspace.root
-    base, train = config.model.base, config.train
-    local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
+    config, train = experiment.config, experiment.config.train
     try:
-        source = find_base(base, revision=None, root=root) if local else base  # of a hub's model only its config.json
-        model = load_shapes(source, revision=config.model.revision, trust_remote_code=trusts_code(experiment))
+        model, finding = _base_model(experiment)
     except FedError as error:
         yield Finding("base model", "failed", error.message, error.hint)
         return
-    yield Finding("base model", "ok", base)
+    yield finding
     estimate = estimate_memory(
         model,
         quantization=config.model.quantization,
@@ -228,16 +216,35 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
         f"optimiser {describe_bytes(estimate.optimizer)}, activations {describe_bytes(estimate.activations)}) "
         f"of {describe_bytes(available)}"
     )
-    if estimate.total <= available:
-        yield Finding("memory", "ok", detail)
-        return
     cure = "Lower train.micro_batch_size or max_length, set train.gradient_checkpointing, or quantise the base."
-    yield Finding("memory", "failed", detail, cure)
+    yield Finding.of("memory", estimate.total <= available, detail, cure)
+
+
+def _base_model(experiment: Experiment) -> "tuple[PreTrainedModel, Finding]":
+    """Return the base model without weights, and whether they are here and whole; nothing but config.json is fetched.
+
+    Raises FedError where they are not, and the hub is not to be asked for them.
+    """
+    from huggingface_hub import constants
+
+    from fedcli.model.base import find_base, is_path, load_shapes
+
+    settings, root = experiment.config.model, experiment.workspace.root
+    finding = Finding("base model", "ok", settings.base)
+    source: Path | str
+    try:
+        source = find_base(settings.base, revision=settings.revision, root=root, only_cached=True)
+    except RequirementError:
+        if constants.HF_HUB_OFFLINE or is_path(settings.base, root):
+            raise
+        source, detail = settings.base, f"{settings.base}: the hub's cache does not hold its weights"
+        finding = Finding("base model", "warning", detail, "The first command that needs them fetches them.")
+    return load_shapes(source, revision=settings.revision, trust_remote_code=trusts_code(experiment)), finding
 
 
 def _rows_at_once(train: TrainConfig, task: str, device: str) -> int:
     """Return the most rows, two for a pair, that a micro-batch may have where all are as long as they may be."""
-    sides = 2 if TASKS[task].item is Preference else 1
+    sides = TASKS[task].item.num_sides
     fitting = max(1, LARGEST[device] // (sides * train.max_length))
     return sides * (train.micro_batch_size or min(train.batch_size, fitting))
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fedcli.config import CustomTemplate
+from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.data.formats import describe_counts
 from fedcli.data.hub import known_format
 from fedcli.errors import UsageError
-from fedcli.model.adapter_config import parse_adapter_config
 from fedcli.operations.report import read_metrics
 from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.parties.party import find_same_base, trusts_code
 from fedcli.parties.simulate import DataSummary, read_summary
+from fedcli.quantities import plural
 from fedcli.report.card import Card, ClientData, render_card
 from fedcli.scoring.table import best_rounds
 from fedcli.tasks import TASKS
@@ -122,8 +123,8 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
         f"of {', '.join(map(str, config.adapter.target_modules))}",
         "algorithm": describe_history(manifest, "; ") or describe_algorithm(manifest.algorithm),
         "clients": f"{config.federation.clients}, {config.federation.cohort_size} drawn a round",
-        "merged into the last round": f"{len(last.counted)} updates" if last else "none: this is the start",
-        "steps of a client in a round": f"{train.steps}, each of {train.batch_size} rows",
+        "merged into the last round": plural(len(last.counted), "update") if last else "none: this is the start",
+        "steps of a client in a round": f"{train.steps}, each of {plural(train.batch_size, 'row')}",
         "learning rate": f"{train.schedule.learning_rate:g} to {train.schedule.learning_rate_min:g}, cosine",
         "split of the rows": json.dumps(summary.partition) if summary else "",
         "seed": str(train.seed),
@@ -157,9 +158,8 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
 def _clients(federation: FederationState, summary: DataSummary | None) -> list[ClientData]:
     """Return what is known of the clients' rows: what joined parties told, or a simulation's split."""
     known = {}
-    if summary is not None:
-        for client, (size, format_) in enumerate(zip(summary.sizes, summary.formats, strict=False)):
-            known[client] = ClientData(client, size, format_ if isinstance(format_, str) else "columns of its own")
+    for client, (size, format_) in enumerate(zip(summary.sizes, summary.formats, strict=False) if summary else ()):
+        known[client] = ClientData(client, size, format_ if isinstance(format_, str) else "columns of its own")
     for client in joined_clients(federation.workspace, federation.config.federation.clients):
         registration = read_registration(federation.workspace, client)
         if registration is not None:

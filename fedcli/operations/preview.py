@@ -1,7 +1,6 @@
 """What `fedcli data preview` shows: rows as they are trained on, token lengths, and every client's share."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcli.data.encoded import EncodedExample, EncodedRow
-from fedcli.data.encoding import Encoder, encode_items
+from fedcli.data.encoded import EncodedExample
+from fedcli.data.encoding import Encoder
 from fedcli.data.formats import RowReader
 from fedcli.data.source import Row
 from fedcli.errors import NotReadyError, UsageError
@@ -117,7 +116,7 @@ def preview(
         observer.client_started(party.client)
         reader = RowReader(party.format, config.federation.seed)
         items, values = _sample(reader, party, by)
-        lengths = encode_items(encoder, (item for _, item in items), config.task, NO_LIMIT).examples.lengths()
+        lengths = encoder.encode((item for _, item in items), NO_LIMIT).lengths()
         counts = summary.group_counts[party.client] if summary else []
         by_value.append(values)
         num_cut = int((lengths > max_length).sum())
@@ -125,8 +124,9 @@ def preview(
             ClientShare(party.client, reader.num_usable, dict(reader.left_out), num_cut, lengths.tolist(), counts)
         )
         for row, item in items[: max(0, num_rows - len(shown))]:
-            encoded = encode_items(encoder, [item], config.task, max_length).examples
-            shown.append(ShownRow(row.where, dict(row.fields), _texts(tokenizer, encoded)))
+            encoded = encoder.encode([item], max_length)  # none where the row is too long to be used
+            texts = [_pieces(tokenizer, side) for used in encoded for side in used.sides]
+            shown.append(ShownRow(row.where, dict(row.fields), texts))
     groups = summary.groups if summary else []
     if by is not None:
         groups = sorted(set().union(*by_value))
@@ -193,14 +193,9 @@ def _sample(reader: RowReader, party: Party, by: str | None) -> tuple[list[tuple
     return items, values
 
 
-def _texts(tokenizer: "PreTrainedTokenizerBase", encoded: Iterable[EncodedRow]) -> list[list[Piece]]:
-    """Return a row's text in pieces, of both sides of a pair; nothing where the row is too long to be used."""
-    return [_pieces(tokenizer, side) for row in encoded for side in row.sides]
-
-
 def _pieces(tokenizer: "PreTrainedTokenizerBase", example: EncodedExample) -> list[Piece]:
     """Decode stretches of tokens that are supervised or not; spaces between stretches stay where they are."""
-    turns = [0, *(np.flatnonzero(np.diff(example.supervised)) + 1), example.num_tokens]
+    turns = [0, *(np.flatnonzero(np.diff(example.supervised)) + 1), len(example.ids)]
     pieces = []
     before = ""
     for start, end in pairwise(map(int, turns)):

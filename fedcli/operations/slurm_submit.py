@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedcli.config import SlurmConfig
 from fedcli.errors import BusyError, NotReadyError, WorkspaceError
 from fedcli.operations.slurm_state import job_mark, job_name
 from fedcli.parties.party import can_train
@@ -20,7 +19,6 @@ from fedcli.server.quorum import seconds_left
 from fedcli.slurm.queue import Element, cancel, list_elements, send
 from fedcli.slurm.scripts import ScriptWriter
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
-from fedcli.workspace.history import Round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.slurm_jobs import KINDS, Job, JobKind, read_jobs, save_jobs, save_script
@@ -119,17 +117,15 @@ def _submit(federation: FederationState, dry_run: bool) -> Submission:
         save_jobs(workspace, head.number, jobs)
     missing = head.missing_clients()
     elsewhere = [client for client in missing if not can_train(federation, client)]
-    standing = _Standing(
-        head=head,
-        settings=federation.config.slurm,
+    requests = _Standing(
+        federation=federation,
         jobs=jobs,
         live={kind: [entry for entry in live if entry.name == name] for name, kind in kinds.items()},
         due=[client for client in missing if client not in elsewhere],
         elsewhere=elsewhere,
         own=next((job for job in jobs if str(job.id) == caller), None),
         seconds_left=seconds_left(federation) or 0.0,
-    )
-    requests = standing.requests()
+    ).requests()
     scripts = {request.kind: _script(federation, request) for request in requests}
     if dry_run:
         return Submission("dry_run", head.number, [], stale, jobs, elsewhere, requests, scripts)
@@ -156,8 +152,7 @@ def _unrecorded(jobs: list[Job], elements: dict[str, list[Element]], kinds: dict
 class _Standing:
     """How the open round stands: its jobs, the clients that have not answered, the job that asks (if one does)."""
 
-    head: Round
-    settings: SlurmConfig
+    federation: FederationState
     jobs: list[Job]
     live: dict[JobKind, list[Element]]
     due: list[int]
@@ -169,39 +164,35 @@ class _Standing:
         """Return what is to be sent."""
         # While a server job is in the queue it sees to the rest itself, failed elements among it.
         requests = [] if self.live["server"] else self._chain()
-        delay = self._timer(bool(self.live["clients"]) or any(request.clients for request in requests))
-        if delay is not None and not self.live["timer"]:
-            requests.append(Request("timer", delay=delay))
-        return requests
-
-    def _timer(self, is_training: bool) -> float | None:
-        """Return in how many seconds a server job is to look whether the round can be merged already."""
+        is_training = self.live["clients"] or any(request.clients for request in requests)
         delays = [self.seconds_left] if self.seconds_left > 0 else []
-        if is_training and self.head.manifest.selection is not None:
-            delays.append(self.settings.retry)
-        return min(delays, default=None)
+        if is_training and self.federation.head.manifest.selection is not None:
+            delays.append(self.federation.config.slurm.retry)
+        if delays and not self.live["timer"]:
+            requests.append(Request("timer", delay=min(delays)))  # looks whether the round can be merged already
+        return requests
 
     def _chain(self) -> list[Request]:
         """Return an array of the clients that are due and have no element, and the server job that comes after."""
-        own, attempts = self.own, self.settings.attempts
+        own, settings = self.own, self.federation.config.slurm
         in_queue = {entry.index for entry in self.live["clients"]}
         arrays = tuple(sorted({entry.job for entry in self.live["clients"]}))
         idle = tuple(client for client in self.due if client not in in_queue)
         last = next((job.attempt for job in reversed(self.jobs) if job.kind == "clients"), 0)
         attempt = 1 if own is None else last + 1  # a person who asks again has seen to the cause
-        if idle and attempt <= attempts:
+        if idle and attempt <= settings.attempts:
             return [Request("clients", idle, attempt), Request("server", after=arrays)]
         if arrays or own is None:
             return [Request("server", after=arrays)]
         if self.elsewhere:
-            return [Request("server", delay=self.settings.retry)]
-        if not idle and own.attempt < attempts:  # all have answered, and yet this job could not merge
-            return [Request("server", attempt=own.attempt + 1, delay=self.settings.retry)]
+            return [Request("server", delay=settings.retry)]
+        if not idle and own.attempt < settings.attempts:  # all have answered, and yet this job could not merge
+            return [Request("server", attempt=own.attempt + 1, delay=settings.retry)]
         if self.seconds_left > 0:
             return []
         lack = f"no update of clients {', '.join(map(str, idle))}" if idle else "nothing that can be merged"
         raise NotReadyError(
-            f"round {self.head.number}: {lack} after {attempts} attempts; no more jobs are sent",
+            f"round {self.federation.head.number}: {lack} after {settings.attempts} attempts; no more jobs are sent",
             hint="See logs/ for the cause. Then `fedcli slurm submit` begins anew; or go on without them: "
             "`fedcli server aggregate --partial`, then `fedcli slurm submit`.",
         )

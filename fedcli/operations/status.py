@@ -6,7 +6,7 @@ from typing import Any
 from fedcli.operations.slurm_state import JobStates, read_job_states
 from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
 from fedcli.workspace.federation_state import FederationState
-from fedcli.workspace.history import is_hidden
+from fedcli.workspace.history import Round, is_hidden
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 from fedcli.workspace.registrations import joined_clients
@@ -98,7 +98,7 @@ def read_status(federation: FederationState) -> Status:
         history=manifest.history,
         unscored=read_unscored(workspace),
         slurm=slurm,
-        next_command=_next_of_jobs(slurm) or _next_command(workspace, manifest.state, missing, len(answered) >= needed),
+        next_command=_next_command(head, slurm, missing, len(answered) >= needed),
     )
 
 
@@ -113,18 +113,14 @@ def describe_history(manifest: Manifest, separator: str) -> str:
     return separator.join(f"{describe_algorithm(run.algorithm)} from round {run.round}" for run in manifest.history)
 
 
-def _next_of_jobs(slurm: JobStates | None) -> str | None:
-    if slurm is None:
-        return None
-    return "fedcli status" if slurm.will_merge or slurm.error else "fedcli slurm submit"
-
-
-def _next_command(workspace: Workspace, state: str, missing: list[int], is_ready: bool) -> str:
-    if state == "finished":
+def _next_command(head: Round, slurm: JobStates | None, missing: list[int], is_ready: bool) -> str:
+    if slurm is not None:
+        return "fedcli status" if slurm.will_merge or slurm.error else "fedcli slurm submit"
+    if head.manifest.state == "finished":
         return "fedcli verify"
     if is_ready:
         return "fedcli server aggregate"
-    return next_of_client(workspace, missing[0]) if missing else "fedcli client status --id N"
+    return next_of_client(head.workspace, missing[0]) if missing else "fedcli client status --id N"
 
 
 def next_of_client(workspace: Workspace, client: int) -> str:

@@ -53,25 +53,18 @@ class Watcher:
 
     def __init__(self, federation: FederationState) -> None:
         self._federation = federation
-        head = federation.head
         self._past: deque[PastRound] = deque(maxlen=MOST_PAST)
-        before = None
-        for number in range(max(0, head.number - MOST_PAST), head.number):
-            following = read_round(federation.workspace, number)
-            self._remember(before, following)
-            before = following
-        self._remember(before, head)
+        self._before: Round | None = None
 
     def look(self) -> View:
         """Return how the federation stands now; raise IntegrityError for a damaged manifest."""
-        federation, before = self._federation, self._federation.head
+        federation = self._federation
         federation.refresh()
-        for number in range(before.number + 1, federation.head.number + 1):
-            following = federation.round(number)
-            self._remember(before, following)
-            before = following
-        manifest = federation.head.manifest
-        missing = federation.head.missing_clients()
+        head, manifest = federation.head, federation.head.manifest
+        first = self._before.number + 1 if self._before else max(0, head.number - MOST_PAST)
+        for number in range(first, head.number + 1):
+            self._remember(head if number == head.number else read_round(federation.workspace, number))
+        missing = head.missing_clients()
         return View(
             workspace=federation.workspace.root.name,
             head=manifest,
@@ -90,7 +83,8 @@ class Watcher:
             time.sleep(WATCH_SECONDS)
         yield view
 
-    def _remember(self, before: Round | None, after: Round | None) -> None:
+    def _remember(self, after: Round | None) -> None:
+        before, self._before = self._before, after
         if before is None or after is None or after.manifest.aggregation is None:
             return
         done = after.manifest.aggregation

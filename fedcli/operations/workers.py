@@ -4,7 +4,7 @@ import os
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -31,14 +31,14 @@ class _Worker:
     client: int | None = None
 
 
+@dataclass
 class Workers:
     """Up to `count` processes, started when there is work for them; a context that ends them."""
 
-    def __init__(self, workspace: Workspace, count: int, *, threads: int | None = None) -> None:
-        self._workspace = workspace
-        self._count = count
-        self._threads = threads
-        self._workers: list[_Worker] = []
+    workspace: Workspace
+    count: int
+    threads: int | None = None
+    _workers: list[_Worker] = field(default_factory=list, init=False)
 
     def __enter__(self) -> "Workers":
         return self
@@ -95,14 +95,14 @@ class Workers:
         for worker in self._workers:
             if worker.client is None:
                 return worker
-        if len(self._workers) == self._count:
+        if len(self._workers) == self.count:
             return None
         taken = {worker.process.name for worker in self._workers}
-        place = next(place for place in range(self._count) if f"worker-{place}" not in taken)
+        place = next(place for place in range(self.count) if f"worker-{place}" not in taken)
         here, there = get_context("spawn").Pipe()
         process = get_context("spawn").Process(
             target=_work,
-            args=(there, self._workspace.root, self._environment(place), self._threads),
+            args=(there, self.workspace.root, self._environment(place), self.threads),
             name=f"worker-{place}",
             daemon=True,
         )
@@ -116,9 +116,9 @@ class Workers:
         gpus = visible_gpus()
         if gpus:
             return {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]}
-        if self._threads is not None or "OMP_NUM_THREADS" in os.environ:
+        if self.threads is not None or "OMP_NUM_THREADS" in os.environ:
             return {}
-        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self._count))}
+        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.count))}
 
 
 def visible_gpus() -> list[str]:

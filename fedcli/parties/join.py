@@ -170,8 +170,8 @@ def _full_card(
 
     tokenizer = load_tokenizer(folder, trust_remote_code=record.trust_remote_code)
     encoder = Encoder(tokenizer, federation.start.manifest.train.template)
-    rows = encode_source(encoder, reader, source, federation.config.task, NO_LIMIT, count)
-    quantiles = np.quantile(rows.examples.lengths(), QUANTILES, method="nearest")
+    rows = encode_source(encoder, reader, source, NO_LIMIT, count)
+    quantiles = np.quantile(rows.lengths(), QUANTILES, method="nearest")
     return DataCard(
         num_rows=reader.num_usable,
         format=format_name(record.format),

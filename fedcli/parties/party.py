@@ -100,18 +100,14 @@ def find_party(experiment: Experiment, client: int, home: Path | None = None) ->
             hint=f"A party joins with `fedcli client join --id {client} --data SOURCE`; for a simulation set "
             "data.source and run `fedcli data partition`, or put its rows there.",
         )
-    source = Source(rows, opener=open_rows)
-    return Party(client, workspace.private(client), source, _simulated_format(experiment, client))
-
-
-def _simulated_format(experiment: Experiment, client: int) -> DataFormat:
-    """Return the format of a simulated client's rows: what they were split as; fedcli.yaml's, if written by hand."""
     from fedcli.parties.simulate import read_summary  # it loads numpy, and whoever has nothing to do needs none
 
-    summary = read_summary(experiment.workspace)
+    summary = read_summary(workspace)
     if summary is not None and client < len(summary.formats):
-        return parse_format(summary.formats[client])
-    return choose_format(None, experiment.config.data.format, experiment.config.task)
+        found = parse_format(summary.formats[client])  # what they were split as
+    else:  # written by hand
+        found = choose_format(None, experiment.config.data.format, experiment.config.task)
+    return Party(client, workspace.private(client), Source(rows, opener=open_rows), found)
 
 
 def is_here(federation: FederationState, client: int) -> bool:
@@ -128,9 +124,8 @@ def is_here(federation: FederationState, client: int) -> bool:
 
 def can_train(federation: FederationState, client: int) -> bool:
     """Return whether a client has rows that can be trained on from here without naming a home."""
-    if not is_here(federation, client):
-        return False
-    return has_rows(federation.workspace, client) or _own_record(federation, client, None) is not None
+    has_some = has_rows(federation.workspace, client) or _own_record(federation, client, None) is not None
+    return has_some and is_here(federation, client)
 
 
 def _own_record(experiment: Experiment, client: int, home: Path | None) -> PartyRecord | None:

@@ -224,7 +224,12 @@ def _demo_rows(config: Config, source: str) -> list[Row]:
 
 
 def _demo_splits(config: Config) -> dict[str, list[dict[str, str]]]:
-    return DEMO_ROWS[TASKS[config.task].item](config.federation.seed)
+    made = DEMO_ROWS.get(TASKS[config.task].item)
+    if made is None:
+        raise ConfigError(
+            f"data.source: {DEMO_SOURCE} has no rows for task {config.task}", hint="Name rows of your own."
+        )
+    return made(config.federation.seed)
 
 
 def _held_out_files(experiment: Experiment) -> dict[Path, bytes]:

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 from fedcli.report.page import show_interval
-from fedcli.report.series import BASE, POOLED, MetricScores
+from fedcli.report.series import MetricScores
 
 MOST_CLIENTS = 20
 """Whose rows a card lists."""
@@ -65,22 +64,22 @@ def render_card(card: Card) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["plain"] = _plain
     template = environment.from_string(files("fedcli.report").joinpath("card.md.j2").read_text(encoding="utf-8"))
-    scored = [metric for metric in card.metrics if card.round in metric.rounds]
     text = template.render(
         card={
             **vars(card),
             "data": card.clients[:MOST_CLIENTS],
             "num_more_data": max(0, len(card.clients) - MOST_CLIENTS),
-            "scores": [_row(metric, card.round) for metric in scored],
+            "scores": [
+                {
+                    "title": metric.heading,
+                    "cells": map(show_interval, (metric.rounds[card.round], *metric.references())),
+                }
+                for metric in card.metrics
+                if card.round in metric.rounds
+            ],
         }
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
-
-
-def _row(metric: MetricScores, number: int) -> dict[str, Any]:
-    alone = metric.best_alone
-    points = [metric.rounds[number], *(metric.others.get(name or "") for name in (BASE, alone, POOLED))]
-    return {"title": metric.heading, "cells": [show_interval(point) for point in points]}
 
 
 def _plain(text: str) -> str:

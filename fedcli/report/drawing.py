@@ -49,8 +49,8 @@ class Picture:
 
 def by_client(
     axes: "Axes", merged_rounds: Sequence[MergedRound], of: Callable[[MergedRound], Mapping[int, float | None]]
-) -> None:
-    """Draw a line a client, or dots around the mean and the middle 80 % where there are many clients."""
+) -> str:
+    """Draw a line a client, or for many dots around the mean and the middle 80 %; return what the caption adds."""
     points: dict[int, list[tuple[int, float]]] = {}
     for merged in merged_rounds:
         for client, value in of(merged).items():
@@ -77,6 +77,7 @@ def by_client(
         axes.plot(known, [np.mean(by_round[number]) for number in known], color=BLUE, linewidth=2, label="mean")
     whole_rounds(axes)
     outside_legend(axes)
+    return "" if len(drawn) <= MOST_LINES else " A dot is a client's update; the band holds the middle 80 % of them."
 
 
 def client_map(
@@ -122,13 +123,7 @@ def outside_legend(axes: "Axes") -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, markerscale=1.5)
 
 
-def one_panel(height: float) -> "tuple[Figure, Axes]":
-    """Return a figure of some inches' height with one panel."""
-    figure, (axes,) = panels(1, 1, height)
-    return figure, axes
-
-
-def panels(num_rows: int, num_columns: int, height: float, **ratios: Any) -> "tuple[Figure, list[Axes]]":
+def panels(height: float, num_rows: int = 1, num_columns: int = 1, **ratios: Any) -> "tuple[Figure, list[Axes]]":
     """Return a figure of some inches' height with rows of panels, listed row by row."""
     from matplotlib.figure import Figure
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fedcli.errors import RequirementError
-from fedcli.report.series import BASE, POOLED, Report
+from fedcli.report.series import Report
 
 Value: TypeAlias = "tuple[str, int, float, float | None]"
 """Tag, round, value and when: Unix seconds, None for now."""
@@ -29,15 +29,14 @@ def write_events(report: Report, folder: Path) -> int:
     """
     from tensorboardX import SummaryWriter
 
-    number = 0
-    for run, values in _runs(report).items():
+    runs = _runs(report)
+    for run, values in runs.items():
         for earlier in (folder / run).glob("events.out.tfevents.*"):
             earlier.unlink()
         with SummaryWriter(str(folder / run)) as writer:
             for tag, step, value, seconds in values:
                 writer.add_scalar(tag, value, step, walltime=seconds)
-                number += 1
-    return number
+    return sum(map(len, runs.values()))
 
 
 def _runs(report: Report) -> dict[str, list[Value]]:
@@ -51,12 +50,10 @@ def _runs(report: Report) -> dict[str, list[Value]]:
                 values.append(("loss", merged.number, loss, merged.closed))
     rounds = [merged.number for merged in report.merged]
     for metric in report.scores:  # a level line: the same score at the first round and at the last
-        alone = [metric.best_alone] if metric.best_alone else []
-        for target in (BASE, POOLED, *alone):
-            if target in metric.others and rounds:
-                value = metric.others[target].value
-                name = "best-alone" if target in alone else target
-                levels = [(_tag(metric.title), step, value, None) for step in (0, rounds[-1] + 1)]
+        for label, point in metric.lines().items():
+            if rounds:
+                name = label.partition(" (")[0].replace(" ", "-")  # no client's number
+                levels = [(_tag(metric.title), step, point.value, None) for step in (0, rounds[-1] + 1)]
                 runs.setdefault(name, []).extend(levels)
     return runs
 

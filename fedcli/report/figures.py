@@ -41,25 +41,21 @@ def _losses(report: Report) -> Picture | None:
     means = [(merged.number, merged.mean_loss) for merged in report.merged if merged.mean_loss is not None]
     if not means:
         return None
-    figure, axes = drawing.one_panel(4.2)
-    drawing.by_client(axes, report.merged, lambda merged: merged.losses)
+    figure, (axes,) = drawing.panels(4.2)
+    legend_note = drawing.by_client(axes, report.merged, lambda merged: merged.losses)
     axes.set(ylabel="training loss", xlabel="round")
     (first, start), (last, end) = means[0], means[-1]
     caption = f"The mean training loss of the counted updates is {start:.3f} in round {first}"
     caption += f" and {end:.3f} in round {last}." if last > first else "."
-    return drawing.finish("loss", "Training loss by client and round", caption + _legend_note(report), figure)
+    return drawing.finish("loss", "Training loss by client and round", caption + legend_note, figure)
 
 
 def _loss_map(report: Report) -> Picture | None:
     clients = shown_clients(report)
     if len(clients) <= MOST_LINES or not any(merged.mean_loss is not None for merged in report.merged):
         return None
-    grid = np.full((len(clients), len(report.merged)), np.nan)
-    for column, merged in enumerate(report.merged):
-        for row, client in enumerate(clients):
-            loss = merged.losses.get(client)
-            grid[row, column] = np.nan if loss is None else loss
-    figure, axes = drawing.one_panel(drawing.height_of(clients))
+    grid = np.array([[merged.losses.get(client) for merged in report.merged] for client in clients], float)
+    figure, (axes,) = drawing.panels(drawing.height_of(clients))
     low, high = np.nanpercentile(grid, [1, 99])
     image = drawing.client_map(axes, grid, report.merged, clients, cmap="viridis_r", vmin=low, vmax=high)
     figure.colorbar(image, ax=axes, label="training loss", pad=0.01, extend="both", extendfrac=0.02)
@@ -73,7 +69,7 @@ def _scores(report: Report) -> Picture | None:
         return None
     num_columns = min(3, len(metrics))
     num_rows = math.ceil(len(metrics) / num_columns)
-    figure, grid = drawing.panels(num_rows, num_columns, 4.2 if num_columns == 1 else 3.4 * num_rows)
+    figure, grid = drawing.panels(4.2 if num_columns == 1 else 3.4 * num_rows, num_rows, num_columns)
     for axes, metric in zip(grid, metrics, strict=False):
         _score_panel(axes, metric, is_narrow=num_columns > 1)
     for axes in grid[len(metrics) :]:
@@ -118,15 +114,15 @@ def _score_panel(axes: "Axes", metric: MetricScores, *, is_narrow: bool) -> None
 def _norms(report: Report) -> Picture | None:
     if not any(merged.norms for merged in report.merged):
         return None
-    figure, axes = drawing.one_panel(4.2)
-    drawing.by_client(axes, report.merged, lambda merged: merged.norms)
+    figure, (axes,) = drawing.panels(4.2)
+    legend_note = drawing.by_client(axes, report.merged, lambda merged: merged.norms)
     axes.set(ylabel="norm of the update", xlabel="round")
     values = [norm for merged in report.merged for norm in merged.norms.values() if norm > 0]
     if values and max(values) > 30 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     caption = "How far each client moved the adapter (Euclidean norm over all its numbers). One far above the others "
-    return drawing.finish("norms", "Update norms", caption + "pulls the mean its way." + _legend_note(report), figure)
+    return drawing.finish("norms", "Update norms", caption + "pulls the mean its way." + legend_note, figure)
 
 
 def _cosines(report: Report) -> Picture | None:
@@ -134,7 +130,7 @@ def _cosines(report: Report) -> Picture | None:
     if not found:
         return None
     last = found[-1]
-    figure, (left, right) = drawing.panels(1, 2, 4.6, width_ratios=(1.0, 1.15))
+    figure, (left, right) = drawing.panels(4.6, 1, 2, width_ratios=(1.0, 1.15))
     rounds = [similarity.round for similarity in found]
     means, lows, highs = (
         [float(reduce(similarity.pairs())) for similarity in found] for reduce in (np.mean, np.min, np.max)
@@ -180,7 +176,7 @@ def _transfer(report: Report) -> Picture | None:
     if not most:
         return None
     unit, size = byte_unit(most)
-    figure, axes = drawing.one_panel(3.2)
+    figure, (axes,) = drawing.panels(3.2)
     dot = "o" if len(report.merged) == 1 else ""
     lines = ((down, ORANGE, "--", 4.0, "received by clients"), (up, BLUE, "-", 1.8, "sent by clients"))
     for totals, colour, style, width, label in lines:  # the wide one is seen beside the other where both are the same
@@ -197,12 +193,9 @@ def _timings(report: Report) -> Picture | None:
     if not report.merged:
         return None
     seconds = [merged.seconds for merged in report.merged]
-    unit, size = next(
-        (name, size)
-        for name, size in (("hours", 3600), ("minutes", 60), ("seconds", 1))
-        if max(seconds) >= 2 * size or size == 1
-    )
-    figure, axes = drawing.one_panel(3.2)
+    units = (("hours", 3600), ("minutes", 60))
+    unit, size = next((found for found in units if max(seconds) >= 2 * found[1]), ("seconds", 1))
+    figure, (axes,) = drawing.panels(3.2)
     axes.bar([merged.number for merged in report.merged], [value / size for value in seconds], 0.8, color=BLUE)
     axes.set(xlabel="round", ylabel=unit)
     axes.grid(visible=False, axis="x")
@@ -221,12 +214,8 @@ def _cohorts(report: Report) -> Picture | None:
         return None
     names = ("not drawn", "counted", "missing", "refused", "not needed")
     colours = ("#EFEFEF", BLUE, ORANGE, RED, "#56B4E9")
-    grid = np.zeros((len(clients), len(report.merged)))
-    for column, merged in enumerate(report.merged):
-        for row, client in enumerate(clients):
-            if client in merged.cohort:
-                grid[row, column] = _fate(merged, client)
-    figure, axes = drawing.one_panel(drawing.height_of(clients))
+    grid = np.array([[_fate(merged, client) for merged in report.merged] for client in clients])
+    figure, (axes,) = drawing.panels(drawing.height_of(clients))
     drawing.client_map(axes, grid, report.merged, clients, cmap=ListedColormap(colours), vmin=-0.5, vmax=4.5)
     if grid.size <= 4000:
         refused = np.argwhere(grid == 3)  # told apart without colour, too
@@ -240,13 +229,10 @@ def _cohorts(report: Report) -> Picture | None:
 
 
 def _fate(merged: MergedRound, client: int) -> int:
+    if client not in merged.cohort:
+        return 0
     if client in merged.losses:
         return 1
     if client in merged.missing:
         return 2
     return 3 if client in merged.refused else 4
-
-
-def _legend_note(report: Report) -> str:
-    num_clients = len({client for merged in report.merged for client in merged.losses})
-    return "" if num_clients <= MOST_LINES else " A dot is a client's update; the band holds the middle 80 % of them."

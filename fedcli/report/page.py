@@ -7,7 +7,7 @@ from typing import Any
 
 from fedcli.quantities import describe_bytes, describe_seconds
 from fedcli.report.drawing import Picture
-from fedcli.report.series import BASE, POOLED, MergedRound, MetricScores, Point, Report
+from fedcli.report.series import BASE, MergedRound, MetricScores, Point, Report
 
 GENERATOR = "fedcli report"
 """What tells a page of ours from others, in its head."""
@@ -41,50 +41,40 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
     )
 
 
-def _tiles(report: Report) -> list[dict[str, str]]:
-    """Return the key figures."""
+def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    """Return the key figures: a label, a value and a note each."""
     took = f", {describe_seconds(sum(merged.seconds for merged in report.merged))}" if report.merged else ""
     state = report.state + took
-    tiles = [_tile("rounds merged", f"{len(report.merged)} of {report.rounds}", state)]
+    tiles = [("rounds merged", f"{len(report.merged)} of {report.rounds}", state)]
     if (metric := next((metric for metric in report.scores if metric.rounds), None)) is not None:
         best = metric.best_round
         assert best is not None
-        tiles.append(_tile(f"best {metric.title}", _number(metric.rounds[best].value), f"round {best}"))
+        tiles.append((f"best {metric.title}", _number(metric.rounds[best].value), f"round {best}"))
         if (alone := metric.best_alone) is not None:
-            tiles.append(_tile("best client alone", _number(metric.others[alone].value), alone.replace("-", " ")))
+            tiles.append(("best client alone", _number(metric.others[alone].value), alone.replace("-", " ")))
         if BASE in metric.others:
-            tiles.append(_tile("base model", _number(metric.others[BASE].value), "without an adapter"))
+            tiles.append(("base model", _number(metric.others[BASE].value), "without an adapter"))
     losses = [merged.mean_loss for merged in report.merged if merged.mean_loss is not None]
     if losses:
-        tiles.append(_tile("mean training loss", _number(losses[-1]), f"{_number(losses[0])} in the first round"))
+        tiles.append(("mean training loss", _number(losses[-1]), f"{_number(losses[0])} in the first round"))
     per_round = sorted({len(merged.cohort) for merged in report.merged})
     few, most = (per_round[0], per_round[-1]) if per_round else (0, 0)
     drawn = f"{few} drawn a round" if few == most else f"{few} to {most} drawn a round"
-    tiles.append(_tile("clients", str(report.num_clients), drawn))
+    tiles.append(("clients", str(report.num_clients), drawn))
     counted = sum(len(merged.losses) for merged in report.merged)
     refused = sum(len(merged.refused) for merged in report.merged)
     missing = sum(len(merged.missing) for merged in report.merged)
-    tiles.append(_tile("updates counted", f"{counted:,}", f"{refused:,} refused, {missing:,} missing"))
+    tiles.append(("updates counted", f"{counted:,}", f"{refused:,} refused, {missing:,} missing"))
     last = report.merged[-1] if report.merged else None
     if last and last.total_bytes_up is not None and last.total_bytes_down is not None:
         down = f"{describe_bytes(last.total_bytes_down)} received by them"
-        tiles.append(_tile("sent by clients", describe_bytes(last.total_bytes_up), down))
+        tiles.append(("sent by clients", describe_bytes(last.total_bytes_up), down))
     return tiles
-
-
-def _tile(label: str, value: str, note: str) -> dict[str, str]:
-    return {"label": label, "value": value, "note": note}
 
 
 def _score_row(metric: MetricScores) -> dict[str, Any]:
     best = metric.best_round
-    alone = metric.best_alone
-    points = [
-        metric.others.get(BASE),
-        metric.others.get(alone) if alone else None,
-        metric.others.get(POOLED),
-        None if best is None else metric.rounds[best],
-    ]
+    points = [*metric.references(), None if best is None else metric.rounds[best]]
     values = [point.value for point in points if point is not None]
     leader = (max if metric.higher_is_better else min)(values, default=None)
     cells = [{"text": show_interval(point), "is_best": point is not None and point.value == leader} for point in points]

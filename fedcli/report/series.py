@@ -95,6 +95,10 @@ class MetricScores:
         named = {BASE: BASE, POOLED: POOLED} | ({best: f"best alone ({self.alone[best]})"} if best else {})
         return {label: self.others[target] for target, label in named.items() if target in self.others}
 
+    def references(self) -> list[Point | None]:
+        """Return the scores of the base, the best client alone and all rows pooled; None for what has none."""
+        return [self.others.get(target or "") for target in (BASE, self.best_alone, POOLED)]
+
     def _rank(self, point: Point) -> float:
         return point.value if self.higher_is_better else -point.value
 

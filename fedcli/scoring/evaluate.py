@@ -15,7 +15,7 @@ from fedcli.eval.benchmark import Benchmark, ItemScore, Mark, Metric, Options, S
 from fedcli.eval.data import Files, find_roots
 from fedcli.eval.judge import Judge
 from fedcli.eval.registry import BENCHMARKS
-from fedcli.eval.remembered import Memory, Remembering, Usage
+from fedcli.eval.remembered import Remembering, Usage
 from fedcli.eval.sandbox import CodeRunner
 from fedcli.eval.statistics import Clusters, Marks, score
 from fedcli.observer import Observer
@@ -49,8 +49,8 @@ class Evaluation:
     options: Options = field(default_factory=Options)
     data: Path | None = None
     """A folder with benchmarks' files; None: those of $FEDCLI_BENCHMARKS, else the hub."""
-    judge: Callable[[Memory, Callable[[int, int], None]], Judge] | None = None
-    """Makes the judge, given what it remembers, and who hears how far it is."""
+    judge: Callable[..., Judge] | None = None
+    """Makes the judge, given what it remembers, and who hears how far it is (on_progress)."""
     run_code: CodeRunner | None = None
 
     def run(self, observer: Observer) -> list[ScoreRecord]:
@@ -87,7 +87,7 @@ class Evaluation:
             judge = None
             if self.judge is not None and {"judge", "judge-optional"} & {*benchmark.needs}:
                 memory = stack.enter_context(opened_log(workspace.judgments(target.name, benchmark.name)))
-                judge = self.judge(memory, observer.answered)
+                judge = self.judge(memory, on_progress=observer.answered)
             model = Remembering(lambda: self.models.engine(target), answers, identity, observer.answered)
             others = _answers_of_baseline(workspace, asked, self.options)
             session = Session(model, files, self.options, judge, self.run_code, others)

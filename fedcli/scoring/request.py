@@ -13,7 +13,7 @@ from fedcli.eval.benchmark import Benchmark, Options
 from fedcli.eval.endpoint import OPENAI_URL, find_endpoint
 from fedcli.eval.judge import Estimate, Judge
 from fedcli.eval.registry import find_benchmarks
-from fedcli.eval.remembered import Engine, Memory
+from fedcli.eval.remembered import Engine
 from fedcli.model.base import fingerprint
 from fedcli.scoring.engines import Models, load_local
 from fedcli.scoring.evaluate import Evaluation
@@ -124,7 +124,7 @@ _load_judge = cache(load_local)
 """A judge of this machine is loaded once a process, whatever it judges."""
 
 
-def _judge(asked: Scoring) -> Callable[[Memory, Callable[[int, int], None]], Judge]:
+def _judge(asked: Scoring) -> Callable[..., Judge]:
     """Return what makes the judge, a model folder's or an endpoint's; raise as `find_endpoint` does."""
     name = str(asked.judge_model)
     load: Callable[[], Engine]
@@ -135,9 +135,4 @@ def _judge(asked: Scoring) -> Callable[[Memory, Callable[[int, int], None]], Jud
         name = f"{Path(name).absolute().name}-{fingerprint(Path(name))[:8]}"
     else:
         load = cache(find_endpoint(name, asked.judge_url).reach)
-    confirm = asked.confirm or (lambda estimate: None)
-
-    def make(memory: Memory, on_progress: Callable[[int, int], None]) -> Judge:
-        return Judge(name, load, memory, confirm=confirm, on_progress=on_progress)
-
-    return make
+    return partial(Judge, name, load, confirm=asked.confirm)

@@ -3,8 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from fedcli.errors import NotReadyError, UsageError, did_you_mean
@@ -102,8 +103,7 @@ def make_table(
     wanted = {*names} | {name for found in chosen for name in (found.name, *found.parts)}
     asked = [record for record in records if not wanted or wanted & {record.benchmark, record.name}]
     stale = [record for record in asked if is_stale(workspace, record.target, record.model)]
-    left_out = {(record.target, record.name) for record in stale}
-    kept = [record for record in asked if (record.target, record.name) not in left_out]
+    kept = [record for record in asked if record not in stale]
     scores = {
         (record.target, Column(record.name, name, entry.unit, entry.higher_is_better)): entry
         for record in kept
@@ -119,13 +119,20 @@ def make_table(
     columns = list(dict.fromkeys(column for _, column in scores))
     order = {name: position for position, name in enumerate(BENCHMARKS)}
     columns.sort(key=lambda column: (order.get(column.benchmark.partition("@")[0], len(order)), column.benchmark))
-    found = _Found(workspace, {(record.target, record.name): record for record in records})
+    by_name = {(record.target, record.name): record for record in records}
+
+    @cache
+    def marks_of(target: str, name: str) -> ItemMarks:
+        return read_marks(workspace, by_name[target, name]) if (target, name) in by_name else ItemMarks()
+
     cells = {}
     for column in columns:
         in_column = {target: scores[target, column] for target in rows if (target, column) in scores}
         reference = _reference(in_column, against, column)
         for target, entry in in_column.items():
-            lead = None if reference in (None, target) else found.difference(column, target, str(reference))
+            lead = None
+            if reference is not None and reference != target:
+                lead = _difference(by_name, marks_of, column, target, reference)
             rank = 1 + sum(column.signed(other) > column.signed(entry) for other in in_column.values())
             cells[target, column] = Cell(entry, rank, lead)
     complete = [column for column in columns if all((target, column) in scores for target in rows)]
@@ -185,9 +192,7 @@ def as_rows(table: ScoreTable) -> list[dict[str, Any]]:
         for target in table.targets:
             if (cell := table.cells.get((target, column))) is None:
                 continue
-            value = {
-                name: getattr(cell.score, name) for name in ("value", "standard_error", "low", "high", "num_items")
-            }
+            value = cell.score.model_dump(exclude={"unit", "higher_is_better", "is_detail"})
             lead = {
                 f"difference{suffix}": getattr(cell.difference, name, None)
                 for suffix, name in (("", "value"), ("_error", "standard_error"), ("_low", "low"), ("_high", "high"))
@@ -232,47 +237,37 @@ def _interval(score: ScoreEntry | Score, sign: str = "") -> str:
     return f"{value} [{low}, {high}]"
 
 
-class _Found:
-    """Items' marks, read when they are needed."""
+def _difference(
+    records: Mapping[tuple[str, str], ScoreRecord],
+    marks_of: Callable[[str, str], ItemMarks],
+    column: Column,
+    target: str,
+    other: str,
+) -> Score | None:
+    """Return the paired difference of two targets in a column; None where they have no item in common.
 
-    def __init__(self, workspace: Workspace, records: Mapping[tuple[str, str], ScoreRecord]) -> None:
-        self._workspace = workspace
-        self._records = records
-        self._items: dict[tuple[str, str], ItemMarks] = {}
-
-    def difference(self, column: Column, target: str, other: str) -> Score | None:
-        """Return the paired difference of two targets in a column; None where they have no item in common.
-
-        Scores on different data, or by different judges, have none: items may be named by their position alone.
-        """
-        record = self._records[target, column.benchmark]
-        benchmark = BENCHMARKS.get(record.benchmark)
-        metric = _metric(benchmark, column)
-        places = [(scored_name(part, record.variant), name) for part, name in metric.mean_of]
-        places = places or [(column.benchmark, column.metric)]
-        for name, _ in places:
-            one, another = (self._records.get((who, name)) for who in (target, other))
-            if one and another and not _is_same(one, another):
-                return None
-        mine, theirs = ([self._of(who, name) for name, _ in places] for who in (target, other))
-        ours, others = (
-            [items.marks.get(key, {}) for items, (_, key) in zip(of, places, strict=True)] for of in (mine, theirs)
-        )
-        clusters = [one.clusters | another.clusters for one, another in zip(mine, theirs, strict=True)]
-        return difference(metric, ours, others, clusters)
-
-    def _of(self, target: str, name: str) -> ItemMarks:
-        if (target, name) not in self._items:
-            record = self._records.get((target, name))
-            self._items[target, name] = read_marks(self._workspace, record) if record else ItemMarks()
-        return self._items[target, name]
+    Scores on different data, or by different judges, have none: items may be named by their position alone.
+    """
+    record = records[target, column.benchmark]
+    metric = _metric(BENCHMARKS.get(record.benchmark), column)
+    places = [(scored_name(part, record.variant), name) for part, name in metric.mean_of]
+    places = places or [(column.benchmark, column.metric)]
+    for name, _ in places:
+        one, another = (records.get((who, name)) for who in (target, other))
+        if one and another and not _is_same(one, another):
+            return None
+    mine, theirs = ([marks_of(who, name) for name, _ in places] for who in (target, other))
+    ours, others = (
+        [items.marks.get(key, {}) for items, (_, key) in zip(of, places, strict=True)] for of in (mine, theirs)
+    )
+    clusters = [one.clusters | another.clusters for one, another in zip(mine, theirs, strict=True)]
+    return difference(metric, ours, others, clusters)
 
 
 def _metric(benchmark: Benchmark | None, column: Column) -> Metric:
     """Return a column's metric; one of a task that is not registered is a mean."""
-    metrics = benchmark.metrics if benchmark else ()
-    found = [metric for metric in metrics if metric.name == column.metric]
-    return found[0] if found else Metric(column.metric, column.unit, column.higher_is_better)
+    known = {metric.name: metric for metric in (benchmark.metrics if benchmark else ())}
+    return known.get(column.metric) or Metric(column.metric, column.unit, column.higher_is_better)
 
 
 def _notes(kept: Sequence[ScoreRecord], stale: Sequence[ScoreRecord]) -> tuple[str, ...]:
@@ -286,7 +281,8 @@ def _notes(kept: Sequence[ScoreRecord], stale: Sequence[ScoreRecord]) -> tuple[s
     models: dict[str, set[tuple[str, ...]]] = {}
     asked: dict[str, list[ScoreRecord]] = {}
     for record in kept:
-        models.setdefault(record.target, set()).add(_weights(record))
+        weights = tuple(str(record.model.get(name)) for name in ("base", "adapter", "model", "api", "url"))
+        models.setdefault(record.target, set()).add(weights)
         asked.setdefault(record.name, []).append(record)
     notes += [
         f"{target}: its scores are of different models: score it again" for target in models if len(models[target]) > 1
@@ -302,11 +298,6 @@ def _is_same(one: ScoreRecord, other: ScoreRecord) -> bool:
     """Return whether two targets had the same questions, and no two judges."""
     judges = {one.settings.get("judge"), other.settings.get("judge")} - {None}
     return one.data.get("sha256", one.data) == other.data.get("sha256", other.data) and len(judges) < 2
-
-
-def _weights(record: ScoreRecord) -> tuple[str, ...]:
-    """Return what tells a record's model from others, settings such as the template aside."""
-    return tuple(str(record.model.get(name)) for name in ("base", "adapter", "model", "api", "url"))
 
 
 def _in_order(record: ScoreRecord) -> dict[str, ScoreEntry]:

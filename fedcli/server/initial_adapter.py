@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcli.algos import Array
+from fedcli.config.adapter_config import parse_outside_config
 from fedcli.errors import ConfigError
-from fedcli.model.adapter_config import parse_outside_config
 from fedcli.parties.party import trusts_code
 from fedcli.server.open_round import Start
 from fedcli.workspace.federation_state import Experiment
@@ -26,15 +26,27 @@ def prepare_start(experiment: Experiment) -> Start:
     from fedcli.data.encoding import Encoder
     from fedcli.model.base import BUILTIN_PREFIX, find_base, fingerprint, is_path, load_tokenizer
     from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
+    from fedcli.model.lora import lora_config, start_adapter
 
-    config, root = experiment.config, experiment.workspace.root
+    config, root, adapter = experiment.config, experiment.workspace.root, experiment.config.adapter
     require_bitsandbytes(config.model.quantization)
-    base = config.model.base
+    base, trust_remote_code = config.model.base, trusts_code(experiment)
     folder = find_base(base, revision=config.model.revision, root=root)
-    Encoder(load_tokenizer(folder, trust_remote_code=trusts_code(experiment)), config.data.template)
+    Encoder(load_tokenizer(folder, trust_remote_code=trust_remote_code), config.data.template)
     local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
     with without_bitsandbytes(config.model.quantization == "none"):
-        arrays, adapter_config, num_parameters = _adapter(experiment, folder, hub_id=None if local else base)
+        peft_config = lora_config(
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            target_modules=adapter.target_modules,
+            base=None if local else base,
+        )
+        arrays, num_parameters = start_adapter(
+            folder, peft_config, seed=config.federation.seed, trust_remote_code=trust_remote_code
+        )
+    if adapter.init is not None:
+        arrays = _read_adapter(root / os.path.expanduser(adapter.init), schema_of(arrays), peft_config)
     model = ModelRecord(
         base=folder.name if is_path(base, root) else base,  # no path of this machine
         revision=config.model.revision,
@@ -42,27 +54,8 @@ def prepare_start(experiment: Experiment) -> Start:
         quantization=config.model.quantization,
         num_parameters=num_parameters,
     )
-    return Start(model, {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: adapter_config}, schema_of(arrays))
-
-
-def _adapter(experiment: Experiment, folder: Path, *, hub_id: str | None) -> tuple[dict[str, Array], bytes, int]:
-    """Return the arrays and the adapter_config.json that the federation starts from, and the base's parameters."""
-    from fedcli.model.lora import lora_config, start_adapter
-
-    config, root, adapter = experiment.config, experiment.workspace.root, experiment.config.adapter
-    peft_config = lora_config(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
-        base=hub_id,
-    )
-    arrays, num_parameters = start_adapter(
-        folder, peft_config, seed=config.federation.seed, trust_remote_code=trusts_code(experiment)
-    )
-    if adapter.init is not None:
-        arrays = _read_adapter(root / os.path.expanduser(adapter.init), schema_of(arrays), peft_config)
-    return arrays, json.dumps(peft_config, indent=1, sort_keys=True).encode() + b"\n", num_parameters
+    text = json.dumps(peft_config, indent=1, sort_keys=True) + "\n"
+    return Start(model, {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: text.encode()}, schema_of(arrays))
 
 
 def _read_adapter(folder: Path, schema: dict[str, TensorEntry], peft_config: dict[str, Any]) -> dict[str, Array]:

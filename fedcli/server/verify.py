@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedcli.config import algorithm_from
+from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
@@ -135,7 +136,7 @@ def _read(workspace: Workspace, number: int, result: Verification) -> Round | No
 
 
 def _check_round(current: Round, identity: Identity | None, result: Verification) -> None:
-    """Every file that the manifest lists exists with its hash, and the adapter has the manifest's tensors."""
+    """Every listed file exists with its hash; the adapter has the manifest's tensors, its settings fedcli's schema."""
     manifest = current.manifest
     if identity is not None and manifest.workspace != identity.id:
         result.report(current.folder, f"belongs to workspace {manifest.workspace}, not to {identity.id}")
@@ -146,6 +147,8 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
             result.num_files += 1
             if name == ADAPTER_NAME:
                 decode(contents, manifest.tensors)
+            elif name == ADAPTER_CONFIG_NAME:
+                parse_adapter_config(contents, "it")
         except FedError as error:
             if name not in pruned or current.has(name):
                 result.report(current.folder / name, error.message)
@@ -213,6 +216,8 @@ def _check_links(current: Round, previous: Round | None, number: int, result: Ve
     for key in ("task", "model", "tensors"):
         if getattr(manifest, key) != getattr(previous.manifest, key):
             result.report(current.folder, f"changes {key}, which is fixed")
+    if manifest.files.get(ADAPTER_CONFIG_NAME) != previous.manifest.files.get(ADAPTER_CONFIG_NAME):
+        result.report(current.folder, f"changes {ADAPTER_CONFIG_NAME}, which is fixed")
 
 
 def _check_aggregation(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar, get_args
 
 from fedcli.plugins import Registry
-from fedcli.tasks.builtin_formats import BUILTIN_FORMATS
 from fedcli.tasks.conversation import Item
 from fedcli.tasks.dpo import DPO
 from fedcli.tasks.format import Format
@@ -31,17 +30,19 @@ def _check(kind: type[KindT]) -> Callable[[str, object], KindT]:
     return check
 
 
-TASKS = Registry("fedcli.tasks", {task.name: task for task in (SFT, DPO)}, _check(Task))
-"""All tasks by name; a new one is a file, and its object here."""
-FORMATS = Registry("fedcli.formats", {known.name: known for known in BUILTIN_FORMATS}, _check(Format))
+_OWN = (SFT, DPO)
+"""A new task is a file, and its object here."""
+TASKS = Registry("fedcli.tasks", {task.name: task for task in _OWN}, _check(Task))
+"""All tasks by name."""
+FORMATS = Registry("fedcli.formats", {known.name: known for task in _OWN for known in task.formats}, _check(Format))
 """All formats by name."""
 
 
 def formats_of(item: type[Item]) -> Iterator[str]:
     """Yield the formats of one kind of item, a task's; the first is its default."""
-    return (name for name, known in FORMATS.items() if known.item is item)
+    return (known.name for known in FORMATS.usable() if known.item is item)
 
 
 def first_task(item: type[Item]) -> str:
     """Return the first task that learns from a kind of item."""
-    return next(task.name for task in TASKS.values() if task.item is item)
+    return next(task.name for task in TASKS.usable() if task.item is item)

@@ -1,4 +1,4 @@
-"""The formats that fedcli knows; a new one is a function and an entry of BUILTIN_FORMATS (CONTRIBUTING.md)."""
+"""The formats that fedcli knows; a new one is a function and an entry of EXAMPLES or PREFERENCES (CONTRIBUTING.md)."""
 
 import re
 from collections.abc import Mapping
@@ -125,7 +125,7 @@ def _example(turns: tuple[Turn, ...]) -> Example:
     return Example(turns)
 
 
-BUILTIN_FORMATS = (
+EXAMPLES = (
     Format("alpaca", Example, _alpaca, hub={"tatsu-lab/alpaca": "train", "vicgalle/alpaca-gpt4": "train"}),
     Format("fingpt", Example, _alpaca, hub={"FinGPT/fingpt-sentiment-train": "train"}),
     Format("medalpaca", Example, _medalpaca, hub={"medalpaca/medical_meadow_medical_flashcards": "train"}),
@@ -133,6 +133,8 @@ BUILTIN_FORMATS = (
     Format("mathinstruct", Example, _mathinstruct, is_unique=True, hub={"TIGER-Lab/MathInstruct": "train"}),
     Format("prompt-completion", Example, _prompt_completion),
     Format("messages", Example, _messages),
+)
+PREFERENCES = (
     Format("preference", Preference, _preference),
     Format("ultrafeedback", Preference, _ultrafeedback, hub={"openbmb/UltraFeedback": "train"}),
     Format(
@@ -143,4 +145,4 @@ BUILTIN_FORMATS = (
     ),
     Format("hh-rlhf", Preference, _hh_rlhf, hub={"Anthropic/hh-rlhf": "train"}),
 )
-"""The first of a kind is its tasks' default. The paper's eight data sets (UltraFeedback in two forms) are known."""
+"""The first is the default. Of both, the paper's eight data sets (UltraFeedback in two forms) are known."""

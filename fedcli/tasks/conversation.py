@@ -1,8 +1,9 @@
 """What a row teaches: the responses of a conversation, or which of two responses to a prompt is better."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -26,11 +27,34 @@ Prompt: TypeAlias = tuple[Turn, ...]
 """The turns before a response."""
 
 
+class Item(ABC):
+    """What a row teaches: responses of conversations, and numbers beside them."""
+
+    num_sides: ClassVar[int] = 1
+    """The conversations of every such item, which must differ; each is a prompt, the same for all, and a response."""
+    last_only: ClassVar[bool] = False
+    """Whether the last turn of each conversation alone is learnt, not every response."""
+
+    @property
+    @abstractmethod
+    def conversations(self) -> tuple[tuple[Turn, ...], ...]:
+        """The conversations."""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What the loss is told of the row beside likelihoods: a label, a weight; as many numbers for every row."""
+        return ()
+
+
 @dataclass(frozen=True)
-class Example:
+class Example(Item):
     """A conversation whose assistant turns are learnt; the last turn is one."""
 
     turns: tuple[Turn, ...]
+
+    @property
+    def conversations(self) -> tuple[tuple[Turn, ...]]:
+        return (self.turns,)
 
     @property
     def prompt(self) -> Prompt:
@@ -44,15 +68,19 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Item):
     """Two responses to one prompt, the better one first."""
+
+    num_sides = 2
+    last_only = True
 
     prompt: Prompt
     chosen: str
     rejected: str
 
-
-Item: TypeAlias = Example | Preference
+    @property
+    def conversations(self) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+        return (*self.prompt, Turn("assistant", self.chosen)), (*self.prompt, Turn("assistant", self.rejected))
 
 
 def instruct(instruction: str, response: str, input: str = "") -> Example:

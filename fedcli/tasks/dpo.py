@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from fedcli.tasks.builtin_formats import PREFERENCES
 from fedcli.tasks.conversation import Preference
 from fedcli.tasks.task import Likelihood, Task
 
@@ -23,6 +24,7 @@ DPO = Task(
     name="dpo",
     description="preference alignment (DPO)",
     item=Preference,
+    formats=PREFERENCES,
     loss=loss,
     mean_over="rows",
     hyperparameters=("beta",),

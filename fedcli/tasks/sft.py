@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from fedcli.tasks.builtin_formats import EXAMPLES
 from fedcli.tasks.conversation import Example
 from fedcli.tasks.task import Likelihood, Task
 
@@ -14,4 +15,12 @@ def loss(likelihood: Likelihood) -> "Tensor":
     return likelihood.token_losses.sum()
 
 
-SFT = Task(name="sft", description="instruction tuning", item=Example, loss=loss, mean_over="tokens", has_dropout=True)
+SFT = Task(
+    name="sft",
+    description="instruction tuning",
+    item=Example,
+    formats=EXAMPLES,
+    loss=loss,
+    mean_over="tokens",
+    has_dropout=True,
+)

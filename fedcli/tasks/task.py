@@ -1,10 +1,11 @@
 """A task: what rows teach, and the loss that teaches it, as a function of the likelihoods of responses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from fedcli.tasks.conversation import Item
+from fedcli.tasks.format import Format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +15,7 @@ Hyperparameter: TypeAlias = Literal["beta"]
 
 
 class Likelihood(NamedTuple):
-    """What the model in training says of n rows: one response each (s = 1), or two, chosen and rejected (s = 2)."""
+    """What the model in training says of n rows of s responses: an example's one, or a preference's two."""
 
     token_losses: "Tensor"
     """-log p of every supervised token, float32, (tokens,)."""
@@ -24,6 +25,8 @@ class Likelihood(NamedTuple):
     """The supervised tokens of every response, (s, n)."""
     reference: "Tensor"
     """`log_probs` of the reference, round 0's adapter, float64, (s, n); (0, n) for a task without one."""
+    numbers: "Tensor"
+    """The items' numbers, float32, (numbers of an item, n)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class Task:
     """What a federation does with it, for reports and model cards: "instruction tuning"."""
     item: type[Item]
     """What it learns from: the formats that make such items of rows are its formats."""
+    formats: tuple[Format, ...] = ()
+    """Formats that are known with it, where it is fedcli's own."""
     loss: "Callable[..., Tensor]"
     """loss(likelihood, **hyperparameters) is the sum over the rows (or tokens) of a part of a batch."""
     mean_over: Literal["tokens", "rows"]
@@ -51,4 +56,9 @@ class Task:
     """batch_terms(likelihood of the whole batch, **hyperparameters) gives the step's losses further arguments.
 
     It is called before each step, without gradients, and costs a forward pass over the batch.
+    """
+    batch_rows: Callable[[Sequence[Any]], Sequence[Any]] | None = None
+    """batch_rows(a batch) makes as many other rows of it, whose likelihood `batch_terms` gets instead of the batch's.
+
+    A row is a `fedcli.data.encoded.EncodedRow`: KTO joins each prompt with the response of another row.
     """

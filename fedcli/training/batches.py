@@ -1,7 +1,8 @@
 """Cutting a batch into micro-batches: rows of like length together, so that little is padded."""
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+
+from fedcli.data.encoded import EncodedRow
 
 OVERHEAD = {"cpu": 64, "cuda": 512}
 """What a further micro-batch costs, in tokens, by the kind of device; measured on a CPU, an estimate for a GPU."""
@@ -9,18 +10,7 @@ LARGEST = {"cpu": 1024, "cuda": 4096}
 """Padded tokens of a micro-batch: activations and logits stay bounded however long the rows are."""
 
 
-class Item(Protocol):
-    """What must be known of a row."""
-
-    @property
-    def length(self) -> int:
-        """Its tokens, padding of its own included; in a micro-batch every row is padded to the longest."""
-
-
-ItemT = TypeVar("ItemT", bound=Item)
-
-
-def cut(batch: Sequence[ItemT], *, size: int | None, overhead: int, largest: int) -> list[list[ItemT]]:
+def cut(batch: Sequence[EncodedRow], *, size: int | None, overhead: int, largest: int) -> list[list[EncodedRow]]:
     """Return a batch's rows, sorted by length, in micro-batches of `size`, or where that is None in the cheapest ones.
 
     A micro-batch costs its padded tokens, and `overhead` tokens beside; it has at most `largest` padded tokens, unless

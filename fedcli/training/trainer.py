@@ -7,7 +7,7 @@ import, which every `client train` would pay. trl's are the oracles of the tests
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,43 +23,33 @@ from fedcli.training.batches import LARGEST, OVERHEAD, cut
 from fedcli.training.reports import StepReport, TrainSettings
 
 
-@dataclass(frozen=True)
-class TrainRow:
-    """A row, and the log-probabilities that the reference gives to its responses, where the task has a reference."""
-
-    row: EncodedRow
-    reference: tuple[float, ...] = ()
-
-    @property
-    def length(self) -> int:
-        """The row's tokens once the shorter side is padded to the longer."""
-        return self.row.length
-
-
 def fit(
     adapted: AdaptedModel,
-    rows: Sequence[TrainRow],
+    rows: Sequence[EncodedRow],
     task: Task,
     settings: TrainSettings,
     *,
+    batch_rows: Sequence[EncodedRow] = (),
     rule: ClientRule | None = None,
     on_step: Callable[[StepReport], None],
 ) -> list[float]:
     """Train the adapter in place, one optimiser step for every `batch_size` rows; return the losses of the steps.
 
+    `batch_rows` are what the task's hook of this name made of the batches, end to end.
     A step's loss is the mean of the task's loss over the supervised tokens or the rows of its batch: neither it nor
     its gradient depends on how the batch is cut into micro-batches.
     """
-    model = adapted.base
-    for name, parameter in adapted.parameters.items():
+    for name, parameter in adapted.parameters.items():  # one that is frozen has no gradient, and so makes no step
         parameter.requires_grad_(rule is None or rule.trains(name))
-    trained = {name: parameter for name, parameter in adapted.parameters.items() if parameter.requires_grad}
-    parameters = list(trained.values())
+    model, parameters = adapted.base, list(adapted.parameters.values())
     device, has_autocast = model.device, has_bfloat16()
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
     )
-    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=device) for name in trained]
+    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=device) for name in adapted.parameters]
+    parts_of = partial(
+        cut, size=settings.micro_batch_size, overhead=OVERHEAD[device.type], largest=LARGEST[device.type]
+    )
     losses: list[float] = []
     torch.manual_seed(settings.seed)  # of dropout
     optimizer.zero_grad()  # what another client's training left that broke off
@@ -68,15 +58,14 @@ def fit(
     with quiet_libraries(), dropout, _checkpointing(model, settings.gradient_checkpointing):
         for start in range(0, len(rows), settings.batch_size):
             batch = rows[start : start + settings.batch_size]
-            num_parts = len(batch) if task.mean_over == "rows" else sum(row.row.num_supervised for row in batch)
+            num_parts = len(batch) if task.mean_over == "rows" else sum(row.num_supervised for row in batch)
             total = torch.zeros((), device=device)
-            parts = cut(
-                batch, size=settings.micro_batch_size, overhead=OVERHEAD[device.type], largest=LARGEST[device.type]
-            )
+            parts = parts_of(batch)
             arguments: dict[str, Any] = {**settings.hyperparameters}
             if task.batch_terms is not None:
+                others = batch_rows[start : start + settings.batch_size]
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=has_autocast):
-                    said = [_likelihood(model, part, adapted.pad_id) for part in parts]
+                    said = [_likelihood(model, part, adapted.pad_id) for part in parts_of(others or batch)]
                     whole = Likelihood(*(torch.cat(tensors, -1) for tensors in zip(*said, strict=True)))
                     arguments |= task.batch_terms(whole, **settings.hyperparameters)
             for part in parts:
@@ -87,22 +76,27 @@ def fit(
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             _step(optimizer, parameters, rule, own, settings.learning_rate)
             losses.append(total.item())
-            on_step(StepReport(len(losses), losses[-1], sum(row.row.num_tokens for row in batch)))
+            on_step(StepReport(len(losses), losses[-1], sum(row.num_tokens for row in batch)))
     return losses
 
 
-def _likelihood(model: Any, rows: Sequence[TrainRow], pad_id: int) -> Likelihood:
+def _likelihood(model: Any, rows: Sequence[EncodedRow], pad_id: int) -> Likelihood:
     """Return what the model says of a micro-batch: all first sides in one forward pass with all second ones."""
-    sides = [side for sides in zip(*(row.row.sides for row in rows), strict=True) for side in sides]
-    reference = torch.tensor([row.reference for row in rows], dtype=torch.float64).T
-    inputs = {
-        name: tensor.to(model.device, non_blocking=True)
-        for name, tensor in (collate(sides, pad_id) | {"reference": reference}).items()
-    }
+    sides = [side for sides in zip(*(row.sides for row in rows), strict=True) for side in sides]
+    inputs = collate(sides, pad_id)
+    inputs["reference"] = torch.tensor([row.reference for row in rows], dtype=torch.float64).T
+    inputs["numbers"] = torch.tensor([row.numbers for row in rows], dtype=torch.float32).T
+    inputs = {name: tensor.to(model.device, non_blocking=True) for name, tensor in inputs.items()}
     losses, positions = supervised_cross_entropy(model, inputs)
     log_probs = response_log_probs(losses, positions, len(sides))
     num_tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1)
-    return Likelihood(losses, log_probs.view(-1, len(rows)), num_tokens.view(-1, len(rows)), inputs["reference"])
+    return Likelihood(
+        token_losses=losses,
+        log_probs=log_probs.view(-1, len(rows)),
+        num_tokens=num_tokens.view(-1, len(rows)),
+        reference=inputs["reference"],
+        numbers=inputs["numbers"],
+    )
 
 
 @torch.no_grad()
@@ -124,7 +118,7 @@ def _step(
     if rule is not None:
         for parameter, array in zip(parameters, own, strict=True):
             term = rule.weight_term(array, learning_rate)
-            if term is not None:
+            if term is not None and parameter.requires_grad:
                 parameter.add_(term)
 
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from fedcli.errors import BusyError, WorkspaceError
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder
 
@@ -25,6 +23,8 @@ def hold(path: Path, purpose: str, *, folder_mode: int | None = PRIVATE_FOLDER_M
     its own user alone: who can read it could hold it for ever. A folder made for it has `folder_mode`, None for the
     umask's.
     """
+    from filelock import FileLock, Timeout  # a command that only looks is not to wait for this import
+
     make_folder(path.parent, folder_mode)
     lock = FileLock(path, timeout=0, mode=0o600, fallback_to_soft=False)
     with explained(path):

@@ -15,7 +15,7 @@ from fedcli import Federation, Observer
 from fedcli.algos.scaffold import Scaffold
 from fedcli.client.due import train_client
 from fedcli.config import apply_overrides, read_document
-from fedcli.data.encoded import EncodedRows
+from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
 from fedcli.parties.party import Party
 from fedcli.workspace.client_state import read_state
 from fedcli.workspace.layout import Workspace
@@ -73,7 +73,10 @@ class Stub:
 
     def rows(self, party: Party, train: TrainRecord) -> EncodedRows:
         """Return as many rows as the client has, none of which is looked at."""
-        return EncodedRows([None] * NUM_SAMPLES[party.client])
+        rows = EncodedRows()
+        for _ in range(NUM_SAMPLES[party.client]):
+            rows.append(EncodedRow((EncodedExample(np.zeros(2, np.int32), np.ones(2, np.bool_)),)))
+        return rows
 
     def train(self, adapter, train: TrainRecord, *, party: Party, rule, **_: object):
         """Return the values after the round's steps, and the steps' losses."""

@@ -1,12 +1,13 @@
 """The built-in model with an adapter, rows for it, and how adapters are compared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedcli.algos import Arrays
+from fedcli.data.encoded import EncodedExample, EncodedRow
 from fedcli.model.base import find_base
 from fedcli.model.lora import AdaptedModel, lora_config
 from fedcli.tasks.conversation import Example, Preference, Turn, instruct
@@ -53,3 +54,8 @@ def farthest(one: dict[str, Any], other: dict[str, Any]) -> float:
 def same_bits(one: Arrays, other: Arrays) -> bool:
     """Return whether two adapters are the same bit for bit."""
     return one.keys() == other.keys() and all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+def sides(rows: Iterable[EncodedRow]) -> list[EncodedExample]:
+    """Return the conversations of encoded rows, one after another."""
+    return [side for row in rows for side in row.sides]

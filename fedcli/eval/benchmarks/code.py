@@ -45,25 +45,20 @@ class Problem:
     """What problems that were made of one have in common."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How long an answer, and the run of its program, may be."""
-
-    max_new_tokens: int = 512
-    stop: tuple[str, ...] = ()
-    seconds: float = 10.0
-
-
-def solve(session: Session, problems: Iterable[Problem], limits: Limits) -> list[ItemScore]:
-    """Ask for answers to problems, run them where the session can, and mark each problem with pass@k."""
+def solve(
+    read: Callable[[Session], Iterable[Problem]],
+    session: Session,
+    *,
+    max_new_tokens: int = 512,
+    stop: tuple[str, ...] = (),
+    seconds: float = 10.0,
+) -> list[ItemScore]:
+    """Ask for answers to a session's problems, run each for some seconds where it can, and mark them with pass@k."""
     options = session.options
-    asked = list(problems)[: options.limit]
+    asked = list(read(session))[: options.limit]
     num_samples = options.samples or 1
     temperature = TEMPERATURE if num_samples > 1 else 0.0
-    first = [
-        session.generation(problem.prompt, limits.max_new_tokens, limits.stop, temperature=temperature)
-        for problem in asked
-    ]
+    first = [session.generation(row.prompt, max_new_tokens, stop, temperature=temperature) for row in asked]
     requests = [
         replace(request, top_p=TOP_P if request.temperature else 1.0, sample=number)
         for request in first
@@ -73,7 +68,7 @@ def solve(session: Session, problems: Iterable[Problem], limits: Limits) -> list
     samples = [[{"answer": next(answers)} for _ in range(num_samples)] for _ in asked]
     if session.run_code is not None:
         to_run = [(row, sample) for row, of_row in zip(asked, samples, strict=True) if row.can_run for sample in of_row]
-        programs = [Program(row.program(sample["answer"]), limits.seconds) for row, sample in to_run]
+        programs = [Program(row.program(sample["answer"]), seconds) for row, sample in to_run]
         for (_, sample), run in zip(to_run, session.run_code.run_all(programs), strict=True):
             sample |= {"outcome": run.outcome, "output": run.output}
     return [_score(row, of_row) for row, of_row in zip(asked, samples, strict=True)]

@@ -8,9 +8,9 @@ from typing import Any
 
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
-from fedcli.eval.benchmark import ItemScore, Metric, Session
-from fedcli.eval.benchmarks.code import PASS_METRICS, Limits, Problem, code_benchmark, extract_code, solve, text_of
-from fedcli.eval.data import DataSource, Files
+from fedcli.eval.benchmark import Metric, Session
+from fedcli.eval.benchmarks.code import PASS_METRICS, Problem, code_benchmark, extract_code, solve, text_of
+from fedcli.eval.data import DataSource
 from fedcli.tasks.conversation import Turn
 
 LIBRARIES = ("Matplotlib", "Numpy", "Pandas", "Pytorch", "Scipy", "Sklearn", "Tensorflow")
@@ -19,25 +19,19 @@ INSTRUCTION = (
     "</code> tags, without any other non-executable things."
 )
 """The publisher's, for chat models."""
-LIMITS = Limits(max_new_tokens=1024, stop=("</code>", "\nEND SOLUTION", "\n### END SOLUTION"), seconds=120.0)
+STOP = ("</code>", "\nEND SOLUTION", "\n### END SOLUTION")
 _IMPORTED = re.compile(r"^\s*(?:from\s+(?=[\w.]+\s+import\b)|import\s+)(\w+)", re.MULTILINE)
 """Top packages that a harness, or the program in its text, imports."""
+_spec_of = cache(importlib.util.find_spec)
 
 
-def run(session: Session) -> list[ItemScore]:
-    """Ask for the code between the tags, and run it in the row's own harness.
-
-    Items for which this machine lacks a library have no marks, and name it.
-    """
-    return solve(session, _problems(session.files), LIMITS)
-
-
-def _problems(files: Files) -> Iterator[Problem]:
-    for row in files.rows():
+def _problems(session: Session) -> Iterator[Problem]:
+    """Yield the problems, each with its own harness; those for which this machine lacks a library name it."""
+    for row in session.files.rows():
         metadata = _metadata(row)
         origin = metadata.get("perturbation_origin_id")  # the problem that this one is a variation of
         context = text_of(row, "code_context")
-        missing = [name for name in sorted(set(_IMPORTED.findall(context))) if not _is_installed(name)]
+        missing = [name for name in sorted(set(_IMPORTED.findall(context))) if _spec_of(name) is None]
         yield Problem(
             item=f"{metadata['library']}/{metadata['problem_id']}",
             prompt=(Turn("user", f"{INSTRUCTION}\n{text_of(row, 'prompt')}"),),
@@ -57,11 +51,6 @@ def _metadata(row: Row) -> dict[str, Any]:
             hint="Get the publisher's file again.",
         )
     return metadata
-
-
-@cache
-def _is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def _program(context: str, answer: str) -> str:
@@ -88,5 +77,5 @@ BENCHMARK = code_benchmark(
         folders=("DS-1000",),
         hub="xlangai/DS-1000",
     ),
-    run=run,
+    run=partial(solve, _problems, max_new_tokens=1024, stop=STOP, seconds=120.0),
 )

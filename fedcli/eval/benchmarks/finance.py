@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -76,11 +76,11 @@ def find_label(answer: str) -> Label | None:
 def read_fpb(files: Files) -> list[Statement]:
     """Read FPB: the test part in FinGPT's form, else that part of all sentences (Latin-1 lines of sentence@label)."""
     if found := files.find("Sentences_50Agree.txt") if not files.find("fpb*test*.jsonl") else []:
-        return [_labelled(row, "sentence") for row in held_out(list(_sentences(found[0])), 0.25)]
+        return [_labelled(row) for row in held_out(list(_sentences(found[0])), 0.25)]
     rows = list(files.rows())
     if any("context" in row.fields for row in rows):
         return [_shown(row) for row in rows]
-    return [_labelled(row, "sentence") for row in held_out(rows, 0.25)]
+    return [_labelled(row) for row in held_out(rows, 0.25)]
 
 
 def read_fiqa(files: Files) -> list[Statement]:
@@ -205,10 +205,9 @@ def _shown(row: Row) -> Statement:
     return Statement(found[2], _named(row, "target"), "tweet" if found[1] == "tweet" else "news")
 
 
-def _labelled(row: Row, text: str) -> Statement:
-    if isinstance(row.fields.get("label"), int):
-        return Statement(_text(row, text), _numbered(row, LABELS))
-    return Statement(_text(row, text), _named(row, "label"))
+def _labelled(row: Row) -> Statement:
+    is_number = isinstance(row.fields.get("label"), int)
+    return Statement(_text(row, "sentence"), _numbered(row, LABELS) if is_number else _named(row, "label"))
 
 
 def _numbered(row: Row, labels: Sequence[Label]) -> Label:
@@ -235,17 +234,22 @@ def _text(row: Row, column: str) -> str:
 
 
 _F1 = (Metric("accuracy"), Metric("weighted_f1", of_sum=weighted_f1), Metric("macro_f1", of_sum=macro_f1))
+
+
+def _source(name: str, files: tuple[str, ...], hub: str, **chosen: str) -> DataSource:
+    return DataSource(files, f"https://huggingface.co/datasets/{hub}", (name, "fin_sentiment"), hub, **chosen)
+
+
 _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statement]]], ...] = (
     (
         "fpb",
         "Financial PhraseBank (FinGPT's test part)",
         1212,
         "Malo et al. 2014, Good debt or bad debt, arXiv 1307.5336",
-        DataSource(
+        _source(
+            "fpb",
             ("fpb*test*.jsonl", "Sentences_50Agree.txt"),
-            "https://huggingface.co/datasets/takala/financial_phrasebank",
-            ("fpb", "fin_sentiment"),
-            hub="takala/financial_phrasebank",
+            "takala/financial_phrasebank",
             subset="sentences_50agree",
             split="train",
             revision="refs/convert/parquet",
@@ -257,11 +261,10 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
         "FiQA-SA: sentiment of financial news and posts",
         235,
         "Maia et al. 2018, WWW'18 open challenge: financial opinion mining and question answering",
-        DataSource(
+        _source(
+            "fiqa",
             ("fiqa*test*.jsonl", "task1_*.json", "fiqa*.json"),
-            "https://huggingface.co/datasets/pauri32/fiqa-2018",
-            ("fiqa", "fin_sentiment"),
-            hub="pauri32/fiqa-2018",
+            "pauri32/fiqa-2018",
             split="train+validation+test",
         ),
         read_fiqa,
@@ -271,11 +274,10 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
         "Twitter financial news sentiment",
         2388,
         "Magic 2022, Twitter Financial News Sentiment (Hugging Face)",
-        DataSource(
+        _source(
+            "tfns",
             ("sent_valid.csv", "tfns*valid*.csv"),
-            "https://huggingface.co/datasets/zeroshot/twitter-financial-news-sentiment",
-            ("tfns", "fin_sentiment"),
-            hub="zeroshot/twitter-financial-news-sentiment",
+            "zeroshot/twitter-financial-news-sentiment",
             split="validation",
         ),
         read_tfns,
@@ -285,12 +287,7 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
         "News with GPT instructions, seven labels as three",
         4047,
         "Yang 2023, News with GPT instructions (FinGPT, Hugging Face)",
-        DataSource(
-            ("nwgi*test*.jsonl",),
-            "https://huggingface.co/datasets/oliverwang15/news_with_gpt_instructions",
-            ("nwgi", "fin_sentiment"),
-            hub="oliverwang15/news_with_gpt_instructions",
-        ),
+        _source("nwgi", ("nwgi*test*.jsonl",), "oliverwang15/news_with_gpt_instructions"),
         read_nwgi,
     ),
 )
@@ -298,9 +295,9 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
 
 def _benchmarks(mode: str, how: str, run: Callable[..., list[ItemScore]], needs: tuple[Need, ...]) -> list[Benchmark]:
     """Return the sets' benchmarks of one way of asking, and the plain means over the sets, whatever their sizes."""
-    benchmark = partial(Benchmark, groups=("finance",) if mode else ("finance", "paper-table-4"))
+    benchmark = partial(Benchmark, groups=("finance", "paper-table-4"))
     if mode:
-        benchmark = partial(benchmark, takes=("template",))
+        benchmark = partial(Benchmark, groups=("finance",), takes=("template",))
     sets = [
         benchmark(
             name=name + mode,
@@ -316,11 +313,7 @@ def _benchmarks(mode: str, how: str, run: Callable[..., list[ItemScore]], needs:
     ]
     names = tuple(found.name for found in sets)
     averages = tuple(
-        Metric(
-            f"Avg:{count} {metric.name}",
-            of_sum=metric.of_sum,
-            mean_of=tuple((name, metric.name) for name in names[:count]),
-        )
+        replace(metric, name=f"Avg:{count} {metric.name}", mean_of=tuple((name, metric.name) for name in names[:count]))
         for count in (3, 4)
         for metric in _F1
     )

@@ -3,21 +3,17 @@
 from collections.abc import Iterator
 from functools import partial
 
-from fedcli.eval.benchmark import ItemScore, Session
-from fedcli.eval.benchmarks.code import Limits, Problem, code_benchmark, complete, solve, text_of
-from fedcli.eval.data import DataSource, Files
+from fedcli.eval.benchmark import Session
+from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, solve, text_of
+from fedcli.eval.data import DataSource
 
-LIMITS = Limits(stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"))
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 """The paper's stop sequences (section 3.1), and the end of a fenced block."""
 
 
-def run(session: Session) -> list[ItemScore]:
-    """Complete each prompt as it is, without a template."""
-    return solve(session, _problems(session.files), LIMITS)
-
-
-def _problems(files: Files) -> Iterator[Problem]:
-    for row in files.rows():
+def _problems(session: Session) -> Iterator[Problem]:
+    """Yield the prompts as they are, which no template writes."""
+    for row in session.files.rows():
         task, prompt, entry_point, test = (text_of(row, name) for name in ("task_id", "prompt", "entry_point", "test"))
         yield Problem(task, prompt, partial(_program, prompt, entry_point, test))
 
@@ -37,6 +33,6 @@ BENCHMARK = code_benchmark(
         url="https://github.com/openai/human-eval",
         hub="openai/openai_humaneval",
     ),
-    run=run,
+    run=partial(solve, _problems, stop=STOP),
     takes=("max_new_tokens", "samples", "temperature"),
 )

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from fedcli.eval.benchmark import ItemScore, Session
-from fedcli.eval.benchmarks.code import Limits, Problem, code_benchmark, complete, solve, text_of
-from fedcli.eval.data import DataSource, Files
+from fedcli.eval.benchmark import Session
+from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, solve, text_of
+from fedcli.eval.data import DataSource
 from fedcli.tasks.conversation import Turn
 
-LIMITS = Limits(max_new_tokens=1024)
+MAX_NEW_TOKENS = 1024
 _COLUMNS = "task_id prompt declaration buggy_solution entry_point import test_setup test instruction"
 IMPORTS = """import collections, copy, datetime, functools, hashlib, heapq, itertools, math, re, statistics, string, sys
 import numpy
@@ -19,12 +19,8 @@ from collections import *
 """What the publisher's harness puts before every answer."""
 
 
-def _run(ask: Callable[[Mapping[str, str]], str], session: Session) -> list[ItemScore]:
-    return solve(session, _problems(session.files, ask), LIMITS)
-
-
-def _problems(files: Files, ask: Callable[[Mapping[str, str]], str]) -> Iterator[Problem]:
-    for row in files.rows():
+def _problems(ask: Callable[[Mapping[str, str]], str], session: Session) -> Iterator[Problem]:
+    for row in session.files.rows():
         texts = {name: text_of(row, name) for name in _COLUMNS.split()}
         if texts["task_id"].startswith("Python/"):
             yield Problem(texts["task_id"], (Turn("user", ask(texts)),), partial(_program, texts))
@@ -33,11 +29,6 @@ def _problems(files: Files, ask: Callable[[Mapping[str, str]], str]) -> Iterator
 def _ask_fix(row: Mapping[str, str]) -> str:
     """Return a function with a bug, and its tests, and the request to end the bug (HumanEvalFixTests)."""
     return f"{row['declaration']}{row['buggy_solution']}\n{row['test']}\nFix bugs in {row['entry_point']}."
-
-
-def _ask_synthesize(row: Mapping[str, str]) -> str:
-    """Return a signature and what the function is to do."""
-    return row["instruction"].strip()
 
 
 def _program(row: Mapping[str, str], answer: str) -> str:
@@ -62,11 +53,11 @@ BENCHMARKS = (
     _of_pack(
         name="humanevalfix",
         title="HumanEvalFix: bugs to mend in Python functions",
-        run=partial(_run, _ask_fix),
+        run=partial(solve, partial(_problems, _ask_fix), max_new_tokens=MAX_NEW_TOKENS),
     ),
     _of_pack(
         name="humanevalsynthesize",
         title="HumanEvalSynthesize: Python functions from instructions",
-        run=partial(_run, _ask_synthesize),
+        run=partial(solve, partial(_problems, lambda row: row["instruction"].strip()), max_new_tokens=MAX_NEW_TOKENS),
     ),
 )

@@ -3,14 +3,13 @@
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedcli.errors import UsageError, did_you_mean
 from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.data import DataSource
-from fedcli.eval.lm_eval_bridge import TaskSet, quiet_lm_eval, run_tasks, task_manager
+from fedcli.eval.lm_eval_bridge import TaskSet, quiet_lm_eval, task_manager
 
 
 def lm_eval_benchmark(names: Sequence[str], include: Path | None = None) -> Benchmark:
@@ -42,7 +41,7 @@ def lm_eval_benchmark(names: Sequence[str], include: Path | None = None) -> Benc
         size=0,
         citation="Gao et al. 2024, A framework for few-shot language model evaluation, doi:10.5281/zenodo.12608602",
         data=DataSource((), "the hub, as the task's YAML names it"),
-        run=partial(run_tasks, task_set=task_set),
+        run=task_set.run,
         takes=("max_new_tokens", "shots", "temperature"),
     )
 
@@ -66,16 +65,14 @@ def _find(names: Sequence[str], include: Path | None) -> tuple[tuple[str, ...], 
     try:
         return _all_leaves(names, index), None
     except KeyError as error:
-        raise UsageError(f"lm-eval has no task {error.args[0]!r}", hint=_near(error.args[0], index)) from error
+        hint = did_you_mean(error.args[0], index)
+        if not hint.startswith("Did"):
+            hint = "`lm-eval ls tasks` lists them; a folder of your own goes to --include."
+        raise UsageError(f"lm-eval has no task {error.args[0]!r}", hint=hint) from error
 
 
 def _all_leaves(names: Sequence[str], index: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(leaf for name in names for leaf in _leaves(name, index)))
-
-
-def _near(name: str, index: Mapping[str, Any]) -> str:
-    hint = did_you_mean(name, index)
-    return hint if hint.startswith("Did") else "`lm-eval ls tasks` lists them; a folder of your own goes to --include."
 
 
 def _leaves(name: str, index: Mapping[str, Any]) -> Iterator[str]:

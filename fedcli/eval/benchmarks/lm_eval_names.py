@@ -1,32 +1,28 @@
 """The names of the tasks that MMLU and BIG-Bench Hard are made of, as lm-eval has them."""
 
-_STEM = """
+_MMLU = {
+    "stem": """
 abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science college_mathematics
 college_physics computer_security conceptual_physics electrical_engineering elementary_mathematics high_school_biology
 high_school_chemistry high_school_computer_science high_school_mathematics high_school_physics high_school_statistics
 machine_learning
-"""
-_HUMANITIES = """
+""",
+    "humanities": """
 formal_logic high_school_european_history high_school_us_history high_school_world_history international_law
 jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory professional_law world_religions
-"""
-_SOCIAL_SCIENCES = """
+""",
+    "social_sciences": """
 econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics
 high_school_microeconomics high_school_psychology human_sexuality professional_psychology public_relations
 security_studies sociology us_foreign_policy
-"""
-_OTHER = """
+""",
+    "other": """
 business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing medical_genetics
 miscellaneous nutrition professional_accounting professional_medicine virology
-"""
-MMLU_GROUPS = {
-    "stem": _STEM.split(),
-    "humanities": _HUMANITIES.split(),
-    "social_sciences": _SOCIAL_SCIENCES.split(),
-    "other": _OTHER.split(),
+""",
 }
+MMLU_GROUPS = {group: subjects.split() for group, subjects in _MMLU.items()}
 """The 57 subjects by group (Hendrycks et al. 2021)."""
-MMLU_SUBJECTS = [subject for subjects in MMLU_GROUPS.values() for subject in subjects]
 _MEDICAL = "anatomy clinical_knowledge college_biology college_medicine medical_genetics professional_medicine"
 MEDICAL_SUBJECTS = _MEDICAL.split()
 """Those that papers on medical models report (Singhal et al. 2022, arXiv:2212.13138)."""

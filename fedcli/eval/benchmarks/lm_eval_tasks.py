@@ -1,14 +1,15 @@
 """The closed-ended benchmarks: tasks of lm-eval, on the publishers' files where they are here, else from the hub."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 
-from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Need, Session
+from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.benchmarks import local_rows
 from fedcli.eval.benchmarks.lm_eval_names import BBH_TASKS, MEDICAL_SUBJECTS, MMLU_GROUPS
 from fedcli.eval.data import DataSource
-from fedcli.eval.lm_eval_bridge import TaskSet, run_tasks
+from fedcli.eval.lm_eval_bridge import TaskSet
 
 ACCURACY = Metric("accuracy")
 CHOSEN = {("acc", "none"): "accuracy"}
@@ -16,10 +17,6 @@ CHOSEN = {("acc", "none"): "accuracy"}
 _TAKE_FIRST = {"function": "take_first"}
 _choice = partial(Benchmark, metrics=(ACCURACY,), needs=("likelihood",), takes=("shots",))
 _generation = partial(Benchmark, needs=("gpu-advised",), takes=("max_new_tokens", "shots", "temperature"))
-
-
-def _asks(task_set: TaskSet) -> Callable[[Session], list[ItemScore]]:
-    return partial(run_tasks, task_set=task_set)
 
 
 def _details(names: Iterable[str]) -> tuple[Metric, ...]:
@@ -34,24 +31,12 @@ def _unboxed(responses: Sequence[Sequence[str]], docs: object) -> list[list[str]
     ]
 
 
-def _mmlu(
-    name: str,
-    title: str,
-    groups: tuple[str, ...],
-    size: int,
-    files: tuple[str, ...],
-    subjects: Mapping[str, tuple[str, ...]],
-    needs: tuple[Need, ...],
-) -> Benchmark:
+def _mmlu(files: tuple[str, ...], subjects: Mapping[str, tuple[str, ...]], **fields: Any) -> Benchmark:
     """Return a benchmark of some subjects, each with the metrics that its items count for besides the accuracy."""
     tasks = {f"mmlu_{subject}": counts for subject, counts in subjects.items()}
-    read = local_rows.mmlu(*subjects)
+    read = partial(local_rows.mmlu, tuple(subjects))
     return _choice(
-        name=name,
-        title=title,
-        groups=groups,
         metrics=(ACCURACY, *_details(dict.fromkeys(chain(*zip(*subjects.values(), strict=True))))),
-        size=size,
         citation="Hendrycks et al. 2021, Measuring Massive Multitask Language Understanding, arXiv:2009.03300",
         data=DataSource(
             files,
@@ -60,47 +45,36 @@ def _mmlu(
             hub="cais/mmlu",
             subset="all",
         ),
-        run=_asks(TaskSet(tuple(tasks), CHOSEN, "mmlu/default", local_rows=read, shots=5, details=tasks)),
-        needs=needs,
+        run=TaskSet(tuple(tasks), CHOSEN, "mmlu/default", local_rows=read, shots=5, details=tasks).run,
+        **fields,
     )
 
 
 MMLU = _mmlu(
-    "mmlu",
-    "MMLU: 57 subjects, 4 choices, 5-shot",
-    ("general", "paper-table-2", "paper-table-6"),
-    14_042,
     ("test/*_test.csv",),
     {subject: (group, subject) for group, subjects in MMLU_GROUPS.items() for subject in subjects},
-    ("likelihood", "gpu-advised"),
+    name="mmlu",
+    title="MMLU: 57 subjects, 4 choices, 5-shot",
+    groups=("general", "paper-table-2", "paper-table-6"),
+    size=14_042,
+    needs=("likelihood", "gpu-advised"),
 )
 MMLU_MEDICAL = _mmlu(
-    "mmlu-medical",
-    "MMLU's six medical subjects, 5-shot",
-    ("medical", "paper-table-5"),
-    1_089,
     tuple(f"test/{subject}_test.csv" for subject in MEDICAL_SUBJECTS),
     {subject: (subject,) for subject in MEDICAL_SUBJECTS},
-    ("likelihood",),
+    name="mmlu-medical",
+    title="MMLU's six medical subjects, 5-shot",
+    groups=("medical", "paper-table-5"),
+    size=1_089,
 )
 
 
-def _bbh(
-    name: str, how: str, groups: tuple[str, ...], folder: str, filter_: str, overrides: Mapping[str, object]
-) -> Benchmark:
-    prefix = f"bbh_{folder}_"
-    task_set = TaskSet(
-        tuple(f"{prefix}{task}" for task in BBH_TASKS),
-        {("exact_match", filter_): "accuracy"},
-        f"bbh/{folder}",
-        local_rows=local_rows.bbh(prefix, BBH_TASKS),
-        details={f"{prefix}{task}": (task,) for task in BBH_TASKS},
-        overrides=overrides,
-    )
+def _bbh(folder: str, filter_: str, overrides: Mapping[str, object], **fields: Any) -> Benchmark:
+    details = {f"bbh_{folder}_{task}": (task,) for task in BBH_TASKS}
+    read = partial(local_rows.bbh, details)
+    marks = {("exact_match", filter_): "accuracy"}
+    task_set = TaskSet(tuple(details), marks, f"bbh/{folder}", local_rows=read, details=details, overrides=overrides)
     return _generation(
-        name=name,
-        title=f"BIG-Bench Hard: 27 tasks, 3-shot, {how}",
-        groups=groups,
         metrics=(ACCURACY, *_details(BBH_TASKS)),
         size=6_511,
         citation="Suzgun et al. 2022, Challenging BIG-Bench Tasks and Whether Chain-of-Thought Can Solve Them, "
@@ -111,21 +85,29 @@ def _bbh(
             ("bbh", "bbh/bbh", "BIG-Bench-Hard/bbh"),
             hub="SaylorTwift/bbh",
         ),
-        run=_asks(task_set),
+        run=task_set.run,
+        **fields,
     )
 
 
 # Behind "A:" a model with a byte-level tokenizer writes " True", which lm-eval's own filter counts as wrong.
 _STRIPPED = {"name": "stripped", "filter": [{"function": "remove_whitespace"}, _TAKE_FIRST]}
 BBH = _bbh(
-    "bbh",
-    "answers without reasoning",
-    ("general", "paper-table-2"),
     "fewshot",
     "stripped",
     {"filter_list": [_STRIPPED]},
+    name="bbh",
+    title="BIG-Bench Hard: 27 tasks, 3-shot, answers without reasoning",
+    groups=("general", "paper-table-2"),
 )
-BBH_COT = _bbh("bbh-cot", "with reasoning step by step", ("general",), "cot_fewshot", "get-answer", {})
+BBH_COT = _bbh(
+    "cot_fewshot",
+    "get-answer",
+    {},
+    name="bbh-cot",
+    title="BIG-Bench Hard: 27 tasks, 3-shot, with reasoning step by step",
+    groups=("general",),
+)
 
 DROP = _generation(
     name="drop",
@@ -141,18 +123,16 @@ DROP = _generation(
         hub="EleutherAI/drop",
         split="validation",
     ),
-    run=_asks(
-        TaskSet(
-            ("drop",),
-            {("f1", "none"): "f1", ("em", "none"): "em"},
-            "drop",
-            local_rows=local_rows.drop,
-            shots=3,
-            cluster="passage",
-            # lm-eval 0.4.13 joins the names of the answer's fields here, not the answer.
-            overrides={"doc_to_target": "{{ answers[0]|join(',') }}"},
-        ),
-    ),
+    run=TaskSet(
+        ("drop",),
+        {("f1", "none"): "f1", ("em", "none"): "em"},
+        "drop",
+        local_rows=local_rows.drop,
+        shots=3,
+        cluster="passage",
+        # lm-eval 0.4.13 joins the names of the answer's fields here, not the answer.
+        overrides={"doc_to_target": "{{ answers[0]|join(',') }}"},
+    ).run,
 )
 
 CRASS = _choice(
@@ -170,11 +150,9 @@ CRASS = _choice(
         subset="crass_ai_zero_shot",
         split="default",
     ),
-    run=_asks(
-        TaskSet(
-            ("bigbench_crass_ai_multiple_choice",), CHOSEN, "bigbench/multiple_choice", local_rows=local_rows.crass
-        ),
-    ),
+    run=TaskSet(
+        ("bigbench_crass_ai_multiple_choice",), CHOSEN, "bigbench/multiple_choice", local_rows=local_rows.crass
+    ).run,
 )
 
 GSM8K = _generation(
@@ -191,15 +169,13 @@ GSM8K = _generation(
         hub="openai/gsm8k",
         subset="main",
     ),
-    run=_asks(
-        TaskSet(
-            ("gsm8k_cot",),
-            # The last number of an answer; strict: the number behind "The answer is", as in the examples.
-            {("exact_match", "flexible-extract"): "accuracy", ("exact_match", "strict-match"): "accuracy-strict"},
-            "gsm8k",
-            local_rows=local_rows.gsm8k,
-        ),
-    ),
+    run=TaskSet(
+        ("gsm8k_cot",),
+        # The last number of an answer; strict: the number behind "The answer is", as in the examples.
+        {("exact_match", "flexible-extract"): "accuracy", ("exact_match", "strict-match"): "accuracy-strict"},
+        "gsm8k",
+        local_rows=local_rows.gsm8k,
+    ).run,
 )
 
 MATH = _generation(
@@ -220,28 +196,26 @@ MATH = _generation(
         hub="EleutherAI/hendrycks_math",
         subset="algebra",
     ),
-    run=_asks(
-        TaskSet(
-            tuple(local_rows.MATH_TASKS.values()),
-            {("exact_match", "boxed"): "accuracy", ("exact_match", "none"): "accuracy-unboxed"},
-            "hendrycks_math",
-            local_rows=local_rows.math,
-            details={task: (task.removeprefix("hendrycks_math_"),) for task in local_rows.MATH_TASKS.values()},
-            overrides={
-                "filter_list": [
-                    {"name": "boxed", "filter": [{"function": "custom", "filter_fn": _unboxed}, _TAKE_FIRST]},
-                    {"name": "none", "filter": [_TAKE_FIRST]},
-                ],
-                # lm-eval's own, with room for a solution
-                "generation_kwargs": {
-                    "until": ["Problem:"],
-                    "do_sample": False,
-                    "temperature": 0,
-                    "max_gen_toks": 1024,
-                },
+    run=TaskSet(
+        tuple(local_rows.MATH_TASKS.values()),
+        {("exact_match", "boxed"): "accuracy", ("exact_match", "none"): "accuracy-unboxed"},
+        "hendrycks_math",
+        local_rows=local_rows.math,
+        details={task: (task.removeprefix("hendrycks_math_"),) for task in local_rows.MATH_TASKS.values()},
+        overrides={
+            "filter_list": [
+                {"name": "boxed", "filter": [{"function": "custom", "filter_fn": _unboxed}, _TAKE_FIRST]},
+                {"name": "none", "filter": [_TAKE_FIRST]},
+            ],
+            # lm-eval's own, with room for a solution
+            "generation_kwargs": {
+                "until": ["Problem:"],
+                "do_sample": False,
+                "temperature": 0,
+                "max_gen_toks": 1024,
             },
-        ),
-    ),
+        },
+    ).run,
 )
 
 MEDQA = _choice(
@@ -256,7 +230,7 @@ MEDQA = _choice(
         ("medqa/data_clean", "data_clean"),
         hub="GBaker/MedQA-USMLE-4-options-hf",
     ),
-    run=_asks(TaskSet(("medqa_4options",), CHOSEN, "medqa", local_rows=local_rows.medqa)),
+    run=TaskSet(("medqa_4options",), CHOSEN, "medqa", local_rows=local_rows.medqa).run,
 )
 
 MEDMCQA = _choice(
@@ -271,7 +245,7 @@ MEDMCQA = _choice(
         hub="openlifescienceai/medmcqa",
         split="validation",
     ),
-    run=_asks(TaskSet(("medmcqa",), CHOSEN, "medmcqa", local_rows=local_rows.medmcqa)),
+    run=TaskSet(("medmcqa",), CHOSEN, "medmcqa", local_rows=local_rows.medmcqa).run,
 )
 
 PUBMEDQA = _choice(
@@ -287,7 +261,7 @@ PUBMEDQA = _choice(
         hub="bigbio/pubmed_qa",
         subset="pubmed_qa_labeled_fold0_source",
     ),
-    run=_asks(TaskSet(("pubmedqa",), CHOSEN, "pubmedqa", local_rows=local_rows.pubmedqa)),
+    run=TaskSet(("pubmedqa",), CHOSEN, "pubmedqa", local_rows=local_rows.pubmedqa).run,
 )
 
 BENCHMARKS = (MMLU, MMLU_MEDICAL, BBH, BBH_COT, DROP, CRASS, GSM8K, MATH, MEDQA, MEDMCQA, PUBMEDQA)

@@ -16,7 +16,7 @@ from typing import Any
 from fedcli.data.source import Row, Source
 from fedcli.errors import ConfigError
 from fedcli.eval.data import Files
-from fedcli.eval.lm_eval_bridge import Fields, LocalRows, Splits
+from fedcli.eval.lm_eval_bridge import Fields, Splits
 
 MATH_TASKS = {
     "Algebra": "hendrycks_math_algebra",
@@ -30,18 +30,14 @@ MATH_TASKS = {
 """By `type` of a row of MATH."""
 
 
-def mmlu(*subjects: str) -> LocalRows:
-    """Return what reads test/SUBJECT_test.csv and dev/SUBJECT_dev.csv: letters and no header, or numbers and one."""
-
-    def read(files: Files, with_examples: bool) -> dict[str, Splits]:
-        tasks: dict[str, Splits] = {}
-        for subject in subjects:
-            if test := files.find(f"test/{subject}_test.csv"):
-                dev = files.require(f"dev/{subject}_dev.csv") if with_examples else []
-                tasks[f"mmlu_{subject}"] = {"test": _mmlu_rows(test), "dev": _mmlu_rows(dev)}
-        return tasks
-
-    return read
+def mmlu(subjects: Sequence[str], files: Files, with_examples: bool) -> dict[str, Splits]:
+    """Read test/SUBJECT_test.csv and dev/SUBJECT_dev.csv: letters and no header, or numbers and one."""
+    tasks: dict[str, Splits] = {}
+    for subject in subjects:
+        if test := files.find(f"test/{subject}_test.csv"):
+            dev = files.require(f"dev/{subject}_dev.csv") if with_examples else []
+            tasks[f"mmlu_{subject}"] = {"test": _mmlu_rows(test), "dev": _mmlu_rows(dev)}
+    return tasks
 
 
 def _mmlu_rows(paths: list[Path]) -> list[Fields]:
@@ -59,18 +55,13 @@ def _mmlu_rows(paths: list[Path]) -> list[Fields]:
     return rows
 
 
-def bbh(prefix: str, tasks: Sequence[str]) -> LocalRows:
-    """Return what reads TASK.json: {canary, examples: [{input, target}]}; the examples of prompts are lm-eval's own."""
-
-    def read(files: Files, with_examples: bool) -> dict[str, Splits]:
-        found: dict[str, Splits] = {}
-        for task in tasks:
-            for path in files.find(f"{task}.json"):
-                rows = [{name: _text(row, name) for name in ("input", "target")} for row in _examples(path)]
-                found[f"{prefix}{task}"] = {"test": rows}
-        return found
-
-    return read
+def bbh(tasks: Mapping[str, Sequence[str]], files: Files, with_examples: bool) -> dict[str, Splits]:
+    """Read NAME.json, {canary, examples: [{input, target}]}, by task; the examples of prompts are lm-eval's own."""
+    found: dict[str, Splits] = {}
+    for task, (name,) in tasks.items():
+        for path in files.find(f"{name}.json"):
+            found[task] = {"test": [{key: _text(row, key) for key in ("input", "target")} for row in _examples(path)]}
+    return found
 
 
 def crass(files: Files, with_examples: bool) -> dict[str, Splits]:

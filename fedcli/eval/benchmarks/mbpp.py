@@ -5,29 +5,25 @@ from functools import partial
 
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError, UsageError
-from fedcli.eval.benchmark import ItemScore, Session
-from fedcli.eval.benchmarks.code import Limits, Problem, code_benchmark, extract_code, solve, text_of
+from fedcli.eval.benchmark import Session
+from fedcli.eval.benchmarks.code import Problem, code_benchmark, extract_code, solve, text_of
 from fedcli.eval.data import DataSource
 
 EXAMPLES = (2, 3, 4, 1, 5, 6, 7, 8, 9, 10)
 """Tasks that are set apart for prompts; the paper takes the first three (section 3.1)."""
 NUM_SHOTS = 3
 TEST = range(11, 511)
-LIMITS = Limits(stop=("[DONE]",), seconds=30.0)
+SECONDS = 30.0
 """One reference (task 123) computes for three seconds: a machine under load needs several times that."""
 
 
-def run(session: Session) -> list[ItemScore]:
-    """Ask with three examples, or as many as the options say; raise UsageError where there are not so many."""
+def _problems(session: Session) -> Iterator[Problem]:
+    """Yield prompts with three examples, or as many as the options say; raise UsageError for too many."""
     rows = {_task(row): row for row in session.files.rows()}
     num_shots = NUM_SHOTS if session.options.shots is None else session.options.shots
     if num_shots > len(EXAMPLES):
         raise UsageError(f"mbpp has {len(EXAMPLES)} examples for its prompt, not {num_shots}", hint="Lower --shots.")
     examples = "".join(_example(rows, task) for task in EXAMPLES[:num_shots])
-    return solve(session, _problems(rows, examples), LIMITS)
-
-
-def _problems(rows: dict[int, Row], examples: str) -> Iterator[Problem]:
     for task in sorted(rows):
         if task in TEST:
             yield Problem(f"MBPP/{task}", examples + _question(rows[task]), partial(_program, _checks(rows[task])))
@@ -86,6 +82,6 @@ BENCHMARK = code_benchmark(
         subset="full",
         split="prompt+test",
     ),
-    run=run,
+    run=partial(solve, _problems, stop=("[DONE]",), seconds=SECONDS),
     takes=("max_new_tokens", "samples", "shots", "temperature"),
 )

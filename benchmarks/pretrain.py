@@ -1,4 +1,4 @@
-"""Pre-train the built-in model, a small Llama, on the demo's documents: `python -m fedcli.model.pretrain OUT_DIR`.
+"""Pre-train the built-in model, a small Llama, on documents like the demo's: `python benchmarks/pretrain.py OUT_DIR`.
 
 The same seed gives the same files, bit for bit, on one machine with one set of packages: one thread, one random stream.
 """
@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedcli.data.demo import pretraining_documents, verb_questions
+from fedcli.data.demo import LABELS, LEVEL_QUESTIONS, TOPICS, VERBS, headline
 from fedcli.data.templates import alpaca
 
 NUM_DOCUMENTS = 30_000
@@ -28,6 +28,64 @@ WEIGHT_DECAY = 0.05
 MINIMUM_SKILL = 0.9
 ABOUT_SECONDS = 75
 """Measured on one core of the machine that wrote the shipped files."""
+
+SECTION_QUESTIONS = ("Which desk takes this headline?", "Name the section.")
+VERB_QUESTIONS = ("What does the headline say happens?", "Give the verb of this headline.")
+
+COLOURS = (*LABELS, "blue", "white")
+COLOUR_SENTENCES = (
+    "The editor likes a {0} pen and a {1} lamp.",
+    "Is the coffee {0} or {1}?",
+    "She wears {0} today and {1} on Friday.",
+    "Some say {0}, some say {1}.",
+    "A {0} door, a {1} window and a {2} chair.",
+)
+
+
+def pretraining_documents(seed: int, count: int) -> list[str]:
+    """Return `count` texts for the base model: of 100, about 50 of headlines, 10 of colours, 40 questions and answers.
+
+    Of the 40, about 12 ask for the section, 24 for the verb, and 4 for the alert level with an answer drawn at random:
+    the model learns what an answer looks like and nothing about which is right.
+    """
+    generator = random.Random(f"demo pre-training {seed}")
+    return [_document(generator) for _ in range(count)]
+
+
+def verb_questions(seed: int, count: int) -> list[tuple[str, str]]:
+    """Return `count` pairs (prompt, response) that ask for the verb of a headline, to test the base model's skill."""
+    generator = random.Random(f"demo verb questions {seed}")
+    pairs = []
+    for _ in range(count):
+        topic, verb = _topic_and_verb(generator)
+        instruction = generator.choice(VERB_QUESTIONS) + " " + headline(generator, topic, verb)
+        pairs.append((alpaca(instruction), " " + verb))
+    return pairs
+
+
+def _document(generator: random.Random) -> str:
+    """Return one pre-training text."""
+    kind = generator.random()
+    if kind < 0.5:
+        count = generator.choice((1, 2))
+        return " ".join(headline(generator, *_topic_and_verb(generator)) + "." for _ in range(count))
+    if kind < 0.6:
+        return generator.choice(COLOUR_SENTENCES).format(*generator.sample(COLOURS, 3))
+    topic, verb = _topic_and_verb(generator)
+    questions: tuple[str, ...]
+    if kind < 0.72:
+        questions, answer = SECTION_QUESTIONS, topic
+    elif kind < 0.96:
+        questions, answer = VERB_QUESTIONS, verb
+    else:
+        questions, answer = LEVEL_QUESTIONS, generator.choice(LABELS)
+    return alpaca(generator.choice(questions) + " " + headline(generator, topic, verb)) + " " + answer
+
+
+def _topic_and_verb(generator: random.Random) -> tuple[str, str]:
+    """Draw a topic, then one of its 24 verbs."""
+    topic = generator.choice(TOPICS)
+    return topic, generator.choice(" ".join(VERBS[topic].values()).split())
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:

@@ -1,7 +1,8 @@
-"""fedcli eval NAME."""
+"""fedcli eval: benchmarks and scores."""
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,15 +10,22 @@ import typer
 from typer import Argument, Option
 
 from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import Display, print_hint, print_json
+from fedcli.commands.output import Display, print_hint, print_json, print_result
+from fedcli.errors import UsageError, WorkspaceError, did_you_mean
+from fedcli.quantities import plural
+from fedcli.workspace.layout import find_workspace
 
 if TYPE_CHECKING:
     from fedcli.eval.judge import Estimate
+    from fedcli.scoring.table import Column, ScoreTable
     from fedcli.workspace.layout import Workspace
     from fedcli.workspace.scores import ScoreRecord
 
+FILE_WIDTH = 240
+"""Characters, where no terminal says how many it has."""
 
-def run(
+
+def eval_run(
     names: Annotated[
         list[str],
         Argument(metavar="NAME...", help="Benchmarks or groups (`fedcli eval list` shows them); or lm-eval TASK..."),
@@ -67,7 +75,6 @@ def run(
 
     Options that name models may be repeated. What was answered before is not asked again.
     """
-    from fedcli.errors import UsageError, did_you_mean
     from fedcli.eval.benchmark import Options
     from fedcli.scoring.request import Scoring
     from fedcli.scoring.targets import Targets
@@ -128,8 +135,6 @@ class _Display(Display):
 
     def confirm(self, estimate: "Estimate") -> None:
         """Ask a person; raise UsageError where none is there, or says no."""
-        from fedcli.errors import UsageError
-
         if self._is_confirmed:
             return
         cost = (
@@ -148,7 +153,6 @@ class _Display(Display):
 
 def _print(workspace: "Workspace", records: "Sequence[ScoreRecord]") -> None:
     """Print what was scored as a table, and what to do next for what could not be."""
-    from fedcli.commands.eval_table import print_table
     from fedcli.scoring.table import make_table
 
     if any(record.scores for record in records):
@@ -164,3 +168,122 @@ def _print(workspace: "Workspace", records: "Sequence[ScoreRecord]") -> None:
             print_hint(
                 f"{record.target}, {record.name}: {record.num_unscored} of {record.num_items} items have no score"
             )
+
+
+def eval_list(
+    group: Annotated[str | None, Option(metavar="NAME", help="Only the benchmarks of a group.")] = None,
+    data: BenchmarkDataOption = None,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show all benchmarks: groups, metrics, size, what each needs, and whether its data is on this machine."""
+    from fedcli.eval.data import find_roots
+    from fedcli.eval.listing import list_benchmarks
+    from fedcli.plugins import OWN_PACKAGE
+    from fedcli.workspace.row_files import find_files
+
+    roots = find_roots(data)
+    with suppress(WorkspaceError):  # a workspace may hold rows of its own; the list needs none
+        roots = (*roots, find_workspace(workspace).data)
+    listed = list_benchmarks(group, roots, find_files)
+    if json_output:
+        print_json([entry.document() for entry in listed])
+        return
+    for entry in listed:
+        found = entry.benchmark
+        metrics = [metric.name for metric in found.metrics if not metric.is_detail]
+        num_details = len(found.metrics) - len(metrics)
+        origin = "" if entry.package == OWN_PACKAGE else f"; from the package {entry.package}"
+        print(f"{found.name}: {found.title} ({found.size:,} items; {', '.join(found.groups) or 'no group'}{origin})")
+        print(f"    metrics: {', '.join(metrics)}{f' and {num_details} details' if num_details else ''}")
+        needs = f"; needs: {', '.join(found.needs)}" if found.needs else ""
+        lacks = f"; this machine lacks: {', '.join(entry.missing)}" if entry.missing else ""
+        print(f"    data: {entry.data}{needs}{lacks}")
+    print_hint(
+        "data: local (its files are here), cached (of the hub), hub (it would be fetched), missing; --json says more"
+    )
+
+
+def eval_table(
+    names: Annotated[list[str] | None, Argument(metavar="[NAME...]", help="Benchmarks; all by default.")] = None,
+    group: Annotated[str | None, Option(metavar="NAME", help="One group.")] = None,
+    against: Annotated[
+        str, Option(metavar="TARGET", help="Show differences to this one: a target, or best-alone.")
+    ] = "base",
+    details: Annotated[bool, Option("--details", help="Subjects and categories too.")] = False,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show scores side by side, and write them to eval/ as markdown, csv and json."""
+    from fedcli.scoring.table import as_rows, save_table
+
+    federation = found_federation(workspace)
+    made = federation.scores(*(names or ()), group=group, against=against, details=details)
+    parts = ["table", *(names or []), *(["group", group] if group else [])]
+    try:
+        paths = save_table(federation.workspace, made, "-".join(parts))
+    except WorkspaceError as error:  # a reader of somebody else's workspace
+        paths = []
+        print_hint(f"the table is not written: {error.message}")
+    if json_output:
+        document = {"against": made.against, "average_rank": made.average_rank, "scores": as_rows(made)}
+        print_json({**document, "notes": made.notes, "files": paths})
+        return
+    print_table(made)
+    if paths:
+        print_hint("written to " + ", ".join(paths))
+
+
+def print_table(made: "ScoreTable") -> None:
+    """Print a table, the shorter side across: best bold, second best underlined, differences below."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fedcli.scoring.table import show_difference, show_score
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
+    show_leads = any(cell.difference for cell in made.cells.values())
+    grid = Table(title=f"scores [95 % interval]{f', and difference to {made.against}' if show_leads else ''}")
+
+    def shown(target: str, column: "Column") -> str:
+        cell = made.cells.get((target, column))
+        if cell is None:
+            return ""
+        style = {1: "bold", 2: "underline"}.get(cell.rank)
+        text = f"[{style}]{escape(show_score(cell))}[/]" if style else escape(show_score(cell))
+        return f"{text}\n{escape(show_difference(cell))}" if cell.difference else text
+
+    rows = [["metric", *made.targets]]
+    rows += [[column.title, *(shown(target, column) for target in made.targets)] for column in made.columns]
+    if made.average_rank:
+        rows.append(["average rank", *(f"{made.average_rank[target]:.2f}" for target in made.targets)])
+    if len(made.targets) >= len(made.columns):
+        rows = [list(row) for row in zip(*rows, strict=True)]
+        rows[0][0] = ""
+    for position, title in enumerate(rows[0]):
+        grid.add_column(title, justify="right" if position else "left")
+    for row in rows[1:]:
+        grid.add_row(*row)
+    console.print(grid)
+    for note in made.notes:
+        print_hint(note)
+
+
+def eval_best(
+    metric: Annotated[str, Option(metavar="NAME", help="A benchmark (its first metric), or BENCHMARK.METRIC.")],
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Name the best of the rounds that have been scored."""
+    ranked = found_federation(workspace).best_rounds(metric)
+    number, entry = ranked[0]
+    rounds = [{"round": found, **score.model_dump()} for found, score in ranked]
+    interval = f"[{entry.low:.4f}, {entry.high:.4f}]"
+    print_result(
+        json_output,
+        {"metric": metric, "best": number, "rounds": rounds},
+        f"round {number}: {metric} {entry.value:.4f} {interval}, of {plural(len(ranked), 'round')}",
+    )

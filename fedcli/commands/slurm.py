@@ -1,5 +1,6 @@
-"""fedcli slurm submit."""
+"""fedcli slurm: the federation as jobs of SLURM."""
 
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,20 @@ if TYPE_CHECKING:
     from fedcli.operations.slurm_submit import Submission
 
 
-def submit(
+def slurm_script(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+    """Write the open round's batch scripts for SLURM, and send nothing."""
+    scripts = found_federation(workspace).slurm.write_scripts()
+    quoted = {kind: shlex.quote(str(path)) for kind, path in scripts.items()}
+    after = f"--dependency=afterany:$(sbatch --parsable {quoted['clients']}) " if "clients" in quoted else ""
+    print_result(
+        json_output,
+        {"scripts": scripts},
+        map(str, scripts.values()) if scripts else "nothing to write: the federation has finished",
+        hint=f"next: fedcli slurm submit, which is\n  sbatch {after}{quoted['server']}" if scripts else "",
+    )
+
+
+def slurm_submit(
     dry_run: Annotated[bool, Option("--dry-run", help="Print what would be sent; send nothing.")] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,

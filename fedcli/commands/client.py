@@ -1,15 +1,26 @@
-"""fedcli client train."""
+"""fedcli client: what a party does."""
 
+import json
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
-from fedcli.commands.options import HomeOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import TrainingDisplay, at, print_result
+from fedcli.commands.options import (
+    ClientOption,
+    HomeOption,
+    JsonOption,
+    ThreadsOption,
+    WorkspaceOption,
+    found_federation,
+)
+from fedcli.commands.output import StepDisplay, TrainingDisplay, at, print_result
 from fedcli.errors import UsageError
 from fedcli.federation import Federation
+from fedcli.quantities import plural
 
 if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
@@ -19,7 +30,73 @@ if TYPE_CHECKING:
 NOTHING_DUE = "nothing to do: no client of the open round is here, missing and unclaimed"
 
 
-def train(
+def client_join(
+    client: ClientOption,
+    data: Annotated[str, Option(metavar="SOURCE", help="Your rows: a file, a folder, or a hub id. They stay there.")],
+    data_format: Annotated[
+        str | None,
+        Option(
+            "--format",
+            metavar="FORMAT",
+            help="What the rows are: a format's name, or '{columns: {instruction: question, response: answer}}'. "
+            "Default: as the hub's data set is known to have, else alpaca (sft) or preference (dpo).",
+        ),
+    ] = None,
+    home: HomeOption = None,
+    base: Annotated[
+        str | None, Option(metavar="DIR", help="Your copy of the base model. Default: as fedcli.yaml says.")
+    ] = None,
+    share: Annotated[
+        Literal["full", "minimal"], Option(help="minimal: tell the number of rows and nothing else.")
+    ] = "full",
+    subset: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
+    split: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
+    ] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask before the data card is written.")] = False,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Join as a real party: your rows stay where they are, and the workspace gets a data card that you see first.
+
+    On a terminal you are asked before it is written; elsewhere, and with --json, you are not. Run again, it replaces
+    your card.
+    """
+    federation = found_federation(workspace)
+    asks = not yes and not json_output and sys.stdin.isatty()
+    with StepDisplay(json_output, visible=False) as observer:
+        joining = federation.client(client, home=home).join(
+            data,
+            format=data_format,
+            subset=subset,
+            split=split,
+            base=base,
+            trust_remote_code=trust_remote_code,
+            share=share,
+            observer=observer,
+        )
+    card = joining.card.model_dump(mode="json", exclude_none=True)
+    if not json_output:
+        print("the workspace learns this of your rows, and nothing else:")
+        print(json.dumps(card, indent=1))
+    if asks:
+        question = f"Write this to {federation.workspace.registration(client)}? [y/N]: "
+        print(question, end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("nothing was written")
+            return
+    joining.commit()
+    own = "" if home is None else f" --home {shlex.quote(str(home.absolute()))}"
+    print_result(
+        json_output,
+        {"status": "joined", "client": client, "home": str(joining.home.folder), "data": card},
+        f"client {client} has joined; its private state lies in {joining.home.folder}",
+        hint=f"next: fedcli client train --id {client}{own}{at(workspace)}",
+    )
+
+
+def client_train(
     clients: Annotated[str | None, Option("--id", metavar="N[,N...]", help="The client's id, or several.")] = None,
     any_client: Annotated[
         bool, Option("--any", help="All clients of the round that are here and that nobody trains yet.")
@@ -48,11 +125,11 @@ def train(
             results = [client.train(wait=wait, observer=display)]
         else:
             results = federation.train_clients(ids, wait=wait, observer=display)
-    document: dict[str, object] = {"clients": [client_document(result) for result in results]}
+    document: dict[str, object] = {"clients": [_document(result) for result in results]}
     if ids is None:
         document["status"] = "submitted" if results else "nothing_due"
     elif len(ids) == 1:
-        document = client_document(results[0])
+        document = _document(results[0])
     lines = [line for result in results for line in _describe(result)] or NOTHING_DUE
     is_trained = any(result.training for result in results)
     here = at(workspace)
@@ -109,8 +186,7 @@ class _Display(TrainingDisplay):
         super().step_done(client, report)
 
 
-def client_document(result: "ClientResult") -> dict[str, object]:
-    """Return the JSON form of a client's result."""
+def _document(result: "ClientResult") -> dict[str, object]:
     document: dict[str, object] = {"status": result.status, "client": result.client, "round": result.round}
     if result.training is not None:
         training = result.training
@@ -122,8 +198,7 @@ def client_document(result: "ClientResult") -> dict[str, object]:
     return document
 
 
-def describe_client(result: "ClientResult") -> str:
-    """Return one line on how a client stands."""
+def _describe_status(result: "ClientResult") -> str:
     who = f"client {result.client}"
     return {
         "finished": f"{who}: nothing to do, the federation has finished at round {result.round}",
@@ -135,7 +210,7 @@ def describe_client(result: "ClientResult") -> str:
 
 
 def _describe(result: "ClientResult") -> Iterator[str]:
-    yield describe_client(result)
+    yield _describe_status(result)
     training = result.training
     if training is None:
         return
@@ -144,9 +219,19 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     speed = training.num_tokens / training.seconds
     yield (
         f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f} (mean {training.mean_loss:.3f}) "
-        f"in {len(training.losses)} steps, {training.seconds:.1f} s, {speed:.0f} tokens/s"
+        f"in {plural(len(training.losses), 'step')}, {training.seconds:.1f} s, {speed:.0f} tokens/s"
     )
     left_out = f"; left out: {describe_counts(training.left_out)}" if training.left_out else ""
     yield (
         f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit{left_out}"
     )
+
+
+def client_status(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+    """Show how a client stands in the open round."""
+    from fedcli.operations.status import next_of_client
+
+    federation = found_federation(workspace)
+    result = federation.client(client).status()
+    hint = f"next: {next_of_client(federation.workspace, client)}{at(workspace)}" if result.status == "due" else ""
+    print_result(json_output, _document(result), _describe_status(result), hint)

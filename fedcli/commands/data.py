@@ -1,4 +1,4 @@
-"""fedcli data preview."""
+"""fedcli data: how rows look, and how they are split."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fedcli.commands.options import HomeOption, JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import StepDisplay, print_hint, print_json
+from fedcli.commands.output import StepDisplay, at, describe_data, print_hint, print_json, print_result
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
-    from fedcli.operations.preview import Piece, Preview, ShownRow
+    from fedcli.operations.preview import Preview, ShownRow
+
 
 MOST_CHARACTERS = 1200
 """Of a piece of text; longer ones lose their middle on the terminal, and are whole under --json."""
@@ -21,7 +21,7 @@ MOST_HEADER = 48
 """Characters of all groups' columns together, beyond which letters stand for them: it fits a terminal of 80."""
 
 
-def preview(
+def data_preview(
     client: Annotated[
         int | None, Option("--id", metavar="N", help="Look at one client. Default: all simulated ones.")
     ] = None,
@@ -75,21 +75,11 @@ def _print_row(console: "Console", row: "ShownRow") -> None:
     names = ["trained on"] if len(row.texts) < 2 else ["chosen", "rejected"]
     for name, pieces in zip(names, row.texts, strict=False):
         console.print(Text(f"\n{name}, «supervised»:", style="bold"))
-        console.print(_highlighted(pieces))
+        texts = [(_shortened(piece.text), piece.is_supervised) for piece in pieces]
+        styled = ((f"«{text}»", "bold green") if supervised else (text, "dim") for text, supervised in texts)
+        console.print(Text.assemble(*styled))
     if not row.texts:
         console.print("\nnot used: too long, or with nothing to learn")
-
-
-def _highlighted(pieces: "list[Piece]") -> "Text":
-    from rich.text import Text
-
-    text = Text()
-    for piece in pieces:
-        if piece.is_supervised:
-            text.append(f"«{_shortened(piece.text)}»", style="bold green")
-        else:
-            text.append(_shortened(piece.text), style="dim")
-    return text
 
 
 def _print_histogram(console: "Console", result: "Preview") -> None:
@@ -141,3 +131,22 @@ def _shortened(text: str) -> str:
         return text
     half = MOST_CHARACTERS // 2
     return f"{text[:half]} […{len(text) - 2 * half} characters…] {text[-half:]}"
+
+
+def data_partition(
+    replace: Annotated[
+        bool, Option("--replace", help="Write over an earlier split, as long as no round has been merged.")
+    ] = False,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Split data.source among the simulated clients, as data.partition says: data/client-N.jsonl and a data card.
+
+    `fedcli init` does it too. Run again with the same settings it changes nothing.
+    """
+    federation = found_federation(workspace)
+    with StepDisplay(json_output, visible=False) as observer:
+        summary = federation.partition(replace=replace, observer=observer)
+    where = f"rows: {federation.workspace.data}/client-N.jsonl    data card: {federation.workspace.data_card}"
+    text = [describe_data(summary), where]
+    print_result(json_output, summary, text, f"next: fedcli data preview{at(workspace)}")
