@@ -124,6 +124,7 @@ def test_an_adapter_from_elsewhere_that_needs_more_is_refused_by_the_keys_name(k
         parse_outside_config(json.dumps(PEFT | {key: value}).encode())
 
 
+@pytest.mark.slow
 def test_training_and_export_of_a_forged_round_exit_with_7(small: Path) -> None:
     """The file's hash in the manifest is right: whoever publishes a round can write both."""
     path = small / "rounds/00000/adapter/adapter_config.json"

@@ -128,6 +128,7 @@ def test_what_is_wrong_with_another_packages_algorithm_is_told(package, tmp_path
     assert said in run(package, tmp_path, "init", ".", "--set", f"algorithm.name={name}", code=code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weight",
     [

@@ -60,6 +60,7 @@ def test_list_groups_and_near_matches_know_it_and_the_list_names_its_package(sit
     assert "Did you mean sea" in error
 
 
+@pytest.mark.slow
 def test_it_scores_as_fedclis_own_with_its_group_its_clusters_and_its_packages_version(site: Path, small: Path) -> None:
     (small / "rows").mkdir()
     rows = [{"text": f"The tide at {number}", "of": f"day {number // 2}"} for number in range(4)]

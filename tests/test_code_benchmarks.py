@@ -74,6 +74,7 @@ def test_the_canonical_solutions_of_all_164_humaneval_problems_pass(sandbox: San
     assert passed(items) == [1.0] * 164 == [1.0] * humaneval.BENCHMARK.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [50, pytest.param(None, marks=pytest.mark.slow)])
 def test_the_references_of_all_500_mbpp_test_tasks_pass(limit: int | None, sandbox: Sandbox) -> None:
     rows = rows_of(real("mbpp/mbpp.jsonl"))

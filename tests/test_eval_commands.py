@@ -123,6 +123,7 @@ def write_adapter(folder: Path, modules: dict[str, int], *, rank: int = 4, width
 # Targets
 
 
+@pytest.mark.slow
 def test_every_kind_of_target_is_scored_in_one_process(place) -> None:
     other = write_adapter(place.workspace.parent / "other", {"self_attn.k_proj": 64, "mlp.down_proj": 176}, rank=2)
     copy = shutil.copytree(place.base, place.workspace.parent / "copy")

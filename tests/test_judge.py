@@ -147,7 +147,14 @@ def test_answers_are_told_one_at_a_time() -> None:
     assert most == 1
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "not JSON", "half of JSON", "no choices", "hang"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "429",
+        "500",
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("not JSON", "half of JSON", "no choices", "hang")),
+    ],
+)
 def test_after_a_fault_it_is_asked_again(fault: str) -> None:
     with JudgeServer(last, [fault, fault]) as server:
         assert complete(Endpoint("m", server.url, timeout=0.5), ask("a")) == ["a"]

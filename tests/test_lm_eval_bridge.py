@@ -98,6 +98,7 @@ def lm_evals_tiny(tiny: tuple[Any, Any]) -> Any:
         return HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=1)
 
 
+@pytest.mark.slow
 def test_mmlu_scores_as_lm_eval_with_its_own_model(tiny: tuple[Any, Any], lm_evals_tiny: Any, tmp_path: Path) -> None:
     folder, limit = real("mmlu"), 8
     items = ours(table.MMLU_MEDICAL, tiny, folder, limit)
@@ -124,6 +125,7 @@ def test_mmlu_scores_as_lm_eval_with_its_own_model(tiny: tuple[Any, Any], lm_eva
             assert item.marks["accuracy"] == sample["acc"]
 
 
+@pytest.mark.slow
 def test_gsm8k_scores_as_lm_eval_with_its_own_model(tiny: tuple[Any, Any], lm_evals_tiny: Any, tmp_path: Path) -> None:
     folder, limit = real("gsm8k"), 20
     items = ours(table.GSM8K, tiny, folder, limit)

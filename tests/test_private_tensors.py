@@ -96,7 +96,8 @@ def mean(workspace: Path, number: int, name: str, weights: dict[int, int]) -> np
     return sum(weights[client] * sent[client] for client in weights) / sum(weights.values())
 
 
-@pytest.mark.parametrize("algorithm", ["fedsa", pytest.param("ffa", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", FACTORS)
 def test_updates_carry_one_factor_the_other_stays_as_it_was_and_the_federation_is_verified(
     package, tmp_path, algorithm
 ):

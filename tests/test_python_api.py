@@ -31,6 +31,7 @@ def test_every_example_of_the_page_is_true(tmp_path: Path) -> None:
     run_python("\n".join(blocks), cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_example_runs_a_federation_in_sixty_lines(tmp_path: Path) -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 60
     printed = run_python(EXAMPLE, tmp_path / "study", cwd=tmp_path)

@@ -131,6 +131,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_kto_of_a_package_is_trained_as_its_formula_says(judged: Path, tmp_path: Path) -> None:
     points = {"fedcli.tasks": {"kto": "kto_walk:KTO"}, "fedcli.formats": {"unpaired-preference": "kto_walk:UNPAIRED"}}
     environment = python_path(install(tmp_path / "package", "kto-walk", KTO_FILE.read_text(), points))
@@ -193,13 +194,8 @@ def test_kto_in_fedcli_would_be_a_file_and_its_object(judged: Path, tmp_path: Pa
     assert "data.source: builtin:demo has no rows for task kto" in demo.stderr
 
 
-@pytest.mark.parametrize(
-    ("group", "kind"),
-    [
-        pytest.param("fedcli.tasks", "task", marks=pytest.mark.slow),
-        ("fedcli.formats", "data.format"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "kind"), [("fedcli.tasks", "task"), ("fedcli.formats", "data.format")])
 def test_a_broken_task_or_format_stops_who_asks_for_it_alone(group: str, kind: str, tmp_path: Path) -> None:
     other = python_path(install(tmp_path, "broken-one", "import nothing_such", {group: {"odd": "broken_one:X"}}))
     fault = "'odd' of the package broken-one cannot be loaded: ModuleNotFoundError: No module named 'nothing_such'"

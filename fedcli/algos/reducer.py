@@ -65,31 +65,18 @@ class Reducer(ABC):
 
     def add(self, update: Arrays, weight: float, origin: "Arrays | None" = None) -> float:
         """Take an update with its weight (>= 0); return the norm of its difference from `origin` (zero for None)."""
-        return self.add_all([(update, weight)], origin)[0]
+        remaining = iter(_blocks(update))  # of both threads: each takes the next one
 
-    def add_all(self, updates: "Sequence[tuple[Arrays, float]]", origin: "Arrays | None" = None) -> list[float]:
-        """Take updates of equal shapes as `add` does, each in turn block by block: the sums stay in the cache."""
-        remaining = iter(_blocks(updates[0][0]))  # of both threads: each takes the next one
-
-        def add_remaining() -> list[list[float]]:
-            squares: list[list[float]] = [[] for _ in updates]
-            memory = np.empty((3, BLOCK))
-            for name, block in remaining:
-                start, difference, spare = memory[:, : block.stop - block.start]
-                if origin is not None:
-                    np.copyto(start, origin[name].reshape(-1)[block])
-                for (update, weight), found in zip(updates, squares, strict=True):
-                    np.copyto(difference, update[name].reshape(-1)[block])
-                    if origin is not None:
-                        np.subtract(difference, start, out=difference)
-                    found.append(float(np.add.reduce(np.multiply(difference, difference, out=spare))))
-                    self.add_block(name, block, difference, weight)
+        def add_remaining() -> list[float]:
+            squares = []
+            for name, block, difference, spare in _differences(update, origin, remaining):
+                squares.append(float(np.multiply(difference, difference, out=spare).sum()))
+                self.add_block(name, block, difference, weight)
             return squares
 
         with ThreadPoolExecutor(1) as second:
             others = second.submit(add_remaining)
-            squares = zip(add_remaining(), others.result(), strict=True)
-            return [math.sqrt(math.fsum(own + other)) for own, other in squares]  # exact: the order does not matter
+            return math.sqrt(math.fsum(add_remaining() + others.result()))  # fsum is exact: the order does not matter
 
     def add_block(self, name: str, block: slice, difference: Array, weight: float) -> None:  # noqa: B027 not abstract
         """Take a slice of a flattened tensor of an update's difference; its memory may be written to.
@@ -109,24 +96,24 @@ class WeightedMean(Reducer):
         self._divisor = divisor
         self._total_weight = 0.0
         self._sums: dict[str, Array] = {}
+        self._is_first = True
 
-    def add_all(self, updates: "Sequence[tuple[Arrays, float]]", origin: "Arrays | None" = None) -> list[float]:
-        """Add weight times each difference to the sums."""
-        if not self._sums:
-            arrays = updates[0][0]
-            sizes = [array.size for array in arrays.values()]
-            sums = np.full(sum(sizes), -0.0)  # one array: numpy gives it huge pages; -0.0 plus a number is that number
-            parts = np.split(sums, np.cumsum(sizes)[:-1])
-            self._sums = {name: part.reshape(arrays[name].shape) for name, part in zip(arrays, parts, strict=True)}
-        for _, weight in updates:
-            self._total_weight += weight
-        return super().add_all(updates, origin)
+    def add(self, update: Arrays, weight: float, origin: "Arrays | None" = None) -> float:
+        """Add weight times the difference to the sums."""
+        self._is_first = not self._sums
+        if self._is_first:
+            self._sums = {name: np.empty(array.shape) for name, array in update.items()}
+        self._total_weight += weight
+        return super().add(update, weight, origin)
 
     def add_block(self, name: str, block: slice, difference: Array, weight: float) -> None:
         """Add weight times the difference to one block of the sums."""
         total = self._sums[name].reshape(-1)[block]
-        np.multiply(difference, weight, out=difference)
-        np.add(total, difference, out=total)
+        if self._is_first:
+            np.multiply(difference, weight, out=total)
+        else:
+            np.multiply(difference, weight, out=difference)
+            np.add(total, difference, out=total)
 
     def result(self, stacks: Stacks) -> "dict[str, Array]":
         """Return the mean, and forget the sums; raise ZeroDivisionError where all weights are zero."""
@@ -146,3 +133,18 @@ def _blocks(update: Arrays) -> list[tuple[str, slice]]:
         for name, array in update.items()
         for begin in range(0, array.size, BLOCK)
     ]
+
+
+def _differences(
+    update: Arrays, origin: "Arrays | None", blocks: Iterator[tuple[str, slice]]
+) -> "Iterator[tuple[str, slice, Array, Array]]":
+    """Yield each slice with that part of an update's difference and as much spare memory; the next one takes both."""
+    memory, spare = np.empty(BLOCK), np.empty(BLOCK)
+    for name, block in blocks:
+        size = block.stop - block.start
+        difference, other = memory[:size], spare[:size]
+        np.copyto(difference, update[name].reshape(-1)[block])
+        if origin is not None:
+            np.copyto(other, origin[name].reshape(-1)[block])
+            np.subtract(difference, other, out=difference)
+        yield name, block, difference, other

@@ -1,4 +1,4 @@
-"""Merging a round's updates: two are read and checked at once, then both threads sum both; no more are in memory."""
+"""Merging a round's updates: two are read and checked at once, then both threads sum each; no more are in memory."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -74,42 +74,29 @@ class _Merge:
         """Whether a reducer reads the updates again."""
         return any(reducer.reads_again for reducer in (self.differences, *self.files.values()))
 
-    def add(self, updates: Sequence[tuple[int, Update]]) -> None:
-        """Count some clients' updates."""
-        if not updates:
-            return
-        weights = [self._weight(client, update) for client, update in updates]
-        adapters = [update.files[ADAPTER_FILE] for _, update in updates]
-        delta_norms = self.differences.add_all(list(zip(adapters, weights, strict=True)), self.adapter)
-        norms = [delta_norms] + [
-            reducer.add_all([(update.files[name], 1.0) for _, update in updates])
-            for name, reducer in self.files.items()
-        ]
-        for (client, update), weight, delta_norm, largest in zip(
-            updates, weights, delta_norms, map(max, *norms, [0.0] * len(updates)), strict=True
-        ):
-            self.magnitudes[client] = largest
-            self.stored.append(update.stored)
-            self.counted.append(
-                CountedUpdate(
-                    client=client,
-                    update=update.sha256,
-                    weight=weight,
-                    num_samples=update.record.num_samples,
-                    train_loss=update.record.train_loss,
-                    delta_norm=delta_norm,
-                    bytes=update.num_bytes,
-                )
-            )
-
-    def _weight(self, client: int, update: Update) -> float:
+    def add(self, client: int, update: Update) -> None:
+        """Count one client's update."""
         weight = self.algorithm.weight(update.record.num_samples)
         if not 0 < weight < math.inf:
             raise ConfigError(
                 f"the algorithm {self.algorithm.name} gives client {client}'s update the weight {weight}",
                 hint="A weight is a finite number above 0. Mend the algorithm, or choose another with --algo.",
             )
-        return weight
+        delta_norm = self.differences.add(update.files[ADAPTER_FILE], weight, self.adapter)
+        norms = [reducer.add(update.files[name], 1.0) for name, reducer in self.files.items()]
+        self.magnitudes[client] = max(delta_norm, *norms, 0.0)
+        self.stored.append(update.stored)
+        self.counted.append(
+            CountedUpdate(
+                client=client,
+                update=update.sha256,
+                weight=weight,
+                num_samples=update.record.num_samples,
+                train_loss=update.record.train_loss,
+                delta_norm=delta_norm,
+                bytes=update.num_bytes,
+            )
+        )
 
     def result(self) -> MergedUpdates:
         """Return the counted updates together, zero where they carry nothing."""
@@ -147,24 +134,17 @@ def _read_all(
 ) -> None:
     """Count the first `count` valid updates; note who was refused, is missing, or came beyond them."""
     num_read = 0
-    for pair in _read_pairs(base, order, merge.reads_again):
+    for client, reading in _read_pairs(base, order, merge.reads_again):
+        num_read += 1
         _ = merge.adapter  # is read while the threads read the first updates
-        valid: list[tuple[int, Update]] = []
-        begin = num_read
-        for client, reading in pair:
-            if len(merge.counted) + len(valid) == count:
-                break
-            num_read += 1
-            try:
-                if (update := reading.result()) is None:
-                    merge.missing.append(client)
-                else:
-                    valid.append((client, update))
-            except Refusal as refusal:
-                merge.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
-        merge.add(valid)
-        for client in order[begin:num_read]:
-            observer.update_read(base.number, client)
+        try:
+            if (update := reading.result()) is None:
+                merge.missing.append(client)
+            else:
+                merge.add(client, update)
+        except Refusal as refusal:
+            merge.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
+        observer.update_read(base.number, client)
         if len(merge.counted) == count:
             break
     for client in order[num_read:]:
@@ -173,8 +153,8 @@ def _read_all(
 
 def _read_pairs(
     base: Round, clients: Sequence[int], reads_again: bool
-) -> "Iterator[list[tuple[int, Future[Update | None]]]]":
-    """Yield the clients in pairs with their updates, which two threads read; a pair's memory is the next one's.
+) -> "Iterator[tuple[int, Future[Update | None]]]":
+    """Yield each client with its update, while a thread reads the other of a pair; a pair's memory is the next one's.
 
     Reading, hashing and numpy's arithmetic all let other threads run.
     """
@@ -182,10 +162,11 @@ def _read_pairs(
     with ThreadPoolExecutor(2) as readers:
         for begin in range(0, len(clients), 2):
             pair = zip(clients[begin : begin + 2], memory, strict=False)  # the last may be alone
-            yield [
+            readings = [
                 (client, readers.submit(read_update, base, client, buffers, reads_again=reads_again))
                 for client, buffers in pair
             ]
+            yield from readings
 
 
 def _check_finite(base: Round, adapter: Arrays, state: Arrays, magnitudes: dict[int, float]) -> None:

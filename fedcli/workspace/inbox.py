@@ -4,7 +4,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fedcli.algos import Array
@@ -165,10 +165,7 @@ def _digests(data: bytes | memoryview, span: Span) -> list[bytes]:
 
 def _new_buffer(num_bytes: int) -> memoryview:
     """Return memory that begins with a page: into any other the kernel copies a file three times as slowly."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE)
-    with suppress(AttributeError, OSError):  # not every system has huge pages, which are faster to fill and to read
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
+    return memoryview(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE))
 
 
 @contextmanager
