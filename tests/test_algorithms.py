@@ -13,7 +13,6 @@ from support.processes import SMALL, fedcli, settings
 from fedcli import Federation
 from fedcli.algos import ALGORITHMS, FedAvg, MergedUpdates
 from fedcli.algos.adaptive import FedAdagrad, FedAdam, FedYogi
-from fedcli.algos.arrays import difference
 from fedcli.algos.client_rule import ControlVariate
 from fedcli.algos.fedavgm import FedAvgM
 from fedcli.algos.fedprox import FedProx
@@ -190,7 +189,7 @@ def train_on_quadratics(algorithm, rounds, clients=(0, 1)):
                 w = w - RATE * (gradient if pull is None else gradient + pull)
                 shift = rule.weight_term(rule.arrays["w"], RATE) if rule else None
                 w = w if shift is None else w + shift
-            differences.add(difference({"w": w}, x), algorithm.weight(10))
+            differences.add({"w": w - x["w"]}, algorithm.weight(10))
             sent, own[client] = algorithm.client_step(
                 x, {"w": w}, state, own[client], steps=SGD_STEPS, learning_rate=RATE
             )

@@ -16,11 +16,6 @@ _BLOCK = 2**13
 """Numbers that are computed at once."""
 
 
-def difference(minuend: Arrays, subtrahend: Arrays) -> "dict[str, Array]":
-    """Return minuend - subtrahend in float64."""
-    return {name: array.astype("float64") - subtrahend[name] for name, array in minuend.items()}
-
-
 def apply(
     function: "Callable[..., Array]", first: Arrays, *others: Arrays, dtype: str = "float64"
 ) -> "dict[str, Array]":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedcli.algos.algorithm import Algorithm, MergedUpdates, NextStep
-from fedcli.algos.arrays import Array, Arrays, apply, difference, to_float32
+from fedcli.algos.arrays import Array, Arrays, apply, to_float32
 from fedcli.algos.client_rule import ControlVariate
 from fedcli.algos.server_step import add_mean
 
@@ -33,7 +33,8 @@ class Scaffold(Algorithm):
     name: Literal["scaffold"] = "scaffold"
 
     def client_rule(self, adapter: Arrays, state: Arrays, own: Arrays) -> ControlVariate:
-        return ControlVariate(to_float32(difference(state or _zeros(adapter), own or _zeros(adapter))))
+        zeros = _zeros(adapter)
+        return ControlVariate(apply(lambda c, c_k: c - c_k, state or zeros, own or zeros, dtype="float32"))
 
     def client_step(
         self, adapter: Arrays, trained: Arrays, state: Arrays, own: Arrays, *, steps: int, learning_rate: float

@@ -111,7 +111,7 @@ def _submit(federation: FederationState, dry_run: bool) -> Submission:
     if head.manifest.state == "finished":
         return Submission("finished", head.number, cancelled=stale)
     recorded = read_jobs(workspace, head.number)
-    found = _unrecorded(recorded, {name: [entry for entry in ours if entry.name == name] for name in kinds}, kinds)
+    found = _unrecorded(recorded, ours, kinds)
     jobs = [*recorded, *found]
     if found and not dry_run:
         save_jobs(workspace, head.number, jobs)
@@ -138,13 +138,13 @@ def _submit(federation: FederationState, dry_run: bool) -> Submission:
     return Submission("submitted" if sent else "in_place", head.number, sent, stale, [*jobs, *sent], elsewhere)
 
 
-def _unrecorded(jobs: list[Job], elements: dict[str, list[Element]], kinds: dict[str, JobKind]) -> list[Job]:
+def _unrecorded(jobs: list[Job], ours: list[Element], kinds: dict[str, JobKind]) -> list[Job]:
     """Return the round's jobs that a `submit` sent and did not live to write down."""
     known = {job.id for job in jobs}
     return [
-        Job(id=id_, kind=kinds[name], clients=sorted(e.index for e in entries if e.job == id_ and e.index is not None))
-        for name, entries in elements.items()
-        for id_ in sorted({entry.job for entry in entries} - known)
+        Job(id=id_, kind=kind, clients=sorted(e.index for e in ours if e.job == id_ and e.index is not None))
+        for name, kind in kinds.items()
+        for id_ in sorted({entry.job for entry in ours if entry.name == name} - known)
     ]
 
 

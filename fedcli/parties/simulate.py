@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedcli.config import ColumnsFormat, Config, SourceEntry, parse_format
+from fedcli.config import ColumnsFormat, Config, DataFormat, SourceEntry, parse_format
 from fedcli.data import partition
 from fedcli.data.demo import DEMO_ROWS
 from fedcli.data.formats import RowReader
@@ -70,12 +70,17 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
     Raises ConfigError where the rows, or what the partition asks of them, will not do.
     """
     config, root = experiment.config, experiment.workspace.root
-    entries = config.data.sources
+    entries, num_clients = config.data.sources, config.federation.clients
     if not entries:
         return None
-    _check_formats(config)
-    readers = [_reader(config, entry) for entry in entries]
-    survey = partition.Survey(config.data.partition, config.federation.clients, config.federation.seed)
+    chosen = _formats(config)
+    if len(set(chosen)) > 1 and config.data.partition != "sources":
+        raise ConfigError(
+            "data.source: the sources have rows of different formats, which cannot be mixed in one client",
+            hint="Set data.partition to sources: every source gets clients of its own.",
+        )
+    readers = _readers(config)
+    survey = partition.Survey(config.data.partition, num_clients, config.federation.seed)
     for count, (row, item, number) in enumerate(_items(config, root, readers), 1):
         survey.add(row, item, number)
         if count % 1000 == 0:
@@ -88,8 +93,9 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
         max_rows=config.data.max_rows,
         source_limits=[entry.max_rows for entry in entries],
     )
+    formats = [entry.model_dump(exclude_none=True) if isinstance(entry, ColumnsFormat) else entry for entry in chosen]
     names = [Path(entry.source).name for entry in entries] if config.data.partition == "sources" else made.group_names
-    if len(names) * config.federation.clients > MOST_COUNTS:
+    if len(names) * num_clients > MOST_COUNTS:
         names = []
     summary = DataSummary(
         partition=config.data.model_dump(mode="json", exclude_unset=True).get("partition", "iid"),
@@ -98,9 +104,13 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
         left_out=dict(sum((reader.left_out for reader in readers), Counter())),
         notes=dict(sum((+reader.notes for reader in readers), Counter())),
         sizes=made.sizes(),
-        formats=[_client_format(config, client) for client in range(config.federation.clients)],
+        formats=[
+            # a client's is its source's
+            formats[client * len(entries) // num_clients if config.data.partition == "sources" else 0]
+            for client in range(num_clients)
+        ],
         groups=names,
-        group_counts=[made.group_counts(client) if names else [] for client in range(config.federation.clients)],
+        group_counts=[made.group_counts(client) if names else [] for client in range(num_clients)],
     )
     return Plan(made, summary)
 
@@ -108,7 +118,7 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
 def write_split(experiment: Experiment, plan: Plan, *, replace: bool = False, observer: Observer) -> None:
     """Write a split's files, and the data card beside them; files of the same contents stay as they are."""
     workspace, config = experiment.workspace, experiment.config
-    readers = [_reader(config, entry) for entry in config.data.sources]
+    readers = _readers(config)
     clients = plan.split.clients
     with RowFiles(workspace, config.federation.clients) as files:
         for position, (row, _, _) in enumerate(_items(config, workspace.root, readers)):
@@ -172,26 +182,12 @@ def read_summary(workspace: Workspace) -> DataSummary | None:
     raise IntegrityError(f"{path} is damaged: {problem}", hint="Write it anew with `fedcli data partition`.")
 
 
-def _check_formats(config: Config) -> None:
-    """A client's rows are of one format: sources of several must be clients of their own."""
-    formats = {choose_format(entry.source, entry.format, config.task) for entry in config.data.sources}
-    if len(formats) > 1 and config.data.partition != "sources":
-        raise ConfigError(
-            "data.source: the sources have rows of different formats, which cannot be mixed in one client",
-            hint="Set data.partition to sources: every source gets clients of its own.",
-        )
+def _formats(config: Config) -> list[DataFormat]:
+    return [choose_format(entry.source, entry.format, config.task) for entry in config.data.sources]
 
 
-def _client_format(config: Config, client: int) -> Any:
-    """Return the format of a client's rows, its source's, as JSON has it."""
-    entries = config.data.sources
-    position = client * len(entries) // config.federation.clients if config.data.partition == "sources" else 0
-    chosen = choose_format(entries[position].source, entries[position].format, config.task)
-    return chosen.model_dump(exclude_none=True) if isinstance(chosen, ColumnsFormat) else chosen
-
-
-def _reader(config: Config, entry: SourceEntry) -> RowReader:
-    return RowReader(choose_format(entry.source, entry.format, config.task), config.federation.seed)
+def _readers(config: Config) -> list[RowReader]:
+    return [RowReader(chosen, config.federation.seed) for chosen in _formats(config)]
 
 
 def _items(config: Config, root: Path, readers: list[RowReader]) -> Iterator[tuple[Row, Item, int]]:

@@ -45,14 +45,18 @@ def presets() -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Creation:
-    """What `create_workspace` made or found: whether anything was made, whether there are rows, how they were split."""
+    """What `create_workspace` made or found: whether anything was made, and how the rows were split."""
 
     federation: FederationState
     is_new: bool
-    has_rows: bool
     data: DataSummary | None = None
     has_lost_identity: bool = False
     """Whether rounds stood there without a workspace.json: it is made again, with the id that they have."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether a simulated client has rows, or a party has joined."""
+        return any_rows(self.federation.workspace) or any_registered(self.federation.workspace)
 
 
 def create_workspace(
@@ -69,16 +73,16 @@ def create_workspace(
     text = _configuration(workspace, preset, overrides)
     config = parse_config(read_document(text, workspace.config), workspace.config)
     if _is_open(workspace):
-        return _standing(workspace)
+        return Creation(FederationState.open(workspace), False)
     experiment = Experiment(workspace, config, None)
     plan = plan_split(experiment, observer)
     start = prepare_start(experiment)  # all that can be wrong is found before anything is written
     make_folder(workspace.root)
     with hold(workspace.server_lock, "the server's work"):
         if _is_open(workspace):
-            return _standing(workspace)
+            return Creation(FederationState.open(workspace), False)
         sweep_workspace(workspace)
-        orphan = None if is_initialised(workspace) else read_round(workspace, 0)
+        orphan = read_round(workspace, 0)  # of no workspace.json, for otherwise it would be open
         open_to_parties(workspace, multi_user=config.federation.multi_user)
         if plan is not None:
             write_split(experiment, plan, observer=observer)
@@ -93,8 +97,7 @@ def create_workspace(
         identity = Identity(id=workspace_id, fixed=config.fixed(), simulation=is_simulation)
         workspace.store.put(workspace.name(workspace.identity), identity.to_bytes())
         federation = open_first_round(experiment, identity, start)
-        summary = plan.summary if plan else None
-        return Creation(federation, True, _has_rows(workspace), summary, has_lost_identity=orphan is not None)
+        return Creation(federation, True, plan.summary if plan else None, has_lost_identity=orphan is not None)
 
 
 def open_round(workspace: Workspace) -> FederationState:
@@ -106,15 +109,6 @@ def open_round(workspace: Workspace) -> FederationState:
         if _is_open(workspace):
             return FederationState.open(workspace)
         return open_first_round(experiment, identity, prepare_start(experiment))
-
-
-def _standing(workspace: Workspace) -> Creation:
-    return Creation(FederationState.open(workspace), False, _has_rows(workspace))
-
-
-def _has_rows(workspace: Workspace) -> bool:
-    """Return whether a simulated client has rows, or a party has joined."""
-    return any_rows(workspace) or any_registered(workspace)
 
 
 def _is_open(workspace: Workspace) -> bool:
