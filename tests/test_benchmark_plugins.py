@@ -109,6 +109,7 @@ def test_a_name_that_two_packages_give_is_an_error_that_names_them(
     assert "warning" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "source", "points", "told"),
     [
