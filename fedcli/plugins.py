@@ -57,7 +57,9 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def usable(self) -> Iterator[T]:
         """Yield the things that can be loaded; stderr tells once which package's cannot, and why."""
-        for name in self:
+        others = self._others  # first, so that a name that two packages give is an error and no warning
+        yield from self._own.values()
+        for name in others:
             try:
                 yield self[name]
             except RequirementError as error:

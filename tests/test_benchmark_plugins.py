@@ -106,8 +106,10 @@ def test_a_name_that_two_packages_give_is_an_error_that_names_them(
     done = cold(tmp_path, "eval", "list", sites=[site, other], code=8)
     assert told in done.stderr
     assert "pip uninstall" in done.stderr
+    assert "warning" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "source", "points", "told"),
     [

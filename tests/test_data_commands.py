@@ -300,6 +300,7 @@ def colours_of_columns(picture: Path) -> list[set[tuple[int, int, int]]]:
     return columns
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_skew(tmp_path: Path) -> None:
     """Two labels, two clients: split by label, no column of pixels in the shares' panel has both colours."""
     blue, orange = (0, 114, 178), (230, 159, 0)

@@ -44,6 +44,7 @@ def without_bitsandbytes(tmp_path: Path) -> str:
     return str(package.parent)
 
 
+@pytest.mark.slow
 def test_a_healthy_workspace_has_no_failed_finding_and_is_left_as_it_was(small: Path) -> None:
     before = sorted(small.rglob("*"))
     code, findings = examine(small)

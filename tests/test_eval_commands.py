@@ -264,6 +264,7 @@ def test_a_long_evaluation_that_is_killed_from_outside_goes_on(place) -> None:
     assert [item["answer"] for item in fresh] == [item["answer"] for item in items[:200]]
 
 
+@pytest.mark.slow
 def test_a_target_that_another_process_scores_is_busy_and_other_targets_are_not(place) -> None:
     lock = Workspace(place.workspace).eval_lock("base", "tfns")
     with hold(lock, "the test"):
@@ -289,6 +290,7 @@ def unloadable(place) -> Iterator[Callable[[], None]]:
     return lambda: shutil.rmtree(own)
 
 
+@pytest.mark.slow
 def test_what_has_been_answered_needs_no_model_and_what_has_not_does(place, unloadable) -> None:
     targets = ("--base", "--round", 2, "--client", 0, "--alone", 0, "--adapter", "rounds/00001/adapter")
     before = place.score("tfns", *targets)
@@ -419,6 +421,7 @@ def test_a_row_that_is_not_as_published_is_named(place) -> None:
     assert f"{path}, row 2: label is '7', not 0, 1 or 2" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_an_evaluation_and_what_was_answered_is_kept(place) -> None:
     limited = f"""
 import os, resource, sys

@@ -220,6 +220,7 @@ def test_a_disk_that_is_full_leaves_nothing(merged: Workspace, tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {"workspace"}
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_tied_output_layer_is_not_merged(tmp_path: Path) -> None:
     overrides = [*SMALL[:-1], "adapter.target_modules=[lm_head]"]
     assert fedcli("init", *settings(*overrides), cwd=tmp_path).returncode == 0

@@ -258,6 +258,7 @@ def test_run_takes_over_the_client_of_a_trainer_that_dies(small: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_run_and_a_server_beside_it_finish_together(small: Path) -> None:
     server = subprocess.Popen(command("server", "run"), cwd=small, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True)
     assert run_ok("run", cwd=small)["state"] == "finished"

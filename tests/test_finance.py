@@ -328,6 +328,7 @@ def test_the_likeliest_label_is_the_answer() -> None:
     assert len(run("tfns-likelihood", model, options=Options(limit=3))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["", "-likelihood"])
 def test_averages_are_plain_means_over_three_and_four_sets(mode: str, small: Path) -> None:
     done = fedcli("eval", f"finance{mode}", "--base", "--data", ROWS, cwd=small)

@@ -407,6 +407,7 @@ def child(*arguments: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_half_way_and_run_again_no_judgment_is_asked_twice(questions: Path) -> None:
     memory = questions / "judgments.jsonl"
     with JudgeServer(script=["well"] * 13, then="hang") as server:

@@ -98,7 +98,9 @@ LEAST_CALLS = [
 ]
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "after", [pytest.param(False, id="before"), pytest.param(True, id="after", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("operation", "least"), LEAST_CALLS)
 def test_killed_at_any_system_call_nothing_is_lost_or_counted_twice(
     template, answered, undisturbed, operation, least, after

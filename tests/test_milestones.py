@@ -166,6 +166,7 @@ def test_a_benchmark_that_fails_stops_no_round_is_shown_and_is_tried_again_by_a_
     assert record(workspace, 1, "vicuna@limit=2")["awaits"] == "judge"
 
 
+@pytest.mark.slow
 def test_run_tries_a_failing_benchmark_once_for_each_round(workspace):
     shutil.rmtree(workspace / "rows/vicuna")
     ask(workspace, **EVERY_SECOND | {"benchmarks": ["vicuna"]})
@@ -185,6 +186,7 @@ print("loads", len(loads))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

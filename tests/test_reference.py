@@ -107,6 +107,7 @@ def test_the_reference_of_a_fresh_adapter_is_the_plain_base_in_every_round(
     assert run("verify", "-w", workspace)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_the_reference_of_a_federation_that_starts_from_an_sft_adapter_is_that_adapter(
     tmp_path: Path, run: Run, base: tuple[Any, Any]

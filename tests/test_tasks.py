@@ -169,6 +169,7 @@ def results(capsys: pytest.CaptureFixture, *arguments: object) -> dict[str, Any]
     return json.loads(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", PRESETS)
 def test_the_pooled_baseline_is_one_client_that_holds_all_rows(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -22,6 +22,7 @@ from fedcli.operations.watch import PastRound, Watcher
 from fedcli.workspace.layout import Workspace
 
 
+@pytest.mark.slow
 def test_without_a_terminal_each_change_is_a_line_and_the_last_round_ends_it(small: Path) -> None:
     workspace = Workspace(small)
     process = subprocess.Popen(
