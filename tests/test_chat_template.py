@@ -148,7 +148,7 @@ def test_generation_sees_before_each_response_what_training_saw(kind: str, chat:
     responses = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
     for part in stretches(one(tokenizer, turns)):
         if part.is_supervised:
-            assert encoder.prompt(turns[: responses.pop(0)]) == seen
+            assert encoder.prompts([turns[: responses.pop(0)]])[0] == seen
         seen += part.ids
     assert responses == []
 
@@ -199,7 +199,7 @@ def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(kind: st
         assert comparable(tokenizer, read_back(tokenizer, learnt.ids)) == comparable(
             tokenizer, normalised(tokenizer, expected[-2], parses_special=True)
         )
-        assert before.ids == encoder.prompt(prompt)
+        assert before.ids == encoder.prompts([prompt])[0]
         assert side.ids.tolist() == one(tokenizer, turns).ids.tolist()
 
 
@@ -208,7 +208,7 @@ def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(kind: st
 
 def left_out(tokenizer: PreTrainedTokenizerFast, *conversations: tuple[Turn, ...]) -> dict[str, int]:
     encoded = Encoder(tokenizer, "chat").encode(map(Example, conversations), 10**6)
-    assert len(encoded) == len(conversations) - encoded.num_unusable
+    assert len(encoded) == len(conversations) - encoded.left_out.total()
     return dict(encoded.left_out)
 
 
@@ -236,7 +236,7 @@ def test_what_a_template_refuses_is_left_out_and_nothing_else(
     tokenizer = with_chat(plain, jinja)
     assert left_out(tokenizer, SHORT, conversation, SHORT) == {"malformed": 1}
     with pytest.raises(ConfigError, match=re.escape(detail)):
-        Encoder(tokenizer, "chat").prompt((*conversation, Turn("user", "more")))
+        Encoder(tokenizer, "chat").prompts([(*conversation, Turn("user", "more"))])
 
 
 @pytest.mark.parametrize("jinja", [THINKS_ONCE, LAST_QUESTION])
@@ -248,7 +248,7 @@ def test_where_a_template_rewrites_earlier_turns_the_last_response_alone_is_lear
     (row,) = sides(encoder.encode([Example(LONG)], 10**6))
     before, learnt, *rest = stretches(row)
     assert (before.is_supervised, learnt.is_supervised, len(rest) <= 1) == (False, True, True)
-    assert before.ids[: len(encoder.prompt(LONG[:-1]))] == encoder.prompt(LONG[:-1])
+    assert before.ids[: len(encoder.prompts([LONG[:-1]])[0])] == encoder.prompts([LONG[:-1]])[0]
     assert tokenizer.decode(learnt.ids).removeprefix("<think>\n\n</think>\n\n") == "a2<|im_end|>"
     rendered = tokenizer.apply_chat_template(
         [{"role": turn.role, "content": turn.content} for turn in LONG], tokenize=False
@@ -275,7 +275,7 @@ def test_a_special_token_that_is_spelt_out_leaves_the_conversation_out(kind: str
     )
     assert (len(encoded), encoded.left_out) == (1, {"malformed": 1})
     with pytest.raises(ConfigError, match="a special token is spelt out in the text"):
-        Encoder(tokenizer, "chat").prompt(turns[:-1])
+        Encoder(tokenizer, "chat").prompts([turns[:-1]])
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_a_think_block_of_the_last_turn_is_part_of_its_prompt(plain: PreTrainedT
         "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
     assert tokenizer.decode(learnt.ids) == "a1<|im_end|>"
-    assert Encoder(tokenizer, "chat").prompt(SHORT[:1]) == prompt.ids
+    assert Encoder(tokenizer, "chat").prompts([SHORT[:1]])[0] == prompt.ids
 
 
 def test_what_a_template_writes_behind_the_end_token_is_not_learnt(plain: PreTrainedTokenizerFast) -> None:
@@ -329,8 +329,8 @@ def test_a_tokenizer_without_a_chat_template_is_refused(plain: PreTrainedTokeniz
 
 def test_templates_do_not_disturb_each_other_on_one_tokenizer(plain: PreTrainedTokenizerFast) -> None:
     encoders = [Encoder(with_chat(plain, CHATML), "chat"), Encoder(plain, "vicuna")]
-    before = [encoder.prompt(SHORT[:1]) for encoder in encoders]
-    assert [encoder.prompt(SHORT[:1]) for encoder in encoders[::-1]] == before[::-1]
+    before = [encoder.prompts([SHORT[:1]])[0] for encoder in encoders]
+    assert [encoder.prompts([SHORT[:1]])[0] for encoder in encoders[::-1]] == before[::-1]
 
 
 TEXT = st.text(min_size=1, max_size=30)

@@ -21,7 +21,7 @@ from support.processes import ENVIRONMENT, SMALL, command, settings
 
 from fedcli import cli
 from fedcli.config import parse_config
-from fedcli.data.hub import choose_format, known_format
+from fedcli.data.formats import choose_format, known_format
 from fedcli.report.rows_picture import Bar, draw
 from fedcli.server.create import presets
 from fedcli.workspace.layout import Workspace

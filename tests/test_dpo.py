@@ -175,8 +175,8 @@ def test_long_responses_are_cut_and_counted_and_lose_their_end_token(adapted: Ad
     assert whole[0].ids[-1] == whole[1].ids[-1] == encoder.end_id
     one_cut = encoder.encode([LONGER], lengths[0])
     both_cut = encoder.encode([LONGER], lengths[0] - 1)
-    assert (one_cut.num_truncated, one_cut.num_unusable) == (1, 0)
-    assert (both_cut.num_truncated, both_cut.num_unusable) == (1, 0)
+    assert (one_cut.num_truncated, one_cut.left_out.total()) == (1, 0)
+    assert (both_cut.num_truncated, both_cut.left_out.total()) == (1, 0)
     ends = [side.ids[-1] == encoder.end_id for side in sides(one_cut)]
     assert sorted(ends) == [False, True]
     for cut, before in zip(sides(both_cut), whole, strict=True):
@@ -184,7 +184,7 @@ def test_long_responses_are_cut_and_counted_and_lose_their_end_token(adapted: Ad
         assert encoder.end_id not in cut.ids
         assert cut.prompt_length == before.prompt_length
     assert len({pair[0].key for pair in (encoder.encode([LONGER], 512), one_cut, both_cut)}) == 3
-    assert encoder.encode([LONGER], whole[0].prompt_length).num_unusable == 1
+    assert encoder.encode([LONGER], whole[0].prompt_length).left_out.total() == 1
 
 
 # Rows that will not do

@@ -128,16 +128,16 @@ def letters(text: str) -> str:
 def test_the_prompt_in_training_is_the_prompt_in_generation(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer)
     encoded = encoder.encode(EXAMPLES, 512)
-    assert (len(encoded), encoded.num_truncated, encoded.num_unusable) == (len(EXAMPLES), 0, 0)
+    assert (len(encoded), encoded.num_truncated, encoded.left_out.total()) == (len(EXAMPLES), 0, 0)
     for example, row in zip(EXAMPLES, sides(encoded), strict=True):
-        assert row.ids[: row.prompt_length].tolist() == encoder.prompt(example.prompt)
+        assert row.ids[: row.prompt_length].tolist() == encoder.prompts([example.prompt])[0]
 
 
 def test_the_prompt_starts_as_the_tokenizer_starts_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer)
     whole = tokenizer(alpaca("name the sky"))["input_ids"]
     start = whole[: len(encoder.start_ids)]
-    prompt = encoder.prompt(asked("name the sky"))
+    prompt = encoder.prompts([asked("name the sky")])[0]
     assert prompt == whole[: len(prompt)]
     assert encoder.start_ids == start
     assert tokenizer.convert_ids_to_tokens(start) in ([], ["<s>"], ["[CLS]"])
@@ -177,14 +177,14 @@ def test_a_response_that_does_not_fit_is_cut_and_has_no_end(tokenizer: PreTraine
     (whole,) = sides(encoder.encode([example], 512))
     for max_length in range(whole.prompt_length + 1, len(whole.ids)):
         encoded = encoder.encode([example], max_length)
-        assert (encoded.num_truncated, encoded.num_unusable) == (1, 0)
+        assert (encoded.num_truncated, encoded.left_out.total()) == (1, 0)
         (cut,) = sides(encoded)
         assert cut.ids.tolist() == whole.ids[:max_length].tolist()
         assert cut.prompt_length == whole.prompt_length
         assert encoder.end_id not in cut.ids
     assert encoder.encode([example], len(whole.ids)).num_truncated == 0
     too_short = encoder.encode([example], whole.prompt_length)
-    assert (list(too_short), too_short.num_truncated, too_short.num_unusable) == ([], 0, 1)
+    assert (list(too_short), too_short.num_truncated, too_short.left_out.total()) == ([], 0, 1)
 
 
 @pytest.mark.parametrize("response", ["", " ", "\n\t", "\u3000"])
@@ -202,7 +202,7 @@ def test_an_empty_or_blank_response_is_unusable(
 
 def test_no_rows_give_no_examples(plain: PreTrainedTokenizerFast) -> None:
     encoded = Encoder(plain).encode([], 512)
-    assert (list(encoded), encoded.num_truncated, encoded.num_unusable) == ([], 0, 0)
+    assert (list(encoded), encoded.num_truncated, encoded.left_out.total()) == ([], 0, 0)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused() -> None:
@@ -219,11 +219,11 @@ def test_any_text_keeps_its_prompt_whole_and_its_response_as_it_is(
     plain: PreTrainedTokenizerFast, instruction: str, response: str, room: int
 ) -> None:
     encoder = Encoder(plain)
-    prompt = encoder.prompt(asked(instruction))
+    prompt = encoder.prompts([asked(instruction)])[0]
     max_length = len(prompt) + room
     encoded = encoder.encode([instruct(instruction, response)], max_length)
-    assert len(encoded) + encoded.num_unusable == 1
-    if encoded.num_unusable:
+    assert len(encoded) + encoded.left_out.total() == 1
+    if encoded.left_out.total():
         assert room <= 0
         return
     (row,) = sides(encoded)

@@ -13,8 +13,7 @@ import pytest
 
 from fedcli.config import Columns, ColumnsFormat, DataFormat
 from fedcli.data import formats
-from fedcli.data.formats import RowReader
-from fedcli.data.hub import choose_format, choose_split
+from fedcli.data.formats import RowReader, choose_format, choose_split
 from fedcli.data.source import Row, Source
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, builtin_formats, formats_of

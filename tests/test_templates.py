@@ -108,7 +108,7 @@ def one(
     tokenizer: PreTrainedTokenizerFast, template: TemplateChoice, turns: tuple[Turn, ...], max_length: int = 10**6
 ) -> EncodedExample:
     encoded = Encoder(tokenizer, template).encode([Example(turns)], max_length)
-    assert encoded.num_unusable == 0
+    assert encoded.left_out.total() == 0
     (example,) = sides(encoded)
     return example
 
@@ -155,7 +155,7 @@ def test_generation_sees_before_each_response_what_training_saw(kind: str, templ
     responses = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
     for position, prompt, response in zip(responses, parts[::2], parts[1::2], strict=True):
         seen += prompt.ids
-        assert encoder.prompt(turns[:position]) == seen
+        assert encoder.prompts([turns[:position]])[0] == seen
         seen += response.ids
 
 
@@ -245,7 +245,7 @@ def test_nothing_is_added_to_a_response_that_the_tokenizer_would_merge_with_its_
     prompt, learnt = stretches(one(tokenizer, form, instruct("name it", response).turns))
     assert learnt.ids[-1] == Encoder(tokenizer, form).end_id
     assert read_back(tokenizer, learnt.ids[:-1]) == normalised(tokenizer, separator + response)
-    assert prompt.ids == Encoder(tokenizer, form).prompt((Turn("user", "name it"),))
+    assert prompt.ids == Encoder(tokenizer, form).prompts([(Turn("user", "name it"),)])[0]
 
 
 def test_most_kinds_of_tokenizers_merge_a_prompt_with_what_follows() -> None:
@@ -292,7 +292,7 @@ def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(kind: st
         (*_, (_, expected)) = written(template, (*prompt, Turn("assistant", response)))
         assert read_back(tokenizer, learnt.ids[:-1]) == normalised(tokenizer, expected)
         assert (learnt.ids[-1], before.ids.count(encoder.end_id)) == (encoder.end_id, 2)
-        assert before.ids == encoder.prompt(prompt)
+        assert before.ids == encoder.prompts([prompt])[0]
         (whole,) = sides(encoder.encode([Example((*prompt, Turn("assistant", response)))], 10**6))
         assert side.ids.tolist() == whole.ids.tolist()
 
@@ -300,7 +300,7 @@ def test_of_a_preference_only_the_last_response_is_learnt_on_both_sides(kind: st
 def test_a_pair_is_cut_and_left_out_as_rows_are(plain: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(plain, "vicuna")
     prompt = turns_of("Name one.", "Red.", "Another?")
-    room = len(encoder.prompt(prompt))
+    room = len(encoder.prompts([prompt])[0])
     pair = Preference(prompt, "Blue sky.", "Blue sea, I think.")
     cases = {
         room: (0, 0, {"too long": 1}),

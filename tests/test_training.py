@@ -48,7 +48,7 @@ def rows() -> list[Example]:
 def encoded(adapted: AdaptedModel, rows: list[Example]) -> list[EncodedRow]:
     """Rows of different lengths; none is cut."""
     found = Encoder(adapted.tokenizer).encode(rows, 512)
-    assert found.num_truncated == found.num_unusable == 0
+    assert found.num_truncated == found.left_out.total() == 0
     assert len({row.num_tokens for row in found}) > 5
     return list(found)
 

@@ -192,9 +192,8 @@ def _document(result: "ClientResult") -> dict[str, object]:
         training = result.training
         counts = ("num_samples", "num_truncated", "num_unusable", "left_out", "seconds", "num_tokens")
         document |= {name: getattr(training, name) for name in counts}
-        first, last = training.losses[0], training.losses[-1]
         document |= {"steps": len(training.losses), "train_loss": training.mean_loss}
-        document |= {"first_loss": first, "last_loss": last}
+        document |= {"first_loss": training.losses[0], "last_loss": training.losses[-1]}
     return document
 
 

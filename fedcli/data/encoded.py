@@ -73,11 +73,6 @@ class EncodedRows(Sequence[EncodedRow]):
         self._ends = array("q", [0])
         self._numbers = array("d")
 
-    @property
-    def num_unusable(self) -> int:
-        """All rows that are left out."""
-        return self.left_out.total()
-
     def append(self, row: EncodedRow) -> None:
         """Add a row."""
         self._num_sides = len(row.sides)

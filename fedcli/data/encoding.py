@@ -42,13 +42,8 @@ class Encoder:
         self.end_id = self._template.end_id if self._template.end_id is not None else self._special_end()
         """The token that ends a response."""
 
-    def prompt(self, prompt: Prompt) -> list[int]:
-        """Return the ids that ask for the response to a prompt, as training sees them."""
-        (ids,) = self.prompts([prompt])
-        return ids
-
     def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return what `prompt` does for many; raise ConfigError for one that cannot be written."""
+        """Return the ids that ask for the responses, as training sees them; raise ConfigError for a faulty prompt."""
         return [example.ids.tolist() for example in self._written(prompts)]
 
     def responses(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[EncodedExample]:
@@ -121,11 +116,12 @@ class Encoder:
         ids: list[list[int]] = encoded["input_ids"]
         if self._template.parses_special:
             return ids
-        return [row if self._spellings.keys().isdisjoint(row) else self._spelt(row) for row in ids]
-
-    def _spelt(self, ids: list[int]) -> list[int]:
-        """Replace special tokens by their characters: a Unigram model reads them out of plain text all the same."""
-        return [part for token in ids for part in self._spellings.get(token, [token])]
+        # a Unigram model reads special tokens out of plain text all the same: their characters replace them
+        apart = self._spellings
+        return [
+            row if apart.keys().isdisjoint(row) else [part for token in row for part in apart.get(token, [token])]
+            for row in ids
+        ]
 
     def _ids_apart(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of texts that stand behind other text, but are not to merge with it.

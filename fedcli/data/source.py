@@ -274,25 +274,18 @@ def _arrow_rows(path: Path, plain: Path, kind: str) -> Iterator[Row]:
             if kind == "parquet":
                 # without threads: with them the interpreter sometimes aborts at its end
                 batches = parquet.ParquetFile(file).iter_batches(_CHUNK, use_threads=False)
+            elif file.read(6) == b"ARROW1":  # the form with a footer; the other is a stream
+                reader = ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
             else:
-                batches = _arrow_batches(ipc, file)
-            number = 0
-            for batch in batches:
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(fields, f"{path}, row {number}")
+                file.seek(0)
+                batches = ipc.open_stream(file)
+            rows = (fields for batch in batches for fields in batch.to_pylist())
+            for number, fields in enumerate(rows, 1):
+                yield Row(fields, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path} is no {kind} file that can be read: {problem}", hint="Mend the file.") from error
-
-
-def _arrow_batches(ipc: Any, file: Any) -> Iterator[Any]:
-    if file.read(6) == b"ARROW1":  # the form with a footer; the other is a stream
-        reader = ipc.open_file(file)
-        yield from map(reader.get_batch, range(reader.num_record_batches))
-    else:
-        file.seek(0)
-        yield from ipc.open_stream(file)
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:

@@ -159,13 +159,14 @@ def load_whole(folder: Path, **options: Any) -> "PreTrainedModel":
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model: PreTrainedModel
     model, report = loaded
+    unexpected = report["unexpected_keys"]
     faults = {
         "missing": sorted(report["missing_keys"]),
         "of another shape": [
             f"{name} is {list(found)} instead of {list(wanted)}"
             for name, found, wanted in sorted(report["mismatched_keys"])
         ],
-        "unexpected": _unexpected(model, report["unexpected_keys"], is_whole=not report["missing_keys"]),
+        "unexpected": sorted(unexpected if report["missing_keys"] else _of_another_model(model, unexpected)),
     }
     if found := [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]:
         raise RequirementError(
@@ -179,23 +180,21 @@ def _some(names: list[str]) -> str:
     return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
 
 
-def _unexpected(model: "PreTrainedModel", names: Iterable[str], *, is_whole: bool) -> list[str]:
-    """Return the unexpected weights that tell of another model; all of them where others are missing.
+def _of_another_model(model: "PreTrainedModel", names: Iterable[str]) -> list[str]:
+    """Return the unexpected weights that tell of another model, of a model that lacks none.
 
     A head of another task or a vision tower beside a whole language model is left alone, as transformers does, and so
     are the buffers of old checkpoints. A weight in one of the layers, or a bias of a module that has none here, was
     trained with them: without it the model computes something else.
     """
-    if not is_whole:
-        return sorted(names)
     own = {name for name, _ in model.named_parameters()}
     layers = tuple({name[: match.start()] for name in own if (match := re.search(r"(?<=\.)\d+\.", name))})
-    return sorted(
+    return [
         name
         for name in names
         if (name.startswith(layers) and name.endswith(".weight"))
         or (name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" in own)
-    )
+    ]
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":

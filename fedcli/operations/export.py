@@ -9,8 +9,7 @@ from typing import Any
 
 from fedcli.config import CustomTemplate
 from fedcli.config.adapter_config import parse_adapter_config
-from fedcli.data.formats import describe_counts
-from fedcli.data.hub import known_format
+from fedcli.data.formats import describe_counts, known_format
 from fedcli.errors import UsageError
 from fedcli.operations.report import read_metrics
 from fedcli.operations.status import describe_algorithm, describe_history

@@ -95,16 +95,15 @@ def preview(
     The picture of a joined party lies in its home, unless `output` names another place. Raises NotReadyError where
     there are no rows yet.
     """
-    is_open = read_round(workspace, 0) is not None
-    experiment = FederationState.open(workspace) if is_open else Experiment.read(workspace)
-    config = experiment.config
-    parties = _parties(experiment, client, home)
-    train = (
-        experiment.head.manifest.train
-        if isinstance(experiment, FederationState)
-        else train_record(config, 0, config.federation.rounds)
-    )
+    experiment: Experiment
+    if read_round(workspace, 0) is None:
+        experiment = Experiment.read(workspace)
+        train = train_record(experiment.config, 0, experiment.config.federation.rounds)
+    else:
+        experiment = FederationState.open(workspace)
+        train = experiment.head.manifest.train
     max_length = train.max_length
+    parties = _parties(experiment, client, home)
     tokenizer = _tokenizer(experiment, parties[0])
     encoder = Encoder(tokenizer, train.template)
     is_simulated = parties[0].num_rows is None
@@ -114,7 +113,7 @@ def preview(
     by_value: list[Counter[str]] = []
     for party in parties:
         observer.client_started(party.client)
-        reader = RowReader(party.format, config.federation.seed)
+        reader = RowReader(party.format, experiment.config.federation.seed)
         items, values = _sample(reader, party, by)
         lengths = encoder.encode((item for _, item in items), NO_LIMIT).lengths()
         counts = summary.group_counts[party.client] if summary else []

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedcli.config import read_format
-from fedcli.data.formats import RowReader, format_name
-from fedcli.data.hub import choose_format, choose_split
+from fedcli.data.formats import RowReader, choose_format, choose_split, format_name
 from fedcli.data.source import Source, absolute_path, find_source
 from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
 from fedcli.observer import Observer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcli.config import Config, DataFormat, parse_format
-from fedcli.data.hub import choose_format
+from fedcli.data.formats import choose_format
 from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint

@@ -11,8 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedcli.config import ColumnsFormat, Config, DataFormat, SourceEntry, parse_format
 from fedcli.data import partition
 from fedcli.data.demo import DEMO_ROWS
-from fedcli.data.formats import RowReader
-from fedcli.data.hub import choose_format, choose_split
+from fedcli.data.formats import RowReader, choose_format, choose_split
 from fedcli.data.source import Row, find_source, write_row
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.model.base import BUILTIN_PREFIX
