@@ -206,7 +206,6 @@ print(os.path.expanduser("~"))
     assert (tmp_path / ".netrc").read_text() == "a secret"
 
 
-@pytest.mark.slow
 def test_nothing_can_be_written_but_the_temporary_folder_and_devices(sandbox: Sandbox) -> None:
     source = """
 import os
