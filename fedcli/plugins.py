@@ -4,7 +4,6 @@ A package adds an algorithm, a task, a format or a benchmark with an entry point
 `fedcli.tasks`, `fedcli.formats` or `fedcli.benchmarks`, whose name is the thing's name.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -56,7 +55,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return OWN_PACKAGE if name in self._own else _package(self._others[name])
 
     def usable(self) -> Iterator[T]:
-        """Yield the things that can be loaded; stderr tells once which package's cannot, and why."""
+        """Yield the things that can be loaded; a warning is logged, once, for each that cannot."""
         others = self._others  # first, so that a name that two packages give is an error and no warning
         yield from self._own.values()
         for name in others:
@@ -64,7 +63,9 @@ class Registry(Mapping[str, T], Generic[T]):
                 yield self[name]
             except RequirementError as error:
                 if name not in self._refused:
-                    print(f"fedcli: warning: {' '.join(str(error).split())}", file=sys.stderr)
+                    import logging  # every command would pay for it
+
+                    logging.getLogger(__name__).warning("fedcli: warning: %s", " ".join(str(error).split()))
                 self._refused.add(name)
 
     def __getitem__(self, name: str) -> T:

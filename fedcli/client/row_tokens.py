@@ -34,7 +34,7 @@ def read_encoded(
         format=party.format if isinstance(party.format, str) else party.format.model_dump(mode="json"),
         template=train.template if isinstance(train.template, str) else train.template.model_dump(mode="json"),
         task=task,
-        arrays="numbers",  # tells from caches of another layout, which are made anew
+        layout=2,  # of the arrays: a cache of another layout is made anew
         max_length=train.max_length,
         seed=train.seed,
         base=fingerprint,

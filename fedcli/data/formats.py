@@ -93,16 +93,17 @@ class RowReader:
 
     def _checked(self, item: Item) -> Item:
         assert isinstance(item, self._item), f"the format {format_name(self.format)} made no {self._item.__name__}"
-        learnt = [turn for turns in item.conversations for turn in (turns[-1:] if item.last_only else turns)]
+        conversations = item.conversations
+        learnt = [turn for turns in conversations for turn in (turns[-1:] if item.last_only else turns)]
         if not all(turn.content.strip() for turn in learnt if turn.role == "assistant"):
             raise LeftOut(EMPTY)
-        prompt = item.conversations[0][:-1]
+        prompt = conversations[0][:-1]
         if not prompt or prompt[-1].role != "user":
             raise LeftOut(MALFORMED, "the prompt does not end with the user's turn")
         instruction = prompt[-1].text
         if not instruction.strip():
             raise LeftOut(NO_PROMPT)
-        if len(set(item.conversations)) < item.num_sides:
+        if len(set(conversations)) < item.num_sides:
             raise LeftOut(EQUAL)
         if self._seen is not None:
             if instruction in self._seen:

@@ -18,7 +18,7 @@ from fedcli.workspace.registrations import inbox_owner, is_stranger
 from fedcli.workspace.store import Folder
 from fedcli.workspace.tensors import Span, check_finite, largest_file, locate, numbers
 
-MAX_RECORD_BYTES = 64 * 1024
+MAX_UPDATE_RECORD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ def read_update(
 def read_update_record(base: Round, client: int) -> bytes:
     """Return the update.json of an update that was counted; raise FileNotFoundError or Refusal."""
     path = base.workspace.update(base.number, client) / UPDATE_RECORD
-    return base.workspace.store.read(base.workspace.name(path), MAX_RECORD_BYTES)
+    return base.workspace.store.read(base.workspace.name(path), MAX_UPDATE_RECORD_BYTES)
 
 
 def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, memoryview], reads_again: bool) -> Update:
     with _expected(UPDATE_RECORD):
-        contents = folder.read(UPDATE_RECORD, MAX_RECORD_BYTES)
+        contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
     record = parse_update_record(contents)
     _check_record(record, base, client)
     files, stored = {}, {}
