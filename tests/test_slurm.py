@@ -358,7 +358,10 @@ def resume(federation: Federation, element: str) -> None:
 
     def start() -> bool:
         if federation.queue().get(element) == "PENDING":
-            federation.cluster("scontrol", "update", f"JobId={element}", "StartTime=now")
+            try:
+                federation.cluster("scontrol", "update", f"JobId={element}", "StartTime=now")
+            except AssertionError as error:  # it may have started by itself since
+                assert "no longer pending" in str(error)
         return federation.queue().get(element) != "PENDING"
 
     federation.wait_for(start)
