@@ -361,7 +361,8 @@ def resume(federation: Federation, element: str) -> None:
             try:
                 federation.cluster("scontrol", "update", f"JobId={element}", "StartTime=now")
             except AssertionError as error:  # it may have started by itself since
-                assert "no longer pending" in str(error)
+                if "no longer pending" not in str(error):
+                    raise
         return federation.queue().get(element) != "PENDING"
 
     federation.wait_for(start)
