@@ -122,7 +122,7 @@ class Federation:
         return {i: state for i, state, folder in map(str.split, listed) if folder == str(self.workspace)}
 
     def wait_for(self, what: Callable[[], object]) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not what():
             assert time.monotonic() < end, f"{self.queue()}\n{self.logs()}"
             time.sleep(0.2)

@@ -5,17 +5,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias, get_args
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation; `input` is what Alpaca's rows give beside an instruction, "" elsewhere."""
+    """One turn of a conversation."""
 
     role: Role
     content: str
     input: str = ""
+    """What Alpaca's rows give beside an instruction."""
+    is_learnt: bool = True
+    """Whether an assistant's turn is learnt; other turns never are."""
+    reasoning: str = ""
+    """The thoughts that an assistant's turn has apart from its content (`reasoning_content`)."""
+    tool_calls: str = ""
+    """The calls of an assistant's turn, OpenAI's list as JSON."""
+    tools: str = ""
+    """The tools that the conversation offers, OpenAI's list as JSON; on the first turn alone."""
 
     @property
     def text(self) -> str:
