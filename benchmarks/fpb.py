@@ -42,7 +42,7 @@ def fedcli(*arguments: object) -> dict:
     """Run a command with --json, and return its document."""
     line = [sys.executable, "-m", "fedcli", *map(str, arguments), "--json"]
     done = subprocess.run(
-        line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True
+        line, env={"OMP_NUM_THREADS": "1"} | os.environ, stdout=subprocess.PIPE, text=True, check=True
     )
     return json.loads(done.stdout)
 
@@ -58,9 +58,9 @@ def write_training_rows(sentences: Path, to: Path) -> int:
     return len(made)
 
 
-def majority(folder: Path) -> dict[str, float]:
+def majority(folder: Path, name: str = BENCHMARK) -> dict[str, float]:
     """Return the scores of the answer that is right most often."""
-    items = [json.loads(line) for line in (folder / f"eval/base/{BENCHMARK}.jsonl").read_text().splitlines()]
+    items = [json.loads(line) for line in (folder / f"eval/base/{name}.jsonl").read_text().splitlines()]
     labels = [item["expected"] for item in items]
     share = max(map(labels.count, set(labels))) / len(labels)
     f1 = 2 * share / (1 + share)

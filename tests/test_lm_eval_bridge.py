@@ -4,44 +4,24 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.lm_eval_own import lm_evals_model, lm_evals_own, ours
 from support.processes import ENVIRONMENT
 from support.scripted import ROWS, Scripted, session
 
-from fedcli.data.encoding import Encoder
 from fedcli.data.source import read_rows
 from fedcli.errors import RequirementError, UsageError
-from fedcli.eval.benchmark import Benchmark, ItemScore, Options, Session
+from fedcli.eval.benchmark import Benchmark, Options
 from fedcli.eval.benchmarks import lm_eval_tasks as table
 from fedcli.eval.benchmarks.lm_eval_by_name import lm_eval_benchmark
-from fedcli.eval.data import Files
-from fedcli.eval.local_model import LocalModel
-from fedcli.eval.requests import Generation, Likelihood, LogLikelihood
+from fedcli.eval.requests import Generation
 from fedcli.model.base import find_base, load_base
 
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
-
-
-class TinyAnswerer:
-    """A local model without anything remembered."""
-
-    def __init__(self, model: LocalModel) -> None:
-        self._model = model
-
-    def generate(self, requests: Sequence[Generation]) -> list[str]:
-        answers: dict[int, str] = {}
-        self._model.generate(requests, answers.__setitem__)
-        return [answers[index] for index in range(len(requests))]
-
-    def log_likelihoods(self, requests: Sequence[Likelihood]) -> list[LogLikelihood]:
-        answers: dict[int, LogLikelihood] = {}
-        self._model.log_likelihoods(requests, answers.__setitem__)
-        return [answers[index] for index in range(len(requests))]
 
 
 @pytest.fixture(scope="module")
@@ -55,53 +35,16 @@ def real(name: str) -> Path:
     return DATA
 
 
-def ours(benchmark: Benchmark, tiny: tuple[Any, Any], folder: Path, limit: int) -> list[ItemScore]:
-    answerer = TinyAnswerer(LocalModel(*tiny, Encoder(tiny[1])))
-    files = Files(benchmark.name, benchmark.data, (folder,), may_fetch=False)
-    return benchmark.run(Session(answerer, files, Options(limit=limit)))
-
-
-def lm_evals_own(
-    task: str, splits: dict[str, list[dict[str, Any]]], model: Any, scratch: Path, limit: int, shots: int
-) -> dict[str, Any]:
-    """Return lm-eval's results with its own loader of JSON files and a model of its own."""
-    files = {}
-    for split, rows in splits.items():
-        path = scratch / f"{task}_{split}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files[split] = str(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import lm_eval.tasks
-        from lm_eval.evaluator import evaluate
-
-        manager = lm_eval.tasks.TaskManager(
-            include_path=Path(lm_eval.tasks.__file__).parent / task.partition("_")[0], include_defaults=False
-        )
-        source = {
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": files, "cache_dir": str(scratch / "cache")},
-        }
-        loaded = manager.load([{"group": "here", "task": [{"task": task, "num_fewshot": shots, **source}]}])
-        results: dict[str, Any] = evaluate(model, loaded, limit=limit, bootstrap_iters=0)
-    return results
-
-
 @pytest.fixture(scope="module")
 def lm_evals_tiny(tiny: tuple[Any, Any]) -> Any:
     """The tiny model as lm-eval's own kind of model."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from lm_eval.models.huggingface import HFLM
-
-        return HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=1)
+    return lm_evals_model(tiny)
 
 
 @pytest.mark.slow
 def test_mmlu_scores_as_lm_eval_with_its_own_model(tiny: tuple[Any, Any], lm_evals_tiny: Any, tmp_path: Path) -> None:
     folder, limit = real("mmlu"), 8
-    items = ours(table.MMLU_MEDICAL, tiny, folder, limit)
+    items = ours(table.MMLU_MEDICAL, tiny, folder, limit=limit)
     assert len(items) == 6 * limit
     for subject in ("anatomy", "professional_medicine"):  # short, and cut from the left: more than 1,024 tokens
         splits = {
@@ -128,7 +71,7 @@ def test_mmlu_scores_as_lm_eval_with_its_own_model(tiny: tuple[Any, Any], lm_eva
 @pytest.mark.slow
 def test_gsm8k_scores_as_lm_eval_with_its_own_model(tiny: tuple[Any, Any], lm_evals_tiny: Any, tmp_path: Path) -> None:
     folder, limit = real("gsm8k"), 20
-    items = ours(table.GSM8K, tiny, folder, limit)
+    items = ours(table.GSM8K, tiny, folder, limit=limit)
     rows = [dict(row.fields) for row in read_rows(folder / "gsm8k" / "test.jsonl")[:limit]]
     results = lm_evals_own("gsm8k_cot", {"test": rows}, lm_evals_tiny, tmp_path, limit, shots=8)
     scores = results["results"]["gsm8k_cot"]

@@ -19,7 +19,7 @@ Quantization: TypeAlias = Literal["none", "int8", "nf4"]
 
 
 class ModelConfig(Section):
-    """The base model: a name that ships with the package, a folder, or a hub id."""
+    """The base model: what ships with fedcli or a package, a folder, a .gguf file, or a hub id."""
 
     base: str = "builtin:tiny"
     quantization: Quantization = "none"

@@ -5,13 +5,15 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcli.config import Quantization
 from fedcli.errors import ConfigError, RequirementError, did_you_mean
 from fedcli.model.bitsandbytes import require_bitsandbytes, show_bitsandbytes
+from fedcli.model.gguf import PACKAGE_PREFIX, dequantized, find_gguf, fingerprint_of_source, gguf_of_package
 from fedcli.model.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
@@ -33,14 +35,22 @@ _BROKEN = (MemoryError, OSError, RuntimeError, ValueError, TypeError, AttributeE
 
 
 def is_path(base: str, root: Path) -> bool:
-    """Return whether `base` names a folder rather than a hub id."""
-    return base.startswith(("/", ".", "~")) or (not base.startswith(BUILTIN_PREFIX) and (root / base).is_dir())
+    """Return whether `base` names a folder or a .gguf file rather than a hub id."""
+    if base.startswith((BUILTIN_PREFIX, PACKAGE_PREFIX)):
+        return False
+    return base.startswith(("/", ".", "~")) or base.lower().endswith(".gguf") or (root / base).is_dir()
+
+
+def is_hub_id(base: str, root: Path) -> bool:
+    """Return whether `base` is neither built in, nor a package's, nor a path."""
+    return not (base.startswith((BUILTIN_PREFIX, PACKAGE_PREFIX)) or is_path(base, root))
 
 
 def find_base(base: str, *, revision: str | None, root: Path, only_cached: bool = False) -> Path:
-    """Return the folder of a base model: built in, a folder (relative to `root`), or fetched from the hub.
+    """Return the folder of a base model: built in, a path (relative to `root`), a package's, or fetched from the hub.
 
-    With `only_cached` the hub is not asked: what its client has fetched before is all that there is.
+    A .gguf file, a folder's or a package's, is dequantised into a folder of fedcli's cache, unless it has been. With
+    `only_cached` the hub is not asked: what its client has fetched before is all that there is.
 
     Raises ConfigError for an unknown built-in name, RequirementError where the model is not to be had.
     """
@@ -49,13 +59,43 @@ def find_base(base: str, *, revision: str | None, root: Path, only_cached: bool 
         if base not in known:
             raise ConfigError(f"model.base: unknown built-in model {base!r}", hint=did_you_mean(base, known))
         return known[base]
+    if base.startswith(PACKAGE_PREFIX):
+        return _dequantized(gguf_of_package(base))
     folder = root / os.path.expanduser(base) if is_path(base, root) else _fetch(base, revision, only_cached)
     if not (folder / "config.json").is_file() or not _weights(folder):
+        if (file := find_gguf(folder)) is not None:
+            return _dequantized(file)
         raise RequirementError(
             f"base model not found: {folder} does not hold config.json and weights",
-            hint="Check model.base in fedcli.yaml: a folder in transformers' layout, or a hub id.",
+            hint="Check model.base in fedcli.yaml: a folder in transformers' layout, a .gguf file, or a hub id.",
         )
     return folder
+
+
+def _dequantized(file: Path) -> Path:
+    return dequantized(file, digest=files_digest, unpack=_unpack)
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    """Write what a .gguf file holds into a folder, in transformers' layout; raise OSError where the disk refuses."""
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    # Where kernels for GGUF's blocks are installed, transformers would leave the weights in these; older ones never do.
+    config = getattr(transformers, "GgufConfig", None)
+    options = {} if config is None else {"quantization_config": config(dequantize=True)}
+    with quiet_libraries(), redirect_stderr(StringIO()):  # a progress bar that knows no off
+        with loading(file):
+            model = load_whole(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
+        tokenizer = load_tokenizer(file.parent, trust_remote_code=False, gguf_file=file.name)
+        vars(model)["hf_quantizer"] = None  # with one, or with its configuration, nothing is saved
+        vars(model.config).pop("quantization_config", None)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(str(error)) from error
+        tokenizer.save_pretrained(folder)
 
 
 def fingerprint(folder: Path) -> str:
@@ -63,8 +103,14 @@ def fingerprint(folder: Path) -> str:
 
     It covers names and sizes of weights, configuration and tokenizer files (and nothing else that lies there), and all
     of their bytes where a file has at most 16 MiB, else 16 MiB spread evenly over it. It finds honest mix-ups; it is no
-    defence against a forger.
+    defence against a forger. A folder that was made of a .gguf file has that file's.
     """
+    own = files_digest(folder)
+    return fingerprint_of_source(folder, own) or own
+
+
+def files_digest(folder: Path) -> str:
+    """Return a hash of a base model's files, as `fingerprint` says."""
     digest = hashlib.sha256()
     for path in [*_weights(folder), *(folder / name for name in _SETTINGS if (folder / name).is_file())]:
         size = path.stat().st_size
@@ -197,12 +243,13 @@ def _of_another_model(model: "PreTrainedModel", names: Iterable[str]) -> list[st
     ]
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
-    """Load a base model's tokenizer; raise RequirementError where there is none that works."""
+def load_tokenizer(folder: Path, *, trust_remote_code: bool, **options: Any) -> "PreTrainedTokenizerBase":
+    """Load a base model's tokenizer by from_pretrained; raise RequirementError where there is none that works."""
     from transformers import AutoTokenizer
 
     with quiet_libraries(), loading(folder):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        options |= {"trust_remote_code": trust_remote_code}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     return tokenizer
 
 

@@ -227,7 +227,7 @@ def _base_model(experiment: Experiment) -> "tuple[PreTrainedModel, Finding]":
     """
     from huggingface_hub import constants
 
-    from fedcli.model.base import find_base, is_path, load_shapes
+    from fedcli.model.base import find_base, is_hub_id, load_shapes
 
     settings, root = experiment.config.model, experiment.workspace.root
     finding = Finding("base model", "ok", settings.base)
@@ -235,7 +235,7 @@ def _base_model(experiment: Experiment) -> "tuple[PreTrainedModel, Finding]":
     try:
         source = find_base(settings.base, revision=settings.revision, root=root, only_cached=True)
     except RequirementError:
-        if constants.HF_HUB_OFFLINE or is_path(settings.base, root):
+        if constants.HF_HUB_OFFLINE or not is_hub_id(settings.base, root):
             raise
         source, detail = settings.base, f"{settings.base}: the hub's cache does not hold its weights"
         finding = Finding("base model", "warning", detail, "The first command that needs them fetches them.")

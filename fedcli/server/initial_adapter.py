@@ -24,7 +24,7 @@ def prepare_start(experiment: Experiment) -> Start:
     tokenizer, a template or target modules that will not do.
     """
     from fedcli.data.encoding import Encoder
-    from fedcli.model.base import BUILTIN_PREFIX, find_base, fingerprint, is_path, load_tokenizer
+    from fedcli.model.base import find_base, fingerprint, is_hub_id, is_path, load_tokenizer
     from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
     from fedcli.model.lora import lora_config, start_adapter
 
@@ -33,14 +33,13 @@ def prepare_start(experiment: Experiment) -> Start:
     base, trust_remote_code = config.model.base, trusts_code(experiment)
     folder = find_base(base, revision=config.model.revision, root=root)
     Encoder(load_tokenizer(folder, trust_remote_code=trust_remote_code), config.data.template)
-    local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
     with without_bitsandbytes(config.model.quantization == "none"):
         peft_config = lora_config(
             rank=adapter.rank,
             alpha=adapter.alpha,
             dropout=adapter.dropout,
             target_modules=adapter.target_modules,
-            base=None if local else base,
+            base=base if is_hub_id(base, root) else None,
         )
         arrays, num_parameters = start_adapter(
             folder, peft_config, seed=config.federation.seed, trust_remote_code=trust_remote_code

@@ -5,15 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedcli.algos import Arrays
 from fedcli.data.encoded import EncodedExample, EncodedRow
 from fedcli.model.base import find_base
+from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.lora import AdaptedModel, lora_config
 from fedcli.tasks.conversation import Example, Preference, Turn, instruct
 
 TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())
 TARGETS = ("q_proj", "v_proj", "down_proj")
+
+
+def load_plain(folder: Path) -> tuple[Any, Any]:
+    """Return a model and its tokenizer as transformers alone loads them."""
+    with quiet_libraries():
+        return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def examples_of(rows: Sequence[Mapping[str, str]]) -> list[Example]:
