@@ -134,7 +134,11 @@ def test_a_base_of_the_hub_is_whole_in_its_cache_or_a_finding_and_nothing_is_fet
     (stored / "refs" / "main").write_text(snapshot.name)
     assert found() == (0, "ok", "some/model")
     (snapshot / "model.safetensors").unlink()
-    assert found() == (8, "failed", f"base model not found: {snapshot} does not hold config.json and weights")
+    assert found() == (
+        8,
+        "failed",
+        f"base model not found: {snapshot} does not hold config.json and weights (no *.safetensors, no *.bin)",
+    )
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -312,7 +312,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "code", "named"),
     [
-        ("./nowhere", 8, ["base model not found", "nowhere does not hold config.json and weights"]),
+        ("./nowhere", 8, ["base model not found", "nowhere does not exist"]),
         ("builtin:tny", 3, ["unknown built-in model 'builtin:tny'", "Did you mean builtin:tiny?"]),
     ],
 )

@@ -51,7 +51,8 @@ class Runtime:
         self._task = TASKS[manifest.task]
         self._fingerprint = manifest.model.fingerprint
         base = party.base_of(config) if party else config.model.base
-        folder = find_same_base(federation, base)
+        trusts = trusts_code(federation, party)
+        folder = find_same_base(federation, base, trust_remote_code=trusts)
         quantization = manifest.model.quantization
         require_bitsandbytes(quantization)
         contents = federation.head.read(ADAPTER_CONFIG_NAME)
@@ -64,9 +65,7 @@ class Runtime:
                 torch.set_num_threads(threads)
             from fedcli.model.lora import AdaptedModel
 
-            self.adapted = AdaptedModel(
-                folder, adapter_config, trust_remote_code=trusts_code(federation, party), quantization=quantization
-            )
+            self.adapted = AdaptedModel(folder, adapter_config, trust_remote_code=trusts, quantization=quantization)
         self._encoders: dict[TemplateChoice, Encoder] = {}
         self._rows: dict[tuple[int | None, int, TemplateChoice], EncodedRows] = {}
         self._start: Round | None = None

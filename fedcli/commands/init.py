@@ -41,6 +41,7 @@ def init(
     if creation.has_lost_identity:
         text.append(f"workspace.json was missing: it has the id of round 0 again, {manifest.workspace}")
     text += [] if data is None else [describe_data(data)]
+    text += [f"note: {note}" for note in creation.notes]
     hint = ""
     if manifest.cohort:
         text.append(f"cohort: {', '.join(map(str, manifest.cohort))}")
@@ -49,4 +50,5 @@ def init(
         if creation.has_rows:
             hint = f"next: fedcli client train --id {manifest.cohort[0]}{option}, or fedcli run{option} for all rounds"
     document = {"status": "created" if created else "exists", "workspace": str(where), "round": head.number}
-    print_result(json_output, document | {"cohort": manifest.cohort, "data": data}, text, hint)
+    document |= {"cohort": manifest.cohort, "data": data, "notes": creation.notes}
+    print_result(json_output, document, text, hint)

@@ -16,8 +16,14 @@ from fedcli.errors import IntegrityError
 _HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)?$", max_length=200)]
 _UNREAD = {"auto_mapping", "fan_in_fan_out", "peft_version", "revision"}
 """Keys that change nothing here; fan_in_fan_out PEFT itself sets as the layer needs."""
-_DEFAULTS = {"init_lora_weights": (True, "gaussian"), "megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
-"""PEFT's defaults that are not empty; "gaussian" only says how training began."""
+_DEFAULTS = {
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+}
+"""PEFT's defaults that are not empty; the others of init_lora_weights only say how training began."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts (some with an ending: pissa_niter_16) that take something out of the base's own weights."""
 
 
 class AdapterConfig(BaseModel):
@@ -70,6 +76,11 @@ def parse_outside_config(contents: bytes) -> dict[str, Any]:
     for key, value in document.items():
         if key in _OutsideConfig.model_fields:
             settings[key] = value
+        elif key == "init_lora_weights" and str(value).lower().startswith(_CHANGES_BASE):
+            raise ValueError(
+                f"it was started by {value}, which changes the base model's own weights, and belongs to those. PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=...) makes plain LoRA of it"
+            )
         elif key not in _UNREAD and value not in (None, False, {}, [], *_DEFAULTS.get(key, ())):
             raise ValueError(f"its adapter_config.json sets {key}, which fedcli does not support")
     settings |= {"base_model_name_or_path": None, "inference_mode": True}

@@ -13,7 +13,7 @@ from fedcli.data.encoding import Encoder
 from fedcli.errors import RequirementError
 from fedcli.eval.remembered import Usage, not_finite
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
-from fedcli.model.base import short_memory
+from fedcli.model.base import pad_id_of, short_memory
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.likelihood import logits_at
 from fedcli.randomness import stream_seed
@@ -52,8 +52,7 @@ class LocalModel:
             (limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=UNKNOWN_CONTEXT
         )
         """Tokens that the model takes, prompt and answer together."""
-        pad_id = tokenizer.pad_token_id
-        self._pad_id = pad_id if isinstance(pad_id, int) else encoder.end_id
+        self._pad_id = pad_id_of(tokenizer, model, encoder.end_id)
 
     def generate(self, requests: Sequence[Generation], on_answer: Callable[[int, str], None]) -> None:
         """Answer every request; equal settings share batches."""

@@ -14,6 +14,7 @@ from fedcli.config import Quantization
 from fedcli.errors import ConfigError, RequirementError, did_you_mean
 from fedcli.model.bitsandbytes import require_bitsandbytes, show_bitsandbytes
 from fedcli.model.gguf import PACKAGE_PREFIX, dequantized, find_gguf, fingerprint_of_source, gguf_of_package
+from fedcli.model.inspection import MISMATCH_CURE, mismatch, require_files
 from fedcli.model.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ _BROKEN = (MemoryError, OSError, RuntimeError, ValueError, TypeError, AttributeE
 
 
 def is_path(base: str, root: Path) -> bool:
-    """Return whether `base` names a folder or a .gguf file rather than a hub id."""
+    """Return whether `base` names a folder or a file rather than a hub id."""
     if base.startswith((BUILTIN_PREFIX, PACKAGE_PREFIX)):
         return False
-    return base.startswith(("/", ".", "~")) or base.lower().endswith(".gguf") or (root / base).is_dir()
+    return base.startswith(("/", ".", "~")) or base.lower().endswith(".gguf") or (root / base).exists()
 
 
 def is_hub_id(base: str, root: Path) -> bool:
@@ -52,7 +53,8 @@ def find_base(base: str, *, revision: str | None, root: Path, only_cached: bool 
     A .gguf file, a folder's or a package's, is dequantised into a folder of fedcli's cache, unless it has been. With
     `only_cached` the hub is not asked: what its client has fetched before is all that there is.
 
-    Raises ConfigError for an unknown built-in name, RequirementError where the model is not to be had.
+    Raises ConfigError for an unknown built-in name, RequirementError where the model is not to be had or its files
+    are not whole.
     """
     if base.startswith(BUILTIN_PREFIX):
         known = {BUILTIN_PREFIX + path.parent.name: path.parent for path in _BUILTIN_FOLDER.glob("*/config.json")}
@@ -62,13 +64,9 @@ def find_base(base: str, *, revision: str | None, root: Path, only_cached: bool 
     if base.startswith(PACKAGE_PREFIX):
         return _dequantized(gguf_of_package(base))
     folder = root / os.path.expanduser(base) if is_path(base, root) else _fetch(base, revision, only_cached)
-    if not (folder / "config.json").is_file() or not _weights(folder):
-        if (file := find_gguf(folder)) is not None:
-            return _dequantized(file)
-        raise RequirementError(
-            f"base model not found: {folder} does not hold config.json and weights",
-            hint="Check model.base in fedcli.yaml: a folder in transformers' layout, a .gguf file, or a hub id.",
-        )
+    if (folder.is_file() or not _weights(folder)) and (file := find_gguf(folder)) is not None:
+        return _dequantized(file)
+    require_files(folder)
     return folder
 
 
@@ -206,24 +204,15 @@ def load_whole(folder: Path, **options: Any) -> "PreTrainedModel":
     model: PreTrainedModel
     model, report = loaded
     unexpected = report["unexpected_keys"]
-    faults = {
-        "missing": sorted(report["missing_keys"]),
-        "of another shape": [
-            f"{name} is {list(found)} instead of {list(wanted)}"
-            for name, found, wanted in sorted(report["mismatched_keys"])
-        ],
-        "unexpected": sorted(unexpected if report["missing_keys"] else _of_another_model(model, unexpected)),
-    }
-    if found := [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]:
-        raise RequirementError(
-            f"config.json and weights of the base model {folder} do not belong together: {'; '.join(found)}",
-            hint="Fetch or save the model again: its weights need the names, layers and sizes that config.json gives.",
-        )
+    missing = sorted(report["missing_keys"])
+    reshaped = [
+        f"{name} is {list(found)} instead of {list(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    odd = sorted(unexpected if missing else _of_another_model(model, unexpected))
+    if missing or reshaped or odd:
+        raise RequirementError(mismatch(folder, missing, reshaped, odd), hint=MISMATCH_CURE)
     return model
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
 
 
 def _of_another_model(model: "PreTrainedModel", names: Iterable[str]) -> list[str]:
@@ -251,6 +240,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool, **options: Any) -> 
         options |= {"trust_remote_code": trust_remote_code}
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     return tokenizer
+
+
+def pad_id_of(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", default: int = 0) -> int:
+    """Return the id that pads; where the tokenizer has none, or one that the embedding has not, the default.
+
+    Any id will do, for no position ever sees what pads.
+    """
+    embedding: Any = model.get_input_embeddings()
+    pad_id = tokenizer.pad_token_id
+    return pad_id if isinstance(pad_id, int) and pad_id < embedding.weight.shape[0] else default
 
 
 def has_bfloat16() -> bool:

@@ -13,7 +13,7 @@ from fedcli.algos import Array, Arrays
 from fedcli.config import Quantization
 from fedcli.config.adapter_config import AdapterConfig, parse_outside_config
 from fedcli.errors import ConfigError, did_you_mean
-from fedcli.model.base import load_base, load_shapes
+from fedcli.model.base import load_base, load_shapes, pad_id_of
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.randomness import stream
 
@@ -81,8 +81,7 @@ class AdaptedModel:
             base, self.tokenizer = load_base(folder, trust_remote_code=trust_remote_code, quantization=quantization)
             self.base: PreTrainedModel = base
             self.model: PeftModel = get_peft_model(base, peft_config(config))
-        pad_id = self.tokenizer.pad_token_id
-        self.pad_id: int = pad_id if isinstance(pad_id, int) else 0
+        self.pad_id = pad_id_of(self.tokenizer, base)
         self.parameters: dict[str, torch.nn.Parameter] = {
             name.replace(".default.", "."): parameter.requires_grad_()
             for name, parameter in self.model.named_parameters()

@@ -13,6 +13,13 @@ _BYTES_PER_WEIGHT: dict[Quantization, float] = {"int8": 1.0, "nf4": 0.5 + 1 / 64
 """Of linear layers: nf4 has a scale of one byte for 64 weights, and another of four for 256 of those."""
 
 
+def weights_memory(num_linear: int, num_other: int) -> dict[str, int]:
+    """Return the bytes of a base's weights by type and quantisation, which takes its linear layers alone."""
+    num_all = num_linear + num_other
+    quantized = {name: int(num_linear * size) + num_other * 4 for name, size in _BYTES_PER_WEIGHT.items()}
+    return {"float32": num_all * 4, "bfloat16": num_all * 2, **quantized}
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes by what needs them."""
@@ -65,10 +72,8 @@ def estimate_memory(
     targets = [module for name, module in layers_by_name.items() if name.rpartition(".")[2] in target_modules]
     adapter_parameters = rank * sum(sum(module.weight.shape) for module in targets)
     other = sum(parameter.numel() for parameter in model.parameters()) - linear
-    if quantization == "none":
-        weights = (linear + other) * compute_bytes
-    else:
-        weights = int(linear * _BYTES_PER_WEIGHT[quantization]) + other * 4
+    by_type = weights_memory(linear, other)
+    weights = by_type[quantization if quantization != "none" else "bfloat16" if compute_bytes == 2 else "float32"]
     tokens = rows * length
     layer = tokens * (16 * hidden + compute_bytes * (12 * hidden + 6 * feed_forward))
     kept = layer + layers * tokens * hidden * 4 if has_checkpointing else layers * layer

@@ -23,6 +23,8 @@ from fedcli.workspace.layout import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fedcli.model.inspection import Inspection
+
 PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "filelock", "datasets"),
     *("pyarrow", "scikit-learn", "matplotlib", "jinja2"),
@@ -82,6 +84,68 @@ def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]
             cure = "Reinstall fedcli and its packages."
             findings.append(Finding(name, "failed", f"{type(error).__name__}: {error}", cure))
     return findings
+
+
+def examine_model(name: str, *, root: Path, observer: Observer) -> "tuple[Inspection | None, list[Finding]]":
+    """Return what a base model is, a folder's (relative to `root`) or one of the hub's cache, and its faults.
+
+    No code that comes with it runs, and no weight is loaded. What the files leave open transformers decides, which is
+    asked to make the model without weights.
+    """
+    from fedcli.model.base import find_base
+    from fedcli.model.inspection import inspect
+
+    observer.checking(name)
+    try:
+        found = inspect(find_base(name, revision=None, root=root, only_cached=True))
+    except FedError as error:
+        return None, [Finding("base model", "failed", error.message, error.hint)]
+    findings = [Finding("base model", "failed", fault.message, fault.hint) for fault in found.faults]
+    try:
+        findings = findings or [Finding("base model", "ok", _describe(found)), *_made_by_transformers(found)]
+    except FedError as error:
+        findings = [Finding("base model", "failed", error.message, error.hint)]
+    findings += [Finding("tokenizer", "warning", note) for note in found.notes]
+    return found, [*findings, *_properties(found)]
+
+
+def _describe(found: "Inspection") -> str:
+    size = f", {found.num_parameters:,} parameters" if found.num_parameters else ""
+    return f"{found.architecture or found.kind}, {plural(found.num_layers or 0, 'layer')}{size}; nothing is missing"
+
+
+def _made_by_transformers(found: "Inspection") -> Iterator[Finding]:
+    """Make the model without weights, and its tokenizer; raise FedError where they cannot be."""
+    from fedcli.model.base import load_shapes, load_tokenizer
+    from fedcli.model.inspection import chat_abilities
+
+    load_shapes(found.folder, revision=None, trust_remote_code=False)
+    tokenizer = load_tokenizer(found.folder, trust_remote_code=False)
+    found.check_tokenizer(tokenizer)
+    yield Finding("tokenizer", "ok", f"{len(tokenizer):,} tokens, an embedding of {found.embedding_rows or 0:,}")
+    abilities = chat_abilities(tokenizer)
+    if abilities is None:
+        yield Finding("chat template", "ok", "none: data.template chat is not to be had")
+    else:
+        words = {"system": "a system turn", "tools": "tools", "thoughts": "thoughts", "several_turns": "several turns"}
+        does = [text for name, text in words.items() if getattr(abilities, name)]
+        lost = [text for name, text in words.items() if not getattr(abilities, name)]
+        detail = f"writes {', '.join(does) or 'one turn'}" + (f"; does not write {', '.join(lost)}" if lost else "")
+        yield Finding("chat template", "ok", detail)
+
+
+def _properties(found: "Inspection") -> Iterator[Finding]:
+    """Yield what is neither right nor wrong."""
+    known = {
+        "positions": f"{found.max_positions:,}, {found.positions}" if found.max_positions else None,
+        "output head": {"tied": "tied to the embedding", "own": "its own"}.get(found.head or ""),
+        "dropouts": ", ".join(f"{name} {value:g}" for name, value in found.dropouts.items() if value) or "none",
+        "LoRA targets": ", ".join(found.lora_targets or ()) or None,
+        "stored in": found.quantization,
+        "memory": ", ".join(f"{name} {describe_bytes(size)}" for name, size in found.memory.items()) or None,
+        "licence": found.licence,
+    }
+    yield from (Finding(name, "ok", detail) for name, detail in known.items() if detail)
 
 
 def _packages(config: Config | None) -> Iterator[Finding]:
@@ -228,6 +292,7 @@ def _base_model(experiment: Experiment) -> "tuple[PreTrainedModel, Finding]":
     from huggingface_hub import constants
 
     from fedcli.model.base import find_base, is_hub_id, load_shapes
+    from fedcli.model.inspection import inspect
 
     settings, root = experiment.config.model, experiment.workspace.root
     finding = Finding("base model", "ok", settings.base)
@@ -239,6 +304,12 @@ def _base_model(experiment: Experiment) -> "tuple[PreTrainedModel, Finding]":
             raise
         source, detail = settings.base, f"{settings.base}: the hub's cache does not hold its weights"
         finding = Finding("base model", "warning", detail, "The first command that needs them fetches them.")
+    else:
+        found = inspect(source, trust_remote_code=trusts_code(experiment)).require()
+        max_length = experiment.config.train.max_length
+        found.check_length(max_length)
+        if notes := found.notes_for(max_length):
+            finding = Finding("base model", "warning", f"{settings.base}: {'; '.join(notes)}")
     return load_shapes(source, revision=settings.revision, trust_remote_code=trusts_code(experiment)), finding
 
 

@@ -70,7 +70,8 @@ def export(
         if merge:
             from fedcli.model.merged import check_mergeable, write_merged
 
-            base = find_same_base(federation, federation.config.model.base)
+            trusts = trusts_code(federation)
+            base = find_same_base(federation, federation.config.model.base, trust_remote_code=trusts)
             check_mergeable(base)
             merged_dtype = write_merged(
                 base,
@@ -79,7 +80,7 @@ def export(
                 folder,
                 dtype=dtype,
                 max_shard_size=max_shard_size or SHARD_SIZE,
-                trust_remote_code=trusts_code(federation),
+                trust_remote_code=trusts,
             )
         else:
             for name, contents in adapter.items():

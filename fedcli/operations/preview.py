@@ -14,6 +14,7 @@ from fedcli.data.formats import RowReader
 from fedcli.data.source import Row
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.model.base import find_base, load_tokenizer
+from fedcli.model.inspection import inspect
 from fedcli.observer import Observer
 from fedcli.parties.join import NO_LIMIT
 from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
@@ -169,11 +170,13 @@ def _parties(experiment: Experiment, client: int | None, home: Path | None) -> l
 def _tokenizer(experiment: Experiment, party: Party) -> "PreTrainedTokenizerBase":
     config, root = experiment.config, experiment.workspace.root
     base = party.base_of(config)
+    trusts = trusts_code(experiment, party)
     if isinstance(experiment, FederationState):
-        folder = find_same_base(experiment, base)
+        folder = find_same_base(experiment, base, trust_remote_code=trusts)
     else:
         folder = find_base(base, revision=config.model.revision, root=root)
-    return load_tokenizer(folder, trust_remote_code=trusts_code(experiment, party))
+        inspect(folder, trust_remote_code=trusts).require()
+    return load_tokenizer(folder, trust_remote_code=trusts)
 
 
 def _sample(reader: RowReader, party: Party, by: str | None) -> tuple[list[tuple[Row, Item]], Counter[str]]:

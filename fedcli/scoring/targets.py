@@ -11,6 +11,7 @@ import numpy as np
 from fedcli.algos import Arrays
 from fedcli.errors import FedError, NotReadyError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
+from fedcli.model.inspection import inspect
 from fedcli.workspace import baselines
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
@@ -170,6 +171,7 @@ def _folder(folder: Path) -> Target:
 def _model(workspace: Workspace, model: str) -> Target:
     try:
         folder = find_base(model, revision=None, root=Path.cwd())
+        inspect(folder).require()
     except FedError as error:
         error.hint = "Name a folder in transformers' layout, or a hub id, with --model."
         raise

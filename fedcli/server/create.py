@@ -15,7 +15,7 @@ from fedcli.data.source import absolute_path
 from fedcli.errors import UsageError, WorkspaceError, did_you_mean
 from fedcli.observer import Observer
 from fedcli.parties.simulate import DataSummary, plan_split, write_split
-from fedcli.server.initial_adapter import prepare_start
+from fedcli.server.initial_adapter import check_base, prepare_start
 from fedcli.server.open_round import open_first_round
 from fedcli.workspace.federation_state import Experiment, FederationState, config_text, read_config
 from fedcli.workspace.history import is_initialised, read_identity, read_round, sweep_workspace
@@ -52,6 +52,8 @@ class Creation:
     data: DataSummary | None = None
     has_lost_identity: bool = False
     """Whether rounds stood there without a workspace.json: it is made again, with the id that they have."""
+    notes: tuple[str, ...] = ()
+    """What is odd about the base model, and no fault."""
 
     @property
     def has_rows(self) -> bool:
@@ -75,6 +77,7 @@ def create_workspace(
     if _is_open(workspace):
         return Creation(FederationState.open(workspace), False)
     experiment = Experiment(workspace, config, None)
+    base = check_base(experiment)  # before rows are read and torch is loaded: it takes no second
     plan = plan_split(experiment, observer)
     start = prepare_start(experiment)  # all that can be wrong is found before anything is written
     make_folder(workspace.root)
@@ -97,7 +100,13 @@ def create_workspace(
         identity = Identity(id=workspace_id, fixed=config.fixed(), simulation=is_simulation)
         workspace.store.put(workspace.name(workspace.identity), identity.to_bytes())
         federation = open_first_round(experiment, identity, start)
-        return Creation(federation, True, plan.summary if plan else None, has_lost_identity=orphan is not None)
+        return Creation(
+            federation,
+            True,
+            plan.summary if plan else None,
+            has_lost_identity=orphan is not None,
+            notes=() if base is None else base.notes_for(config.train.max_length),
+        )
 
 
 def open_round(workspace: Workspace) -> FederationState:

@@ -3,11 +3,11 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedcli.algos import Array
 from fedcli.config.adapter_config import parse_outside_config
-from fedcli.errors import ConfigError
+from fedcli.errors import ConfigError, RequirementError
 from fedcli.parties.party import trusts_code
 from fedcli.server.open_round import Start
 from fedcli.workspace.federation_state import Experiment
@@ -15,6 +15,32 @@ from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, AD
 from fedcli.workspace.records import ModelRecord, TensorEntry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode, schema_of
+
+if TYPE_CHECKING:
+    from fedcli.model.inspection import Inspection
+
+
+def check_base(experiment: Experiment) -> "Inspection | None":
+    """Return what the base model is; None where the hub would have to be asked for it. Loads no torch.
+
+    Raises ConfigError or RequirementError for a base model that will not do, ConfigError where train.max_length or
+    the adapter to start from do not suit it.
+    """
+    from fedcli.model.base import find_base, is_hub_id
+    from fedcli.model.inspection import inspect
+
+    settings, root = experiment.config.model, experiment.workspace.root
+    try:
+        folder = find_base(settings.base, revision=settings.revision, root=root, only_cached=True)
+    except RequirementError:
+        if not is_hub_id(settings.base, root):
+            raise
+        return None
+    found = inspect(folder, trust_remote_code=trusts_code(experiment)).require()
+    found.check_length(experiment.config.train.max_length)
+    if experiment.config.adapter.init is not None:
+        _read_files(root / os.path.expanduser(experiment.config.adapter.init))
+    return found
 
 
 def prepare_start(experiment: Experiment) -> Start:
@@ -26,13 +52,18 @@ def prepare_start(experiment: Experiment) -> Start:
     from fedcli.data.encoding import Encoder
     from fedcli.model.base import find_base, fingerprint, is_hub_id, is_path, load_tokenizer
     from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
+    from fedcli.model.inspection import inspect
     from fedcli.model.lora import lora_config, start_adapter
 
     config, root, adapter = experiment.config, experiment.workspace.root, experiment.config.adapter
     require_bitsandbytes(config.model.quantization)
     base, trust_remote_code = config.model.base, trusts_code(experiment)
     folder = find_base(base, revision=config.model.revision, root=root)
-    Encoder(load_tokenizer(folder, trust_remote_code=trust_remote_code), config.data.template)
+    inspection = inspect(folder, trust_remote_code=trust_remote_code).require()
+    inspection.check_length(config.train.max_length)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    inspection.check_tokenizer(tokenizer)
+    Encoder(tokenizer, config.data.template)
     with without_bitsandbytes(config.model.quantization == "none"):
         peft_config = lora_config(
             rank=adapter.rank,
@@ -57,16 +88,21 @@ def prepare_start(experiment: Experiment) -> Start:
     return Start(model, {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: text.encode()}, schema_of(arrays))
 
 
-def _read_adapter(folder: Path, schema: dict[str, TensorEntry], peft_config: dict[str, Any]) -> dict[str, Array]:
-    """Read the adapter that adapter.init names; it must be of the shape that the adapter section gives."""
+def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the settings of the adapter that adapter.init names, and its weights' file."""
     try:
         found = parse_outside_config((folder / ADAPTER_CONFIG_FILE).read_bytes())
-        contents = (folder / ADAPTER_FILE).read_bytes()
+        return found, (folder / ADAPTER_FILE).read_bytes()
     except (OSError, ValueError) as error:
         inner = folder / Path(ADAPTER_NAME).parent
         hint = f"Name {inner}." if inner.is_dir() else "Name a folder in PEFT's layout, as rounds/00015/adapter."
         problem = (error.strerror or error) if isinstance(error, OSError) else error
         raise ConfigError(f"adapter.init: no adapter in {folder}: {problem}", hint=hint) from error
+
+
+def _read_adapter(folder: Path, schema: dict[str, TensorEntry], peft_config: dict[str, Any]) -> dict[str, Array]:
+    """Read the adapter that adapter.init names; it must be of the shape that the adapter section gives."""
+    found, contents = _read_files(folder)
     if odd := [key for key in ("use_rslora", "use_dora") if found[key]]:
         raise ConfigError(f"adapter.init: {folder} uses {odd[0]}", hint="Start from an adapter of plain LoRA.")
     for key in ("r", "lora_alpha"):

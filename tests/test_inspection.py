@@ -1,0 +1,287 @@
+"""A base model is known by its files alone: what it is, and why one that will not do is refused before torch loads."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import load_file, save_file
+from support.processes import ENVIRONMENT, command, settings
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from fedcli.errors import ConfigError, RequirementError
+from fedcli.model.architectures import UNIFORM, find_architecture
+from fedcli.model.base import find_base
+from fedcli.model.inspection import inspect
+from fedcli.model.library_logging import quiet_libraries
+
+TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())
+Change = Callable[[Path], object]
+
+
+def configure(**changes: Any) -> Change:
+    """Return what changes config.json."""
+
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def rename(renamed: Callable[[str], str | None]) -> Change:
+    """Return what gives weights other names, or none: they are left out."""
+
+    def change(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        weights = {renamed(name): each for name, each in load_file(path).items()}
+        save_file({name: each for name, each in weights.items() if name is not None}, path)
+
+    return change
+
+
+def add_token(token: str, number: int = 900, *, special: bool = False, role: str | None = None) -> Change:
+    """Return what adds a token to the tokenizer, and not to the embedding."""
+
+    def change(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        document = json.loads(path.read_text())
+        entry = {"id": number, "content": token, "special": special, "single_word": False}
+        document["added_tokens"].append(entry | dict.fromkeys(("lstrip", "rstrip", "normalized"), False))
+        path.write_text(json.dumps(document))
+        if role is not None:
+            settings = folder / "tokenizer_config.json"
+            settings.write_text(json.dumps(json.loads(settings.read_text()) | {role: token}))
+
+    return change
+
+
+def remove(*patterns: str) -> Change:
+    return lambda folder: [path.unlink() for pattern in patterns for path in folder.glob(pattern)]
+
+
+def write(name: str, contents: bytes) -> Change:
+    return lambda folder: (folder / name).write_bytes(contents)
+
+
+def cut(name: str) -> Change:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+def shard(folder: Path) -> None:
+    """Split the weights into two files, the second of which is lost."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    save_file({name: weights[name] for name in names[:5]}, folder / "model-00001-of-00002.safetensors")
+    mapped = {name: f"model-0000{1 + (name not in names[:5])}-of-00002.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapped}))
+
+
+def without_layer(number: int) -> Callable[[str], str | None]:
+    return lambda name: None if f".layers.{number}." in name else name
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+PREFIXES = ("module.", "base_model.model.", "_orig_mod.", "model.", "policy.", "_forward_module.model.")
+WRONG: dict[str, tuple[Change, str]] = {
+    **{
+        f"keys prefixed {prefix}": (
+            rename(lambda name, prefix=prefix: prefix + name),
+            rf"20 missing \(model.embed_tokens.weight, .*; 20 unexpected \({prefix}model.embed_tokens.weight",
+        )
+        for prefix in PREFIXES
+    },
+    "the first layer is missing": (rename(without_layer(0)), r"9 missing \(model.layers.0.input_layernorm.weight"),
+    "the last layer is missing": (rename(without_layer(1)), r"9 missing \(model.layers.1.input_layernorm.weight"),
+    "a layer more in config.json": (configure(num_hidden_layers=3), r"9 missing \(model.layers.2.input_layernorm"),
+    "a layer fewer in config.json": (configure(num_hidden_layers=1), r"9 unexpected \(model.layers.1.input_layernorm"),
+    "an untied head is missing": (configure(tie_word_embeddings=False), r"1 missing \(lm_head.weight\)"),
+    "vocab_size is wrong": (configure(vocab_size=1000), "embed_tokens.weight has 900 rows, vocab_size is 1000"),
+    "an encoder": (configure(model_type="bert", architectures=["BertModel"]), "BertModel is an encoder, which reads"),
+    "a masked model": (
+        configure(model_type="roberta", architectures=["RobertaForMaskedLM"]),
+        "RobertaForMaskedLM is an encoder",
+    ),
+    "an encoder-decoder": (
+        configure(model_type="bart", architectures=["BartForConditionalGeneration"]),
+        "BartForConditionalGeneration is an encoder-decoder model",
+    ),
+    "t5": (configure(model_type="t5", architectures=["T5ForConditionalGeneration"]), "is an encoder-decoder model"),
+    "vision": (configure(model_type="vit", architectures=["ViTModel"]), "ViTModel is no language model"),
+    "a classifier": (configure(architectures=["LlamaForSequenceClassification"]), "has a head of another task"),
+    "an embedding model": (configure(is_causal=False), "reads a text in both directions"),
+    "an unknown architecture": (configure(model_type="nosuch"), "of the architecture 'nosuch', which the installed"),
+    "no model_type": (configure(model_type=None), "its config.json has no model_type"),
+    "code of its own": (
+        configure(model_type="own", auto_map={"AutoModelForCausalLM": "modeling_own.Own"}),
+        r"needs code of its own \(modeling_own.py\), and that may not run",
+    ),
+    "an added token": (add_token("<new>"), r"embedding of 900 tokens, and its tokenizer has 901: 1 without .*<new>"),
+    "an added special token": (add_token("<new>", 950, special=True), "an embedding of 900 tokens, .* has 951"),
+    "an end token beyond": (add_token("<end>", special=True, role="eos_token"), "900 tokens, .* has 901"),
+    "no tokenizer": (remove("tokenizer*"), "has no tokenizer"),
+    "an adapter beside the weights": (write("adapter_config.json", b"{}"), "adapter_config.json beside its weights"),
+    "weights that are a git-lfs pointer": (write("model.safetensors", LFS), "model.safetensors is a git-lfs pointer"),
+    "a tokenizer that is a git-lfs pointer": (write("tokenizer.json", LFS), "tokenizer.json is a git-lfs pointer"),
+    "weights that are cut off": (cut("model.safetensors"), "model.safetensors is cut off, or no safetensors file"),
+    "weights that are a web page": (write("model.safetensors", b"<!doctype html>" * 9), "model.safetensors is cut off"),
+    "a shard is missing": (shard, r"of its index's files 1 are not there \(model-00002-of-00002.safetensors\)"),
+    "an adapter's folder": (
+        lambda folder: (
+            remove("config.json", "model.safetensors")(folder),
+            write("adapter_config.json", b'{"base_model_name_or_path": "some/base"}')(folder),
+            save_numpy({"a": np.zeros(1)}, folder / "adapter_model.safetensors"),
+        ),
+        "is an adapter's folder",
+    ),
+    "no weights": (remove("*.safetensors"), r"does not hold config.json and weights \(no \*.safetensors"),
+    "weights of another format": (
+        lambda folder: (remove("*.safetensors")(folder), write("flax_model.msgpack", b"")(folder)),
+        "flax_model.msgpack is of another format",
+    ),
+    "a file of weights that transformers does not read": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
+        "has no model.safetensors and no model.safetensors.index.json; it holds consolidated.safetensors",
+    ),
+    "no config.json": (remove("config.json"), "does not hold config.json and weights"),
+    "a config.json that is no JSON": (write("config.json", b"{"), "config.json cannot be read"),
+    "a folder that is not there": (shutil.rmtree, "does not exist"),
+}
+
+
+def broken(fault: str, parent: Path) -> Path:
+    folder = Path(shutil.copytree(TINY, parent / "".join(filter(str.isalnum, fault))))
+    WRONG[fault][0](folder)
+    return folder
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_base_is_refused_with_its_own_sentence(fault: str, tmp_path: Path) -> None:
+    with pytest.raises(RequirementError, match=WRONG[fault][1]) as error:
+        inspect(broken(fault, tmp_path)).require()
+    assert error.value.hint
+
+
+def test_init_and_doctor_refuse_every_wrong_base_with_8_before_torch_is_imported(tmp_path: Path) -> None:
+    """All in one process, which has imported neither torch nor transformers in the end."""
+    bases = [str(broken(fault, tmp_path)) for fault in WRONG]
+    script = f"""
+import contextlib, io, sys
+from fedcli.cli import main
+for base in {bases!r}:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        codes = main(["init", "new", "--set", f"model.base={{base}}"]), main(["doctor", "--model", base])
+    print(*codes, "Traceback" in said.getvalue(), base)
+print(*sorted({{"torch", "transformers"}} & sys.modules.keys()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    *lines, imported = done.stdout.split("\n")[:-1]
+    assert lines == [f"8 8 False {base}" for base in bases], done.stderr
+    assert imported == ""
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_whole_base_has_no_fault_and_is_described() -> None:
+    found = inspect(TINY)
+    assert (found.faults, found.notes, found.missing, found.unexpected) == ((), (), (), ())
+    assert (found.kind, found.num_layers, found.vocab_size, found.embedding_rows) == ("llama", 2, 900, 900)
+    assert (found.tokenizer_size, found.positions, found.max_positions) == (900, "rotary", 1024)
+    assert (found.head, found.num_parameters, found.lora_targets) == ("tied", 158_272, ("q_proj", "v_proj"))
+    assert found.memory["float32"] == 4 * 158_272
+
+
+@pytest.mark.parametrize("role", ["pad_token", "image_token", "audio_token"])
+def test_a_token_beyond_the_embedding_that_no_text_holds_is_a_note(role: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    add_token("<beyond>", special=True, role=role)(folder)
+    found = inspect(folder).require()
+    assert "'<beyond>' (id 900) has no embedding" in found.notes[0]
+
+
+def with_64_positions(folder: Path, kind: str) -> Path:
+    """Write a base of 64 positions, with as much of it as an inspection reads."""
+    shutil.copytree(TINY, folder)
+    names = ["wte.weight", "ln_f.weight", *(f"h.{layer}.attn.c_attn.weight" for layer in range(2))]
+    names += ["wpe.weight"] if kind == "gpt2" else []
+    tensors = {f"transformer.{name}": np.zeros((900 if "wte" in name else 64, 4)) for name in names}
+    save_numpy(tensors | {"lm_head.weight": np.zeros((900, 4))}, folder / "model.safetensors")
+    config = {"n_positions": 64, "n_embd": 4, "n_layer": 2, "n_head": 4, "vocab_size": 900}
+    write("config.json", json.dumps({"model_type": kind} | config).encode())(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj"])
+def test_positions_that_are_learnt_or_lie_in_a_table_limit_max_length(kind: str, tmp_path: Path) -> None:
+    found = inspect(with_64_positions(tmp_path / kind, kind)).require()
+    found.check_length(64)
+    with pytest.raises(ConfigError, match=r"train.max_length 65, the base has 64 positions"):
+        found.check_length(65)
+
+
+def test_a_length_beyond_rotary_positions_is_noted() -> None:
+    found = inspect(TINY)
+    found.check_length(10**6)
+    assert found.notes_for(1024) == ()
+    assert found.notes_for(1025) == ("train.max_length 1025, the base was made for 1024 positions",)
+
+
+def test_init_exits_with_3_where_the_base_has_too_few_positions(tmp_path: Path) -> None:
+    base = with_64_positions(tmp_path / "base", "gpt2")
+    arguments = command("init", "new", *settings(f"model.base={base}", "train.max_length=256"))
+    done = subprocess.run(arguments, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "train.max_length 256, the base has 64 positions" in done.stderr
+
+
+def test_headers_are_read_and_no_weights(tmp_path: Path) -> None:
+    """A file of a terabyte, nearly all of it a hole, is inspected as any other."""
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    path = folder / "model.safetensors"
+    size = 2**40
+    contents = path.read_bytes()
+    (length,) = struct.unpack("<Q", contents[:8])
+    header = json.loads(contents[8 : 8 + length])
+    end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    header["v_head.summary.weight"] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+    encoded = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded + contents[8 + length :])
+        try:
+            file.truncate(8 + len(encoded) + end + size)
+        except OSError:
+            pytest.skip("this file system has no files of a terabyte")
+    assert inspect(folder).require().num_parameters == 158_272 + size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kinds in UNIFORM.values() for kind in kinds])
+def test_layers_of_a_uniform_architecture_have_the_same_names_and_shapes(kind: str) -> None:
+    """As transformers makes it of its default configuration, on the meta device."""
+    import torch
+
+    with torch.device("meta"), quiet_libraries():
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
+    known = find_architecture(kind)
+    assert known is not None
+    assert known.setting({}, "num_hidden_layers") == model.config.num_hidden_layers
+    assert known.setting({}, "vocab_size") == model.config.vocab_size
+    assert known.setting({}, "tie_word_embeddings") in (None, model.config.tie_word_embeddings)
+    layers: list[set[tuple[str, tuple[int, ...]]]] = [set() for _ in range(model.config.num_hidden_layers)]
+    prefix = f"{known.layers_at}."
+    for name, tensor in model.state_dict().items():
+        if name.startswith(prefix):
+            number, _, inner = name.removeprefix(prefix).partition(".")
+            layers[int(number)].add((inner, tuple(tensor.shape)))
+    assert layers[0]
+    assert all(layer == layers[0] for layer in layers)
