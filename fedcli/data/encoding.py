@@ -1,7 +1,8 @@
 """Token ids of conversations; what is learnt of them is known by construction, never searched for."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice, pairwise
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, pairwise, repeat
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from fedcli.data.source import Source
 from fedcli.data.templates import Segment, find_template
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.tasks.conversation import Item, Prompt, Turn
-from fedcli.tasks.format import EQUAL, MALFORMED, TOO_LONG, LeftOut
+from fedcli.tasks.format import EQUAL, MALFORMED, NOT_LEARNT, TOO_LONG, LeftOut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,13 +30,17 @@ Encoded = tuple[EncodedExample, bool] | LeftOut
 class Encoder:
     """Encodes with one tokenizer and one template.
 
-    Raises RequirementError where the tokenizer has no end-of-sequence token, ConfigError where it has no chat template
-    and that is asked for.
+    `date`, as 2026-11-29, is written by a chat template that asks for the day; None: today. Raises RequirementError
+    where the tokenizer has no end-of-sequence token, ConfigError where it has no chat template and that is asked for.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: TemplateChoice = "alpaca") -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template: TemplateChoice = "alpaca", *, date: str | None = None
+    ) -> None:
         self._tokenizer = tokenizer
-        self._template = find_template(template, tokenizer)
+        self._template = find_template(template, tokenizer, date=date)
+        self.date = self._template.date
+        """The date that the template writes; None where it writes none."""
         self._spellings = _spellings(tokenizer)
         # A chat template writes the start token itself, where the model wants one.
         self.start_ids = [] if self._template.parses_special else self._special_start()
@@ -61,41 +66,57 @@ class Encoder:
         return examples
 
     def encode(
-        self, items: Iterable[Item], max_length: int, on_rows: Callable[[int], None] = lambda count: None
+        self,
+        items: Iterable[Item],
+        max_length: int,
+        on_rows: Callable[[int], None] = lambda count: None,
+        *,
+        places: Iterable[str] = repeat(""),
     ) -> EncodedRows:
         """Encode what rows teach, cutting conversations at `max_length` tokens; count what was cut or left out.
 
         A response is learnt with the end token behind it. A conversation that is cut loses what is behind the cut, the
         end token too: the model is not taught to stop in the middle. A row whose conversations are equal, cut or not,
-        is left out. `on_rows` hears how many more rows are done.
+        is left out. `on_rows` hears how many more rows are done. `places` say where items come from.
         """
-        rows, iterator = EncodedRows(), iter(items)
+        rows, iterator = EncodedRows(), iter(zip(items, places, strict=False))
         while chunk := list(islice(iterator, CHUNK)):
-            columns = [
-                self._encode(side, max_length, chunk[0].last_only)
-                for side in zip(*(item.conversations for item in chunk), strict=True)
+            notes: list[set[str]] = [set() for _ in chunk]
+            # sides of one prompt: where one of them has thoughts, all begin where thoughts do
+            with_thoughts = [
+                item.num_sides > 1 and any(map(self._template.has_thoughts, item.conversations)) for item, _ in chunk
             ]
-            for item, encoded in zip(chunk, zip(*columns, strict=True), strict=True):
+            columns = [
+                self._encode(side, max_length, chunk[0][0].last_only, with_thoughts, notes)
+                for side in zip(*(item.conversations for item, _ in chunk), strict=True)
+            ]
+            for (item, place), encoded, noted in zip(chunk, zip(*columns, strict=True), notes, strict=True):
                 sides = [each for each in encoded if not isinstance(each, LeftOut)]
-                if faults := [each.reason for each in encoded if isinstance(each, LeftOut)]:
-                    rows.left_out[faults[0]] += 1
+                if faults := [each for each in encoded if isinstance(each, LeftOut)]:
+                    rows.leave_out(faults[0].reason, faults[0].detail, place)
                 elif any(np.array_equal(one.ids, other.ids) for (one, _), (other, _) in pairwise(sides)):
-                    rows.left_out[EQUAL] += 1
+                    rows.leave_out(EQUAL, EQUAL, place)
                 else:
+                    rows.notes.update(noted)
                     rows.num_truncated += any(is_cut for _, is_cut in sides)
                     rows.append(EncodedRow(tuple(side for side, _ in sides), item.numbers))
             on_rows(len(chunk))
         return rows
 
     def _encode(
-        self, conversations: Sequence[Sequence[Turn]], max_length: int | None = None, last_only: bool = False
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        max_length: int | None = None,
+        last_only: bool = False,
+        with_thoughts: Iterable[bool] = repeat(False),
+        notes: Iterable[set[str] | None] = repeat(None),
     ) -> list[Encoded]:
         """Encode conversations, piece after piece of all at once, for tokenizers are fast on many texts."""
         builders: list[_Builder | LeftOut] = []
-        for turns in conversations:
+        for turns, thinks, noted in zip(conversations, with_thoughts, notes, strict=False):
             try:
-                segments = self._template.segments(turns)
-                builders.append(_Builder(_joined(segments, last_only), list(self.start_ids), self.end_id))
+                segments = self._template.segments(turns, last_only=last_only, with_thoughts=thinks, notes=noted)
+                builders.append(_Builder(segments, list(self.start_ids), self.end_id))
             except ValueError as error:
                 builders.append(LeftOut(MALFORMED, str(error)))
         while waiting := [builder for builder in builders if isinstance(builder, _Builder) and builder.segments]:
@@ -168,17 +189,36 @@ def encode_source(
 
     Raises ConfigError where not one row is usable.
     """
-    rows = encoder.encode((item for _, item in reader.read(source.rows())), max_length, on_rows)
+    places: deque[str] = deque()
+
+    def items() -> Iterator[Item]:
+        for row, item in reader.read(source.rows()):
+            places.append(row.where)
+            yield item
+
+    rows = encoder.encode(items(), max_length, on_rows, places=iter(places.popleft, None))
     reader.require_rows(source.location)
     rows.left_out += reader.left_out
-    if not rows:
-        raise ConfigError(
-            f"{source.location}: none of its {reader.num_rows} rows is usable at max_length {max_length} "
-            f"({describe_counts(rows.left_out)})",
-            hint="Responses must not be empty (nor alike, in a pair), and prompts must leave room for them: "
-            "raise train.max_length.",
-        )
+    rows.first_cases = {**reader.first_cases, **rows.first_cases}
+    rows.notes += reader.notes
+    require_encoded(rows, source.location, reader.num_rows, max_length)
     return rows
+
+
+def require_encoded(rows: EncodedRows, where: object, num_rows: int, max_length: int) -> None:
+    """Raise ConfigError where not one row of those that were read could be encoded."""
+    if rows:
+        return
+    hint = "Responses must not be empty (nor alike, in a pair), and prompts must leave room for them."
+    if MALFORMED in rows.left_out or NOT_LEARNT in rows.left_out:
+        hint = "Mend the rows, or set data.template to one that can write them; docs/DATA.md says what each can."
+    elif TOO_LONG in rows.left_out:
+        hint = "Prompts must leave room for responses: raise train.max_length."
+    raise ConfigError(
+        f"{where}: none of its {num_rows} rows is usable at max_length {max_length} "
+        f"({describe_counts(rows.left_out)}); first, {next(iter(rows.first_cases.values()), 'none')}",
+        hint=hint,
+    )
 
 
 def _spellings(tokenizer: "PreTrainedTokenizerBase") -> dict[int, list[int]]:
@@ -232,17 +272,10 @@ class _Builder:
         """Return what was built, cut at `max_length`; a training example must keep a token to learn."""
         supervised = np.array(self._supervised[:max_length], np.bool_)
         if max_length is not None and not supervised.any():
-            return LeftOut(TOO_LONG)
+            if not any(self._supervised):
+                return LeftOut(NOT_LEARNT, "the template keeps none of its responses as they are given to learn them")
+            prompt = self._supervised.index(True)
+            return LeftOut(TOO_LONG, f"the prompt has {prompt} tokens, max_length is {max_length}")
         is_cut = any(self._supervised[len(supervised) :])
         return EncodedExample(np.array(self._ids[:max_length], np.int32), supervised), is_cut
 
-
-def _joined(segments: list[Segment], last_only: bool) -> list[Segment]:
-    """Return pieces of which, with `last_only`, only the last response is learnt."""
-    if not last_only:
-        return segments
-    last = max((position for position, segment in enumerate(segments) if segment.is_supervised), default=-1)
-    return [
-        Segment(segment.text, segment.is_supervised and position == last, segment.ends)
-        for position, segment in enumerate(segments)
-    ]
