@@ -20,6 +20,7 @@ NO_TOOLS = "tools not used by the template"
 NO_CALLS = "tool calls not written by the template"
 NO_THOUGHTS = "thoughts not written by the template"
 NO_SYSTEM = "system turn not written by the template"
+NO_TEXT = "text beside tool calls not written by the template"
 
 ALPACA = CustomTemplate(
     default_system="Below is an instruction that describes a task. "
@@ -192,6 +193,7 @@ class ChatTemplate:
                     hint="Use another template: this one does not write a response as it is given.",
                 ) from error
         self._end, self._middle_end = self._ends(asked, tail)
+        self._moves_thoughts = self._doubles_thoughts(asked[:1])
         self._writes_system = self._writes(Turn("system", _PROBE), *asked[:1], Turn("assistant", "answer"))
         self.end_id: int | None = None
         if self._end is not None:
@@ -220,7 +222,7 @@ class ChatTemplate:
         asks = not turns or turns[-1].role != "assistant"
         whole = (*turns, _ANSWER) if asks else turns
         last = len(whole) - 1
-        if self._has_marks and (marked := self._marked(whole, asks, last_only)):
+        if self._has_marks and (marked := self._marked(whole, asks, last_only, notes)):
             return marked
         text = self._render(whole)
         pieces, done = list[Segment](), 0
@@ -235,6 +237,9 @@ class ChatTemplate:
                     pieces, done = [], 0
                     notes.add(EARLIER)
                 text = found.prompt + found.text + found.tail
+            elif turn.tool_calls and not text.startswith(found.prompt + found.text):
+                # an empty think block is dropped once the conversation goes on; the call is the same without it
+                found = replace(found, prompt=self._before_thoughts(whole[:position], found.prompt, _IN_CONTENT))
             start, end = len(found.prompt), len(found.prompt + found.text)
             is_learnt = _is_learnt(whole, position, last_only)
             if not is_last and (found.is_rewritten or not text.startswith(found.prompt + found.text)):
@@ -285,14 +290,14 @@ class ChatTemplate:
             stops = [match.end() for match in self._special.finditer(written) if not written[match.end() :].strip()]
             stop = stops[0] if stops else len(written)
             written, tail = written[:stop], written[stop:]
-        if answer.strip() not in written or not written.strip():
+        names = _names_of_calls(turn)
+        has_calls, has_answer = all(name in written for name in names), answer.strip() in written
+        if names and not has_calls and not answer.strip():
+            raise ValueError("the chat template does not write a tool's call")
+        if not written.strip() or not (has_answer or (names and has_calls)):
             raise ValueError(_AS_GIVEN)
-        if thoughts.strip() not in written:
-            notes.add(NO_THOUGHTS)
-        if not all(name in written for name in _names_of_calls(turn)):
-            if not answer.strip():
-                raise ValueError("the chat template does not write a tool's call")
-            notes.add(NO_CALLS)
+        unused = {NO_THOUGHTS: thoughts.strip() not in written, NO_CALLS: not has_calls, NO_TEXT: not has_answer}
+        notes.update(note for note, is_so in unused.items() if is_so)
         return _Response(prompt, written, tail)
 
     def _without_thoughts(
@@ -320,17 +325,19 @@ class ChatTemplate:
         start, found, _ = self._render((*before, thinking)).rpartition(_THOUGHT)
         return os.path.commonprefix([*prompts, start] if found else prompts)
 
-    def _marked(self, turns: Sequence[Turn], asks: bool, last_only: bool) -> list[Segment] | None:
+    def _marked(
+        self, turns: Sequence[Turn], asks: bool, last_only: bool, notes: set[str]
+    ) -> list[Segment] | None:
         """Return the pieces by the template's own marks; None where those miss a response or its end."""
         text, spans = self._marked_text(turns)
-        pieces, done, first = list[Segment](), 0, 0
+        pieces, done, first, missed = list[Segment](), 0, 0, set[str]()
         for position, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
             behind = len(self._marked_text(turns[: position + 1])[1])
             own, first = spans[first:behind], behind
             learnt = "".join(text[start:end] for start, end in own)
-            answer = self._thoughts(turn)[1].strip()
+            thoughts, answer = (part.strip() for part in self._thoughts(turn))
             ends = [end for end in (self._end, self._middle_end) if end]
             if not own or answer not in learnt or not any(learnt.rstrip().endswith(end.rstrip()) for end in ends):
                 return None
@@ -338,9 +345,14 @@ class ChatTemplate:
                 asked = self._render(turns[:-1], asks=True)
                 prompt = asked if text.startswith(asked) else text[: own[0][0]]
                 return [*pieces, Segment(prompt[done:])]
+            is_learnt = _is_learnt(turns, position, last_only)
+            if thoughts not in learnt and is_learnt:
+                is_learnt = position == len(turns) - 1
+                missed.add(NO_THOUGHTS if is_learnt else EARLIER)
             for start, end in own:
-                pieces += [Segment(text[done:start]), Segment(text[start:end], _is_learnt(turns, position, last_only))]
+                pieces += [Segment(text[done:start]), Segment(text[start:end], is_learnt)]
                 done = end
+        notes |= missed
         return [*pieces, Segment(text[done:])] if done < len(text) else pieces
 
     def _thoughts(self, turn: Turn) -> tuple[str, str]:
@@ -350,6 +362,16 @@ class ChatTemplate:
         if turn.role == "assistant" and self._parses_thoughts and (found := _THOUGHTS.fullmatch(turn.text)):
             return found[1], found[2]
         return "", turn.text
+
+    def _doubles_thoughts(self, before: Sequence[Turn]) -> bool:
+        """Return whether an empty think block would stand before thoughts in the text, which are read apart from it."""
+        try:
+            plain, inside = (self._render((*before, turn)) for turn in (_ANSWER, _IN_CONTENT))
+            apart = self._render((*before, _APART))
+        except ValueError:
+            return False
+        prompt, _, tail = plain.rpartition(_PROBE)
+        return "</think>" in prompt and _THOUGHT in apart and inside == prompt + _IN_CONTENT.content + tail
 
     def _refuse_special(self, turns: Sequence[Turn]) -> None:
         """Raise ValueError where a row's text would become a special token, the template's own think tags excepted."""
@@ -363,6 +385,14 @@ class ChatTemplate:
         turns = tuple(turns)
         if not self._writes_system and any(turn.role == "system" and turn.content.strip() for turn in turns):
             notes.add(NO_SYSTEM)
+        if self._moves_thoughts:
+            parts = {turn: self._thoughts(turn) for turn in turns if turn.role == "assistant"}
+            turns = tuple(
+                replace(turn, reasoning=parts[turn][0].strip("\n"), content=parts[turn][1].lstrip("\n"))
+                if turn in parts and parts[turn][0].strip()
+                else turn
+                for turn in turns
+            )
         for position, turn in enumerate(turns):
             if turn.role == "tool":
                 other = (*turns[:position], replace(turn, content=_PROBE), *turns[position + 1 :])
