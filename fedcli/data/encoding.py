@@ -23,8 +23,8 @@ CHUNK = 1024
 """Rows that are encoded at once."""
 
 
-Encoded = tuple[EncodedExample, bool] | LeftOut
-"""An example and whether it was cut, or why it cannot be used."""
+Encoded = EncodedExample | LeftOut
+"""An example, or why it cannot be used."""
 
 
 class Encoder:
@@ -62,7 +62,7 @@ class Encoder:
         for encoded in self._encode(conversations, last_only=True):
             if isinstance(encoded, LeftOut):
                 raise ConfigError(f"a prompt cannot be written: {encoded.detail}", hint="Mend or remove that row.")
-            examples.append(encoded[0])
+            examples.append(encoded)
         return examples
 
     def encode(
@@ -87,26 +87,24 @@ class Encoder:
                 item.num_sides > 1 and any(map(self._template.has_thoughts, item.conversations)) for item, _ in chunk
             ]
             columns = [
-                self._encode(side, max_length, chunk[0][0].last_only, with_thoughts, notes)
+                self._encode(side, chunk[0][0].last_only, with_thoughts, notes)
                 for side in zip(*(item.conversations for item, _ in chunk), strict=True)
             ]
             for (item, place), encoded, noted in zip(chunk, zip(*columns, strict=True), notes, strict=True):
-                sides = [each for each in encoded if not isinstance(each, LeftOut)]
-                if faults := [each for each in encoded if isinstance(each, LeftOut)]:
-                    rows.leave_out(faults[0].reason, faults[0].detail, place)
-                elif any(np.array_equal(one.ids, other.ids) for (one, _), (other, _) in pairwise(sides)):
-                    rows.leave_out(EQUAL, EQUAL, place)
-                else:
-                    rows.notes.update(noted)
-                    rows.num_truncated += any(is_cut for _, is_cut in sides)
-                    rows.append(EncodedRow(tuple(side for side, _ in sides), item.numbers))
+                try:
+                    row, is_cut = _cut(EncodedRow(tuple(map(_usable, encoded)), item.numbers), max_length)
+                except LeftOut as fault:
+                    rows.leave_out(fault.reason, fault.detail, place)
+                    continue
+                rows.notes.update(noted)
+                rows.num_truncated += is_cut
+                rows.append(row)
             on_rows(len(chunk))
         return rows
 
     def _encode(
         self,
         conversations: Sequence[Sequence[Turn]],
-        max_length: int | None = None,
         last_only: bool = False,
         with_thoughts: Iterable[bool] = repeat(False),
         notes: Iterable[set[str] | None] = repeat(None),
@@ -125,7 +123,7 @@ class Encoder:
             for builder, ids in zip(apart, self._ids_apart([each.segments[0].text for each in apart]), strict=True):
                 builder.start_run()
                 builder.accept(ids)
-        return [builder if isinstance(builder, LeftOut) else builder.result(max_length) for builder in builders]
+        return [builder if isinstance(builder, LeftOut) else builder.result() for builder in builders]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -205,6 +203,45 @@ def encode_source(
     return rows
 
 
+def cut(rows: EncodedRows, max_length: int) -> EncodedRows:
+    """Return rows as they are trained on at a length, with those that it leaves out counted."""
+    made = EncodedRows()
+    made.left_out, made.first_cases, made.notes = rows.left_out.copy(), dict(rows.first_cases), rows.notes.copy()
+    for row in rows:
+        try:
+            kept, is_cut = _cut(row, max_length)
+        except LeftOut as fault:
+            made.leave_out(fault.reason, fault.detail, "")
+        else:
+            made.num_truncated += is_cut
+            made.append(kept)
+    return made
+
+
+def _usable(encoded: Encoded) -> EncodedExample:
+    if isinstance(encoded, LeftOut):
+        raise encoded
+    return encoded
+
+
+def _cut(row: EncodedRow, max_length: int) -> tuple[EncodedRow, bool]:
+    """Return a row cut at `max_length` tokens, and whether a response lost some; raise LeftOut where it is not used.
+
+    A training example must keep a token to learn, and sides must differ.
+    """
+    sides = []
+    for side in row.sides:
+        if not side.supervised[:max_length].any():
+            if not side.supervised.any():
+                raise LeftOut(NOT_LEARNT, "no response is learnt: the row or the template keeps all of them out")
+            raise LeftOut(TOO_LONG, f"the prompt has {side.prompt_length} tokens, and train.max_length is {max_length}")
+        sides.append(EncodedExample(side.ids[:max_length], side.supervised[:max_length]))
+    if any(np.array_equal(one.ids, other.ids) for one, other in pairwise(sides)):
+        raise LeftOut(EQUAL)
+    is_cut = any(side.supervised[max_length:].any() for side in row.sides)
+    return EncodedRow(tuple(sides), row.numbers), bool(is_cut)
+
+
 def require_encoded(rows: EncodedRows, where: object, num_rows: int, max_length: int) -> None:
     """Raise ConfigError where not one row of those that were read could be encoded."""
     if rows:
@@ -268,14 +305,6 @@ class _Builder:
         """Forget the text so far: the next piece is tokenised by itself."""
         self.run_text, self._run_ids = "", []
 
-    def result(self, max_length: int | None) -> Encoded:
-        """Return what was built, cut at `max_length`; a training example must keep a token to learn."""
-        supervised = np.array(self._supervised[:max_length], np.bool_)
-        if max_length is not None and not supervised.any():
-            if not any(self._supervised):
-                return LeftOut(NOT_LEARNT, "the template keeps none of its responses as they are given to learn them")
-            prompt = self._supervised.index(True)
-            return LeftOut(TOO_LONG, f"the prompt has {prompt} tokens, max_length is {max_length}")
-        is_cut = any(self._supervised[len(supervised) :])
-        return EncodedExample(np.array(self._ids[:max_length], np.int32), supervised), is_cut
-
+    def result(self) -> EncodedExample:
+        """Return what was built."""
+        return EncodedExample(np.array(self._ids, np.int32), np.array(self._supervised, np.bool_))

@@ -5,7 +5,7 @@ import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedcli.config import CustomTemplate, TemplateChoice, TemplateName
@@ -174,7 +174,7 @@ class ChatTemplate:
                 hint="Use alpaca, alpaca-input or vicuna, or write a template of your own under data.template.",
             )
         source = str(tokenizer.chat_template)
-        self.date = (date or datetime.now(UTC).date().isoformat()) if "strftime_now" in source else None
+        self.date = (date or today()) if asks_for_date(tokenizer) else None
         self._dates = _directives(self.date) if self.date else []
         self._has_marks = _MARKS.search(source) is not None
         self._parses_thoughts = "</think>" in source
@@ -325,9 +325,7 @@ class ChatTemplate:
         start, found, _ = self._render((*before, thinking)).rpartition(_THOUGHT)
         return os.path.commonprefix([*prompts, start] if found else prompts)
 
-    def _marked(
-        self, turns: Sequence[Turn], asks: bool, last_only: bool, notes: set[str]
-    ) -> list[Segment] | None:
+    def _marked(self, turns: Sequence[Turn], asks: bool, last_only: bool, notes: set[str]) -> list[Segment] | None:
         """Return the pieces by the template's own marks; None where those miss a response or its end."""
         text, spans = self._marked_text(turns)
         pieces, done, first, missed = list[Segment](), 0, 0, set[str]()
@@ -494,11 +492,21 @@ def find_template(
 ) -> Template:
     """Return a template by its name, or from its form; raise ConfigError where the tokenizer has none of its own.
 
-    `date`, as 2026-11-29, is what a chat template writes that asks for the day; None: today, in UTC.
+    `date`, as 2026-11-29, is what a chat template writes that asks for the day; None: today.
     """
     if isinstance(template, CustomTemplate):
         return TurnTemplate(template)
     return ChatTemplate(tokenizer, date=date) if template == "chat" else TurnTemplate(TURN_TEMPLATES[template])
+
+
+def asks_for_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether the tokenizer's chat template writes the day, as Llama 3.2's and gpt-oss's do."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def today() -> str:
+    """Return the day by this machine's clock, as 2026-11-29."""
+    return datetime.now().astimezone().date().isoformat()
 
 
 def alpaca(instruction: str) -> str:

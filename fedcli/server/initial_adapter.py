@@ -24,6 +24,7 @@ def prepare_start(experiment: Experiment) -> Start:
     tokenizer, a template or target modules that will not do.
     """
     from fedcli.data.encoding import Encoder
+    from fedcli.data.templates import asks_for_date, today
     from fedcli.model.base import BUILTIN_PREFIX, find_base, fingerprint, is_path, load_tokenizer
     from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
     from fedcli.model.lora import lora_config, start_adapter
@@ -32,7 +33,8 @@ def prepare_start(experiment: Experiment) -> Start:
     require_bitsandbytes(config.model.quantization)
     base, trust_remote_code = config.model.base, trusts_code(experiment)
     folder = find_base(base, revision=config.model.revision, root=root)
-    Encoder(load_tokenizer(folder, trust_remote_code=trust_remote_code), config.data.template)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    Encoder(tokenizer, config.data.template)
     local = base.startswith(BUILTIN_PREFIX) or is_path(base, root)
     with without_bitsandbytes(config.model.quantization == "none"):
         peft_config = lora_config(
@@ -55,7 +57,8 @@ def prepare_start(experiment: Experiment) -> Start:
         num_parameters=num_parameters,
     )
     text = json.dumps(peft_config, indent=1, sort_keys=True) + "\n"
-    return Start(model, {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: text.encode()}, schema_of(arrays))
+    files = {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: text.encode()}
+    return Start(model, files, schema_of(arrays), today() if asks_for_date(tokenizer) else None)
 
 
 def _read_adapter(folder: Path, schema: dict[str, TensorEntry], peft_config: dict[str, Any]) -> dict[str, Array]:
