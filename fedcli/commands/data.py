@@ -1,5 +1,6 @@
 """fedcli data: how rows look, and how they are split."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,6 +104,8 @@ def _print_clients(console: "Console", result: "Preview") -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from fedcli.data.formats import describe_notes
+
     kind = yaml.safe_dump(result.partition, default_flow_style=True).partition("\n")[0] if result.partition else ""
     title = f"clients, partition {kind}" if kind else "clients"
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -120,10 +123,10 @@ def _print_clients(console: "Console", result: "Preview") -> None:
         table.add_row(str(share.client), str(share.num_rows), str(sum(share.left_out.values())), str(median), *counts)
     console.print(table)
     console.print("tokens: the median of its rows")
-    left_out, notes = (
-        sum((Counter(getattr(share, name)) for share in result.clients), Counter[str]())
-        for name in ("left_out", "notes")
-    )
+    left_out, notes = Counter[str](), Counter[str]()
+    for share in result.clients:
+        left_out.update(share.left_out)
+        notes.update(share.notes)
     for reason, count in sorted(left_out.items()):
         first = next(share.first_cases[reason] for share in result.clients if reason in share.first_cases)
         console.print(f"left out: {count} {reason}; first, {first}", markup=False, soft_wrap=True)

@@ -1,7 +1,6 @@
 """Templates: a conversation as pieces of text, learnt or not; nothing is searched for in a row's text."""
 
 import json
-import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -268,7 +267,7 @@ class ChatTemplate:
         if not found:
             raise ValueError(_AS_GIVEN)
         if prompt.endswith(" "):  # a space of the turn belongs to the token that follows it, one of the prompt to that
-            kept = len(os.path.commonprefix([prompt, self._render(before, asks=True)]))
+            kept = len(_common(prompt, self._render(before, asks=True)))
             prompt = prompt[:kept] + prompt[kept:].rstrip(" ")
         thoughts, answer = self._thoughts(turn)
         fits = whole.startswith(prompt) and whole.endswith(tail) and len(prompt + tail) <= len(whole)
@@ -323,7 +322,7 @@ class ChatTemplate:
         """Return what stands before a response whether it thinks or not, and is no more than the generation prompt."""
         prompts = [prompt, self._render(before, asks=True)]
         start, found, _ = self._render((*before, thinking)).rpartition(_THOUGHT)
-        return os.path.commonprefix([*prompts, start] if found else prompts)
+        return _common(*prompts, *([start] if found else []))
 
     def _marked(self, turns: Sequence[Turn], asks: bool, last_only: bool, notes: set[str]) -> list[Segment] | None:
         """Return the pieces by the template's own marks; None where those miss a response or its end."""
@@ -427,11 +426,11 @@ class ChatTemplate:
             return end, end
         middle = behind[0]
         if end is not None and middle.startswith(end):  # tokens that follow at once, whatever comes next, belong to it
-            same = os.path.commonprefix([tail, middle])
+            same = _common(tail, middle)
             while (match := self._special.match(same, len(end))) is not None:
                 end = same[: match.end()]
             return end, end
-        same = os.path.commonprefix(behind)
+        same = _common(*behind)
         return end, next((same[: match.end()] for match in self._special.finditer(same)), None)
 
     def _render(self, turns: Sequence[Turn], *, asks: bool = False) -> str:
@@ -513,6 +512,13 @@ def alpaca(instruction: str) -> str:
     """Return the alpaca prompt of an instruction; the response follows it after one space."""
     (segment,) = TurnTemplate(ALPACA).segments([Turn("user", instruction)])
     return segment.text
+
+
+def _common(*texts: str) -> str:
+    """Return what all texts begin with."""
+    first, last = min(texts), max(texts)
+    differs = (position for position, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    return first[: next(differs, len(first))]
 
 
 def _is_learnt(turns: Sequence[Turn], position: int, last_only: bool) -> bool:

@@ -15,13 +15,17 @@ from transformers import PreTrainedTokenizerFast
 from fedcli.tasks.conversation import Turn
 from support.tokenizer_kinds import SPECIAL, byte_level
 
-_CONTROL = re.compile(r"<[|｜][^<>\n'\"\\{}]{1,30}[|｜]>|<(?:start|end)_of_(?:turn|utterance)>|<\|?turn\|?>|\[/?INST\]")
+_BARS = "[|\uff5c]"
+_CONTROL = re.compile(
+    rf"<{_BARS}[^<>\n'\"\\{{}}]{{1,30}}{_BARS}>" r"|<(?:start|end)_of_(?:turn|utterance)>|<\|?turn\|?>|\[/?INST\]"
+)
 _THINK = ("<think>", "</think>")
 
 
 def _folder() -> Path:
     found = find_spec("trl")
-    assert found is not None and found.submodule_search_locations is not None
+    assert found is not None
+    assert found.submodule_search_locations is not None
     return Path(found.submodule_search_locations[0]) / "chat_templates"
 
 
