@@ -395,10 +395,17 @@ class ChatTemplate:
                 other = (*turns[:position], replace(turn, content=_PROBE), *turns[position + 1 :])
                 if _PROBE not in self._render(other):
                     raise ValueError("the chat template does not write a tool's turn")
-        if turns and turns[0].tools and self._render(turns) == self._render(_without_tools(turns)):
+        if turns and turns[0].tools and not self._uses_tools(turns):
             notes.add(NO_TOOLS)
             turns = _without_tools(turns)
         return turns
+
+    def _uses_tools(self, turns: Sequence[Turn]) -> bool:
+        without = self._render(_without_tools(turns))
+        try:
+            return self._render(turns) != without
+        except ValueError:  # of tools that lack what the template reads of them
+            return False
 
     def _probed(self, asked: Sequence[Turn]) -> str:
         """Return what stands behind the answer; raise ValueError where that is not written as it is given."""
@@ -443,14 +450,12 @@ class ChatTemplate:
         """Return the rendered conversation and the spans of its {% generation %} blocks, as characters."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        def render(messages: list[dict[str, Any]], **options: Any) -> tuple[list[str], list[list[tuple[int, int]]]]:
-            source = options.pop("chat_template", None)
-            source = self._tokenizer.get_chat_template(source, options.get("tools"))
+        def render(messages: list[dict[str, Any]], **options: Any) -> Any:
+            source = self._tokenizer.get_chat_template(options.pop("chat_template", None), options.get("tools"))
             options = {**self._tokenizer.special_tokens_map, **options}
-            found: tuple[list[str], list[list[tuple[int, int]]]] = render_jinja_template(
+            return render_jinja_template(
                 conversations=[messages], chat_template=source, return_assistant_tokens_mask=True, **options
             )
-            return found
 
         try:
             (text,), (spans,) = self._apply(turns, render)
