@@ -309,7 +309,6 @@ def test_what_a_template_writes_behind_the_end_token_is_not_learnt(plain: PreTra
 @pytest.mark.parametrize(
     "jinja",
     [
-        CHATML.replace("assistant\n", "assistant\n<think>\n"),  # which its turns have not
         chatml_of("message['content'] | upper"),
         chatml_of("message['content'] + message['content']"),
         "{{ raise_exception('no') }}",

@@ -28,6 +28,8 @@ class Training:
     losses: list[float]
     seconds: float
     num_tokens: int
+    notes: dict[str, int]
+    """Rows of which not all is used, by what is not."""
 
     @property
     def num_unusable(self) -> int:
@@ -83,6 +85,7 @@ def train_and_drop(
         losses=losses,
         seconds=time.monotonic() - started,
         num_tokens=num_tokens,
+        notes=dict(rows.notes),
     )
     sent, kept = algorithm.client_step(
         adapter, values, state, own, steps=len(losses), learning_rate=manifest.train.learning_rate

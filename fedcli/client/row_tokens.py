@@ -20,9 +20,9 @@ def read_encoded(
 ) -> tuple[EncodedRows, int]:
     """Return a party's encoded rows, and how many of its rows its format could use.
 
-    The cache holds for one content of the files, format, template, length and base model, whose `fingerprint` covers
-    the tokenizer. Rows of the hub are tokenised anew every time. `on_rows` hears how many more rows were read. Raises
-    ConfigError where there is no usable row.
+    The cache holds for one content of the files, format, template and its date, length and base model, whose
+    `fingerprint` covers the tokenizer. Rows of the hub are tokenised anew every time. `on_rows` hears how many more
+    rows were read. Raises ConfigError where there is no usable row.
     """
     from fedcli.data.encoding import encode_source
 
@@ -34,7 +34,8 @@ def read_encoded(
         format=party.format if isinstance(party.format, str) else party.format.model_dump(mode="json"),
         template=train.template if isinstance(train.template, str) else train.template.model_dump(mode="json"),
         task=task,
-        layout=2,  # of the arrays: a cache of another layout is made anew
+        date=encoder.date,
+        layout=3,  # of the arrays and of what templates teach: a cache of another layout is made anew
         max_length=train.max_length,
         seed=train.seed,
         base=fingerprint,
@@ -44,10 +45,12 @@ def read_encoded(
         arrays, counts = kept
         rows = EncodedRows.of_arrays(arrays)
         rows.num_truncated, rows.left_out = counts["num_truncated"], Counter(counts["left_out"])
+        rows.first_cases, rows.notes = counts["first_cases"], Counter(counts["notes"])
         return rows, counts["num_usable"]
     reader = RowReader(party.format, train.seed)
     rows = encode_source(encoder, reader, party.source, train.max_length, on_rows)
     if digest is not None:
-        counts = {"num_truncated": rows.num_truncated, "left_out": rows.left_out, "num_usable": reader.num_usable}
+        names = ("num_truncated", "left_out", "first_cases", "notes")
+        counts = {name: getattr(rows, name) for name in names} | {"num_usable": reader.num_usable}
         save_tokens(party.home, key, rows.arrays(), counts)
     return rows, reader.num_usable

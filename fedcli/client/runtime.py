@@ -75,7 +75,8 @@ class Runtime:
         from fedcli.data.encoding import Encoder
 
         if template not in self._encoders:
-            self._encoders[template] = Encoder(self.adapted.tokenizer, template)
+            date = self._federation.head.manifest.train.date
+            self._encoders[template] = Encoder(self.adapted.tokenizer, template, date=date)
         return self._encoders[template]
 
     def rows(self, party: Party | None, train: TrainRecord) -> "EncodedRows":

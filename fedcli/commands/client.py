@@ -190,7 +190,7 @@ def _document(result: "ClientResult") -> dict[str, object]:
     document: dict[str, object] = {"status": result.status, "client": result.client, "round": result.round}
     if result.training is not None:
         training = result.training
-        counts = ("num_samples", "num_truncated", "num_unusable", "left_out", "seconds", "num_tokens")
+        counts = ("num_samples", "num_truncated", "num_unusable", "left_out", "notes", "seconds", "num_tokens")
         document |= {name: getattr(training, name) for name in counts}
         document |= {"steps": len(training.losses), "train_loss": training.mean_loss}
         document |= {"first_loss": training.losses[0], "last_loss": training.losses[-1]}
@@ -213,7 +213,7 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     training = result.training
     if training is None:
         return
-    from fedcli.data.formats import describe_counts
+    from fedcli.data.formats import describe_counts, describe_notes
 
     speed = training.num_tokens / training.seconds
     yield (
@@ -224,6 +224,8 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     yield (
         f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit{left_out}"
     )
+    if training.notes:
+        yield f"noted: {describe_notes(training.notes)}"
 
 
 def client_status(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:

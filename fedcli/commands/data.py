@@ -1,5 +1,6 @@
 """fedcli data: how rows look, and how they are split."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,8 +79,8 @@ def _print_row(console: "Console", row: "ShownRow") -> None:
         texts = [(_shortened(piece.text), piece.is_supervised) for piece in pieces]
         styled = ((f"«{text}»", "bold green") if supervised else (text, "dim") for text, supervised in texts)
         console.print(Text.assemble(*styled))
-    if not row.texts:
-        console.print("\nnot used: too long, or with nothing to learn")
+    if row.left_out is not None:
+        console.print(Text(f"\nnot used: {row.left_out}"))
 
 
 def _print_histogram(console: "Console", result: "Preview") -> None:
@@ -103,6 +104,8 @@ def _print_clients(console: "Console", result: "Preview") -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from fedcli.data.formats import describe_notes
+
     kind = yaml.safe_dump(result.partition, default_flow_style=True).partition("\n")[0] if result.partition else ""
     title = f"clients, partition {kind}" if kind else "clients"
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -120,6 +123,15 @@ def _print_clients(console: "Console", result: "Preview") -> None:
         table.add_row(str(share.client), str(share.num_rows), str(sum(share.left_out.values())), str(median), *counts)
     console.print(table)
     console.print("tokens: the median of its rows")
+    left_out, notes = Counter[str](), Counter[str]()
+    for share in result.clients:
+        left_out.update(share.left_out)
+        notes.update(share.notes)
+    for reason, count in sorted(left_out.items()):
+        first = next(share.first_cases[reason] for share in result.clients if reason in share.first_cases)
+        console.print(f"left out: {count} {reason}; first, {first}", markup=False, soft_wrap=True)
+    if notes:
+        console.print(f"noted: {describe_notes(notes)}", markup=False, soft_wrap=True)
     for head, name in zip(heads, names, strict=True) if has_legend else ():
         console.print(f"{head} {name}", markup=False)
     if len(result.groups) > len(groups):

@@ -29,7 +29,7 @@ def run(
 
     Interrupted and started again, it goes on where it was.
     """
-    from fedcli.data.formats import describe_counts
+    from fedcli.data.formats import describe_counts, describe_notes
 
     federation = found_federation(workspace, threads)
     with _Display(json_output, "starting") as display:
@@ -38,6 +38,8 @@ def run(
     text = [f"{merged}; round {result.round} is {result.state}"]
     if result.left_out:
         text.append(f"left out of the clients' rows: {describe_counts(result.left_out)}")
+    if result.notes:
+        text.append(f"noted of the clients' rows: {describe_notes(result.notes)}")
     text.append(f"adapter: {federation.workspace.adapter(result.round)}")
     print_result(json_output, result, text, f"next: fedcli status{at(workspace)}, fedcli verify{at(workspace)}")
 

@@ -67,6 +67,10 @@ class EncodedRows(Sequence[EncodedRow]):
         """Rows whose response was cut to fit max_length."""
         self.left_out: Counter[str] = Counter()
         """Rows that cannot be used, by reason: a prompt that leaves no room for one token of a response, and so on."""
+        self.first_cases: dict[str, str] = {}
+        """The first row left out for each reason: where it is, and what was found."""
+        self.notes: Counter[str] = Counter()
+        """Rows that are used, but not all of what they say, by what is not."""
         self._num_sides = 1
         self._ids = array("i")
         self._supervised = bytearray()
@@ -82,6 +86,11 @@ class EncodedRows(Sequence[EncodedRow]):
             self._ends.append(len(self._ids))
         self._numbers.extend(row.numbers)
 
+    def leave_out(self, reason: str, detail: str, place: str) -> None:
+        """Count a row that is not used; `place` says where it is, "" where nobody knows."""
+        self.left_out[reason] += 1
+        self.first_cases.setdefault(reason, f"{place}: {detail}" if place else detail)
+
     def extend(self, other: "EncodedRows") -> None:
         """Take in another client's rows and counts."""
         start = len(self._ids)
@@ -92,6 +101,8 @@ class EncodedRows(Sequence[EncodedRow]):
         self._numbers.extend(other._numbers)
         self.num_truncated += other.num_truncated
         self.left_out += other.left_out
+        self.first_cases = {**other.first_cases, **self.first_cases}
+        self.notes += other.notes
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by name; of the sides' ends there is one more than sides, and a row of numbers a row."""

@@ -1,7 +1,8 @@
 """Token ids of conversations; what is learnt of them is known by construction, never searched for."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice, pairwise
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, pairwise, repeat
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from fedcli.data.source import Source
 from fedcli.data.templates import Segment, find_template
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.tasks.conversation import Item, Prompt, Turn
-from fedcli.tasks.format import EQUAL, MALFORMED, TOO_LONG, LeftOut
+from fedcli.tasks.format import EQUAL, MALFORMED, NOT_LEARNT, TOO_LONG, LeftOut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,20 +23,24 @@ CHUNK = 1024
 """Rows that are encoded at once."""
 
 
-Encoded = tuple[EncodedExample, bool] | LeftOut
-"""An example and whether it was cut, or why it cannot be used."""
+Encoded = EncodedExample | LeftOut
+"""An example, or why it cannot be used."""
 
 
 class Encoder:
     """Encodes with one tokenizer and one template.
 
-    Raises RequirementError where the tokenizer has no end-of-sequence token, ConfigError where it has no chat template
-    and that is asked for.
+    `date`, as 2026-11-29, is written by a chat template that asks for the day; None: today. Raises RequirementError
+    where the tokenizer has no end-of-sequence token, ConfigError where it has no chat template and that is asked for.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: TemplateChoice = "alpaca") -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template: TemplateChoice = "alpaca", *, date: str | None = None
+    ) -> None:
         self._tokenizer = tokenizer
-        self._template = find_template(template, tokenizer)
+        self._template = find_template(template, tokenizer, date=date)
+        self.date = self._template.date
+        """The date that the template writes; None where it writes none."""
         self._spellings = _spellings(tokenizer)
         # A chat template writes the start token itself, where the model wants one.
         self.start_ids = [] if self._template.parses_special else self._special_start()
@@ -57,45 +62,59 @@ class Encoder:
         for encoded in self._encode(conversations, last_only=True):
             if isinstance(encoded, LeftOut):
                 raise ConfigError(f"a prompt cannot be written: {encoded.detail}", hint="Mend or remove that row.")
-            examples.append(encoded[0])
+            examples.append(encoded)
         return examples
 
     def encode(
-        self, items: Iterable[Item], max_length: int, on_rows: Callable[[int], None] = lambda count: None
+        self,
+        items: Iterable[Item],
+        max_length: int,
+        on_rows: Callable[[int], None] = lambda count: None,
+        *,
+        places: Iterable[str] = repeat(""),
     ) -> EncodedRows:
         """Encode what rows teach, cutting conversations at `max_length` tokens; count what was cut or left out.
 
         A response is learnt with the end token behind it. A conversation that is cut loses what is behind the cut, the
         end token too: the model is not taught to stop in the middle. A row whose conversations are equal, cut or not,
-        is left out. `on_rows` hears how many more rows are done.
+        is left out. `on_rows` hears how many more rows are done. `places` say where items come from.
         """
-        rows, iterator = EncodedRows(), iter(items)
+        rows, iterator = EncodedRows(), iter(zip(items, places, strict=False))
         while chunk := list(islice(iterator, CHUNK)):
-            columns = [
-                self._encode(side, max_length, chunk[0].last_only)
-                for side in zip(*(item.conversations for item in chunk), strict=True)
+            notes: list[set[str]] = [set() for _ in chunk]
+            # sides of one prompt: where one of them has thoughts, all begin where thoughts do
+            with_thoughts = [
+                item.num_sides > 1 and any(map(self._template.has_thoughts, item.conversations)) for item, _ in chunk
             ]
-            for item, encoded in zip(chunk, zip(*columns, strict=True), strict=True):
-                sides = [each for each in encoded if not isinstance(each, LeftOut)]
-                if faults := [each.reason for each in encoded if isinstance(each, LeftOut)]:
-                    rows.left_out[faults[0]] += 1
-                elif any(np.array_equal(one.ids, other.ids) for (one, _), (other, _) in pairwise(sides)):
-                    rows.left_out[EQUAL] += 1
-                else:
-                    rows.num_truncated += any(is_cut for _, is_cut in sides)
-                    rows.append(EncodedRow(tuple(side for side, _ in sides), item.numbers))
+            columns = [
+                self._encode(side, chunk[0][0].last_only, with_thoughts, notes)
+                for side in zip(*(item.conversations for item, _ in chunk), strict=True)
+            ]
+            for (item, place), encoded, noted in zip(chunk, zip(*columns, strict=True), notes, strict=True):
+                try:
+                    row, is_cut = _cut(EncodedRow(tuple(map(_usable, encoded)), item.numbers), max_length)
+                except LeftOut as fault:
+                    rows.leave_out(fault.reason, fault.detail, place)
+                    continue
+                rows.notes.update(noted)
+                rows.num_truncated += is_cut
+                rows.append(row)
             on_rows(len(chunk))
         return rows
 
     def _encode(
-        self, conversations: Sequence[Sequence[Turn]], max_length: int | None = None, last_only: bool = False
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        last_only: bool = False,
+        with_thoughts: Iterable[bool] = repeat(False),
+        notes: Iterable[set[str] | None] = repeat(None),
     ) -> list[Encoded]:
         """Encode conversations, piece after piece of all at once, for tokenizers are fast on many texts."""
         builders: list[_Builder | LeftOut] = []
-        for turns in conversations:
+        for turns, thinks, noted in zip(conversations, with_thoughts, notes, strict=False):
             try:
-                segments = self._template.segments(turns)
-                builders.append(_Builder(_joined(segments, last_only), list(self.start_ids), self.end_id))
+                segments = self._template.segments(turns, last_only=last_only, with_thoughts=thinks, notes=noted)
+                builders.append(_Builder(segments, list(self.start_ids), self.end_id))
             except ValueError as error:
                 builders.append(LeftOut(MALFORMED, str(error)))
         while waiting := [builder for builder in builders if isinstance(builder, _Builder) and builder.segments]:
@@ -104,7 +123,7 @@ class Encoder:
             for builder, ids in zip(apart, self._ids_apart([each.segments[0].text for each in apart]), strict=True):
                 builder.start_run()
                 builder.accept(ids)
-        return [builder if isinstance(builder, LeftOut) else builder.result(max_length) for builder in builders]
+        return [builder if isinstance(builder, LeftOut) else builder.result() for builder in builders]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -168,17 +187,75 @@ def encode_source(
 
     Raises ConfigError where not one row is usable.
     """
-    rows = encoder.encode((item for _, item in reader.read(source.rows())), max_length, on_rows)
+    places: deque[str] = deque()
+
+    def items() -> Iterator[Item]:
+        for row, item in reader.read(source.rows()):
+            places.append(row.where)
+            yield item
+
+    rows = encoder.encode(items(), max_length, on_rows, places=iter(places.popleft, None))
     reader.require_rows(source.location)
     rows.left_out += reader.left_out
-    if not rows:
-        raise ConfigError(
-            f"{source.location}: none of its {reader.num_rows} rows is usable at max_length {max_length} "
-            f"({describe_counts(rows.left_out)})",
-            hint="Responses must not be empty (nor alike, in a pair), and prompts must leave room for them: "
-            "raise train.max_length.",
-        )
+    rows.first_cases = {**reader.first_cases, **rows.first_cases}
+    rows.notes += reader.notes
+    require_encoded(rows, source.location, reader.num_rows, max_length)
     return rows
+
+
+def cut(rows: EncodedRows, max_length: int) -> EncodedRows:
+    """Return rows as they are trained on at a length, with those that it leaves out counted."""
+    made = EncodedRows()
+    made.left_out, made.first_cases, made.notes = rows.left_out.copy(), dict(rows.first_cases), rows.notes.copy()
+    for row in rows:
+        try:
+            kept, is_cut = _cut(row, max_length)
+        except LeftOut as fault:
+            made.leave_out(fault.reason, fault.detail, "")
+        else:
+            made.num_truncated += is_cut
+            made.append(kept)
+    return made
+
+
+def _usable(encoded: Encoded) -> EncodedExample:
+    if isinstance(encoded, LeftOut):
+        raise encoded
+    return encoded
+
+
+def _cut(row: EncodedRow, max_length: int) -> tuple[EncodedRow, bool]:
+    """Return a row cut at `max_length` tokens, and whether a response lost some; raise LeftOut where it is not used.
+
+    A training example must keep a token to learn, and sides must differ.
+    """
+    sides = []
+    for side in row.sides:
+        if not side.supervised[:max_length].any():
+            if not side.supervised.any():
+                raise LeftOut(NOT_LEARNT, "no response is learnt: the row or the template keeps all of them out")
+            raise LeftOut(TOO_LONG, f"the prompt has {side.prompt_length} tokens, and train.max_length is {max_length}")
+        sides.append(EncodedExample(side.ids[:max_length], side.supervised[:max_length]))
+    if any(np.array_equal(one.ids, other.ids) for one, other in pairwise(sides)):
+        raise LeftOut(EQUAL)
+    is_cut = any(side.supervised[max_length:].any() for side in row.sides)
+    return EncodedRow(tuple(sides), row.numbers), bool(is_cut)
+
+
+def require_encoded(rows: EncodedRows, where: object, num_rows: int, max_length: int) -> None:
+    """Raise ConfigError where not one row of those that were read could be encoded."""
+    if rows:
+        return
+    hint = "Responses must not be empty (nor alike, in a pair), and prompts must leave room for them."
+    if MALFORMED in rows.left_out or NOT_LEARNT in rows.left_out:
+        hint = "Mend the rows, or set data.template to one that can write them; docs/DATA.md says what each can."
+    elif TOO_LONG in rows.left_out:
+        hint = "Prompts must leave room for responses: raise train.max_length."
+    raise ConfigError(
+        f"{where}: none of its {num_rows} rows is usable at max_length {max_length} "
+        f"({describe_counts(rows.left_out)}); first, {next(iter(rows.first_cases.values()), 'none')}",
+        hint=hint,
+    )
 
 
 def _spellings(tokenizer: "PreTrainedTokenizerBase") -> dict[int, list[int]]:
@@ -228,21 +305,6 @@ class _Builder:
         """Forget the text so far: the next piece is tokenised by itself."""
         self.run_text, self._run_ids = "", []
 
-    def result(self, max_length: int | None) -> Encoded:
-        """Return what was built, cut at `max_length`; a training example must keep a token to learn."""
-        supervised = np.array(self._supervised[:max_length], np.bool_)
-        if max_length is not None and not supervised.any():
-            return LeftOut(TOO_LONG)
-        is_cut = any(self._supervised[len(supervised) :])
-        return EncodedExample(np.array(self._ids[:max_length], np.int32), supervised), is_cut
-
-
-def _joined(segments: list[Segment], last_only: bool) -> list[Segment]:
-    """Return pieces of which, with `last_only`, only the last response is learnt."""
-    if not last_only:
-        return segments
-    last = max((position for position, segment in enumerate(segments) if segment.is_supervised), default=-1)
-    return [
-        Segment(segment.text, segment.is_supervised and position == last, segment.ends)
-        for position, segment in enumerate(segments)
-    ]
+    def result(self) -> EncodedExample:
+        """Return what was built."""
+        return EncodedExample(np.array(self._ids, np.int32), np.array(self._supervised, np.bool_))

@@ -122,6 +122,12 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if count)
 
 
+def describe_notes(notes: Mapping[str, int]) -> str:
+    """Return notes with the number of rows that each holds for."""
+    counted = sorted((note, count) for note, count in notes.items() if count)
+    return "; ".join(f"{note}: {count} {'row' if count == 1 else 'rows'}" for note, count in counted)
+
+
 def _columns_format(given: ColumnsFormat) -> Format:
     columns = given.columns
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcli.data.encoded import EncodedExample
-from fedcli.data.encoding import Encoder
+from fedcli.data.encoded import EncodedExample, EncodedRows
+from fedcli.data.encoding import Encoder, cut, require_encoded
 from fedcli.data.formats import RowReader
 from fedcli.data.source import Row
 from fedcli.errors import NotReadyError, UsageError
@@ -50,11 +50,16 @@ class ShownRow:
     where: str
     fields: dict[str, Any]
     texts: list[list[Piece]]
+    left_out: str | None = None
+    """Why it is not used, as it is not."""
 
 
 @dataclass(frozen=True)
 class ClientShare:
-    """What one client holds; token lengths are of rows as templated, before they are cut, of up to NUM_SAMPLED rows."""
+    """What one client holds; token lengths are of rows as templated, before they are cut, of up to NUM_SAMPLED rows.
+
+    What the template and train.max_length leave out is counted of these rows, what the format does of all.
+    """
 
     client: int
     num_rows: int
@@ -62,6 +67,10 @@ class ClientShare:
     num_cut: int
     num_tokens: list[int]
     groups: list[int]
+    first_cases: dict[str, str]
+    """The first row left out for each reason."""
+    notes: dict[str, int]
+    """Rows of which not all is used, by what is not."""
 
 
 @dataclass(frozen=True)
@@ -106,27 +115,44 @@ def preview(
     max_length = train.max_length
     parties = _parties(experiment, client, home)
     tokenizer = _tokenizer(experiment, parties[0])
-    encoder = Encoder(tokenizer, train.template)
+    encoder = Encoder(tokenizer, train.template, date=train.date)
     is_simulated = parties[0].num_rows is None
     summary = read_summary(workspace) if is_simulated else None
     shown: list[ShownRow] = []
     shares: list[ClientShare] = []
     by_value: list[Counter[str]] = []
+    unusable, num_read = EncodedRows(), 0
     for party in parties:
         observer.client_started(party.client)
         reader = RowReader(party.format, experiment.config.federation.seed)
         items, values = _sample(reader, party, by)
-        lengths = encoder.encode((item for _, item in items), NO_LIMIT).lengths()
+        places = (row.where for row, _ in items)
+        whole = encoder.encode((item for _, item in items), NO_LIMIT, places=places)
+        used = cut(whole, max_length)
+        lengths = whole.lengths()
+        num_read += reader.num_rows
+        if not whole:
+            unusable.extend(whole)
         counts = summary.group_counts[party.client] if summary else []
         by_value.append(values)
         num_cut = int((lengths > max_length).sum())
         shares.append(
-            ClientShare(party.client, reader.num_usable, dict(reader.left_out), num_cut, lengths.tolist(), counts)
+            ClientShare(
+                client=party.client,
+                num_rows=reader.num_usable - used.left_out.total(),
+                left_out=dict(reader.left_out + used.left_out),
+                num_cut=num_cut,
+                num_tokens=lengths.tolist(),
+                groups=counts,
+                first_cases={**reader.first_cases, **used.first_cases},
+                notes=dict(reader.notes + used.notes),
+            )
         )
         for row, item in items[: max(0, num_rows - len(shown))]:
-            encoded = encoder.encode([item], max_length)  # none where the row is too long to be used
-            texts = [_pieces(tokenizer, side) for used in encoded for side in used.sides]
-            shown.append(ShownRow(row.where, dict(row.fields), texts))
+            encoded = encoder.encode([item], max_length)
+            texts = [_pieces(tokenizer, side) for used_row in encoded for side in used_row.sides]
+            why = next((f"{reason}: {detail}" for reason, detail in encoded.first_cases.items()), None)
+            shown.append(ShownRow(row.where, dict(row.fields), texts, why))
     groups = summary.groups if summary else []
     if by is not None:
         groups = sorted(set().union(*by_value))
@@ -134,6 +160,8 @@ def preview(
             replace(share, groups=[values[name] for name in groups])
             for share, values in zip(shares, by_value, strict=True)
         ]
+    if not any(share.num_tokens for share in shares):
+        require_encoded(unusable, parties[0].source.location, num_read, max_length)
     all_lengths = [length for share in shares for length in share.num_tokens]
     counts_, edges = np.histogram(all_lengths, bins=min(NUM_BINS, len(set(all_lengths))))
     folder = workspace.data if is_simulated else parties[0].home.folder

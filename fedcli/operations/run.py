@@ -28,6 +28,8 @@ class FederationResult:
     state: str
     num_merged: int
     left_out: dict[str, int]
+    notes: dict[str, int]
+    """Rows of these clients of which not all is used, by what is not."""
 
 
 def run_federation(
@@ -54,6 +56,7 @@ def run_federation(
 
     num_merged = 0
     left_out: dict[int, dict[str, int]] = {}
+    notes: dict[int, dict[str, int]] = {}
     shown = told = -1
     with Workers(federation.workspace, workers, threads=threads) as pool:
         while federation.head.manifest.state == "open" and (rounds is None or num_merged < rounds):
@@ -65,7 +68,7 @@ def run_federation(
             results = pool.train(due, observer) if workers > 1 else _train_in_turn(federation, due, runtimes, observer)
             for result in results:
                 if result.training is not None:
-                    left_out[result.client] = result.training.left_out
+                    left_out[result.client], notes[result.client] = result.training.left_out, result.training.notes
                 if result.round != head.number:  # another process merged the round meanwhile
                     break
             merged = _merge(federation, head, observer)
@@ -83,8 +86,8 @@ def run_federation(
                 num_merged += merged.published
                 score()
         score()
-    total = sum(map(Counter, left_out.values()), Counter())
-    return FederationResult(federation.head.number, federation.head.manifest.state, num_merged, dict(total))
+    left, noted = (dict(sum(map(Counter, by.values()), Counter())) for by in (left_out, notes))
+    return FederationResult(federation.head.number, federation.head.manifest.state, num_merged, left, noted)
 
 
 def _due_clients(federation: FederationState) -> list[int]:

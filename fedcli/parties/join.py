@@ -169,7 +169,8 @@ def _full_card(
         observer.rows_read("reading rows", num_read)
 
     tokenizer = load_tokenizer(folder, trust_remote_code=record.trust_remote_code)
-    encoder = Encoder(tokenizer, federation.start.manifest.train.template)
+    train = federation.start.manifest.train
+    encoder = Encoder(tokenizer, train.template, date=train.date)
     rows = encode_source(encoder, reader, source, NO_LIMIT, count)
     quantiles = np.quantile(rows.lengths(), QUANTILES, method="nearest")
     return DataCard(

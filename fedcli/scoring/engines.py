@@ -25,6 +25,8 @@ class Models:
     runtimes: Runtimes
     """Keep the base, for whatever else the process does with it."""
     template: TemplateChoice
+    date: str | None = None
+    """The federation's, which its base's chat template writes."""
     threads: int | None = None
     batch_size: int | None = None
     _loaded: tuple[Target, Engine] | None = field(default=None, init=False)
@@ -41,6 +43,7 @@ class Models:
         return {
             **of_base,
             "template": template.model_dump(mode="json") if isinstance(template, CustomTemplate) else template,
+            **({"date": self.date} if self.date is not None and template == "chat" else {}),
             "dtype": "bfloat16" if has_bfloat16() else "float32",
             "backend": "transformers",  # as answer logs of the time when there were two have it
             **target.identity,
@@ -56,20 +59,23 @@ class Models:
         if target.api is not None:
             return self.endpoint(target.api)
         if target.model is not None:
-            return load_local(target.model, self.template, batch_size=self.batch_size, threads=self.threads)
+            return load_local(
+                target.model, self.template, date=self.date, batch_size=self.batch_size, threads=self.threads
+            )
         runtime = self.runtimes.load()
         if target.folder is not None:
             runtime.adapted.load_folder(target.folder)
         else:
             assert target.arrays is not None
             runtime.adapted.load(target.arrays())
-        return _local(runtime.adapted.model, runtime.adapted.tokenizer, self.template, self.batch_size)
+        return _local(runtime.adapted.model, runtime.adapted.tokenizer, self.template, self.batch_size, self.date)
 
 
 def load_local(
     folder: Path,
     template: TemplateChoice | None = None,
     *,
+    date: str | None = None,
     batch_size: int | None = None,
     threads: int | None = None,
 ) -> Engine:
@@ -83,13 +89,17 @@ def load_local(
         torch.set_num_threads(threads)
     with quiet_libraries():
         model, tokenizer = load_base(folder, trust_remote_code=False)
-    return _local(model, tokenizer, template or ("chat" if tokenizer.chat_template else "vicuna"), batch_size)
+    return _local(model, tokenizer, template or ("chat" if tokenizer.chat_template else "vicuna"), batch_size, date)
 
 
 def _local(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", template: TemplateChoice, batch_size: int | None
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: TemplateChoice,
+    batch_size: int | None,
+    date: str | None,
 ) -> Engine:
     from fedcli.data.encoding import Encoder
     from fedcli.eval.local_model import LocalModel
 
-    return LocalModel(model, tokenizer, Encoder(tokenizer, template), batch_size=batch_size)
+    return LocalModel(model, tokenizer, Encoder(tokenizer, template, date=date), batch_size=batch_size)

@@ -58,8 +58,11 @@ def prepare(federation: FederationState, asked: Scoring, runtimes: Runtimes) -> 
     targets = find_targets(federation, replace(asked.targets, api_url=next(iter(urls), None)))
     for endpoint in endpoints.values():
         endpoint.reach()
-    template = _template(asked.options.template) or federation.head.manifest.train.template
-    models = Models(federation.head, endpoints.__getitem__, runtimes, template, asked.threads, asked.batch_size)
+    train = federation.head.manifest.train
+    template = _template(asked.options.template) or train.template
+    models = Models(
+        federation.head, endpoints.__getitem__, runtimes, template, train.date, asked.threads, asked.batch_size
+    )
     run_code = None
     if asked.allow_code_execution:
         from fedcli.eval.sandbox import Sandbox

@@ -50,6 +50,7 @@ def prepare_start(experiment: Experiment) -> Start:
     tokenizer, a template or target modules that will not do.
     """
     from fedcli.data.encoding import Encoder
+    from fedcli.data.templates import asks_for_date, today
     from fedcli.model.base import find_base, fingerprint, is_hub_id, is_path, load_tokenizer
     from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
     from fedcli.model.inspection import inspect
@@ -85,7 +86,8 @@ def prepare_start(experiment: Experiment) -> Start:
         num_parameters=num_parameters,
     )
     text = json.dumps(peft_config, indent=1, sort_keys=True) + "\n"
-    return Start(model, {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: text.encode()}, schema_of(arrays))
+    files = {ADAPTER_NAME: encode(arrays), ADAPTER_CONFIG_NAME: text.encode()}
+    return Start(model, files, schema_of(arrays), today() if asks_for_date(tokenizer) else None)
 
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:

@@ -19,6 +19,8 @@ class Start:
     model: ModelRecord
     files: dict[str, bytes]
     tensors: dict[str, TensorEntry]
+    date: str | None = None
+    """The day that the base's chat template writes in every round; None where it writes none."""
 
 
 def open_first_round(experiment: Experiment, identity: Identity, start: Start) -> FederationState:
@@ -30,7 +32,8 @@ def open_first_round(experiment: Experiment, identity: Identity, start: Start) -
 def open_next_round(federation: FederationState, files: dict[str, bytes], aggregation: Aggregation) -> bool:
     """Publish the round behind the latest with its merged files; return False where another server was first."""
     previous, before = federation.head, federation.head.manifest
-    start = Start(before.model, {**files, ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}, before.tensors)
+    contents = {**files, ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}
+    start = Start(before.model, contents, before.tensors, before.train.date)
     manifest = _manifest(federation.config, before.workspace, start, previous, aggregation)
     return publish_round(federation.workspace, manifest, start.files)
 
@@ -62,7 +65,7 @@ def _manifest(
         update_files=[ADAPTER_FILE, *config.algorithm.update_files],
         update_tensors=config.algorithm.update_tensors(start.tensors),
         model=start.model,
-        train=train_record(config, number, rounds),
+        train=train_record(config, number, rounds, date=start.date),
         files={name: file_entry(contents) for name, contents in start.files.items()},
         tensors=start.tensors,
         aggregation=aggregation,

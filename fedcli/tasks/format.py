@@ -14,6 +14,7 @@ NO_PROMPT = "empty prompt"
 EQUAL = "same responses"
 DUPLICATE = "duplicate"
 TOO_LONG = "too long"
+NOT_LEARNT = "nothing to learn"
 
 Fields: TypeAlias = Mapping[str, Any]
 

@@ -120,8 +120,8 @@ def config_text(workspace: Workspace) -> str:
         ) from error
 
 
-def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
-    """Return what a client must obey in a round, as fedcli.yaml has it now."""
+def train_record(config: Config, number: int, rounds: int, *, date: str | None = None) -> TrainRecord:
+    """Return what a client must obey in a round, as fedcli.yaml has it now; `date` is the federation's."""
     train = config.train
     unused = {*get_args(Hyperparameter)} - {*TASKS[config.task].hyperparameters}
     shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - unused
@@ -130,6 +130,7 @@ def train_record(config: Config, number: int, rounds: int) -> TrainRecord:
         "learning_rate": train.learning_rate_of(number, rounds),
         "schedule": schedule,
         "template": config.data.template,
+        "date": date,
         "seed": config.federation.seed,
     }
     return TrainRecord(**{name: getattr(train, name) for name in shared} | own)

@@ -83,7 +83,13 @@ class TrainRecord(Record):
     """Of DPO; None for other tasks."""
     gradient_checkpointing: bool = False
     template: TemplateChoice
+    date: str | None = None
+    """The day that the base's chat template writes, as 2026-11-29; not written where it writes none."""
     seed: Natural
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "date" or value is not None}
 
 
 class CountedUpdate(Record):
