@@ -93,7 +93,8 @@ def changed(plain: tuple[Any, Any], smollm2: Path) -> Any:
     with torch.no_grad():
         for name, delta in deltas.items():
             model.get_parameter(name).add_(delta)
-        yield model
+    yield model
+    with torch.no_grad():
         for name, weight in before.items():
             model.get_parameter(name).copy_(weight)
 
