@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
-from support.processes import ENVIRONMENT, command, settings
+from support.processes import ENVIRONMENT, SMALL, command, fedcli, run_ok, settings
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.model.architectures import UNIFORM, find_architecture
-from fedcli.model.base import find_base
+from fedcli.model.base import find_base, load_base
+from fedcli.model.finite import check_answers, check_weights
 from fedcli.model.inspection import inspect
 from fedcli.model.library_logging import quiet_libraries
 
 TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())
+ROWS = Path(__file__).parent / "benchmark_rows"
 Change = Callable[[Path], object]
 
 
@@ -205,6 +207,15 @@ def test_a_whole_base_has_no_fault_and_is_described() -> None:
     assert found.memory["float32"] == 4 * 158_272
 
 
+def test_a_token_of_the_chat_template_has_an_embedding_or_is_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    add_token("<|turn|>", special=True, role="turn_token")(folder)
+    inspect(folder).require()
+    (folder / "chat_template.jinja").write_text("{{ '<|turn|>' }}{{ messages[0]['content'] }}")
+    with pytest.raises(RequirementError, match=r"1 without an embedding \(<\|turn\|>\)"):
+        inspect(folder).require()
+
+
 @pytest.mark.parametrize("role", ["pad_token", "image_token", "audio_token"])
 def test_a_token_beyond_the_embedding_that_no_text_holds_is_a_note(role: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(TINY, tmp_path / "base"))
@@ -266,6 +277,45 @@ def test_headers_are_read_and_no_weights(tmp_path: Path) -> None:
         except OSError:
             pytest.skip("this file system has no files of a terabyte")
     assert inspect(folder).require().num_parameters == 158_272 + size
+
+
+def with_numbers(folder: Path, name: str, number: float) -> Path:
+    """Write the built-in base with a number in one of its weights."""
+    shutil.copytree(TINY, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[7] = number
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.slow
+def test_a_base_with_weights_that_are_not_finite_is_named_in_training_and_scoring(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    with_numbers(tmp_path / "base", name, float("nan"))
+    run_ok("init", "w", *settings(*SMALL, f"model.base={tmp_path / 'base'}"), cwd=tmp_path)
+    for arguments in (("client", "train", "--id", "0"), ("eval", "tfns", "--base", "--data", ROWS)):
+        done = fedcli(*arguments, "-w", "w", cwd=tmp_path)
+        assert done.returncode == 8, done.stderr
+        assert f"1 of 11,264 numbers of {name} are NaN or infinite" in done.stderr
+        assert "learning_rate" not in done.stderr
+    assert not list(tmp_path.glob("w/inbox/*/*"))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.gate_proj.weight"]
+)
+def test_every_number_that_is_not_finite_is_found(name: str, number: float, tmp_path: Path) -> None:
+    model, _ = load_base(with_numbers(tmp_path / "base", name, number), trust_remote_code=False)
+    for check in (check_answers, check_weights):
+        with pytest.raises(RequirementError, match=rf"of {name} are NaN or infinite"):
+            check(model)
+
+
+def test_a_finite_base_passes() -> None:
+    model, _ = load_base(TINY, trust_remote_code=False)
+    check_answers(model)
+    check_weights(model)
 
 
 @pytest.mark.slow
