@@ -23,7 +23,7 @@ from record import record
 
 from fedcli.model.base import find_base
 
-LIMIT = 15
+LIMIT = 8
 
 
 def configure(folder: Path, name: str, **changes: object) -> None:

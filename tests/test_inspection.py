@@ -198,6 +198,96 @@ print(*sorted({{"torch", "transformers"}} & sys.modules.keys()))
     assert not (tmp_path / "new").exists()
 
 
+KINDS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "t5": ({}, "is an encoder-decoder model"),
+    "bart": ({}, "is an encoder-decoder model"),
+    "whisper": ({}, "is an encoder-decoder model"),
+    "bert": ({}, "is an encoder, which reads a text in both directions"),
+    "roberta": ({}, "is an encoder"),
+    "electra": ({}, "is an encoder"),
+    "xlnet": ({}, "is an encoder"),
+    "modernbert": ({}, "is no language model that transformers has a causal form of"),
+    "distilbert": ({}, "is no language model"),
+    "vit": ({}, "is no language model"),
+    "clip": ({}, "is no language model"),
+    "wav2vec2": ({}, "is no language model"),
+    "llava": ({}, "is no language model"),
+    "gpt2": ({}, None),
+    "gpt_neox": ({}, None),
+    "bert as a decoder": ({"is_decoder": True}, None),
+    "bart's decoder": ({"is_decoder": True, "is_encoder_decoder": False}, None),
+    "modernbert-decoder": ({}, None),
+    "qwen3_next": ({}, None),
+    "gemma3": ({}, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_the_kind_of_a_base_is_told_by_the_config_json_that_transformers_writes(name: str, tmp_path: Path) -> None:
+    changes, reason = KINDS[name]
+    kind = name.partition("'")[0].partition(" as ")[0]
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    CONFIG_MAPPING[kind](**changes).save_pretrained(folder)
+    found = inspect(folder)
+    assert found.is_causal is (reason is None)
+    told = " ".join(fault.message for fault in found.faults if "no causal language model" in fault.message)
+    assert reason is None or reason in told
+    assert bool(told) is (reason is not None)
+
+
+@pytest.mark.slow
+def test_a_pad_token_without_an_embedding_trains_and_scores(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    add_token("[PAD]", 1000, special=True, role="pad_token")(folder)
+    run_ok("init", "w", *settings(*SMALL, f"model.base={folder}"), cwd=tmp_path)
+    run_ok("init", "plain", *settings(*SMALL), cwd=tmp_path)
+    losses = []
+    for workspace in ("w", "plain"):
+        run_ok("run", "-w", workspace, cwd=tmp_path)
+        run_ok("eval", "tfns", "--data", ROWS, "--limit", "3", "-w", workspace, cwd=tmp_path)
+        losses.append((tmp_path / workspace / "rounds/00002/adapter/adapter_model.safetensors").read_bytes())
+    assert losses[0] == losses[1], "which id pads changes nothing"
+
+
+@pytest.mark.slow
+def test_rows_beyond_the_positions_of_a_federation_that_is_under_way_are_one_sentence(tmp_path: Path) -> None:
+    config = CONFIG_MAPPING["gpt2"](n_embd=32, n_layer=2, n_head=4, vocab_size=900, n_positions=24)
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    with quiet_libraries():
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    base = (f"model.base={folder}", "adapter.target_modules=[c_attn]")
+    run_ok("init", "w", *settings(*SMALL, *base, "train.max_length=24"), cwd=tmp_path)
+    path = tmp_path / "w/fedcli.yaml"
+    path.write_text(path.read_text().replace("max_length: 24", "max_length: 128"))
+    for client in range(3):
+        run_ok("client", "train", "--id", client, "-w", "w", cwd=tmp_path)
+    run_ok("server", "aggregate", "-w", "w", cwd=tmp_path)
+    done = fedcli("client", "train", "--id", 0, "-w", "w", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "a row has 29 tokens, the base has 24 positions" in done.stderr
+
+
+def test_a_gguf_file_has_its_own_sentence(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RequirementError, match="is a GGUF file, and fedcli loads"):
+        find_base("model.gguf", revision=None, root=tmp_path)
+
+
+def test_doctor_tells_what_a_base_is(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    )
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
+    done = fedcli("doctor", "--model", "base", "--json", cwd=tmp_path)
+    model = json.loads(done.stdout)["model"]
+    assert (done.returncode, model["licence"], model["num_parameters"]) == (0, "apache-2.0", 158_272)
+    assert model["chat"] == {"system": False, "tools": False, "thoughts": False, "several_turns": True}
+    assert "does not write a system turn, tools, thoughts" in fedcli("doctor", "--model", "base", cwd=tmp_path).stdout
+
+
 def test_a_whole_base_has_no_fault_and_is_described() -> None:
     found = inspect(TINY)
     assert (found.faults, found.notes, found.missing, found.unexpected) == ((), (), (), ())

@@ -269,15 +269,31 @@ def _weights(folder: Path) -> list[Path]:
 
 def _fetch(base: str, revision: str | None, only_cached: bool) -> Path:
     """Fetch a model from the hub, or find it in the hub's local cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     options: dict[str, Any] = {"revision": revision, "local_files_only": only_cached}
     try:
         folder = Path(snapshot_download(base, ignore_patterns=[*_OTHER_FORMATS, "*.bin"], **options))
         return folder if _weights(folder) else Path(snapshot_download(base, ignore_patterns=_OTHER_FORMATS, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        problem = str(error).splitlines()[0]
+        reasons: dict[type[Exception], str] = {
+            HFValidationError: "it is no hub id, which is NAME or OWNER/NAME",
+            GatedRepoError: "its licence must be accepted on its page, and `hf auth login` must know who did",
+            RepositoryNotFoundError: "it has no such model, or a private one, for which `hf auth login` is needed",
+        }
+        if constants.HF_HUB_OFFLINE or only_cached:
+            reasons[LocalEntryNotFoundError] = "its cache does not hold it" + (
+                ", and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+            )
+        told = (reason for kind, reason in reasons.items() if isinstance(error, kind))
+        problem = next(told, str(error).partition("\n")[0])
         raise RequirementError(
             f"base model not found: {base!r} is no folder here, and the hub does not give it: {problem}",
             hint="Check model.base in fedcli.yaml and the network, or name a folder that holds the model.",

@@ -92,6 +92,8 @@ class Inspection:
     dropouts: Mapping[str, float]
     head: Literal["tied", "own"] | None
     has_chat_template: bool
+    chat: ChatAbilities | None = None
+    """Told by a tokenizer that was made: `chat_abilities`."""
     lora_targets: tuple[str, ...] | None
     licence: str | None
     quantization: str | None
@@ -235,7 +237,7 @@ def require_files(folder: Path) -> None:
         return RequirementError(f"base model not found: {folder} {problem}", hint=hint)
 
     layout = "Check model.base in fedcli.yaml: a folder in transformers' layout, or a hub id."
-    ggufs = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
+    ggufs = [folder] if folder.is_file() and folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
     if ggufs and (folder.is_file() or not has_weights):
         raise refuse(  # the place for loading it: transformers' gguf_file
