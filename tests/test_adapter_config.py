@@ -124,6 +124,17 @@ def test_an_adapter_from_elsewhere_that_needs_more_is_refused_by_the_keys_name(k
         parse_outside_config(json.dumps(PEFT | {key: value}).encode())
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "PiSSA"])
+def test_an_adapter_whose_start_changed_its_base_is_refused_with_the_reason(start: str) -> None:
+    with pytest.raises(ValueError, match=rf"init_lora_weights to {start}: that start changes the base model's own"):
+        parse_outside_config(json.dumps(PEFT | {"init_lora_weights": start}).encode())
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_whose_start_left_its_base_as_it_was_is_read(start: Any) -> None:
+    assert parse_outside_config(json.dumps(PEFT | {"init_lora_weights": start}).encode())["r"] == 4
+
+
 @pytest.mark.slow
 def test_training_and_export_of_a_forged_round_exit_with_7(small: Path) -> None:
     """The file's hash in the manifest is right: whoever publishes a round can write both."""

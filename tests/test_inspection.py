@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
-from support.processes import ENVIRONMENT, command, settings
+from support.processes import ENVIRONMENT, SMALL, command, fedcli, run_ok, settings
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.model.architectures import UNIFORM, find_architecture
-from fedcli.model.base import find_base
+from fedcli.model.base import find_base, load_base
+from fedcli.model.finite import check_answers, check_weights
 from fedcli.model.inspection import inspect
 from fedcli.model.library_logging import quiet_libraries
 
 TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())
+ROWS = Path(__file__).parent / "benchmark_rows"
 Change = Callable[[Path], object]
 
 
@@ -192,6 +194,96 @@ print(*sorted({{"torch", "transformers"}} & sys.modules.keys()))
     assert not (tmp_path / "new").exists()
 
 
+KINDS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "t5": ({}, "is an encoder-decoder model"),
+    "bart": ({}, "is an encoder-decoder model"),
+    "whisper": ({}, "is an encoder-decoder model"),
+    "bert": ({}, "is an encoder, which reads a text in both directions"),
+    "roberta": ({}, "is an encoder"),
+    "electra": ({}, "is an encoder"),
+    "xlnet": ({}, "is an encoder"),
+    "modernbert": ({}, "is no language model that transformers has a causal form of"),
+    "distilbert": ({}, "is no language model"),
+    "vit": ({}, "is no language model"),
+    "clip": ({}, "is no language model"),
+    "wav2vec2": ({}, "is no language model"),
+    "llava": ({}, "is no language model"),
+    "gpt2": ({}, None),
+    "gpt_neox": ({}, None),
+    "bert as a decoder": ({"is_decoder": True}, None),
+    "bart's decoder": ({"is_decoder": True, "is_encoder_decoder": False}, None),
+    "modernbert-decoder": ({}, None),
+    "qwen3_next": ({}, None),
+    "gemma3": ({}, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_the_kind_of_a_base_is_told_by_the_config_json_that_transformers_writes(name: str, tmp_path: Path) -> None:
+    changes, reason = KINDS[name]
+    kind = name.partition("'")[0].partition(" as ")[0]
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    CONFIG_MAPPING[kind](**changes).save_pretrained(folder)
+    found = inspect(folder)
+    assert found.is_causal is (reason is None)
+    told = " ".join(fault.message for fault in found.faults if "no causal language model" in fault.message)
+    assert reason is None or reason in told
+    assert bool(told) is (reason is not None)
+
+
+@pytest.mark.slow
+def test_a_pad_token_without_an_embedding_trains_and_scores(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    add_token("[PAD]", 1000, special=True, role="pad_token")(folder)
+    run_ok("init", "w", *settings(*SMALL, f"model.base={folder}"), cwd=tmp_path)
+    run_ok("init", "plain", *settings(*SMALL), cwd=tmp_path)
+    losses = []
+    for workspace in ("w", "plain"):
+        run_ok("run", "-w", workspace, cwd=tmp_path)
+        run_ok("eval", "tfns", "--data", ROWS, "--limit", "3", "-w", workspace, cwd=tmp_path)
+        losses.append((tmp_path / workspace / "rounds/00002/adapter/adapter_model.safetensors").read_bytes())
+    assert losses[0] == losses[1], "which id pads changes nothing"
+
+
+@pytest.mark.slow
+def test_rows_beyond_the_positions_of_a_federation_that_is_under_way_are_one_sentence(tmp_path: Path) -> None:
+    config = CONFIG_MAPPING["gpt2"](n_embd=32, n_layer=2, n_head=4, vocab_size=900, n_positions=24)
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    with quiet_libraries():
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    base = (f"model.base={folder}", "adapter.target_modules=[c_attn]")
+    run_ok("init", "w", *settings(*SMALL, *base, "train.max_length=24"), cwd=tmp_path)
+    path = tmp_path / "w/fedcli.yaml"
+    path.write_text(path.read_text().replace("max_length: 24", "max_length: 128"))
+    for client in range(3):
+        run_ok("client", "train", "--id", client, "-w", "w", cwd=tmp_path)
+    run_ok("server", "aggregate", "-w", "w", cwd=tmp_path)
+    done = fedcli("client", "train", "--id", 0, "-w", "w", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "a row has 29 tokens, the base has 24 positions" in done.stderr
+
+
+def test_a_gguf_file_has_its_own_sentence(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RequirementError, match="is a GGUF file, and fedcli loads"):
+        find_base("model.gguf", revision=None, root=tmp_path)
+
+
+def test_doctor_tells_what_a_base_is(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    )
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
+    done = fedcli("doctor", "--model", "base", "--json", cwd=tmp_path)
+    model = json.loads(done.stdout)["model"]
+    assert (done.returncode, model["licence"], model["num_parameters"]) == (0, "apache-2.0", 158_272)
+    assert model["chat"] == {"system": False, "tools": False, "thoughts": False, "several_turns": True}
+    assert "does not write a system turn, tools, thoughts" in fedcli("doctor", "--model", "base", cwd=tmp_path).stdout
+
+
 def test_a_whole_base_has_no_fault_and_is_described() -> None:
     found = inspect(TINY)
     assert (found.faults, found.notes, found.missing, found.unexpected) == ((), (), (), ())
@@ -199,6 +291,15 @@ def test_a_whole_base_has_no_fault_and_is_described() -> None:
     assert (found.tokenizer_size, found.positions, found.max_positions) == (900, "rotary", 1024)
     assert (found.head, found.num_parameters, found.lora_targets) == ("tied", 158_272, ("q_proj", "v_proj"))
     assert found.memory["float32"] == 4 * 158_272
+
+
+def test_a_token_of_the_chat_template_has_an_embedding_or_is_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    add_token("<|turn|>", special=True, role="turn_token")(folder)
+    inspect(folder).require()
+    (folder / "chat_template.jinja").write_text("{{ '<|turn|>' }}{{ messages[0]['content'] }}")
+    with pytest.raises(RequirementError, match=r"1 without an embedding \(<\|turn\|>\)"):
+        inspect(folder).require()
 
 
 @pytest.mark.parametrize("role", ["pad_token", "image_token", "audio_token"])
@@ -262,6 +363,45 @@ def test_headers_are_read_and_no_weights(tmp_path: Path) -> None:
         except OSError:
             pytest.skip("this file system has no files of a terabyte")
     assert inspect(folder).require().num_parameters == 158_272 + size
+
+
+def with_numbers(folder: Path, name: str, number: float) -> Path:
+    """Write the built-in base with a number in one of its weights."""
+    shutil.copytree(TINY, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[7] = number
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.slow
+def test_a_base_with_weights_that_are_not_finite_is_named_in_training_and_scoring(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    with_numbers(tmp_path / "base", name, float("nan"))
+    run_ok("init", "w", *settings(*SMALL, f"model.base={tmp_path / 'base'}"), cwd=tmp_path)
+    for arguments in (("client", "train", "--id", "0"), ("eval", "tfns", "--base", "--data", ROWS)):
+        done = fedcli(*arguments, "-w", "w", cwd=tmp_path)
+        assert done.returncode == 8, done.stderr
+        assert f"1 of 11,264 numbers of {name} are NaN or infinite" in done.stderr
+        assert "learning_rate" not in done.stderr
+    assert not list(tmp_path.glob("w/inbox/*/*"))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.gate_proj.weight"]
+)
+def test_every_number_that_is_not_finite_is_found(name: str, number: float, tmp_path: Path) -> None:
+    model, _ = load_base(with_numbers(tmp_path / "base", name, number), trust_remote_code=False)
+    for check in (check_answers, check_weights):
+        with pytest.raises(RequirementError, match=rf"of {name} are NaN or infinite"):
+            check(model)
+
+
+def test_a_finite_base_passes() -> None:
+    model, _ = load_base(TINY, trust_remote_code=False)
+    check_answers(model)
+    check_weights(model)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A base model whose config.json and weights do not belong together is refused, and a whole one of any kind is not."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,82 @@ def test_a_base_whose_config_and_weights_differ_is_refused_with_names(fault: str
     change, config, message = BROKEN[fault]
     with pytest.raises(RequirementError, match=message):
         load_all(rewrite(make(tmp_path / "base"), change, **config))
+
+
+HEAD = re.compile(r"^(lm_head|embed_out)\.")
+CAUGHT_BY_FILES: dict[str, Callable[[Path, str], Path]] = {
+    **{
+        f"prefix {prefix}": lambda folder, layer, prefix=prefix: rewrite(
+            folder, lambda weights: {prefix + name: each for name, each in weights.items()}
+        )
+        for prefix in ("module.", "base_model.model.", "_orig_mod.")
+    },
+    "no first layer": lambda folder, layer: rewrite(
+        folder, lambda weights: {name: each for name, each in weights.items() if f"{layer}.0." not in name}
+    ),
+    "a layer more": lambda folder, layer: configure(folder, 1),
+    "a layer fewer": lambda folder, layer: configure(folder, -1),
+    "no head": lambda folder, layer: rewrite(
+        folder, lambda weights: {name: each for name, each in weights.items() if not HEAD.search(name)}
+    ),
+}
+"""Faults that every uniform architecture shows in its files."""
+
+
+def configure(folder: Path, more: int) -> Path:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    (name,) = {"num_hidden_layers", "n_layer"} & config.keys()
+    path.write_text(json.dumps(config | {name: config[name] + more}))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", CAUGHT_BY_FILES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_files_alone_show_what_is_wrong_in_every_architecture(kind: str, fault: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "base", kind)
+    names = load_file(folder / "model.safetensors").keys()
+    (layer,) = (f".{at}" for at in ("layers", "h") if any(f".{at}.0." in name for name in names))
+    CAUGHT_BY_FILES[fault](folder, layer)
+    assert "do not belong together" in inspect(folder).faults[0].message
+    with pytest.raises(RequirementError):
+        load_shapes(folder, revision=None, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("layout", ["sharded safetensors", "sharded .bin"])
+def test_the_files_alone_show_a_missing_layer_in_shards(layout: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "base", max_shard_size="20KB")
+    if layout == "sharded .bin":  # its index alone tells the names
+        index = folder / "model.safetensors.index.json"
+        document = json.loads(index.read_text())
+        mapped = {name: file.replace(".safetensors", ".bin") for name, file in document["weight_map"].items()}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": mapped}))
+        index.unlink()
+        for path in folder.glob("*.safetensors"):
+            torch.save(load_file(path), path.with_suffix(".bin"))
+            path.unlink()
+    assert [fault.message for fault in inspect(folder).faults if "no tokenizer" not in fault.message] == []
+    configure(folder, 1)
+    found = inspect(folder)
+    assert len(found.missing) == 9
+    assert found.missing[0] == "model.layers.2.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"layer_types": ["full_attention"]}, "must be equal to the number of `layer_types`"),
+    ],
+)
+def test_a_config_json_that_contradicts_itself_is_one_sentence(
+    settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    folder = rewrite(make(tmp_path / "base", "qwen2"), dict, **settings)
+    with pytest.raises(RequirementError, match=rf"config.json cannot be used: .*{reason}") as error:
+        load_shapes(folder, revision=None, trust_remote_code=False)
+    assert "\n" not in error.value.message
 
 
 @pytest.fixture

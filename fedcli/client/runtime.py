@@ -52,7 +52,8 @@ class Runtime:
         self._fingerprint = manifest.model.fingerprint
         base = party.base_of(config) if party else config.model.base
         trusts = trusts_code(federation, party)
-        folder = find_same_base(federation, base, trust_remote_code=trusts)
+        self._base = find_same_base(federation, base, trust_remote_code=trusts)
+        folder = self._base.folder
         quantization = manifest.model.quantization
         require_bitsandbytes(quantization)
         contents = federation.head.read(ADAPTER_CONFIG_NAME)
@@ -105,6 +106,12 @@ class Runtime:
         rows, num_usable = read_encoded(
             party, self.encoder(train.template), self._task.name, train, fingerprint=self._fingerprint, on_rows=count
         )
+        longest, limit = max(rows.lengths(), default=0), self._base.position_limit
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"client {party.client}: a row has {longest} tokens, the base has {limit} positions",
+                hint=f"Set train.max_length to {limit} or less; it takes effect with the next round that is opened.",
+            )
         if party.num_rows not in (None, num_usable):
             raise ConfigError(
                 f"client {party.client} joined with {party.num_rows} rows, and now has {num_usable}",
@@ -129,6 +136,7 @@ class Runtime:
         `first_draw` is the number of rows that the client drew in its earlier rounds. Raises ConfigError where the
         training diverged, RequirementError where memory is too small.
         """
+        from fedcli.model.finite import check_weights
         from fedcli.training.trainer import fit
 
         usable = self.rows(party, train)
@@ -150,9 +158,16 @@ class Runtime:
                 rows = self._with_reference(rows, home)
             self.adapted.load(adapter)
             drawn, batch_rows = rows[:count], rows[count:]
-            losses = fit(self.adapted, drawn, self._task, settings, batch_rows=batch_rows, rule=rule, on_step=on_step)
+
+            def stepped(report: StepReport) -> None:
+                if report.step == 1 and not math.isfinite(report.loss):
+                    check_weights(self.adapted.base)
+                on_step(report)
+
+            losses = fit(self.adapted, drawn, self._task, settings, batch_rows=batch_rows, rule=rule, on_step=stepped)
         values = self.adapted.values()
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
+            check_weights(self.adapted.base)
             who = "all rows" if party is None else f"client {party.client}"
             raise ConfigError(
                 f"{who}: the training of round {round_number} diverged, its last loss is {losses[-1]}",

@@ -78,8 +78,9 @@ def parse_outside_config(contents: bytes) -> dict[str, Any]:
             settings[key] = value
         elif key == "init_lora_weights" and str(value).lower().startswith(_CHANGES_BASE):
             raise ValueError(
-                f"it was started by {value}, which changes the base model's own weights, and belongs to those. PEFT's "
-                "save_pretrained(path_initial_model_for_weight_conversion=...) makes plain LoRA of it"
+                f"its adapter_config.json sets init_lora_weights to {str(value)[:40]}: that start changes the base "
+                "model's own weights, and the adapter belongs to those alone (PEFT's save_pretrained makes plain LoRA "
+                "of it with path_initial_model_for_weight_conversion)"
             )
         elif key not in _UNREAD and value not in (None, False, {}, [], *_DEFAULTS.get(key, ())):
             raise ValueError(f"its adapter_config.json sets {key}, which fedcli does not support")

@@ -47,7 +47,8 @@ class LocalModel:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._batch_size = batch_size or BATCH_SIZE
-        limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+        lengths = [getattr(model.config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+        limits = [*lengths, tokenizer.model_max_length]
         self._context = min(
             (limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=UNKNOWN_CONTEXT
         )

@@ -29,6 +29,8 @@ _SETTINGS = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
+_LATER_SETTINGS = ("spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken")
+"""Tokenizers' files that fingerprints came to cover later: a base without them has the fingerprint that it had."""
 _OTHER_FORMATS = ["*.pth", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot", "original/*", "onnx/*"]
 _CHUNK = 2**20
 _NUM_CHUNKS = 16
@@ -99,9 +101,10 @@ def _unpack(file: Path, folder: Path) -> None:
 def fingerprint(folder: Path) -> str:
     """Return a hash that tells a base model from others; it costs the same for every size of model.
 
-    It covers names and sizes of weights, configuration and tokenizer files (and nothing else that lies there), and all
-    of their bytes where a file has at most 16 MiB, else 16 MiB spread evenly over it. It finds honest mix-ups; it is no
-    defence against a forger. A folder that was made of a .gguf file has that file's.
+    It covers names and sizes of weights, configuration and tokenizer files, and of code where config.json names some
+    (and nothing else that lies there), and all of their bytes where a file has at most 16 MiB, else 16 MiB spread
+    evenly over it. It finds honest mix-ups; it is no defence against a forger. A folder that was made of a .gguf file
+    has that file's.
     """
     own = files_digest(folder)
     return fingerprint_of_source(folder, own) or own
@@ -110,7 +113,10 @@ def fingerprint(folder: Path) -> str:
 def files_digest(folder: Path) -> str:
     """Return a hash of a base model's files, as `fingerprint` says."""
     digest = hashlib.sha256()
-    for path in [*_weights(folder), *(folder / name for name in _SETTINGS if (folder / name).is_file())]:
+    settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
+    config = folder / "config.json"
+    later = [*_LATER_SETTINGS, *(["*.py"] if config.is_file() and b'"auto_map"' in config.read_bytes() else [])]
+    for path in [*_weights(folder), *settings, *(path for name in later for path in sorted(folder.glob(name)))]:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
@@ -247,9 +253,8 @@ def pad_id_of(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", de
 
     Any id will do, for no position ever sees what pads.
     """
-    embedding: Any = model.get_input_embeddings()
-    pad_id = tokenizer.pad_token_id
-    return pad_id if isinstance(pad_id, int) and pad_id < embedding.weight.shape[0] else default
+    pad_id, vocab_size = tokenizer.pad_token_id, getattr(model.config, "vocab_size", None)
+    return pad_id if isinstance(pad_id, int) and (vocab_size is None or pad_id < vocab_size) else default
 
 
 def has_bfloat16() -> bool:
@@ -276,10 +281,17 @@ def short_memory(error: Exception) -> str | None:
 @contextmanager
 def loading(folder: Path | str) -> Iterator[None]:
     """Turn what transformers raises for a folder that is no whole model into a RequirementError."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
+    except StrictDataclassError as error:  # what transformers finds in a config.json
+        raise RequirementError(
+            f"the base model {folder} cannot be loaded: its config.json cannot be used: "
+            f"{' '.join(str(error.__cause__ or error).split())[:300]}",
+            hint="Fetch the model again, or mend its config.json.",
+        ) from error
     except ImportError as error:  # transformers says which package the model needs, and how to install it
         raise RequirementError(
             f"the base model {folder} needs a package that is missing: {' '.join(str(error).split())}",
@@ -303,15 +315,31 @@ def _weights(folder: Path) -> list[Path]:
 
 def _fetch(base: str, revision: str | None, only_cached: bool) -> Path:
     """Fetch a model from the hub, or find it in the hub's local cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     options: dict[str, Any] = {"revision": revision, "local_files_only": only_cached}
     try:
         folder = Path(snapshot_download(base, ignore_patterns=[*_OTHER_FORMATS, "*.bin"], **options))
         return folder if _weights(folder) else Path(snapshot_download(base, ignore_patterns=_OTHER_FORMATS, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        problem = str(error).splitlines()[0]
+        reasons: dict[type[Exception], str] = {
+            HFValidationError: "it is no hub id, which is NAME or OWNER/NAME",
+            GatedRepoError: "its licence must be accepted on its page, and `hf auth login` must know who did",
+            RepositoryNotFoundError: "it has no such model, or a private one, for which `hf auth login` is needed",
+        }
+        if constants.HF_HUB_OFFLINE or only_cached:
+            reasons[LocalEntryNotFoundError] = "its cache does not hold it" + (
+                ", and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+            )
+        told = (reason for kind, reason in reasons.items() if isinstance(error, kind))
+        problem = next(told, str(error).partition("\n")[0])
         raise RequirementError(
             f"base model not found: {base!r} is no folder here, and the hub does not give it: {problem}",
             hint="Check model.base in fedcli.yaml and the network, or name a folder that holds the model.",

@@ -6,7 +6,8 @@ Only what is certain is a fault here. transformers itself decides the rest when 
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,8 +42,10 @@ _OTHER_HEADS = re.compile(
     r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM|NextSentencePrediction"
     r"|PreTraining|RewardModel\w*)$"
 )
-_POSITION_TABLES = {"gptj", "codegen"}
-"""Architectures whose rotary positions lie in a table of max_position_embeddings rows."""
+_LEARNT_POSITIONS = {"biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt"}
+_POSITION_TABLES = {"codegen", "ctrl", "gptj", "mpt"}
+"""Architectures whose rotary, sinusoidal or ALiBi positions end with a table."""
+_PAD = re.compile(r"[<\[|]*pad[>\]|]*", re.IGNORECASE)
 _TEXT_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 Positions = Literal["learnt", "table", "rotary", "alibi", "other"]
@@ -89,6 +92,8 @@ class Inspection:
     dropouts: Mapping[str, float]
     head: Literal["tied", "own"] | None
     has_chat_template: bool
+    chat: ChatAbilities | None = None
+    """Told by a tokenizer that was made: `chat_abilities`."""
     lora_targets: tuple[str, ...] | None
     licence: str | None
     quantization: str | None
@@ -132,7 +137,8 @@ class Inspection:
         """Raise RequirementError where a loaded tokenizer, whatever its files, has tokens without an embedding."""
         roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
         ids, special = tokenizer.get_vocab(), set(map(str, tokenizer.all_special_tokens))
-        written, _ = beyond(ids, roles, special, _read_object(self.folder / "config.json"), self.embedding_rows)
+        config, template = _read_object(self.folder / "config.json"), str(tokenizer.chat_template or "")
+        written, _ = beyond(ids, roles, special, template, config, self.embedding_rows)
         if written:
             fault = _too_large(self.folder, self.embedding_rows, max(ids.values()) + 1, written)
             raise RequirementError(fault.message, hint=fault.hint)
@@ -174,7 +180,7 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
         embedding_rows=rows,
         tokenizer_size=tokenizer.size,
         positions=positions,
-        max_positions=_whole_number(setting("max_position_embeddings")),
+        max_positions=_max_positions(kind, setting),
         dropouts=_dropouts(text, known),
         head="tied" if is_tied else "own" if is_tied is False else None,
         has_chat_template=tokenizer.chat_template is not None,
@@ -206,11 +212,12 @@ def chat_abilities(tokenizer: "PreTrainedTokenizerBase") -> ChatAbilities | None
     function = {"name": "fedclitool", "description": "A tool.", "parameters": schema}
 
     def writes(word: str, *messages: dict[str, Any], times: int = 1, tools: list[Any] | None = None) -> bool:
-        try:
-            text = str(tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False))
-        except Exception:  # a template is a program of the model's publisher: it may raise anything
-            return False
-        return text.count(word) >= times
+        in_parts = [each | {"content": [{"type": "text", "text": each["content"]}]} for each in messages]
+        for form in (list(messages), in_parts):  # templates of vision models read lists of parts, some of them alone
+            with suppress(Exception):  # a template is a program of the model's publisher: it may raise anything
+                if str(tokenizer.apply_chat_template(form, tools=tools, tokenize=False)).count(word) >= times:
+                    return True
+        return False
 
     return ChatAbilities(
         system=writes("fedclisystem", {"role": "system", "content": "fedclisystem"}, asked),
@@ -537,14 +544,21 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
 
 def _positions(known: Architecture | None, config: Mapping[str, Any], weights: Weights) -> Positions:
     name = known.name if known else ""
-    if any(_POSITIONS.search(each) for each in weights.names) or name in ("ctrl", "xglm", "gpt2", "opt", "gpt_neo"):
+    if any(_POSITIONS.search(each) for each in weights.names) or name in _LEARNT_POSITIONS:
         return "learnt"
     if name in _POSITION_TABLES:
         return "table"
-    if name in ("bloom", "mpt") or config.get("alibi") is True:
+    if name == "bloom" or config.get("alibi") is True:
         return "alibi"
     rotary = {"rope_theta", "rope_scaling", "rope_parameters", "rotary_dim", "rotary_pct", "rotary_emb_base"}
     return "rotary" if rotary & (config.keys() | (known.defaults.keys() if known else set())) else "other"
+
+
+def _max_positions(kind: str, setting: Callable[[str], Any]) -> int | None:
+    found = _whole_number(setting("max_seq_len" if kind == "mpt" else "max_position_embeddings"))
+    if found is not None and re.search("roberta|camembert|data2vec-text|xmod", kind):
+        return found - 1 - (_whole_number(setting("pad_token_id")) or 0)  # the first positions are those of padding
+    return found
 
 
 def _dropouts(config: Mapping[str, Any], known: Architecture | None) -> dict[str, float]:
@@ -648,7 +662,7 @@ class TokenizerFiles:
 
         The second are the token that pads, and special tokens that stand for images or sounds.
         """
-        return beyond(self.ids, self.roles, self.special, config, rows)
+        return beyond(self.ids, self.roles, self.special, self.chat_template or "", config, rows)
 
     def faults(
         self, folder: Path, config: Mapping[str, Any], rows: int | None, *, trusts_code: bool
@@ -685,7 +699,8 @@ def _too_large(folder: Path, rows: int | None, size: int | None, tokens: Sequenc
 def beyond(
     ids: Mapping[str, int],
     roles: Mapping[str, str],
-    special: Iterable[str],
+    special: Collection[str],
+    chat_template: str,
     config: Mapping[str, Any],
     rows: int | None,
 ) -> tuple[list[str], list[str]]:
@@ -699,6 +714,8 @@ def beyond(
     in_text = {roles[role] for role in _TEXT_TOKENS if role in roles}
     elsewhere = {token for role, token in roles.items() if role not in _TEXT_TOKENS}
     for token in sorted((token for token, number in ids.items() if number >= rows), key=ids.__getitem__):
-        is_medium = token in set(special) and ids[token] in media
-        (unwritten if (token in elsewhere or is_medium) and token not in in_text else written).append(token)
+        is_other = token in elsewhere or (token in special and (ids[token] in media or _PAD.fullmatch(token)))
+        is_padding = token == roles.get("pad_token")
+        is_written = token in in_text or not is_other or (token in chat_template and not is_padding)
+        (written if is_written else unwritten).append(token)
     return written, unwritten

@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -102,7 +102,9 @@ def examine_model(name: str, *, root: Path, observer: Observer) -> "tuple[Inspec
         return None, [Finding("base model", "failed", error.message, error.hint)]
     findings = [Finding("base model", "failed", fault.message, fault.hint) for fault in found.faults]
     try:
-        findings = findings or [Finding("base model", "ok", _describe(found)), *_made_by_transformers(found)]
+        if not findings:
+            found = _made_by_transformers(found)
+            findings = [Finding("base model", "ok", _describe(found)), *_tokenizer(found)]
     except FedError as error:
         findings = [Finding("base model", "failed", error.message, error.hint)]
     findings += [Finding("tokenizer", "warning", note) for note in found.notes]
@@ -114,16 +116,23 @@ def _describe(found: "Inspection") -> str:
     return f"{found.architecture or found.kind}, {plural(found.num_layers or 0, 'layer')}{size}; nothing is missing"
 
 
-def _made_by_transformers(found: "Inspection") -> Iterator[Finding]:
-    """Make the model without weights, and its tokenizer; raise FedError where they cannot be."""
+def _made_by_transformers(found: "Inspection") -> "Inspection":
+    """Make the model without weights, and its tokenizer; return what they tell.
+
+    Raises FedError where they cannot be made.
+    """
     from fedcli.model.base import load_shapes, load_tokenizer
     from fedcli.model.inspection import chat_abilities
 
     load_shapes(found.folder, revision=None, trust_remote_code=False)
     tokenizer = load_tokenizer(found.folder, trust_remote_code=False)
     found.check_tokenizer(tokenizer)
-    yield Finding("tokenizer", "ok", f"{len(tokenizer):,} tokens, an embedding of {found.embedding_rows or 0:,}")
-    abilities = chat_abilities(tokenizer)
+    return replace(found, tokenizer_size=max(tokenizer.get_vocab().values()) + 1, chat=chat_abilities(tokenizer))
+
+
+def _tokenizer(found: "Inspection") -> Iterator[Finding]:
+    yield Finding("tokenizer", "ok", f"{found.tokenizer_size:,} tokens, an embedding of {found.embedding_rows or 0:,}")
+    abilities = found.chat
     if abilities is None:
         yield Finding("chat template", "ok", "none: data.template chat is not to be had")
     else:

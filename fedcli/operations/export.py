@@ -71,7 +71,7 @@ def export(
             from fedcli.model.merged import check_mergeable, write_merged
 
             trusts = trusts_code(federation)
-            base = find_same_base(federation, federation.config.model.base, trust_remote_code=trusts)
+            base = find_same_base(federation, federation.config.model.base, trust_remote_code=trusts).folder
             check_mergeable(base)
             merged_dtype = write_merged(
                 base,

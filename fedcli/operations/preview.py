@@ -200,7 +200,7 @@ def _tokenizer(experiment: Experiment, party: Party) -> "PreTrainedTokenizerBase
     base = party.base_of(config)
     trusts = trusts_code(experiment, party)
     if isinstance(experiment, FederationState):
-        folder = find_same_base(experiment, base, trust_remote_code=trusts)
+        folder = find_same_base(experiment, base, trust_remote_code=trusts).folder
     else:
         folder = find_base(base, revision=config.model.revision, root=root)
         inspect(folder, trust_remote_code=trusts).require()

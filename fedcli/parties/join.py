@@ -111,7 +111,7 @@ def prepare_join(
 def _own_base(federation: FederationState, record: PartyRecord) -> Path:
     try:
         base = record.base or federation.config.model.base
-        return find_same_base(federation, base, trust_remote_code=record.trust_remote_code)
+        return find_same_base(federation, base, trust_remote_code=record.trust_remote_code).folder
     except FedError as error:
         if record.base is None:
             error.hint += " Or name your own copy with --base DIR."

@@ -10,7 +10,7 @@ from fedcli.data.formats import choose_format
 from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
-from fedcli.model.inspection import inspect
+from fedcli.model.inspection import Inspection, inspect
 from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Home, default_home
@@ -179,8 +179,8 @@ def find_home(experiment: Experiment, client: int, given: Path | None) -> Home:
     return home
 
 
-def find_same_base(federation: FederationState, base: str, *, trust_remote_code: bool) -> Path:
-    """Return the folder of the base model, which must be the one that round 0 was opened with, and will do."""
+def find_same_base(federation: FederationState, base: str, *, trust_remote_code: bool) -> Inspection:
+    """Return what the base model is, which must be the one that round 0 was opened with, and have no fault."""
     expected = federation.head.manifest.model
     folder = find_base(base, revision=expected.revision, root=federation.workspace.root)
     if fingerprint(folder) != expected.fingerprint:
@@ -189,4 +189,4 @@ def find_same_base(federation: FederationState, base: str, *, trust_remote_code:
             hint="Point model.base in fedcli.yaml (a joined party: `client join --base DIR`) to a copy of the very "
             "model that round 0 was opened with.",
         )
-    return inspect(folder, trust_remote_code=trust_remote_code).require().folder
+    return inspect(folder, trust_remote_code=trust_remote_code).require()

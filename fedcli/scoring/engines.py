@@ -83,10 +83,12 @@ def load_local(
     import torch
 
     from fedcli.model.base import load_base
+    from fedcli.model.inspection import inspect
     from fedcli.model.library_logging import quiet_libraries
 
     if threads is not None:
         torch.set_num_threads(threads)
+    inspect(folder).require()
     with quiet_libraries():
         model, tokenizer = load_base(folder, trust_remote_code=False)
     return _local(model, tokenizer, template or ("chat" if tokenizer.chat_template else "vicuna"), batch_size, date)
@@ -101,5 +103,7 @@ def _local(
 ) -> Engine:
     from fedcli.data.encoding import Encoder
     from fedcli.eval.local_model import LocalModel
+    from fedcli.model.finite import check_answers
 
+    check_answers(model)
     return LocalModel(model, tokenizer, Encoder(tokenizer, template, date=date), batch_size=batch_size)
