@@ -39,7 +39,7 @@ def client_join(
             "--format",
             metavar="FORMAT",
             help="What the rows are: a format's name, or '{columns: {instruction: question, response: answer}}'. "
-            "Default: as the hub's data set is known to have, else alpaca (sft) or preference (dpo).",
+            "Default: as the hub's data set is known to have, else guessed from the columns.",
         ),
     ] = None,
     home: HomeOption = None,
@@ -78,6 +78,8 @@ def client_join(
         )
     card = joining.card.model_dump(mode="json", exclude_none=True)
     if not json_output:
+        for line in joining.remarks:
+            print(line)
         print("the workspace learns this of your rows, and nothing else:")
         print(json.dumps(card, indent=1))
     if asks:
@@ -90,7 +92,8 @@ def client_join(
     own = "" if home is None else f" --home {shlex.quote(str(home.absolute()))}"
     print_result(
         json_output,
-        {"status": "joined", "client": client, "home": str(joining.home.folder), "data": card},
+        {"status": "joined", "client": client, "home": str(joining.home.folder), "data": card}
+        | {"remarks": list(joining.remarks)},
         f"client {client} has joined; its private state lies in {joining.home.folder}",
         hint=f"next: fedcli client train --id {client}{own}{at(workspace)}",
     )
@@ -190,8 +193,9 @@ def _document(result: "ClientResult") -> dict[str, object]:
     document: dict[str, object] = {"status": result.status, "client": result.client, "round": result.round}
     if result.training is not None:
         training = result.training
-        counts = ("num_samples", "num_truncated", "num_unusable", "left_out", "notes", "seconds", "num_tokens")
-        document |= {name: getattr(training, name) for name in counts}
+        counts = ("num_samples", "num_truncated", "num_unusable", "seconds", "num_tokens")
+        counts_by = ("left_out", "first_cases", "notes", "unused")
+        document |= {name: getattr(training, name) for name in (*counts, *counts_by)}
         document |= {"steps": len(training.losses), "train_loss": training.mean_loss}
         document |= {"first_loss": training.losses[0], "last_loss": training.losses[-1]}
     return document
@@ -213,7 +217,7 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     training = result.training
     if training is None:
         return
-    from fedcli.data.formats import describe_counts, describe_notes
+    from fedcli.data.formats import describe_counts, describe_rows
 
     speed = training.num_tokens / training.seconds
     yield (
@@ -224,8 +228,8 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     yield (
         f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit{left_out}"
     )
-    if training.notes:
-        yield f"noted: {describe_notes(training.notes)}"
+    lines = describe_rows(training.left_out, training.first_cases, training.notes, training.unused)
+    yield from (line for line in lines if not line.startswith("left out"))
 
 
 def client_status(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:

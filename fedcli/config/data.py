@@ -29,11 +29,16 @@ TemplateName: TypeAlias = Literal["alpaca", "alpaca-input", "vicuna", "chat"]
 
 
 class Columns(Section):
-    """The columns of rows of any other shape: instruction and response (and input), or prompt, chosen and rejected."""
+    """The columns of rows of any other shape.
+
+    They are those of instruction and response (and input, system), of prompt, chosen and rejected, or of a text.
+    """
 
     instruction: str | None = None
     input: str | None = None
     response: str | None = None
+    system: str | None = None
+    text: str | None = None
     prompt: str | None = None
     chosen: str | None = None
     rejected: str | None = None
@@ -41,14 +46,18 @@ class Columns(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = {name for name, column in self if column is not None}
-        if given - {"input"} != {"instruction", "response"} and given != {"prompt", "chosen", "rejected"}:
-            raise ValueError("name the columns of instruction and response (and input), or of prompt, chosen, rejected")
+        is_instruction = given - {"input", "system"} == {"instruction", "response"}
+        if not is_instruction and given not in ({"prompt", "chosen", "rejected"}, {"text"}):
+            raise ValueError(
+                "name the columns of instruction and response (and input, system), of prompt, chosen and rejected, "
+                "or of text"
+            )
         return self
 
     @property
     def item(self) -> type[Item]:
         """What such rows teach."""
-        return Preference if self.response is None else Example
+        return Preference if self.chosen is not None else Example
 
 
 class ColumnsFormat(Section):
@@ -57,13 +66,29 @@ class ColumnsFormat(Section):
     columns: Columns
 
 
+class MessagesFormat(Section):
+    """`format: {messages: COLUMN}`: conversations in a column of any name."""
+
+    messages: str
+
+
 def _name_or(tag: str) -> Discriminator:
     """Return what tells a name from the other kind of value that a key may have."""
     return Discriminator(lambda value: "<name>" if isinstance(value, str) else tag)
 
 
+def _kind_of_format(value: object) -> str:
+    if isinstance(value, str):
+        return "<name>"
+    is_messages = isinstance(value, MessagesFormat) or (isinstance(value, dict) and list(value) == ["messages"])
+    return "<messages>" if is_messages else "<columns>"
+
+
 DataFormat: TypeAlias = Annotated[
-    Annotated[FormatName, Tag("<name>")] | Annotated[ColumnsFormat, Tag("<columns>")], _name_or("<columns>")
+    Annotated[FormatName, Tag("<name>")]
+    | Annotated[ColumnsFormat, Tag("<columns>")]
+    | Annotated[MessagesFormat, Tag("<messages>")],
+    Discriminator(_kind_of_format),
 ]
 
 
@@ -153,6 +178,7 @@ def _kind_of_partition(value: object) -> str | None:
 
 TAGS: dict[str, type[Section]] = {
     "<columns>": ColumnsFormat,
+    "<messages>": MessagesFormat,
     "<template>": CustomTemplate,
     "<entry>": SourceEntry,
     **{f"<{name}>": kind for name, kind in PARTITIONS.items()},
@@ -214,7 +240,10 @@ class DataConfig(Section):
 def check_format(given: DataFormat, task: str) -> None:
     """Raise ValueError for a format whose rows are for another task."""
     item = TASKS[task].item
-    if isinstance(given, ColumnsFormat):
+    if isinstance(given, MessagesFormat):
+        if item is not Example:
+            raise ValueError(f"data.format.messages names conversations, which are for task {first_task(Example)}")
+    elif isinstance(given, ColumnsFormat):
         if given.columns.item is not item:
             other = first_task(given.columns.item)
             raise ValueError(f"data.format.columns names what task {other} needs; this is task {task}")
