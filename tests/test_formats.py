@@ -201,7 +201,8 @@ def test_every_format_has_a_reader_and_rows_here() -> None:
     assert names == {*formats_of(Example), *formats_of(Preference)}
     assert {name for name, known in FORMATS.items() if known.is_unique} == {"mathinstruct"}
     tried = {formats.format_name(given) for table in (TAUGHT, LEFT_OUT) for given, *_ in table.values()}
-    assert names | {"columns"} == tried | {"ultrafeedback"}  # which has tests of its own below
+    elsewhere = {"ultrafeedback", "sharegpt", "oasst", "text", "openai-preference"}  # below, and in test_row_layouts.py
+    assert names | {"columns"} == tried | elsewhere
 
 
 def test_counts_are_told_by_reason() -> None:

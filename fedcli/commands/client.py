@@ -51,6 +51,10 @@ def client_join(
     ] = "full",
     subset: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
     split: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
+    delimiter: Annotated[
+        str | None, Option(metavar="CHARACTER", help="Between the cells of .csv files. Default: as their header shows.")
+    ] = None,
+    encoding: Annotated[str | None, Option(metavar="NAME", help="Of text files. Default: UTF-8.")] = None,
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
     ] = False,
@@ -71,6 +75,8 @@ def client_join(
             format=data_format,
             subset=subset,
             split=split,
+            delimiter=delimiter,
+            encoding=encoding,
             base=base,
             trust_remote_code=trust_remote_code,
             share=share,

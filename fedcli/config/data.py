@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from fedcli.config.section import Count, Section
 from fedcli.errors import did_you_mean
@@ -117,6 +117,25 @@ class CustomTemplate(Section):
         return self
 
 
+def _one_character(value: str) -> str:
+    value = {"\\t": "\t", "tab": "\t"}.get(value, value)
+    if len(value) != 1 or value in '"\r\n':
+        raise ValueError("a delimiter is one character, such as ';', or tab")
+    return value
+
+
+def _text_encoding(value: str) -> str:
+    try:
+        "".encode(value)
+    except LookupError:
+        raise ValueError(f"no encoding of text is named {value!r}; latin-1, cp1252 and utf-16 are some") from None
+    return value
+
+
+Delimiter: TypeAlias = Annotated[str, AfterValidator(_one_character)]
+Encoding: TypeAlias = Annotated[str, AfterValidator(_text_encoding)]
+
+
 class SourceEntry(Section):
     """One of several sources, with what else it needs to be read."""
 
@@ -124,6 +143,8 @@ class SourceEntry(Section):
     format: DataFormat | None = None
     subset: str | None = None
     split: str | None = None
+    delimiter: Delimiter | None = None
+    encoding: Encoding | None = None
     max_rows: Count | None = None
 
 
@@ -214,6 +235,8 @@ class DataConfig(Section):
     format: DataFormat | None = None
     subset: str | None = None
     split: str | None = None
+    delimiter: Delimiter | None = None
+    encoding: Encoding | None = None
     template: TemplateChoice = "alpaca"
     partition: Partition = "iid"
     min_rows: Count = 1
@@ -227,10 +250,10 @@ class DataConfig(Section):
 
     @property
     def sources(self) -> tuple[SourceEntry, ...]:
-        """Each source, with format, subset and split of the section where it has none of its own."""
+        """Each source, with what the section says of formats and reading where it says nothing itself."""
         given = (self.source,) if isinstance(self.source, str) else self.source or ()
         entries = [SourceEntry(source=entry) if isinstance(entry, str) else entry for entry in given]
-        keys = ("format", "subset", "split")
+        keys = ("format", "subset", "split", "delimiter", "encoding")
         return tuple(
             entry.model_copy(update={key: getattr(entry, key) or getattr(self, key) for key in keys})
             for entry in entries

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fedcli.config import read_format
+from pydantic import ValidationError
+
+from fedcli.config import SourceEntry, read_format
 from fedcli.data.formats import RowReader, choose_split, describe_rows, format_name, guess_format
 from fedcli.data.source import Source, absolute_path, find_source
 from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
@@ -68,6 +70,8 @@ def prepare_join(
     data_format: str | None = None,
     subset: str | None = None,
     split: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
     home: Path | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
@@ -92,8 +96,15 @@ def prepare_join(
     found = find_home(federation, client, home)
     _check_free(workspace, client, found, workspace_id)
     given = read_format(data_format, config.task) if data_format is not None else None
+    try:
+        read_as = SourceEntry(source=data, delimiter=delimiter, encoding=encoding)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        problem = fault["msg"].removeprefix("Value error, ")
+        raise UsageError(f"--{fault['loc'][0]}: {problem}", hint="See `fedcli client join --help`.") from error
+    delimiter, encoding = read_as.delimiter, read_as.encoding
     location, split = absolute_path(data), choose_split(data, split)
-    source = find_source(location, Path.cwd(), subset=subset, split=split)
+    source = find_source(location, Path.cwd(), subset=subset, split=split, delimiter=delimiter, encoding=encoding)
     choice = guess_format(data, given, config.task, source.rows(), "--format")
     record = PartyRecord(
         workspace=workspace_id,
@@ -104,6 +115,8 @@ def prepare_join(
         split=split,
         base=None if base is None else absolute_path(base),
         trust_remote_code=trust_remote_code,
+        delimiter=delimiter,
+        encoding=encoding,
     )
     reader = RowReader(record.format, config.federation.seed)
     if share == "minimal":
@@ -114,7 +127,7 @@ def prepare_join(
         card, rows = _full_card(federation, record, reader, source, observer)
     told = reader if rows is None else rows
     guess = () if choice.guess is None else (choice.guess,)
-    remarks = (*guess, *describe_rows(told.left_out, told.first_cases, told.notes, told.unused))
+    remarks = (*guess, *source.remarks(), *describe_rows(told.left_out, told.first_cases, told.notes, told.unused))
     return Joining(workspace, found, record, card, remarks)
 
 

@@ -154,7 +154,14 @@ def _joined(experiment: Experiment, registration: Registration, home: Path | Non
             f"`fedcli client join --id {client} --data SOURCE`.",
         )
     try:
-        source = find_source(record.source, Path.cwd(), subset=record.subset, split=record.split)
+        source = find_source(
+            record.source,
+            Path.cwd(),
+            subset=record.subset,
+            split=record.split,
+            delimiter=record.delimiter,
+            encoding=record.encoding,
+        )
     except ConfigError as error:
         again = f"`fedcli client join --id {client} --data SOURCE`"
         raise ConfigError(error.message, hint=f"Put it back, or name another source: {again}.") from error

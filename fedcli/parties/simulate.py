@@ -12,7 +12,7 @@ from fedcli.config import Config, DataFormat, SourceEntry, parse_format
 from fedcli.data import partition
 from fedcli.data.demo import DEMO_ROWS
 from fedcli.data.formats import Choice, RowReader, choose_format, choose_split, guess_format, written_format
-from fedcli.data.source import Row, find_source, write_row
+from fedcli.data.source import Row, Source, find_source, write_row
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.model.base import BUILTIN_PREFIX
 from fedcli.observer import Observer
@@ -206,9 +206,10 @@ def _remarks(config: Config, choices: list[Choice], root: Path) -> list[str]:
     """Return what was guessed of the sources, each with its name where there are several."""
     remarks = []
     for entry, choice in zip(config.data.sources, choices, strict=True):
-        guess = [] if choice.guess is None else [choice.guess]
-        prefix = f"{entry.source}: " if len(choices) > 1 else ""
-        remarks += [prefix + remark for remark in guess]
+        if choice.guess is not None:
+            remarks.append(f"{entry.source}: {choice.guess}" if len(choices) > 1 else choice.guess)
+        if not entry.source.startswith(BUILTIN_PREFIX):
+            remarks += _source(entry, root).remarks()
     return remarks
 
 
@@ -226,8 +227,18 @@ def _items(config: Config, root: Path, readers: list[RowReader]) -> Iterator[tup
 def _rows(config: Config, entry: SourceEntry, root: Path) -> Iterator[Row]:
     if entry.source.startswith(BUILTIN_PREFIX):
         return iter(_demo_rows(config, entry.source))
-    split = choose_split(entry.source, entry.split)
-    return find_source(entry.source, root, subset=entry.subset, split=split).rows()
+    return _source(entry, root).rows()
+
+
+def _source(entry: SourceEntry, root: Path) -> Source:
+    return find_source(
+        entry.source,
+        root,
+        subset=entry.subset,
+        split=choose_split(entry.source, entry.split),
+        delimiter=entry.delimiter,
+        encoding=entry.encoding,
+    )
 
 
 def _demo_rows(config: Config, source: str) -> list[Row]:

@@ -125,7 +125,7 @@ def opened(turns: tuple[Turn, ...], fields: Fields, context: Context) -> tuple[T
             tools = _functions(given)
             if tools and not turns[0].tools:
                 turns = (replace(turns[0], tools=tools), *turns[1:])
-            elif tools != turns[0].tools:
+            elif not tools or tools != turns[0].tools:
                 context.unused.add(name)
     return turns
 
