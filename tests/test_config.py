@@ -162,7 +162,10 @@ def test_an_unknown_key_of_a_partition_names_the_nearest_match() -> None:
         ("task: dop", "task: unknown task 'dop'. Did you mean dpo?"),
         ("model: {quantization: int4}", "model.quantization: unknown quantization 'int4'. Did you mean int8?"),
         ("data: {format: csv}", "data.format: unknown format 'csv'. Known: alpaca, codealpaca, fingpt, "),
-        ("data: {format: prefernce}", "data.format: unknown format 'prefernce'. Did you mean preference?"),
+        (
+            "data: {format: prefernce}",
+            "data.format: unknown format 'prefernce'. Did you mean preference or openai-preference?",
+        ),
         ("data: {template: alpca}", "data.template: unknown template 'alpca'. Did you mean alpaca?"),
         ("data: {partition: source}", "data.partition: unknown partition 'source'. Did you mean sources?"),
         ("algorithm: {name: fedprox, mu: -1}", "algorithm.mu: Input should be greater than or equal to 0 (found -1)"),

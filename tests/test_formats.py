@@ -149,9 +149,9 @@ LEFT_OUT: dict[str, tuple[DataFormat, Fields, str]] = {
     "a null question": ("medalpaca", {"instruction": MEDICAL, "input": None, "output": "b"}, "no text in column"),
     "an empty solution": ("mathinstruct", {"source": SOURCE, "instruction": "a", "output": "\n"}, EMPTY),
     "no prompt": ("prompt-completion", {"completion": "b"}, "no column 'prompt'; it has completion"),
-    "no completion": ("prompt-completion", {"prompt": "a"}, "column 'prompt' is not a list of messages"),
+    "no completion": ("prompt-completion", {"prompt": "a"}, "no column 'completion'; it has prompt"),
     "an empty completion": ("prompt-completion", {"prompt": "a", "completion": " "}, EMPTY),
-    "no messages": ("messages", {"text": "a"}, MESSAGES),
+    "no messages": ("messages", {"text": "a"}, "no column 'messages'; it has text"),
     "messages as text": ("messages", {"messages": "[]"}, MESSAGES),
     "an empty list": ("messages", {"messages": []}, MESSAGES),
     "an unknown role": ("messages", {"messages": turns("human: a", "assistant: b")}, f"{NO_TEXT}'human'"),
@@ -161,7 +161,7 @@ LEFT_OUT: dict[str, tuple[DataFormat, Fields, str]] = {
     "an answer alone": ("messages", {"messages": turns("assistant: b")}, NO_ANSWER),
     "an empty answer": ("messages", {"messages": turns("user: a", "assistant:  ")}, EMPTY),
     "no rejected": ("preference", {"prompt": "a", "chosen": "b"}, "no column 'rejected'; it has prompt, chosen"),
-    "no preference": ("preference", {"prompt": "a"}, "column 'chosen' is not a list of messages"),
+    "no preference": ("preference", {"prompt": "a"}, "no column 'chosen'; it has prompt"),
     "one text twice": ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, EQUAL),
     "an empty chosen": ("preference", {"prompt": "a", "chosen": "", "rejected": "b"}, EMPTY),
     "an empty rejected": ("preference", {"prompt": "a", "chosen": "b", "rejected": "\n"}, EMPTY),
@@ -201,7 +201,8 @@ def test_every_format_has_a_reader_and_rows_here() -> None:
     assert names == {*formats_of(Example), *formats_of(Preference)}
     assert {name for name, known in FORMATS.items() if known.is_unique} == {"mathinstruct"}
     tried = {formats.format_name(given) for table in (TAUGHT, LEFT_OUT) for given, *_ in table.values()}
-    assert names | {"columns"} == tried | {"ultrafeedback"}  # which has tests of its own below
+    elsewhere = {"ultrafeedback", "sharegpt", "oasst", "text", "openai-preference"}  # below, and in test_row_layouts.py
+    assert names | {"columns"} == tried | elsewhere
 
 
 def test_counts_are_told_by_reason() -> None:

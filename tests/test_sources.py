@@ -240,7 +240,7 @@ BROKEN = {
     "blank lines alone": ("rows.json", "\n \r\n\n", "FILE holds no rows"),
     "an empty array": ("rows.json", "[]", "FILE holds no rows"),
     "a broken line": ("rows.jsonl", '{"a": 1}\n\n{"a": }\n', "FILE, line 3 is not JSON: Expecting value"),
-    "two objects on a line": ("rows.jsonl", '{"a": 1} {"a": 2}\n', "FILE, line 1 is not JSON: Extra data"),
+    "two objects on a line": ("rows.jsonl", '{"a": 0}\n{"a": 1} {"a": 2}\n', "FILE, line 2 is not JSON: Extra data"),
     "a line that is an array": ("rows.jsonl", '{"a": 1}\n[1]\n', "FILE, line 2 is not a JSON object"),
     "an array of texts": ("rows.json", '[{"a": 1}, "x"]', "FILE, row 2 is not a JSON object"),
     "an array that is not closed": ("rows.json", '[{"a": 1},\n{"b": 2}', "FILE is not JSON: Expecting ',' delimiter"),

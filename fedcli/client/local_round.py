@@ -30,6 +30,10 @@ class Training:
     num_tokens: int
     notes: dict[str, int]
     """Rows of which not all is used, by what is not."""
+    first_cases: dict[str, str]
+    """The first row left out for each reason: where it is, and what was found."""
+    unused: dict[str, int]
+    """Rows that have a column, or a key inside one, which is not used."""
 
     @property
     def num_unusable(self) -> int:
@@ -86,6 +90,8 @@ def train_and_drop(
         seconds=time.monotonic() - started,
         num_tokens=num_tokens,
         notes=dict(rows.notes),
+        first_cases=rows.first_cases,
+        unused=dict(rows.unused),
     )
     sent, kept = algorithm.client_step(
         adapter, values, state, own, steps=len(losses), learning_rate=manifest.train.learning_rate

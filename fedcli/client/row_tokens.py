@@ -35,7 +35,7 @@ def read_encoded(
         template=train.template if isinstance(train.template, str) else train.template.model_dump(mode="json"),
         task=task,
         date=encoder.date,
-        layout=3,  # of the arrays and of what templates teach: a cache of another layout is made anew
+        layout=4,  # of the arrays and of what formats and templates teach: a cache of another layout is made anew
         max_length=train.max_length,
         seed=train.seed,
         base=fingerprint,
@@ -45,12 +45,13 @@ def read_encoded(
         arrays, counts = kept
         rows = EncodedRows.of_arrays(arrays)
         rows.num_truncated, rows.left_out = counts["num_truncated"], Counter(counts["left_out"])
-        rows.first_cases, rows.notes = counts["first_cases"], Counter(counts["notes"])
+        rows.first_cases = counts["first_cases"]
+        rows.notes, rows.unused = Counter(counts["notes"]), Counter(counts["unused"])
         return rows, counts["num_usable"]
     reader = RowReader(party.format, train.seed)
     rows = encode_source(encoder, reader, party.source, train.max_length, on_rows)
     if digest is not None:
-        names = ("num_truncated", "left_out", "first_cases", "notes")
+        names = ("num_truncated", "left_out", "first_cases", "notes", "unused")
         counts = {name: getattr(rows, name) for name in names} | {"num_usable": reader.num_usable}
         save_tokens(party.home, key, rows.arrays(), counts)
     return rows, reader.num_usable

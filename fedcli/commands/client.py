@@ -39,7 +39,7 @@ def client_join(
             "--format",
             metavar="FORMAT",
             help="What the rows are: a format's name, or '{columns: {instruction: question, response: answer}}'. "
-            "Default: as the hub's data set is known to have, else alpaca (sft) or preference (dpo).",
+            "Default: as the hub's data set is known to have, else guessed from the columns.",
         ),
     ] = None,
     home: HomeOption = None,
@@ -51,6 +51,10 @@ def client_join(
     ] = "full",
     subset: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
     split: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
+    delimiter: Annotated[
+        str | None, Option(metavar="CHARACTER", help="Between the cells of .csv files. Default: as their header shows.")
+    ] = None,
+    encoding: Annotated[str | None, Option(metavar="NAME", help="Of text files. Default: UTF-8.")] = None,
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
     ] = False,
@@ -71,6 +75,8 @@ def client_join(
             format=data_format,
             subset=subset,
             split=split,
+            delimiter=delimiter,
+            encoding=encoding,
             base=base,
             trust_remote_code=trust_remote_code,
             share=share,
@@ -78,6 +84,8 @@ def client_join(
         )
     card = joining.card.model_dump(mode="json", exclude_none=True)
     if not json_output:
+        for line in joining.remarks:
+            print(line)
         print("the workspace learns this of your rows, and nothing else:")
         print(json.dumps(card, indent=1))
     if asks:
@@ -90,7 +98,8 @@ def client_join(
     own = "" if home is None else f" --home {shlex.quote(str(home.absolute()))}"
     print_result(
         json_output,
-        {"status": "joined", "client": client, "home": str(joining.home.folder), "data": card},
+        {"status": "joined", "client": client, "home": str(joining.home.folder), "data": card}
+        | {"remarks": list(joining.remarks)},
         f"client {client} has joined; its private state lies in {joining.home.folder}",
         hint=f"next: fedcli client train --id {client}{own}{at(workspace)}",
     )
@@ -190,8 +199,9 @@ def _document(result: "ClientResult") -> dict[str, object]:
     document: dict[str, object] = {"status": result.status, "client": result.client, "round": result.round}
     if result.training is not None:
         training = result.training
-        counts = ("num_samples", "num_truncated", "num_unusable", "left_out", "notes", "seconds", "num_tokens")
-        document |= {name: getattr(training, name) for name in counts}
+        counts = ("num_samples", "num_truncated", "num_unusable", "seconds", "num_tokens")
+        counts_by = ("left_out", "first_cases", "notes", "unused")
+        document |= {name: getattr(training, name) for name in (*counts, *counts_by)}
         document |= {"steps": len(training.losses), "train_loss": training.mean_loss}
         document |= {"first_loss": training.losses[0], "last_loss": training.losses[-1]}
     return document
@@ -213,7 +223,7 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     training = result.training
     if training is None:
         return
-    from fedcli.data.formats import describe_counts, describe_notes
+    from fedcli.data.formats import describe_counts, describe_rows
 
     speed = training.num_tokens / training.seconds
     yield (
@@ -224,8 +234,8 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     yield (
         f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit{left_out}"
     )
-    if training.notes:
-        yield f"noted: {describe_notes(training.notes)}"
+    lines = describe_rows(training.left_out, training.first_cases, training.notes, training.unused)
+    yield from (line for line in lines if not line.startswith("left out"))
 
 
 def client_status(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:

@@ -104,7 +104,7 @@ def _print_clients(console: "Console", result: "Preview") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from fedcli.data.formats import describe_notes
+    from fedcli.data.formats import describe_rows
 
     kind = yaml.safe_dump(result.partition, default_flow_style=True).partition("\n")[0] if result.partition else ""
     title = f"clients, partition {kind}" if kind else "clients"
@@ -123,15 +123,16 @@ def _print_clients(console: "Console", result: "Preview") -> None:
         table.add_row(str(share.client), str(share.num_rows), str(sum(share.left_out.values())), str(median), *counts)
     console.print(table)
     console.print("tokens: the median of its rows")
-    left_out, notes = Counter[str](), Counter[str]()
+    left_out, notes, unused = Counter[str](), Counter[str](), Counter[str]()
+    first_cases: dict[str, str] = {}
     for share in result.clients:
         left_out.update(share.left_out)
         notes.update(share.notes)
-    for reason, count in sorted(left_out.items()):
-        first = next(share.first_cases[reason] for share in result.clients if reason in share.first_cases)
-        console.print(f"left out: {count} {reason}; first, {first}", markup=False, soft_wrap=True)
-    if notes:
-        console.print(f"noted: {describe_notes(notes)}", markup=False, soft_wrap=True)
+        unused.update(share.unused)
+        first_cases = {**share.first_cases, **first_cases}
+    guesses = dict.fromkeys(share.guess for share in result.clients if share.guess is not None)
+    for line in (*guesses, *describe_rows(left_out, first_cases, notes, unused)):
+        console.print(line, markup=False, soft_wrap=True)
     for head, name in zip(heads, names, strict=True) if has_legend else ():
         console.print(f"{head} {name}", markup=False)
     if len(result.groups) > len(groups):

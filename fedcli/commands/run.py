@@ -29,17 +29,14 @@ def run(
 
     Interrupted and started again, it goes on where it was.
     """
-    from fedcli.data.formats import describe_counts, describe_notes
+    from fedcli.data.formats import describe_rows
 
     federation = found_federation(workspace, threads)
     with _Display(json_output, "starting") as display:
         result = federation.run(rounds=rounds, workers=workers, observer=display)
     merged = f"merged {plural(result.num_merged, 'round')}"
     text = [f"{merged}; round {result.round} is {result.state}"]
-    if result.left_out:
-        text.append(f"left out of the clients' rows: {describe_counts(result.left_out)}")
-    if result.notes:
-        text.append(f"noted of the clients' rows: {describe_notes(result.notes)}")
+    text += describe_rows(result.left_out, result.first_cases, result.notes, result.unused, of=" of the clients' rows")
     text.append(f"adapter: {federation.workspace.adapter(result.round)}")
     print_result(json_output, result, text, f"next: fedcli status{at(workspace)}, fedcli verify{at(workspace)}")
 

@@ -6,6 +6,7 @@ from fedcli.config.data import ColumnsFormat as ColumnsFormat
 from fedcli.config.data import CustomTemplate as CustomTemplate
 from fedcli.config.data import DataFormat as DataFormat
 from fedcli.config.data import Dirichlet as Dirichlet
+from fedcli.config.data import MessagesFormat as MessagesFormat
 from fedcli.config.data import Partition as Partition
 from fedcli.config.data import ShardsBy as ShardsBy
 from fedcli.config.data import Sizes as Sizes

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from fedcli.config.section import Count, Section
 from fedcli.errors import did_you_mean
@@ -29,11 +29,16 @@ TemplateName: TypeAlias = Literal["alpaca", "alpaca-input", "vicuna", "chat"]
 
 
 class Columns(Section):
-    """The columns of rows of any other shape: instruction and response (and input), or prompt, chosen and rejected."""
+    """The columns of rows of any other shape.
+
+    They are those of instruction and response (and input, system), of prompt, chosen and rejected, or of a text.
+    """
 
     instruction: str | None = None
     input: str | None = None
     response: str | None = None
+    system: str | None = None
+    text: str | None = None
     prompt: str | None = None
     chosen: str | None = None
     rejected: str | None = None
@@ -41,14 +46,18 @@ class Columns(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = {name for name, column in self if column is not None}
-        if given - {"input"} != {"instruction", "response"} and given != {"prompt", "chosen", "rejected"}:
-            raise ValueError("name the columns of instruction and response (and input), or of prompt, chosen, rejected")
+        is_instruction = given - {"input", "system"} == {"instruction", "response"}
+        if not is_instruction and given not in ({"prompt", "chosen", "rejected"}, {"text"}):
+            raise ValueError(
+                "name the columns of instruction and response (and input, system), of prompt, chosen and rejected, "
+                "or of text"
+            )
         return self
 
     @property
     def item(self) -> type[Item]:
         """What such rows teach."""
-        return Preference if self.response is None else Example
+        return Preference if self.chosen is not None else Example
 
 
 class ColumnsFormat(Section):
@@ -57,13 +66,29 @@ class ColumnsFormat(Section):
     columns: Columns
 
 
+class MessagesFormat(Section):
+    """`format: {messages: COLUMN}`: conversations in a column of any name."""
+
+    messages: str
+
+
 def _name_or(tag: str) -> Discriminator:
     """Return what tells a name from the other kind of value that a key may have."""
     return Discriminator(lambda value: "<name>" if isinstance(value, str) else tag)
 
 
+def _kind_of_format(value: object) -> str:
+    if isinstance(value, str):
+        return "<name>"
+    is_messages = isinstance(value, MessagesFormat) or (isinstance(value, dict) and list(value) == ["messages"])
+    return "<messages>" if is_messages else "<columns>"
+
+
 DataFormat: TypeAlias = Annotated[
-    Annotated[FormatName, Tag("<name>")] | Annotated[ColumnsFormat, Tag("<columns>")], _name_or("<columns>")
+    Annotated[FormatName, Tag("<name>")]
+    | Annotated[ColumnsFormat, Tag("<columns>")]
+    | Annotated[MessagesFormat, Tag("<messages>")],
+    Discriminator(_kind_of_format),
 ]
 
 
@@ -92,6 +117,25 @@ class CustomTemplate(Section):
         return self
 
 
+def _one_character(value: str) -> str:
+    value = {"\\t": "\t", "tab": "\t"}.get(value, value)
+    if len(value) != 1 or value in '"\r\n':
+        raise ValueError("a delimiter is one character, such as ';', or tab")
+    return value
+
+
+def _text_encoding(value: str) -> str:
+    try:
+        "".encode(value)
+    except LookupError:
+        raise ValueError(f"no encoding of text is named {value!r}; latin-1, cp1252 and utf-16 are some") from None
+    return value
+
+
+Delimiter: TypeAlias = Annotated[str, AfterValidator(_one_character)]
+Encoding: TypeAlias = Annotated[str, AfterValidator(_text_encoding)]
+
+
 class SourceEntry(Section):
     """One of several sources, with what else it needs to be read."""
 
@@ -99,6 +143,8 @@ class SourceEntry(Section):
     format: DataFormat | None = None
     subset: str | None = None
     split: str | None = None
+    delimiter: Delimiter | None = None
+    encoding: Encoding | None = None
     max_rows: Count | None = None
 
 
@@ -153,6 +199,7 @@ def _kind_of_partition(value: object) -> str | None:
 
 TAGS: dict[str, type[Section]] = {
     "<columns>": ColumnsFormat,
+    "<messages>": MessagesFormat,
     "<template>": CustomTemplate,
     "<entry>": SourceEntry,
     **{f"<{name}>": kind for name, kind in PARTITIONS.items()},
@@ -188,6 +235,8 @@ class DataConfig(Section):
     format: DataFormat | None = None
     subset: str | None = None
     split: str | None = None
+    delimiter: Delimiter | None = None
+    encoding: Encoding | None = None
     template: TemplateChoice = "alpaca"
     partition: Partition = "iid"
     min_rows: Count = 1
@@ -201,10 +250,10 @@ class DataConfig(Section):
 
     @property
     def sources(self) -> tuple[SourceEntry, ...]:
-        """Each source, with format, subset and split of the section where it has none of its own."""
+        """Each source, with what the section says of formats and reading where it says nothing itself."""
         given = (self.source,) if isinstance(self.source, str) else self.source or ()
         entries = [SourceEntry(source=entry) if isinstance(entry, str) else entry for entry in given]
-        keys = ("format", "subset", "split")
+        keys = ("format", "subset", "split", "delimiter", "encoding")
         return tuple(
             entry.model_copy(update={key: getattr(entry, key) or getattr(self, key) for key in keys})
             for entry in entries
@@ -214,7 +263,10 @@ class DataConfig(Section):
 def check_format(given: DataFormat, task: str) -> None:
     """Raise ValueError for a format whose rows are for another task."""
     item = TASKS[task].item
-    if isinstance(given, ColumnsFormat):
+    if isinstance(given, MessagesFormat):
+        if item is not Example:
+            raise ValueError(f"data.format.messages names conversations, which are for task {first_task(Example)}")
+    elif isinstance(given, ColumnsFormat):
         if given.columns.item is not item:
             other = first_task(given.columns.item)
             raise ValueError(f"data.format.columns names what task {other} needs; this is task {task}")

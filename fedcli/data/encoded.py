@@ -71,6 +71,8 @@ class EncodedRows(Sequence[EncodedRow]):
         """The first row left out for each reason: where it is, and what was found."""
         self.notes: Counter[str] = Counter()
         """Rows that are used, but not all of what they say, by what is not."""
+        self.unused: Counter[str] = Counter()
+        """Rows that have a column, or a key inside one, which is not used."""
         self._num_sides = 1
         self._ids = array("i")
         self._supervised = bytearray()
@@ -103,6 +105,7 @@ class EncodedRows(Sequence[EncodedRow]):
         self.left_out += other.left_out
         self.first_cases = {**other.first_cases, **self.first_cases}
         self.notes += other.notes
+        self.unused += other.unused
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by name; of the sides' ends there is one more than sides, and a row of numbers a row."""

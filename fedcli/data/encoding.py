@@ -11,9 +11,9 @@ from fedcli.config import TemplateChoice
 from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
 from fedcli.data.formats import RowReader, describe_counts
 from fedcli.data.source import Source
-from fedcli.data.templates import Segment, find_template
+from fedcli.data.templates import TEXT, Segment, find_template
 from fedcli.errors import ConfigError, RequirementError
-from fedcli.tasks.conversation import Item, Prompt, Turn
+from fedcli.tasks.conversation import Item, Prompt, Turn, is_text
 from fedcli.tasks.format import EQUAL, MALFORMED, NOT_LEARNT, TOO_LONG, LeftOut
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ class Encoder:
         """Encode what rows teach, cutting conversations at `max_length` tokens; count what was cut or left out.
 
         A response is learnt with the end token behind it. A conversation that is cut loses what is behind the cut, the
-        end token too: the model is not taught to stop in the middle. A row whose conversations are equal, cut or not,
-        is left out. `on_rows` hears how many more rows are done. `places` say where items come from.
+        end token too: the model is not taught to stop in the middle. A text is learnt whole, without a template. A row
+        whose conversations are equal, cut or not, is left out. `on_rows` hears how many more rows are done. `places`
+        say where items come from.
         """
         rows, iterator = EncodedRows(), iter(zip(items, places, strict=False))
         while chunk := list(islice(iterator, CHUNK)):
@@ -86,8 +87,10 @@ class Encoder:
             with_thoughts = [
                 item.num_sides > 1 and any(map(self._template.has_thoughts, item.conversations)) for item, _ in chunk
             ]
+            is_plain = all(item.num_sides == 1 and is_text(item.conversations[0]) for item, _ in chunk)
+            encoder = Encoder(self._tokenizer, TEXT) if is_plain else self
             columns = [
-                self._encode(side, chunk[0][0].last_only, with_thoughts, notes)
+                encoder._encode(side, chunk[0][0].last_only, with_thoughts, notes)
                 for side in zip(*(item.conversations for item, _ in chunk), strict=True)
             ]
             for (item, place), encoded, noted in zip(chunk, zip(*columns, strict=True), notes, strict=True):
@@ -199,6 +202,7 @@ def encode_source(
     rows.left_out += reader.left_out
     rows.first_cases = {**reader.first_cases, **rows.first_cases}
     rows.notes += reader.notes
+    rows.unused = reader.unused
     require_encoded(rows, source.location, reader.num_rows, max_length)
     return rows
 

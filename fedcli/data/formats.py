@@ -3,13 +3,28 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
-from fedcli.config import ColumnsFormat, DataFormat
+from fedcli.config import Columns, ColumnsFormat, DataFormat, MessagesFormat
 from fedcli.data.source import Row
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, TASKS, first_task, formats_of
-from fedcli.tasks.conversation import Item, Preference, Turn, instruct
-from fedcli.tasks.format import DUPLICATE, EMPTY, EQUAL, MALFORMED, NO_PROMPT, Context, Fields, Format, LeftOut, plain
+from fedcli.tasks.builtin_formats import conversation, whole_text
+from fedcli.tasks.conversation import Example, Item, Preference, Turn, instruct, is_text
+from fedcli.tasks.format import (
+    DUPLICATE,
+    EMPTY,
+    EQUAL,
+    MALFORMED,
+    NO_PROMPT,
+    Context,
+    Fields,
+    Format,
+    LeftOut,
+    is_given,
+    plain,
+)
 
 
 def known_format(source: str) -> Format | None:
@@ -36,6 +51,80 @@ def choose_format(source: str | None, given: DataFormat | None, task: str) -> Da
     return known.name
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A source's format; `guess` says so in a sentence where it was guessed from the columns."""
+
+    format: DataFormat
+    guess: str | None = None
+
+
+def guess_format(source: str, given: DataFormat | None, task: str, rows: Iterable[Row], key: str) -> Choice:
+    """Return a source's format as `choose_format` does; where nothing names it, as its first rows can be read.
+
+    The task's default comes first, then the format that reads most of these rows. `key` is what sets another.
+    """
+    chosen = choose_format(source, given, task)
+    if given is not None or known_format(source) is not None:
+        return Choice(chosen)
+    first = list(islice(rows, NUM_GUESSED))
+    item = TASKS[task].item
+    candidates: list[DataFormat] = [*formats_of(item), *(_pairs(first) if item is Example else ())]
+    usable = [_count_usable(candidate, first) for candidate in candidates]
+    if "text" in candidates:  # a text may stand beside what it was made of
+        last = candidates.index("text")
+        usable[last] *= not any(usable[:last] + usable[last + 1 :])
+    best = 0 if usable[0] else max(range(len(usable)), key=usable.__getitem__)
+    if not usable[best]:
+        return Choice(chosen)
+    reader = RowReader(candidates[best])
+    list(reader.read(first))
+    columns = ", ".join(reader.used)
+    told = f"format: {written_format(reader.format)}, guessed from the columns {columns}; {key} sets another"
+    return Choice(reader.format, told)
+
+
+def _pairs(rows: Iterable[Row]) -> Iterator[ColumnsFormat]:
+    """Yield the formats of two columns, and input and system beside them, whose columns the rows have."""
+    names = {name for row in rows for name, value in row.fields.items() if is_given(value)}
+    for pair in _PAIRS:
+        if names.issuperset(pair):
+            given = dict(zip(("instruction", "response"), pair, strict=True))
+            for key, known in (("input", ("input", "context")), ("system", ("system", "system_prompt"))):
+                if beside := [name for name in known if name in names - set(pair)]:
+                    given[key] = beside[0]
+            yield ColumnsFormat(columns=Columns.model_validate(given))
+
+
+def _count_usable(candidate: DataFormat, rows: Iterable[Row]) -> int:
+    try:
+        return sum(1 for _ in RowReader(candidate).read(rows))
+    except ConfigError:  # rows with verdicts: whoever reads them says so
+        return 1
+
+
+def written_format(given: DataFormat) -> str:
+    """Return a format as fedcli.yaml names it, on one line."""
+    if isinstance(given, str):
+        return given
+    import yaml
+
+    return yaml.safe_dump(given.model_dump(exclude_none=True), default_flow_style=True, width=10**6).strip()
+
+
+NUM_GUESSED = 100
+"""Rows, the first of a source, that a guess of its format looks at."""
+_PAIRS = (
+    *(("instruction", "response"), ("instruction", "answer"), ("instruction", "completion")),
+    *(("question", "answer"), ("question", "response"), ("question", "output")),
+    *(("query", "response"), ("query", "answer"), ("query", "output")),
+    *(("prompt", "response"), ("prompt", "output"), ("prompt", "answer"), ("input", "output"), ("input", "response")),
+)
+"""Names of columns of an instruction and its response."""
+VERDICTS = ("label", "kto_tag", "is_desirable", "desirable", "is_good", "good", "accepted", "preferred", "thumbs_up")
+"""Columns that say, with true or false, whether the one response of a row is good."""
+
+
 def choose_split(source: str, given: str | None) -> str:
     """Return the split to read: the one given, else the one a known data set has its training rows in."""
     known = known_format(source)
@@ -56,8 +145,12 @@ class RowReader:
         self._context = Context(self.seed)
         self.notes: Counter[str] = Counter()
         """Decisions that formats had to take on rows that are used."""
-        known = _columns_format(self.format) if isinstance(self.format, ColumnsFormat) else FORMATS[self.format]
-        self._read, self._item = known.read, known.item
+        self.unused: Counter[str] = Counter()
+        """Columns, and keys inside them, that were not used, with the number of used rows that have them."""
+        self.used: dict[str, None] = {}
+        """The columns that were used, in their order."""
+        known = FORMATS[self.format] if isinstance(self.format, str) else _own_format(self.format)
+        self._read, self._item, self._assemble = known.read, known.item, known.assemble
         self._seen: set[str] | None = set() if known.is_unique else None
 
     @property
@@ -78,29 +171,54 @@ class RowReader:
             )
 
     def read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Item]]:
-        """Yield every usable row and what it teaches."""
+        """Yield every usable row and what it teaches; raise ConfigError for rows of single responses with a verdict."""
+        if self._assemble is not None:
+            rows = (Row(*each) for each in self._assemble((row.fields, row.where) for row in rows))
         for row in rows:
             self.num_rows += 1
             self._context.notes.clear()
+            self._context.unused.clear()
+            columns = _Columns(row.fields)
             try:
-                item = self._checked(self._read(row.fields, self._context))
+                item = self._checked(self._read(columns, self._context))
             except LeftOut as left_out:
                 self.left_out[left_out.reason] += 1
                 self.first_cases.setdefault(left_out.reason, f"{row.where}: {left_out.detail}")
                 continue
             self.notes += self._context.notes
+            for name, value in row.fields.items():
+                if name in columns.used:
+                    self.used.setdefault(name)
+                elif is_given(value):
+                    if name in VERDICTS and self._item is Example and _is_verdict(value):
+                        raise self._verdict(row, name)
+                    self.unused[name] += 1
+            self.unused.update(self._context.unused)
             yield row, item
+
+    def _verdict(self, row: Row, name: str) -> ConfigError:
+        has_kto = "kto" in TASKS
+        return ConfigError(
+            f"{row.where}: column {name!r} says whether a response is good ({row.fields[name]!r}), and the format "
+            f"{format_name(self.format)} learns every response as a good one",
+            hint=("Set task to kto, which learns" if has_kto else "Task kto, which a package may bring, learns")
+            + " from such rows. To learn the good ones alone, keep only those and remove the column.",
+        )
 
     def _checked(self, item: Item) -> Item:
         assert isinstance(item, self._item), f"the format {format_name(self.format)} made no {self._item.__name__}"
         conversations = item.conversations
         learnt = [turn for turns in conversations for turn in (turns[-1:] if item.last_only else turns)]
-        if not all(turn.content.strip() for turn in learnt if turn.role == "assistant"):
-            raise LeftOut(EMPTY)
+        for turn in learnt:
+            if turn.role == "assistant" and turn.is_learnt and not (turn.content.strip() or turn.tool_calls):
+                raise LeftOut(EMPTY)
         prompt = conversations[0][:-1]
-        if not prompt or prompt[-1].role != "user":
+        if is_text(conversations[0]) and isinstance(item, Example):
+            return item
+        if not prompt or prompt[-1].role not in ("user", "tool"):
             raise LeftOut(MALFORMED, "the prompt does not end with the user's turn")
-        instruction = prompt[-1].text
+        asked = [turn.text for turn in prompt if turn.role == "user"]
+        instruction = asked[-1] if asked else ""
         if not instruction.strip():
             raise LeftOut(NO_PROMPT)
         if len(set(conversations)) < item.num_sides:
@@ -112,9 +230,37 @@ class RowReader:
         return item
 
 
+class _Columns(Mapping[str, Any]):
+    """A row's columns; remembers which were looked up."""
+
+    def __init__(self, fields: Fields) -> None:
+        self._fields = fields
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._fields[name]
+        self.used.add(name)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+
+def _is_verdict(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
 def format_name(data_format: DataFormat) -> str:
     """Return a format's name, without the names of columns."""
-    return "columns" if isinstance(data_format, ColumnsFormat) else data_format
+    if isinstance(data_format, str):
+        return data_format
+    return "columns" if isinstance(data_format, ColumnsFormat) else "messages"
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
@@ -128,16 +274,44 @@ def describe_notes(notes: Mapping[str, int]) -> str:
     return "; ".join(f"{note}: {count} {'row' if count == 1 else 'rows'}" for note, count in counted)
 
 
-def _columns_format(given: ColumnsFormat) -> Format:
+def describe_rows(
+    left_out: Mapping[str, int],
+    first_cases: Mapping[str, str],
+    notes: Mapping[str, int],
+    unused: Mapping[str, int],
+    of: str = "",
+) -> Iterator[str]:
+    """Yield lines: what was left out by reason, with the first case of each; what was noted; what is not used."""
+    if left_out:
+        yield f"left out{of}: {describe_counts(left_out)}"
+        for reason, count in sorted(left_out.items()):
+            if count and reason in first_cases:
+                yield f"  {reason}: first, {first_cases[reason]}"
+    if notes:
+        yield f"noted{of}: {describe_notes(notes)}"
+    if unused:
+        most_first = sorted(unused.items(), key=lambda entry: (-entry[1], entry[0]))
+        yield f"not used{of}: " + ", ".join(f"{name} ({count})" for name, count in most_first)
+
+
+def _own_format(given: ColumnsFormat | MessagesFormat) -> Format:
+    if isinstance(given, MessagesFormat):
+        return Format("messages", Example, lambda fields, context: conversation(given.messages, fields, context))
     columns = given.columns
 
-    def read(fields: Fields, _: Context) -> Item:
+    def read(fields: Fields, context: Context) -> Item:
+        def optional(name: str | None) -> str:
+            return plain(fields, name) if name is not None and fields.get(name) is not None else ""
+
+        if columns.text is not None:
+            return whole_text(plain(fields, columns.text))
         if columns.response is None:
             pair = (columns.prompt, columns.chosen, columns.rejected)
             prompt, chosen, rejected = (plain(fields, str(name)) for name in pair)
             return Preference((Turn("user", prompt),), chosen, rejected)
-        has_input = columns.input is not None and fields.get(columns.input) is not None
-        extra = plain(fields, str(columns.input)) if has_input else ""
-        return instruct(plain(fields, str(columns.instruction)), plain(fields, columns.response), extra)
+        extra = optional(columns.input)
+        example = instruct(plain(fields, str(columns.instruction)), plain(fields, columns.response), extra)
+        system = optional(columns.system)
+        return Example((Turn("system", system), *example.turns)) if system else example
 
     return Format("columns", columns.item, read)

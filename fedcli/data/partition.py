@@ -14,7 +14,7 @@ from fedcli.data.source import Row
 from fedcli.data.topics import find_topics
 from fedcli.errors import ConfigError
 from fedcli.randomness import stream
-from fedcli.tasks.conversation import Item
+from fedcli.tasks.conversation import Item, Prompt
 
 UNUSED = -1
 """The client of a row that nobody gets."""
@@ -46,11 +46,16 @@ class Survey:
             case Dirichlet(dirichlet=options):
                 self._by = options.by
 
+    @property
+    def column(self) -> str | None:
+        """The column that rows are split by, where one is."""
+        return self._by
+
     def add(self, row: Row, item: Item, source: int) -> None:
         """Note a usable row; raise ConfigError where it lacks the column that rows are split by."""
         self.sources.append(source)
         if self._by == "topic" and isinstance(self.partition, Dirichlet):
-            self._texts.append(item.conversations[0][-2].text)
+            self._texts.append(_asked(item.conversations[0]))
         elif self._by == "length" and isinstance(self.partition, Dirichlet):
             self._codes.append(_length(item))
         elif self._by is not None:
@@ -211,6 +216,11 @@ def _sources(order: Rows, groups: Rows, num_sources: int, num_clients: int) -> l
         )
     each = num_clients // num_sources
     return [share for source in range(num_sources) for share in _equal(order[groups[order] == source], each)]
+
+
+def _asked(turns: Prompt) -> str:
+    """Return the last question of a conversation; a text's is the text."""
+    return next((turn.text for turn in reversed(turns[:-1]) if turn.role == "user"), turns[-1].text)
 
 
 def _length(item: Item) -> int:

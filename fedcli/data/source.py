@@ -5,6 +5,7 @@ readers of local files make dates out of texts that look like one, stop at a col
 of a CSV with a cell too many, take a path for a pattern, and name no line of a broken file.
 """
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -31,6 +32,26 @@ KINDS = {
 """By the suffix of a file, a further .gz aside."""
 PARQUET_BRANCH = "refs/convert/parquet"
 """Of the hub's repositories of data: copies of what a script would make."""
+_PACKED = (".zst", ".zip", ".xz", ".bz2", ".7z", ".rar", ".lz4", ".tar", ".tgz")
+_SHEETS = (".xlsx", ".xls", ".ods")
+_SEPARATORS = (";", "\t", "|", ",")
+_WRAPPERS = ("data", "rows", "examples", "records", "items", "instances", "train")
+"""Keys of an object that is a whole file, under which its rows may stand as a list."""
+_HEADS = {
+    b"version https://git-lfs": ("a pointer of git-lfs, not the file itself", "Fetch the file: `git lfs pull`."),
+    b"/annex/objects/": ("a pointer of git-annex, not the file itself", "Fetch the file: `git annex get`."),
+    b"<!doctype html": ("a web page", "Download the file itself."),
+    b"<html": ("a web page", "Download the file itself."),
+}
+"""What files begin with that hold no rows, whatever their names say."""
+_BINARY_HEADS = {
+    b"\x1f\x8b": ("packed by gzip", "Let its name end in .gz."),
+    b"PAR1": ("a parquet file", "Let its name end in .parquet."),
+    b"ARROW1": ("an arrow file", "Let its name end in .arrow."),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "Unpack it, or save it as .csv."),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", "Unpack it: `zstd -d FILE`."),
+}
+"""What files begin with that are no text."""
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 """Words in the names of files that tell which split they hold."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -62,6 +83,10 @@ class Source:
     """A branch, tag or commit of the hub's repository."""
     opener: Opener | None = None
     """Opens `location`, which then is a file that others keep; None for any place of this machine."""
+    delimiter: str | None = None
+    """What separates the cells of .csv files; None: a comma (.tsv: a tab), or what their header shows."""
+    encoding: str | None = None
+    """Of text files; None: UTF-8."""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows one by one.
@@ -81,13 +106,32 @@ class Source:
 
     def _file_rows(self, location: Path) -> Iterator[Row]:
         for path in self._paths(location):
-            yield from _file_rows(path, self.opener or _open)
+            yield from _file_rows(path, self)
+
+    def remarks(self) -> list[str]:
+        """Return what was decided of its files: separators that are no comma, files of several kinds or not read."""
+        if isinstance(self.location, str) or self.opener is not None:
+            return []
+        paths = self._paths(self.location)
+        remarks = []
+        for path in paths:
+            is_guessed = self.delimiter is None and KINDS.get(_suffix(path)) == "csv"
+            if is_guessed and (found := _separator(path, self)) != _usual(path):
+                remarks.append(f"{path}: its cells are separated by {found!r}, as its header shows")
+        if self.location.is_dir():
+            if len({KINDS.get(_suffix(path)) for path in paths}) > 1:
+                remarks.append(f"{self.location}: files of several kinds are read, {', '.join(p.name for p in paths)}")
+            ending = (*_PACKED, *_SHEETS)
+            if packed := [path.name for path in sorted(self.location.iterdir()) if path.suffix.lower() in ending]:
+                remarks.append(f"{self.location}: not read, {', '.join(packed)}")
+        return remarks
 
     def digest(self) -> str | None:
         """Return a hash of the names and bytes of its files; None for a data set of the hub, or if one is missing."""
         if isinstance(self.location, str):
             return None
-        digest = hashlib.sha256()
+        read_as = (self.delimiter, self.encoding)
+        digest = hashlib.sha256(b"" if read_as == (None, None) else repr(read_as).encode())
         try:
             for path in self._paths(self.location):
                 with (self.opener or _open)(path) as file:
@@ -97,13 +141,21 @@ class Source:
         return digest.hexdigest()
 
 
-def find_source(name: str, root: Path, *, subset: str | None = None, split: str | None = None) -> Source:
+def find_source(
+    name: str,
+    root: Path,
+    *,
+    subset: str | None = None,
+    split: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+) -> Source:
     """Return the source that a path (from `root`) or a hub id names; raise ConfigError where it can be neither."""
     if not name.strip():
         raise ConfigError("a source of rows names nothing", hint="Set data.source to a file, a folder or a hub id.")
     path = root / os.path.expanduser(name)
     if path.exists():
-        return Source(path, subset, split or "train")
+        return Source(path, subset, split or "train", delimiter=delimiter, encoding=encoding)
     if _HUB_ID.fullmatch(name) and _suffix(path) not in KINDS:
         return Source(name, subset, split or "train")
     raise ConfigError(
@@ -160,22 +212,30 @@ def _is_packed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def _file_rows(path: Path, opener: Opener) -> Iterator[Row]:
+def _file_rows(path: Path, source: Source) -> Iterator[Row]:
     kind = KINDS.get(_suffix(path))
     if kind is None:
-        raise ConfigError(
-            f"{path}: rows are read from {', '.join(KINDS)} files, and .gz of these", hint="Convert the file first."
-        )
+        problem, hint = f"rows are read from {', '.join(KINDS)} files, and .gz of these", "Convert the file first."
+        if path.suffix.lower() in _PACKED:
+            problem, hint = f"it is packed as {path.suffix}, and only .gz is unpacked here", "Unpack the file first."
+        elif path.suffix.lower() in _SHEETS:
+            hint = "It is a spreadsheet: save it as .csv."
+        raise ConfigError(f"{path}: {problem}", hint=hint)
+    opener = source.opener or _open
     try:
+        _check_head(path, kind, opener)
         if kind == "json":
-            yield from _json_rows(path, opener)
+            yield from _json_rows(path, source)
         elif kind == "csv":
-            yield from _csv_rows(path)
+            yield from _csv_rows(path, source)
         else:
             with _unpacked(path) as plain:
                 yield from _arrow_rows(path, plain, kind)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}", hint="Convert it to UTF-8.") from error
+        raise ConfigError(
+            f"{path} is not {source.encoding or 'UTF-8'} text: {error}",
+            hint="Set data.encoding (or --encoding) to what it is, such as latin-1 or cp1252, or convert it to UTF-8.",
+        ) from error
     except (EOFError, zlib.error) as error:
         raise ConfigError(f"{path} is damaged: {error}", hint="Fetch the file again.") from error
     except OSError as error:
@@ -185,9 +245,19 @@ def _file_rows(path: Path, opener: Opener) -> Iterator[Row]:
         ) from error
 
 
-def _json_rows(path: Path, opener: Opener) -> Iterator[Row]:
-    """Read an object a line, or one array of objects, whichever the file holds."""
-    with _opened(path, opener) as file:
+def _check_head(path: Path, kind: str, opener: Opener) -> None:
+    """Raise ConfigError for a file that begins like something else than what its name says."""
+    with opener(path) as file:
+        head = file.read(64)
+    known = _HEADS if kind in ("parquet", "arrow") or _is_packed(path) else _HEADS | _BINARY_HEADS
+    for start, (what, hint) in known.items():
+        if head.lstrip().lower().startswith(start.lower()):
+            raise ConfigError(f"{path} is {what}", hint=hint)
+
+
+def _json_rows(path: Path, source: Source) -> Iterator[Row]:
+    """Read an object a line, or one array of objects, or objects over several lines, whichever the file holds."""
+    with _opened(path, source) as file:
         start = file.read(1)
         while start.isspace() or start == "\ufeff":
             start = file.read(1)
@@ -195,6 +265,8 @@ def _json_rows(path: Path, opener: Opener) -> Iterator[Row]:
         rows: Iterable[tuple[str, Any]]
         if start == "[":
             rows = ((f"{path}, row {number}", fields) for number, fields in enumerate(_parse(file.read(), path), 1))
+        elif start == "{" and not _is_lines(file):
+            rows = _documents(file.read(), path)
         else:
             lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
             rows = ((where, _parse(line, where)) for where, line in lines)
@@ -206,15 +278,59 @@ def _json_rows(path: Path, opener: Opener) -> Iterator[Row]:
             yield Row(fields, where)
 
 
+def _is_lines(file: TextIO) -> bool:
+    """Return whether a file of objects has one a line, more than one; it is read from its start again."""
+    line = ""
+    while not line.strip():
+        line = file.readline()
+    try:
+        json.loads(line)
+        is_lines = any(other.strip() for other in file)
+    except json.JSONDecodeError as error:  # an object that goes on, or several on one line
+        is_lines = error.pos < len(line.rstrip()) and not error.msg.startswith("Extra data")
+    except (ValueError, RecursionError):
+        is_lines = True
+    file.seek(0)
+    return is_lines
+
+
+def _documents(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the objects of a text, one behind the other; of a single one that wraps a list of rows, the rows."""
+    decoder = json.JSONDecoder()
+    ends = re.compile(r"\S")
+    found: list[tuple[str, Any]] = []
+    position = 0
+    while start := ends.search(text, position):
+        where = f"{path}, line {text.count(chr(10), 0, start.start()) + 1}"
+        try:
+            _, position = decoder.raw_decode(text, start.start())
+        except (ValueError, RecursionError) as error:
+            line = text.count("\n", 0, getattr(error, "pos", start.start())) + 1
+            raise ConfigError(
+                f"{path}, line {line} is not JSON: {getattr(error, 'msg', error)}",
+                hint="Mend it: a file holds an object a line, or one array of objects.",
+            ) from error
+        found.append((where, _parse(text[start.start() : position], where)))
+    if len(found) == 1 and isinstance(found[0][1], dict):
+        for key in _WRAPPERS:
+            rows = found[0][1].get(key)
+            if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+                found = [(f"{path}, {key}, row {number}", row) for number, row in enumerate(rows, 1)]
+                break
+    yield from found
+
+
 def _open(path: Path) -> BufferedReader:
     return path.open("rb")
 
 
-def _opened(path: Path, opener: Opener = _open, newline: str = "\n") -> TextIO:
+def _opened(path: Path, source: Source, newline: str = "\n") -> TextIO:
     # newline="\n": only this ends a line; U+2028 and its like may stand inside a JSON string
+    named = source.encoding
+    encoding = "utf-8-sig" if named is None or codecs.lookup(named).name == "utf-8" else named
     if _is_packed(path):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    return TextIOWrapper(opener(path), encoding="utf-8-sig", newline=newline)
+        return gzip.open(path, "rt", encoding=encoding, newline=newline)
+    return TextIOWrapper((source.opener or _open)(path), encoding=encoding, newline=newline)
 
 
 def _parse(text: str, where: object) -> Any:
@@ -242,11 +358,28 @@ def _unpacked(path: Path) -> Iterator[Path]:
         yield plain
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _usual(path: Path) -> str:
+    return "\t" if _suffix(path) == ".tsv" else ","
+
+
+def _separator(path: Path, source: Source) -> str:
+    """Return what separates a file's cells: where the usual finds one column, what finds most of them in the header."""
+    if source.delimiter is not None:
+        return source.delimiter
+    with _opened(path, source, newline="") as file:
+        header = next((line for line in file if line.strip()), "")
+    usual = _usual(path)
+    if header.count(usual):
+        return usual
+    return max((usual, *_SEPARATORS), key=header.count)
+
+
+def _csv_rows(path: Path, source: Source) -> Iterator[Row]:
     """Read a file with a header line; every cell is its text."""
     csv.field_size_limit(_LONGEST_CELL)
-    with _opened(path, newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
+    separator = _separator(path, source)
+    with _opened(path, source, newline="") as file:
+        reader = csv.reader(file, delimiter=separator, strict=True)
         try:
             names = next(filter(None, reader), [])  # blank lines may come before the header
             if len(set(names)) < len(names):
@@ -257,7 +390,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 if len(cells) != len(names):
                     raise ConfigError(
                         f"{path}, line {reader.line_num} has {len(cells)} cells, the header {len(names)}",
-                        hint="Quote cells that hold the separator.",
+                        hint=f"Quote cells that hold {separator!r}, or set another separator: data.delimiter.",
                     )
                 yield Row(dict(zip(names, cells, strict=True)), f"{path}, row {number}")
         except csv.Error as error:

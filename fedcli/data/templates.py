@@ -48,6 +48,9 @@ VICUNA = CustomTemplate(
 )
 """FastChat's vicuna v1.1."""
 
+TEXT = CustomTemplate(user="{instruction}", assistant="", separator="")
+"""A text as it is, the end token behind it."""
+
 TURN_TEMPLATES: dict[TemplateName, CustomTemplate] = {"alpaca": ALPACA, "alpaca-input": ALPACA_INPUT, "vicuna": VICUNA}
 
 

@@ -71,6 +71,10 @@ class ClientShare:
     """The first row left out for each reason."""
     notes: dict[str, int]
     """Rows of which not all is used, by what is not."""
+    unused: dict[str, int]
+    """Rows that have a column, or a key inside one, which is not used."""
+    guess: str | None
+    """What was guessed of its rows, where they were written by hand."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def preview(
                 groups=counts,
                 first_cases={**reader.first_cases, **used.first_cases},
                 notes=dict(reader.notes + used.notes),
+                unused=dict(reader.unused),
+                guess=party.guess,
             )
         )
         for row, item in items[: max(0, num_rows - len(shown))]:

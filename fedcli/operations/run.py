@@ -30,6 +30,10 @@ class FederationResult:
     left_out: dict[str, int]
     notes: dict[str, int]
     """Rows of these clients of which not all is used, by what is not."""
+    first_cases: dict[str, str]
+    """The first row left out for each reason: where it is, and what was found."""
+    unused: dict[str, int]
+    """Rows that have a column, or a key inside one, which is not used."""
 
 
 def run_federation(
@@ -57,6 +61,8 @@ def run_federation(
     num_merged = 0
     left_out: dict[int, dict[str, int]] = {}
     notes: dict[int, dict[str, int]] = {}
+    first_cases: dict[str, str] = {}
+    unused: dict[int, dict[str, int]] = {}
     shown = told = -1
     with Workers(federation.workspace, workers, threads=threads) as pool:
         while federation.head.manifest.state == "open" and (rounds is None or num_merged < rounds):
@@ -69,6 +75,8 @@ def run_federation(
             for result in results:
                 if result.training is not None:
                     left_out[result.client], notes[result.client] = result.training.left_out, result.training.notes
+                    unused[result.client] = result.training.unused
+                    first_cases = {**result.training.first_cases, **first_cases}
                 if result.round != head.number:  # another process merged the round meanwhile
                     break
             merged = _merge(federation, head, observer)
@@ -86,8 +94,9 @@ def run_federation(
                 num_merged += merged.published
                 score()
         score()
-    left, noted = (dict(sum(map(Counter, by.values()), Counter())) for by in (left_out, notes))
-    return FederationResult(federation.head.number, federation.head.manifest.state, num_merged, left, noted)
+    left, noted, not_used = (dict(sum(map(Counter, by.values()), Counter())) for by in (left_out, notes, unused))
+    head = federation.head
+    return FederationResult(head.number, head.manifest.state, num_merged, left, noted, first_cases, not_used)
 
 
 def _due_clients(federation: FederationState) -> list[int]:

@@ -3,10 +3,12 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from fedcli.config import read_format
-from fedcli.data.formats import RowReader, choose_format, choose_split, format_name
+from pydantic import ValidationError
+
+from fedcli.config import SourceEntry, read_format
+from fedcli.data.formats import RowReader, choose_split, describe_rows, format_name, guess_format
 from fedcli.data.source import Source, absolute_path, find_source
 from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
 from fedcli.observer import Observer
@@ -27,6 +29,9 @@ from fedcli.workspace.registrations import (
 )
 from fedcli.workspace.row_files import has_rows
 
+if TYPE_CHECKING:
+    from fedcli.data.encoded import EncodedRows
+
 Share = Literal["full", "minimal"]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NO_LIMIT = 2**30
@@ -41,6 +46,8 @@ class Joining:
     home: Home
     record: PartyRecord
     card: DataCard
+    remarks: tuple[str, ...]
+    """What only the party is told of its rows: what was guessed, left out and not used, and where."""
 
     def commit(self) -> None:
         """Write the home's record, then the registration."""
@@ -63,6 +70,8 @@ def prepare_join(
     data_format: str | None = None,
     subset: str | None = None,
     split: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
     home: Path | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
@@ -87,25 +96,39 @@ def prepare_join(
     found = find_home(federation, client, home)
     _check_free(workspace, client, found, workspace_id)
     given = read_format(data_format, config.task) if data_format is not None else None
+    try:
+        read_as = SourceEntry(source=data, delimiter=delimiter, encoding=encoding)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        problem = fault["msg"].removeprefix("Value error, ")
+        raise UsageError(f"--{fault['loc'][0]}: {problem}", hint="See `fedcli client join --help`.") from error
+    delimiter, encoding = read_as.delimiter, read_as.encoding
+    location, split = absolute_path(data), choose_split(data, split)
+    source = find_source(location, Path.cwd(), subset=subset, split=split, delimiter=delimiter, encoding=encoding)
+    choice = guess_format(data, given, config.task, source.rows(), "--format")
     record = PartyRecord(
         workspace=workspace_id,
         client=client,
-        source=absolute_path(data),
-        format=choose_format(data, given, config.task),
+        source=location,
+        format=choice.format,
         subset=subset,
-        split=choose_split(data, split),
+        split=split,
         base=None if base is None else absolute_path(base),
         trust_remote_code=trust_remote_code,
+        delimiter=delimiter,
+        encoding=encoding,
     )
-    source = find_source(record.source, Path.cwd(), subset=record.subset, split=record.split)
     reader = RowReader(record.format, config.federation.seed)
     if share == "minimal":
         if base is not None:
             _own_base(federation, record)
-        card = _minimal_card(reader, source, observer)
+        card, rows = _minimal_card(reader, source, observer), None
     else:
-        card = _full_card(federation, record, reader, source, observer)
-    return Joining(workspace, found, record, card)
+        card, rows = _full_card(federation, record, reader, source, observer)
+    told = reader if rows is None else rows
+    guess = () if choice.guess is None else (choice.guess,)
+    remarks = (*guess, *source.remarks(), *describe_rows(told.left_out, told.first_cases, told.notes, told.unused))
+    return Joining(workspace, found, record, card, remarks)
 
 
 def _own_base(federation: FederationState, record: PartyRecord) -> Path:
@@ -154,7 +177,7 @@ def _minimal_card(reader: RowReader, source: Source, observer: Observer) -> Data
 
 def _full_card(
     federation: FederationState, record: PartyRecord, reader: RowReader, source: Source, observer: Observer
-) -> DataCard:
+) -> "tuple[DataCard, EncodedRows]":
     import numpy as np
 
     from fedcli.data.encoding import Encoder, encode_source
@@ -173,9 +196,10 @@ def _full_card(
     encoder = Encoder(tokenizer, train.template, date=train.date)
     rows = encode_source(encoder, reader, source, NO_LIMIT, count)
     quantiles = np.quantile(rows.lengths(), QUANTILES, method="nearest")
-    return DataCard(
+    card = DataCard(
         num_rows=reader.num_usable,
         format=format_name(record.format),
         left_out=dict(rows.left_out),
         token_quantiles={f"{share:g}": int(value) for share, value in zip(QUANTILES, quantiles, strict=True)},
     )
+    return card, rows

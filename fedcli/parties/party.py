@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcli.config import Config, DataFormat, parse_format
-from fedcli.data.formats import choose_format
+from fedcli.data.formats import Choice, guess_format
 from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
@@ -21,6 +21,7 @@ from fedcli.workspace.row_files import has_rows, open_rows
 @dataclass(frozen=True)
 class Party:
     """A client and what it trains on; `num_rows` is what a joined one registered, None of a simulated one.
+    `guess` says that the format of rows that were written by hand was guessed.
 
     `base` and `trust_remote_code` are a joined party's own; None: as fedcli.yaml says.
     """
@@ -30,6 +31,7 @@ class Party:
     source: Source
     format: DataFormat
     num_rows: int | None = None
+    guess: str | None = None
     base: str | None = None
     trust_remote_code: bool | None = None
 
@@ -104,11 +106,13 @@ def find_party(experiment: Experiment, client: int, home: Path | None = None) ->
     from fedcli.parties.simulate import read_summary  # it loads numpy, and whoever has nothing to do needs none
 
     summary = read_summary(workspace)
+    source = Source(rows, opener=open_rows)
     if summary is not None and client < len(summary.formats):
-        found = parse_format(summary.formats[client])  # what they were split as
+        choice = Choice(parse_format(summary.formats[client]))  # what they were split as
     else:  # written by hand
-        found = choose_format(None, experiment.config.data.format, experiment.config.task)
-    return Party(client, workspace.private(client), Source(rows, opener=open_rows), found)
+        data, task = experiment.config.data, experiment.config.task
+        choice = guess_format("", data.format, task, source.rows(), "data.format")
+    return Party(client, workspace.private(client), source, choice.format, guess=choice.guess)
 
 
 def is_here(federation: FederationState, client: int) -> bool:
@@ -151,7 +155,14 @@ def _joined(experiment: Experiment, registration: Registration, home: Path | Non
             f"`fedcli client join --id {client} --data SOURCE`.",
         )
     try:
-        source = find_source(record.source, Path.cwd(), subset=record.subset, split=record.split)
+        source = find_source(
+            record.source,
+            Path.cwd(),
+            subset=record.subset,
+            split=record.split,
+            delimiter=record.delimiter,
+            encoding=record.encoding,
+        )
     except ConfigError as error:
         again = f"`fedcli client join --id {client} --data SOURCE`"
         raise ConfigError(error.message, hint=f"Put it back, or name another source: {again}.") from error

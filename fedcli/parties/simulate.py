@@ -2,17 +2,17 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedcli.config import ColumnsFormat, Config, DataFormat, SourceEntry, parse_format
+from fedcli.config import Config, DataFormat, SourceEntry, parse_format
 from fedcli.data import partition
 from fedcli.data.demo import DEMO_ROWS
-from fedcli.data.formats import RowReader, choose_format, choose_split
-from fedcli.data.source import Row, find_source, write_row
+from fedcli.data.formats import Choice, RowReader, choose_format, choose_split, guess_format, written_format
+from fedcli.data.source import Row, Source, find_source, write_row
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.model.base import BUILTIN_PREFIX
 from fedcli.observer import Observer
@@ -50,6 +50,12 @@ class DataSummary:
     formats: list[Any]
     groups: list[str]
     group_counts: list[list[int]]
+    first_cases: dict[str, str] = field(default_factory=dict)
+    """The first row left out for each reason: where it is, and what was found."""
+    unused: dict[str, int] = field(default_factory=dict)
+    """Rows that have a column, or a key inside one, which is not used."""
+    remarks: list[str] = field(default_factory=list)
+    """What was guessed of the sources: formats, separators."""
 
 
 _SUMMARY = TypeAdapter(DataSummary)
@@ -61,6 +67,8 @@ class Plan:
 
     split: partition.Split
     summary: DataSummary
+    formats: list[DataFormat]
+    """The sources'."""
 
 
 def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
@@ -72,13 +80,16 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
     entries, num_clients = config.data.sources, config.federation.clients
     if not entries:
         return None
-    chosen = _formats(config)
+    choices = [_choice(config, entry, root) for entry in entries]
+    chosen = [choice.format for choice in choices]
     if len(set(chosen)) > 1 and config.data.partition != "sources":
+        written = zip(entries, map(written_format, chosen), strict=True)
+        told = ", ".join(f"{entry.source}: {name}" for entry, name in written)
         raise ConfigError(
-            "data.source: the sources have rows of different formats, which cannot be mixed in one client",
+            f"data.source: the sources have rows of different formats, which cannot be mixed in one client ({told})",
             hint="Set data.partition to sources: every source gets clients of its own.",
         )
-    readers = _readers(config)
+    readers = _readers(config, chosen)
     survey = partition.Survey(config.data.partition, num_clients, config.federation.seed)
     for count, (row, item, number) in enumerate(_items(config, root, readers), 1):
         survey.add(row, item, number)
@@ -92,10 +103,11 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
         max_rows=config.data.max_rows,
         source_limits=[entry.max_rows for entry in entries],
     )
-    formats = [entry.model_dump(exclude_none=True) if isinstance(entry, ColumnsFormat) else entry for entry in chosen]
+    formats = [given if isinstance(given, str) else given.model_dump(exclude_none=True) for given in chosen]
     names = [Path(entry.source).name for entry in entries] if config.data.partition == "sources" else made.group_names
     if len(names) * num_clients > MOST_COUNTS:
         names = []
+    unused = sum((reader.unused for reader in readers), Counter[str]())
     summary = DataSummary(
         partition=config.data.model_dump(mode="json", exclude_unset=True).get("partition", "iid"),
         num_rows=sum(reader.num_rows for reader in readers),
@@ -110,14 +122,17 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
         ],
         groups=names,
         group_counts=[made.group_counts(client) if names else [] for client in range(num_clients)],
+        first_cases={reason: case for reader in reversed(readers) for reason, case in reader.first_cases.items()},
+        unused={name: count for name, count in unused.items() if name != survey.column},
+        remarks=_remarks(config, choices, root),
     )
-    return Plan(made, summary)
+    return Plan(made, summary, chosen)
 
 
 def write_split(experiment: Experiment, plan: Plan, *, replace: bool = False, observer: Observer) -> None:
     """Write a split's files, and the data card beside them; files of the same contents stay as they are."""
     workspace, config = experiment.workspace, experiment.config
-    readers = _readers(config)
+    readers = _readers(config, plan.formats)
     clients = plan.split.clients
     with RowFiles(workspace, config.federation.clients) as files:
         for position, (row, _, _) in enumerate(_items(config, workspace.root, readers)):
@@ -181,12 +196,25 @@ def read_summary(workspace: Workspace) -> DataSummary | None:
     raise IntegrityError(f"{path} is damaged: {problem}", hint="Write it anew with `fedcli data partition`.")
 
 
-def _formats(config: Config) -> list[DataFormat]:
-    return [choose_format(entry.source, entry.format, config.task) for entry in config.data.sources]
+def _choice(config: Config, entry: SourceEntry, root: Path) -> Choice:
+    if entry.source.startswith(BUILTIN_PREFIX):
+        return Choice(choose_format(entry.source, entry.format, config.task))
+    return guess_format(entry.source, entry.format, config.task, _rows(config, entry, root), "data.format")
 
 
-def _readers(config: Config) -> list[RowReader]:
-    return [RowReader(chosen, config.federation.seed) for chosen in _formats(config)]
+def _remarks(config: Config, choices: list[Choice], root: Path) -> list[str]:
+    """Return what was guessed of the sources, each with its name where there are several."""
+    remarks = []
+    for entry, choice in zip(config.data.sources, choices, strict=True):
+        if choice.guess is not None:
+            remarks.append(f"{entry.source}: {choice.guess}" if len(choices) > 1 else choice.guess)
+        if not entry.source.startswith(BUILTIN_PREFIX):
+            remarks += _source(entry, root).remarks()
+    return remarks
+
+
+def _readers(config: Config, formats: list[DataFormat]) -> list[RowReader]:
+    return [RowReader(chosen, config.federation.seed) for chosen in formats]
 
 
 def _items(config: Config, root: Path, readers: list[RowReader]) -> Iterator[tuple[Row, Item, int]]:
@@ -199,8 +227,18 @@ def _items(config: Config, root: Path, readers: list[RowReader]) -> Iterator[tup
 def _rows(config: Config, entry: SourceEntry, root: Path) -> Iterator[Row]:
     if entry.source.startswith(BUILTIN_PREFIX):
         return iter(_demo_rows(config, entry.source))
-    split = choose_split(entry.source, entry.split)
-    return find_source(entry.source, root, subset=entry.subset, split=split).rows()
+    return _source(entry, root).rows()
+
+
+def _source(entry: SourceEntry, root: Path) -> Source:
+    return find_source(
+        entry.source,
+        root,
+        subset=entry.subset,
+        split=choose_split(entry.source, entry.split),
+        delimiter=entry.delimiter,
+        encoding=entry.encoding,
+    )
 
 
 def _demo_rows(config: Config, source: str) -> list[Row]:

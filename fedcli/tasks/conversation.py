@@ -97,6 +97,11 @@ def instruct(instruction: str, response: str, input: str = "") -> Example:
     return Example((Turn("user", instruction, input), Turn("assistant", response)))
 
 
+def is_text(turns: Sequence[Turn]) -> bool:
+    """Return whether a conversation is a text, a response to nothing, which is learnt whole and as it is."""
+    return len(turns) == 1 and turns[0].role == "assistant"
+
+
 def shown(turns: Sequence[Turn]) -> str:
     """Return turns as text for a reader; a single user turn is its bare text."""
     if len(turns) == 1 and turns[0].role == "user":

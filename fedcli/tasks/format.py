@@ -1,12 +1,13 @@
 """A format: how the columns of a row become what a task learns from, or why the row is left out."""
 
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from fedcli.tasks.conversation import ROLES, Item, Prompt, Turn
+from fedcli.tasks.conversation import Item, Prompt, Role, Turn
 
 MALFORMED = "malformed"
 EMPTY = "empty response"
@@ -15,6 +16,24 @@ EQUAL = "same responses"
 DUPLICATE = "duplicate"
 TOO_LONG = "too long"
 NOT_LEARNT = "nothing to learn"
+NOT_TEXT = "not text alone"
+
+SPEAKERS: Mapping[str, Role] = {
+    **{"system": "system", "developer": "system", "user": "user", "assistant": "assistant"},
+    **{"tool": "tool", "function": "tool"},
+}
+"""OpenAI's roles."""
+CALLERS = ("function_call", "tool_call")
+"""Speakers of ShareGPT's rows whose words are calls of tools."""
+SHAREGPT: Mapping[str, Role] = {
+    **SPEAKERS,
+    **dict.fromkeys(("human", "prompter", "question"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "bing", "bard", "answer", *CALLERS), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response", "ipython"), "tool"),
+}
+"""The speakers of ShareGPT's rows, as FastChat, LLaMA-Factory and others write them."""
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_TEXTS = ("text", "input_text", "output_text", "refusal", "thinking", "reasoning")
 
 Fields: TypeAlias = Mapping[str, Any]
 
@@ -34,6 +53,8 @@ class Context:
 
     seed: int
     notes: Counter[str] = field(default_factory=Counter)
+    unused: set[str] = field(default_factory=set)
+    """What the row says and the reader does not use, beyond columns that it never looked at: `messages.name`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,8 @@ class Format:
     """Makes an item of a row's columns, or raises LeftOut."""
     is_unique: bool = False
     """Whether rows that repeat an instruction are left out."""
+    assemble: Callable[[Iterable[tuple[Fields, str]]], Iterator[tuple[Fields, str]]] | None = None
+    """Makes rows of a file's own rows, each with its place, where several of them are one."""
     hub: Mapping[str, str] = field(default_factory=dict)
     """The hub's data sets that choose this format by themselves, and the split of their training rows."""
 
@@ -65,25 +88,136 @@ def plain(fields: Fields, column: str) -> str:
     return str(value) if isinstance(value, bool) or is_finite(value) else text(fields, column)
 
 
-def prompt_of(fields: Fields) -> Prompt:
-    """Return the column prompt, a text or a list of messages."""
+def prompt_of(fields: Fields, context: Context | None = None) -> Prompt:
+    """Return the column prompt, a text or a list of messages, with the row's system and tools."""
     prompt = fields.get("prompt")
-    return (Turn("user", text(fields, "prompt")),) if not isinstance(prompt, list) else turns_of(prompt, "prompt")
+    turns = turns_of(prompt, "prompt", context) if isinstance(prompt, list) else (Turn("user", text(fields, "prompt")),)
+    return turns if context is None else opened(turns, fields, context)
 
 
-def turns_of(messages: object, column: str) -> tuple[Turn, ...]:
-    """Return a column's list of messages, {role, content}, as turns; raise LeftOut where it is none."""
+def turns_of(
+    messages: object, column: str, context: Context | None = None, *, speakers: Mapping[str, Role] = SPEAKERS
+) -> tuple[Turn, ...]:
+    """Return a column's list of messages, {role, content} (or a JSON text of one), as turns.
+
+    The keys weight (OpenAI's; train and loss, true or false, are the same), tool_calls, function_call and those of
+    thoughts are used; `context` hears which others there are. Raises LeftOut where it is no such list.
+    """
+    messages = parsed(messages) if isinstance(messages, str) else messages
     if not isinstance(messages, list) or not messages:
         raise LeftOut(MALFORMED, f"column {column!r} is not a list of messages")
-    turns = []
-    for message in messages:
-        fields = message if isinstance(message, Mapping) else {}
-        role = next((known for known in ROLES if known == fields.get("role")), None)
-        content = fields.get("content")
-        if role is None or not isinstance(content, str):
-            raise LeftOut(MALFORMED, f"a message in column {column!r} has no text, or the role {fields.get('role')!r}")
-        turns.append(Turn(role, content))
-    return tuple(turns)
+    return tuple(_turn(message, column, context, speakers) for message in messages)
+
+
+def opened(turns: tuple[Turn, ...], fields: Fields, context: Context) -> tuple[Turn, ...]:
+    """Return turns with what stands beside them in the row: system (or system_prompt), tools (or functions)."""
+    for name in ("system", "system_prompt"):
+        system = fields.get(name)
+        if not is_given(system):
+            continue
+        own = [turn.content for turn in turns if turn.role == "system"]
+        if isinstance(system, str) and not own:
+            turns = (Turn("system", system), *turns)
+        elif system not in own:
+            context.unused.add(name)
+    for name in ("tools", "functions"):
+        if is_given(given := fields.get(name)):
+            tools = _functions(given)
+            if tools and not turns[0].tools:
+                turns = (replace(turns[0], tools=tools), *turns[1:])
+            elif not tools or tools != turns[0].tools:
+                context.unused.add(name)
+    return turns
+
+
+def _turn(message: object, column: str, context: Context | None, speakers: Mapping[str, Role]) -> Turn:
+    fields = message if isinstance(message, Mapping) else {}
+    is_sharegpt = speakers is not SPEAKERS
+    speaker, said = ("from", "value") if is_sharegpt and "from" in fields else ("role", "content")
+    name = fields.get(speaker)
+    role = speakers.get(name.lower() if is_sharegpt else name) if isinstance(name, str) else None
+    content, used = fields.get(said), {speaker, said, "weight"}
+    thoughts, calls, is_learnt = "", "", True
+    if isinstance(content, list):
+        content, thoughts = _parts(content, column)
+    if role == "assistant":
+        is_learnt = _weight(fields, used)
+        if name in CALLERS:
+            content, calls = "", _functions(content)
+            if not calls:
+                raise LeftOut(MALFORMED, f"a message of {name!r} in column {column!r} is no call in JSON")
+        for key in ("tool_calls", "function_call"):
+            if is_given(given := fields.get(key)) and not calls:
+                calls = _functions(given)
+                used |= {key} if calls else set()
+        for key in _THOUGHTS:
+            given = fields.get(key)
+            if isinstance(given, str) and given and thoughts in ("", given):
+                thoughts = given
+                used.add(key)
+        content = "" if content is None and calls else content
+    if role is None or not isinstance(content, str):
+        raise LeftOut(MALFORMED, f"a message in column {column!r} has no text, or the role {name!r}")
+    if context is not None:
+        context.unused |= {f"{column}.{key}" for key, value in fields.items() if key not in used and is_given(value)}
+    return Turn(role, content, is_learnt=is_learnt, reasoning=thoughts, tool_calls=calls)
+
+
+def _parts(parts: list[Any], column: str) -> tuple[str, str]:
+    """Return the text of a message's parts, joined, and its thoughts."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in parts:
+        fields = part if isinstance(part, Mapping) else {"text": part}
+        kind = fields.get("type", "text")
+        into = thoughts if kind in ("thinking", "reasoning") else texts
+        text = fields.get(kind) if kind in ("thinking", "reasoning", "refusal") else fields.get("text")
+        if kind not in _TEXTS or not isinstance(text, str):
+            raise LeftOut(NOT_TEXT, f"a message in column {column!r} has a part of type {kind!r}")
+        into.append(text)
+    return "".join(texts), "".join(thoughts)
+
+
+def _weight(message: Fields, used: set[str]) -> bool:
+    """Return whether a response is learnt: OpenAI's weight is 0 or 1."""
+    weight = message.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise LeftOut(MALFORMED, f"a message has the weight {weight!r}, which is neither 0 nor 1")
+    flags = {key for key in ("train", "loss") if isinstance(message.get(key), bool)}
+    used |= flags
+    return weight != 0 and all(message[key] for key in flags)
+
+
+def _functions(given: object) -> str:
+    """Return calls, or descriptions of tools, as OpenAI's list in JSON: each is {type: function, function: {...}}.
+
+    They come as that, or as bare functions, one or a list, or as the JSON text of either; "" for what is none.
+    """
+    given = parsed(given) if isinstance(given, str) else given
+    functions = [
+        parsed(each) if isinstance(each, str) else each for each in (given if isinstance(given, list) else [given])
+    ]
+    for number, function in enumerate(functions):
+        if not isinstance(function, Mapping):
+            return ""
+        if not isinstance(function.get("function"), Mapping):
+            if not isinstance(function.get("name"), str):
+                return ""
+            functions[number] = {"type": "function", "function": function}
+    return json.dumps(functions, ensure_ascii=False, default=str) if functions else ""
+
+
+def parsed(text: str) -> Any:
+    """Return what a text of JSON says, a list or an object; None where it is no such text."""
+    try:
+        return json.loads(text) if text.lstrip()[:1] in ("[", "{") else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_given(value: object) -> bool:
+    """Return whether a key says anything: null, and an empty text, list or object, do not."""
+    return value is not None and value != "" and value != [] and value != {}
 
 
 def is_finite(score: object) -> bool:

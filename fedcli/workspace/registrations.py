@@ -52,6 +52,8 @@ class PartyRecord(Record):
     split: str | None
     base: str | None
     trust_remote_code: bool
+    delimiter: str | None = None
+    encoding: str | None = None
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:
