@@ -1,6 +1,5 @@
 """The command line: registers the commands, and turns errors into exit codes."""
 
-import errno
 import json
 import os
 import signal
@@ -16,12 +15,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fedcli import __version__
-from fedcli.errors import FedError, RequirementError, WorkspaceError
+from fedcli.errors import WorkspaceError, error_document, explain
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 PIPE_CLOSED = 128 + signal.SIGPIPE
-_NETWORK = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN)
 
 GROUPS = {
     "client": "What a party does.",
@@ -183,6 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     debug, as_json = "--debug" in arguments, "--json" in arguments
+    if debug:  # the errors of clients without which the work goes on
+        import logging
+
+        logging.basicConfig()
+        logging.getLogger("fedcli.client").setLevel(logging.DEBUG)
     try:
         app(args=[argument for argument in arguments if argument != "--debug"], prog_name="fedcli")
     except SystemExit as stop:
@@ -196,7 +199,7 @@ def _run(arguments: list[str]) -> int:
             _print_error(message, "See `fedcli --help`.", code)
         return code
     except Exception as error:  # whatever it is, the user gets one line and an exit code
-        raised, failure = error, _explain(error)
+        raised, failure = error, explain(error)
     else:
         return 0
     if debug:
@@ -204,38 +207,9 @@ def _run(arguments: list[str]) -> int:
 
         traceback.print_exception(raised)
     if as_json and not failure.is_reported:
-        _print_error(failure.message, failure.hint, failure.exit_code)
+        print(json.dumps(error_document(failure)))
     print(f"fedcli: error: {failure.message}\n  {failure.hint}", file=sys.stderr)
     return failure.exit_code
-
-
-def _explain(error: Exception) -> FedError:
-    """Return what to tell of an exception: a FedError as it is; of others a disk's refusal is no bug."""
-    if isinstance(error, FedError):
-        return error
-    if isinstance(error, OSError):
-        return _explain_os_error(error)
-    hint = "This is a bug. Run it again with --debug and report what it prints."
-    return FedError(f"internal error: {type(error).__name__}: {error}", hint=hint)
-
-
-def _explain_os_error(error: OSError) -> FedError:
-    """Return what to tell of an error of the system: of memory, of the network, or of a file or disk."""
-    import socket
-
-    problem = error.strerror or str(error) or type(error).__name__
-    if error.errno == errno.ENOMEM:
-        return RequirementError(f"out of memory: {problem}", hint="Free some memory, then run it again.")
-    if error.filename is not None:
-        return WorkspaceError(
-            f"cannot use {os.fsdecode(error.filename)}: {problem}", hint="Check that path and its permissions."
-        )
-    is_of_network = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)) or error.errno in _NETWORK
-    if is_of_network:
-        return RequirementError(f"the network fails: {problem}", hint="Check the network, then run it again.")
-    return WorkspaceError(
-        f"this machine or its disk fails: {problem}", hint="Check both, then run it again; --debug shows where it was."
-    )
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fedcli.client.due import ClientResult
+    from fedcli.errors import ClientFailure
     from fedcli.scoring.after_rounds import RoundScores
     from fedcli.server.aggregate import AggregationResult
     from fedcli.training.reports import StepReport
@@ -26,6 +28,12 @@ class Observer:
 
     def step_done(self, client: int | None, report: "StepReport") -> None:
         """A client made an optimiser step; None: the baseline of all rows."""
+
+    def client_done(self, result: "ClientResult") -> None:
+        """A client has trained, and dropped its update."""
+
+    def client_failed(self, failure: "ClientFailure") -> None:
+        """A client could not be trained; the work goes on with the others."""
 
     def baseline_round(self, number: int, rounds: int, steps: int) -> None:
         """A baseline begins a round of so many steps, of so many rounds."""

@@ -1,5 +1,10 @@
 """Bytes, lengths of time and counts, as people read them."""
 
+from collections.abc import Sequence
+
+_MOST = 50
+"""How many clients a line names."""
+
 
 def byte_unit(num_bytes: float) -> tuple[str, float]:
     """Return the decimal unit that suits so many bytes, and its size in bytes."""
@@ -33,3 +38,13 @@ def describe_seconds(seconds: float) -> str:
 def plural(count: int, noun: str) -> str:
     """Return a count and what is counted: 1 update, 2 updates."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def name_clients(clients: Sequence[int]) -> str:
+    """Return clients by their ids, the first fifty of them: client 3, clients 3 and 7, or no client."""
+    if not clients:
+        return "no client"
+    if len(clients) > _MOST:
+        return f"clients {', '.join(map(str, clients[:_MOST]))} and {len(clients) - _MOST:,} more"
+    *most, last = map(str, clients)
+    return f"clients {', '.join(most)} and {last}" if most else f"client {last}"

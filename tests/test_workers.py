@@ -73,8 +73,13 @@ def test_a_client_whose_workers_die_again_and_again_ends_the_run_with_the_cure(s
         time.sleep(0.05)
     out, err = running.communicate()
     assert running.returncode == 8, err
-    assert "died 3 times, the last time by signal 9" in json.loads(out)["error"]["message"]
-    assert "fewer --workers" in err
+    document = json.loads(out)
+    assert "round 0 cannot close" in document["error"]["message"]
+    assert sorted(each["client"] for each in document["failed"]) == [0, 1, 2]
+    for failure in document["failed"]:
+        assert (failure["exit_code"], failure["round"]) == (8, 0)
+        assert "died 3 times, the last time by signal 9" in failure["message"]
+        assert "fewer --workers" in failure["hint"]
 
 
 @pytest.mark.slow
@@ -83,8 +88,9 @@ def test_what_a_worker_raises_is_the_error_of_the_command(small: Path) -> None:
     running = start(small)
     _, err = running.communicate(timeout=120)
     assert running.returncode == 3
-    assert "client 1 has no rows" in err
+    assert "client 1 failed in round 0: client 1 has no rows" in err
     assert "Traceback" not in err
+    assert run_ok("status", cwd=small)["missing"] == [1], "the others' work is kept"
 
 
 @pytest.mark.slow
@@ -123,9 +129,9 @@ def test_a_worker_that_dies_while_it_has_nothing_to_do_is_replaced(small: Path) 
             return lambda *_: None
 
     with Workers(Workspace(small), 1) as workers:
-        assert [result.client for result in workers.train([0], Silent())] == [0]
+        assert [result.client for result in workers.train([0], 0, Silent())] == [0]
         (idle,) = active_children()
         os.kill(idle.pid, signal.SIGKILL)
         idle.join()
-        assert [result.client for result in workers.train([1], Silent())] == [1]
+        assert [result.client for result in workers.train([1], 0, Silent())] == [1]
     assert not active_children()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fedcli.client.runtimes import Runtimes
-from fedcli.errors import BusyError, FedError
+from fedcli.errors import BusyError, ClientFailure, error_of, failure_of
 from fedcli.observer import Observer
-from fedcli.parties.party import Party, can_train, find_party
+from fedcli.parties.party import Party, can_train, find_party, is_here
+from fedcli.quantities import name_clients
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
 from fedcli.workspace.locks import hold
 
@@ -79,6 +80,42 @@ def train_client(
         federation.refresh()
 
 
+def try_client(
+    federation: FederationState, client: int, runtimes: Runtimes, *, observer: Observer
+) -> ClientResult | ClientFailure:
+    """Do what is due for one of several clients; return what went wrong, a bug too, so that the others have their turn.
+
+    The observer hears how it ended. Raises BusyError while another process trains this client.
+    """
+    done: ClientResult | ClientFailure
+    try:
+        done = train_client(federation, client, runtimes, observer=observer)
+    except BusyError:
+        raise
+    except Exception as error:
+        import traceback  # whoever has nothing to do would pay for it, and for logging
+
+        log_failure(client, traceback.format_exc())
+        done = failure_of(client, federation.head.number, error)
+    tell(done, observer)
+    return done
+
+
+def tell(done: ClientResult | ClientFailure, observer: Observer) -> None:
+    """Tell an observer how a client's turn ended."""
+    if isinstance(done, ClientFailure):
+        observer.client_failed(done)
+    elif done.training is not None:
+        observer.client_done(done)
+
+
+def log_failure(client: int, trace: str) -> None:
+    """Keep the traceback of a client's error for --debug."""
+    import logging
+
+    logging.getLogger(__name__).debug("client %d failed\n%s", client, trace)
+
+
 def train_clients(
     federation: FederationState,
     clients: Sequence[int] | None,
@@ -91,34 +128,48 @@ def train_clients(
 
     For None these are all clients of the open round that are missing, are here, and that nobody else trains now; what
     is returned is then about those that this call trained. Where nothing is due for any the call looks again for `wait`
-    seconds. An error of one client does not keep the others from their turn; the first one is raised in the end.
+    seconds. A client that fails does not keep the others from their turn: the error that is raised in the end is of the
+    first one's kind, with all of them in `failed` and the results of the others in `done`.
     """
     federation.check_clients(clients or ())
     deadline = time.monotonic() + wait
     while True:
         results: list[ClientResult] = []
-        errors: list[FedError] = []
+        failed: list[ClientFailure] = []
         for client in _claimable(federation) if clients is None else clients:
             observer.client_started(client)
             try:
-                results.append(train_client(federation, client, runtimes, observer=observer))
-            except FedError as error:
-                if clients is not None or not isinstance(error, BusyError):
-                    errors.append(error)
-        if errors:
-            raise errors[0]
+                done = try_client(federation, client, runtimes, observer=observer)
+            except BusyError as error:
+                if clients is None:
+                    continue
+                done = failure_of(client, federation.head.number, error)
+                observer.client_failed(done)
+            if isinstance(done, ClientFailure):
+                failed.append(done)
+            else:
+                results.append(done)
+        told = results if clients is not None else [result for result in results if result.training]
+        if failed:
+            error = error_of(f"{name_clients([failure.client for failure in failed])} could not be trained", failed)
+            error.done = told
+            raise error
         has_trained = any(result.training for result in results)
         is_finished = federation.head.manifest.state == "finished"
         if has_trained or is_finished or time.monotonic() + POLL_SECONDS > deadline:
-            return results if clients is not None else [result for result in results if result.training]
+            return told
         time.sleep(POLL_SECONDS)
         federation.refresh()
 
 
 def _claimable(federation: FederationState) -> Iterator[int]:
-    """Yield the clients of the open round whose updates are missing and whose rows are here, in the draw's order."""
+    """Yield the clients of the open round whose updates are missing and that are here, in the draw's order.
+
+    One of a simulation whose file of rows is gone is among them: it fails, and is not passed over for ever.
+    """
     missing = set(federation.head.missing_clients())
-    return (client for client in federation.head.draw_order if client in missing and can_train(federation, client))
+    here = is_here if federation.identity.simulation else can_train
+    return (client for client in federation.head.draw_order if client in missing and here(federation, client))
 
 
 def _train(federation: FederationState, party: Party, runtimes: Runtimes, observer: Observer) -> ClientResult:

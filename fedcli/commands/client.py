@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,16 +18,14 @@ from fedcli.commands.options import (
     found_federation,
 )
 from fedcli.commands.output import StepDisplay, TrainingDisplay, at, print_result
-from fedcli.errors import UsageError
+from fedcli.errors import FedError, UsageError, error_document
 from fedcli.federation import Federation
-from fedcli.quantities import plural
+from fedcli.quantities import name_clients, plural
 
 if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
-
-NOTHING_DUE = "nothing to do: no client of the open round is here, missing and unclaimed"
 
 
 def client_join(
@@ -121,29 +119,42 @@ def client_train(
     """Train a client on the open round and drop its update.
 
     Where nothing is due (not in the cohort, already sent, finished) it says so and succeeds: run it as often as you
-    like, on as many machines as you like.
+    like, on as many machines as you like. Of several clients one that fails is named, the others are trained, and the
+    exit code is the first failure's.
     """
     ids = _parse_ids(clients, any_client, home)
     federation = found_federation(workspace, threads)
     if ids is None and _has_nothing_to_do(federation, wait, json_output):
         return
+    failure: FedError | None = None
     with _Display(json_output, visible=False) as display:
         if ids is not None and len(ids) == 1:
             display.client_started(ids[0])
             client = federation.client(ids[0], home=home)
-            results = [client.train(wait=wait, observer=display)]
+            results: Sequence[ClientResult] = [client.train(wait=wait, observer=display)]
         else:
-            results = federation.train_clients(ids, wait=wait, observer=display)
+            try:
+                results = federation.train_clients(ids, wait=wait, observer=display)
+            except FedError as error:
+                if not error.failed:
+                    raise
+                failure, results = error, error.done
     document: dict[str, object] = {"clients": [_document(result) for result in results]}
     if ids is None:
-        document["status"] = "submitted" if results else "nothing_due"
+        document["status"] = "submitted" if results else "failed" if failure else "nothing_due"
     elif len(ids) == 1:
         document = _document(results[0])
-    lines = [line for result in results for line in _describe(result)] or NOTHING_DUE
+    if failure is not None:
+        document |= error_document(failure)
+        failure.is_reported = True
+    idle = [] if failure else [_nothing_due(federation.state.head.missing_clients())]
+    lines = [line for result in results for line in _describe(result)] or idle
     is_trained = any(result.training for result in results)
     here = at(workspace)
     hint = f"next: fedcli status{here}; once the cohort has answered, fedcli server aggregate{here}"
     print_result(json_output, document, lines, hint if is_trained else "")
+    if failure is not None:
+        raise failure
 
 
 def _has_nothing_to_do(federation: Federation, wait: float, json_output: bool) -> bool:
@@ -151,11 +162,16 @@ def _has_nothing_to_do(federation: Federation, wait: float, json_output: bool) -
     seen = federation.look()
     if seen is None or seen.may_train or (wait and not seen.is_finished):
         return False
-    status, text = "nothing_due", NOTHING_DUE
+    status, text = "nothing_due", _nothing_due(seen.missing)
     if seen.is_finished:
         status, text = "finished", f"nothing to do: the federation has finished at round {seen.round}"
     print_result(json_output, {"status": status, "clients": []}, text)
     return True
+
+
+def _nothing_due(missing: "Sequence[int]") -> str:
+    waits = f"; it waits for {name_clients(missing)}" if missing else ""
+    return f"nothing to do: no client of the open round is here, missing and unclaimed{waits}"
 
 
 def _parse_ids(clients: str | None, any_client: bool, home: Path | None) -> list[int] | None:

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fedcli.observer import Observer
 
+SILENCE = 60.0
+"""Seconds after which long work says how far it is, where no bar shows it."""
+
 if TYPE_CHECKING:
+    from fedcli.errors import ClientFailure
     from fedcli.parties.simulate import DataSummary
     from fedcli.scoring.after_rounds import RoundScores
     from fedcli.training.reports import StepReport
@@ -44,7 +48,10 @@ def at(workspace: Path | None) -> str:
 
 
 class Display(Observer):
-    """A bar on stderr while its context lasts; without a terminal, or under --json, none, and rich is not loaded."""
+    """A bar on stderr while its context lasts; without a terminal, or under --json, none, and rich is not loaded.
+
+    Without a terminal a line is written now and then in its place, so that a log shows that the work goes on.
+    """
 
     columns: tuple[str, ...] = ()
     """What stands behind the bar, in the words of rich: fields of its task."""
@@ -52,6 +59,8 @@ class Display(Observer):
     def __init__(self, json_output: bool, title: str = "", *, visible: bool = True) -> None:
         self.title = title
         self.progress = None
+        self._is_quiet = json_output
+        self._last_line = time.monotonic()
         if sys.stderr.isatty() and not json_output:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -83,6 +92,21 @@ class Display(Observer):
         if self.progress is not None:
             self.progress.update(self._task, **fields)
 
+    def say(self, text: str) -> None:
+        """Write a line on stderr that stays, but not under --json."""
+        if self._is_quiet:
+            return
+        self._last_line = time.monotonic()
+        if self.progress is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def say_now_and_then(self, text: str) -> None:
+        """Write a line where there is no bar, and nothing has been written for SILENCE seconds."""
+        if self.progress is None and time.monotonic() - self._last_line >= SILENCE:
+            self.say(text)
+
 
 class StepDisplay(Display):
     """Shows what is done now: rows that are read, a check, a client, an update."""
@@ -107,6 +131,8 @@ class TrainingDisplay(Display):
 
     def __init__(self, json_output: bool, title: str = "", *, visible: bool = True) -> None:
         super().__init__(json_output, title, visible=visible)
+        self._told: dict[str, ClientFailure] = {}
+        """Why clients failed: the first one for each reason."""
         self.begin()
 
     def begin(self, steps_before: int = 0) -> None:
@@ -121,7 +147,23 @@ class TrainingDisplay(Display):
             self._started = time.monotonic()
         self._steps[client] = report.step
         speed = self._num_tokens / max(1e-9, time.monotonic() - self._started)
-        self.show(completed=self._steps_before + sum(self._steps.values()), loss=report.loss, speed=speed)
+        done = self._steps_before + sum(self._steps.values())
+        self.show(completed=done, loss=report.loss, speed=speed)
+        who = "" if client is None or self.title == f"client {client}" else f", client {client}"
+        self.say_now_and_then(f"{self.title}{who}: step {report.step}, loss {report.loss:.3f}, {speed:.0f} tokens/s")
+
+    def rows_read(self, what: str, count: int) -> None:
+        self.say_now_and_then(f"{self.title}: {what}, {count:,} so far")
+
+    def client_failed(self, failure: "ClientFailure") -> None:
+        """Name who failed and why, the same reason once."""
+        what = f"client {failure.client} failed in round {failure.round}"
+        told = self._told.setdefault(failure.message, failure)
+        if told is failure:
+            self.say(f"{what}: {failure.message}\n  {failure.hint}")
+        else:
+            again = "again" if told.client == failure.client else f"as client {told.client} did"
+            self.say(f"{what}, {again}, for the same reason")
 
 
 def describe_data(data: "DataSummary") -> str:

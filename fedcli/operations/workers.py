@@ -10,9 +10,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from fedcli.client.due import ClientResult, train_client
+from fedcli.client.due import ClientResult, log_failure, tell, train_client
 from fedcli.client.runtimes import Runtimes
-from fedcli.errors import BusyError, FedError, RequirementError
+from fedcli.errors import BusyError, ClientFailure, FedError, RequirementError, explain, failure_of
 from fedcli.observer import Observer
 from fedcli.training.reports import StepReport
 from fedcli.workspace.federation_state import FederationState
@@ -49,11 +49,11 @@ class Workers:
         for worker in self._workers:
             worker.process.join()
 
-    def train(self, clients: Sequence[int], observer: Observer) -> Iterator[ClientResult]:
-        """Train clients of the open round, each as `client train` does, and yield results as they come.
+    def train(self, clients: Sequence[int], number: int, observer: Observer) -> Iterator[ClientResult | ClientFailure]:
+        """Train clients of the open round, of this number, each as `client train` does, and yield results as they come.
 
-        A client that another process trains already is passed over. What a worker raises is raised here;
-        RequirementError where workers die again and again.
+        A client that another process trains already is passed over. What a worker raises is that client's failure, and
+        so is that its workers die again and again.
         """
         waiting = deque(clients)
         deaths: Counter[int] = Counter()
@@ -77,7 +77,9 @@ class Workers:
                     worker.process.join()
                     self._workers.remove(worker)
                     deaths[client] += 1
-                    _check_deaths(client, deaths[client], worker.process.exitcode)
+                    if deaths[client] == MOST_DEATHS:
+                        yield _told(failure_of(client, number, _died(worker.process.exitcode)), observer)
+                        continue
                     observer.worker_died(client, worker.process.exitcode)
                     waiting.append(client)
                     continue
@@ -85,10 +87,11 @@ class Workers:
                     observer.step_done(client, message)
                     continue
                 worker.client = None
-                if isinstance(message, ClientResult):
-                    yield message
-                elif not isinstance(message, BusyError):
-                    raise message
+                if isinstance(message, _Traced):
+                    log_failure(client, message.trace)
+                    message = failure_of(client, number, message.error)
+                if not isinstance(message, BusyError):
+                    yield _told(message, observer)
 
     def _idle(self) -> _Worker | None:
         """Return a worker that has nothing to do, a new one where there may be more; None where all are busy."""
@@ -129,14 +132,26 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
-def _check_deaths(client: int, count: int, exit_code: int | None) -> None:
-    if count == MOST_DEATHS:
-        how = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
-        raise RequirementError(
-            f"the worker that trains client {client} died {count} times, the last time by {how}",
-            hint="Signal 9 is often the kernel's, for want of memory: use fewer --workers, or lower "
-            "train.micro_batch_size or train.max_length.",
-        )
+def _told(done: ClientResult | ClientFailure, observer: Observer) -> ClientResult | ClientFailure:
+    tell(done, observer)
+    return done
+
+
+def _died(exit_code: int | None) -> RequirementError:
+    how = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
+    return RequirementError(
+        f"the worker that trains it died {MOST_DEATHS} times, the last time by {how}",
+        hint="Signal 9 is often the kernel's, for want of memory: use fewer --workers, or lower "
+        "train.micro_batch_size or train.max_length.",
+    )
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """An error as it is told, with its traceback: not all errors can travel between processes."""
+
+    error: FedError
+    trace: str
 
 
 class _Reporter(Observer):
@@ -171,7 +186,7 @@ def _work(connection: Connection, root: Path, environment: dict[str, str], threa
             connection.send(train_client(federation, client, runtimes, observer=observer))
         except BrokenPipeError:
             return
-        except FedError as error:
+        except BusyError as error:
             connection.send(error)
-        except Exception:  # whatever it is, it is raised again where the work was asked for; not all can be pickled
-            connection.send(RuntimeError(traceback.format_exc()))
+        except Exception as error:
+            connection.send(_Traced(explain(error), traceback.format_exc()))

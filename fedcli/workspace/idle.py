@@ -23,6 +23,7 @@ class Glance:
 
     round: int
     is_finished: bool
+    missing: list[int]
     may_train: bool
     identity: bytes
     """The contents of workspace.json, for whoever goes on from here."""
@@ -33,7 +34,8 @@ def glance(workspace: Workspace) -> Glance | None:
     try:
         store, name = workspace.store, workspace.name
         contents = store.read(name(workspace.identity), MAX_BYTES)
-        identity = json.loads(contents)["id"]
+        document = json.loads(contents)
+        identity, is_simulation = document["id"], document.get("simulation") is True
         if not re.fullmatch(WORKSPACE_ID, identity):
             return None
         number = max(int(found) for found in store.names(name(workspace.rounds)) if is_round_name(found))
@@ -42,15 +44,15 @@ def glance(workspace: Workspace) -> Glance | None:
         manifest = json.loads(store.read(name(workspace.round(number) / MANIFEST), MAX_BYTES))
         if manifest["workspace"] != identity:
             return None
-        may_train = any(_may_train(workspace, identity, number, client) for client in manifest["cohort"])
-        return Glance(number, manifest["state"] == "finished", may_train, contents)
+        missing = [client for client in manifest["cohort"] if not workspace.has_update(number, client)]
+        may_train = any(_may_train(workspace, identity, is_simulation, client) for client in missing)
+        return Glance(number, manifest["state"] == "finished", missing, may_train, contents)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, FedError, Refusal):
         return None
 
 
-def _may_train(workspace: Workspace, identity: str, number: int, client: int) -> bool:
-    if workspace.has_update(number, client):
-        return False
+def _may_train(workspace: Workspace, identity: str, is_simulation: bool, client: int) -> bool:
     named = os.environ.get("FEDCLI_HOME")
     home = Home(Path(named)) if named else default_home(identity, client)
-    return home.party.exists() or (workspace.client_rows(client).exists() and not workspace.has_joined(client))
+    has_rows = is_simulation or workspace.client_rows(client).exists()  # where they are gone, the full check says so
+    return home.party.exists() or (has_rows and not workspace.has_joined(client))
