@@ -15,6 +15,7 @@ from fedcli.scoring.after_rounds import note_due, score_due
 from fedcli.server.aggregate import AggregationResult, aggregate
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
 from fedcli.workspace.history import Round
+from fedcli.workspace.inbox import arriving_clients
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def run_federation(
             merged = _merge(federation, head, observer)
             if merged is None:
                 elsewhere = [client for client in head.missing_clients() if not is_here(federation, client)]
+                elsewhere += arriving_clients(head, head.manifest.cohort)
                 if elsewhere and told != head.number:
                     names = ", ".join(map(str, elsewhere))
                     observer.waiting(f"round {head.number} waits for parties that are not here: {names}")
@@ -115,6 +117,7 @@ def _merge(federation: FederationState, head: Round, observer: Observer) -> Aggr
     except BusyError:
         return None
     except NotReadyError:
-        if not head.missing_clients() and federation.head.number == head.number:
+        is_complete = not head.missing_clients() and not arriving_clients(head, head.manifest.cohort)
+        if is_complete and federation.head.number == head.number:
             raise  # no valid update: waiting would not help
         return None
