@@ -28,8 +28,9 @@ class Collection:
 def collect(federation: FederationState, *, dry_run: bool = False) -> Collection | None:
     """Remove the arrays of old rounds and of their updates; None where fedcli.yaml has no retention.
 
-    Either way what killed processes left half-written goes. What stays tells that they were there: manifests, update.json of counted updates, and a PRUNED.json. Killed at any
-    instant, the next call goes on. Raises BusyError while the server works.
+    Either way what killed processes left half-written goes. What stays tells that the rest was there: manifests,
+    update.json of counted updates, and a PRUNED.json. Killed at any instant, the next call goes on. Raises BusyError
+    while the server works.
     """
     workspace, retention = federation.workspace, federation.config.retention
     if retention.keep_last is None:

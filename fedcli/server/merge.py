@@ -33,7 +33,8 @@ def combine(
     """Read the updates of a round's clients in this order, until `count` are valid, and merge them in this order.
 
     Returns the next round's merged files (None if no update is valid), which are the adapter and the algorithm's
-    state. An update of which a file is not there yet is missing, or with `refuses_incomplete` refused. Raises IntegrityError where they would not be finite, ConfigError where the algorithm gives no usable weight.
+    state. An update of which a file is not there yet is missing, or with `refuses_incomplete` refused. Raises
+    IntegrityError where they would not be finite, ConfigError where the algorithm gives no usable weight.
     """
     merge = _Merge(
         base,

@@ -152,7 +152,7 @@ def _check_scores(workspace: Workspace, result: Verification) -> None:
 
 
 def _check_private(rounds: list[Round], result: Verification) -> None:
-    """What simulated clients keep for the latest round's algorithm is as they wrote it, and there where they need it."""
+    """What simulated clients keep for the latest algorithm is as they wrote it, and there where they need it."""
     workspace, head = rounds[-1].workspace, rounds[-1]
     with suppress(IntegrityError):  # an algorithm that is not known is told once
         algorithm = algorithm_from(head.manifest.algorithm)
