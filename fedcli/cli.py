@@ -114,8 +114,9 @@ def _spared(parameters: list[Any], hints: dict[str, Any]) -> list[Any]:
 def _process_value(parameter: Any, hint: object, process: Callable[[Any, Any], Any], ctx: Any, value: Any) -> Any:
     if not parameter.required and ctx.get_parameter_source(parameter.name).name == "DEFAULT":
         return value
-    is_readable_path = hint == Path | None and os.access(value, os.R_OK)
-    return Path(value) if is_readable_path else process(ctx, value)
+    if hint in (Path, Path | None) and isinstance(value, str):
+        return Path(value)  # whether it can be read is told where it is, with an exit code of the disk's
+    return process(ctx, value)
 
 
 def function_of(name: str) -> Callable[..., None]:

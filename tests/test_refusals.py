@@ -187,8 +187,6 @@ CASES: list[tuple[str, str, Damage]] = [
     ("not_regular", "a FIFO as update.json", partial(replaced, "update.json", os.mkfifo)),
     ("not_regular", "a directory as adapter", partial(replaced, ADAPTER, os.mkdir)),
     ("not_regular", "a directory as update.json", partial(replaced, "update.json", os.mkdir)),
-    ("not_regular", "no update.json", partial(replaced, "update.json", lambda path: None)),
-    ("not_regular", "no adapter", partial(replaced, ADAPTER, lambda path: None)),
     ("not_regular", "a file as update", as_a_file),
     ("owner", "the update", partial(owned, "")),
     ("owner", "the adapter", partial(owned, ADAPTER)),

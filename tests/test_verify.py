@@ -301,10 +301,10 @@ def test_verify_exits_7_and_names_the_state_that_is_damaged(finished_with_state,
 
 
 def test_rounds_of_a_version_that_counted_no_bytes_are_no_violation(finished):
-    """`cost`, `history`, `model.num_parameters` and a counted update's `bytes` came later than the protocol."""
+    """Some keys, such as `cost`, `history`, `checksum` and a counted update's `bytes`, came later than the protocol."""
 
     def strip(manifest: dict) -> None:
-        del manifest["cost"], manifest["history"]
+        del manifest["cost"], manifest["history"], manifest["checksum"]
         for entry in manifest["aggregation"]["counted"]:
             del entry["bytes"]
 

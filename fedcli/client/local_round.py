@@ -65,6 +65,7 @@ def train_and_drop(
     own = read_state(party.home, [*past, head], algorithm, client)
     runtime = runtimes.load(party, observer)
     rows = runtime.rows(party, manifest.train)
+    head.check_unchanged()
     started = time.monotonic()
     num_tokens = 0
 

@@ -61,9 +61,13 @@ def _print(result: "Status") -> None:
         print(f"cohort     {_names(result.cohort)}; {result.needed} must answer{which}")
         print(f"answered   {_names(result.answered)}")
         print(f"missing    {_names(result.missing)}")
+    if result.arriving:
+        print(f"arriving   {_names(result.arriving)}: not all files are there yet; they are waited for")
     if result.seconds_left is not None:
         left = describe_seconds(abs(result.seconds_left))
         print(f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} one answer is enough")
+    if result.clock is not None:
+        print(f"clock      {result.clock}")
     if result.hidden:
         print(f"hidden     {_names(result.hidden)}: only they and the server see whether they have answered")
     if result.slurm is not None:

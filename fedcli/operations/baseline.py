@@ -70,6 +70,7 @@ def train_baseline(
         standing = read_baseline_record(workspace, plan.name)
         if standing is not None:
             if (standing.start, standing.train) == (plan.start, plan.train):
+                clear_progress(own)  # what a call left that was killed at its end
                 return BaselineResult("exists", plan.name, standing.last_loss)
             workspace.store.set_aside(f"baselines/{plan.name}")
         runtime = Runtime(federation, threads=threads, party=party)

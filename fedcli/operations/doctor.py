@@ -254,7 +254,11 @@ def _hub() -> Iterator[Finding]:
 
 def _file_system(workspace: Workspace) -> Iterator[Finding]:
     cure = "Put the workspace on a file system that has this (docs/PROTOCOL.md); on Lustre mount it with -o flock."
+    set_right = "Set this machine's clock (NTP): deadlines go by the server's."
     for name, problem in probe_file_system(workspace.root).items():
+        if name == "clock":
+            yield Finding.of("clock", not problem, problem or "as the file system's", set_right, "warning")
+            continue
         yield Finding.of(f"disk: {name}", not problem, problem or str(workspace.root), cure)
 
 

@@ -28,11 +28,14 @@ class Collection:
 def collect(federation: FederationState, *, dry_run: bool = False) -> Collection | None:
     """Remove the arrays of old rounds and of their updates; None where fedcli.yaml has no retention.
 
-    What stays tells that they were there: manifests, update.json of counted updates, and a PRUNED.json. Killed at any
-    instant, the next call goes on. Raises BusyError while the server works.
+    Either way what killed processes left half-written goes. What stays tells that the rest was there: manifests,
+    update.json of counted updates, and a PRUNED.json. Killed at any instant, the next call goes on. Raises BusyError
+    while the server works.
     """
     workspace, retention = federation.workspace, federation.config.retention
     if retention.keep_last is None:
+        if not dry_run:
+            workspace.store.sweep_abandoned()
         return None
     with hold(workspace.server_lock, "the server's work"):
         federation.refresh()

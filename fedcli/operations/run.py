@@ -18,6 +18,7 @@ from fedcli.server.aggregate import AggregationResult, aggregate
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
 from fedcli.workspace.history import Round
+from fedcli.workspace.inbox import arriving_clients
 from fedcli.workspace.locks import hold
 
 
@@ -106,6 +107,7 @@ def run_federation(
             if merged is None:
                 _check_failures(federation, head, failed)
                 elsewhere = [client for client in head.missing_clients() if not is_here(federation, client)]
+                elsewhere += arriving_clients(head, head.manifest.cohort)
                 if elsewhere and told != head.number:
                     names = ", ".join(map(str, elsewhere))
                     observer.waiting(f"round {head.number} waits for parties that are not here: {names}")
@@ -182,6 +184,7 @@ def _merge(federation: FederationState, head: Round, observer: Observer) -> Aggr
     except BusyError:
         return None
     except NotReadyError:
-        if not head.missing_clients() and federation.head.number == head.number:
+        is_complete = not head.missing_clients() and not arriving_clients(head, head.manifest.cohort)
+        if is_complete and federation.head.number == head.number:
             raise  # no valid update: waiting would not help
         return None

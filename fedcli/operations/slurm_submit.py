@@ -110,6 +110,7 @@ def _submit(federation: FederationState, dry_run: bool) -> Submission:
         cancel(stale)
     if head.manifest.state == "finished":
         return Submission("finished", head.number, cancelled=stale)
+    workspace.store.sweep(workspace.name(workspace.jobs(head.number).parent))
     recorded = read_jobs(workspace, head.number)
     found = _unrecorded(recorded, ours, kinds)
     jobs = [*recorded, *found]

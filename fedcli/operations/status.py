@@ -6,7 +6,9 @@ from typing import Any
 from fedcli.operations.slurm_state import JobStates, read_job_states
 from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
 from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.file_system_check import describe_clock
 from fedcli.workspace.history import Round, is_hidden
+from fedcli.workspace.inbox import arriving_clients
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 from fedcli.workspace.registrations import joined_clients
@@ -30,6 +32,8 @@ class Status:
     cohort: list[int]
     answered: list[int]
     missing: list[int]
+    arriving: list[int]
+    """Of the cohort, those whose updates lack a file, as while they are copied: they are waited for as missing ones."""
     hidden: list[int]
     """Of the cohort, those whose inbox this user cannot see into."""
     joined: list[int]
@@ -57,6 +61,8 @@ class Status:
     """What rounds are still to be scored on, and what failed."""
     slurm: JobStates | None
     """None where no jobs were sent for the open round."""
+    clock: str | None
+    """How this machine's clock, or the server's when it opened the round, differs from the file system's."""
     next_command: str
 
 
@@ -66,7 +72,8 @@ def read_status(federation: FederationState) -> Status:
     manifest = head.manifest
     hidden = [client for client in manifest.cohort if is_hidden(workspace, client)]
     missing = sorted({*head.missing_clients()} - {*hidden})
-    answered = sorted({*manifest.cohort} - {*missing} - {*hidden})
+    arriving = arriving_clients(head, sorted({*manifest.cohort} - {*missing} - {*hidden}))
+    answered = sorted({*manifest.cohort} - {*missing} - {*hidden} - {*arriving})
     needed = needed_answers(federation)
     last = manifest.aggregation
     last_missing = last.missing if last else []
@@ -83,6 +90,7 @@ def read_status(federation: FederationState) -> Status:
         cohort=manifest.cohort,
         answered=answered,
         missing=missing,
+        arriving=arriving,
         hidden=hidden,
         joined=joined_clients(workspace, config.federation.clients),
         needed=needed,
@@ -98,6 +106,7 @@ def read_status(federation: FederationState) -> Status:
         history=manifest.history,
         unscored=read_unscored(workspace),
         slurm=slurm,
+        clock=describe_clock(head),
         next_command=_next_command(head, slurm, missing, len(answered) >= needed),
     )
 

@@ -130,6 +130,7 @@ class Evaluation:
         summed = ("num_items", "num_unscored", "num_truncated", "seconds", "num_generated_tokens")
         record = found[0].model_copy(
             update={
+                "items": None,
                 **{name: sum(getattr(part, name) for part in found) for name in summed},
                 "benchmark": benchmark.name,
                 "scores": scores,

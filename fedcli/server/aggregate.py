@@ -16,7 +16,7 @@ from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import discard_update
+from fedcli.workspace.inbox import arriving_clients, discard_update
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import Aggregation
 from fedcli.workspace.registrations import is_server
@@ -115,7 +115,9 @@ def _aggregate(
         return AggregationResult("finished", head.number, "finished", None)
     algorithm = _algorithm(federation, algorithm_name)
     needed = 1 if partial else needed_answers(federation)
-    _check_answers(federation, head.missing_clients(), needed)
+    missing = head.missing_clients()
+    answered = [client for client in head.manifest.cohort if client not in missing]
+    _check_answers(federation, sorted([*missing, *arriving_clients(head, answered)]), needed)
     federation.workspace.store.sweep("rounds")
     files, aggregation = combine(
         head, algorithm, federation.config.federation.clients, head.draw_order, head.num_counted, observer
@@ -161,8 +163,11 @@ def _check_answers(federation: FederationState, missing: list[int], needed: int)
     head = federation.head
     answered = len(head.manifest.cohort) - len(missing)
     if answered < needed:
-        names = ", ".join(map(str, missing))
-        hint = f"Run `fedcli client train --id {missing[0]}`"
+        arriving = [client for client in missing if head.has_update(client)]
+        absent = [client for client in missing if client not in arriving]
+        lists = {"missing": absent, "arriving, with files still to come": arriving}
+        names = "; ".join(f"{which}: {', '.join(map(str, found))}" for which, found in lists.items() if found)
+        hint = f"Run `fedcli client train --id {absent[0]}`" if absent else "Wait until the files are copied"
         if answered:
             hint += ", or go on without them: `server aggregate --partial`"
         left = seconds_left(federation)
@@ -172,6 +177,6 @@ def _check_answers(federation: FederationState, missing: list[int], needed: int)
             hint += f". The deadline was {describe_seconds(-left)} ago: one valid update is enough"
         raise NotReadyError(
             f"round {head.number} waits for {needed - answered} more of its {len(head.manifest.cohort)} clients; "
-            f"missing: {names}",
+            f"{names}",
             hint=f"{hint}.",
         )

@@ -16,17 +16,25 @@ from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import StoredFile, Update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
-from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.tensors import encode
 
 
 def combine(
-    base: Round, algorithm: Algorithm, num_clients: int, order: Sequence[int], count: int, observer: Observer
+    base: Round,
+    algorithm: Algorithm,
+    num_clients: int,
+    order: Sequence[int],
+    count: int,
+    observer: Observer,
+    *,
+    refuses_incomplete: bool = False,
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Read the updates of a round's clients in this order, until `count` are valid, and merge them in this order.
 
     Returns the next round's merged files (None if no update is valid), which are the adapter and the algorithm's
-    state. Raises IntegrityError where they would not be finite, ConfigError where the algorithm gives no usable weight.
+    state. An update of which a file is not there yet is missing, or with `refuses_incomplete` refused. Raises
+    IntegrityError where they would not be finite, ConfigError where the algorithm gives no usable weight.
     """
     merge = _Merge(
         base,
@@ -34,7 +42,7 @@ def combine(
         algorithm.reducer(),
         {name: algorithm.file_reducer(num_clients) for name in algorithm.update_files},
     )
-    _read_all(base, order, count, merge, observer)
+    _read_all(base, order, count, merge, observer, refuses_incomplete)
     aggregation = merge.aggregation()
     if not merge.counted:
         return None, aggregation
@@ -131,6 +139,7 @@ def _read_all(
     count: int,
     merge: _Merge,
     observer: Observer,
+    refuses_incomplete: bool,
 ) -> None:
     """Count the first `count` valid updates; note who was refused, is missing, or came beyond them."""
     num_read = 0
@@ -143,6 +152,9 @@ def _read_all(
             else:
                 merge.add(client, update)
         except Refusal as refusal:
+            if isinstance(refusal, Arriving) and not refuses_incomplete:
+                merge.missing.append(client)
+                continue
             merge.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
         observer.update_read(base.number, client)
         if len(merge.counted) == count:

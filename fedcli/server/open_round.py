@@ -70,7 +70,7 @@ def _manifest(
         tensors=start.tensors,
         aggregation=aggregation,
         selection=Selection(order=drawn, count=federation.num_counted) if is_selection else None,
-        opened=time.time() if is_open and federation.deadline is not None else None,
+        opened=max(0.0, time.time()) if is_open and federation.deadline is not None else None,
     )
     before = None if previous is None else previous.manifest
     return manifest.model_copy(update={"cost": cost_of(manifest, before), "history": history_of(manifest, before)})

@@ -13,7 +13,16 @@ from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import combine
 from fedcli.workspace.baselines import published_baselines, read_baseline
-from fedcli.workspace.history import Round, is_hidden, listed_rounds, prunable, read_identity, read_round
+from fedcli.workspace.client_state import damaged_candidates, read_state
+from fedcli.workspace.history import (
+    Round,
+    is_hidden,
+    listed_rounds,
+    prunable,
+    read_identity,
+    read_record,
+    read_round,
+)
 from fedcli.workspace.inbox import read_update_record
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
@@ -29,6 +38,7 @@ from fedcli.workspace.layout import (
 from fedcli.workspace.publish import TEMPORARY_PREFIX
 from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, RefusedUpdate, file_entry, sha256
 from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.scores import ScoreRecord, check_items, score_files
 from fedcli.workspace.tensors import decode
 
 _ANOTHER = "is not the update that was counted"
@@ -75,6 +85,7 @@ def verify(workspace: Workspace, *, observer: Observer) -> Verification:
             result.report(workspace.rounds / entry, "is no round; nothing else belongs there")
     seen: dict[str, int] = {}
     previous: Round | None = None
+    rounds: list[Round] = []
     expected = 0
     for number in listed_rounds(workspace):
         observer.checking(f"round {number}")
@@ -96,6 +107,11 @@ def verify(workspace: Workspace, *, observer: Observer) -> Verification:
             if number == 0:
                 _check_baselines(current, result)
         previous = current
+        if current is not None:
+            rounds.append(current)
+    _check_scores(workspace, result)
+    if rounds:
+        _check_private(rounds, result)
     if previous is not None and previous.has(PRUNED):
         result.report(previous.folder / PRUNED, "removes what may not be removed: the latest round's files")
     if not result.num_rounds:
@@ -122,6 +138,36 @@ def _check_baselines(start: Round, result: Verification) -> None:
             result.num_baselines += 1
         except IntegrityError as error:
             result.report(workspace.baseline(name), error.message)
+
+
+def _check_scores(workspace: Workspace, result: Verification) -> None:
+    """Every record of scores is as it was written, and so are the items that it was made of."""
+    for path in score_files(workspace):
+        try:
+            record = read_record(workspace, ScoreRecord, path)
+            if record is not None:
+                check_items(workspace, record)
+        except IntegrityError as error:
+            result.report(path, error.message)
+
+
+def _check_private(rounds: list[Round], result: Verification) -> None:
+    """What simulated clients keep for the latest algorithm is as they wrote it, and there where they need it."""
+    workspace, head = rounds[-1].workspace, rounds[-1]
+    with suppress(IntegrityError):  # an algorithm that is not known is told once
+        algorithm = algorithm_from(head.manifest.algorithm)
+        for client in sorted(int(name) for name in workspace.store.names("private") if name.isdecimal()):
+            if workspace.store.is_hidden(f"private/{client}"):
+                continue
+            damaged = dict(damaged_candidates(workspace.private(client), algorithm))
+            for path, problem in damaged.items():
+                result.report(path, problem)
+            is_kept = workspace.store.names(f"private/{client}/{algorithm.private_state}")
+            if is_kept and not damaged and len(rounds) == head.number + 1:
+                try:
+                    read_state(workspace.private(client), rounds, algorithm, client)
+                except IntegrityError as error:
+                    result.report(workspace.private(client).folder, error.message)
 
 
 def _read(workspace: Workspace, number: int, result: Verification) -> Round | None:
@@ -171,6 +217,10 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
         result.report(current.folder, f"is {manifest.state} with a cohort of {len(manifest.cohort)}")
     if manifest.cohort != sorted(set(manifest.cohort)):
         result.report(current.folder, "has a cohort that is not sorted, or names a client twice")
+    try:
+        current.check_unchanged()
+    except IntegrityError as error:
+        result.report(current.folder, error.message)
     selection = manifest.selection
     if selection is not None and (sorted(selection.order) != manifest.cohort or selection.count > len(selection.order)):
         result.report(current.folder, "has a selection that is not of its cohort")
@@ -273,7 +323,7 @@ def _recompute(
         if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
-        files, again = combine(previous, algorithm, num_clients, order, len(order), Observer())
+        files, again = combine(previous, algorithm, num_clients, order, len(order), Observer(), refuses_incomplete=True)
     except FedError as error:
         result.report(current.folder, f"cannot be computed again: {error}")
         return

@@ -20,6 +20,7 @@ from fedcli.workspace.records import (
     TrainRecord,
     file_entry,
     parse_record,
+    sealed,
     sha256,
 )
 from fedcli.workspace.refusal import Refusal
@@ -84,7 +85,7 @@ def read_baseline(workspace: Workspace, name: str, tensors: Mapping[str, TensorE
 def publish_baseline(workspace: Workspace, record: BaselineRecord, files: Mapping[str, bytes]) -> None:
     """Publish a baseline's files with one rename, and a record that lists their hashes."""
     listed = record.model_copy(update={"files": {name: file_entry(contents) for name, contents in files.items()}})
-    workspace.store.publish(f"baselines/{record.name}", files.items(), (BASELINE_RECORD, listed.to_bytes()))
+    workspace.store.publish(f"baselines/{record.name}", files.items(), (BASELINE_RECORD, sealed(listed)))
 
 
 def save_progress(home: Home, plan: BaselineRecord, progress: Progress) -> None:

@@ -1,10 +1,13 @@
 """What a client keeps from round to round for its algorithm: a candidate with each update; a counted one is current."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from fedcli.algos import Algorithm, Array, Arrays
-from fedcli.errors import IntegrityError
+from fedcli.errors import IntegrityError, WorkspaceError
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import Home, update_name
 from fedcli.workspace.publish import publish_file, remove_temporaries
@@ -63,17 +66,34 @@ def remove_old_candidates(home: Home, algorithm: Algorithm, client: int, rounds:
             path.unlink(missing_ok=True)
 
 
+def damaged_candidates(home: Home, algorithm: Algorithm) -> Iterator[tuple[Path, str]]:
+    """Yield what is damaged of all that a client keeps for an algorithm, and how."""
+    if algorithm.private_state:
+        for path in sorted(home.candidate(algorithm.private_state, 0, "").parent.glob("round-*")):
+            try:
+                _checked(path)
+            except (Refusal, SafetensorError, WorkspaceError) as error:
+                yield path, str(error)
+
+
+def _checked(path: Path) -> "tuple[bytes, dict[str, Array] | None]":
+    """Read a candidate: its bytes, and its arrays where it names their hash; raise Refusal where that is another."""
+    contents = read_file(path, limit=2**40)
+    digest = read_metadata(contents).get(_DIGEST)
+    if digest is None:  # written by a version without digests
+        return contents, None
+    arrays: dict[str, Array] = load(contents)
+    if sha256(encode(arrays)) != digest:
+        raise Refusal("hash", "its arrays do not have the hash that it names")
+    return contents, arrays
+
+
 def _read_candidate(home: Home, algorithm: Algorithm, closing: Round, client: int, update: str) -> "dict[str, Array]":
     path = home.candidate(algorithm.private_state, closing.number - 1, update)
     try:
-        contents = read_file(path, limit=2**40)
-        digest = read_metadata(contents).get(_DIGEST)
-        if digest is None:  # written by a version without digests, whose clients kept the adapter's names
-            return decode(contents, closing.manifest.tensors)
-        arrays: dict[str, Array] = load(contents)
-        if sha256(encode(arrays)) != digest:
-            raise Refusal("hash", "its arrays do not have the hash that it names")
-        return arrays
+        contents, arrays = _checked(path)
+        # Clients of a version without digests kept the adapter's names.
+        return decode(contents, closing.manifest.tensors) if arrays is None else arrays
     except (FileNotFoundError, Refusal, SafetensorError) as error:
         raise IntegrityError(
             f"client {client}'s private state of {algorithm.name} is gone or damaged: {path}",

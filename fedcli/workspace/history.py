@@ -1,5 +1,6 @@
 """Published rounds: finding the head, reading manifests and files with their hashes checked, and who has answered."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,17 @@ from fedcli.algos import Algorithm, Array
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MANIFEST, PRUNED, Workspace, is_round_name
 from fedcli.workspace.records import (
+    CHANGED,
     FileEntry,
     Identity,
     Manifest,
     PrunedRecord,
     RecordT,
     TensorEntry,
+    is_unchanged,
+    parse_object,
     parse_record,
+    sealed,
     sha256,
 )
 from fedcli.workspace.refusal import Refusal
@@ -105,6 +110,23 @@ class Round:
                     hint="Choose a round that is still whole; `retention` in fedcli.yaml says which rounds stay so.",
                 ) from None
             raise
+
+    def check_unchanged(self) -> None:
+        """Raise IntegrityError where manifest.json is not as the server wrote it, as far as it can be told."""
+        path = self.folder / MANIFEST
+        contents = read_whole(self.workspace, path, MAX_MANIFEST_BYTES)
+        problem = None
+        if sha256(contents) != self.sha256:
+            problem = "it has changed since it was read"
+        elif not is_unchanged(parse_object(contents, MANIFEST)):
+            problem = CHANGED
+        elif not math.isclose(self.manifest.train.learning_rate, self.manifest.scheduled_rate, rel_tol=1e-9):
+            problem = (
+                f"train.learning_rate is {self.manifest.train.learning_rate:g}, "
+                f"its schedule gives {self.manifest.scheduled_rate:g}"
+            )
+        if problem is not None:
+            raise IntegrityError(f"{path} is damaged: {problem}", hint=_RESTORE)
 
     def has(self, name: str) -> bool:
         """Return whether something lies under a name in its directory."""
@@ -208,7 +230,7 @@ def sweep_workspace(workspace: Workspace) -> None:
 def publish_round(workspace: Workspace, manifest: Manifest, files: Mapping[str, bytes]) -> bool:
     """Publish a round; return False where another server was first (its round stands)."""
     folder = workspace.name(workspace.round(manifest.round))
-    return workspace.store.publish(folder, files.items(), (MANIFEST, manifest.to_bytes()))
+    return workspace.store.publish(folder, files.items(), (MANIFEST, sealed(manifest)))
 
 
 def is_hidden(workspace: Workspace, client: int) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +14,14 @@ from fedcli.errors import WorkspaceError
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
-from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.registrations import inbox_owner, is_stranger
 from fedcli.workspace.store import Folder
 from fedcli.workspace.tensors import Span, check_finite, largest_file, locate, numbers
 
 MAX_UPDATE_RECORD_BYTES = 64 * 1024
+GROWTH_SECONDS = 0.25
+"""Between two looks at a file that is shorter than it should be: one that is being copied grows meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def read_update(
 
     Every byte is read once, into memory; what is checked is what is used. `buffers` holds that memory, by file, for
     the next call: this one's arrays are views of it. With `reads_again` the files can be read again as they were.
-    Raises Refusal with the code of the first fault that is found.
+    Raises Refusal with the code of the first fault that is found, Arriving where a file is not there yet or grows.
     """
     buffers = {} if buffers is None else buffers
     workspace = base.workspace
@@ -122,6 +125,20 @@ def read_update(
     return update
 
 
+def arriving_clients(base: Round, clients: Sequence[int]) -> list[int]:
+    """Return those of some clients whose update of a round lacks a file, as far as this user may look."""
+    return [client for client in clients if _lacks_a_file(base, client)]
+
+
+def _lacks_a_file(base: Round, client: int) -> bool:
+    workspace = base.workspace
+    try:
+        with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
+            return not {UPDATE_RECORD, *base.manifest.update_files} <= {*folder.names()}
+    except (FileNotFoundError, Refusal):  # there is none, or it is looked at when it is merged
+        return False
+
+
 def read_update_record(base: Round, client: int) -> bytes:
     """Return the update.json of an update that was counted; raise FileNotFoundError or Refusal."""
     path = base.workspace.update(base.number, client) / UPDATE_RECORD
@@ -131,7 +148,12 @@ def read_update_record(base: Round, client: int) -> bytes:
 def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, memoryview], reads_again: bool) -> Update:
     with _expected(UPDATE_RECORD):
         contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
-    record = parse_update_record(contents)
+    try:
+        record = parse_update_record(contents)
+    except Refusal:
+        if not contents.rstrip().endswith(b"}"):
+            _check_growth(folder, base, UPDATE_RECORD, len(contents))
+        raise
     _check_record(record, base, client)
     files, stored = {}, {}
     num_bytes = len(contents)
@@ -144,6 +166,8 @@ def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, me
             buffers[name] = _new_buffer(largest_file(tensors) + 1)
         with _expected(name):
             data, digest = folder.read_hashed(name, buffers[name])
+        if len(data) < entry.bytes:
+            _check_growth(folder, base, name, len(data))
         if len(data) != entry.bytes:
             raise Refusal("size", f"{name} has {len(data)} bytes, update.json says {entry.bytes}")
         if digest != entry.sha256:
@@ -170,11 +194,23 @@ def _new_buffer(num_bytes: int) -> memoryview:
 
 @contextmanager
 def _expected(name: str) -> Iterator[None]:
-    """Refuse the update where the block finds no such file."""
+    """Wait for the update where the block finds no such file."""
     try:
         yield
     except FileNotFoundError as error:
-        raise Refusal("not_regular", f"{name} is missing") from error
+        raise Arriving("not_regular", f"{name} is missing") from error
+
+
+def _check_growth(folder: Folder, base: Round, name: str, size: int) -> None:
+    """Raise Arriving where a file that is too short grows, or something lies in its folder under a name for a while.
+
+    Such are rsync's `.adapter_model.safetensors.a1B2c3` and the `.part` of others.
+    """
+    has_others = bool({*folder.names()} - {UPDATE_RECORD, *base.manifest.update_files})
+    if not has_others:
+        time.sleep(GROWTH_SECONDS)
+    if has_others or folder.read_part(name, size, size + 1):
+        raise Arriving("size", f"{name} is not whole yet: it has {size} bytes")
 
 
 def _check_record(record: UpdateRecord, base: Round, client: int) -> None:

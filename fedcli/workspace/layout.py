@@ -1,6 +1,8 @@
 """Where things lie in a workspace, and how one is found."""
 
+import errno
 import os
+import stat
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -182,7 +184,7 @@ def find_workspace(given: Path | None) -> Workspace:
     """Return the workspace that `given`, $FEDCLI_WORKSPACE or the nearest parent with a fedcli.yaml names."""
     named = given or (Path(value) if (value := os.environ.get("FEDCLI_WORKSPACE")) else None)
     if named is not None:
-        if not (named / CONFIG_NAME).is_file():
+        if not _holds_config(named):
             raise WorkspaceError(
                 f"{named.absolute()} is not a workspace: it holds no {CONFIG_NAME}",
                 hint=f"Create one with `fedcli init {named}`.",
@@ -190,9 +192,21 @@ def find_workspace(given: Path | None) -> Workspace:
         return Workspace(named.absolute())
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / CONFIG_NAME).is_file():
+        if _holds_config(folder):
             return Workspace(folder)
     raise WorkspaceError(
         f"no workspace here: neither {here} nor a folder above it holds a {CONFIG_NAME}",
         hint="Create one with `fedcli init`, or name one with --workspace DIR.",
     )
+
+
+def _holds_config(folder: Path) -> bool:
+    """Return whether a folder holds a fedcli.yaml; raise WorkspaceError where the disk does not tell."""
+    path = folder / CONFIG_NAME
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return False
+        hint = "Check the disk and the permissions, then run the command again."
+        raise WorkspaceError(f"cannot look at {path}: {error.strerror}", hint=hint) from error

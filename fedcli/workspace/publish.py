@@ -1,14 +1,17 @@
 """Publication: write beside, fsync, rename. What has its final name is complete; a rename is the only commit point."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
+import socket
 import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from fedcli.errors import WorkspaceError
@@ -24,6 +27,8 @@ PRIVATE_FOLDER_MODE = 0o700
 
 ABANDONED_SECONDS = 24 * 3600
 """Nobody writes for so long at what has a temporary name, and adds nothing to it."""
+_LOCKED = "f"
+"""The 13th digit of a temporary name whose writer holds a lock on it; in those of earlier versions it is 4."""
 _TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + "[0-9a-f]{32}")
 
 _CURES = {
@@ -56,32 +61,29 @@ def publish_directory(final: Path, files: Iterable[tuple[str, bytes]]) -> bool:
 
     False means that somebody else's directory already stands there. Raises WorkspaceError where the disk refuses.
     """
-    temporary = _temporary_beside(final)
     folders: list[Path] = []
-    with explained(final):
-        try:
-            for name, contents in files:
-                for parent in reversed(PurePosixPath(name).parents):
-                    if (folder := temporary / parent) not in folders:
+    with explained(final), temporary_folder(final.parent, mode=SHARED_FOLDER_MODE) as temporary:
+        for name, contents in files:
+            for parent in reversed(PurePosixPath(name).parents):
+                if (folder := temporary / parent) not in folders:
+                    if folder != temporary:
                         os.mkdir(folder)
                         os.chmod(folder, SHARED_FOLDER_MODE)
-                        folders.append(folder)
-                _write(temporary / name, contents, SHARED_MODE)
-            for folder in reversed(folders):
-                sync(folder)
-            ours = os.lstat(temporary).st_ino
-            try:
-                os.rename(temporary, final)
-            except OSError as error:
-                # Over NFS a rename that was done can be reported as failed: what stands there decides.
-                if not _is_inode(final, ours):
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
-                    return False
-            sync(final.parent)
-            return _is_inode(final, ours)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                    folders.append(folder)
+            _write(temporary / name, contents, SHARED_MODE)
+        for folder in reversed(folders):
+            sync(folder)
+        ours = os.lstat(temporary).st_ino
+        try:
+            os.rename(temporary, final)
+        except OSError as error:
+            # Over NFS a rename that was done can be reported as failed: what stands there decides.
+            if not _is_inode(final, ours):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return False
+        sync(final.parent)
+        return _is_inode(final, ours)
 
 
 def check_free(final: Path) -> None:
@@ -101,33 +103,33 @@ def new_folder(final: Path) -> Iterator[Path]:
     Raises WorkspaceError where something else stands there meanwhile, or the disk refuses.
     """
     make_folder(final.parent)
-    temporary = _temporary_beside(final)
-    with explained(final):
+    with explained(final), temporary_folder(final.parent) as temporary:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                os.chmod(Path(folder) / name, SHARED_MODE)  # safetensors makes its files for their owner alone
+                sync(Path(folder) / name)
+            sync(Path(folder))
+        check_free(final)
+        ours = os.lstat(temporary).st_ino
         try:
-            os.mkdir(temporary)
-            yield temporary
-            for folder, _, names in os.walk(temporary):
-                for name in names:
-                    os.chmod(Path(folder) / name, SHARED_MODE)  # safetensors makes its files for their owner alone
-                    sync(Path(folder) / name)
-                sync(Path(folder))
-            check_free(final)
             os.rename(temporary, final)
+        except OSError:
+            if not _is_inode(final, ours):  # else it was done, and reported as failed
+                raise
+        try:
             sync(final.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except OSError:
+            os.rename(final, temporary)  # so that the next call finds the name free
+            raise
 
 
 def publish_file(final: Path, contents: bytes, *, mode: int = SHARED_MODE) -> None:
     """Replace one file whole, durably."""
     with explained(final):
         make_folder(final.parent)
-        temporary = _temporary_beside(final)
-        try:
-            _write(temporary, contents, mode)
+        with _temporary_file(final.parent, contents, mode) as temporary:
             os.rename(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
         sync(final.parent)
 
 
@@ -135,20 +137,18 @@ def publish_new_file(final: Path, contents: bytes) -> bool:
     """Write one file whole, durably; return False, and change nothing, where something stands there."""
     with explained(final):
         make_folder(final.parent)
-        temporary = _temporary_beside(final)
-        try:
-            _write(temporary, contents, SHARED_MODE)
-            os.link(temporary, final)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            if os.path.lexists(final):  # without hard links there is no more than a look
-                return False
-            os.rename(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _temporary_file(final.parent, contents, SHARED_MODE) as temporary:
+            ours = os.lstat(temporary).st_ino
+            try:
+                os.link(temporary, final)
+            except OSError as error:
+                if isinstance(error, FileExistsError) or _is_inode(final, ours):
+                    return _is_inode(final, ours)
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                if os.path.lexists(final):  # without hard links there is no more than a look
+                    return False
+                os.rename(temporary, final)
         sync(final.parent)
         return True
 
@@ -171,33 +171,137 @@ def make_folder(folder: Path, mode: int | None = None) -> None:
 def remove_temporaries(folder: Path, *, older_than: float = 0) -> None:
     """Remove what killed processes of this package left half-written in a folder, where that may be; nothing else.
 
-    Who holds no lock that keeps writers out spares what is not ABANDONED_SECONDS old. Each is renamed first: should its
-    writer live after all, that one's own rename then fails, and it cannot publish what was emptied under its hands.
+    Who holds no lock that keeps writers out spares what has a living writer, as far as locks tell; else what is not
+    ABANDONED_SECONDS old. Each is renamed first: should its writer live after all, that one's own rename then fails,
+    and it cannot publish what was emptied under its hands.
     """
     with suppress(OSError):  # such as a folder that several users share, or that is not there
         for entry in filter(lambda entry: _TEMPORARY_NAME.fullmatch(entry.name), folder.iterdir()):
-            doomed = temporary_in(folder)
             with suppress(OSError):
-                if older_than and time.time() - entry.lstat().st_mtime < older_than:
-                    continue
-                os.rename(entry, doomed)
-                shutil.rmtree(doomed, ignore_errors=True) if doomed.is_dir() else doomed.unlink()
+                if not older_than:
+                    _remove_temporary(entry)
+                elif _tells_by_lock(entry.name):
+                    _remove_if_unlocked(entry)
+                elif time.time() - entry.lstat().st_mtime >= older_than:
+                    _remove_temporary(entry)
+
+
+def _remove_temporary(entry: Path) -> None:
+    doomed = temporary_in(entry.parent)
+    try:
+        os.rename(entry, doomed)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        doomed = entry  # of a lower layer of an overlay, in which nobody writes
+    shutil.rmtree(doomed, ignore_errors=True) if doomed.is_dir() else doomed.unlink()
+
+
+def _remove_if_unlocked(entry: Path) -> None:
+    """Remove it if its writer has died; the lock is held meanwhile, so that a writer that begins takes another name."""
+    descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove_temporary(entry)
+    finally:
+        os.close(descriptor)
 
 
 def temporary_in(folder: Path) -> Path:
-    """Return a new temporary name in a folder."""
-    return folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    """Return a new temporary name in a folder; its digits tell that its writer holds a lock on it, and on which host.
+
+    Only there do locks tell for certain whether the writer lives.
+    """
+    random = uuid.uuid4().hex
+    return folder / f"{TEMPORARY_PREFIX}{random[:12]}{_LOCKED}{_host()}{random[21:]}"
 
 
-def _temporary_beside(path: Path) -> Path:
-    """Return a new temporary name in a path's folder, which is rid of those that killed processes left long ago."""
-    remove_temporaries(path.parent, older_than=ABANDONED_SECONDS)
-    return temporary_in(path.parent)
+def _host() -> str:
+    return sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _tells_by_lock(name: str) -> bool:
+    digits = name.removeprefix(TEMPORARY_PREFIX)
+    return digits[12] == _LOCKED and digits[13:21] == _host()
+
+
+@contextmanager
+def temporary_folder(folder: Path, *, mode: int | None = None) -> Iterator[Path]:
+    """Yield a new folder with a temporary name in `folder`, locked until it has been renamed or is removed.
+
+    What killed processes left there goes first. `mode` holds whatever the umask is. Raises OSError.
+    """
+    remove_temporaries(folder, older_than=ABANDONED_SECONDS)
+    descriptor = None
+    while descriptor is None:
+        path = temporary_in(folder)
+        os.mkdir(path)
+        descriptor = _claimed(path)
+    try:
+        if mode is not None:
+            os.chmod(path, mode)
+        yield path
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _claimed(path: Path) -> int | None:
+    """Open and lock a new folder; return None where somebody who sweeps was quicker."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        os.rmdir(path)
+        raise
+    if _claim(descriptor, path):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+@contextmanager
+def _temporary_file(folder: Path, contents: bytes, mode: int) -> Iterator[Path]:
+    """Yield a new file with a temporary name, whole and fsynced, and locked until it has been renamed or is removed."""
+    remove_temporaries(folder, older_than=ABANDONED_SECONDS)
+    while True:
+        path = temporary_in(folder)
+        descriptor = os.open(path, _NEW, mode)
+        try:
+            lock = os.dup(descriptor)
+            try:
+                is_ours = _claim(lock, path)
+                _fill(descriptor, contents, mode)
+                if is_ours:
+                    yield path
+                    return
+            finally:
+                os.close(lock)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _claim(descriptor: int, path: Path) -> bool:
+    """Lock what was just made; return False where somebody who sweeps the folder was quicker."""
+    with suppress(OSError):  # without locks its age tells
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return _is_inode(path, os.fstat(descriptor).st_ino)
+
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def _write(path: Path, contents: bytes, mode: int) -> None:
     """Write a new file and fsync it; close errors are raised too."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    _fill(os.open(path, _NEW, mode), contents, mode)
+
+
+def _fill(descriptor: int, contents: bytes, mode: int) -> None:
+    """Write a file, fsync and close it."""
     try:
         os.fchmod(descriptor, mode)
         rest = memoryview(contents)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -15,6 +17,8 @@ from fedcli.workspace.refusal import Refusal, RefusalCode
 PROTOCOL = 1
 LARGEST_COUNT = 2**53
 """The largest num_samples and steps: every integer up to it is exact in float64."""
+
+CHANGED = "its contents do not have the checksum that it names"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Natural = Annotated[int, Field(ge=0)]
@@ -187,6 +191,13 @@ class Manifest(Record):
             return self.tensors
         return {name: entry for name, entry in self.tensors.items() if name in names}
 
+    @property
+    def scheduled_rate(self) -> float:
+        """The learning rate that the schedule gives to the round (docs/PROTOCOL.md, "Training")."""
+        first, last = self.train.schedule.learning_rate, self.train.schedule.learning_rate_min
+        share = self.round / max(1, self.train.schedule.rounds)
+        return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in write(self).items() if key != "update_tensors" or value is not None}
@@ -229,6 +240,24 @@ def file_entry(contents: bytes) -> FileEntry:
     return FileEntry(sha256=sha256(contents), bytes=len(contents))
 
 
+def sealed(record: Record) -> bytes:
+    """Return a record's JSON with a `checksum` of all its other keys: it tells a file that has changed on its disk."""
+    document = record.model_dump(mode="json")
+    text = json.dumps(document | {"checksum": _checksum(document)}, sort_keys=True, indent=1, ensure_ascii=False)
+    return text.encode() + b"\n"
+
+
+def is_unchanged(document: Mapping[str, Any]) -> bool:
+    """Return whether a record is as `sealed` wrote it; one without a checksum is taken for whole."""
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    return document.get("checksum") in (None, _checksum(rest))
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
     """Parse a stranger's UTF-8 JSON object; raise Refusal(json), for NaN and any depth too, or Refusal(duplicate)."""
 
@@ -253,7 +282,11 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
 def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:
     """Read a record that the server wrote; raise IntegrityError where it is not one."""
     try:
-        return kind.model_validate(parse_object(data, path.name))
+        document = parse_object(data, path.name)
+        record = kind.model_validate(document)
+        if kind is Manifest or is_unchanged(document):  # of a manifest Round.check_unchanged tells more
+            return record
+        problem = CHANGED
     except Refusal as refusal:
         problem = refusal.reason
     except ValidationError as error:

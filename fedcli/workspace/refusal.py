@@ -35,3 +35,7 @@ class Refusal(Exception):
         self.code = code
         self.reason = "".join(letter if letter.isprintable() else "?" for letter in reason[:MAX_REASON])
         super().__init__(f"{code}: {self.reason}")
+
+
+class Arriving(Refusal):
+    """Not all of an update is there yet, as while it is copied file by file: it is waited for, as a missing one."""

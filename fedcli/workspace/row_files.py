@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from filecmp import cmp
 from io import BufferedReader
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.publish import explained, make_folder, publish_file, remove_temporaries, sync, temporary_in
+from fedcli.workspace.publish import explained, make_folder, publish_file, remove_temporaries, sync, temporary_folder
 from fedcli.workspace.read import read_file
 
 BUFFER_BYTES = 2**24
@@ -24,21 +24,26 @@ class RowFiles:
     def __init__(self, workspace: Workspace, num_clients: int) -> None:
         self._workspace = workspace
         self._num_clients = num_clients
-        self._scratch = temporary_in(workspace.data)
+        self._stack = ExitStack()
+        self._scratch = workspace.data  # a folder in it, once this is entered
         self._buffers: dict[int, bytearray] = {}
         self._num_buffered = 0
 
     def __enter__(self) -> Self:
-        with explained(self._scratch):
+        with explained(self._workspace.data):
             make_folder(self._workspace.data)
             remove_temporaries(self._workspace.data)
-            self._scratch.mkdir()
-            for client in range(self._num_clients):
-                self._temporary(client).touch()
+            self._scratch = self._stack.enter_context(temporary_folder(self._workspace.data))
+            try:
+                for client in range(self._num_clients):
+                    self._temporary(client).touch()
+            except BaseException:
+                self._stack.close()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._scratch)
+        self._stack.close()
 
     def add(self, client: int, line: bytes) -> None:
         """Add a row to a client's file."""

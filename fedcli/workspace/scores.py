@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fedcli.errors import IntegrityError
-from fedcli.workspace.history import read_if_there, read_record
+from fedcli.workspace.history import read_checked, read_if_there, read_record
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold, is_held
 from fedcli.workspace.publish import SHARED_MODE, explained, make_folder
-from fedcli.workspace.records import Finite, Natural, Record, RecordT
+from fedcli.workspace.records import FileEntry, Finite, Natural, Record, RecordT, file_entry, sealed
 from fedcli.workspace.target_name import TargetName
 
 MAX_ITEMS_BYTES = 2**32
@@ -60,6 +60,8 @@ class ScoreRecord(Record):
     """Generated tokens; None where nothing was generated."""
     versions: dict[str, str]
     created: str
+    items: FileEntry | None = None
+    """The file of its items; None where there is none, and in records of versions that did not say."""
 
     @property
     def name(self) -> str:
@@ -105,8 +107,9 @@ def publish_scores(workspace: Workspace, record: ScoreRecord, items: Sequence[Ma
     path = workspace.scores(record.target, record.name)
     lines = "".join(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in items)
     if items:
+        record = record.model_copy(update={"items": file_entry(lines.encode())})
         workspace.store.put(workspace.name(path.with_suffix(".jsonl")), lines.encode())
-    workspace.store.put(workspace.name(path), record.to_bytes())
+    workspace.store.put(workspace.name(path), sealed(record))
     remove_unscored(workspace, record.target, record.name)
 
 
@@ -142,10 +145,19 @@ def read_scores(workspace: Workspace) -> list[ScoreRecord]:
 
 
 def _read_all(workspace: Workspace, kind: type[RecordT], *, hint: str) -> list[RecordT]:
+    found = [read_record(workspace, kind, path, hint=hint) for path in _files_of(workspace, kind)]
+    return [record for record in found if record is not None]  # one that is gone was removed meanwhile
+
+
+def score_files(workspace: Workspace) -> list[Path]:
+    """Return the files of all scores."""
+    return _files_of(workspace, ScoreRecord)
+
+
+def _files_of(workspace: Workspace, kind: type[Record]) -> list[Path]:
     names = workspace.store.names
     paths = [workspace.eval / target / name for target in names("eval") for name in names(f"eval/{target}")]
-    found = [read_record(workspace, kind, path, hint=hint) for path in paths if _kind_of(path) is kind]
-    return [record for record in found if record is not None]  # one that is gone was removed meanwhile
+    return [path for path in paths if _kind_of(path) is kind]
 
 
 def _kind_of(path: Path) -> type[Record] | None:
@@ -191,8 +203,20 @@ class ItemMarks:
     clusters: dict[str, str] = field(default_factory=dict)
 
 
+def check_items(workspace: Workspace, record: ScoreRecord) -> None:
+    """Raise IntegrityError where the items of a record are not those that it was made of, as far as it says which."""
+    if record.items is not None:
+        path = workspace.scores(record.target, record.name).with_suffix(".jsonl")
+        try:
+            read_checked(workspace, path, record.items)
+        except IntegrityError as error:
+            error.hint = _ANEW
+            raise
+
+
 def read_marks(workspace: Workspace, record: ScoreRecord) -> ItemMarks:
     """Return the marks of a record's items; none for a benchmark that is made of others."""
+    check_items(workspace, record)
     found = ItemMarks()
     for item in read_items(workspace, record.target, record.name):
         if item.get("cluster") is not None:

@@ -170,7 +170,15 @@ class DirectoryStore(Store):
         }
 
     def exists(self, name: str) -> bool:
-        return os.path.lexists(self.root / name)
+        path = self.root / name
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return False
+        except OSError as error:
+            hint = "Check the disk, then run the command again; nothing is lost."
+            raise WorkspaceError(f"cannot look at {path}: {error.strerror}", hint=hint) from error
+        return True
 
     def modified(self, name: str) -> float:
         return (self.root / name).stat().st_mtime
