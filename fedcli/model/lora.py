@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from fedcli.algos import Array, Arrays
 from fedcli.config import Quantization
 from fedcli.config.adapter_config import AdapterConfig, parse_outside_config
-from fedcli.errors import ConfigError, did_you_mean
+from fedcli.errors import ConfigError
 from fedcli.model.base import load_base, load_shapes
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.targets import check_targets
 from fedcli.randomness import stream
 
 _BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
@@ -50,10 +51,17 @@ def start_adapter(
 
     with quiet_libraries():
         model = load_shapes(folder, revision=None, trust_remote_code=trust_remote_code)
-        _check_targets(model, config["target_modules"])
+        check_targets(model, config["target_modules"])
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        with torch.device("meta"):
-            peft_model = get_peft_model(model, peft_config(config))
+        try:
+            with torch.device("meta"):
+                peft_model = get_peft_model(model, peft_config(config))
+        except ValueError as error:  # a layer of a kind, or of an architecture, that PEFT does not adapt
+            problem = " ".join(str(error).split())
+            raise ConfigError(
+                f"adapter.target_modules: PEFT cannot adapt these layers of the base model: {problem}",
+                hint="Name other linear layers, or leave adapter.target_modules out.",
+            ) from error
     arrays: dict[str, Array] = {}
     for name, tensor in sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()):
         shape = tuple(tensor.shape)
@@ -90,6 +98,23 @@ class AdaptedModel:
         }
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()
+
+    def start_training(self, *, has_dropout: bool, has_checkpointing: bool) -> None:
+        """Put the model into training mode, in which LoRA's dropout is on or off, and the base's own always off.
+
+        The base's parts stay in evaluation mode, in which its code drops nothing, by modules or by functions: all but
+        linear layers, of which quantised ones compute otherwise in training, and the layers that gradient
+        checkpointing looks for, whose rates `load_base` has set to zero.
+        """
+        import torch
+        from peft.tuners.lora import LoraLayer
+
+        self.model.eval()
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_dropout.train(has_dropout)
+            elif isinstance(module, torch.nn.Linear) or (has_checkpointing and hasattr(module, "gradient_checkpointing")):
+                module.training = True
 
     def load(self, arrays: Arrays) -> None:
         """Put an adapter's values in place; raise KeyError or ValueError where names or shapes are not this model's."""
@@ -145,17 +170,3 @@ def peft_config(config: Mapping[str, Any]) -> Any:
     from peft import LoraConfig
 
     return LoraConfig.from_peft_type(**{**config, "inference_mode": False})
-
-
-def _check_targets(model: "torch.nn.Module", targets: Iterable[str]) -> None:
-    """Raise ConfigError where a target names no matrix of the base model."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    matrices = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in matrices):
-            raise ConfigError(
-                f"adapter.target_modules: the base model has no linear layer {target!r}",
-                hint=did_you_mean(target, {name.rpartition(".")[2] for name in matrices}),
-            )

@@ -68,9 +68,11 @@ def write_merged(
 
 def _check_tied(model: "torch.nn.Module", arrays: Arrays) -> None:
     """Raise UsageError for an adapter of an output layer whose weights are the input embeddings, too."""
-    output: Any = model.get_output_embeddings()  # type: ignore[operator]  # a method of every causal language model
+    from fedcli.model.output_head import output_head
+
+    output: Any = output_head(model)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # so is this
-    if output is None or output.weight is not embeddings.weight:
+    if output in (None, embeddings) or output.weight is not embeddings.weight:
         return
     (name,) = (name for name, module in model.named_modules() if module is output)
     if any(f".{name}.lora_" in array for array in arrays):
