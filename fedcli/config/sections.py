@@ -35,18 +35,16 @@ def _target_modules(value: Any) -> Any:
     """Check what names the layers to adapt: a list of ends of names, all-linear, or null for those usual for a base."""
     if value in (None, "all-linear"):
         return value
-    wanted = "a list of names of linear layers is wanted here, or all-linear, or null for those usual for the base"
-    if not isinstance(value, list | tuple):
+    wanted = "a list of linear layers is wanted here, or all-linear, or null for those that are usual for the base"
+    if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"{wanted} (found {value!r})")
-    if not value:
-        raise ValueError(f"it is empty, and nothing would be trained: {wanted}")
     if len(value) > 1000:
         raise ValueError(f"it has {len(value)} names, and 1000 are allowed: ends of names such as q_proj will do")
     for name in value:
         if name == "all-linear":
             raise ValueError("all-linear stands alone, and in no list")
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.\-]{1,200}", name):
-            raise ValueError(f"{name!r} is no name of a layer: {wanted}")
+            raise ValueError(f"{name!r} is no layer's name, nor the end of one")
     return tuple(value)
 
 
@@ -56,7 +54,7 @@ class AdapterConfig(Section):
     rank: Annotated[int, Field(ge=1, le=8192)] = 32
     alpha: Annotated[float, Field(gt=0)] = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: Annotated[tuple[str, ...] | Literal["all-linear"] | None, PlainValidator(_target_modules)] = None
+    target_modules: Annotated[tuple[str, ...] | Literal["all-linear"] | None, BeforeValidator(_target_modules)] = None
     init: str | None = None
 
 

@@ -47,7 +47,7 @@ def start_adapter(
     (seed, "lora", name). Raises ConfigError where a target module does not exist.
     """
     import torch
-    from peft import get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     with quiet_libraries():
         model = load_shapes(folder, revision=None, trust_remote_code=trust_remote_code)
@@ -55,7 +55,7 @@ def start_adapter(
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         try:
             with torch.device("meta"):
-                peft_model = get_peft_model(model, peft_config(config))
+                peft_model = with_lora(model, config)
         except ValueError as error:  # a layer of a kind, or of an architecture, that PEFT does not adapt
             problem = " ".join(str(error).split())
             raise ConfigError(
@@ -82,13 +82,11 @@ class AdaptedModel:
     def __init__(
         self, folder: Path, config: dict[str, Any], *, trust_remote_code: bool, quantization: Quantization = "none"
     ) -> None:
-        from peft import get_peft_model
-
         self.tokenizer: PreTrainedTokenizerBase
         with quiet_libraries():
             base, self.tokenizer = load_base(folder, trust_remote_code=trust_remote_code, quantization=quantization)
             self.base: PreTrainedModel = base
-            self.model: PeftModel = get_peft_model(base, peft_config(config))
+            self.model: PeftModel = with_lora(base, config)
         pad_id = self.tokenizer.pad_token_id
         self.pad_id: int = pad_id if isinstance(pad_id, int) else 0
         self.parameters: dict[str, torch.nn.Parameter] = {
@@ -113,7 +111,9 @@ class AdaptedModel:
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 module.lora_dropout.train(has_dropout)
-            elif isinstance(module, torch.nn.Linear) or (has_checkpointing and hasattr(module, "gradient_checkpointing")):
+            elif isinstance(module, torch.nn.Linear) or (
+                has_checkpointing and hasattr(module, "gradient_checkpointing")
+            ):
                 module.training = True
 
     def load(self, arrays: Arrays) -> None:
@@ -165,8 +165,11 @@ class AdaptedModel:
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()}
 
 
-def peft_config(config: Mapping[str, Any]) -> Any:
-    """Return PEFT's own form of an adapter_config.json, to train with."""
-    from peft import LoraConfig
+def with_lora(model: "PreTrainedModel", config: Mapping[str, Any]) -> "PeftModel":
+    """Put the layers of an adapter_config.json into a base model, and return PEFT's wrapper of it."""
+    from peft import LoraConfig, get_peft_model
 
-    return LoraConfig.from_peft_type(**{**config, "inference_mode": False})
+    settings: dict[str, Any] = {**config, "inference_mode": False}
+    if not hasattr(model, "prepare_inputs_for_generation"):  # which PEFT looks for in a causal language model
+        settings["task_type"] = None
+    return get_peft_model(model, LoraConfig.from_peft_type(**settings))  # type: ignore[return-value]  # no mixed model

@@ -9,7 +9,7 @@ from fedcli.errors import UsageError, WorkspaceError
 from fedcli.model.base import comes_quantized, load_tokenizer, load_whole, loading
 from fedcli.model.bitsandbytes import without_bitsandbytes
 from fedcli.model.library_logging import quiet_libraries
-from fedcli.model.lora import peft_config
+from fedcli.model.lora import with_lora
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +45,10 @@ def write_merged(
     from safetensors import SafetensorError
 
     with without_bitsandbytes(), quiet_libraries():
-        from peft import get_peft_model
-
         with loading(base):
             model = load_whole(base, dtype=dtype or "auto", device_map="cpu", trust_remote_code=trust_remote_code)
         _check_tied(model, arrays)
-        adapted = get_peft_model(model, peft_config(config))
+        adapted = with_lora(model, config)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if ".lora_" in name:

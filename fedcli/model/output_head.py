@@ -15,7 +15,7 @@ _HINT = "Choose a base model that gives logits of every position, of which none 
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the module that a model names as its output embeddings, if any; a model's own code may name a wrong one."""
+    """Return the module that a model names as its output embeddings, if any; its own code may name a wrong one."""
     try:
         head = model.get_output_embeddings()  # type: ignore[operator]  # Module.__getattr__
     except (AttributeError, NotImplementedError):
@@ -54,7 +54,7 @@ def probe(model: nn.Module) -> None:
             scale = float(everything.abs().max())
             is_exact = everything.dtype == torch.float32 and not hasattr(model, "quantization_method")
             before = float((everything[0, :3].log_softmax(-1) - everything[1, :3].log_softmax(-1)).abs().max())
-            if before > (1e-3 if is_exact else 0.1) * max(scale, 1e-3):
+            if before > (1e-5 if is_exact else 0.1) * max(scale, 1.0):
                 raise RequirementError(
                     "the base model is no causal language model: a token's logits depend on later tokens", hint=_HINT
                 )

@@ -25,6 +25,8 @@ _TOWERS = ("vision", "visual", "image", "audio", "speech")
 """Parts of names of encoders that no text goes through."""
 _IN_MIXERS = ("out_proj", "dt_proj")
 """Layers whose weights a Mamba mixer's kernels take without calling the layer, so that LoRA would change nothing."""
+_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Names that experts' layers had before transformers fused them."""
 
 
 def find_targets(folder: Path, wanted: Targets, *, trust_remote_code: bool) -> list[str]:
@@ -72,18 +74,21 @@ def default_targets(model_type: str, layers: Collection[str]) -> list[str]:
 
 
 def linear_layers(model: "nn.Module") -> list[str]:
-    """Return the full names of the linear layers that LoRA can adapt: all but the head, encoders and mixers' kernels."""
+    """Return the full names of the linear layers to choose from: without the head, encoders, and what LoRA cannot adapt.
+
+    Experts that are fused into one tensor are no linear layers.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    head, bypassed = output_head(model), _bypassed(model)
+    head, unfit = output_head(model), _unfit(model)
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
         and module is not head
         and name not in ("lm_head", "embed_out")
-        and name not in bypassed
+        and name not in unfit
         and not any(tower in name for tower in _TOWERS)
     ]
 
@@ -94,7 +99,7 @@ def check_targets(model: "nn.Module", targets: Iterable[str]) -> None:
     from transformers.pytorch_utils import Conv1D
 
     matrices = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    bypassed = _bypassed(model)
+    unfit = _unfit(model)
     for target in targets:
         found = [name for name in matrices if _is_one_of(name, [target])]
         if not found:
@@ -102,10 +107,10 @@ def check_targets(model: "nn.Module", targets: Iterable[str]) -> None:
                 f"adapter.target_modules: the base model has no linear layer {target!r}",
                 hint=_hint(model, target, matrices),
             )
-        if bypassed.issuperset(found):
+        if unfit.keys() >= {*found}:
             raise ConfigError(
-                f"adapter.target_modules: LoRA cannot adapt {target!r}: Mamba's kernels take its weights by themselves",
-                hint=_hint(model, target, [name for name in matrices if name not in bypassed]),
+                f"adapter.target_modules: LoRA cannot adapt {target!r} of this base: {unfit[found[0]]}",
+                hint=_hint(model, target, [name for name in matrices if name not in unfit]),
             )
 
 
@@ -127,9 +132,26 @@ def _kind(model: "nn.Module") -> str:
     return str(getattr(model.config, "model_type", ""))
 
 
-def _bypassed(model: "nn.Module") -> set[str]:
-    mixers = {name.removesuffix("conv1d") for name, _ in model.named_modules() if name.endswith(".conv1d")}
-    return {f"{mixer}{layer}" for mixer in mixers for layer in _IN_MIXERS}
+def _unfit(model: "nn.Module") -> dict[str, str]:
+    """Return the full names of what looks like a layer for LoRA and is none, each with the reason."""
+    names = [name for name, _ in model.named_modules()]
+    mixers = [name.removesuffix("conv1d") for name in names if name.endswith(".conv1d")]
+    found = {
+        f"{mixer}{layer}": "Mamba's kernels take its weights without it" for mixer in mixers for layer in _IN_MIXERS
+    }
+    fused = _of_fused_experts(model)
+    reason = "the experts are fused into one tensor, and PEFT takes this name for a part of it"
+    return found | {name: reason for name in names if _end(name) in fused}
+
+
+def _of_fused_experts(model: "nn.Module") -> set[str]:
+    """Return the names that PEFT takes for parts of fused experts, though other layers of the model may have them."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[*_OF_EXPERTS])
+    convert_peft_config_for_transformers(config, model=model, conversions=None)
+    return {*_OF_EXPERTS}.difference(config.target_modules or ())
 
 
 def _is_one_of(name: str, ends: Iterable[str]) -> bool:
