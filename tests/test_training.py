@@ -219,8 +219,7 @@ def test_supervised_logits_are_the_rows_of_the_full_ones(name: str) -> None:
     labels[0, :5] = labels[1, :1] = labels[2, :11] = labels[1, 8:] = IGNORED
     with torch.no_grad():
         full = model(input_ids=ids).logits
-        with supervised_logits(model, labels) as targets:
-            few = model(input_ids=ids).logits
+        few, targets = supervised_logits(model, ids, labels)
         again = model(input_ids=ids).logits
     positions = [(row, at) for row in range(3) for at in range(11) if labels[row, at + 1] != IGNORED]
     assert few.shape == (len(positions), 61)

@@ -31,13 +31,30 @@ ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=200)
 """The end of a layer's name, and no pattern."""
 
 
+def _target_modules(value: Any) -> Any:
+    """Check what names the layers to adapt: a list of ends of names, all-linear, or null for those usual for a base."""
+    if value in (None, "all-linear"):
+        return value
+    wanted = "a list of linear layers is wanted here, or all-linear, or null for those that are usual for the base"
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"{wanted} (found {value!r})")
+    if len(value) > 1000:
+        raise ValueError(f"it has {len(value)} names, and 1000 are allowed: ends of names such as q_proj will do")
+    for name in value:
+        if name == "all-linear":
+            raise ValueError("all-linear stands alone, and in no list")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.\-]{1,200}", name):
+            raise ValueError(f"{name!r} is no layer's name, nor the end of one")
+    return tuple(value)
+
+
 class AdapterConfig(Section):
     """The LoRA adapter (Hu et al. 2021); `init` names a folder with an adapter to start from."""
 
     rank: Annotated[int, Field(ge=1, le=8192)] = 32
     alpha: Annotated[float, Field(gt=0)] = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=1000)] = ("q_proj", "v_proj")
+    target_modules: Annotated[tuple[str, ...] | Literal["all-linear"] | None, BeforeValidator(_target_modules)] = None
     init: str | None = None
 
 

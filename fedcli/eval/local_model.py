@@ -15,7 +15,7 @@ from fedcli.eval.remembered import Usage, not_finite
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
 from fedcli.model.base import pad_id_of, short_memory
 from fedcli.model.library_logging import quiet_libraries
-from fedcli.model.likelihood import logits_at
+from fedcli.model.output_head import logits_at
 from fedcli.randomness import stream_seed
 
 if TYPE_CHECKING:
@@ -236,10 +236,8 @@ class LocalModel:
             predicts[number, len(row.ids) - row.length : len(row.ids)] = True
         device = self._model.device
         base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
-        with logits_at(base, predicts.to(device)):
-            logits = self._model(
-                input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False
-            ).logits.float()
+        inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+        logits = logits_at(base, predicts.to(device), **inputs).float()
         starts = list(accumulate((row.length for row in rows), initial=0))
         positions: list[int] = []
         tokens: list[int] = []

@@ -143,9 +143,12 @@ def load_base(
     """Load model and tokenizer onto the GPU, in bfloat16, where there is one that can; else in float32.
 
     The linear layers of a quantised model hold bitsandbytes' int8 (Dettmers et al. 2022) or nf4 with double
-    quantisation (QLoRA, Dettmers et al. 2023); all else of it is float32, as PEFT prepares it for training.
+    quantisation (QLoRA, Dettmers et al. 2023); all else of it is float32, as PEFT prepares it for training. The base's
+    own dropout is off. Raises RequirementError for a base that is not whole, or no causal language model.
     """
     import torch
+
+    from fedcli.model.output_head import probe
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
@@ -163,7 +166,27 @@ def load_base(
             for module in model.modules():  # else an eval pass repacks nf4 weights, and no gradient goes through them
                 if hasattr(module, "support_avx512bf16_for_cpu"):
                     module.support_avx512bf16_for_cpu = False
+        _still(model)
+        probe(model)
     return model, load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def _still(model: "PreTrainedModel") -> None:
+    """Set every rate of dropout, dropped layers and router noise to zero, in modules and in their configurations.
+
+    And let RWKV's layers be as they are: it divides some of them by powers of two in evaluation, LoRA's share not.
+    """
+    from torch.nn.modules.dropout import _DropoutNd
+
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in [*vars(holder).items()] if holder is not None else ():
+                if isinstance(value, float) and re.search("drop|jitter", name):
+                    setattr(holder, name, 0.0)
+                elif name == "rescale_every":
+                    setattr(holder, name, 0)
 
 
 def _bitsandbytes(quantization: Quantization, dtype: "torch.dtype") -> "dict[str, BitsAndBytesConfig]":

@@ -1,7 +1,6 @@
 """The likelihood that a causal language model gives to responses; logits are made at their positions only."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from fedcli.data.encoded import EncodedExample, EncodedRow
 from fedcli.model.base import has_bfloat16
 from fedcli.model.lora import AdaptedModel
+from fedcli.model.output_head import logits_at
 
 IGNORED = -100
 """The label of a token that is not supervised."""
@@ -37,8 +37,7 @@ def collate(examples: Sequence[EncodedExample], pad_id: int) -> dict[str, torch.
 def supervised_cross_entropy(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return -log p of every supervised token, float32, and the row of the batch that it belongs to."""
     labels = inputs["labels"]
-    with supervised_logits(model, labels) as targets:
-        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+    logits, targets = supervised_logits(model, inputs["input_ids"], labels)
     rows = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
     return token_losses(logits, targets), rows
 
@@ -99,32 +98,13 @@ def reference_log_probs(adapted: AdaptedModel, rows: Sequence[EncodedRow]) -> It
         yield tuple(log_probs.tolist())
 
 
-@contextmanager
-def supervised_logits(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Make the model's output head see only the positions that predict a supervised token; yield their labels.
+def supervised_logits(
+    model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of the positions that predict a supervised token, (tokens, words), and their labels.
 
-    labels: (batch, length), IGNORED where not supervised. Inside the block the model's logits have the shape
-    (supervised tokens, vocabulary), in the order of the yielded labels.
+    input_ids and labels: (batch, length), a label IGNORED where the token is not supervised.
     """
     predicts = torch.zeros_like(labels, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != IGNORED
-    with logits_at(model, predicts):
-        yield labels[:, 1:][predicts[:, :-1]]
-
-
-@contextmanager
-def logits_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Make the model's output head see only some positions, (batch, length) booleans: logits are (True ones, words).
-
-    What the model does with logits behind its head (scaling, soft-capping) stays in force.
-    """
-    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[operator]  # Module.__getattr__
-
-    def select(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0][positions], *inputs[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return logits_at(model, predicts, input_ids=input_ids), labels[:, 1:][predicts[:, :-1]]

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from fedcli.algos import Array, Arrays
 from fedcli.config import Quantization
 from fedcli.config.adapter_config import AdapterConfig, parse_outside_config
-from fedcli.errors import ConfigError, did_you_mean
+from fedcli.errors import ConfigError
 from fedcli.model.base import load_base, load_shapes, pad_id_of
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.targets import check_targets
 from fedcli.randomness import stream
 
 _BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
@@ -46,14 +47,21 @@ def start_adapter(
     (seed, "lora", name). Raises ConfigError where a target module does not exist.
     """
     import torch
-    from peft import get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     with quiet_libraries():
         model = load_shapes(folder, revision=None, trust_remote_code=trust_remote_code)
-        _check_targets(model, config["target_modules"])
+        check_targets(model, config["target_modules"])
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        with torch.device("meta"):
-            peft_model = get_peft_model(model, peft_config(config))
+        try:
+            with torch.device("meta"):
+                peft_model = with_lora(model, config)
+        except ValueError as error:  # a layer of a kind, or of an architecture, that PEFT does not adapt
+            problem = " ".join(str(error).split())
+            raise ConfigError(
+                f"adapter.target_modules: PEFT cannot adapt these layers of the base model: {problem}",
+                hint="Name other linear layers, or leave adapter.target_modules out.",
+            ) from error
     arrays: dict[str, Array] = {}
     for name, tensor in sorted(get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()):
         shape = tuple(tensor.shape)
@@ -74,13 +82,11 @@ class AdaptedModel:
     def __init__(
         self, folder: Path, config: dict[str, Any], *, trust_remote_code: bool, quantization: Quantization = "none"
     ) -> None:
-        from peft import get_peft_model
-
         self.tokenizer: PreTrainedTokenizerBase
         with quiet_libraries():
             base, self.tokenizer = load_base(folder, trust_remote_code=trust_remote_code, quantization=quantization)
             self.base: PreTrainedModel = base
-            self.model: PeftModel = get_peft_model(base, peft_config(config))
+            self.model: PeftModel = with_lora(base, config)
         self.pad_id = pad_id_of(self.tokenizer, base)
         self.parameters: dict[str, torch.nn.Parameter] = {
             name.replace(".default.", "."): parameter.requires_grad_()
@@ -89,6 +95,25 @@ class AdaptedModel:
         }
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()
+
+    def start_training(self, *, has_dropout: bool, has_checkpointing: bool) -> None:
+        """Put the model into training mode, in which LoRA's dropout is on or off, and the base's own always off.
+
+        The base's parts stay in evaluation mode, in which its code drops nothing, by modules or by functions: all but
+        linear layers, of which quantised ones compute otherwise in training, and the layers that gradient
+        checkpointing looks for, whose rates `load_base` has set to zero.
+        """
+        import torch
+        from peft.tuners.lora import LoraLayer
+
+        self.model.eval()
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_dropout.train(has_dropout)
+            elif isinstance(module, torch.nn.Linear) or (
+                has_checkpointing and hasattr(module, "gradient_checkpointing")
+            ):
+                module.training = True
 
     def load(self, arrays: Arrays) -> None:
         """Put an adapter's values in place; raise KeyError or ValueError where names or shapes are not this model's."""
@@ -139,22 +164,11 @@ class AdaptedModel:
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()}
 
 
-def peft_config(config: Mapping[str, Any]) -> Any:
-    """Return PEFT's own form of an adapter_config.json, to train with."""
-    from peft import LoraConfig
+def with_lora(model: "PreTrainedModel", config: Mapping[str, Any]) -> "PeftModel":
+    """Put the layers of an adapter_config.json into a base model, and return PEFT's wrapper of it."""
+    from peft import LoraConfig, get_peft_model
 
-    return LoraConfig.from_peft_type(**{**config, "inference_mode": False})
-
-
-def _check_targets(model: "torch.nn.Module", targets: Iterable[str]) -> None:
-    """Raise ConfigError where a target names no matrix of the base model."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    matrices = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in matrices):
-            raise ConfigError(
-                f"adapter.target_modules: the base model has no linear layer {target!r}",
-                hint=did_you_mean(target, {name.rpartition(".")[2] for name in matrices}),
-            )
+    settings: dict[str, Any] = {**config, "inference_mode": False}
+    if not hasattr(model, "prepare_inputs_for_generation"):  # which PEFT looks for in a causal language model
+        settings["task_type"] = None
+    return get_peft_model(model, LoraConfig.from_peft_type(**settings))  # type: ignore[return-value]  # no mixed model

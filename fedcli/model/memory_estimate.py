@@ -58,18 +58,21 @@ def estimate_memory(
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    from fedcli.model.output_head import output_head
+
     model_config: Any = model.config
     config = model_config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # Module.__getattr__
+    head = output_head(model)
     layers_by_name = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
     linear = sum(module.weight.numel() for module in layers_by_name.values())
-    targets = [module for name, module in layers_by_name.items() if name.rpartition(".")[2] in target_modules]
+    ends = tuple(f".{target}" for target in target_modules)
+    targets = [module for name, module in layers_by_name.items() if f".{name}".endswith(ends)]
     adapter_parameters = rank * sum(sum(module.weight.shape) for module in targets)
     other = sum(parameter.numel() for parameter in model.parameters()) - linear
     by_type = weights_memory(linear, other)

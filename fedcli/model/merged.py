@@ -9,7 +9,7 @@ from fedcli.errors import UsageError, WorkspaceError
 from fedcli.model.base import comes_quantized, load_tokenizer, load_whole, loading
 from fedcli.model.bitsandbytes import without_bitsandbytes
 from fedcli.model.library_logging import quiet_libraries
-from fedcli.model.lora import peft_config
+from fedcli.model.lora import with_lora
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +45,10 @@ def write_merged(
     from safetensors import SafetensorError
 
     with without_bitsandbytes(), quiet_libraries():
-        from peft import get_peft_model
-
         with loading(base):
             model = load_whole(base, dtype=dtype or "auto", device_map="cpu", trust_remote_code=trust_remote_code)
         _check_tied(model, arrays)
-        adapted = get_peft_model(model, peft_config(config))
+        adapted = with_lora(model, config)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if ".lora_" in name:
@@ -68,9 +66,11 @@ def write_merged(
 
 def _check_tied(model: "torch.nn.Module", arrays: Arrays) -> None:
     """Raise UsageError for an adapter of an output layer whose weights are the input embeddings, too."""
-    output: Any = model.get_output_embeddings()  # type: ignore[operator]  # a method of every causal language model
+    from fedcli.model.output_head import output_head
+
+    output: Any = output_head(model)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # so is this
-    if output is None or output.weight is not embeddings.weight:
+    if output in (None, embeddings) or output.weight is not embeddings.weight:
         return
     (name,) = (name for name, module in model.named_modules() if module is output)
     if any(f".{name}.lora_" in array for array in arrays):

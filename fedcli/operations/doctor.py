@@ -268,6 +268,7 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
 
     from fedcli.model.base import has_bfloat16
     from fedcli.model.memory_estimate import estimate_memory
+    from fedcli.model.targets import targets_of
 
     config, train = experiment.config, experiment.config.train
     try:
@@ -276,11 +277,16 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
         yield Finding("base model", "failed", error.message, error.hint)
         return
     yield finding
+    try:
+        targets = targets_of(model, config.adapter.target_modules)
+    except FedError as error:
+        yield Finding("adapter", "failed", error.message, error.hint)
+        return
     estimate = estimate_memory(
         model,
         quantization=config.model.quantization,
         rank=config.adapter.rank,
-        target_modules=config.adapter.target_modules,
+        target_modules=targets,
         rows=_rows_at_once(train, config.task, "cuda" if torch.cuda.is_available() else "cpu"),
         length=train.max_length,
         has_checkpointing=train.gradient_checkpointing,

@@ -120,7 +120,7 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
         "its fingerprint": model.fingerprint,
         "quantisation in training": model.quantization,
         "adapter": f"LoRA, rank {adapter_config['r']}, alpha {adapter_config['lora_alpha']:g}, "
-        f"of {', '.join(map(str, config.adapter.target_modules))}",
+        f"of {', '.join(adapter_config['target_modules'])}",
         "algorithm": describe_history(manifest, "; ") or describe_algorithm(manifest.algorithm),
         "clients": f"{config.federation.clients}, {config.federation.cohort_size} drawn a round",
         "merged into the last round": plural(len(last.counted), "update") if last else "none: this is the start",

@@ -81,12 +81,13 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
     scores, more_notes = read_metrics(workspace)
     manifest = head.manifest
     adapter = config.adapter
+    layers = ", ".join(sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in manifest.tensors}))
     facts = {
         "workspace": manifest.workspace,
         "base model": manifest.model.base,
         "fingerprint": manifest.model.fingerprint,
         "quantisation": manifest.model.quantization,
-        "adapter": f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, of {', '.join(adapter.target_modules)}",
+        "adapter": f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, of {layers}",
         "algorithm": describe_algorithm(manifest.algorithm),
         "algorithms so far": describe_history(manifest, ", "),
     }

@@ -55,6 +55,7 @@ def prepare_start(experiment: Experiment) -> Start:
     from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
     from fedcli.model.inspection import inspect
     from fedcli.model.lora import lora_config, start_adapter
+    from fedcli.model.targets import find_targets
 
     config, root, adapter = experiment.config, experiment.workspace.root, experiment.config.adapter
     require_bitsandbytes(config.model.quantization)
@@ -70,7 +71,7 @@ def prepare_start(experiment: Experiment) -> Start:
             rank=adapter.rank,
             alpha=adapter.alpha,
             dropout=adapter.dropout,
-            target_modules=adapter.target_modules,
+            target_modules=find_targets(folder, adapter.target_modules, trust_remote_code=trust_remote_code),
             base=base if is_hub_id(base, root) else None,
         )
         arrays, num_parameters = start_adapter(

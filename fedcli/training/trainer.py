@@ -6,7 +6,7 @@ import, which every `client train` would pay. trl's are the oracles of the tests
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -53,9 +53,8 @@ def fit(
     losses: list[float] = []
     torch.manual_seed(settings.seed)  # of dropout
     optimizer.zero_grad()  # what another client's training left that broke off
-    adapted.model.train()
-    dropout = nullcontext() if task.has_dropout else _no_dropout(adapted.model)
-    with quiet_libraries(), dropout, _checkpointing(model, settings.gradient_checkpointing):
+    adapted.start_training(has_dropout=task.has_dropout, has_checkpointing=settings.gradient_checkpointing)
+    with quiet_libraries(), _checkpointing(model, settings.gradient_checkpointing):
         for start in range(0, len(rows), settings.batch_size):
             batch = rows[start : start + settings.batch_size]
             num_parts = len(batch) if task.mean_over == "rows" else sum(row.num_supervised for row in batch)
@@ -133,15 +132,3 @@ def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         yield
     finally:
         model.gradient_checkpointing_disable()
-
-
-@contextmanager
-def _no_dropout(model: torch.nn.Module) -> Iterator[None]:
-    rates = {module: module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
-    for module in rates:
-        module.p = 0.0
-    try:
-        yield
-    finally:
-        for module, rate in rates.items():
-            module.p = rate
