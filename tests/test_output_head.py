@@ -126,6 +126,7 @@ FORMS = {
         return CausalLMOutput(logits=nn.functional.dropout(logits, 0.3, training=self.training))
 """,
 }
+IN_DEFAULT_SUITE = ("names its embeddings", "names no head", "keeps the last logits by default")
 REFUSED = {
     "gives the last logits only": (
         """
@@ -209,7 +210,9 @@ def full_logits(form: str, plain: LlamaForCausalLM) -> Any:
     return logits
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [form if form in IN_DEFAULT_SUITE else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 def test_the_loss_is_that_of_the_models_own_full_logits(form: str, tmp_path: Path) -> None:
     adapted = load(write_base(tmp_path / "base", FORMS[form]))
     plain = LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
@@ -222,7 +225,9 @@ def test_the_loss_is_that_of_the_models_own_full_logits(form: str, tmp_path: Pat
     assert rows.tolist() == [0] * 5 + [1] * 7 + [2] * 3
 
 
-@pytest.mark.parametrize("form", REFUSED)
+@pytest.mark.parametrize(
+    "form", [form if form == "looks ahead" else pytest.param(form, marks=pytest.mark.slow) for form in REFUSED]
+)
 def test_a_base_without_logits_of_each_token_or_that_looks_ahead_is_refused(form: str, tmp_path: Path) -> None:
     forward, problem = REFUSED[form]
     with pytest.raises(RequirementError, match=problem):

@@ -164,11 +164,11 @@ class AdaptedModel:
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()}
 
 
-def with_lora(model: "PreTrainedModel", config: Mapping[str, Any]) -> "PeftModel":
-    """Put the layers of an adapter_config.json into a base model, and return PEFT's wrapper of it."""
+def with_lora(model: "PreTrainedModel", config: Mapping[str, Any]) -> Any:
+    """Put LoRA into the layers that an adapter_config.json names; return PEFT's wrapper of the base, a PeftModel."""
     from peft import LoraConfig, get_peft_model
 
     settings: dict[str, Any] = {**config, "inference_mode": False}
     if not hasattr(model, "prepare_inputs_for_generation"):  # which PEFT looks for in a causal language model
         settings["task_type"] = None
-    return get_peft_model(model, LoraConfig.from_peft_type(**settings))  # type: ignore[return-value]  # no mixed model
+    return get_peft_model(model, LoraConfig.from_peft_type(**settings))

@@ -74,7 +74,7 @@ def default_targets(model_type: str, layers: Collection[str]) -> list[str]:
 
 
 def linear_layers(model: "nn.Module") -> list[str]:
-    """Return the full names of the linear layers to choose from: without the head, encoders, and what LoRA cannot adapt.
+    """Return the full names of the linear layers to choose from: not the head, no encoders, nothing that is unfit.
 
     Experts that are fused into one tensor are no linear layers.
     """
