@@ -20,6 +20,7 @@ from support.chat_templates import (
     LLAMA_2,
     THINKS_ONCE,
 )
+from support.chat_templates import NO_END as NO_END_CHAT
 from support.models import sides
 from support.tokenizer_kinds import (
     CONVERSATIONS,
@@ -38,7 +39,7 @@ from transformers import PreTrainedTokenizerFast
 from fedcli.config import CustomTemplate
 from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder
-from fedcli.data.templates import EARLIER, NO_CALLS, NO_SYSTEM, NO_THOUGHTS, NO_TOOLS
+from fedcli.data.templates import EARLIER, NO_CALLS, NO_END, NO_SYSTEM, NO_THOUGHTS, NO_TOOLS
 from fedcli.errors import ConfigError
 from fedcli.tasks.conversation import Example, Preference, Turn
 
@@ -311,6 +312,14 @@ def test_a_system_turn_that_a_template_drops_is_counted(plain: PreTrainedTokeniz
         [Example(turns_of("q", "a", system="s")), Example(SHORT)], 10**6
     )
     assert (len(encoded), encoded.notes) == (2, {NO_SYSTEM: 1})
+
+
+def test_an_end_that_stands_behind_the_whole_alone_is_counted_as_missing_before(plain: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_chat(plain, NO_END_CHAT + "{%- if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    encoded = Encoder(tokenizer, "chat").encode(map(Example, [SHORT, LONG]), 10**6)
+    assert encoded.notes == {NO_END: 1}
+    learnt = [[plain.decode(part.ids) for part in stretches(row) if part.is_supervised] for row in sides(encoded)]
+    assert learnt == [[" a1\n</s>"], [" a1", " a2\n</s>"]]
 
 
 TOOLS = json.dumps([{"type": "function", "function": {"name": "look"}}])

@@ -24,7 +24,7 @@ from support.trl_templates import (
 )
 
 from fedcli.data.encoding import Encoder
-from fedcli.data.templates import EARLIER, NO_TEXT, NO_THOUGHTS, NO_TOOLS
+from fedcli.data.templates import EARLIER, NO_END, NO_TEXT, NO_THOUGHTS, NO_TOOLS
 from fedcli.tasks.conversation import Example, Preference, Turn
 
 PAGE = Path(__file__).parents[1] / "docs" / "DATA.md"
@@ -140,6 +140,7 @@ def assert_has_every_response(family: str, name: str) -> None:
     turns = responses(ALL[name])
     if EARLIER in found.notes:
         turns = turns[-len(found.learnt) :]
+    assert NO_END not in found.notes
     assert len(found.learnt) == len(turns)
     for learnt, turn in zip(found.learnt, turns, strict=True):
         answer = turn.text.split("</think>")[-1].strip()
@@ -314,6 +315,7 @@ def test_marks_that_miss_a_response_or_its_end_are_not_believed(marked: str) -> 
 
 @pytest.mark.slow
 def test_the_page_has_the_table_of_all_templates() -> None:
+    # `PYTHONPATH=tests python tests/support/trl_templates.py` prints it
     assert "\n".join(table(families())) in PAGE.read_text(encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EARLIER = "earlier responses not learnt, as the template rewrites earlier turns"
+NO_END = "earlier responses learnt without an end, as the template writes none"
 NO_TOOLS = "tools not used by the template"
 NO_CALLS = "tool calls not written by the template"
 NO_THOUGHTS = "thoughts not written by the template"
@@ -252,6 +253,8 @@ class ChatTemplate:
             ends = (self._end, self._middle_end) if is_last else (self._middle_end, self._end)
             ending = next((one for one in ends if one and text.startswith(one, end)), "")
             done = end + len(ending)
+            if is_learnt and self._end is not None and not (ending or self._is_ended(found.text)):
+                notes.add(NO_END)
             pieces.append(Segment(text[start:done], is_supervised=is_learnt, ends=self._end is None))
         if done < len(text):
             pieces.append(Segment(text[done:]))
@@ -368,8 +371,10 @@ class ChatTemplate:
         has_calls = bool(names) and all(name in learnt for name in names)
         has_answer = bool(answer) and answer in learnt
         ends = any(end and end.strip() in marked for end in (self._end, self._middle_end))
-        ends = ends or any(match.end() == len(marked) for match in self._special.finditer(marked))
-        return ends and (has_calls or has_answer)
+        return (ends or self._is_ended(marked)) and (has_calls or has_answer)
+
+    def _is_ended(self, text: str) -> bool:
+        return any(match.end() == len(text) for match in self._special.finditer(text))
 
     def _asks_for_thoughts(self, before: Sequence[Turn]) -> bool:
         return self._render(before, asks=True).rstrip().endswith("<think>")
