@@ -20,9 +20,11 @@ from support.trl_templates import (
     has_marks,
     rendered,
     table,
+    tokenizer_of,
 )
 
-from fedcli.data.templates import EARLIER, NO_TEXT, NO_THOUGHTS, NO_TOOLS
+from fedcli.data.encoding import Encoder
+from fedcli.data.templates import EARLIER, NO_END, NO_TEXT, NO_THOUGHTS, NO_TOOLS
 from fedcli.tasks.conversation import Example, Preference, Turn
 
 PAGE = Path(__file__).parents[1] / "docs" / "DATA.md"
@@ -138,6 +140,7 @@ def assert_has_every_response(family: str, name: str) -> None:
     turns = responses(ALL[name])
     if EARLIER in found.notes:
         turns = turns[-len(found.learnt) :]
+    assert NO_END not in found.notes
     assert len(found.learnt) == len(turns)
     for learnt, turn in zip(found.learnt, turns, strict=True):
         answer = turn.text.split("</think>")[-1].strip()
@@ -267,8 +270,52 @@ def test_templates_that_read_parts_alone_get_parts() -> None:
         assert by_fedcli(family, turns_of("q1", "a1", "q2", "a2")).learnt[0].strip().startswith("a1")
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in ("qwen3", "phi3") else pytest.mark.slow)
+        for name, (_, training) in families().items()
+        if training is not None
+    ],
+)
+def test_marks_of_a_tokenizers_own_template_say_what_is_learnt(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    tokenizer.chat_template = families()[family][1]
+    encoder = Encoder(tokenizer, "chat")
+    for name, turns in CONVERSATIONS.items():
+        rows = encoder.encode([Example(turns)], 10**6) if name in ALL else []
+        marked = by_training_form(family, turns)
+        assert bool(rows) == (name in ALL and marked.left_out is None)
+        for row in rows:
+            found = stretches(row.sides[0])
+            assert tuple(tokenizer.decode(part.ids) for part in found if part.is_supervised) == marked.learnt
+
+
+@pytest.mark.parametrize("marked", ["{{ content }}", "{{ content.split()[0] }}<|im_end|>", ""])
+def test_marks_that_miss_a_response_or_its_end_are_not_believed(marked: str) -> None:
+    tokenizer = tokenizer_of("qwen2_5")
+    rest = "<|im_end|>" if "im_end" not in marked else "{{ content.split()[1:] | join(' ') }}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% set content = m.content %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}"
+        "{{ content }}<|im_end|>{% else %}{% generation %}" + marked + "{% endgeneration %}"
+        + ("" if marked else "{{ content }}") + rest + "{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )  # fmt: skip
+    encoder = Encoder(tokenizer, "chat")
+    rows = encoder.encode([Example(turns_of("q1", "a1 b1", "q2", "a2 b2"))], 10**6)
+    if "split" in marked:  # which writes an end within the answer
+        assert rows.first_cases == {"malformed": "the chat template does not write a response as it is given"}
+        return
+    found = stretches(rows[0].sides[0])
+    assert [tokenizer.decode(part.ids) for part in found if part.is_supervised] == [
+        "a1 b1<|im_end|>",
+        "a2 b2<|im_end|>",
+    ]
+
+
 @pytest.mark.slow
 def test_the_page_has_the_table_of_all_templates() -> None:
+    # `PYTHONPATH=tests python tests/support/trl_templates.py` prints it
     assert "\n".join(table(families())) in PAGE.read_text(encoding="utf-8")
 
 

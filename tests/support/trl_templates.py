@@ -20,7 +20,8 @@ from support.tokenizer_kinds import SPECIAL, byte_level, stretches, turns_of
 
 _BARS = "[|\uff5c]"
 _CONTROL = re.compile(
-    rf"<{_BARS}[^<>\n'\"\\{{}}]{{1,30}}{_BARS}>" r"|<(?:start|end)_of_(?:turn|utterance)>|<\|?turn\|?>|\[/?INST\]"
+    rf"<{_BARS}[^<>\n'\"\\{{}}]{{1,30}}{_BARS}>"
+    r"|<(?:start|end)_of_(?:turn|utterance)>|<\|[a-z_]+>|<[a-z_]+\|>|\[/?INST\]"
 )
 _THINK = ("<think>", "</think>")
 
@@ -48,8 +49,6 @@ def tokenizer_of(name: str, *, special_thoughts: bool = False) -> PreTrainedToke
     source, training = families()[name]
     tokenizer = byte_level([])
     control = {*_CONTROL.findall(source + (training or "")), "<|endoftext|>"} - {*SPECIAL}
-    if "<|turn>" in source or "<turn|>" in source:
-        control |= {"<|turn>", "<turn|>", "<|channel>", "<channel|>"}
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(control)})
     if special_thoughts:
         tokenizer.add_tokens([AddedToken(token, special=True) for token in _THINK])
