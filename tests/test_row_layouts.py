@@ -220,6 +220,11 @@ READ: dict[str, tuple[DataFormat, Fields, Item]] = {
         },
         Preference((Turn("user", "hi", tools=TOOLS),), "yo", "no"),
     ),
+    "LLaMA-Factory's preference": (
+        "preference",
+        {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "no"}},
+        Preference((HI,), "yo", "no"),
+    ),
     "a preference with a system": (
         "preference",
         {"prompt": "hi", "chosen": "yo", "rejected": "no", "system": "s"},
@@ -319,6 +324,15 @@ def test_messages_of_openassistant_become_trees() -> None:
 )
 def test_a_format_is_guessed_from_the_columns(rows: list[Fields], expected: object) -> None:
     assert guessed(*rows) == expected
+
+
+def test_rows_of_another_task_are_refused_with_the_name_of_that_task() -> None:
+    _, reader = read("alpaca", {"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(ConfigError) as caught:
+        reader.require_rows("rows.jsonl")
+    assert caught.value.hint == (
+        "They look like rows of the format preference, which is for task dpo: set task to that."
+    )
 
 
 def test_a_format_of_preferences_is_guessed_from_the_columns() -> None:
@@ -586,7 +600,7 @@ def test_a_text_is_learnt_whole_with_the_end_token_and_without_a_template(templa
     from fedcli.data.encoding import Encoder
     from fedcli.model.base import find_base, load_tokenizer
 
-    tokenizer = load_tokenizer(find_base("builtin:tiny", revision=None, root=Path()))
+    tokenizer = load_tokenizer(find_base("builtin:tiny", revision=None, root=Path()), trust_remote_code=False)
     if template == "chat":
         tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
         tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -619,13 +633,11 @@ def test_the_first_loss_of_texts_is_the_models_own_over_all_their_tokens(
     code, out, err = run("client", "train", "--id", 0, "-w", place, "--json")
     assert code == 0, err
     folder = find_base("builtin:tiny", revision=None, root=Path())
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     total, count = 0.0, 0
     for text in texts:
-        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        ids = torch.tensor(
-            [[tokenizer.bos_token_id, *ids]] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else [ids]
-        )
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])  # with its start token
         with torch.no_grad():
             logits = model(ids).logits[0, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
