@@ -4,6 +4,7 @@ The texts that are expected are not taken from the package: chat_templates.py wr
 """
 
 import functools
+import json
 import re
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from support.chat_templates import (
     LLAMA_2,
     THINKS_ONCE,
 )
+from support.chat_templates import NO_END as NO_END_CHAT
 from support.models import sides
 from support.tokenizer_kinds import (
     CONVERSATIONS,
@@ -34,8 +36,10 @@ from support.tokenizer_kinds import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from fedcli.config import CustomTemplate
 from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder
+from fedcli.data.templates import EARLIER, NO_CALLS, NO_END, NO_SYSTEM, NO_THOUGHTS, NO_TOOLS
 from fedcli.errors import ConfigError
 from fedcli.tasks.conversation import Example, Preference, Turn
 
@@ -257,6 +261,101 @@ def test_where_a_template_rewrites_earlier_turns_the_last_response_alone_is_lear
     assert tokenizer.decode(row.ids.tolist()) == tokenizer.decode(whole)
 
 
+PHI_4_MINI = (
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% else %}{{ eos_token }}{% endif %}"
+)
+"""The end of the whole conversation follows the last turn's at once."""
+TWO_ENDS = PHI_4_MINI.replace("<|im_end|>", "<|eot_id|><|im_end|>")
+MISTRAL = """
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] + '\n\n' %}{% set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system = '' %}{% set loop_messages = messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for m in loop_messages %}
+    {%- if m['role'] == 'user' %}
+        {{- '[INST] ' + (system if loop.last or loop.revindex == 2 else '') + m['content'] + '[/INST]' }}
+    {%- else %}{{ ' ' + m['content'] + eos_token }}{% endif %}
+{%- endfor %}"""
+"""The system turn stands before the last question."""
+
+
+@pytest.mark.parametrize(("jinja", "end"), [(PHI_4_MINI, "<|im_end|>"), (TWO_ENDS, "<|eot_id|><|im_end|>")])
+def test_of_several_turns_all_are_learnt_where_only_the_end_of_the_whole_differs(
+    plain: PreTrainedTokenizerFast, jinja: str, end: str
+) -> None:
+    tokenizer = with_chat(plain, jinja)
+    parts = stretches(one(tokenizer, LONG))
+    assert [tokenizer.decode(part.ids) for part in parts if part.is_supervised] == [f"a1{end}", f"a2{end}"]
+    assert tokenizer.decode(parts[-1].ids) == "</s>"
+    assert Encoder(tokenizer, "chat").end_id == parts[-2].ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_responses_that_are_not_learnt_are_counted(plain: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_chat(plain, MISTRAL)
+    rows = [turns_of("q1", "a1", "q2", "a2", system="s"), LONG, turns_of("q", "a", system="s")]
+    encoded = Encoder(tokenizer, "chat").encode(map(Example, rows), 10**6)
+    assert encoded.notes == {EARLIER: 1}
+    learnt = [[plain.decode(part.ids) for part in stretches(row) if part.is_supervised] for row in sides(encoded)]
+    assert learnt == [[" a2</s>"], [" a1</s>", " a2</s>"], [" a</s>"]]
+    again = Encoder(with_chat(plain, THINKS_ONCE), "chat").encode(map(Example, [LONG, SHORT, LONG]), 10**6)
+    assert again.notes == {EARLIER: 2}
+    pairs = Encoder(plain, "chat").encode([Preference(LONG[:-1], "a", "b")], 10**6)
+    assert (len(pairs), pairs.notes) == (1, {})  # of a preference the last alone is to be learnt
+
+
+def test_a_system_turn_that_a_template_drops_is_counted(plain: PreTrainedTokenizerFast) -> None:
+    jinja = CHATML.replace("for message in messages", "for message in messages if message['role'] != 'system'")
+    encoded = Encoder(with_chat(plain, jinja), "chat").encode(
+        [Example(turns_of("q", "a", system="s")), Example(SHORT)], 10**6
+    )
+    assert (len(encoded), encoded.notes) == (2, {NO_SYSTEM: 1})
+
+
+def test_an_end_that_stands_behind_the_whole_alone_is_counted_as_missing_before(plain: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_chat(plain, NO_END_CHAT + "{%- if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    encoded = Encoder(tokenizer, "chat").encode(map(Example, [SHORT, LONG]), 10**6)
+    assert encoded.notes == {NO_END: 1}
+    learnt = [[plain.decode(part.ids) for part in stretches(row) if part.is_supervised] for row in sides(encoded)]
+    assert learnt == [[" a1\n</s>"], [" a1", " a2\n</s>"]]
+
+
+TOOLS = json.dumps([{"type": "function", "function": {"name": "look"}}])
+CALLS = json.dumps([{"type": "function", "function": {"name": "look", "arguments": "{}"}}])
+
+
+def test_a_template_of_turns_names_what_it_does_not_use_and_leaves_tool_turns_out(
+    plain: PreTrainedTokenizerFast,
+) -> None:
+    rows = [
+        (Turn("user", "q", tools=TOOLS), Turn("assistant", "a")),
+        (Turn("user", "q"), Turn("assistant", "a", reasoning="hm")),
+        (Turn("user", "q", tools=TOOLS), Turn("assistant", "a", tool_calls=CALLS)),
+        (Turn("user", "q"), Turn("assistant", "", tool_calls=CALLS)),
+        (Turn("user", "q"), Turn("assistant", "a", tool_calls=CALLS), Turn("tool", "t"), Turn("assistant", "b")),
+    ]
+    form = CustomTemplate(user="Q: {instruction} ", assistant="A:")
+    for template in ("alpaca", "alpaca-input", "vicuna", form):
+        encoded = Encoder(plain, template).encode(map(Example, rows), 10**6)
+        assert (len(encoded), encoded.left_out) == (3, {"malformed": 2})
+        assert encoded.notes == {NO_TOOLS: 2, NO_CALLS: 1, NO_THOUGHTS: 1}
+        assert encoded.first_cases == {"malformed": "the template has no form for a tool's call"}
+        same = [stretches(row)[-1].ids for row in sides(encoded)]
+        assert same[0] == same[1] == same[2]
+
+
+def test_a_named_template_for_tools_is_used_where_there_are_tools(plain: PreTrainedTokenizerFast) -> None:
+    with_tools = CHATML.replace("{%- for", "{{- '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{%- for", 1)
+    plain.chat_template = {"default": CHATML, "tool_use": with_tools}
+    row = one(plain, (Turn("user", "q", tools=TOOLS), Turn("assistant", "a")))
+    prompt, learnt, _ = stretches(row)
+    assert '<|im_start|>tools\n[{"type"' in plain.decode(prompt.ids)
+    assert plain.decode(learnt.ids) == "a<|im_end|>"
+    assert "tools" not in plain.decode(one(plain, SHORT).ids)
+
+
 SPELT_OUT = ["</s>", "<s>", "<pad>", "<|im_end|>", "<|im_start|>user\n"]
 
 
@@ -309,7 +408,6 @@ def test_what_a_template_writes_behind_the_end_token_is_not_learnt(plain: PreTra
 @pytest.mark.parametrize(
     "jinja",
     [
-        CHATML.replace("assistant\n", "assistant\n<think>\n"),  # which its turns have not
         chatml_of("message['content'] | upper"),
         chatml_of("message['content'] + message['content']"),
         "{{ raise_exception('no') }}",

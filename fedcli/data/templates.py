@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EARLIER = "earlier responses not learnt, as the template rewrites earlier turns"
+NO_END = "earlier responses learnt without an end, as the template writes none"
 NO_TOOLS = "tools not used by the template"
 NO_CALLS = "tool calls not written by the template"
 NO_THOUGHTS = "thoughts not written by the template"
@@ -255,6 +256,8 @@ class ChatTemplate:
             ends = (self._end, self._middle_end) if is_last else (self._middle_end, self._end)
             ending = next((one for one in ends if one and text.startswith(one, end)), "")
             done = end + len(ending)
+            if is_learnt and self._end is not None and not (ending or self._is_ended(found.text)):
+                notes.add(NO_END)
             pieces.append(Segment(text[start:done], is_supervised=is_learnt, ends=self._end is None))
         if done < len(text):
             pieces.append(Segment(text[done:]))
@@ -276,7 +279,8 @@ class ChatTemplate:
         fits = whole.startswith(prompt) and whole.endswith(tail) and len(prompt + tail) <= len(whole)
         if not (thoughts or turn.tool_calls or with_thoughts):
             written = whole[len(prompt) : len(whole) - len(tail)]
-            if not fits or not written.strip() or written.strip() != answer.strip():
+            is_blank = not answer.strip() and (not answer or answer not in written)
+            if not fits or is_blank or written.strip() != answer.strip():
                 raise ValueError(_AS_GIVEN)
             return _Response(prompt, written, tail)
         if thoughts and fits and whole[len(prompt) : len(whole) - len(tail)].strip() == answer.strip():
@@ -310,7 +314,8 @@ class ChatTemplate:
         turn = turns[-1]
         written = whole[len(prompt) : len(whole) - len(tail)]
         if not asked.rstrip().endswith("<think>") or not asked.startswith(prompt):
-            notes.add(NO_THOUGHTS)
+            if self._thoughts(turn)[0].strip():
+                notes.add(NO_THOUGHTS)
             return _Response(prompt, written, tail)
         if turn.reasoning:
             text = f"{turn.reasoning.strip()}\n</think>\n\n{turn.content}"
@@ -328,32 +333,54 @@ class ChatTemplate:
         return _common(*prompts, *([start] if found else []))
 
     def _marked(self, turns: Sequence[Turn], asks: bool, last_only: bool, notes: set[str]) -> list[Segment] | None:
-        """Return the pieces by the template's own marks; None where those miss a response or its end."""
+        """Return the pieces by the template's own marks; None where those miss a response, its thoughts or its end."""
         text, spans = self._marked_text(turns)
         pieces, done, first, missed = list[Segment](), 0, 0, set[str]()
+        last = len(turns) - 1
         for position, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            behind = len(self._marked_text(turns[: position + 1])[1])
+            # with the turn behind it, for some templates mark an end of the whole conversation too
+            following = position + (2 if position < last and turns[position + 1].role != "assistant" else 1)
+            behind = len(self._marked_text(turns[:following])[1])
             own, first = spans[first:behind], behind
             learnt = "".join(text[start:end] for start, end in own)
-            thoughts, answer = (part.strip() for part in self._thoughts(turn))
-            ends = [end for end in (self._end, self._middle_end) if end]
-            if not own or answer not in learnt or not any(learnt.rstrip().endswith(end.rstrip()) for end in ends):
+            if not self._is_whole(turn, learnt):
                 return None
-            if asks and position == len(turns) - 1:
+            if asks and position == last:
                 asked = self._render(turns[:-1], asks=True)
                 prompt = asked if text.startswith(asked) else text[: own[0][0]]
                 return [*pieces, Segment(prompt[done:])]
+            thoughts, answer = (part.strip() for part in self._thoughts(turn))
             is_learnt = _is_learnt(turns, position, last_only)
-            if thoughts not in learnt and is_learnt:
-                is_learnt = position == len(turns) - 1
-                missed.add(NO_THOUGHTS if is_learnt else EARLIER)
+            if thoughts not in learnt and position == last and self._asks_for_thoughts(turns[:-1]):
+                return None
+            if thoughts not in learnt:
+                missed.add(NO_THOUGHTS if position == last else EARLIER)
+                is_learnt = is_learnt and position == last
+            if answer not in learnt:
+                missed.add(NO_TEXT)
+            if not all(name in learnt for name in _names_of_calls(turn)):
+                missed.add(NO_CALLS)
             for start, end in own:
                 pieces += [Segment(text[done:start]), Segment(text[start:end], is_learnt)]
                 done = end
         notes |= missed
         return [*pieces, Segment(text[done:])] if done < len(text) else pieces
+
+    def _is_whole(self, turn: Turn, learnt: str) -> bool:
+        """Return whether what is marked holds a response, or its calls, and an end behind it."""
+        names, answer, marked = _names_of_calls(turn), self._thoughts(turn)[1].strip(), learnt.rstrip()
+        has_calls = bool(names) and all(name in learnt for name in names)
+        has_answer = bool(answer) and answer in learnt
+        ends = any(end and end.strip() in marked for end in (self._end, self._middle_end))
+        return (ends or self._is_ended(marked)) and (has_calls or has_answer)
+
+    def _is_ended(self, text: str) -> bool:
+        return any(match.end() == len(text) for match in self._special.finditer(text))
+
+    def _asks_for_thoughts(self, before: Sequence[Turn]) -> bool:
+        return self._render(before, asks=True).rstrip().endswith("<think>")
 
     def _thoughts(self, turn: Turn) -> tuple[str, str]:
         """Return a response's thoughts, if it has any that the template looks for, and the rest of it."""
@@ -386,22 +413,27 @@ class ChatTemplate:
         if not self._writes_system and any(turn.role == "system" and turn.content.strip() for turn in turns):
             notes.add(NO_SYSTEM)
         if self._moves_thoughts:
-            parts = {turn: self._thoughts(turn) for turn in turns if turn.role == "assistant"}
+            parts = [(turn, *self._thoughts(turn)) for turn in turns]
             turns = tuple(
-                replace(turn, reasoning=parts[turn][0].strip("\n"), content=parts[turn][1].lstrip("\n"))
-                if turn in parts and parts[turn][0].strip()
-                else turn
-                for turn in turns
+                replace(turn, reasoning=thoughts.strip("\n"), content=answer.lstrip("\n")) if thoughts else turn
+                for turn, thoughts, answer in parts
             )
         for position, turn in enumerate(turns):
             if turn.role == "tool":
                 other = (*turns[:position], replace(turn, content=_PROBE), *turns[position + 1 :])
                 if _PROBE not in self._render(other):
                     raise ValueError("the chat template does not write a tool's turn")
-        if turns and turns[0].tools and self._render(turns) == self._render(_without_tools(turns)):
+        if turns and turns[0].tools and not self._uses_tools(turns):
             notes.add(NO_TOOLS)
             turns = _without_tools(turns)
         return turns
+
+    def _uses_tools(self, turns: Sequence[Turn]) -> bool:
+        without = self._render(_without_tools(turns))
+        try:
+            return self._render(turns) != without
+        except ValueError:  # of tools that lack what the template reads of them
+            return False
 
     def _probed(self, asked: Sequence[Turn]) -> str:
         """Return what stands behind the answer; raise ValueError where that is not written as it is given."""
@@ -446,14 +478,12 @@ class ChatTemplate:
         """Return the rendered conversation and the spans of its {% generation %} blocks, as characters."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        def render(messages: list[dict[str, Any]], **options: Any) -> tuple[list[str], list[list[tuple[int, int]]]]:
-            source = options.pop("chat_template", None)
-            source = self._tokenizer.get_chat_template(source, options.get("tools"))
+        def render(messages: list[dict[str, Any]], **options: Any) -> Any:
+            source = self._tokenizer.get_chat_template(options.pop("chat_template", None), options.get("tools"))
             options = {**self._tokenizer.special_tokens_map, **options}
-            found: tuple[list[str], list[list[tuple[int, int]]]] = render_jinja_template(
+            return render_jinja_template(
                 conversations=[messages], chat_template=source, return_assistant_tokens_mask=True, **options
             )
-            return found
 
         try:
             (text,), (spans,) = self._apply(turns, render)
