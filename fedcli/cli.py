@@ -195,9 +195,15 @@ def _run(arguments: list[str]) -> int:
             return PIPE_CLOSED
         if code in (INTERRUPTED, TERMINATED):
             print("stopped; nothing is lost: run the same command again to go on", file=sys.stderr)
-        if code != 0 and as_json:  # what is wrong with a command line, Typer has said on stderr
-            message = "stopped" if code in (INTERRUPTED, TERMINATED) else "the command line is not valid"
-            _print_error(message, "See `fedcli --help`.", code)
+        if code != 0 and as_json:
+            fault: Any = stop.__context__  # what Typer has said on stderr
+            message, hint = "the command line is not valid", "See `fedcli --help`."
+            if code in (INTERRUPTED, TERMINATED):
+                message = "stopped"
+            elif hasattr(fault, "format_message"):
+                message = " ".join(fault.format_message().split())
+                hint = f"See `{fault.ctx.command_path} --help`." if getattr(fault, "ctx", None) else hint
+            _print_error(message, hint, code)
         return code
     except Exception as error:  # whatever it is, the user gets one line and an exit code
         raised, failure = error, explain(error)

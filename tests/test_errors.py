@@ -166,13 +166,25 @@ def test_discarding_for_a_client_that_does_not_exist_is_a_usage_error(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["client", "status"], ["client", "status", "--id", "x"], ["stats"], ["run", "--x"]]
+    ("arguments", "reason", "help_of"),
+    [
+        (["client", "status"], "Missing option '--id'", "fedcli client status"),
+        (["client", "status", "--id", "x"], "Invalid value for '--id'", "fedcli client status"),
+        (["stats"], "No such command 'stats'", "fedcli"),
+        (["run", "--x"], "No such option: --x", "fedcli run"),
+        (["init", "--set"], "Option '--set' requires an argument", "fedcli"),
+    ],
 )
-def test_a_malformed_command_line_is_one_json_document_too(run: Run, arguments: list[object]) -> None:
-    code, out, err = run(*arguments, "--json")
+def test_a_malformed_command_line_is_one_json_document_with_its_reason(
+    run: Run, arguments: list[object], reason: str, help_of: str
+) -> None:
+    code, out, err = run(arguments[0], "--json", *arguments[1:])
     assert code == 2
     assert "Usage: fedcli" in err
-    assert json.loads(out)["error"]["exit_code"] == 2
+    error = json.loads(out)["error"]
+    assert error["exit_code"] == 2
+    assert error["message"].startswith(reason)
+    assert error["hint"].startswith(f"See `{help_of}")
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def test_on_a_terminal_nothing_is_asked_with(place: Place, option: str) -> None:
 
 def test_the_card_comes_before_the_news_and_json_is_one_document(place: Place) -> None:
     out = place.join(0, place.rows("rows.jsonl", 6)).stdout
-    first, *card, last = out.splitlines()
+    guess, first, *card, last = out.splitlines()
+    assert guess == "format: alpaca, guessed from the columns instruction, output; --format sets another"
     assert first == "the workspace learns this of your rows, and nothing else:"
     assert json.loads("\n".join(card)) == place.registration(0)["data"]
     assert last == f"client 0 has joined; its private state lies in {place.folder}/H0"
@@ -275,7 +276,7 @@ def test_rows_that_cannot_be_used_join_nobody(place: Place) -> None:
     (place.folder / "broken.parquet").write_bytes(b"PAR1 and then nothing")
     assert f"{place.folder}/broken.parquet" in place.join(0, "broken.parquet", code=3).stderr
     assert f"{place.folder}/none.jsonl" in place.join(0, "none.jsonl", code=3).stderr
-    write_rows(place.folder / "odd.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    write_rows(place.folder / "odd.jsonl", [{"quest": "a", "reply": "b"}] * 3)
     assert "none of 3 rows is usable as alpaca (3 malformed)" in place.join(0, "odd.jsonl", code=3).stderr
     assert place.names() == before
     assert not (place.folder / "H0").exists()

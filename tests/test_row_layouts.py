@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.processes import SMALL, runner, settings
 
 from fedcli.config import Columns, ColumnsFormat, DataFormat, MessagesFormat, parse_config
 from fedcli.data.formats import RowReader, describe_rows, guess_format
@@ -219,6 +220,11 @@ READ: dict[str, tuple[DataFormat, Fields, Item]] = {
         },
         Preference((Turn("user", "hi", tools=TOOLS),), "yo", "no"),
     ),
+    "LLaMA-Factory's preference": (
+        "preference",
+        {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "no"}},
+        Preference((HI,), "yo", "no"),
+    ),
     "a preference with a system": (
         "preference",
         {"prompt": "hi", "chosen": "yo", "rejected": "no", "system": "s"},
@@ -318,6 +324,15 @@ def test_messages_of_openassistant_become_trees() -> None:
 )
 def test_a_format_is_guessed_from_the_columns(rows: list[Fields], expected: object) -> None:
     assert guessed(*rows) == expected
+
+
+def test_rows_of_another_task_are_refused_with_the_name_of_that_task() -> None:
+    _, reader = read("alpaca", {"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(ConfigError) as caught:
+        reader.require_rows("rows.jsonl")
+    assert caught.value.hint == (
+        "They look like rows of the format preference, which is for task dpo: set task to that."
+    )
 
 
 def test_a_format_of_preferences_is_guessed_from_the_columns() -> None:
@@ -504,3 +519,127 @@ def test_a_folder_says_which_kinds_it_reads_and_what_it_does_not(tmp_path: Path)
         f"{tmp_path}: files of several kinds are read, a.jsonl, b.csv",
         f"{tmp_path}: not read, c.jsonl.zst",
     ]
+
+
+TELLS = [
+    {"id": 1, "conversations": SHAREGPT},
+    {"id": 2, "conversations": SHAREGPT},
+    {"id": 3, "conversations": SHAREGPT[:1]},
+    {"id": 4, "conversations": [{"from": "human", "value": [{"type": "image"}]}, SHAREGPT[1]]},
+]
+
+
+def told_of(path: Path) -> list[str]:
+    no_answer = "the conversation does not end with the assistant's answer"
+    return [
+        "  malformed: first, " + f"{path}, line 3: {no_answer}",
+        "  not text alone: first, " + f"{path}, line 4: a message in column 'conversations' has a part of type 'image'",
+    ]
+
+
+@pytest.fixture
+def sharegpt_rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TELLS))
+    return path
+
+
+GUESS = "format: sharegpt, guessed from the columns conversations; data.format sets another"
+
+
+@pytest.mark.slow
+def test_init_says_what_it_guessed_left_out_and_did_not_use(
+    sharegpt_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, place = runner(capsys), tmp_path / "w"
+    few = (*SMALL, "federation.clients=2", "data.partition=iid", f"data.source={sharegpt_rows}")
+    code, out, err = run("init", place, *settings(*few))
+    assert code == 0, err
+    assert out.splitlines()[1:7] == [
+        GUESS,
+        "rows: 4 read, 2 given to 2 clients, 1 each",
+        "left out: 1 malformed, 1 not text alone",
+        *told_of(sharegpt_rows),
+        "not used: id (2)",
+    ]
+    assert json.loads((place / "data/card.json").read_text())["formats"] == ["sharegpt", "sharegpt"]
+    code, out, _ = run("init", tmp_path / "v", *settings(*few, "federation.seed=1"), "--json")
+    assert json.loads(out)["data"]["remarks"] == [GUESS]
+
+
+@pytest.mark.slow
+def test_a_party_sees_what_was_guessed_and_left_out_and_the_workspace_gets_counts(
+    sharegpt_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
+    run, place = runner(capsys), tmp_path / "w"
+    code, _, err = run("init", place, *settings(*SMALL, "data.partition=iid", "data.source=null"))
+    assert code == 0, err
+    code, out, err = run("client", "join", "--id", 0, "--data", sharegpt_rows, "-w", place)
+    assert code == 0, err
+    assert out.splitlines()[:5] == [
+        GUESS.replace("data.format", "--format"),
+        "left out: 1 malformed, 1 not text alone",
+        *told_of(sharegpt_rows),
+        "not used: id (2)",
+    ]
+    card = (place / "clients/0.json").read_text()
+    assert json.loads(card)["data"]["left_out"] == {"malformed": 1, "not text alone": 1}
+    assert "conversations" not in card
+    assert str(sharegpt_rows) not in card
+    code, out, err = run("client", "train", "--id", 0, "-w", place)
+    assert code == 0, err
+    assert out.splitlines()[-3:] == [*told_of(sharegpt_rows), "not used: id (2)"]
+    code, out, err = run("data", "preview", "--id", 0, "-w", place)
+    assert code == 0, err
+    assert [line for line in out.splitlines() if line in told_of(sharegpt_rows)] == told_of(sharegpt_rows)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_a_text_is_learnt_whole_with_the_end_token_and_without_a_template(template: str) -> None:
+    from fedcli.data.encoding import Encoder
+    from fedcli.model.base import find_base, load_tokenizer
+
+    tokenizer = load_tokenizer(find_base("builtin:tiny", revision=None, root=Path()), trust_remote_code=False)
+    if template == "chat":
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    items, _ = read("text", {"text": "The harvest of wheat was good."})
+    (row,) = Encoder(tokenizer, template).encode(items, 512)
+    (side,) = row.sides
+    ids = tokenizer("The harvest of wheat was good.")["input_ids"]
+    plain = tokenizer("The harvest of wheat was good.", add_special_tokens=False)["input_ids"]
+    ids = ids if ids[-1] != tokenizer.eos_token_id else ids[:-1]
+    assert side.ids.tolist() == [*ids, tokenizer.eos_token_id]
+    assert side.supervised.tolist() == [False] * (len(ids) - len(plain)) + [True] * (len(plain) + 1)
+
+
+@pytest.mark.slow
+def test_the_first_loss_of_texts_is_the_models_own_over_all_their_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fedcli.model.base import find_base
+
+    texts = ["The wheat ripens.", "A striker scores twice, and the home side wins.", "The fund soars.", "It floods."]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run, place = runner(capsys), tmp_path / "w"
+    one = ("federation.clients=1", "federation.per_round=1", "data.partition=iid", f"data.source={path}")
+    code, _, err = run("init", place, *settings(*SMALL, *one))
+    assert code == 0, err
+    code, out, err = run("client", "train", "--id", 0, "-w", place, "--json")
+    assert code == 0, err
+    folder = find_base("builtin:tiny", revision=None, root=Path())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])  # with its start token
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        count += ids.shape[1] - 1
+    assert json.loads(out)["first_loss"] == pytest.approx(total / count, abs=1e-4)

@@ -147,6 +147,7 @@ class RowReader:
         """Decisions that formats had to take on rows that are used."""
         self.unused: Counter[str] = Counter()
         """Columns, and keys inside them, that were not used, with the number of used rows that have them."""
+        self._first: list[Row] = []
         self.used: dict[str, None] = {}
         """The columns that were used, in their order."""
         known = FORMATS[self.format] if isinstance(self.format, str) else _own_format(self.format)
@@ -162,6 +163,10 @@ class RowReader:
         """Raise ConfigError where not one row is usable."""
         if self.num_usable == 0:
             hint = "Set data.format (or --format) to what the rows are; docs/DATA.md lists the formats."
+            for task in TASKS.usable():
+                fitting = (name for name in formats_of(task.item) if task.item is not self._item)
+                if name := next((name for name in fitting if _count_usable(name, self._first)), None):
+                    hint = f"They look like rows of the format {name}, which is for task {task.name}: set task to that."
             if self.left_out.keys() <= {EMPTY, EQUAL}:
                 hint = "Responses must not be empty (nor alike, in a pair): mend the rows."
             raise ConfigError(
@@ -182,6 +187,7 @@ class RowReader:
             try:
                 item = self._checked(self._read(columns, self._context))
             except LeftOut as left_out:
+                self._first = self._first or [row]
                 self.left_out[left_out.reason] += 1
                 self.first_cases.setdefault(left_out.reason, f"{row.where}: {left_out.detail}")
                 continue

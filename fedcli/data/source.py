@@ -197,9 +197,11 @@ def _files(folder: Path, split: str) -> list[Path]:
         if not files and inner.is_dir():
             return _files(inner, split)
     if not files:
+        names = ", ".join(sorted(os.listdir(folder))[:5]) or "nothing"
         raise ConfigError(
             f"{folder} holds no files of rows for the split {split}",
-            hint=f"Files of rows end in {', '.join(KINDS)} (or .gz behind it); data.split names another split.",
+            hint=f"Files of rows end in {', '.join(KINDS)} (or .gz behind it); data.split names another split. "
+            f"The folder holds {names}.",
         )
     return files
 

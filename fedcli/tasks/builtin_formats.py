@@ -182,15 +182,26 @@ def _preference(fields: Fields, context: Context) -> Preference:
 def _binarized(fields: Fields, context: Context) -> Preference:
     """UltraFeedback, binarised: chosen and rejected are dialogues (lists of messages) with one prompt.
 
-    Or they are the answers alone, and the prompt stands in its own column, as trl has it.
+    Or they are the answers alone, and the prompt stands in its own column, as trl has it; LLaMA-Factory's are one
+    message each, behind a conversation of ShareGPT's form.
     """
     _require(fields, "chosen", "rejected")
-    chosen, rejected = (turns_of(fields.get(column), column, context) for column in ("chosen", "rejected"))
+    chosen, rejected = (_answers(fields[column], column, context) for column in ("chosen", "rejected"))
     if chosen[0].role == rejected[0].role == "assistant":
-        prompt = prompt_of(fields, context)
+        asked = next((name for name in MESSAGES if name in fields), None)
+        if "prompt" in fields or asked is None:
+            prompt = prompt_of(fields, context)
+        else:
+            prompt = opened(turns_of(fields[asked], asked, context, speakers=SHAREGPT), fields, context)
         return _last_turns((*prompt, *chosen), (*prompt, *rejected), context)
     context.notes[CONTRADICTION] += _contradicts(fields.get("prompt"), chosen)
     return _last_turns(opened(chosen, fields, context), opened(rejected, fields, context), context)
+
+
+def _answers(said: object, column: str, context: Context) -> tuple[Turn, ...]:
+    if isinstance(said, Mapping):
+        return turns_of([said], column, context, speakers=SHAREGPT)
+    return turns_of(said, column, context)
 
 
 def _contradicts(prompt: object, dialogue: Prompt) -> bool:

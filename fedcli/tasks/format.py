@@ -121,7 +121,7 @@ def opened(turns: tuple[Turn, ...], fields: Fields, context: Context) -> tuple[T
         elif system not in own:
             context.unused.add(name)
     for name in ("tools", "functions"):
-        if is_given(given := fields.get(name)):
+        if is_given(given := fields.get(name)) and given != "[]":
             tools = _functions(given)
             if tools and not turns[0].tools:
                 turns = (replace(turns[0], tools=tools), *turns[1:])
