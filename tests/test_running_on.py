@@ -29,7 +29,7 @@ def too_long(workspace: Path, client: int) -> str:
 
 def cut_off(workspace: Path, client: int) -> str:
     rows_of(workspace, client).write_text('{"instruction": "cut')
-    return "line 1"
+    return "line 1 is"
 
 
 def gone(workspace: Path, client: int) -> str:

@@ -120,7 +120,7 @@ def test_the_quorum_is_of_those_who_count(selecting, capsys):
     assert main(["server", "aggregate"]) == 6
     assert "round 0 waits for 1 more of its 3 clients; missing: 0, 2" in capsys.readouterr().err
     assert main(["status"]) == 0
-    assert "cohort     0, 1, 2; 2 must answer, of which the first 2 count\n" in capsys.readouterr().out
+    assert "cohort     clients 0, 1 and 2; 2 must answer, of which the first 2 count\n" in capsys.readouterr().out
     configure(selecting, "federation.quorum=0.5")
     assert main(["server", "aggregate"]) == 0
     assert accounts(selecting) == {"counted": [1], "missing": [0, 2]}
