@@ -341,9 +341,9 @@ def test_an_interrupted_run_ends_at_once_and_trains_nobody_else(small: Path, opt
 
 
 @pytest.mark.slow
-def test_a_round_with_a_deadline_waits_for_it_where_somebody_has_answered(small: Path) -> None:
-    configure(small, "federation.deadline=20s", "federation.rounds=1")
-    too_long(small, 1)
-    document = json.loads(fedcli("run", "--json", cwd=small).stdout)
+def test_a_round_with_a_deadline_waits_for_it_where_somebody_has_answered(tmp_path: Path) -> None:
+    workspace = make(tmp_path / "W", "federation.deadline=20s", "federation.rounds=1")
+    too_long(workspace, 1)
+    document = json.loads(fedcli("run", "--json", cwd=workspace).stdout)
     assert document["state"] == "finished"
     assert [each["client"] for each in document["failed"]] == [1]
