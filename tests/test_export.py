@@ -154,14 +154,18 @@ def test_a_merged_model_writes_the_prompts_that_it_was_trained_on(template: str,
     out = tmp_path / "model"
     run_ok("export", out, "--merge", cwd=where)
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
-    encoder = Encoder(AutoTokenizer.from_pretrained(base), CustomTemplate(**own) if template == "custom" else template)
+    plain = AutoTokenizer.from_pretrained(base)
+    encoder = Encoder(plain, CustomTemplate(**own) if template == "custom" else template)
     for turns in (
         [("user", "the river")],
         [("system", "be brief"), ("user", "the river")],
         [("user", "the river"), ("assistant", "rises"), ("user", "when")],
     ):
-        (expected,) = encoder.prompts([tuple(Turn(role, text) for role, text in turns)])
         messages = [{"role": role, "content": text} for role, text in turns]
+        if template == "chat":  # the base's own stays
+            expected = plain.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            (expected,) = encoder.prompts([tuple(Turn(role, text) for role, text in turns)])
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         assert prompt["input_ids"] == expected
     told = json.loads((base / "generation_config.json").read_bytes())
