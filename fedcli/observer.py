@@ -56,6 +56,9 @@ class Observer:
     def checking(self, what: str) -> None:
         """Something is looked at next."""
 
+    def noted(self, text: str) -> None:
+        """Something that was asked for holds for a part only."""
+
     def target_started(self, target: str, benchmark: str) -> None:
         """A model begins a benchmark."""
 

@@ -64,6 +64,16 @@ def test_an_option_that_would_change_nothing_is_refused(small: Path, arguments: 
     assert not (small / "eval").exists()
 
 
+def test_an_option_that_one_of_the_benchmarks_obeys_holds_for_that_one_and_says_so(small: Path) -> None:
+    line = ("advbench", "hhh", "--base", "--data", ROWS, "--limit", 2, "--max-new-tokens", 3)
+    records = {record["benchmark"]: record for record in evaluate(small, *line)["scores"]}
+    assert records["advbench"]["variant"] == "limit=2,max-new-tokens=3"
+    assert records["hhh"]["variant"] == "limit=2"
+    done = fedcli("eval", *line, cwd=small)
+    assert done.returncode == 0, done.stderr
+    assert "--max-new-tokens changes nothing of hhh: it holds for the other benchmarks" in done.stderr
+
+
 def test_data_that_is_missing_shows_before_anything_is_asked(small: Path, tmp_path: Path) -> None:
     shutil.copytree(ROWS / "fpb", tmp_path / "data/fpb")
     error = evaluate(small, "fpb", "drop", "--base", "--data", tmp_path / "data", code=8)["error"]

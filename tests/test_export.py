@@ -3,6 +3,9 @@
 import json
 import re
 import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +128,68 @@ def test_a_merged_model_answers_as_base_and_adapter_do(merged: Workspace, tmp_pa
     )
     assert "library_name: transformers" in (out / "README.md").read_text()
     no_path_of_this_machine(out)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat", "vicuna", "custom"])
+@pytest.mark.slow
+def test_a_merged_model_writes_the_prompts_that_it_was_trained_on(template: str, tmp_path: Path) -> None:
+    """With a chat template of the base's, or of no such thing; and it answers by what the base's settings say."""
+    from support.chat_templates import CHATML
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fedcli.config import CustomTemplate
+    from fedcli.data.encoding import Encoder
+    from fedcli.model.base import find_base
+    from fedcli.tasks.conversation import Turn
+
+    base = Path(shutil.copytree(find_base("builtin:tiny", revision=None, root=Path()), tmp_path / "base"))
+    if template != "alpaca":  # in its place, where the adapter was not trained with it
+        (base / "chat_template.jinja").write_text(CHATML)
+    own = {"user": 'Q "{instruction}" é\n', "assistant": "A:", "default_system": "{% be kind %}"}
+    named = json.dumps(own, ensure_ascii=False) if template == "custom" else template
+    where = tmp_path / "W"
+    where.mkdir()
+    made = fedcli("init", *settings(*SMALL, f"model.base={base}", f"data.template={named}"), cwd=where)
+    assert made.returncode == 0, made.stderr
+    out = tmp_path / "model"
+    run_ok("export", out, "--merge", cwd=where)
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    plain = AutoTokenizer.from_pretrained(base)
+    encoder = Encoder(plain, CustomTemplate(**own) if template == "custom" else template)
+    for turns in (
+        [("user", "the river")],
+        [("system", "be brief"), ("user", "the river")],
+        [("user", "the river"), ("assistant", "rises"), ("user", "when")],
+    ):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        if template == "chat":  # the base's own stays
+            expected = plain.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            (expected,) = encoder.prompts([tuple(Turn(role, text) for role, text in turns)])
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        assert prompt["input_ids"] == expected
+    told = json.loads((base / "generation_config.json").read_bytes())
+    assert (model.generation_config.eos_token_id, model.generation_config.bos_token_id) == (
+        told["eos_token_id"],
+        told["bos_token_id"],
+    )
+    assert "apply_chat_template" in (out / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_local_base_loads_as_the_readme_says(merged: Workspace, tmp_path: Path) -> None:
+    from fedcli.model.base import find_base
+
+    base = shutil.copytree(find_base("builtin:tiny", revision=None, root=Path()), tmp_path / "base")
+    code = f"""
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(base)!r}), {str(merged.adapter(2))!r})
+print(sum(".lora_" in name for name, _ in model.named_parameters()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
 
 
 @pytest.mark.parametrize("standing", ["a file", "a folder with something in it"])

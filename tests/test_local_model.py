@@ -86,6 +86,34 @@ def test_greedy_answers_do_not_depend_on_the_batch(tiny) -> None:
     assert len(set(one)) > 10
 
 
+@pytest.mark.parametrize(
+    ("seconds", "temperature", "expected"),
+    [(1e9, 0.0, [4, 16, 64, 16]), (0.0, 0.0, [4] + [1] * 96), (0.0, 0.7, [8] * 12 + [4])],
+    ids=["quick ones grow", "slow ones shrink to one item", "sampled ones stay: their answers depend on them"],
+)
+def test_batches_are_bounded_by_time_and_their_answers_are_told_one_batch_after_another(
+    tiny, monkeypatch: pytest.MonkeyPatch, seconds: float, temperature: float, expected: list[int]
+) -> None:
+    monkeypatch.setattr("fedcli.eval.local_model.BATCH_SECONDS", seconds)
+    sizes: list[int] = []
+    model, _ = tiny
+
+    def watch(_module, inputs) -> None:
+        if not told or told[-1] is not None:  # the first pass of a batch
+            sizes.append(len(inputs[0]))
+            told.append(None)
+
+    told: list[int | None] = []
+    watched = model.get_input_embeddings().register_forward_pre_hook(watch)
+    try:
+        requests = [Generation(prompt, 2, temperature=temperature) for prompt in prompts()]
+        local(tiny).generate(requests, lambda index, _: told.append(index))
+    finally:
+        watched.remove()
+    assert sizes == expected
+    assert sorted(index for index in told if index is not None) == list(range(100))
+
+
 def test_greedy_answers_are_those_of_transformers(tiny) -> None:
     model, tokenizer = tiny
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts()[1::20]]

@@ -29,7 +29,7 @@ def too_long(workspace: Path, client: int) -> str:
 
 def cut_off(workspace: Path, client: int) -> str:
     rows_of(workspace, client).write_text('{"instruction": "cut')
-    return "line 1"
+    return "line 1 is"
 
 
 def gone(workspace: Path, client: int) -> str:
@@ -265,6 +265,30 @@ def test_any_fails_for_a_simulated_client_whose_rows_are_gone_and_does_not_call_
 
 
 @pytest.mark.slow
+def test_a_run_without_a_terminal_writes_a_line_a_round_and_now_and_then_one_of_its_steps(small: Path) -> None:
+    done = fedcli("run", cwd=small)
+    lines = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["round 0", "round 1"]
+    assert "3 clients" in lines[0]
+    code = (
+        "from fedcli.commands import output; output.SILENCE = 0; from fedcli.cli import main; raise SystemExit(main())"
+    )
+    again = make(small.parent / "again", "federation.rounds=1")
+    told = subprocess.run(
+        [sys.executable, "-c", code, "run"], cwd=again, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    ).stderr
+    for client in range(3):
+        assert f"round 0/1, client {client}: step 2, loss " in told
+
+
+def test_status_names_clients_and_not_numbers(small: Path) -> None:
+    (small / "inbox/0/round-00000").mkdir(parents=True)
+    said = fedcli("status", cwd=small).stdout
+    assert "answered   client 0\n" in said
+    assert "missing    clients 1 and 2\n" in said
+
+
+@pytest.mark.slow
 def test_several_ids_are_trained_though_the_first_fails(small: Path) -> None:
     gone(small, 2)
     done = fedcli("client", "train", "--id", "2,1,0", "--json", cwd=small)
@@ -341,9 +365,9 @@ def test_an_interrupted_run_ends_at_once_and_trains_nobody_else(small: Path, opt
 
 
 @pytest.mark.slow
-def test_a_round_with_a_deadline_waits_for_it_where_somebody_has_answered(small: Path) -> None:
-    configure(small, "federation.deadline=20s", "federation.rounds=1")
-    too_long(small, 1)
-    document = json.loads(fedcli("run", "--json", cwd=small).stdout)
+def test_a_round_with_a_deadline_waits_for_it_where_somebody_has_answered(tmp_path: Path) -> None:
+    workspace = make(tmp_path / "W", "federation.deadline=20s", "federation.rounds=1")
+    too_long(workspace, 1)
+    document = json.loads(fedcli("run", "--json", cwd=workspace).stdout)
     assert document["state"] == "finished"
     assert [each["client"] for each in document["failed"]] == [1]

@@ -94,7 +94,7 @@ def test_the_first_in_draw_order_count_and_not_those_who_came_first(selecting, c
                  for client in (first, second)]  # fmt: skip
         np.testing.assert_array_equal(array, (before[name] + (parts[0] + parts[1]) / total).astype(np.float32))
     assert main(["status"]) == 0
-    assert f"updates of clients {last} in round 0: they were not needed" in capsys.readouterr().out
+    assert f"updates of client {last} in round 0: they were not needed" in capsys.readouterr().out
     down = read_manifest(selecting, 0)["cost"]["client_bytes_down"]
     assert read_manifest(selecting, 1)["cost"]["total_bytes_down"] == 3 * down  # who was not needed has read it, too
     assert Federation(Workspace(selecting)).verify().violations == []
@@ -120,7 +120,7 @@ def test_the_quorum_is_of_those_who_count(selecting, capsys):
     assert main(["server", "aggregate"]) == 6
     assert "round 0 waits for 1 more of its 3 clients; missing: 0, 2" in capsys.readouterr().err
     assert main(["status"]) == 0
-    assert "cohort     0, 1, 2; 2 must answer, of which the first 2 count\n" in capsys.readouterr().out
+    assert "cohort     clients 0, 1 and 2; 2 must answer, of which the first 2 count\n" in capsys.readouterr().out
     configure(selecting, "federation.quorum=0.5")
     assert main(["server", "aggregate"]) == 0
     assert accounts(selecting) == {"counted": [1], "missing": [0, 2]}
@@ -192,7 +192,7 @@ def test_a_late_update_is_shown_and_changes_nothing(small, monkeypatch, capsys):
     assert (status.last_missing, status.last_late, status.answered) == ([1, 2], [1], [])
     capsys.readouterr()
     assert main(["status"]) == 0
-    assert "updates of clients 1 in round 0: they came too late" in capsys.readouterr().out
+    assert "updates of client 1 in round 0: they came too late" in capsys.readouterr().out
     assert stored_hashes(small / "rounds") == published
     assert Federation(Workspace(small)).verify().violations == []
 

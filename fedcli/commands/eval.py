@@ -47,7 +47,9 @@ def eval_run(
     api_url: Annotated[str | None, Option(metavar="URL", help="That endpoint. Default: OpenAI's.")] = None,
     data: BenchmarkDataOption = None,
     include: Annotated[Path | None, Option(metavar="DIR", help="lm-eval: a folder with tasks of yours.")] = None,
-    limit: Annotated[int | None, Option(min=1, metavar="N", help="The first N items only.")] = None,
+    limit: Annotated[
+        int | None, Option(min=1, metavar="N", help="The first N items only, of each subject or task.")
+    ] = None,
     shots: Annotated[int | None, Option(min=0, metavar="N", help="Worked examples in the prompt.")] = None,
     samples: Annotated[int | None, Option(min=1, metavar="N", help="Answers to each problem, for pass@k.")] = None,
     temperature: Annotated[float | None, Option(min=0, max=100, metavar="T", help="Sampling; 0 is greedy.")] = None,
@@ -64,7 +66,9 @@ def eval_run(
     allow_code_execution: Annotated[
         bool, Option("--allow-code-execution", help="Run code that the model wrote, in a sandbox.")
     ] = False,
-    batch_size: Annotated[int | None, Option(min=1, metavar="N", help="Items at once. Default: 64.")] = None,
+    batch_size: Annotated[
+        int | None, Option(min=1, metavar="N", help="Items at once. Default: what takes half a minute, at most 64.")
+    ] = None,
     backend: Annotated[str | None, Option(hidden=True)] = None,
     split: Annotated[str, Option(hidden=True)] = "test",
     threads: ThreadsOption = None,
@@ -73,7 +77,8 @@ def eval_run(
 ) -> None:
     """Score models on benchmarks, and keep scores and answers; with no model named, all that the workspace holds.
 
-    Options that name models may be repeated. What was answered before is not asked again.
+    Options that name models may be repeated. An option that some of the benchmarks do not know holds for the others.
+    What was answered before is not asked again.
     """
     from fedcli.eval.benchmark import Options
     from fedcli.scoring.request import Scoring
@@ -127,11 +132,16 @@ class _Display(Display):
 
     _is_confirmed = False
 
+    def noted(self, text: str) -> None:
+        self.say(text)
+
     def target_started(self, target: str, benchmark: str) -> None:
-        self.show(description=f"{target}: {benchmark}", completed=0, total=None)
+        self.title = f"{target}: {benchmark}"
+        self.show(description=self.title, completed=0, total=None)
 
     def answered(self, num_done: int, num_asked: int) -> None:
         self.show(completed=num_done, total=num_asked)
+        self.say_now_and_then(f"{self.title}: {num_done:,} of {num_asked:,} answered")
 
     def confirm(self, estimate: "Estimate") -> None:
         """Ask a person; raise UsageError where none is there, or says no."""

@@ -9,14 +9,11 @@ from typer import Option
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import at, print_hint, print_json
 from fedcli.errors import UsageError
-from fedcli.quantities import describe_bytes, describe_seconds
+from fedcli.quantities import describe_bytes, describe_seconds, name_clients
 
 if TYPE_CHECKING:
     from fedcli.operations.slurm_state import JobStates
     from fedcli.operations.status import Status
-
-_MOST = 50
-"""How many clients a line names."""
 
 
 def status(
@@ -58,23 +55,22 @@ def _print(result: "Status") -> None:
         print(f"next       {then}, from round {result.round + 1} on, as fedcli.yaml has it")
     if result.cohort:
         which = "" if result.num_counted == len(result.cohort) else f", of which the first {result.num_counted} count"
-        print(f"cohort     {_names(result.cohort)}; {result.needed} must answer{which}")
-        print(f"answered   {_names(result.answered)}")
-        print(f"missing    {_names(result.missing)}")
+        print(f"cohort     {name_clients(result.cohort)}; {result.needed} must answer{which}")
+        print(f"answered   {name_clients(result.answered)}")
+        print(f"missing    {name_clients(result.missing)}")
     if result.arriving:
-        print(f"arriving   {_names(result.arriving)}: not all files are there yet; they are waited for")
+        print(f"arriving   {name_clients(result.arriving)}: not all files are there yet; they are waited for")
     if result.seconds_left is not None:
         left = describe_seconds(abs(result.seconds_left))
         print(f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} one answer is enough")
     if result.clock is not None:
         print(f"clock      {result.clock}")
     if result.hidden:
-        print(f"hidden     {_names(result.hidden)}: only they and the server see whether they have answered")
+        print(f"hidden     {name_clients(result.hidden)}: only they and the server see whether they have answered")
     if result.slurm is not None:
         print(f"slurm      {_describe_jobs(result.slurm)}")
     if result.joined:
-        more = f" and {len(result.joined) - _MOST:,} more" if len(result.joined) > _MOST else ""
-        print(f"joined     {_names(result.joined[:_MOST])}{more}: parties that keep their rows")
+        print(f"joined     {name_clients(result.joined)}: parties that keep their rows")
     if result.last_losses:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
         print(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
@@ -82,7 +78,7 @@ def _print(result: "Status") -> None:
         print(f"refused    client {client} in round {result.round - 1}: {code}")
     for clients, why in ((result.last_surplus, "were not needed"), (result.last_late, "came too late")):
         if clients:
-            print(f"left out   updates of clients {_names(clients)} in round {result.round - 1}: they {why}")
+            print(f"left out   updates of {name_clients(clients)} in round {result.round - 1}: they {why}")
     for run, following in zip_longest(result.history, result.history[1:]):
         last = following.round - 1 if following else result.round - 1
         rounds = f"round {last}" if last == run.round else f"rounds {run.round} to {last}"
@@ -111,9 +107,9 @@ def _describe_jobs(slurm: "JobStates") -> str:
         return f"jobs {ids}, and how they stand is not known: {slurm.error}"
     queued, failed = _by_value(slurm.queued), _by_value(slurm.failed)
     parts = [
-        *(f"queued {_names(clients)} ({reason})" for reason, clients in queued.items()),
-        *([f"running {_names(slurm.running)}"] if slurm.running else []),
-        *(f"failed {_names(clients)} ({state})" for state, clients in failed.items()),
+        *(f"queued {name_clients(clients)} ({reason})" for reason, clients in queued.items()),
+        *([f"running {name_clients(slurm.running)}"] if slurm.running else []),
+        *(f"failed {name_clients(clients)} ({state})" for state, clients in failed.items()),
         *(f"merging is job {job}: {state}" for job, state in slurm.servers.items()),
     ]
     return "; ".join(parts) or "no job in the queue"
@@ -121,7 +117,3 @@ def _describe_jobs(slurm: "JobStates") -> str:
 
 def _by_value(values: dict[int, str]) -> dict[str, list[int]]:
     return {each: [key for key, value in values.items() if value == each] for each in dict.fromkeys(values.values())}
-
-
-def _names(clients: list[int]) -> str:
-    return ", ".join(map(str, clients)) or "none"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedcli.config import CustomTemplate, TemplateChoice, TemplateName
@@ -605,3 +606,29 @@ def _special_texts(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     texts |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def as_chat_template(form: CustomTemplate, *, start: str) -> str:
+    """Return a template of turns as a tokenizer's chat template, in Jinja, with the start token's text in front.
+
+    It writes the prompts that a model was trained on; the input of an instruction is part of the user's turn.
+    """
+
+    literal = partial(json.dumps, ensure_ascii=False)
+
+    def around_content(text: str, name: str) -> str:
+        return " + message['content'] + ".join(map(literal, text.split(f"{{{name}}}")))
+
+    system, user = around_content(form.system, "system"), around_content(form.user, "instruction")
+    default = literal(_filled(form.system, {"system": form.default_system}) if form.default_system else "")
+    asks, separator = literal(form.assistant), literal(form.separator)
+    return (
+        f"{{{{- {literal(start)} }}}}"
+        f"{{%- if not messages or messages[0]['role'] != 'system' %}}{{{{- {default} }}}}{{%- endif %}}"
+        "{%- for message in messages %}"
+        f"{{%- if message['role'] == 'system' %}}{{{{- {system} }}}}"
+        f"{{%- elif message['role'] == 'user' %}}{{{{- {user} }}}}"
+        f"{{%- else %}}{{{{- {asks} + {separator} + message['content'] + eos_token }}}}{{%- endif %}}"
+        "{%- endfor %}"
+        f"{{%- if add_generation_prompt %}}{{{{- {asks} }}}}{{%- endif %}}"
+    )

@@ -1,7 +1,7 @@
 """What a benchmark is: data, questions, a scorer, and metrics that are functions of sums over items."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fedcli.eval.data import DataSource, Files
@@ -53,7 +53,7 @@ class Options:
     """What a user may ask for in place of a benchmark's own settings (None); each is part of a score's name."""
 
     limit: int | None = None
-    """Only the first items."""
+    """Only the first items, of each part of a benchmark: a subject, a task."""
     shots: int | None = None
     samples: int | None = None
     """Answers to every problem (pass@k)."""
@@ -69,6 +69,14 @@ class Options:
         """What differs from a benchmark's own settings, such as "limit=10,shots=0"; "" where nothing does."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         return ",".join(f"{name.replace('_', '-')}={value}" for name, value in sorted(given.items()))
+
+    def given(self) -> list[str]:
+        """Return the names of those that a user asks for."""
+        return [name for name, value in vars(self).items() if value is not None]
+
+    def of(self, benchmark: "Benchmark") -> "Options":
+        """Return those that a benchmark obeys."""
+        return replace(self, **{name: None for name in self.given() if not benchmark.obeys(name)})
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,10 @@ class Benchmark:
     parts: tuple[str, ...] = ()
     """Of a benchmark that is made of others, these."""
     takes: tuple[str, ...] = ("max_new_tokens", "temperature", "template")
-    """The options that it obeys, besides limit; any other is refused."""
+    """The options that it obeys, besides limit."""
     answers_of: str | None = None
     """The benchmark that asks models the same questions, and so has the same answers."""
+
+    def obeys(self, option: str) -> bool:
+        """Return whether an option changes what it does."""
+        return option == "limit" or option in self.takes

@@ -1,6 +1,7 @@
 """A transformers model on this machine that answers in batches: longest first, padded on the left to generate."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_SIZE = 64
+FIRST_BATCH = {"cpu": 4}
+"""Items of the first batch, by the kind of device, where nobody says how many; of others BATCH_SIZE."""
+SAMPLED_BATCH = {"cpu": 8}
+"""The same of every batch of sampled answers, which depend on it: no clock may decide."""
+BATCH_SECONDS = 30.0
+"""About as long as a batch may take: what is answered is kept, and shown, after each."""
+MOST_GROWTH = 4
 MAX_BATCH_TOKENS = 2**16
 """Of a batch with its padding and what may be generated."""
 UNKNOWN_CONTEXT = 2048
@@ -46,7 +54,7 @@ class LocalModel:
         self._model = model
         self._tokenizer = tokenizer
         self._encoder = encoder
-        self._batch_size = batch_size or BATCH_SIZE
+        self._batch_size = batch_size
         lengths = [getattr(model.config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
         limits = [*lengths, tokenizer.model_max_length]
         self._context = min(
@@ -69,7 +77,8 @@ class LocalModel:
             ask = partial(self._generate, request=first, room=room)
             encoded = self._asking([requests[index].prompt for index in indices], room)
             prompts = dict(zip(indices, encoded, strict=True))
-            for batch in self._batches(prompts, room):
+            pace = self._pace(is_sampled=first.temperature > 0)
+            for batch in self._batches(prompts, room, pace):
                 texts = self._in_halves([(prompts[index], requests[index].sample) for index in batch], ask)
                 self.usage.num_requests += len(batch)
                 for index, text in zip(batch, texts, strict=True):
@@ -88,7 +97,7 @@ class LocalModel:
                 rows.append(_Continued(ids[:-1], length, []))
             rows[place].options.append(ids[-length:])
             asked.setdefault(place, []).append(index)
-        for batch in self._batches({place: row.ids for place, row in enumerate(rows)}, 0):
+        for batch in self._batches({place: row.ids for place, row in enumerate(rows)}, 0, self._pace()):
             answers = self._in_halves([rows[place] for place in batch], self._score)
             for place, found in zip(batch, answers, strict=True):
                 self.usage.num_requests += len(found)
@@ -140,13 +149,25 @@ class LocalModel:
         self.usage.num_truncated += len(ids) > self._context - room
         return ids[-(self._context - room) :]
 
-    def _batches(self, rows: dict[int, list[int]], room: int) -> Iterator[list[int]]:
-        """Yield the indices of rows in batches, longest first: what does not fit into memory fails at once."""
+    def _pace(self, *, is_sampled: bool = False) -> "_Pace":
+        """Return how many rows batches have: as many as a user asks for, else as many as suit their kind."""
+        device = self._model.device.type
+        if self._batch_size is not None or is_sampled:
+            return _Pace(self._batch_size or SAMPLED_BATCH.get(device, BATCH_SIZE), is_fixed=True)
+        return _Pace(FIRST_BATCH.get(device, BATCH_SIZE))
+
+    def _batches(self, rows: dict[int, list[int]], room: int, pace: "_Pace") -> Iterator[list[int]]:
+        """Yield the indices of rows in batches, longest first: what does not fit into memory fails at once.
+
+        Whoever iterates answers a batch before it asks for the next one, whose size depends on how long that took.
+        """
         batch: list[int] = []
         for index in sorted(rows, key=lambda index: -len(rows[index])):
             longest = len(rows[batch[0]]) + room if batch else 0
-            if len(batch) == self._batch_size or longest * (len(batch) + 1) > MAX_BATCH_TOKENS:
+            if len(batch) >= pace.size or longest * (len(batch) + 1) > MAX_BATCH_TOKENS:
+                started = time.monotonic()
                 yield batch
+                pace.took(len(batch), time.monotonic() - started)
                 batch = []
             batch.append(index)
         if batch:
@@ -265,3 +286,17 @@ class _Continued:
     ids: list[int]
     length: int
     options: list[list[int]]
+
+
+@dataclass
+class _Pace:
+    """The rows of a batch: as many as the one before would have had in BATCH_SECONDS, unless that is fixed."""
+
+    size: int
+    is_fixed: bool = False
+
+    def took(self, num_rows: int, seconds: float) -> None:
+        """Take note of how long a batch took."""
+        if not self.is_fixed:
+            in_time = int(num_rows * BATCH_SECONDS / max(seconds, 1e-9))
+            self.size = max(1, min(BATCH_SIZE, num_rows * MOST_GROWTH, in_time))

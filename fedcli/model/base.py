@@ -321,6 +321,13 @@ def loading(folder: Path | str) -> Iterator[None]:
             hint="Install that package, or choose another base model; `fedcli doctor` shows what is there.",
         ) from error
     except (*_BROKEN, SafetensorError) as error:
+        if _is_of_torch(error):
+            raise RequirementError(
+                f"torch fails on this machine while it loads the base model {folder}, whose files are not at fault: "
+                f"{str(error).strip().partition(chr(10))[0]}",
+                hint="Run it again. A process that was forked from one which had used torch cannot use it safely: use "
+                "multiprocessing's spawn. `fedcli doctor` checks the GPU.",
+            ) from error
         if where := short_memory(error):
             raise RequirementError(
                 f"{where} is too small for the base model {folder}",
@@ -330,6 +337,14 @@ def loading(folder: Path | str) -> Iterator[None]:
             f"the base model {folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
             hint="Check that the folder is whole and that the installed transformers knows this architecture.",
         ) from error
+
+
+def _is_of_torch(error: Exception) -> bool:
+    """Return whether an error tells of torch itself, its threads or its driver, and of no model."""
+    words = ("INTERNAL ASSERT FAILED", "report a bug to PyTorch", "re-initialize CUDA in forked", "start new thread")
+    words += ("CUDA error", "CUDA driver", "No CUDA GPUs")
+    is_told = any(each in str(error) for each in words)
+    return isinstance(error, RuntimeError) and is_told and short_memory(error) is None
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcli.algos import Arrays
+from fedcli.config import TemplateChoice
+from fedcli.data.templates import TURN_TEMPLATES, as_chat_template
 from fedcli.errors import UsageError, WorkspaceError
 from fedcli.model.base import comes_quantized, load_tokenizer, load_whole, loading
 from fedcli.model.bitsandbytes import without_bitsandbytes
@@ -31,9 +33,12 @@ def write_merged(
     *,
     dtype: str | None,
     max_shard_size: str,
+    template: TemplateChoice,
     trust_remote_code: bool,
 ) -> str:
     """Write base + adapter and the tokenizer into a folder, as safetensors of at most `max_shard_size`.
+
+    The tokenizer's chat template is the one that the adapter was trained with: its own, or `template` in its place.
 
     The base is loaded in `dtype` (None: as its config.json says), on the CPU, and W + (alpha / r) B A is rounded to it:
     the product is computed in float32. So the most memory is one base model's in that type. Returns the type.
@@ -60,7 +65,12 @@ def write_merged(
             raise WorkspaceError(
                 f"cannot write the merged model: {error}", hint="Free some space there, and run the command again."
             ) from error
-        load_tokenizer(base, trust_remote_code=trust_remote_code).save_pretrained(folder)
+        tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+        if template != "chat":
+            form = TURN_TEMPLATES[template] if isinstance(template, str) else template
+            has_start = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+            tokenizer.chat_template = as_chat_template(form, start=str(tokenizer.bos_token) if has_start else "")
+        tokenizer.save_pretrained(folder)
     return str(merged.dtype).removeprefix("torch.")
 
 

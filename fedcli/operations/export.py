@@ -80,6 +80,7 @@ def export(
                 folder,
                 dtype=dtype,
                 max_shard_size=max_shard_size or SHARD_SIZE,
+                template=found.manifest.train.template,
                 trust_remote_code=trusts,
             )
         else:

@@ -52,6 +52,8 @@ class Evaluation:
     judge: Callable[..., Judge] | None = None
     """Makes the judge, given what it remembers, and who hears how far it is (on_progress)."""
     run_code: CodeRunner | None = None
+    notes: Sequence[str] = ()
+    """What a user must know of the options that hold for some of the benchmarks only."""
 
     def run(self, observer: Observer) -> list[ScoreRecord]:
         """Score every target on every benchmark, keep the scores, and return them.
@@ -60,6 +62,8 @@ class Evaluation:
         Raises RequirementError where data, a package or a judge is missing, BusyError while another process scores the
         same, WorkspaceError where the disk refuses.
         """
+        for text in self.notes:
+            observer.noted(text)
         plan: dict[str, Benchmark] = {}
         for benchmark in self.benchmarks:
             plan |= {part: BENCHMARKS[part] for part in benchmark.parts}
@@ -78,7 +82,7 @@ class Evaluation:
     def _score(self, benchmark: Benchmark, target: Target, observer: Observer) -> ScoreRecord:
         """Ask what has not been answered, score it all, and keep it."""
         assert benchmark.run is not None
-        workspace, files = self.workspace, self._files(benchmark)
+        workspace, files, options = self.workspace, self._files(benchmark), self.options.of(benchmark)
         identity = self.models.identity(target)
         asked = benchmark.answers_of or benchmark.name
         with ExitStack() as stack:
@@ -89,12 +93,12 @@ class Evaluation:
                 memory = stack.enter_context(opened_log(workspace.judgments(target.name, benchmark.name)))
                 judge = self.judge(memory, on_progress=observer.answered)
             model = Remembering(lambda: self.models.engine(target), answers, identity, observer.answered)
-            others = _answers_of_baseline(workspace, asked, self.options)
-            session = Session(model, files, self.options, judge, self.run_code, others)
+            others = _answers_of_baseline(workspace, asked, options)
+            session = Session(model, files, options, judge, self.run_code, others)
             items = benchmark.run(session)
             before = None
             with suppress(IntegrityError):  # damaged ones are replaced
-                before = read_score(workspace, target.name, scored_name(benchmark.name, self.options.variant))
+                before = read_score(workspace, target.name, scored_name(benchmark.name, options.variant))
             usage = model.usage
             if before is not None and before.model == identity and not usage.num_requests:
                 kept = {name: getattr(before, name) for name in ("seconds", "num_generated_tokens", "num_truncated")}
@@ -114,7 +118,8 @@ class Evaluation:
     def _combine(self, benchmark: Benchmark, target: Target, _: Observer) -> ScoreRecord:
         """Score a benchmark of parts from what its parts have on disk."""
         parts = [
-            read_score(self.workspace, target.name, scored_name(part, self.options.variant)) for part in benchmark.parts
+            read_score(self.workspace, target.name, scored_name(part, self.options.of(BENCHMARKS[part]).variant))
+            for part in benchmark.parts
         ]
         found = [part for part in parts if part is not None]
         items = {record.benchmark: read_marks(self.workspace, record) for record in found}

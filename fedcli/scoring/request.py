@@ -1,7 +1,7 @@
 """What a user asks of an evaluation, made ready: every name is checked before a model is loaded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import get_args
@@ -12,7 +12,7 @@ from fedcli.errors import UsageError, did_you_mean
 from fedcli.eval.benchmark import Benchmark, Options
 from fedcli.eval.endpoint import OPENAI_URL, find_endpoint
 from fedcli.eval.judge import Estimate, Judge
-from fedcli.eval.registry import find_benchmarks
+from fedcli.eval.registry import BENCHMARKS, find_benchmarks
 from fedcli.eval.remembered import Engine
 from fedcli.model.base import fingerprint
 from fedcli.scoring.engines import Models, load_local
@@ -69,7 +69,17 @@ def prepare(federation: FederationState, asked: Scoring, runtimes: Runtimes) -> 
 
         run_code = Sandbox()
     judge = _judge(asked) if asked.judge_model is not None else None
-    return Evaluation(federation.workspace, benchmarks, targets, models, asked.options, asked.data, judge, run_code)
+    return Evaluation(
+        federation.workspace,
+        benchmarks,
+        targets,
+        models,
+        asked.options,
+        asked.data,
+        judge,
+        run_code,
+        _notes(benchmarks, asked.options),
+    )
 
 
 def _benchmarks(asked: Scoring) -> list[Benchmark]:
@@ -85,21 +95,39 @@ def _benchmarks(asked: Scoring) -> list[Benchmark]:
 
 
 def _check_options(benchmarks: Sequence[Benchmark], asked: Scoring) -> None:
-    """Raise UsageError for an option that would change nothing."""
+    """Raise UsageError for an option that would change nothing of any benchmark."""
     for url, name, given in (
         ("--api-url", "--api", asked.targets.api_url is not None and not asked.targets.apis),
         ("--judge-url", "--judge-model", asked.judge_url is not None and asked.judge_model is None),
     ):
         if given:
             raise UsageError(f"{url} is given, and no {name}", hint=f"Name the model with {name}.")
-    for benchmark in benchmarks:
-        takes = {"limit", *benchmark.takes}
-        odd = [name for name, value in asdict(asked.options).items() if value is not None and name not in takes]
-        if odd:
-            raise UsageError(
-                f"{benchmark.name} takes no --{odd[0].replace('_', '-')}",
-                hint=f"It takes {', '.join(sorted('--' + name.replace('_', '-') for name in takes))}.",
-            )
+    for name in asked.options.given():
+        if any(benchmark.obeys(name) for benchmark in benchmarks):
+            continue
+        first = benchmarks[0]
+        raise UsageError(
+            f"{', '.join(_shown(benchmarks))} takes no {_written(name)}",
+            hint=f"{first.name} takes {', '.join(sorted(map(_written, {'limit', *first.takes})))}.",
+        )
+
+
+def _notes(benchmarks: Sequence[Benchmark], options: Options) -> list[str]:
+    """Return which options hold for some of the benchmarks only."""
+    found = {name: [each for each in benchmarks if not each.obeys(name)] for name in options.given()}
+    return [
+        f"{_written(name)} changes nothing of {', '.join(_shown(others))}: it holds for the other benchmarks"
+        for name, others in found.items()
+        if others
+    ]
+
+
+def _shown(benchmarks: Sequence[Benchmark]) -> list[str]:
+    return [*(each.name for each in benchmarks[:5]), *([f"{len(benchmarks) - 5} more"] if len(benchmarks) > 5 else [])]
+
+
+def _written(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def _check_baseline(workspace: Workspace, benchmarks: Sequence[Benchmark], options: Options) -> None:
@@ -107,7 +135,7 @@ def _check_baseline(workspace: Workspace, benchmarks: Sequence[Benchmark], optio
     compared = [benchmark.answers_of for benchmark in benchmarks if benchmark.answers_of is not None]
     if not compared:
         return
-    name = scored_name(compared[0], replace(options, baseline=None).variant)
+    name = scored_name(compared[0], replace(options, baseline=None).of(BENCHMARKS[compared[0]]).variant)
     known = [record.target for record in read_scores(workspace) if record.name == name]
     if options.baseline not in known:
         problem = "needs a --baseline" if options.baseline is None else f"has no answers of {options.baseline!r}"
