@@ -106,6 +106,17 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a layer more in config.json": (configure(num_hidden_layers=3), r"9 missing \(model.layers.2.input_layernorm"),
     "a layer fewer in config.json": (configure(num_hidden_layers=1), r"9 unexpected \(model.layers.1.input_layernorm"),
     "an untied head is missing": (configure(tie_word_embeddings=False), r"1 missing \(lm_head.weight\)"),
+    "one weight of a layer is missing": (
+        rename(lambda name: None if name == "model.layers.1.self_attn.k_proj.weight" else name),
+        r"1 in half of the layers \(model.layers.0.self_attn.k_proj.weight\)",
+    ),
+    "a .bin file that is cut off": (
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            write("pytorch_model.bin", b"PK\3\4" + b"0" * 99)(folder),
+        ),
+        "pytorch_model.bin is cut off",
+    ),
     "vocab_size is wrong": (configure(vocab_size=1000), "embed_tokens.weight has 900 rows, vocab_size is 1000"),
     "an encoder": (configure(model_type="bert", architectures=["BertModel"]), "BertModel is an encoder, which reads"),
     "a masked model": (

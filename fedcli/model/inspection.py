@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import is_zipfile
 
 from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
@@ -105,6 +106,8 @@ class Inspection:
     unexpected: tuple[str, ...] = ()
     reshaped: tuple[str, ...] = ()
     """Weights of another shape than config.json gives."""
+    uneven: tuple[str, ...] = ()
+    """Weights that half of the layers have, where all layers are alike."""
     faults: tuple[Fault, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -192,6 +195,7 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
         missing=tuple(found.missing),
         unexpected=tuple(found.unexpected),
         reshaped=tuple(found.reshaped),
+        uneven=tuple(found.uneven),
     )
     faults = [
         *_faults_of_kind(folder, config, whole, own_code, trust_remote_code),
@@ -263,12 +267,11 @@ def require_files(folder: Path) -> None:
         raise refuse(f"does not hold config.json and weights (no *.safetensors, no *.bin){kinds}", layout)
     for name in ("config.json", *TOKENIZER_FILES, "*.safetensors", "*.bin", "*.index.json"):
         for path in sorted(folder.glob(name)):
-            with path.open("rb") as file:
-                if file.read(len(_LFS)) == _LFS:
-                    raise RequirementError(
-                        f"the base model {folder} is not fetched: {path.name} is a git-lfs pointer",
-                        hint=f"Run `git lfs pull` in {folder}, or fetch the model again.",
-                    )
+            if _starts_with(path, _LFS):
+                raise RequirementError(
+                    f"the base model {folder} is not fetched: {path.name} is a git-lfs pointer",
+                    hint=f"Run `git lfs pull` in {folder}, or fetch the model again.",
+                )
     if has_adapter:
         raise RequirementError(
             f"the base model {folder} has an adapter_config.json beside its weights: transformers would load both",
@@ -288,11 +291,23 @@ def require_files(folder: Path) -> None:
             hint="Fetch or copy the model again.",
         )
 
+    for name in _weight_files(folder):
+        path = folder / name
+        if name.endswith(".bin") and _starts_with(path, b"PK") and not is_zipfile(path):
+            raise RequirementError(
+                f"the base model {folder} is not whole: {name} is cut off", hint="Fetch or copy that file again."
+            )
+
 
 _CONVERT = (
     "python -c \"from transformers import *; d, f = '{folder}', '{name}'; [c.from_pretrained(d, gguf_file=f)"
     ".save_pretrained('OUT') for c in (AutoModelForCausalLM, AutoTokenizer)]\""
 )
+
+
+def _starts_with(path: Path, mark: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -439,6 +454,7 @@ class _Structure:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     reshaped: list[str] = field(default_factory=list)
+    uneven: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     embedding_rows: int | None = None
 
@@ -461,9 +477,11 @@ class _Structure:
             elif container in (at, at.partition(".")[2]):
                 found._compare_layers(f"{container}.", layers, known, config, weights.shapes)
                 found._check_ends(names, container == at, known, config)
-            found._check_sizes(embeddings[:1], known, config)
-        if found.missing or found.unexpected or found.reshaped:
-            found.faults.append(Fault(mismatch(folder, found.missing, found.reshaped, found.unexpected), hint))
+            heads = sorted(name for name in names if re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name))
+            found._check_sizes([*embeddings[:1], *heads], known, config, weights.shapes)
+        if found.missing or found.unexpected or found.reshaped or found.uneven:
+            told = mismatch(folder, found.missing, found.reshaped, found.unexpected, found.uneven)
+            found.faults.append(Fault(told, hint))
         return found
 
     def _compare_layers(
@@ -495,6 +513,15 @@ class _Structure:
                 for name in odd
                 if name.endswith(".weight") or name.rpartition(".")[0] in modules
             )
+        half = {name for name, count in inner.items() if 2 * count == len(layers)}
+        if not is_quantized:
+            here = sorted((layer, name) for layer, names in layers.items() for name in names & half)
+            modules = {name.rpartition(".")[0] for name in inner if name.endswith(".weight")}
+            self.uneven += [
+                f"{prefix}{layer}.{name}"
+                for layer, name in here
+                if name.endswith(".weight") or name.rpartition(".")[0] in modules
+            ]
         if shapes and not is_quantized:
             for name in sorted(usual):
                 found = {layer: shapes[f"{prefix}{layer}.{name}"] for layer in sorted(layers) if name in layers[layer]}
@@ -512,16 +539,38 @@ class _Structure:
         if is_tied is False and not any(_HEADS.search(name) for name in names) and _quantization(config) is None:
             self.missing.append("embed_out.weight" if known.name == "gpt_neox" else "lm_head.weight")
 
-    def _check_sizes(self, embeddings: Sequence[str], known: Architecture, config: Mapping[str, Any]) -> None:
-        """Compare the embedding's rows with config.json's vocab_size."""
+    def _check_sizes(
+        self,
+        names: Sequence[str],
+        known: Architecture,
+        config: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Compare the rows of embedding and output head with config.json's vocab_size."""
         vocab_size = _whole_number(known.setting(config, "vocab_size"))
-        if vocab_size is not None and self.embedding_rows not in (None, vocab_size):
-            self.reshaped.append(f"{embeddings[0]} has {self.embedding_rows} rows, vocab_size is {vocab_size}")
+        if vocab_size is None or _quantization(config) is not None:
+            return
+        self.reshaped += [
+            f"{name} has {shapes[name][0]} rows, vocab_size is {vocab_size}"
+            for name in names
+            if name in shapes and shapes[name][0] != vocab_size
+        ]
 
 
-def mismatch(folder: Path, missing: Sequence[str], reshaped: Sequence[str], unexpected: Sequence[str]) -> str:
+def mismatch(
+    folder: Path,
+    missing: Sequence[str],
+    reshaped: Sequence[str],
+    unexpected: Sequence[str],
+    uneven: Sequence[str] = (),
+) -> str:
     """Return the sentence about weights that do not belong to their config.json."""
-    faults = {"missing": missing, "of another shape": reshaped, "unexpected": unexpected}
+    faults = {
+        "missing": missing,
+        "of another shape": reshaped,
+        "unexpected": unexpected,
+        "in half of the layers": uneven,
+    }
     found = "; ".join(f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names)
     return f"config.json and weights of the base model {folder} do not belong together: {found}"
 
