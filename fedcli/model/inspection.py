@@ -154,7 +154,8 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     """
     require_files(folder)
     config = _read_object(folder / "config.json")
-    text: Mapping[str, Any] = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    inner = config.get("text_config")
+    text: Mapping[str, Any] = inner if isinstance(inner, dict) else config
     kind = str(config.get("model_type") or "")
     whole = find_architecture(kind)
     known = find_architecture(str(text.get("model_type") or kind)) or whole
@@ -768,7 +769,8 @@ def beyond(
     """Return `TokenizerFiles.beyond` of any tokenizer's ids."""
     if rows is None:
         return [], []
-    written, unwritten = [], []
+    written: list[str] = []
+    unwritten: list[str] = []
     media = {
         value for key, value in config.items() if re.search(r"(image|video|audio|boi|eoi)_token(_id|_index)$", key)
     }
