@@ -207,7 +207,7 @@ def test_the_files_alone_show_what_is_wrong_in_every_architecture(kind: str, fau
         load_shapes(folder, revision=None, trust_remote_code=False)
 
 
-@pytest.mark.parametrize("layout", ["sharded safetensors", "sharded .bin"])
+@pytest.mark.parametrize("layout", [pytest.param("sharded safetensors", marks=pytest.mark.slow), "sharded .bin"])
 def test_the_files_alone_show_a_missing_layer_in_shards(layout: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "base", max_shard_size="20KB")
     if layout == "sharded .bin":  # its index alone tells the names

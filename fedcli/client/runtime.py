@@ -18,7 +18,7 @@ from fedcli.config import TemplateChoice
 from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.data.order import draw
 from fedcli.errors import ConfigError, RequirementError
-from fedcli.model.base import comes_quantized, has_bfloat16, short_memory
+from fedcli.model.base import has_bfloat16, short_memory
 from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
@@ -58,7 +58,7 @@ class Runtime:
         require_bitsandbytes(quantization)
         contents = federation.head.read(ADAPTER_CONFIG_NAME)
         adapter_config = parse_adapter_config(contents, federation.head.folder / ADAPTER_CONFIG_NAME)
-        with without_bitsandbytes(quantization == "none" and not comes_quantized(folder)):
+        with without_bitsandbytes(quantization == "none" and self._base.quantization is None):
             _import_stack()
             if threads is not None:
                 import torch

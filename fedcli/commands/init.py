@@ -50,5 +50,5 @@ def init(
         if creation.has_rows:
             hint = f"next: fedcli client train --id {manifest.cohort[0]}{option}, or fedcli run{option} for all rounds"
     document = {"status": "created" if created else "exists", "workspace": str(where), "round": head.number}
-    document |= {"cohort": manifest.cohort, "data": data, "notes": creation.notes}
-    print_result(json_output, document, text, hint)
+    more = {"cohort": manifest.cohort, "data": data, "notes": creation.notes}
+    print_result(json_output, document | more, text, hint)

@@ -69,7 +69,7 @@ def find_architecture(name: str) -> Architecture | None:
         return None
     modules = _table("models/auto/auto_mappings.py", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME")
     module = modules.get(name, name.replace("-", "_"))
-    defaults, own_names = _config_class(f"models/{module}/configuration_{module}.py", config_class)
+    defaults, own_names = _config_class(f"models/{module}/configuration_{module}.py", str(config_class))
     return Architecture(name, causal, defaults, own_names)
 
 

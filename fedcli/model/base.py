@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from fedcli.config import Quantization
 from fedcli.errors import ConfigError, RequirementError, did_you_mean
+from fedcli.model.base_files import require_files
 from fedcli.model.bitsandbytes import require_bitsandbytes, show_bitsandbytes
 from fedcli.model.gguf import PACKAGE_PREFIX, dequantized, find_gguf, fingerprint_of_source, gguf_of_package
-from fedcli.model.inspection import MISMATCH_CURE, mismatch, require_files
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.weight_structure import MISMATCH_CURE, mismatch
 
 if TYPE_CHECKING:
     import torch

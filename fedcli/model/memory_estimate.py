@@ -16,7 +16,9 @@ _BYTES_PER_WEIGHT: dict[Quantization, float] = {"int8": 1.0, "nf4": 0.5 + 1 / 64
 def weights_memory(num_linear: int, num_other: int) -> dict[str, int]:
     """Return the bytes of a base's weights by type and quantisation, which takes its linear layers alone."""
     num_all = num_linear + num_other
-    quantized = {name: int(num_linear * size) + num_other * 4 for name, size in _BYTES_PER_WEIGHT.items()}
+    quantized: dict[str, int] = {
+        name: int(num_linear * size) + num_other * 4 for name, size in _BYTES_PER_WEIGHT.items()
+    }
     return {"float32": num_all * 4, "bfloat16": num_all * 2, **quantized}
 
 

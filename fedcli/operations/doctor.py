@@ -122,7 +122,7 @@ def _made_by_transformers(found: "Inspection") -> "Inspection":
     Raises FedError where they cannot be made.
     """
     from fedcli.model.base import load_shapes, load_tokenizer
-    from fedcli.model.inspection import chat_abilities
+    from fedcli.model.tokenizer_files import chat_abilities
 
     load_shapes(found.folder, revision=None, trust_remote_code=False)
     tokenizer = load_tokenizer(found.folder, trust_remote_code=False)
