@@ -64,7 +64,7 @@ def states(small_template: Path) -> Iterator[Callable[[str], Path]]:
     def state(algorithm: str) -> Path:
         folder = base / algorithm
         if not folder.exists():
-            shutil.copytree(small_template, folder, ignore=shutil.ignore_patterns("data"))
+            shutil.copytree(small_template, folder)
             if algorithm != "fedavg":
                 restart(folder, algorithm)
             train_all(folder)
