@@ -31,7 +31,7 @@ def opened_folder(name: str | Path, *, parent: int | None = None) -> Iterator[in
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        _close(descriptor)
 
 
 def owner_of(descriptor: int, name: str | Path) -> int:
@@ -99,7 +99,7 @@ def _opened_file(
     except OSError as error:
         raise _trouble(name, error) from error
     finally:
-        os.close(descriptor)
+        _close(descriptor)
 
 
 def _open(name: str | Path, flags: int, parent: int | None) -> int:
@@ -116,6 +116,12 @@ def _open(name: str | Path, flags: int, parent: int | None) -> int:
             if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
                 raise Refusal("symlink", f"{name} is a symbolic link") from error
         raise Refusal("not_regular", f"{name} cannot be opened: {error.strerror}") from error
+
+
+def _close(descriptor: int) -> None:
+    """Close what was only read: whatever the system says of it, nothing is lost."""
+    with suppress(OSError):
+        os.close(descriptor)
 
 
 def _trouble(name: str | Path, error: OSError) -> WorkspaceError:

@@ -228,7 +228,7 @@ class DirectoryStore(Store):
             for part in below:
                 descriptor = stack.enter_context(opened_folder(part, parent=descriptor))
                 owners.append(owner_of(descriptor, part))
-            yield _OpenedFolder(descriptor, owners)
+            yield _OpenedFolder(self.root / folder, descriptor, owners)
 
     def sweep(self, folder: str) -> None:
         publish.remove_temporaries(self.root / folder)
@@ -273,13 +273,18 @@ class DirectoryStore(Store):
 
 
 class _OpenedFolder(Folder):
-    def __init__(self, descriptor: int, owners: list[int]) -> None:
+    def __init__(self, path: Path, descriptor: int, owners: list[int]) -> None:
+        self._path = path
         self._descriptor = descriptor
         self._owners = owners
         self.owner = owners[0]
 
     def names(self) -> list[str]:
-        return sorted(os.listdir(self._descriptor))
+        try:
+            return sorted(os.listdir(self._descriptor))
+        except OSError as error:
+            hint = "Check this machine, then run it again."
+            raise WorkspaceError(f"cannot list {self._path}: {error.strerror}", hint=hint) from error
 
     def read(self, name: str, limit: int) -> bytes:
         return read_file(name, limit=limit, parent=self._descriptor, owner=self._checked_owner())

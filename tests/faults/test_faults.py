@@ -110,7 +110,7 @@ def test_a_flipped_digit_of_scores_or_of_their_items_is_noticed_by_table_report_
     keep(workspace, "round-00000", "fpb", {ACCURACY: [1.0, 0.0, 1.0, 1.0]})
     keep(workspace, "base", "fpb", {ACCURACY: [0.0, 0.0, 1.0, 1.0]})
     federation = Federation(workspace)
-    assert federation.eval.table().cells
+    assert federation.scores().cells
     path = workspace.scores("round-00000", "fpb")
     whole = path.read_bytes()
     for found in list(DIGITS.finditer(whole))[::3]:
@@ -118,7 +118,7 @@ def test_a_flipped_digit_of_scores_or_of_their_items_is_noticed_by_table_report_
         flipped[found.start()] ^= 1
         path.write_bytes(flipped)
         with pytest.raises(IntegrityError):
-            federation.eval.table()
+            federation.scores()
         with pytest.raises(IntegrityError):
             federation.report(small / "report")
         assert str(path) in violations(small)[0]
@@ -126,7 +126,7 @@ def test_a_flipped_digit_of_scores_or_of_their_items_is_noticed_by_table_report_
     items = path.with_suffix(".jsonl")
     items.write_bytes(items.read_bytes().replace(b"1.0", b"0.0", 1))
     with pytest.raises(IntegrityError, match="the hash differs"):
-        federation.eval.table()
+        federation.scores()
     assert "the hash differs" in violations(small)[0]
 
 

@@ -3,6 +3,8 @@
 import errno
 import functools
 import hashlib
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -111,3 +113,12 @@ def copied(template: Path, place: Path) -> Path:
     """Return a fresh copy of a folder under one name."""
     shutil.rmtree(place, ignore_errors=True)
     return Path(shutil.copytree(template, place, symlinks=True))
+
+
+def recorded(file: str, name: str, counts: dict[str, int], problems: list[str]) -> None:
+    """Print what came of a campaign; with $FEDCLI_RECORD=DIR keep it there, too."""
+    print(f"{name}: {counts}")
+    if folder := os.environ.get("FEDCLI_RECORD"):
+        path = Path(folder) / file
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | {name: counts | {"problems": problems}}, indent=1))
