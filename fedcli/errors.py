@@ -1,7 +1,6 @@
 """The errors that a user can meet; each class carries the exit code of the public contract."""
 
 import errno
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -136,9 +135,9 @@ def _explain_os_error(error: OSError) -> FedError:
     if error.errno == errno.ENOMEM:
         return RequirementError(f"out of memory: {problem}", hint="Free some memory, then run it again.")
     if error.filename is not None:
-        return WorkspaceError(
-            f"cannot use {os.fsdecode(error.filename)}: {problem}", hint="Check that path and its permissions."
-        )
+        name = error.filename
+        path = name.decode(errors="surrogateescape") if isinstance(name, bytes) else name
+        return WorkspaceError(f"cannot use {path}: {problem}", hint="Check that path and its permissions.")
     is_of_network = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)) or error.errno in _NETWORK
     if is_of_network:
         return RequirementError(f"the network fails: {problem}", hint="Check the network, then run it again.")

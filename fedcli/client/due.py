@@ -151,9 +151,9 @@ def train_clients(
                 results.append(done)
         told = results if clients is not None else [result for result in results if result.training]
         if failed:
-            error = error_of(f"{name_clients([failure.client for failure in failed])} could not be trained", failed)
-            error.done = told
-            raise error
+            raised = error_of(f"{name_clients([failure.client for failure in failed])} could not be trained", failed)
+            raised.done = told
+            raise raised
         has_trained = any(result.training for result in results)
         is_finished = federation.head.manifest.state == "finished"
         if has_trained or is_finished or time.monotonic() + POLL_SECONDS > deadline:

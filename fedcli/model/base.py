@@ -342,8 +342,10 @@ def loading(folder: Path | str) -> Iterator[None]:
 
 def _is_of_torch(error: Exception) -> bool:
     """Return whether an error tells of torch itself, its threads or its driver, and of no model."""
-    words = ("INTERNAL ASSERT FAILED", "report a bug to PyTorch", "re-initialize CUDA in forked", "start new thread")
-    words += ("CUDA error", "CUDA driver", "No CUDA GPUs")
+    words = (
+        *("INTERNAL ASSERT FAILED", "report a bug to PyTorch", "start new thread", "re-initialize CUDA in forked"),
+        *("CUDA error", "CUDA driver", "No CUDA GPUs"),
+    )
     is_told = any(each in str(error) for each in words)
     return isinstance(error, RuntimeError) and is_told and short_memory(error) is None
 
