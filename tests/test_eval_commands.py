@@ -376,7 +376,7 @@ MISTAKES: list[tuple[int, list[str], list[str]]] = [
         ["no --backend any more", "vllm serve", "--api NAME --api-url http://"],
     ),
     (2, ["tfns", "--adapter", "/nowhere"], ["--adapter /nowhere holds no adapter_config.json"]),
-    (8, ["tfns", "--model", "/nowhere"], ["/nowhere does not hold config.json and weights", "--model"]),
+    (8, ["tfns", "--model", "/nowhere"], ["/nowhere does not exist", "--model"]),
     (8, ["tfns", "--api", "gpt-4o"], ["gpt-4o needs a key", "OPENAI_API_KEY"]),
     (8, ["tfns", "--api", "m", "--api-url", "http://127.0.0.1:9/v1"], ["http://127.0.0.1:9/v1", "cannot be reached"]),
     (2, ["tfns", "--api", "m", "--api-url", "localhost:9"], ["localhost:9 is no URL"]),
