@@ -36,7 +36,7 @@ def adapted_layers(kind: str, targets: list[str] | str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in ("gpt2", "mixtral") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+    "kind", [kind if kind == "mixtral" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
 def test_all_linear_names_what_peft_adapts_by_it(kind: str) -> None:
     names = targets_of(shapes_of(kind), "all-linear")
@@ -55,7 +55,9 @@ def test_all_linear_names_what_peft_adapts_by_it(kind: str) -> None:
     assert not any(name.endswith(("lm_head", "embed_out")) for name in found)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "mamba", "gpt_neox"])
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "phi3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "mamba", "gpt_neox"))]
+)
 def test_what_is_left_out_is_what_is_usual_for_the_base(kind: str) -> None:
     model = shapes_of(kind)
     assert targets_of(model, None) == default_targets(kind, linear_layers(model)) == KINDS[kind][1]
