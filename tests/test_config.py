@@ -145,7 +145,7 @@ def test_an_unknown_key_of_a_partition_names_the_nearest_match() -> None:
     [
         ("train: {steps: 0}", "train.steps: Input should be greater than or equal to 1 (found 0)"),
         ("adapter: {dropout: 1.0}", "adapter.dropout: Input should be less than 1 (found 1.0)"),
-        ("adapter: {target_modules: []}", "adapter.target_modules: Tuple should have at least 1 item"),
+        ("adapter: {target_modules: []}", "adapter.target_modules: the list is empty; it names 1 or more"),
         ("train: {learning_rate: .inf}", "train.learning_rate: Input should be a finite number (found inf)"),
         ("train: {learning_rate: 1e-7}", "train: learning_rate_min is larger than learning_rate"),
         (
