@@ -113,8 +113,8 @@ def find_party(experiment: Experiment, client: int, home: Path | None = None) ->
         is_handwritten = True
         data, task = experiment.config.data, experiment.config.task
         choice = guess_format("", data.format, task, source.rows(), "data.format")
-    home = workspace.private(client)
-    return Party(client, home, source, choice.format, guess=choice.guess, is_handwritten=is_handwritten)
+    own = workspace.private(client)
+    return Party(client, own, source, choice.format, guess=choice.guess, is_handwritten=is_handwritten)
 
 
 def is_here(federation: FederationState, client: int) -> bool:
