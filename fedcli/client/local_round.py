@@ -33,7 +33,7 @@ class Training:
     first_cases: dict[str, str]
     """The first row left out for each reason: where it is, and what was found."""
     unused: dict[str, int]
-    """Rows that have a column, or a key inside one, which is not used."""
+    """Rows that have a column, or a key inside one, which is not used; none where a split or joining has said so."""
 
     @property
     def num_unusable(self) -> int:
@@ -92,7 +92,7 @@ def train_and_drop(
         num_tokens=num_tokens,
         notes=dict(rows.notes),
         first_cases=rows.first_cases,
-        unused=dict(rows.unused),
+        unused=dict(rows.unused) if party.is_handwritten else {},
     )
     sent, kept = algorithm.client_step(
         adapter, values, state, own, steps=len(losses), learning_rate=manifest.train.learning_rate

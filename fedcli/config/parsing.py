@@ -138,6 +138,10 @@ def _describe(fault: ErrorDetails, document: dict[str, Any]) -> str:
         return f"{key}: iid, sources, or just one of {', '.join(PARTITIONS)} with its value (found {found!r})"
     if kind in ("model_type", "model_attributes_type", "tuple_type"):
         return f"{key}: {'a list' if kind == 'tuple_type' else 'a section'} is wanted here (found {found!r})"
+    if kind == "too_short":
+        return f"{key}: the list is empty; it names {fault['ctx']['min_length']} or more"
+    if kind == "too_long":
+        return f"{key}: the list is too long; it names {fault['ctx']['max_length']} or fewer"
     if kind == "literal_error":
         names = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
         return f"{key}: unknown {location[-1]} {found!r}. {did_you_mean(str(found), names)}"

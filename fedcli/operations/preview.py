@@ -150,7 +150,9 @@ def preview(
                 groups=counts,
                 first_cases={**reader.first_cases, **used.first_cases},
                 notes=dict(reader.notes + used.notes),
-                unused=dict(reader.unused),
+                unused={
+                    name: count for name, count in reader.unused.items() if summary is None or name in summary.unused
+                },
                 guess=party.guess,
             )
         )

@@ -21,7 +21,7 @@ from fedcli.workspace.row_files import has_rows, open_rows
 @dataclass(frozen=True)
 class Party:
     """A client and what it trains on; `num_rows` is what a joined one registered, None of a simulated one.
-    `guess` says that the format of rows that were written by hand was guessed.
+    `guess` says that the format of rows that were written by hand was guessed; nobody has been told of those rows yet.
 
     `base` and `trust_remote_code` are a joined party's own; None: as fedcli.yaml says.
     """
@@ -32,6 +32,7 @@ class Party:
     format: DataFormat
     num_rows: int | None = None
     guess: str | None = None
+    is_handwritten: bool = False
     base: str | None = None
     trust_remote_code: bool | None = None
 
@@ -108,11 +109,13 @@ def find_party(experiment: Experiment, client: int, home: Path | None = None) ->
     summary = read_summary(workspace)
     source = Source(rows, opener=open_rows)
     if summary is not None and client < len(summary.formats):
-        choice = Choice(parse_format(summary.formats[client]))  # what they were split as
-    else:  # written by hand
+        choice, is_handwritten = Choice(parse_format(summary.formats[client])), False  # what they were split as
+    else:
+        is_handwritten = True
         data, task = experiment.config.data, experiment.config.task
         choice = guess_format("", data.format, task, source.rows(), "data.format")
-    return Party(client, workspace.private(client), source, choice.format, guess=choice.guess)
+    own = workspace.private(client)
+    return Party(client, own, source, choice.format, guess=choice.guess, is_handwritten=is_handwritten)
 
 
 def is_here(federation: FederationState, client: int) -> bool:
