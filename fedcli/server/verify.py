@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedcli.config import algorithm_from
 from fedcli.config.adapter_config import parse_adapter_config
-from fedcli.errors import FedError, IntegrityError
+from fedcli.errors import FedError, IntegrityError, WorkspaceError
 from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import combine
@@ -123,8 +123,8 @@ def _read_identity(workspace: Workspace, result: Verification) -> Identity | Non
     try:
         return read_identity(workspace)
     except FedError as error:
-        if not listed_rounds(workspace):
-            raise  # no damage: nothing was made here yet
+        if not listed_rounds(workspace) or isinstance(error.__cause__, OSError):
+            raise  # no damage: nothing was made here yet, or this machine is in trouble
         result.report(workspace.identity, error.message)
         return None
 
@@ -195,6 +195,9 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
                 decode(contents, manifest.tensors)
             elif name == ADAPTER_CONFIG_NAME:
                 parse_adapter_config(contents, "it")
+        except WorkspaceError:
+            if name not in pruned or current.has(name):
+                raise  # this machine is in trouble: that is nothing of the workspace's
         except FedError as error:
             if name not in pruned or current.has(name):
                 result.report(current.folder / name, error.message)
@@ -324,6 +327,8 @@ def _recompute(
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
         files, again = combine(previous, algorithm, num_clients, order, len(order), Observer(), refuses_incomplete=True)
+    except WorkspaceError:
+        raise
     except FedError as error:
         result.report(current.folder, f"cannot be computed again: {error}")
         return

@@ -289,15 +289,18 @@ def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:
 
 
 def parse_update_record(data: bytes) -> UpdateRecord:
-    """Read a client's update.json; raise Refusal(json), (duplicate) or (samples)."""
+    """Read a client's update.json; raise Refusal(json), (duplicate), (samples) or (hash)."""
     document = parse_object(data, "update.json")
     num_samples = document.get("num_samples", 1)  # its absence is noticed below, as that of any key
     if type(num_samples) is not int or not 1 <= num_samples <= LARGEST_COUNT:
         raise Refusal("samples", f"num_samples is {str(num_samples)[:40]}, not an integer from 1 to {LARGEST_COUNT}")
     try:
-        return UpdateRecord.model_validate(document)
+        record = UpdateRecord.model_validate(document)
     except ValidationError as error:
         raise Refusal("json", f"update.json: {_first_fault(error)}") from error
+    if not is_unchanged(document):
+        raise Refusal("hash", f"update.json has changed: {CHANGED}")
+    return record
 
 
 def sha256(contents: bytes | memoryview) -> str:
