@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedcli.config import algorithm_from
 from fedcli.config.adapter_config import parse_adapter_config
-from fedcli.errors import FedError, IntegrityError, WorkspaceError
+from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import combine
@@ -195,10 +195,9 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
                 decode(contents, manifest.tensors)
             elif name == ADAPTER_CONFIG_NAME:
                 parse_adapter_config(contents, "it")
-        except WorkspaceError:
-            if name not in pruned or current.has(name):
-                raise  # this machine is in trouble: that is nothing of the workspace's
         except FedError as error:
+            if isinstance(error.__cause__, OSError):
+                raise  # this machine is in trouble: that is nothing of the workspace's
             if name not in pruned or current.has(name):
                 result.report(current.folder / name, error.message)
         except Refusal as refusal:
@@ -327,9 +326,9 @@ def _recompute(
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
         files, again = combine(previous, algorithm, num_clients, order, len(order), Observer(), refuses_incomplete=True)
-    except WorkspaceError:
-        raise
     except FedError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         result.report(current.folder, f"cannot be computed again: {error}")
         return
     result.num_updates += len(again.counted)
