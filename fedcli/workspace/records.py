@@ -243,13 +243,18 @@ def sealed(record: Record) -> bytes:
 
 def is_unchanged(document: Mapping[str, Any]) -> bool:
     """Return whether a record is as `sealed` wrote it; one without a checksum is taken for whole."""
-    rest = {key: value for key, value in document.items() if key != "checksum"}
-    return document.get("checksum") in (None, _checksum(rest))
+    named = document.get("checksum")
+    if named is None:
+        return True
+    try:
+        return bool(named == _checksum({key: value for key, value in document.items() if key != "checksum"}))
+    except (RecursionError, ValueError):  # a stranger's, such as no JSON of `sealed` is
+        return False
 
 
 def _checksum(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
