@@ -13,7 +13,7 @@ from fedcli.workspace.client_state import read_state, remove_old_candidates, sav
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD
-from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sha256
+from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sealed, sha256
 from fedcli.workspace.tensors import encode
 
 
@@ -101,7 +101,7 @@ def train_and_drop(
         name: encode({tensor: arrays[tensor] for tensor in manifest.sent_tensors})
         for name, arrays in ({ADAPTER_FILE: values} | sent).items()
     }
-    record = UpdateRecord(
+    update = UpdateRecord(
         protocol=PROTOCOL,
         workspace=manifest.workspace,
         round=head.number,
@@ -111,7 +111,8 @@ def train_and_drop(
         steps=len(losses),
         train_loss=training.mean_loss,
         files={name: file_entry(contents) for name, contents in files.items()},
-    ).to_bytes()
+    )
+    record = sealed(update)
     if algorithm.private_state:
         remove_old_candidates(party.home, algorithm, client, [*past, head])
         save_candidate(party.home, algorithm, head.number, sha256(record), kept)

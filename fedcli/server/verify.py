@@ -123,8 +123,8 @@ def _read_identity(workspace: Workspace, result: Verification) -> Identity | Non
     try:
         return read_identity(workspace)
     except FedError as error:
-        if not listed_rounds(workspace):
-            raise  # no damage: nothing was made here yet
+        if not listed_rounds(workspace) or isinstance(error.__cause__, OSError):
+            raise  # no damage: nothing was made here yet, or this machine is in trouble
         result.report(workspace.identity, error.message)
         return None
 
@@ -196,6 +196,8 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
             elif name == ADAPTER_CONFIG_NAME:
                 parse_adapter_config(contents, "it")
         except FedError as error:
+            if isinstance(error.__cause__, OSError):
+                raise  # this machine is in trouble: that is nothing of the workspace's
             if name not in pruned or current.has(name):
                 result.report(current.folder / name, error.message)
         except Refusal as refusal:
@@ -325,6 +327,8 @@ def _recompute(
             return
         files, again = combine(previous, algorithm, num_clients, order, len(order), Observer(), refuses_incomplete=True)
     except FedError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         result.report(current.folder, f"cannot be computed again: {error}")
         return
     result.num_updates += len(again.counted)

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from fedcli.algos import Algorithm, Array, Arrays
-from fedcli.errors import IntegrityError, WorkspaceError
+from fedcli.errors import IntegrityError
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import Home, update_name
 from fedcli.workspace.publish import publish_file, remove_temporaries
@@ -72,7 +72,7 @@ def damaged_candidates(home: Home, algorithm: Algorithm) -> Iterator[tuple[Path,
         for path in sorted(home.candidate(algorithm.private_state, 0, "").parent.glob("round-*")):
             try:
                 _checked(path)
-            except (Refusal, SafetensorError, WorkspaceError) as error:
+            except (Refusal, SafetensorError) as error:
                 yield path, str(error)
 
 

@@ -249,13 +249,18 @@ def sealed(record: Record) -> bytes:
 
 def is_unchanged(document: Mapping[str, Any]) -> bool:
     """Return whether a record is as `sealed` wrote it; one without a checksum is taken for whole."""
-    rest = {key: value for key, value in document.items() if key != "checksum"}
-    return document.get("checksum") in (None, _checksum(rest))
+    named = document.get("checksum")
+    if named is None:
+        return True
+    try:
+        return bool(named == _checksum({key: value for key, value in document.items() if key != "checksum"}))
+    except (RecursionError, ValueError):  # a stranger's, such as no JSON of `sealed` is
+        return False
 
 
 def _checksum(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -295,15 +300,18 @@ def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:
 
 
 def parse_update_record(data: bytes) -> UpdateRecord:
-    """Read a client's update.json; raise Refusal(json), (duplicate) or (samples)."""
+    """Read a client's update.json; raise Refusal(json), (duplicate), (samples) or (hash)."""
     document = parse_object(data, "update.json")
     num_samples = document.get("num_samples", 1)  # its absence is noticed below, as that of any key
     if type(num_samples) is not int or not 1 <= num_samples <= LARGEST_COUNT:
         raise Refusal("samples", f"num_samples is {str(num_samples)[:40]}, not an integer from 1 to {LARGEST_COUNT}")
     try:
-        return UpdateRecord.model_validate(document)
+        record = UpdateRecord.model_validate(document)
     except ValidationError as error:
         raise Refusal("json", f"update.json: {_first_fault(error)}") from error
+    if not is_unchanged(document):
+        raise Refusal("hash", f"update.json has changed: {CHANGED}")
+    return record
 
 
 def sha256(contents: bytes | memoryview) -> str:

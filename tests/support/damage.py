@@ -45,6 +45,7 @@ def replace_adapter(update: Path, contents: bytes) -> None:
     """Give a dropped update another adapter, with its size and hash in update.json."""
     (update / ADAPTER).write_bytes(contents)
     record = json.loads((update / "update.json").read_bytes())
+    record.pop("checksum", None)
     record["files"][ADAPTER] = {"sha256": hashlib.sha256(contents).hexdigest(), "bytes": len(contents)}
     (update / "update.json").write_text(json.dumps(record))
 
@@ -54,6 +55,7 @@ def replace_file(path: Path, change) -> None:
     contents = save({name: change(array) for name, array in load_file(path).items()})
     path.write_bytes(contents)
     record = json.loads((path.parent / "update.json").read_bytes())
+    record.pop("checksum", None)
     record["files"][path.name] = {"sha256": hashlib.sha256(contents).hexdigest(), "bytes": len(contents)}
     (path.parent / "update.json").write_text(json.dumps(record))
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from support.kills import arm, fork, was_killed
+
 Names = dict[str, tuple[int, bool]]
 """Of a folder: inodes by name, and whether each is a folder."""
 
@@ -83,9 +85,7 @@ def log_syncs(log: Path) -> None:
     os.fsync = noted
 
 
-def cut(
-    root: Path, operation: Callable[[Path], object], position: int, fork: Callable, was_killed: Callable, arm
-) -> bool:
+def cut(root: Path, operation: Callable[[Path], object], position: int) -> bool:
     """Do something in a folder up to its `position`-th call that changes the disk; return whether it came so far.
 
     The images are written to `root` with `.durable` and `.named` behind its name.
