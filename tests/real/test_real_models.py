@@ -209,8 +209,8 @@ def test_the_first_loss_of_dpo_is_an_own_computations(
 def loss_in_training(model: Any, tokenizer: Any) -> float:
     """Return the mean loss of all learnt tokens of ROWS in one batch, padded on the right, from all logits.
 
-    In training, and as one batch: bitsandbytes' int8 computes otherwise in eval mode, and takes for outliers the columns
-    of large values anywhere in a batch, padding with it.
+    In training, and as one batch: bitsandbytes' int8 computes otherwise in eval mode, and takes for outliers the
+    columns of large values anywhere in a batch, padding with it.
     """
     pairs = [
         [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked(question), f"{answer}<|im_end|>")]
@@ -264,7 +264,7 @@ def test_the_first_loss_on_an_int8_or_nf4_base_is_an_own_computations(plain: tup
     found = json.loads(done.stdout.splitlines()[-1])
     exact = -float(torch.cat([log_probs(*plain, asked(asks), f"{says}<|im_end|>") for asks, says in ROWS]).mean())
     for name, (loss, own) in found.items():
-        assert loss == pytest.approx(own, rel=1e-5), name
+        assert loss == pytest.approx(own, rel=1e-4), name
         assert 1e-4 < abs(loss - exact) < 0.5, name  # the base is a quantised one
 
 
