@@ -360,7 +360,7 @@ def test_the_phrase_bank_is_scored_as_by_lm_evals_own_model(plain: tuple[Any, An
     items = ours(benchmark, plain, data / "fin_sentiment", "chat", limit=limit)
     question = "What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}."
     requests = [
-        Instance("loglikelihood", {}, (asked(f"{question}\n\n{item.record['text']}"), f"{label}<|im_end|>"), 0)
+        Instance("loglikelihood", {}, (asked(f"{question} {item.record['text']}"), f"{label}<|im_end|>"), 0)
         for item in items
         for label in finance.LABELS
     ]
