@@ -206,12 +206,33 @@ def test_the_first_loss_of_dpo_is_an_own_computations(
     assert first_loss(adapted, DPO, referred, noisy(smollm2), beta=0.5) == pytest.approx(own, rel=1e-4)
 
 
+def loss_in_training(model: Any, tokenizer: Any) -> float:
+    """Return the mean loss of all learnt tokens of ROWS in one batch, padded on the right, from all logits.
+
+    In training, and as one batch: bitsandbytes' int8 computes otherwise in eval mode, and takes for outliers the
+    columns of large values anywhere in a batch, padding with it.
+    """
+    pairs = [
+        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked(question), f"{answer}<|im_end|>")]
+        for question, answer in ROWS
+    ]
+    ids = torch.full((len(pairs), max(len(before) + len(learnt) for before, learnt in pairs)), tokenizer.pad_token_id)
+    is_learnt = torch.zeros_like(ids, dtype=torch.bool)
+    for number, (before, learnt) in enumerate(pairs):
+        ids[number, : len(before) + len(learnt)] = torch.tensor(before + learnt)
+        is_learnt[number, len(before) : len(before) + len(learnt)] = True
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model.train()(inputs_embeds=embedded).logits[:, :-1].float()
+    found = log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
+    return -float(found[is_learnt[:, 1:]].mean())
+
+
 QUANTIZED = """
 import json, sys
 from pathlib import Path
 import torch
 sys.path[:0] = sys.argv[1:3]
-from test_real_models import CONFIG, ROWS, asked, first_loss, log_probs
+from test_real_models import CONFIG, ROWS, first_loss, loss_in_training
 from fedcli.data.encoding import Encoder
 from fedcli.model.lora import AdaptedModel, start_adapter
 from fedcli.tasks import SFT
@@ -224,11 +245,11 @@ for name, options in (("int8", {"load_in_8bit": True}), ("nf4", {"load_in_4bit":
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = BitsAndBytesConfig(**options)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
-    own = [log_probs(model, tokenizer, asked(question), f"{answer}<|im_end|>") for question, answer in ROWS]
+    own = loss_in_training(model, tokenizer)
     del model
     adapted = AdaptedModel(folder, CONFIG, trust_remote_code=False, quantization=name)
     rows = list(Encoder(adapted.tokenizer, "chat").encode([instruct(*row) for row in ROWS], 256))
-    found[name] = [first_loss(adapted, SFT, rows, start), -float(torch.cat(own).mean())]
+    found[name] = [first_loss(adapted, SFT, rows, start), own]
 print(json.dumps(found))
 """
 
@@ -241,10 +262,10 @@ def test_the_first_loss_on_an_int8_or_nf4_base_is_an_own_computations(plain: tup
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    exact = [log_probs(*plain, asked(question), f"{answer}<|im_end|>") for question, answer in ROWS]
+    exact = -float(torch.cat([log_probs(*plain, asked(asks), f"{says}<|im_end|>") for asks, says in ROWS]).mean())
     for name, (loss, own) in found.items():
         assert loss == pytest.approx(own, rel=1e-4), name
-        assert 1e-4 < abs(loss + float(torch.cat(exact).mean())) < 0.5, name  # the base is a quantised one
+        assert 1e-4 < abs(loss - exact) < 0.5, name  # the base is a quantised one
 
 
 # Federations
@@ -339,7 +360,7 @@ def test_the_phrase_bank_is_scored_as_by_lm_evals_own_model(plain: tuple[Any, An
     items = ours(benchmark, plain, data / "fin_sentiment", "chat", limit=limit)
     question = "What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}."
     requests = [
-        Instance("loglikelihood", {}, (asked(f"{question}\n\n{item.record['text']}"), f"{label}<|im_end|>"), 0)
+        Instance("loglikelihood", {}, (asked(f"{question} {item.record['text']}"), f"{label}<|im_end|>"), 0)
         for item in items
         for label in finance.LABELS
     ]
