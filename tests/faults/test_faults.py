@@ -120,7 +120,7 @@ def test_a_flipped_digit_of_scores_or_of_their_items_is_noticed_by_table_report_
         with pytest.raises(IntegrityError):
             federation.scores()
         with pytest.raises(IntegrityError):
-            federation.report(small / "report")
+            federation.report(output=small / "report")
         assert str(path) in violations(small)[0]
     path.write_bytes(whole)
     items = path.with_suffix(".jsonl")
