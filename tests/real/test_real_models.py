@@ -21,6 +21,7 @@ from fedcli.data.encoding import Encoder
 from fedcli.data.source import read_rows
 from fedcli.eval.benchmarks import finance
 from fedcli.eval.benchmarks import lm_eval_tasks as table
+from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.likelihood import reference_log_probs
 from fedcli.model.lora import AdaptedModel, lora_config, start_adapter
 from fedcli.tasks import DPO, SFT, Task
@@ -336,7 +337,8 @@ def test_an_exported_merged_model_answers_as_the_base_with_its_adapter(
     fedcli("export", tmp_path / "merged", "--merge", "-w", federation, cwd=tmp_path)
     fedcli("export", tmp_path / "adapter", "-w", federation, cwd=tmp_path)
     merged, tokenizer = load_plain(tmp_path / "merged")
-    with_adapter = PeftModel.from_pretrained(load_plain(smollm2)[0], tmp_path / "adapter").eval()
+    with quiet_libraries():
+        with_adapter = PeftModel.from_pretrained(load_plain(smollm2)[0], tmp_path / "adapter").eval()
     ids = tokenizer(asked(ROWS[0][0]) + ROWS[0][1], return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         one, other = log_softmax(merged(ids).logits, -1), log_softmax(with_adapter(ids).logits, -1)
@@ -359,15 +361,15 @@ def test_the_phrase_bank_is_scored_as_by_lm_evals_own_model(plain: tuple[Any, An
     benchmark = next(benchmark for benchmark in finance.BENCHMARKS if benchmark.name == "fpb-likelihood")
     items = ours(benchmark, plain, data / "fin_sentiment", "chat", limit=limit)
     question = "What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}."
-    requests = [
-        Instance("loglikelihood", {}, (asked(f"{question} {item.record['text']}"), f"{label}<|im_end|>"), 0)
+    requests = [  # lm-eval counts a line's end before the answer with the answer
+        Instance("loglikelihood", {}, (asked(f"{question} {item.record['text']}").rstrip(), f"\n{behind}"), 0)
         for item in items
-        for label in finance.LABELS
+        for behind in ("", *(f"{label}<|im_end|>" for label in finance.LABELS))
     ]
-    theirs = lm_evals_model(plain)
-    answers = [answer for answer, _ in theirs.loglikelihood(requests, disable_tqdm=True)]
-    for number, item in enumerate(items):
-        three = answers[3 * number : 3 * number + 3]
+    found = lm_evals_model(plain).loglikelihood(requests, disable_tqdm=True)
+    answers = np.array([answer for answer, _ in found]).reshape(limit, 4)
+    for item, (line_end, *whole) in zip(items, answers, strict=True):
+        three = np.array(whole) - line_end
         assert [*item.record["answer"].values()] == pytest.approx(three, abs=1e-3)
         assert item.record["label"] == finance.LABELS[int(np.argmax(three))]
 
