@@ -111,23 +111,15 @@ def continued(model: Any, tokenizer: Any, text: str) -> str:
 
 
 def test_smollm2_answers_a_question_sensibly(plain: tuple[Any, Any]) -> None:
-    model, tokenizer = plain
-    inputs = tokenizer(asked("What is the capital of France?"), return_tensors="pt", add_special_tokens=False)
-    answer = tokenizer.decode(
-        model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    )
+    answer = continued(*plain, asked("What is the capital of France?"))
     assert "Paris" in answer, answer
 
 
 def test_gemma_continues_a_text_sensibly_and_its_first_loss_is_an_own_computations(gemma: Path) -> None:
     adapted = AdaptedModel(gemma, CONFIG, trust_remote_code=False)
     model, tokenizer = adapted.base, adapted.tokenizer
-    inputs = tokenizer("The capital of France is", return_tensors="pt")
-    model.eval()
-    answer = tokenizer.decode(
-        model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    )
-    assert "Paris" in answer, answer
+    answer = continued(model.eval(), tokenizer, "<bos>Monday, Tuesday, Wednesday,")
+    assert answer.startswith(" Thursday, Friday"), answer
     rows = Encoder(tokenizer, "alpaca").encode([instruct(*row) for row in ROWS], 256)
     head = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     start, _ = start_adapter(gemma, CONFIG, seed=0, trust_remote_code=False)
