@@ -168,7 +168,7 @@ def test_the_hub_is_asked_unless_that_is_switched_off(tmp_path: Path) -> None:
 
 
 def test_each_promise_of_a_file_system_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert probe_file_system(tmp_path) == {"rename": None, "fsync": None, "lock": None}
+    assert probe_file_system(tmp_path) == {"rename": None, "fsync": None, "lock": None, "clock": None}
 
     def refuse(_descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")

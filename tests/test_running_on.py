@@ -282,7 +282,7 @@ def test_a_run_without_a_terminal_writes_a_line_a_round_and_now_and_then_one_of_
 
 
 def test_status_names_clients_and_not_numbers(small: Path) -> None:
-    (small / "inbox/0/round-00000").mkdir(parents=True)
+    run_ok("client", "train", "--id", 0, cwd=small)
     said = fedcli("status", cwd=small).stdout
     assert "answered   client 0\n" in said
     assert "missing    clients 1 and 2\n" in said

@@ -266,7 +266,6 @@ def test_every_load_refuses_it(headless: Path, tmp_path: Path) -> None:
     config = lora_config(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], base=None)
     with quiet_libraries(), pytest.raises(RequirementError, match=r"1 missing \(lm_head.weight\)"):
         load_base(headless, trust_remote_code=False)
+    options = {"dtype": None, "max_shard_size": "5GB", "template": "alpaca", "trust_remote_code": False}
     with pytest.raises(RequirementError, match=r"1 missing \(lm_head.weight\)"):
-        write_merged(
-            headless, config, {}, tmp_path, dtype=None, max_shard_size="5GB", trust_remote_code=False
-        )  # fmt: skip
+        write_merged(headless, config, {}, tmp_path, **options)

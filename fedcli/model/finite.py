@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fedcli.errors import RequirementError
+from fedcli.errors import ConfigError, RequirementError
 
 if TYPE_CHECKING:
     import torch
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def check_answers(model: "PreTrainedModel") -> None:
-    """Raise RequirementError where a model's logits or embeddings are not finite; it costs one token's forward pass."""
+    """Raise as `check_weights` where a model's logits or embeddings are not finite; it costs one token's pass."""
     import torch
 
     embedding: torch.nn.Module = model.get_input_embeddings()
@@ -22,12 +22,12 @@ def check_answers(model: "PreTrainedModel") -> None:
 
 
 def check_weights(model: "torch.nn.Module", *, of_adapter: bool = False) -> None:
-    """Raise RequirementError for the first weight of the base, or of its adapter, that is not finite; reads all."""
+    """Raise RequirementError for the first weight of the base that is not finite, ConfigError for one of its adapter."""
     for name, parameter in model.named_parameters():
         if (".lora_" in name) == of_adapter and parameter.is_floating_point() and not _is_finite(parameter):
             num_odd = int((~parameter.isfinite()).sum())
             whole_name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            raise RequirementError(
+            raise (ConfigError if of_adapter else RequirementError)(
                 f"the {'adapter' if of_adapter else 'base model'} holds weights that are not finite: {num_odd} of "
                 f"{parameter.numel():,} numbers of {whole_name} are NaN or infinite",
                 hint="Fetch it again, or choose another: no learning rate mends that.",

@@ -4,18 +4,20 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedcli.config import Config, DataFormat, parse_format
 from fedcli.data.formats import Choice, guess_format
 from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
-from fedcli.model.base import find_base, fingerprint
-from fedcli.model.inspection import Inspection, inspect
 from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Home, default_home
 from fedcli.workspace.registrations import PartyRecord, Registration, is_own, read_party, read_registration
 from fedcli.workspace.row_files import has_rows, open_rows
+
+if TYPE_CHECKING:
+    from fedcli.model.inspection import Inspection
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,11 @@ def find_home(experiment: Experiment, client: int, given: Path | None) -> Home:
     return home
 
 
-def find_same_base(federation: FederationState, base: str, *, trust_remote_code: bool) -> Inspection:
+def find_same_base(federation: FederationState, base: str, *, trust_remote_code: bool) -> "Inspection":
     """Return what the base model is, which must be the one that round 0 was opened with, and have no fault."""
+    from fedcli.model.base import find_base, fingerprint
+    from fedcli.model.inspection import inspect
+
     expected = federation.head.manifest.model
     folder = find_base(base, revision=expected.revision, root=federation.workspace.root)
     if fingerprint(folder) != expected.fingerprint:

@@ -165,8 +165,8 @@ def test_status_names_who_is_arriving_and_the_quorum_goes_on_without_them(small,
     monkeypatch.chdir(small)
     assert main(["status"]) == 0
     said = capsys.readouterr().out
-    assert "answered   0, 2\n" in said
-    assert "arriving   1: not all files are there yet" in said
+    assert "answered   clients 0 and 2\n" in said
+    assert "arriving   client 1: not all files are there yet" in said
     configure(small, "federation.quorum=0.6")
     assert main(["server", "aggregate"]) == 0
     aggregation = read_manifest(small, 1)["aggregation"]
