@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -47,7 +47,8 @@ def hold(path: Path, purpose: str, *, folder_mode: int | None = PRIVATE_FOLDER_M
             _name_holder(path)
         yield
     finally:
-        lock.release()
+        with suppress(OSError):  # of closing a file that holds nothing; what failed before it is to be told
+            lock.release()
 
 
 def is_held(path: Path) -> bool:

@@ -206,9 +206,11 @@ class DirectoryStore(Store):
     def set_aside(self, folder: str) -> bool:
         """Rename a folder; of a link on the way the link, for through it another's folder would be moved."""
         path = self._link_to(folder) or self.root / folder
-        if not os.path.lexists(path):
-            return False
         with publish.explained(path):
+            try:
+                os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
             os.rename(path, path.with_name(f"{publish.DISCARDED_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"))
             publish.sync(path.parent)
         return True

@@ -22,6 +22,8 @@ from support.processes import SMALL, settings
 from fedcli import Federation
 from fedcli.workspace.layout import Workspace
 
+NOTHING_DUE = 6
+"""How a server ends whose round was published before a later call failed, when it is run again."""
 NUM_FAULTS = os.environ.get("FEDCLI_FAULTS", "12")
 CHANGING = ("write", "fsync", "close", "rename", "link", "mkdir", "unlink", "chmod", "fchmod")
 
@@ -35,8 +37,6 @@ class Scenario:
     first: Callable[[Path], object] = lambda root: None
     algorithm: str = "fedavg"
     start: str = "small"
-    goes_on: bool = True
-    """Whether it must succeed when it is run again."""
 
 
 def command(*arguments: object) -> Callable[[Path], object]:
@@ -86,7 +86,7 @@ SCENARIOS = (
     Scenario("server aggregate", ("server", "aggregate"), all_take_part),
     Scenario("server aggregate (scaffold)", ("server", "aggregate"), after(train_0, train_1, train_2), "scaffold"),
     Scenario("server aggregate (fedyogi)", ("server", "aggregate"), all_take_part, "fedyogi"),
-    Scenario("server discard", ("server", "discard", "--id", 1), all_take_part, goes_on=False),
+    Scenario("server discard", ("server", "discard", "--id", 1), all_take_part),
     Scenario("run", ("run",)),
     Scenario("train-alone", ("train-alone", "--id", 1)),
     Scenario("train-pooled", ("train-pooled",)),
@@ -165,13 +165,15 @@ def chosen(calls: list[list[str]], seed: str) -> list[Fault]:
     return every if NUM_FAULTS == "all" else random.Random(seed).sample(every, min(int(NUM_FAULTS), len(every)))
 
 
-def is_refusal(done: Done, fault: Fault, calls: list[list[str]]) -> bool:
+def is_refusal(done: Done, fault: Fault) -> bool:
     """Return whether the call was one of opening a dropped update, with an error that is the update's own fault."""
-    name, path, _ = calls[fault.position - 1]
+    if fault.position > len(done.calls):
+        return False
+    name, path, _ = done.calls[fault.position - 1]  # of two threads' calls the order is not always the same
     return name == "open" and "/inbox/" in path and fault.failure in OF_AN_UPDATE
 
 
-CLEAN = ("status",)
+CLEAN = ("status", "verify", "client status", "server aggregate", "server aggregate (fedyogi)", "server discard", "gc")
 """Commands of which no fault is known to come out wrong: those that CI tries; $FEDCLI_FAULTS tries all."""
 TRIED = [scenario for scenario in SCENARIOS if "FEDCLI_FAULTS" in os.environ or scenario.name in CLEAN]
 
@@ -191,7 +193,7 @@ def test_a_failing_call_loses_nothing_doubles_nothing_and_leaves_nothing(templat
         done = faults.run(scenario.arguments, copied(template, place), fault)
         what = f"{errno.errorcode[fault.failure]} {fault} at {undisturbed.calls[fault.position - 1]}"
         counts["tried"] += 1
-        if is_refusal(done, fault, undisturbed.calls):
+        if is_refusal(done, fault):
             continue
         if done.code != 0:
             counts["failed"] += 1
@@ -199,7 +201,7 @@ def test_a_failing_call_loses_nothing_doubles_nothing_and_leaves_nothing(templat
                 counts["other"] += 1
                 problems.append(f"{what}: {problem}: {done.err}")
             again = faults.run(scenario.arguments, place)
-            if scenario.goes_on and again.code != 0:
+            if again.code not in (0, NOTHING_DUE):  # the files tell whether all is done
                 counts["lost"] += 1
                 problems.append(f"{what}: exit {done.code} and again {again.code}: {again.err}")
                 continue

@@ -105,7 +105,8 @@ def snapshot(root: Path, ids: Sequence[bytes] = ()) -> dict[str, str]:
             contents = _TIME.sub(b"", contents)
             for known in ids:
                 contents = contents.replace(known, b"ID")
-        found[path.relative_to(root).as_posix()] = hashlib.sha256(contents).hexdigest()
+        name = re.sub(r"(\.discarded-round-\d+)-[0-9a-f]{8}", r"\1", path.relative_to(root).as_posix())
+        found[name] = hashlib.sha256(contents).hexdigest()
     return found
 
 
