@@ -179,10 +179,8 @@ def test_status_tells_queued_running_and_failed_elements_of_the_last_attempt(sma
     assert (slurm["queued"], slurm["running"], slurm["failed"]) == ({"1": "Resources"}, [0], {"2": "ENDED"})
     assert (slurm["servers"], slurm["will_merge"]) == ({"10": "PENDING"}, True)
     line = next(line for line in call(small, programs, "status").stdout.splitlines() if line.startswith("slurm"))
-    assert (
-        line
-        == "slurm      queued client 1 (Resources); running client 0; failed client 2 (ENDED); merging is job 10: PENDING"
-    )
+    jobs = "queued client 1 (Resources); running client 0; failed client 2 (ENDED); merging is job 10: PENDING"
+    assert line == f"slurm      {jobs}"
     assert "r00000-clients-fedcli-" in (programs / "options").read_text()
 
 

@@ -22,7 +22,7 @@ def check_answers(model: "PreTrainedModel") -> None:
 
 
 def check_weights(model: "torch.nn.Module", *, of_adapter: bool = False) -> None:
-    """Raise RequirementError for the first weight of the base that is not finite, ConfigError for one of its adapter."""
+    """Raise RequirementError for the first weight of the base that is not finite, ConfigError for its adapter's."""
     for name, parameter in model.named_parameters():
         if (".lora_" in name) == of_adapter and parameter.is_floating_point() and not _is_finite(parameter):
             num_odd = int((~parameter.isfinite()).sum())
