@@ -106,8 +106,8 @@ class Runtime:
         rows, num_usable = read_encoded(
             party, self.encoder(train.template), self._task.name, train, fingerprint=self._fingerprint, on_rows=count
         )
-        longest, limit = max(rows.lengths(), default=0), self._base.position_limit
-        if limit is not None and longest > limit:
+        limit = self._base.position_limit
+        if limit is not None and (longest := int(rows.lengths().max(initial=0))) > limit:
             raise ConfigError(
                 f"client {party.client}: a row has {longest} tokens, the base has {limit} positions",
                 hint=f"Set train.max_length to {limit} or less; it takes effect with the next round that is opened.",

@@ -1,7 +1,7 @@
 """Which format and split a source has, and reading its rows; what is left out is counted by reason."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -75,6 +75,9 @@ def guess_format(source: str, given: DataFormat | None, task: str, rows: Iterabl
         last = candidates.index("text")
         usable[last] *= not any(usable[:last] + usable[last + 1 :])
     best = 0 if usable[0] else max(range(len(usable)), key=usable.__getitem__)
+    marked = next((name for name, columns in _MARKS.items() if name in candidates and _have(first, columns)), None)
+    if marked is not None and (not usable[best] or candidates[best] == "text"):
+        return Choice(marked)  # none of the rows is usable, and its reader says why
     if not usable[best]:
         return Choice(chosen)
     reader = RowReader(candidates[best])
@@ -82,6 +85,14 @@ def guess_format(source: str, given: DataFormat | None, task: str, rows: Iterabl
     columns = ", ".join(reader.used)
     told = f"format: {written_format(reader.format)}, guessed from the columns {columns}; {key} sets another"
     return Choice(reader.format, told)
+
+
+_MARKS = {"oasst": ("parent_id", "role", "text"), "messages": ("messages",), "sharegpt": ("conversations",)}
+"""Columns that no other format has."""
+
+
+def _have(rows: Sequence[Row], columns: Sequence[str]) -> bool:
+    return bool(rows) and all(column in row.fields for row in rows for column in columns)
 
 
 def _pairs(rows: Iterable[Row]) -> Iterator[ColumnsFormat]:

@@ -233,10 +233,14 @@ def _file_rows(path: Path, source: Source) -> Iterator[Row]:
         else:
             with _unpacked(path) as plain:
                 yield from _arrow_rows(path, plain, kind)
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        known = "such as latin-1 or cp1252"
+        with opener(path) as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                known = "by its first bytes utf-16"
         raise ConfigError(
             f"{path} is not {source.encoding or 'UTF-8'} text: {error}",
-            hint="Set data.encoding (or --encoding) to what it is, such as latin-1 or cp1252, or convert it to UTF-8.",
+            hint=f"Set data.encoding (or --encoding) to what it is, {known}, or convert it to UTF-8.",
         ) from error
     except (EOFError, zlib.error) as error:
         raise ConfigError(f"{path} is damaged: {error}", hint="Fetch the file again.") from error
@@ -368,9 +372,12 @@ def _separator(path: Path, source: Source) -> str:
     """Return what separates a file's cells: where the usual finds one column, what finds most of them in the header."""
     if source.delimiter is not None:
         return source.delimiter
-    with _opened(path, source, newline="") as file:
-        header = next((line for line in file if line.strip()), "")
     usual = _usual(path)
+    try:
+        with _opened(path, source, newline="") as file:
+            header = next((line for line in file if line.strip()), "")
+    except (OSError, EOFError, zlib.error, UnicodeError):  # reading the rows will say what is wrong
+        return usual
     if header.count(usual):
         return usual
     return max((usual, *_SEPARATORS), key=header.count)

@@ -16,7 +16,7 @@ from fedcli.model.base_files import require_files
 from fedcli.model.bitsandbytes import require_bitsandbytes, show_bitsandbytes
 from fedcli.model.gguf import PACKAGE_PREFIX, dequantized, find_gguf, fingerprint_of_source, gguf_of_package
 from fedcli.model.library_logging import quiet_libraries
-from fedcli.model.weight_structure import MISMATCH_CURE, mismatch
+from fedcli.model.weight_structure import MISMATCH_CURE, mismatch, quantization_of
 
 if TYPE_CHECKING:
     import torch
@@ -111,12 +111,13 @@ def fingerprint(folder: Path) -> str:
     return fingerprint_of_source(folder, own) or own
 
 
-def files_digest(folder: Path) -> str:
-    """Return a hash of a base model's files, as `fingerprint` says."""
+def files_digest(folder: Path, *, of_version: int = 2) -> str:
+    """Return a hash of a base model's files, as `fingerprint` says; its version 1 covered fewer kinds of them."""
     digest = hashlib.sha256()
     settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
-    config = folder / "config.json"
-    later = [*_LATER_SETTINGS, *(["*.py"] if config.is_file() and b'"auto_map"' in config.read_bytes() else [])]
+    configs = [path for name in ("config.json", "tokenizer_config.json") if (path := folder / name).is_file()]
+    has_code = any(b'"auto_map"' in path.read_bytes() for path in configs)
+    later = [*_LATER_SETTINGS, *(["*.py"] if has_code else [])] if of_version > 1 else []
     for path in [*_weights(folder), *settings, *(path for name in later for path in sorted(folder.glob(name)))]:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
@@ -133,8 +134,8 @@ def files_digest(folder: Path) -> str:
 def comes_quantized(folder: Path) -> bool:
     """Return whether a base model's weights are stored quantised, as its config.json says."""
     try:
-        return "quantization_config" in json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        return quantization_of(json.loads((folder / "config.json").read_bytes())) is not None
+    except (OSError, ValueError, AttributeError):
         return False  # loading it will say what is wrong
 
 
@@ -277,7 +278,7 @@ def pad_id_of(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", de
 
     Any id will do, for no position ever sees what pads.
     """
-    pad_id, vocab_size = tokenizer.pad_token_id, getattr(model.config, "vocab_size", None)
+    pad_id, vocab_size = tokenizer.pad_token_id, getattr(model.config.get_text_config(), "vocab_size", None)
     return pad_id if isinstance(pad_id, int) and (vocab_size is None or pad_id < vocab_size) else default
 
 

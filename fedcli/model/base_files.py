@@ -53,9 +53,10 @@ def require_files(folder: Path) -> None:
         )
         kinds = f"; {others[0]} is of another format" if others else ""
         raise refuse(f"does not hold config.json and weights (no *.safetensors, no *.bin){kinds}", layout)
-    for name in ("config.json", *TOKENIZER_FILES, "*.safetensors", "*.bin", "*.index.json"):
+    tokenizer = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else TOKENIZER_FILES
+    for name in ("config.json", *tokenizer, "*.index.json", *weight_files(folder)):
         for path in sorted(folder.glob(name)):
-            if _starts_with(path, _LFS):
+            if path.is_file() and _starts_with(path, _LFS):
                 raise RequirementError(
                     f"the base model {folder} is not fetched: {path.name} is a git-lfs pointer",
                     hint=f"Run `git lfs pull` in {folder}, or fetch the model again.",

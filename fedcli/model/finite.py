@@ -1,5 +1,6 @@
 """Bases whose weights hold NaN or infinite numbers: nothing that such a model says means anything."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fedcli.errors import ConfigError, RequirementError
@@ -13,10 +14,14 @@ def check_answers(model: "PreTrainedModel") -> None:
     """Raise as `check_weights` where a model's logits or embeddings are not finite; it costs one token's pass."""
     import torch
 
-    embedding: torch.nn.Module = model.get_input_embeddings()
+    try:
+        embedding: list[torch.nn.Parameter] = list(model.get_input_embeddings().parameters())
+    except (AttributeError, NotImplementedError):  # a base's own code need not name it
+        embedding = list(model.parameters())
     with torch.no_grad():
-        logits = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device)).logits
-    if not (_is_finite(logits) and all(map(_is_finite, embedding.parameters()))):
+        outputs = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    if not (_is_finite(logits) and all(map(_is_finite, embedding))):
         check_weights(model)
         check_weights(model, of_adapter=True)
 

@@ -93,7 +93,8 @@ def dequantized(file: Path, *, digest: Callable[[Path], str], unpack: Callable[[
         )
     from filelock import FileLock
 
-    key = hashlib.sha256(f"{_LAYOUT} {version('transformers')} {fingerprint_of(file)}".encode()).hexdigest()[:16]
+    versions = f"{_LAYOUT} {version('transformers')} {version('gguf')}"
+    key = hashlib.sha256(f"{versions} {fingerprint_of(file)}".encode()).hexdigest()[:16]
     folder = cache_folder() / "gguf" / key / file.name
     if _is_whole(folder, digest):
         return folder

@@ -126,7 +126,7 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     kind = str(config.get("model_type") or "")
     whole = find_architecture(kind)
     known = find_architecture(str(text.get("model_type") or kind)) or whole
-    own_code = _own_code(config, whole)
+    own_code = _own_code(config, whole, trusts_code=trust_remote_code)
     weights = Weights.read(folder)
 
     def setting(name: str) -> Any:
@@ -136,7 +136,7 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     is_tied = config.get("tie_word_embeddings", setting("tie_word_embeddings"))
     positions = _positions(known, text, weights)
     num_linear, num_other = weights.counts()
-    found = Structure.of(folder, weights, known if text is config else None, config)
+    found = Structure.of(folder, weights, known if text is config and own_code is None else None, config)
     rows = found.embedding_rows
     is_plain = bool(weights.shapes) and quantization_of(config) is None
     targets = lora_targets().get(kind)
@@ -174,11 +174,11 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     return Inspection(**{**vars(draft), "faults": tuple(faults), "notes": tuple(notes)})
 
 
-def _own_code(config: Mapping[str, Any], known: Architecture | None) -> str | None:
-    """Return the file of a base's own code; None where transformers' own class is taken."""
+def _own_code(config: Mapping[str, Any], known: Architecture | None, *, trusts_code: bool) -> str | None:
+    """Return the file of a base's own code; None where transformers' own class is taken, as it is without trust."""
     mapped = config.get("auto_map")
     named = mapped.get("AutoModelForCausalLM") if isinstance(mapped, dict) else None
-    if named is None or (known is not None and known.causal_class is not None):
+    if named is None or (not trusts_code and known is not None and known.causal_class is not None):
         return None
     return str(named).partition("--")[2].rpartition(".")[0] or str(named).rpartition(".")[0] + ".py"
 

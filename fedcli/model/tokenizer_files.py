@@ -84,7 +84,7 @@ class TokenizerFiles:
         elif "vocab.json" in names:
             ids |= read_object(folder / "vocab.json")
         elif "vocab.txt" in names:
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
             ids |= {line: number for number, line in enumerate(lines)}
         config = read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         decoder = config.get("added_tokens_decoder")

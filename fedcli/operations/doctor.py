@@ -3,13 +3,14 @@
 import os
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fedcli.config import Config, TrainConfig
-from fedcli.errors import FedError, RequirementError
+from fedcli.errors import ConfigError, FedError, RequirementError
 from fedcli.observer import Observer
 from fedcli.parties.party import trusts_code
 from fedcli.quantities import describe_bytes, plural
@@ -121,12 +122,17 @@ def _made_by_transformers(found: "Inspection") -> "Inspection":
 
     Raises FedError where they cannot be made.
     """
+    from fedcli.data.encoding import Encoder
     from fedcli.model.base import load_shapes, load_tokenizer
+    from fedcli.model.targets import targets_of
     from fedcli.model.tokenizer_files import chat_abilities
 
-    load_shapes(found.folder, revision=None, trust_remote_code=False)
+    model = load_shapes(found.folder, revision=None, trust_remote_code=False)
+    with suppress(ConfigError):  # none is usual for it
+        found = replace(found, lora_targets=tuple(targets_of(model, None)))
     tokenizer = load_tokenizer(found.folder, trust_remote_code=False)
     found.check_tokenizer(tokenizer)
+    Encoder(tokenizer)  # it needs an end of sequence
     return replace(found, tokenizer_size=max(tokenizer.get_vocab().values()) + 1, chat=chat_abilities(tokenizer))
 
 

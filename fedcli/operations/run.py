@@ -17,8 +17,7 @@ from fedcli.scoring.after_rounds import note_due, score_due
 from fedcli.server.aggregate import AggregationResult, aggregate
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
-from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import arriving_clients
+from fedcli.workspace.history import Round, arriving_clients
 from fedcli.workspace.locks import hold
 
 
@@ -103,7 +102,7 @@ def run_federation(
                     break
             if has_failed and _due_clients(federation, failed):
                 continue  # another one of the cohort may take its place
-            merged = _merge(federation, head, observer)
+            merged = _merge(federation, head, failed, observer)
             if merged is None:
                 _check_failures(federation, head, failed)
                 elsewhere = [client for client in head.missing_clients() if not is_here(federation, client)]
@@ -177,14 +176,18 @@ def _train_in_turn(
             continue
 
 
-def _merge(federation: FederationState, head: Round, observer: Observer) -> AggregationResult | None:
+def _merge(
+    federation: FederationState, head: Round, failed: Sequence[ClientFailure], observer: Observer
+) -> AggregationResult | None:
     """Merge the round, or return None where that must wait for other processes."""
     try:
         return aggregate(federation, observer=observer)
     except BusyError:
         return None
     except NotReadyError:
-        is_complete = not head.missing_clients() and not arriving_clients(head, head.manifest.cohort)
+        have_failed = {failure.client for failure in _failed_in(head, failed)}
+        is_complete = {*head.missing_clients()} <= have_failed and not arriving_clients(head, head.manifest.cohort)
         if is_complete and federation.head.number == head.number:
+            _check_failures(federation, head, failed)
             raise  # no valid update: waiting would not help
         return None

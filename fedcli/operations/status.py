@@ -7,8 +7,7 @@ from fedcli.operations.slurm_state import JobStates, read_job_states
 from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.file_system_check import describe_clock
-from fedcli.workspace.history import Round, is_hidden
-from fedcli.workspace.inbox import arriving_clients
+from fedcli.workspace.history import Round, arriving_clients, is_hidden
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 from fedcli.workspace.registrations import joined_clients

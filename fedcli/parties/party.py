@@ -197,12 +197,13 @@ def find_home(experiment: Experiment, client: int, given: Path | None) -> Home:
 
 def find_same_base(federation: FederationState, base: str, *, trust_remote_code: bool) -> "Inspection":
     """Return what the base model is, which must be the one that round 0 was opened with, and have no fault."""
-    from fedcli.model.base import find_base, fingerprint
+    from fedcli.model.base import files_digest, find_base, fingerprint
     from fedcli.model.inspection import inspect
 
     expected = federation.head.manifest.model
     folder = find_base(base, revision=expected.revision, root=federation.workspace.root)
-    if fingerprint(folder) != expected.fingerprint:
+    # an earlier version may have opened round 0
+    if expected.fingerprint not in (fingerprint(folder), files_digest(folder, of_version=1)):
         raise ConfigError(
             f"model.base: {folder} is not the base model of this federation ({expected.base}): its fingerprint differs",
             hint="Point model.base in fedcli.yaml (a joined party: `client join --base DIR`) to a copy of the very "

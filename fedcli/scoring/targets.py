@@ -171,10 +171,10 @@ def _folder(folder: Path) -> Target:
 def _model(workspace: Workspace, model: str) -> Target:
     try:
         folder = find_base(model, revision=None, root=Path.cwd())
-        inspect(folder).require()
     except FedError as error:
         error.hint = "Name a folder in transformers' layout, or a hub id, with --model."
         raise
+    inspect(folder).require()
     digest = fingerprint(folder)
     return Target(f"model-{_plain(Path(model).name)}-{digest[:8]}", {"model": digest}, model=folder)
 

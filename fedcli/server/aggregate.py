@@ -15,8 +15,8 @@ from fedcli.server.merge import combine
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
-from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import arriving_clients, discard_update
+from fedcli.workspace.history import Round, arriving_clients
+from fedcli.workspace.inbox import discard_update
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import Aggregation
 from fedcli.workspace.registrations import is_server

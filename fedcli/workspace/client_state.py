@@ -72,6 +72,8 @@ def damaged_candidates(home: Home, algorithm: Algorithm) -> Iterator[tuple[Path,
         for path in sorted(home.candidate(algorithm.private_state, 0, "").parent.glob("round-*")):
             try:
                 _checked(path)
+            except FileNotFoundError:  # its client goes on meanwhile
+                continue
             except (Refusal, SafetensorError) as error:
                 yield path, str(error)
 

@@ -1,13 +1,21 @@
 """Published rounds: finding the head, reading manifests and files with their hashes checked, and who has answered."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedcli.algos import Algorithm, Array
 from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MANIFEST, PRUNED, Workspace, is_round_name
+from fedcli.workspace.layout import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    MANIFEST,
+    PRUNED,
+    UPDATE_RECORD,
+    Workspace,
+    is_round_name,
+)
 from fedcli.workspace.records import (
     CHANGED,
     FileEntry,
@@ -282,3 +290,17 @@ def read_if_there(workspace: Workspace, path: Path, limit: int) -> bytes | None:
         return None
     except Refusal as refusal:
         raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
+
+
+def arriving_clients(base: Round, clients: Sequence[int]) -> list[int]:
+    """Return those of some clients whose update of a round lacks a file, as far as this user may look."""
+    return [client for client in clients if _lacks_a_file(base, client)]
+
+
+def _lacks_a_file(base: Round, client: int) -> bool:
+    workspace = base.workspace
+    try:
+        with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
+            return not {UPDATE_RECORD, *base.manifest.update_files} <= {*folder.names()}
+    except (FileNotFoundError, Refusal):  # there is none, or it is looked at when it is merged
+        return False

@@ -125,20 +125,6 @@ def read_update(
     return update
 
 
-def arriving_clients(base: Round, clients: Sequence[int]) -> list[int]:
-    """Return those of some clients whose update of a round lacks a file, as far as this user may look."""
-    return [client for client in clients if _lacks_a_file(base, client)]
-
-
-def _lacks_a_file(base: Round, client: int) -> bool:
-    workspace = base.workspace
-    try:
-        with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
-            return not {UPDATE_RECORD, *base.manifest.update_files} <= {*folder.names()}
-    except (FileNotFoundError, Refusal):  # there is none, or it is looked at when it is merged
-        return False
-
-
 def read_update_record(base: Round, client: int) -> bytes:
     """Return the update.json of an update that was counted; raise FileNotFoundError or Refusal."""
     path = base.workspace.update(base.number, client) / UPDATE_RECORD

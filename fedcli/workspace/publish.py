@@ -180,8 +180,8 @@ def remove_temporaries(folder: Path, *, older_than: float = 0) -> None:
             with suppress(OSError):
                 if not older_than:
                     _remove_temporary(entry)
-                elif _tells_by_lock(entry.name):
-                    _remove_if_unlocked(entry)
+                elif _tells_by_lock(entry.name) and _remove_if_unlocked(entry):
+                    pass
                 elif time.time() - entry.lstat().st_mtime >= older_than:
                     _remove_temporary(entry)
 
@@ -197,14 +197,23 @@ def _remove_temporary(entry: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True) if doomed.is_dir() else doomed.unlink()
 
 
-def _remove_if_unlocked(entry: Path) -> None:
-    """Remove it if its writer has died; the lock is held meanwhile, so that a writer that begins takes another name."""
+def _remove_if_unlocked(entry: Path) -> bool:
+    """Remove it if its writer has died, and return whether locks tell that on this file system.
+
+    The lock is held meanwhile, so that a writer that begins takes another name.
+    """
     descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # its writer lives
+            return True
+        except OSError:
+            return False
         _remove_temporary(entry)
     finally:
         os.close(descriptor)
+    return True
 
 
 def temporary_in(folder: Path) -> Path:

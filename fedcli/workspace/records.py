@@ -195,8 +195,8 @@ class Manifest(Record):
     def scheduled_rate(self) -> float:
         """The learning rate that the schedule gives to the round (docs/PROTOCOL.md, "Training")."""
         first, last = self.train.schedule.learning_rate, self.train.schedule.learning_rate_min
-        share = self.round / max(1, self.train.schedule.rounds)
-        return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+        cosine = (1 + math.cos(math.pi * self.round / max(1, self.train.schedule.rounds))) / 2
+        return last + (first - last) * cosine
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def publish_scores(workspace: Workspace, record: ScoreRecord, items: Sequence[Ma
     """Keep a target's scores, and its items (one JSON object each, with "item" and "marks") beside them."""
     path = workspace.scores(record.target, record.name)
     lines = "".join(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in items)
+    workspace.store.delete(workspace.name(path))  # else a kill would leave new items beside the old record
     if items:
         record = record.model_copy(update={"items": file_entry(lines.encode())})
         workspace.store.put(workspace.name(path.with_suffix(".jsonl")), lines.encode())
