@@ -106,6 +106,8 @@ class Inspection:
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raise RequirementError where a loaded tokenizer, whatever its files, has tokens without an embedding."""
         roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
+        if "unk_token" in roles:  # of its files' own it is known already; its class may bring one that no text needs
+            roles["other_token"] = roles.pop("unk_token")
         ids, special = tokenizer.get_vocab(), set(map(str, tokenizer.all_special_tokens))
         config, template = read_object(self.folder / "config.json"), str(tokenizer.chat_template or "")
         written, _ = beyond(ids, roles, special, template, config, self.embedding_rows)
