@@ -81,6 +81,7 @@ class Encoder:
         say where items come from.
         """
         rows, iterator = EncodedRows(), iter(zip(items, places, strict=False))
+        of_texts: Encoder | None = None
         while chunk := list(islice(iterator, CHUNK)):
             notes: list[set[str]] = [set() for _ in chunk]
             # sides of one prompt: where one of them has thoughts, all begin where thoughts do
@@ -88,7 +89,9 @@ class Encoder:
                 item.num_sides > 1 and any(map(self._template.has_thoughts, item.conversations)) for item, _ in chunk
             ]
             is_plain = all(item.num_sides == 1 and is_text(item.conversations[0]) for item, _ in chunk)
-            encoder = Encoder(self._tokenizer, TEXT) if is_plain else self
+            if is_plain:
+                of_texts = of_texts or Encoder(self._tokenizer, TEXT)
+            encoder = of_texts if of_texts is not None and is_plain else self
             columns = [
                 encoder._encode(side, chunk[0][0].last_only, with_thoughts, notes)
                 for side in zip(*(item.conversations for item, _ in chunk), strict=True)

@@ -33,7 +33,7 @@ class Structure:
         at = known.layers_at if known else None
         hint = MISMATCH_CURE
         names = {name for name in weights.names if name.endswith((".weight", ".bias"))}
-        embeddings = sorted((name for name in names if _EMBEDDINGS.search(name)), key=len)
+        embeddings = sorted((name for name in names if _EMBEDDINGS.search(name)), key=lambda name: (len(name), name))
         if embeddings and weights.shapes:
             found.embedding_rows = weights.shapes[embeddings[0]][0]
         if known is not None and at is not None and names:
@@ -45,7 +45,7 @@ class Structure:
                 hint = f"Save it again without its wrapper: the names of its weights begin with {prefix!r}."
             elif container in (at, at.partition(".")[2]):
                 found._compare_layers(f"{container}.", layers, known, config, weights.shapes)
-                found._check_ends(names, container == at, known, config)
+                found._check_head(names, known, config)
             heads = sorted(name for name in names if re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name))
             found._check_sizes([*embeddings[:1], *heads], known, config, weights.shapes)
         if found.missing or found.unexpected or found.reshaped or found.uneven:
@@ -102,8 +102,8 @@ class Structure:
                         if other != shape
                     ]
 
-    def _check_ends(self, names: set[str], is_full: bool, known: Architecture, config: Mapping[str, Any]) -> None:
-        """The output head of its own that config.json promises."""
+    def _check_head(self, names: set[str], known: Architecture, config: Mapping[str, Any]) -> None:
+        """Look for the output head of its own that config.json promises."""
         is_tied = known.setting(config, "tie_word_embeddings")
         if is_tied is False and not any(_HEADS.search(name) for name in names) and quantization_of(config) is None:
             self.missing.append("embed_out.weight" if known.name == "gpt_neox" else "lm_head.weight")
