@@ -47,7 +47,8 @@ def test_the_warm_run_equals_separate_processes_bit_for_bit(small: Path, tmp_pat
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda client: run_ok("client", "train", "--id", client, cwd=separate), range(3)))
         run_ok("server", "aggregate", cwd=separate)
-    assert run_ok("run", cwd=small) == {"left_out": {}, "num_merged": 2, "round": 2, "state": "finished"}
+    nothing = {"left_out": {}, "notes": {}, "first_cases": {}, "unused": {}}
+    assert run_ok("run", cwd=small) == {**nothing, "num_merged": 2, "round": 2, "state": "finished"}
     assert adapter_hashes(small) == adapter_hashes(separate)
     assert len(set(adapter_hashes(small))) == 3
 
@@ -251,7 +252,7 @@ def test_run_takes_over_the_client_of_a_trainer_that_dies(small: Path) -> None:
     other.kill()
     other.communicate()
     assert json.loads(running.communicate(timeout=60)[0]) == {
-        "left_out": {},
+        **{name: {} for name in ("left_out", "notes", "first_cases", "unused")},
         "num_merged": 1,
         "round": 1,
         "state": "open",

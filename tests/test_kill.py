@@ -148,7 +148,8 @@ def second_rounds(template: Path) -> dict[str, Path]:
         Federation(Workspace(folder)).server.open()
         (folder / "data").mkdir()
         for client in NUM_SAMPLES:
-            (folder / "data" / f"client-{client}.jsonl").touch()  # the stub looks at none
+            row = '{"instruction": "q", "output": "a"}\n'  # the stub looks at none
+            (folder / "data" / f"client-{client}.jsonl").write_text(row)
             train_as(client, folder)
         assert Federation.open(folder).server.aggregate().published
         train_as(1, folder)

@@ -32,7 +32,7 @@ from fedcli.parties.party import find_same_base
 
 plain = Runtime(state)
 print("bitsandbytes" in sys.modules)
-folder = find_same_base(state, state.config.model.base)
+folder = find_same_base(state, state.config.model.base, trust_remote_code=False).folder
 settings = lora_config(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], base=None)
 for quantization in ("int8", "nf4"):
     adapted = AdaptedModel(folder, settings, trust_remote_code=False, quantization=quantization)
@@ -46,7 +46,7 @@ from fedcli.model.base import load_base, load_whole
 from fedcli.parties.party import find_same_base
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-folder = find_same_base(state, state.config.model.base)
+folder = find_same_base(state, state.config.model.base, trust_remote_code=False).folder
 if not Path("stored").exists():
     model = load_whole(folder, device_map="cpu", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     model.save_pretrained("stored")

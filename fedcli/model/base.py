@@ -278,7 +278,10 @@ def pad_id_of(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", de
 
     Any id will do, for no position ever sees what pads.
     """
-    pad_id, vocab_size = tokenizer.pad_token_id, getattr(model.config.get_text_config(), "vocab_size", None)
+    pad_id, vocab_size = (
+        tokenizer.pad_token_id,
+        getattr(getattr(model.config, "text_config", model.config), "vocab_size", None),
+    )
     return pad_id if isinstance(pad_id, int) and (vocab_size is None or pad_id < vocab_size) else default
 
 

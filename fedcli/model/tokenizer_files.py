@@ -72,10 +72,14 @@ class TokenizerFiles:
         ids: dict[str, int] = {}
         special: set[str] = set()
         added: list[Any] = []
+        needs_unknown = True
         if "tokenizer.json" in names:
             document = read_object(folder / "tokenizer.json")
-            model = document.get("model")
-            vocab = model.get("vocab") if isinstance(model, dict) else None
+            found = document.get("model")
+            model: dict[str, Any] = found if isinstance(found, dict) else {}
+            is_of_bytes = "ByteLevel" in str(document.get("decoder"))  # as bytes all is known
+            needs_unknown = model.get("type") != "BPE" or (model.get("unk_token") is not None and not is_of_bytes)
+            vocab = model.get("vocab")
             if isinstance(vocab, dict):
                 ids |= vocab
             elif isinstance(vocab, list):  # Unigram: [token, score]
@@ -100,11 +104,11 @@ class TokenizerFiles:
                 special |= {str(entry.get("content"))} if entry.get("special") else set()
         mapped = folder / "special_tokens_map.json"
         settings = {**(read_object(mapped) if mapped.is_file() else {}), **config}
-        roles = {}
+        roles: dict[str, str] = {}
         for role, value in settings.items():
             token = value.get("content") if isinstance(value, dict) else value
             if role.endswith("_token") and isinstance(token, str):
-                roles[role] = token
+                roles["other_token" if role == "unk_token" and not needs_unknown else role] = token
         template: Any = config.get("chat_template")
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")

@@ -185,8 +185,9 @@ def _merge(
     except BusyError:
         return None
     except NotReadyError:
-        have_failed = {failure.client for failure in _failed_in(head, failed)}
-        is_complete = {*head.missing_clients()} <= have_failed and not arriving_clients(head, head.manifest.cohort)
+        missing, have_failed = {*head.missing_clients()}, {each.client for each in _failed_in(head, failed)}
+        may_answer = missing if seconds_left(federation) is not None else missing - have_failed
+        is_complete = not may_answer and not arriving_clients(head, head.manifest.cohort)
         if is_complete and federation.head.number == head.number:
             _check_failures(federation, head, failed)
             raise  # no valid update: waiting would not help
