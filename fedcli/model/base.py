@@ -97,6 +97,12 @@ def _unpack(file: Path, folder: Path) -> None:
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(str(error)) from error
         tokenizer.save_pretrained(folder)
+        saved = folder / "tokenizer.json"
+        if saved.is_file():  # the class that converts it may add a token that the file does not know
+            document = json.loads(saved.read_bytes())
+            rows = int(model.config.vocab_size)
+            document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < rows]
+            saved.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
 
 
 def fingerprint(folder: Path) -> str:
