@@ -39,7 +39,8 @@ def save_examples(workspace: Path, path: Path) -> Path:
     from fedcli.data.encoding import Encoder, encode_source
     from fedcli.data.formats import RowReader
     from fedcli.data.order import draw
-    from fedcli.model.base import find_base, load_tokenizer
+    from fedcli.model.base import find_base
+    from fedcli.model.loading import load_tokenizer
     from fedcli.parties.party import find_party
     from fedcli.workspace.federation_state import Experiment
     from fedcli.workspace.layout import Workspace

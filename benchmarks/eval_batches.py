@@ -19,8 +19,9 @@ import torch
 from fedcli.data.encoding import Encoder
 from fedcli.eval.local_model import LocalModel
 from fedcli.eval.requests import Generation, Likelihood
-from fedcli.model.base import find_base, load_base
+from fedcli.model.base import find_base
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.loading import load_base
 from fedcli.tasks.conversation import Turn
 
 NUM_ITEMS = 2000

@@ -19,7 +19,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedcli.data.source import Row
+from fedcli.data.file_rows import Row
 from fedcli.eval.benchmarks.finance import held_out
 
 BENCHMARK = "fpb-likelihood"

@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedcli import Federation
 from fedcli.data.encoding import Encoder
-from fedcli.model.base import load_tokenizer
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.loading import load_tokenizer
 from fedcli.tasks.conversation import Preference, Turn, instruct
 
 ROWS = [

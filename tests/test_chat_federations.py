@@ -15,12 +15,14 @@ from support.trl_templates import tokenizer_of
 
 from fedcli import cli
 from fedcli.config import Config
-from fedcli.data import templates
+from fedcli.data import chat_template
 from fedcli.data.encoding import Encoder
+from fedcli.data.segments import EARLIER
 from fedcli.model.base import find_base
 from fedcli.scoring.engines import Models
 from fedcli.scoring.targets import Target
 from fedcli.server.open_round import train_record
+from fedcli.tasks.conversation import Turn
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
 
@@ -89,16 +91,16 @@ def counts_of_both(workspace: Path) -> tuple[dict[str, int], dict[str, int]]:
 
 def test_thoughts_are_learnt_and_what_is_not_is_told_by_preview_and_training_alike(tmp_path: Path) -> None:
     workspace = made(tmp_path, "qwen3", THOUGHTS)
-    assert counts_of_both(workspace) == ({}, {templates.EARLIER: 1})
+    assert counts_of_both(workspace) == ({}, {EARLIER: 1})
     shown = fedcli("data", "preview", cwd=workspace).stdout
     assert "«<think>\nhm hm\n</think>\n\nIt is" in shown
-    assert f"noted: {templates.EARLIER}: 1 row\n" in shown
+    assert f"noted: {EARLIER}: 1 row\n" in shown
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "notes"),
-    [("phi3", {}), ("phi3_5", {}), ("gptoss", {}), ("deepseekv3", {}), ("qwen3_6", {templates.EARLIER: 4})],
+    [("phi3", {}), ("phi3_5", {}), ("gptoss", {}), ("deepseekv3", {}), ("qwen3_6", {EARLIER: 4})],
 )
 def test_of_several_turns_all_are_learnt_or_the_number_is_told(tmp_path: Path, family: str, notes: Any) -> None:
     assert counts_of_both(made(tmp_path, family, SEVERAL)) == ({}, notes)
@@ -139,7 +141,7 @@ class Later(library.datetime):
 
 
 def on_another_day(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(templates, "today", lambda: "2031-05-04")
+    patch.setattr(chat_template, "today", lambda: "2031-05-04")
     patch.setattr(library, "datetime", Later)
 
 
@@ -153,7 +155,7 @@ def test_a_template_with_the_day_writes_that_of_round_0_whenever_a_client_trains
 ) -> None:
     workspace = made(tmp_path, "llama3_2", SEVERAL)
     manifest = json.loads((workspace / "rounds/00000/manifest.json").read_bytes())
-    assert manifest["train"]["date"] == templates.today()
+    assert manifest["train"]["date"] == chat_template.today()
     shutil.copytree(workspace, tmp_path / "later")
     document("client", "train", "--id", 0, cwd=workspace)
     with monkeypatch.context() as patch:
@@ -199,7 +201,5 @@ def test_a_day_is_written_in_every_form_that_templates_ask_for() -> None:
     forms = ("%d %b %Y", "%Y-%m-%d", "%B %-d, %Y", "%A %j %H:%M:%S", "%y%m%d")
     asked = "".join("{{ strftime_now('" + form + "') }}|" for form in forms)
     tokenizer.chat_template = asked + "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-    written = tokenizer.decode(
-        Encoder(tokenizer, "chat", date="2026-01-02").prompts([(templates.Turn("user", "q"),)])[0]
-    )
+    written = tokenizer.decode(Encoder(tokenizer, "chat", date="2026-01-02").prompts([(Turn("user", "q"),)])[0])
     assert written.split("|<|im_start|>")[0] == "02 Jan 2026|2026-01-02|January 2, 2026|Friday 002 00:00:00|260102"

@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerFast
 from fedcli.config import CustomTemplate
 from fedcli.data.encoded import EncodedExample
 from fedcli.data.encoding import Encoder
-from fedcli.data.templates import EARLIER, NO_CALLS, NO_END, NO_SYSTEM, NO_THOUGHTS, NO_TOOLS
+from fedcli.data.segments import EARLIER, NO_CALLS, NO_END, NO_SYSTEM, NO_THOUGHTS, NO_TOOLS
 from fedcli.errors import ConfigError
 from fedcli.tasks.conversation import Example, Preference, Turn
 

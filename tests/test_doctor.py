@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from support.processes import ENVIRONMENT, command, fedcli
 
-from fedcli.model.base import find_base, load_shapes
+from fedcli.model.base import find_base
+from fedcli.model.loading import load_shapes
 from fedcli.model.lora import lora_config, start_adapter
 from fedcli.model.memory_estimate import estimate_memory
 from fedcli.workspace.file_system_check import probe_file_system
@@ -203,7 +204,8 @@ def test_the_estimate_is_exact_for_weights_adapter_and_optimiser(tmp_path: Path)
 def test_the_estimate_of_a_quantised_base_is_what_its_weights_take(quantization: str, tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
-from fedcli.model.base import find_base, load_base, load_shapes
+from fedcli.model.base import find_base
+from fedcli.model.loading import load_base, load_shapes
 from fedcli.model.memory_estimate import estimate_memory
 folder = find_base("builtin:tiny", revision=None, root=Path("."))
 model, _ = load_base(folder, trust_remote_code=False, quantization="{quantization}")

@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from support.processes import fedcli
 from support.scripted import ROWS, Scripted, session
 
-from fedcli.data.source import Row
+from fedcli.data.file_rows import Row
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.eval.benchmark import ItemScore, Options
 from fedcli.eval.benchmarks import finance

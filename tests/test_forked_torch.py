@@ -8,7 +8,7 @@ import pytest
 from support.processes import ENVIRONMENT
 
 from fedcli.errors import RequirementError
-from fedcli.model.base import loading
+from fedcli.model.loading import loading
 
 FORKS = """
 import os, sys, threading
@@ -21,7 +21,7 @@ for _ in range(int(sys.argv[1])):
     reader, writer = os.pipe()
     if os.fork() == 0:
         from fedcli.errors import RequirementError
-        from fedcli.model.base import loading
+        from fedcli.model.loading import loading
         errors, barrier = [], threading.Barrier(8)
 
         def load():

@@ -13,8 +13,9 @@ import pytest
 
 from fedcli.config import Columns, ColumnsFormat, DataFormat
 from fedcli.data import formats
+from fedcli.data.file_rows import Row
 from fedcli.data.formats import RowReader, choose_format, choose_split
-from fedcli.data.source import Row, Source
+from fedcli.data.source import Source
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, builtin_formats, formats_of
 from fedcli.tasks.builtin_formats import FORKED, TIED, UNSCORED

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from fedcli.cli import main
 from fedcli.errors import RequirementError, WorkspaceError
-from fedcli.model.base import find_base, fingerprint, is_hub_id, is_path, load_base
+from fedcli.model.base import find_base, fingerprint, is_hub_id, is_path
 from fedcli.model.gguf import RECORD_NAME
+from fedcli.model.loading import load_base
 
 IDS = torch.tensor([[5, 300, 17, 640, 2, 88, 400]])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.scripted import ROWS, Scripted, session
 
-from fedcli.data.source import Row
+from fedcli.data.file_rows import Row
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.eval.benchmark import ItemScore, Options
 from fedcli.eval.benchmarks.hhh import BENCHMARK, SUBSETS, Comparison, read

@@ -18,10 +18,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.model.architectures import UNIFORM, find_architecture
-from fedcli.model.base import find_base, load_base
+from fedcli.model.base import find_base
 from fedcli.model.finite import check_answers, check_weights
 from fedcli.model.inspection import inspect
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.loading import load_base
 
 TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())
 ROWS = Path(__file__).parent / "benchmark_rows"

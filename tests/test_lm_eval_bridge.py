@@ -19,7 +19,8 @@ from fedcli.eval.benchmark import Benchmark, Options
 from fedcli.eval.benchmarks import lm_eval_tasks as table
 from fedcli.eval.benchmarks.lm_eval_by_name import lm_eval_benchmark
 from fedcli.eval.requests import Generation
-from fedcli.model.base import find_base, load_base
+from fedcli.model.base import find_base
+from fedcli.model.loading import load_base
 
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 

@@ -15,7 +15,8 @@ from fedcli.data.encoding import Encoder
 from fedcli.errors import RequirementError
 from fedcli.eval.local_model import LocalModel
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood
-from fedcli.model.base import find_base, load_base
+from fedcli.model.base import find_base
+from fedcli.model.loading import load_base
 from fedcli.tasks.conversation import Turn
 
 TEXT = "the river rises when rain falls on the hills and what is the alert level of a storm near the coast"

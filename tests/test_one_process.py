@@ -26,7 +26,7 @@ print(model() is None)
 """
 
 QUANTIZED = """
-from fedcli.model.base import load_base
+from fedcli.model.loading import load_base
 from fedcli.model.lora import AdaptedModel, lora_config
 from fedcli.parties.party import find_same_base
 
@@ -42,7 +42,7 @@ Runtime(state)
 """
 
 STORED = """
-from fedcli.model.base import load_base, load_whole
+from fedcli.model.loading import load_base, load_whole
 from fedcli.parties.party import find_same_base
 from transformers import AutoTokenizer, BitsAndBytesConfig
 

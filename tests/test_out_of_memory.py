@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.processes import ENVIRONMENT
 
-from fedcli.model.base import short_memory
+from fedcli.model.loading import short_memory
 
 LIMIT = """
 import resource, sys
@@ -52,7 +52,7 @@ told(lambda: runtime.train(head.adapter(), train, party=party, round_number=0, f
 
 LOAD = """
 import torch
-from fedcli.model.base import load_base, load_whole
+from fedcli.model.loading import load_base, load_whole
 from transformers import LlamaForCausalLM
 from fedcli.model.library_logging import quiet_libraries
 
@@ -67,7 +67,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fedcli.data.encoding import Encoder
 from fedcli.eval.local_model import LocalModel
 from fedcli.eval.requests import Likelihood
-from fedcli.model.base import find_base, load_tokenizer
+from fedcli.model.base import find_base
+from fedcli.model.loading import load_tokenizer
 
 tokenizer = load_tokenizer(find_base("builtin:tiny", revision=None, root=Path()), trust_remote_code=False)
 config = LlamaConfig(vocab_size=2**17, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)

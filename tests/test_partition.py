@@ -13,8 +13,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fedcli.config import Partition, parse_config
+from fedcli.data.file_rows import Row
 from fedcli.data.partition import UNUSED, Split, Survey, split
-from fedcli.data.source import Row
 from fedcli.errors import ConfigError
 from fedcli.tasks.conversation import instruct
 

@@ -10,8 +10,9 @@ import yaml
 from support.processes import SMALL, runner, settings
 
 from fedcli.config import Columns, ColumnsFormat, DataFormat, MessagesFormat, parse_config
+from fedcli.data.file_rows import Row
 from fedcli.data.formats import RowReader, describe_rows, guess_format
-from fedcli.data.source import Row, Source, find_source
+from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError
 from fedcli.tasks.conversation import Example, Item, Preference, Turn, instruct
 from fedcli.tasks.format import MALFORMED, NOT_LEARNT, NOT_TEXT
@@ -617,7 +618,8 @@ def test_a_party_sees_what_was_guessed_and_left_out_and_the_workspace_gets_count
 @pytest.mark.parametrize("template", ["alpaca", "chat"])
 def test_a_text_is_learnt_whole_with_the_end_token_and_without_a_template(template: str) -> None:
     from fedcli.data.encoding import Encoder
-    from fedcli.model.base import find_base, load_tokenizer
+    from fedcli.model.base import find_base
+    from fedcli.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(find_base("builtin:tiny", revision=None, root=Path()), trust_remote_code=False)
     if template == "chat":

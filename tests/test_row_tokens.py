@@ -12,7 +12,8 @@ from fedcli.config import Config
 from fedcli.data.encoding import Encoder
 from fedcli.data.source import Source
 from fedcli.errors import ConfigError
-from fedcli.model.base import find_base, fingerprint, load_tokenizer
+from fedcli.model.base import find_base, fingerprint
+from fedcli.model.loading import load_tokenizer
 from fedcli.parties.party import Party
 from fedcli.server.open_round import train_record
 from fedcli.workspace.layout import Home

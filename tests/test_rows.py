@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from fedcli.config import ShardsBy
 from fedcli.data.demo import LABELS, TOPICS, demo_rows
+from fedcli.data.file_rows import Row
 from fedcli.data.formats import RowReader
 from fedcli.data.order import draw
 from fedcli.data.partition import UNUSED, Survey, split
-from fedcli.data.source import Row, read_rows, write_row
+from fedcli.data.source import read_rows, write_row
 from fedcli.errors import ConfigError
 from fedcli.tasks.conversation import Example, instruct
 

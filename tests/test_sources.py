@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 from support.processes import ENVIRONMENT
 
-from fedcli.data.source import KINDS, Row, Source, find_source, read_rows, write_row
+from fedcli.data.file_rows import KINDS, Row
+from fedcli.data.source import Source, find_source, read_rows, write_row
 from fedcli.errors import ConfigError
 
 Fields = dict[str, Any]

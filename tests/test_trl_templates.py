@@ -24,7 +24,7 @@ from support.trl_templates import (
 )
 
 from fedcli.data.encoding import Encoder
-from fedcli.data.templates import EARLIER, NO_END, NO_TEXT, NO_THOUGHTS, NO_TOOLS
+from fedcli.data.segments import EARLIER, NO_END, NO_TEXT, NO_THOUGHTS, NO_TOOLS
 from fedcli.tasks.conversation import Example, Preference, Turn
 
 PAGE = Path(__file__).parents[1] / "docs" / "DATA.md"

@@ -14,9 +14,10 @@ from support.processes import SMALL, fedcli, settings
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fedcli.errors import RequirementError
-from fedcli.model.base import find_base, load_base, load_shapes, load_whole
+from fedcli.model.base import find_base
 from fedcli.model.inspection import inspect
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.loading import load_base, load_shapes, load_whole
 from fedcli.model.lora import lora_config
 from fedcli.model.merged import write_merged
 

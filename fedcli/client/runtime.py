@@ -18,8 +18,8 @@ from fedcli.config import TemplateChoice
 from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.data.order import draw
 from fedcli.errors import ConfigError, RequirementError
-from fedcli.model.base import has_bfloat16, short_memory
 from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
+from fedcli.model.loading import has_bfloat16, short_memory
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.randomness import stream_seed

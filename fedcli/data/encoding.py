@@ -10,8 +10,9 @@ import numpy as np
 from fedcli.config import TemplateChoice
 from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
 from fedcli.data.formats import RowReader, describe_counts
+from fedcli.data.segments import Segment
 from fedcli.data.source import Source
-from fedcli.data.templates import TEXT, Segment, find_template
+from fedcli.data.templates import TEXT, find_template
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.tasks.conversation import Item, Prompt, Turn, is_text
 from fedcli.tasks.format import EQUAL, MALFORMED, NOT_LEARNT, TOO_LONG, LeftOut

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from fedcli.config import Columns, ColumnsFormat, DataFormat, MessagesFormat
-from fedcli.data.source import Row
+from fedcli.data.file_rows import Row
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, TASKS, first_task, formats_of
 from fedcli.tasks.builtin_formats import conversation, whole_text

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcli.config import By, Dirichlet, Partition, ShardsBy, Sizes
-from fedcli.data.source import Row
+from fedcli.data.file_rows import Row
 from fedcli.data.topics import find_topics
 from fedcli.errors import ConfigError
 from fedcli.randomness import stream

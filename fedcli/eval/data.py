@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from fedcli.data.source import Opener, Row, Source, find_source
+from fedcli.data.file_rows import Opener, Row
+from fedcli.data.source import Source, find_source
 from fedcli.errors import RequirementError, UsageError
 
 BENCHMARKS_VARIABLE = "FEDCLI_BENCHMARKS"

@@ -14,8 +14,8 @@ from fedcli.data.encoding import Encoder
 from fedcli.errors import RequirementError
 from fedcli.eval.remembered import Usage, not_finite
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
-from fedcli.model.base import pad_id_of, short_memory
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.loading import pad_id_of, short_memory
 from fedcli.model.output_head import logits_at
 from fedcli.randomness import stream_seed
 

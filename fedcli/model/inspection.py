@@ -1,7 +1,7 @@
 """What a base model is, as its files say: config.json, the tokenizer's files, names and shapes of weights.
 
 Neither torch nor transformers is imported and no weight is read, so that a base that will not do is refused at once.
-Only what is certain is a fault here. transformers itself decides the rest when it makes the model (`base.load_whole`).
+Only what is certain is a fault here. transformers itself decides the rest when it makes the model (`loading.load_whole`).
 """
 
 import re

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedcli.data.encoded import EncodedExample, EncodedRow
-from fedcli.model.base import has_bfloat16
+from fedcli.model.loading import has_bfloat16
 from fedcli.model.lora import AdaptedModel
 from fedcli.model.output_head import logits_at
 

@@ -13,8 +13,8 @@ from fedcli.algos import Array, Arrays
 from fedcli.config import Quantization
 from fedcli.config.adapter_config import AdapterConfig, parse_outside_config
 from fedcli.errors import ConfigError
-from fedcli.model.base import load_base, load_shapes, pad_id_of
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.loading import load_base, load_shapes, pad_id_of
 from fedcli.model.targets import check_targets
 from fedcli.randomness import stream
 

@@ -8,9 +8,9 @@ from fedcli.algos import Arrays
 from fedcli.config import TemplateChoice
 from fedcli.data.templates import TURN_TEMPLATES, as_chat_template
 from fedcli.errors import UsageError, WorkspaceError
-from fedcli.model.base import comes_quantized, load_tokenizer, load_whole, loading
 from fedcli.model.bitsandbytes import without_bitsandbytes
 from fedcli.model.library_logging import quiet_libraries
+from fedcli.model.loading import comes_quantized, load_tokenizer, load_whole, loading
 from fedcli.model.lora import with_lora
 
 if TYPE_CHECKING:

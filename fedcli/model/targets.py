@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fedcli.errors import ConfigError, did_you_mean
-from fedcli.model.base import load_shapes
+from fedcli.model.loading import load_shapes
 from fedcli.model.output_head import output_head
 
 if TYPE_CHECKING:

@@ -123,7 +123,7 @@ def _made_by_transformers(found: "Inspection") -> "Inspection":
     Raises FedError where they cannot be made.
     """
     from fedcli.data.encoding import Encoder
-    from fedcli.model.base import load_shapes, load_tokenizer
+    from fedcli.model.loading import load_shapes, load_tokenizer
     from fedcli.model.targets import targets_of
     from fedcli.model.tokenizer_files import chat_abilities
 
@@ -272,7 +272,7 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     """Compare what training is estimated to need with what the device has."""
     import torch
 
-    from fedcli.model.base import has_bfloat16
+    from fedcli.model.loading import has_bfloat16
     from fedcli.model.memory_estimate import estimate_memory
     from fedcli.model.targets import targets_of
 
@@ -316,8 +316,9 @@ def _base_model(experiment: Experiment) -> "tuple[PreTrainedModel, Finding]":
     """
     from huggingface_hub import constants
 
-    from fedcli.model.base import find_base, is_hub_id, load_shapes
+    from fedcli.model.base import find_base, is_hub_id
     from fedcli.model.inspection import inspect
+    from fedcli.model.loading import load_shapes
 
     settings, root = experiment.config.model, experiment.workspace.root
     finding = Finding("base model", "ok", settings.base)

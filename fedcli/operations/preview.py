@@ -10,11 +10,12 @@ import numpy as np
 
 from fedcli.data.encoded import EncodedExample, EncodedRows
 from fedcli.data.encoding import Encoder, cut, require_encoded
+from fedcli.data.file_rows import Row
 from fedcli.data.formats import RowReader
-from fedcli.data.source import Row
 from fedcli.errors import NotReadyError, UsageError
-from fedcli.model.base import find_base, load_tokenizer
+from fedcli.model.base import find_base
 from fedcli.model.inspection import inspect
+from fedcli.model.loading import load_tokenizer
 from fedcli.observer import Observer
 from fedcli.parties.join import NO_LIMIT
 from fedcli.parties.party import Party, find_party, find_same_base, trusts_code

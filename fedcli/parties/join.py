@@ -181,7 +181,7 @@ def _full_card(
     import numpy as np
 
     from fedcli.data.encoding import Encoder, encode_source
-    from fedcli.model.base import load_tokenizer
+    from fedcli.model.loading import load_tokenizer
 
     folder = _own_base(federation, record)
     num_read = 0

@@ -11,8 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from fedcli.config import Config, DataFormat, SourceEntry, parse_format
 from fedcli.data import partition
 from fedcli.data.demo import DEMO_ROWS
+from fedcli.data.file_rows import Row
 from fedcli.data.formats import Choice, RowReader, choose_format, choose_split, guess_format, written_format
-from fedcli.data.source import Row, Source, find_source, write_row
+from fedcli.data.source import Source, find_source, write_row
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.model.base import BUILTIN_PREFIX
 from fedcli.observer import Observer

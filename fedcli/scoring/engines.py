@@ -35,7 +35,7 @@ class Models:
         """Return all that tells a target's answers from others'."""
         if target.api is not None:
             return dict(target.identity)
-        from fedcli.model.base import has_bfloat16
+        from fedcli.model.loading import has_bfloat16
 
         template = self.template
         base = self.head.manifest.model
@@ -82,9 +82,9 @@ def load_local(
     """Return a full model's engine; its template is the tokenizer's own where none is named and it has one."""
     import torch
 
-    from fedcli.model.base import load_base
     from fedcli.model.inspection import inspect
     from fedcli.model.library_logging import quiet_libraries
+    from fedcli.model.loading import load_base
 
     if threads is not None:
         torch.set_num_threads(threads)

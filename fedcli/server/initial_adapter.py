@@ -49,11 +49,12 @@ def prepare_start(experiment: Experiment) -> Start:
     Loads torch, for the shapes of the base model's layers. Raises ConfigError or RequirementError for a base model, a
     tokenizer, a template or target modules that will not do.
     """
+    from fedcli.data.chat_template import asks_for_date, today
     from fedcli.data.encoding import Encoder
-    from fedcli.data.templates import asks_for_date, today
-    from fedcli.model.base import find_base, fingerprint, is_hub_id, is_path, load_tokenizer
+    from fedcli.model.base import find_base, fingerprint, is_hub_id, is_path
     from fedcli.model.bitsandbytes import require_bitsandbytes, without_bitsandbytes
     from fedcli.model.inspection import inspect
+    from fedcli.model.loading import load_tokenizer
     from fedcli.model.lora import lora_config, start_adapter
     from fedcli.model.targets import find_targets
 

@@ -14,9 +14,9 @@ import torch
 
 from fedcli.algos import ClientRule
 from fedcli.data.encoded import EncodedRow
-from fedcli.model.base import has_bfloat16
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.likelihood import IGNORED, collate, response_log_probs, supervised_cross_entropy
+from fedcli.model.loading import has_bfloat16
 from fedcli.model.lora import AdaptedModel
 from fedcli.tasks import Likelihood, Task
 from fedcli.training.batches import LARGEST, OVERHEAD, cut

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fedcli.data.encoding import Encoder
-from fedcli.data.templates import NO_CALLS, NO_SYSTEM, NO_THOUGHTS, NO_TOOLS
+from fedcli.data.segments import NO_CALLS, NO_SYSTEM, NO_THOUGHTS, NO_TOOLS
 from fedcli.tasks.conversation import Example, Turn
 from support.tokenizer_kinds import SPECIAL, byte_level, stretches, turns_of
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
-from fedcli.data.source import Row
+from fedcli.data.file_rows import Row
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Metric, Session
 from fedcli.eval.benchmarks.code import PASS_METRICS, Problem, code_benchmark, extract_code, solve, text_of

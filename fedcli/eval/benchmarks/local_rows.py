@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcli.data.source import Row, Source
+from fedcli.data.file_rows import Row
+from fedcli.data.source import Source
 from fedcli.errors import ConfigError
 from fedcli.eval.data import Files
 from fedcli.eval.lm_eval_bridge import Fields, Splits

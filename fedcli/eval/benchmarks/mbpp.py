@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
-from fedcli.data.source import Row
+from fedcli.data.file_rows import Row
 from fedcli.errors import ConfigError, UsageError
 from fedcli.eval.benchmark import Session
 from fedcli.eval.benchmarks.code import Problem, code_benchmark, extract_code, solve, text_of

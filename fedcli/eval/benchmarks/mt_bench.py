@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias, TypeGuard
 
-from fedcli.data.source import Row, read_rows
+from fedcli.data.file_rows import Row
+from fedcli.data.source import read_rows
 from fedcli.errors import ConfigError, UsageError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource, Files
