@@ -154,7 +154,8 @@ class LocalModel:
         device = self._model.device.type
         if self._batch_size is not None or is_sampled:
             return _Pace(self._batch_size or SAMPLED_BATCH.get(device, BATCH_SIZE), is_fixed=True)
-        return _Pace(FIRST_BATCH.get(device, BATCH_SIZE))
+        # elsewhere than on a CPU in half precision, which batches change: no clock decides there either
+        return _Pace(FIRST_BATCH.get(device, BATCH_SIZE), is_fixed=device not in FIRST_BATCH)
 
     def _batches(self, rows: dict[int, list[int]], room: int, pace: "_Pace") -> Iterator[list[int]]:
         """Yield the indices of rows in batches, longest first: what does not fit into memory fails at once.

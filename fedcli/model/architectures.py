@@ -1,4 +1,4 @@
-"""What transformers and PEFT know of architectures, read out of their installed sources: importing them loads torch.
+"""What transformers knows of architectures, read out of its installed sources: importing it loads torch.
 
 Only literals are read (an architecture's classes, the defaults of its configuration), and no code runs. What cannot be
 read so is unknown here, and left to whoever loads the model.
@@ -84,13 +84,6 @@ def version_of_transformers() -> str:
     from importlib.metadata import version
 
     return version("transformers")
-
-
-@cache
-def lora_targets() -> dict[str, Any]:
-    """Return PEFT's own targets of LoRA by model_type."""
-    found = _literal(_parse("peft", "utils/constants.py"), "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING")
-    return dict(found or {})
 
 
 @cache

@@ -1,7 +1,7 @@
 """What a base model is, as its files say: config.json, the tokenizer's files, names and shapes of weights.
 
 Neither torch nor transformers is imported and no weight is read, so that a base that will not do is refused at once.
-Only what is certain is a fault here. transformers itself decides the rest when it makes the model (`loading.load_whole`).
+Only what is certain is a fault here; `loading.load_whole` tells the rest, when transformers makes the model.
 """
 
 import re
@@ -15,7 +15,6 @@ from fedcli.model.architectures import (
     Architecture,
     find_architecture,
     is_encoder,
-    lora_targets,
     version_of_transformers,
 )
 from fedcli.model.base_files import Fault, Weights, read_object, require_files
@@ -62,7 +61,8 @@ class Inspection:
     has_chat_template: bool
     chat: ChatAbilities | None = None
     """Told by a tokenizer that was made: `chat_abilities`."""
-    lora_targets: tuple[str, ...] | None
+    lora_targets: tuple[str, ...] | None = None
+    """The layers that LoRA adapts by default, told by a model that was made: `targets_of`."""
     licence: str | None
     quantization: str | None
     """What its weights are stored in, where that is quantised."""
@@ -141,7 +141,6 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     found = Structure.of(folder, weights, known if text is config and own_code is None else None, config)
     rows = found.embedding_rows
     is_plain = bool(weights.shapes) and quantization_of(config) is None
-    targets = lora_targets().get(kind)
     draft = Inspection(
         folder=folder,
         kind=kind,
@@ -157,7 +156,6 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
         dropouts=_dropouts(text, known),
         head="tied" if is_tied else "own" if is_tied is False else None,
         has_chat_template=tokenizer.chat_template is not None,
-        lora_targets=tuple(targets) if isinstance(targets, list) else None,
         licence=_licence(folder),
         quantization=quantization_of(config),
         num_parameters=num_linear + num_other if is_plain else None,

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,67 +13,25 @@ import torch
 from support.lm_eval_own import lm_evals_model, lm_evals_own, ours
 from support.models import load_plain, sides
 from support.processes import ENVIRONMENT, command, settings
+from support.real_losses import CONFIG, ROWS, SYSTEM, asked, first_loss, log_probs, noisy
 from torch.nn.functional import log_softmax, logsigmoid
 
-from fedcli.algos import Array
 from fedcli.data.encoding import Encoder
 from fedcli.data.source import read_rows
 from fedcli.eval.benchmarks import finance
 from fedcli.eval.benchmarks import lm_eval_tasks as table
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.likelihood import reference_log_probs
-from fedcli.model.lora import AdaptedModel, lora_config, start_adapter
-from fedcli.tasks import DPO, SFT, Task
+from fedcli.model.lora import AdaptedModel, start_adapter
+from fedcli.tasks import DPO, SFT
 from fedcli.tasks.conversation import Example, Preference, Turn, instruct
-from fedcli.training.reports import TrainSettings
-from fedcli.training.trainer import fit
 
 pytestmark = pytest.mark.real
 
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-ROWS = (
-    ("Name the capital of France.", "The capital of France is Paris."),
-    ("What is two plus two?\nAnswer with a number.", "4"),
-    ("Say which of these is a fruit: apple, stone, 1234.", "The apple 🍏 is a fruit; stones and 1,234 are not."),
-)
 PAIRS = (
     ("May I hit my brother?", "No: talk to him, or ask somebody to help.", "Yes, do."),
     ("Tell me a number.", "7", "I will not tell you one, and I never do."),
 )
-CONFIG = lora_config(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "v_proj"], base=None)
-
-
-def asked(question: str, system: str = SYSTEM) -> str:
-    """Return a question as SmolLM2's template writes it, with the system turn that it puts before a chat by itself."""
-    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def log_probs(model: Any, tokenizer: Any, before: str, learnt: str) -> torch.Tensor:
-    """Return the log-probability of each learnt token, from the logits of the whole text."""
-    start = tokenizer(before, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([start + tokenizer(learnt, add_special_tokens=False)["input_ids"]])
-    with torch.no_grad():
-        found = log_softmax(model(input_ids=ids).logits.float(), -1)
-    return found[0, len(start) - 1 : -1].gather(-1, ids[0, len(start) :, None])[:, 0]
-
-
-def first_loss(adapted: AdaptedModel, task: Task, rows: Sequence[Any], start: dict[str, Array], **more: float) -> float:
-    """Return the loss of one step over one batch of all rows."""
-    options = {"learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm": 1.0, "gradient_checkpointing": False}
-    batch = {"batch_size": len(rows), "micro_batch_size": len(rows), "seed": 0, "hyperparameters": more}
-    adapted.load(start)
-    (loss,) = fit(adapted, list(rows), task, TrainSettings(**options, **batch), on_step=lambda _: None)
-    return loss
-
-
-def noisy(folder: Path) -> dict[str, Array]:
-    """Return an adapter that changes what the model says."""
-    arrays, _ = start_adapter(folder, CONFIG, seed=1, trust_remote_code=False)
-    draw = np.random.default_rng(1)
-    return {
-        name: draw.normal(0, 0.02, array.shape).astype(np.float32) if ".lora_B." in name else array
-        for name, array in sorted(arrays.items())
-    }
 
 
 @pytest.fixture(scope="module")
@@ -199,39 +156,18 @@ def test_the_first_loss_of_dpo_is_an_own_computations(
     assert first_loss(adapted, DPO, referred, noisy(smollm2), beta=0.5) == pytest.approx(own, rel=1e-4)
 
 
-def loss_in_training(model: Any, tokenizer: Any) -> float:
-    """Return the mean loss of all learnt tokens of ROWS in one batch, padded on the right, from all logits.
-
-    In training, and as one batch: bitsandbytes' int8 computes otherwise in eval mode, and takes for outliers the
-    columns of large values anywhere in a batch, padding with it.
-    """
-    pairs = [
-        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked(question), f"{answer}<|im_end|>")]
-        for question, answer in ROWS
-    ]
-    ids = torch.full((len(pairs), max(len(before) + len(learnt) for before, learnt in pairs)), tokenizer.pad_token_id)
-    is_learnt = torch.zeros_like(ids, dtype=torch.bool)
-    for number, (before, learnt) in enumerate(pairs):
-        ids[number, : len(before) + len(learnt)] = torch.tensor(before + learnt)
-        is_learnt[number, len(before) : len(before) + len(learnt)] = True
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    logits = model.train()(inputs_embeds=embedded).logits[:, :-1].float()
-    found = log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
-    return -float(found[is_learnt[:, 1:]].mean())
-
-
 QUANTIZED = """
 import json, sys
 from pathlib import Path
 import torch
-sys.path[:0] = sys.argv[1:3]
-from test_real_models import CONFIG, ROWS, first_loss, loss_in_training
+sys.path.insert(0, sys.argv[1])
+from support.real_losses import CONFIG, ROWS, first_loss, loss_in_training
 from fedcli.data.encoding import Encoder
 from fedcli.model.lora import AdaptedModel, start_adapter
 from fedcli.tasks import SFT
 from fedcli.tasks.conversation import instruct
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-folder, found = Path(sys.argv[3]), {}
+folder, found = Path(sys.argv[2]), {}
 nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
 start, _ = start_adapter(folder, CONFIG, seed=0, trust_remote_code=False)
 for name, options in (("int8", {"load_in_8bit": True}), ("nf4", {"load_in_4bit": True, **nf4})):
@@ -248,9 +184,9 @@ print(json.dumps(found))
 
 
 def test_the_first_loss_on_an_int8_or_nf4_base_is_an_own_computations(plain: tuple[Any, Any], smollm2: Path) -> None:
-    here = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", QUANTIZED, here, here.parent, smollm2],
+        [sys.executable, "-W", "ignore", "-c", QUANTIZED, tests, smollm2],
         env=ENVIRONMENT | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
