@@ -94,6 +94,7 @@ def run(package: Path, workspace: Path, *arguments: object, code: int = 0) -> st
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_federation_with_another_packages_algorithm_gives_the_median_and_is_verified(package, tmp_path):
     overrides = settings(*SMALL, "algorithm.name=fedmedian", "algorithm.scale=2")
     run(package, tmp_path, "init", ".", *overrides)

@@ -89,6 +89,7 @@ def counts_of_both(workspace: Path) -> tuple[dict[str, int], dict[str, int]]:
     return training["left_out"], training["notes"]
 
 
+@pytest.mark.slow
 def test_thoughts_are_learnt_and_what_is_not_is_told_by_preview_and_training_alike(tmp_path: Path) -> None:
     workspace = made(tmp_path, "qwen3", THOUGHTS)
     assert counts_of_both(workspace) == ({}, {EARLIER: 1})

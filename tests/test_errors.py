@@ -447,6 +447,7 @@ def fill(disk: Path, *, leave: int) -> Path:
     return filler
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_a_command_and_space_lets_it_go_on(
     refused: Callable[..., None], run: Run, tmp_path: Path
 ) -> None:

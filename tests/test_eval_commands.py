@@ -155,6 +155,7 @@ def test_without_a_target_all_that_the_workspace_holds_is_scored(place) -> None:
     assert list(place.score("tfns", "--limit", 1)) == ["base", "alone-0", "pooled", "round-00002"]
 
 
+@pytest.mark.slow
 def test_a_clients_last_valid_update_is_scored_and_an_invalid_later_one_passed_over(place) -> None:
     (before,) = place.score("tfns", "--client", 1, "--limit", 2)
     inbox = place.workspace / "inbox" / "1"

@@ -31,6 +31,7 @@ def judged(folder: Path, server: JudgeServer, *more: object) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_answers_wait_for_a_judge_and_a_rerun_asks_it_nothing(small: Path) -> None:
     num = 2 * len(questions())
     waiting = fedcli("eval", "mt-bench", "--base", *SHORT, cwd=small)

@@ -18,6 +18,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 TEST_DATA = Path(os.environ.get("FEDCLI_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+@pytest.mark.slow
 def test_a_newcomers_commands_run_the_first_round(tmp_path: Path) -> None:
     assert run_ok("init", cwd=tmp_path)["cohort"] == [0, 1, 2, 3, 4]
     first = run_ok("client", "train", "--id", 3, cwd=tmp_path)
@@ -187,6 +188,7 @@ def test_real_rows_train_for_three_rounds_as_separate_processes(llama: Path, tmp
         assert not torch.equal(tuned(ids).logits, plain)
 
 
+@pytest.mark.slow
 def test_rows_of_ones_own_and_a_config_of_ones_own_need_no_preset(tmp_path: Path) -> None:
     (tmp_path / "fedcli.yaml").write_text(
         "model: {base: 'builtin:tiny'}\nfederation: {clients: 2, rounds: 1}\ntrain: {steps: 1, batch_size: 2}\n"
@@ -222,6 +224,7 @@ def test_train_alone_goes_on_where_it_was_killed(small: Path, tmp_path: Path) ->
     assert (small / relative).read_bytes() != (other / relative).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_baseline_is_a_violation_and_is_not_scored(small: Path) -> None:
     run_ok("train-alone", "--id", 2, cwd=small)
     assert run_ok("verify", cwd=small)["num_baselines"] == 1

@@ -312,6 +312,7 @@ for benchmark in table.BENCHMARKS:
 """
 
 
+@pytest.mark.slow
 def test_the_table_loads_nothing_heavy_and_local_rows_leave_nothing_in_the_home_folder(tmp_path: Path) -> None:
     assert in_process(RUN_ALL, tmp_path) == "[]\n"
     assert [*tmp_path.rglob("*")] == []

@@ -139,6 +139,7 @@ def test_a_round_that_the_api_merged_is_scored_like_one_that_the_command_merged(
     assert scored(workspace) == {"round-00001": {"demo@limit=2"}}
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_fails_stops_no_round_is_shown_and_is_tried_again_by_a_person_alone(workspace, template):
     shutil.rmtree(workspace / "rows/vicuna")
     ask(workspace, **EVERY_SECOND | {"every": 1})
@@ -301,6 +302,7 @@ def test_what_is_due_is_shown_kept_from_gc_and_forgotten_where_nobody_asks_for_i
     assert scored(workspace) == {"round-00002": {"demo@limit=1"}}
 
 
+@pytest.mark.slow
 def test_while_nobody_has_answered_server_aggregate_still_does_a_scoring_that_was_killed(workspace):
     ask(workspace, every=1, benchmarks=["demo"], limit=2)
     train_round(workspace)

@@ -180,6 +180,7 @@ def test_no_text_of_a_row_comes_into_the_workspace(place: Place) -> None:
 # Rows that change
 
 
+@pytest.mark.slow
 def test_a_party_whose_number_of_rows_changes_is_told_to_join_again(place: Place) -> None:
     place.join(0, place.rows("rows.jsonl", 6))
     for count in (7, 5):
@@ -194,6 +195,7 @@ def test_a_party_whose_number_of_rows_changes_is_told_to_join_again(place: Place
     assert (place.registration(0)["data"]["num_rows"], update["num_samples"]) == (5, 5)
 
 
+@pytest.mark.slow
 def test_the_same_number_of_other_rows_trains_on(place: Place) -> None:
     place.join(0, place.rows("rows.jsonl", 6))
     place.rows("rows.jsonl", 6, word="sing")
@@ -209,6 +211,7 @@ def test_a_source_that_has_gone_is_one_clear_error(place: Place) -> None:
     assert len(lines) == 2
 
 
+@pytest.mark.slow
 def test_relative_paths_are_of_the_folder_that_the_party_joined_in(place: Place) -> None:
     place.rows("rows.jsonl", 6)
     place.join(0, "rows.jsonl")
@@ -294,6 +297,7 @@ def test_a_format_that_is_unknown_or_of_the_other_task_is_refused(place: Place) 
 # Homes
 
 
+@pytest.mark.slow
 def test_training_without_the_home_is_refused_and_three_ways_to_name_it_work(place: Place) -> None:
     rows = place.rows("rows.jsonl", 6)
     place.join(0, rows)
@@ -402,6 +406,7 @@ def test_the_baseline_of_a_party_alone_is_trained_and_the_pooled_one_refused(pla
     assert "private" not in place.names()
 
 
+@pytest.mark.slow
 def test_dpo_parties_bring_hh_rlhf_rows(warm: Warm, tmp_path: Path) -> None:
     place = Place(tmp_path, warm)
     place("init", "W", *settings(*SMALL, "data.source=null", "task=dpo", "federation.clients=1"))
@@ -420,6 +425,7 @@ def test_dpo_parties_bring_hh_rlhf_rows(warm: Warm, tmp_path: Path) -> None:
     place("server", "aggregate")
 
 
+@pytest.mark.slow
 def test_a_party_may_have_its_own_copy_of_the_base_model_and_no_other_model(warm: Warm, tmp_path: Path) -> None:
     place = Place(tmp_path, warm)
     server_copy, _, other = (Path(shutil.copytree(BUILTIN, tmp_path / name)) for name in ("server", "own", "other"))

@@ -25,6 +25,7 @@ def run_python(code: str | Path, *arguments: object, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_example_of_the_page_is_true(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/PYTHON.md").read_text(), re.M | re.S)
     assert len(blocks) >= 6

@@ -132,6 +132,7 @@ def test_the_layers_of_the_base_are_stored_in_a_byte_or_less_and_all_else_is_flo
     assert set(rest.values()) == {"torch.float32"}
 
 
+@pytest.mark.slow
 def test_quantisations_train_differently(federations: tuple[Path, dict[str, Any]]) -> None:
     results = federations[1]
     first = {name: result["trained"][0]["first_loss"] for name, result in results.items()}
@@ -245,6 +246,7 @@ def run_broken(environment: dict[str, str], cwd: Path, *arguments: object) -> su
     return subprocess.run(command(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_without_bitsandbytes_a_quantised_training_fails_before_anything_loads_and_names_the_cure(
     federations: tuple[Path, dict[str, Any]], broken: tuple[dict[str, str], Path], tmp_path: Path
 ) -> None:

@@ -84,7 +84,8 @@ def test_a_round_is_merged_by_its_quorum_without_the_client_that_fails(
     assert run_ok("verify", cwd=small)["violations"] == []
 
 
-@pytest.mark.parametrize("options", [SERIAL, pytest.param(WORKERS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [SERIAL, WORKERS])
 def test_a_round_that_cannot_close_ends_the_run_with_the_clients_code_once_the_others_are_trained(
     options: tuple, small: Path
 ) -> None:
@@ -239,6 +240,7 @@ Picky.turns = [True] + [False] * 99
     assert "Traceback" in done.stderr, "--debug shows where it was"
 
 
+@pytest.mark.slow
 def test_any_names_who_failed_prints_what_the_others_did_and_ends_with_that_code(small: Path) -> None:
     reason = too_long(small, 0)
     done = fedcli("client", "train", "--any", cwd=small)

@@ -16,6 +16,7 @@ from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 
 
+@pytest.mark.slow
 def test_several_ids_are_trained_one_after_another(small: Path) -> None:
     first = run_ok("client", "train", "--id", "2,0,2", cwd=small)["clients"]
     assert [(each["client"], each["status"]) for each in first] == [(2, "submitted"), (0, "submitted")]
@@ -24,6 +25,7 @@ def test_several_ids_are_trained_one_after_another(small: Path) -> None:
     assert run_ok("server", "aggregate", cwd=small)["round"] == 1
 
 
+@pytest.mark.slow
 def test_any_takes_every_client_that_nobody_trains(small: Path) -> None:
     with hold(small / "private" / "1" / "lock", "client 1"):
         taken = run_ok("client", "train", "--any", cwd=small)
@@ -35,6 +37,7 @@ def test_any_takes_every_client_that_nobody_trains(small: Path) -> None:
     assert "nothing to do: no client of the open round is here, missing and unclaimed" in idle.stdout
 
 
+@pytest.mark.slow
 def test_any_tells_a_finished_federation_and_a_damaged_round(small: Path) -> None:
     config = small / "fedcli.yaml"
     config.write_text(config.read_text().replace("rounds: 2", "rounds: 1"))

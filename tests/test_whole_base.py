@@ -249,6 +249,7 @@ def headless(tmp_path: Path) -> Path:
     return rewrite(Path(shutil.copytree(TINY, tmp_path / "headless")), dict, tie_word_embeddings=False)
 
 
+@pytest.mark.slow
 def test_init_and_doctor_exit_with_8_and_name_what_is_missing(headless: Path, small: Path, tmp_path: Path) -> None:
     done = fedcli("init", "new", *settings(*SMALL, f"model.base={headless}"), cwd=tmp_path)
     assert done.returncode == 8

@@ -13,11 +13,13 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from threading import Lock
+from typing import BinaryIO, Literal, Protocol, TypeAlias
 
 from fedcli.errors import RequirementError
 from fedcli.eval import sandbox_child
@@ -110,6 +112,9 @@ class Sandbox:
         self._bubblewrap = bubblewrap
         self._child = Path(sandbox_child.__file__).read_text(encoding="utf-8")
         self._workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+        self._lock = Lock()
+        self._running: set[subprocess.Popen[bytes]] | None = set()
+        """None while a call of `run_all` is given up."""
         try:
             probe = self._run(Program(_PROBE))
         except _BrokenError as error:
@@ -122,32 +127,58 @@ class Sandbox:
 
         No process of theirs is left when it returns. Raises RequirementError where no sandbox can be made any more.
         """
-        with ThreadPoolExecutor(self._workers) as pool:
-            try:
-                return list(pool.map(self._run, programs))
-            except _BrokenError as error:
-                raise _refused(str(error)) from error
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # where one raises, the others need not start
+        try:
+            with ThreadPoolExecutor(self._workers) as pool:
+                try:
+                    return list(pool.map(self._run, programs))
+                except BaseException:  # an interrupt, too: a thread may have begun another program since
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    self._kill_all()
+                    raise
+        except _BrokenError as error:
+            raise _refused(str(error)) from error
+        finally:
+            self._running = set()
 
-    def _run(self, program: Program) -> Run:
-        token = secrets.token_hex()
-        source = program.source.encode(errors="replace")
-        with open(os.memfd_create("output"), "w+b") as output:
-            with subprocess.Popen(
+    def _kill_all(self) -> None:
+        """End what runs, and let nothing else begin."""
+        with self._lock:
+            running, self._running = self._running, None
+        for process in running or ():
+            process.kill()
+
+    @contextmanager
+    def _started(self, program: Program, output: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
+        """Yield a program's process; raise _BrokenError while all is given up."""
+        with self._lock:
+            if self._running is None:
+                raise _BrokenError("it was interrupted")
+            process = subprocess.Popen(
                 self._command(program.seconds),
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.PIPE,
                 env=ENVIRONMENT | _libraries(),
                 cwd="/",
-            ) as process:
+            )
+            self._running.add(process)
+        with process:
+            yield process
+        with self._lock:
+            if self._running is not None:
+                self._running.discard(process)
+
+    def _run(self, program: Program) -> Run:
+        token = secrets.token_hex()
+        source = program.source.encode(errors="replace")
+        with open(os.memfd_create("output"), "w+b") as output:
+            with self._started(program, output) as process:
                 try:
                     _, problem = process.communicate(token.encode() + b"\n" + source, program.seconds + _GRACE)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     return Run("timed out", "")
-            if problem:
+            if problem and self._running is not None:
                 raise _BrokenError(_last_line(problem.decode(errors="replace")))
             size = output.seek(0, os.SEEK_END)
             output.seek(max(0, size - SHOWN_BYTES - len(token)))
