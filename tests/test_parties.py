@@ -8,13 +8,12 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import processes
 from support.kills import arm, fork, was_killed
 from support.processes import ENVIRONMENT, SMALL, command, settings
 from support.warm import Place, Warm, write_rows
@@ -27,9 +26,8 @@ ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
-    with Warm([sys.executable], ENVIRONMENT) as started:
-        yield started
+def warm() -> Warm:
+    return processes.warm()
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import processes
 from support.processes import ENVIRONMENT, SMALL, fedcli, run_ok, settings
 from support.warm import Place, Warm
 
@@ -25,10 +24,9 @@ class Model(LlamaForCausalLM):
 """
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm([sys.executable], ENVIRONMENT) as started:
-        yield started
+@pytest.fixture(scope="session")
+def warm() -> Warm:
+    return processes.warm()
 
 
 @pytest.fixture

@@ -314,6 +314,7 @@ def test_a_clock_that_is_wrong_at_opening_stops_nothing_and_is_told(small, ahead
         assert "\nclock      " in faults.run(["status"], small).out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["EIO", "ESTALE", "ETIMEDOUT", "EACCES", "ENOTCONN"])
 def test_a_disk_that_fails_where_the_workspace_is_looked_for_is_exit_4(small, kind):
     done = faults.run(["status", "-w", small], small, Fault(1, getattr(errno, kind), sticky=True))
