@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-_NETWORK = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN)
+_NETWORK = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
 
 class FedError(Exception):
@@ -47,6 +47,10 @@ class WorkspaceError(FedError):
     """The workspace is missing, cannot be written, or cannot do what was asked."""
 
     exit_code = 4
+
+
+class DeniedError(WorkspaceError):
+    """Whoever runs this may look at the workspace, and may not write there."""
 
 
 class BusyError(FedError):
@@ -138,8 +142,9 @@ def _explain_os_error(error: OSError) -> FedError:
         name = error.filename
         path = name.decode(errors="surrogateescape") if isinstance(name, bytes) else name
         return WorkspaceError(f"cannot use {path}: {problem}", hint="Check that path and its permissions.")
-    is_of_network = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)) or error.errno in _NETWORK
-    if is_of_network:
+    is_socket_timeout = isinstance(error, TimeoutError) and error.errno is None  # a disk's has its number: ETIMEDOUT
+    is_of_network = isinstance(error, (ConnectionError, socket.gaierror)) or error.errno in _NETWORK
+    if is_of_network or is_socket_timeout:
         return RequirementError(f"the network fails: {problem}", hint="Check the network, then run it again.")
     return WorkspaceError(
         f"this machine or its disk fails: {problem}", hint="Check both, then run it again; --debug shows where it was."

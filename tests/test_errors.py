@@ -192,6 +192,8 @@ def test_a_malformed_command_line_is_one_json_document_with_its_reason(
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), 4, "cannot use /a: No such file"),
         (PermissionError(errno.EACCES, "Permission denied", b"/a"), 4, "cannot use /a: Permission denied"),
         (OSError(errno.ETIMEDOUT, "Connection timed out", "/nfs/a"), 4, "cannot use /nfs/a: Connection timed out"),
+        (OSError(errno.ETIMEDOUT, "Connection timed out"), 4, "this machine or its disk fails: Connection timed out"),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), 4, "this machine or its disk fails"),
         (OSError(errno.EIO, "Input/output error"), 4, "this machine or its disk fails: Input/output error"),
         (OSError(errno.EMFILE, "Too many open files"), 4, "this machine or its disk fails: Too many open files"),
         (OSError("no message of the system's"), 4, "this machine or its disk fails: no message of the system's"),
@@ -225,6 +227,13 @@ def test_debug_shows_where_an_error_came_from(run: Run) -> None:
 
 
 # Rows
+
+
+def test_a_disk_that_fails_under_rows_is_no_fault_of_the_rows(refused: Callable[..., None], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.symlink_to("/proc/self/mem")  # whose first bytes nobody can read: EIO
+    given = settings(*SMALL, f"data.source={rows}")
+    refused(4, ["init", tmp_path / "w", *given], f"cannot read the rows in {rows}: Input/output error", "its disk")
 
 
 def test_a_source_that_is_missing_is_named_at_init(refused: Callable[..., None], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
 from fedcli.commands.output import Display, print_hint, print_json, print_result
-from fedcli.errors import UsageError, WorkspaceError, did_you_mean
+from fedcli.errors import DeniedError, UsageError, WorkspaceError, did_you_mean
 from fedcli.quantities import plural
 from fedcli.workspace.layout import find_workspace
 
@@ -232,7 +232,7 @@ def eval_table(
     parts = ["table", *(names or []), *(["group", group] if group else [])]
     try:
         paths = save_table(federation.workspace, made, "-".join(parts))
-    except WorkspaceError as error:  # a reader of somebody else's workspace
+    except DeniedError as error:  # a reader of somebody else's workspace
         paths = []
         print_hint(f"the table is not written: {error.message}")
     if json_output:

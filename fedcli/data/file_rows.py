@@ -7,6 +7,7 @@ file.
 
 import codecs
 import csv
+import errno
 import gzip
 import json
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO, TypeAlias
 
-from fedcli.errors import ConfigError
+from fedcli.errors import ConfigError, WorkspaceError
 
 KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
@@ -50,6 +51,8 @@ _BINARY_HEADS = {
     b"\x28\xb5\x2f\xfd": ("packed by zstd", "Unpack it: `zstd -d FILE`."),
 }
 """What files begin with that are no text."""
+_OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+"""Errors that another name, other rights or another file mends; what else there is comes from the disk."""
 _LONGEST_CELL = 2**31 - 1
 _CHUNK = 1000
 """Rows of a parquet file that are read at once."""
@@ -119,10 +122,11 @@ def file_rows(path: Path, form: FileForm) -> Iterator[Row]:
     except (EOFError, zlib.error) as error:
         raise ConfigError(f"{path} is damaged: {error}", hint="Fetch the file again.") from error
     except OSError as error:
-        raise ConfigError(
-            f"cannot read the rows in {path}: {error.strerror or error}",
-            hint="Check data.source in fedcli.yaml (or --data), or mend the file.",
-        ) from error
+        told = f"cannot read the rows in {path}: {error.strerror or error}"
+        if error.errno not in _OF_THE_FILE:
+            raise WorkspaceError(told, hint="Check that path and its disk, then run it again.") from error
+        hint = "Check data.source in fedcli.yaml (or --data), or mend the file."
+        raise ConfigError(told, hint=hint) from error
 
 
 def _check_head(path: Path, kind: str, opener: Opener) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-from fedcli.errors import WorkspaceError
+from fedcli.errors import DeniedError, WorkspaceError
 
 TEMPORARY_PREFIX = ".tmp-"
 DISCARDED_PREFIX = ".discarded-"
@@ -31,6 +31,7 @@ _LOCKED = "f"
 """The 13th digit of a temporary name whose writer holds a lock on it; in those of earlier versions it is 4."""
 _TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + "[0-9a-f]{32}")
 
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _CURES = {
     errno.ENOSPC: "Free some space on that disk and run the command again; nothing is lost.",
     errno.EDQUOT: "Your disk quota is used up: free some space and run the command again; nothing is lost.",
@@ -50,7 +51,8 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WorkspaceError(
+        kind = DeniedError if error.errno in _DENIED else WorkspaceError
+        raise kind(
             f"cannot write {error.filename or path}: {error.strerror}",
             hint=_CURES.get(error.errno or 0, "Check the disk, then run the command again; nothing is lost."),
         ) from error

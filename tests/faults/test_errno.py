@@ -1,6 +1,6 @@
 """Every command with one failing system call: run again it ends as if undisturbed, and it has said what failed.
 
-A seeded sample of $FEDCLI_FAULTS faults a command (12; `all`: each call with each failure). docs/RELIABILITY.md has the
+A seeded sample of $FEDCLI_FAULTS faults a command (6; `all`: each call with each failure). docs/RELIABILITY.md has the
 figures of a long campaign, which $FEDCLI_RECORD=DIR writes as errno.json.
 """
 
@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,11 @@ from fedcli.workspace.layout import Workspace
 
 NOTHING_DUE = 6
 """How a server ends whose round was published before a later call failed, when it is run again."""
-NUM_FAULTS = os.environ.get("FEDCLI_FAULTS", "12")
+NUM_FAULTS = os.environ.get("FEDCLI_FAULTS", "6")
+NOT_WRITTEN = "the table is not written"
+"""What is told to a reader who may not write to the workspace, beside the table itself."""
+TOKENS = re.compile(r"private/\d+/tokens-\w+\.safetensors")
+"""A cache: a disk that refuses it costs time later, and nothing else."""
 CHANGING = ("write", "fsync", "close", "rename", "link", "mkdir", "unlink", "chmod", "fchmod")
 
 
@@ -66,7 +71,7 @@ def without_rounds(root: Path) -> None:
     shutil.rmtree(root / "rounds")
 
 
-PARTY = ("client", "join", "--id", 0, "--data", "rows.jsonl", "--home", "H0", "--yes")
+PARTY = ("client", "join", "-w", "fed", "--id", 0, "--data", "rows.jsonl", "--home", "H0", "--yes")
 train_0, train_1, train_2 = (command("client", "train", "--id", client) for client in range(3))
 merged = command("server", "aggregate")
 SCENARIOS = (
@@ -126,7 +131,7 @@ def templates(small_template: Path, tmp_path_factory: pytest.TempPathFactory) ->
         else:
             folder.mkdir(parents=True)
         if scenario.start == "parties":
-            command("init", *settings(*SMALL, "data.source=null"))(folder)
+            command("init", "fed", *settings(*SMALL, "data.source=null"))(folder)
             rows = [{"instruction": f"say {n}", "output": f"{n} is said"} for n in range(9)]
             (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         # The paths that a state was made under are those that it is tried under.
@@ -143,11 +148,9 @@ def templates(small_template: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def ids(root: Path) -> list[bytes]:
-    """Return what `init` draws: the workspace's id, and the hashes of manifests that follow from it."""
+    """Return what `init` draws: the workspace's id."""
     identity = root / "workspace.json"
-    if not identity.is_file():
-        return []
-    return [json.loads(identity.read_bytes())["id"].encode()]
+    return [json.loads(identity.read_bytes())["id"].encode()] if identity.is_file() else []
 
 
 def chosen(calls: list[list[str]], seed: str) -> list[Fault]:
@@ -173,13 +176,8 @@ def is_refusal(done: Done, fault: Fault) -> bool:
     return name == "open" and "/inbox/" in path and fault.failure in OF_AN_UPDATE
 
 
-CLEAN = ("status", "verify", "client status", "server aggregate", "server aggregate (fedyogi)", "server discard", "gc")
-"""Commands of which no fault is known to come out wrong: those that CI tries; $FEDCLI_FAULTS tries all."""
-TRIED = [scenario for scenario in SCENARIOS if "FEDCLI_FAULTS" in os.environ or scenario.name in CLEAN]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", TRIED, ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_a_failing_call_loses_nothing_doubles_nothing_and_leaves_nothing(templates, scenario: Scenario) -> None:
     template = templates(scenario)
     place = template.parents[1] / "W"
@@ -195,9 +193,9 @@ def test_a_failing_call_loses_nothing_doubles_nothing_and_leaves_nothing(templat
         counts["tried"] += 1
         if is_refusal(done, fault):
             continue
-        if done.code != 0:
+        if done.code != 0 or NOT_WRITTEN in done.err:
             counts["failed"] += 1
-            for problem in faults_of(done, place):
+            for problem in faults_of(done, fault):
                 counts["other"] += 1
                 problems.append(f"{what}: {problem}: {done.err}")
             again = faults.run(scenario.arguments, place)
@@ -207,10 +205,11 @@ def test_a_failing_call_loses_nothing_doubles_nothing_and_leaves_nothing(templat
                 continue
         found = snapshot(place, ids(place) or names)
         for kind, files in compared(found, expected).items():
+            files = [name for name in files if kind != "lost" or name in found or not TOKENS.fullmatch(name)]
             if files:
                 counts[kind] += 1
                 problems.append(f"{what}: exit {done.code}: {kind}: {files}")
-        if scenario.start == "small" and (place / "rounds/00000").exists():
+        if (place / "rounds/00000").exists():
             violations = Federation(Workspace(place)).verify().violations
             if violations:
                 counts["doubled"] += 1
@@ -219,13 +218,14 @@ def test_a_failing_call_loses_nothing_doubles_nothing_and_leaves_nothing(templat
     assert not problems, "\n".join(problems)
 
 
-def faults_of(done: Done, place: Path) -> Iterator[str]:
+def faults_of(done: Done, fault: Fault) -> Iterator[str]:
     """Yield what is wrong with how a command says that it failed."""
     if "Traceback" in done.err or "internal error" in done.err:
         yield "a traceback"
-    if done.code not in (4,):
+    allowed = {0: NOT_WRITTEN in done.err, 4: True, 3: fault.failure == errno.EACCES and "the rows in" in done.err}
+    if not allowed.get(done.code, False):
         yield f"exit {done.code}"
-    if "fedcli: error: " not in done.err:
+    if done.code != 0 and "fedcli: error: " not in done.err:
         yield "no error"
 
 

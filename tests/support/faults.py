@@ -91,11 +91,16 @@ def run(arguments: Sequence[object], root: Path, fault: Fault = Fault(), *, data
 
 
 LOCKS = re.compile(r"(server|baseline|)\.?lock|\.[^/]*\.lock")
-_TIME = re.compile(rb'"(created|seconds|tokens_per_second)": [^,\n]*|\d{4}-\d\d-\d\d \d\d:\d\d UTC|"opened": [0-9.]+')
+_TIME = re.compile(
+    rb'"(created|seconds|tokens_per_second)": [^,\n]*|\d{4}-\d\d-\d\d \d\d:\d\d UTC|"opened": [0-9.]+|"checksum": "\w+"'
+)
 
 
 def snapshot(root: Path, ids: Sequence[bytes] = ()) -> dict[str, str]:
-    """Return the hash of every file below a folder by name, locks aside; of moments and `ids` nothing."""
+    """Return the hash of every file below a folder by name, locks aside; of moments, checksums and `ids` nothing.
+
+    `fedcli verify` checks the checksums, which cover moments and ids.
+    """
     found = {}
     for path in sorted(root.rglob("*")):
         if path.is_dir() or LOCKS.fullmatch(path.name):
