@@ -199,7 +199,7 @@ def test_server_run_merges_each_round_when_it_is_ready_and_ends_with_the_last(sm
     try:
         for number in (1, 2):
             all_take_part(small)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while not (small / "rounds" / f"{number:05d}").exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.05)

@@ -390,7 +390,7 @@ def test_mt_bench_end_to_end_with_a_judge_that_falters(tmp_path: Path) -> None:
 
     with JudgeServer(reply, script) as server:
         for _ in range(2):
-            endpoint = Endpoint("gpt-4", server.url, concurrency=4, timeout=1.0)
+            endpoint = Endpoint("gpt-4", server.url, concurrency=4, timeout=3)
             memory = AnswerLog(tmp_path / "judgments.jsonl")
             model = Scripted(echo)
             items = MT_BENCH.run(session(MT_BENCH, model, judge=Judge("gpt-4", endpoint.reach, memory)))

@@ -86,7 +86,7 @@ def test_run_goes_on_after_sigint_and_sigkill_and_ends_where_an_undisturbed_run_
     assert run_ok("verify", cwd=small)["violations"] == []
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 300) -> None:
     """Wait for something to happen on disk."""
     deadline = time.monotonic() + seconds
     while not condition():

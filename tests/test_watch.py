@@ -34,7 +34,7 @@ def test_without_a_terminal_each_change_is_a_line_and_the_last_round_ends_it(sma
     assert process.stdout.readline() == "round 0 of 2, open: 1 of 3 answered, 3 must, missing 0, 2\n"
     Federation(workspace).server.aggregate(partial=True)
     merge(workspace, {0: 0.25})
-    rest, _ = process.communicate(timeout=30)
+    rest, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert rest.splitlines()[-1] == "round 2 of 2, finished; mean loss 0.2500 in round 1"
 
