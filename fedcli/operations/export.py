@@ -88,7 +88,7 @@ def export(
                 (folder / name).write_bytes(contents)
         card = _card(federation, found, adapter_config, merged_dtype)
         (folder / CARD_NAME).write_text(render_card(card), encoding="utf-8")
-    sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(output, found.number, list(sizes), merged_dtype, sum(sizes.values()))
 
 
