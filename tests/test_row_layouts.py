@@ -446,6 +446,8 @@ def test_a_named_separator_and_encoding_are_used(tmp_path: Path) -> None:
     assert "data.encoding" in caught.value.hint
     path.write_text("a,b\n1,2\n", encoding="utf-8-sig")
     assert rows_of(path, encoding="utf8") == [{"a": "1", "b": "2"}]
+    with pytest.raises(ConfigError, match="begins with the mark of UTF-8, and is to be read as cp1252"):
+        rows_of(path, encoding="cp1252")
 
 
 @pytest.mark.parametrize("fault", ["delimiter: ';;'", "delimiter: ''", "encoding: latin-one", "encoding: base64"])
@@ -460,6 +462,9 @@ WRAPPED: dict[str, str] = {
     "on one line": '{"a": 1}{"a": 1} {"a": 1}',
     "data": json.dumps({"version": "1", "data": [{"a": 1}, {"a": 1}]}),
     "data, pretty": json.dumps({"data": [{"a": 1}]}, indent=4),
+    "rows in data": json.dumps({"data": {"rows": [{"a": 1}, {"a": 1}]}}),
+    "train in data": json.dumps({"status": "ok", "data": {"train": [{"a": 1}]}}, indent=1),
+    "rows": json.dumps({"features": [], "rows": [{"a": 1}], "num_rows_total": 1}),
     "one row a line": '\n{"a": 1}\n\n{"a": 1}\n',
 }
 

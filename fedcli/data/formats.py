@@ -1,5 +1,6 @@
 """Which format and split a source has, and reading its rows; what is left out is counted by reason."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from fedcli.tasks.format import (
     EQUAL,
     MALFORMED,
     NO_PROMPT,
+    REPEATED,
     Context,
     Fields,
     Format,
@@ -178,6 +180,7 @@ class RowReader:
                 fitting = (name for name in formats_of(task.item) if task.item is not self._item)
                 if name := next((name for name in fitting if _count_usable(name, self._first)), None):
                     hint = f"They look like rows of the format {name}, which is for task {task.name}: set task to that."
+            hint = next(filter(None, map(self._cure, self._first)), hint)
             if self.left_out.keys() <= {EMPTY, EQUAL}:
                 hint = "Responses must not be empty (nor alike, in a pair): mend the rows."
             raise ConfigError(
@@ -186,8 +189,19 @@ class RowReader:
                 hint=hint,
             )
 
+    def _cure(self, row: Row) -> str | None:
+        """Return what to do about a row whose columns stand elsewhere; None where they do not."""
+        if re.search(r"\.[ct]sv\b", row.where) and any(map(_looks_like_text, row.fields)):
+            return "The first line, read as the header, looks like a row: put a line of column names before it."
+        for name, value in row.fields.items():
+            inner = [Row(value, row.where)] if isinstance(value, Mapping) else []
+            if inner and any(_count_usable(one, inner) for one in (self.format, *formats_of(self._item))):
+                return f"Column {name!r} holds the columns of a row: write each row as what it holds."
+        return None
+
     def read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Item]]:
         """Yield every usable row and what it teaches; raise ConfigError for rows of single responses with a verdict."""
+        rows = self._unambiguous(rows)
         if self._assemble is not None:
             rows = (Row(*each) for each in self._assemble((row.fields, row.where) for row in rows))
         for row in rows:
@@ -198,9 +212,7 @@ class RowReader:
             try:
                 item = self._checked(self._read(columns, self._context))
             except LeftOut as left_out:
-                self._first = self._first or [row]
-                self.left_out[left_out.reason] += 1
-                self.first_cases.setdefault(left_out.reason, f"{row.where}: {left_out.detail}")
+                self._leave_out(row, left_out)
                 continue
             self.notes += self._context.notes
             for name, value in row.fields.items():
@@ -212,6 +224,20 @@ class RowReader:
                     self.unused[name] += 1
             self.unused.update(self._context.unused)
             yield row, item
+
+    def _unambiguous(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Pass rows on; leave those out that name a key twice, for either value may be meant."""
+        for row in rows:
+            if row.repeated is None:
+                yield row
+                continue
+            self.num_rows += 1
+            self._leave_out(row, LeftOut(REPEATED, f"it names the key {row.repeated!r} twice: keep one"))
+
+    def _leave_out(self, row: Row, left_out: LeftOut) -> None:
+        self._first = self._first or [row]
+        self.left_out[left_out.reason] += 1
+        self.first_cases.setdefault(left_out.reason, f"{row.where}: {left_out.detail}")
 
     def _verdict(self, row: Row, name: str) -> ConfigError:
         has_kto = "kto" in TASKS
@@ -267,6 +293,11 @@ class _Columns(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._fields)
+
+
+def _looks_like_text(name: str) -> bool:
+    """Return whether the name of a column is rather a cell: a number, a sentence or long."""
+    return bool(re.fullmatch(r"[+-]?\d+(\.\d+)?|.{61,}|.*\s.*[.?!]", str(name).strip(), re.DOTALL))
 
 
 def _is_verdict(value: object) -> bool:

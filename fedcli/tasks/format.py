@@ -17,6 +17,7 @@ DUPLICATE = "duplicate"
 TOO_LONG = "too long"
 NOT_LEARNT = "nothing to learn"
 NOT_TEXT = "not text alone"
+REPEATED = "a key twice"
 
 SPEAKERS: Mapping[str, Role] = {
     **{"system": "system", "developer": "system", "user": "user", "assistant": "assistant"},
@@ -78,8 +79,24 @@ def text(fields: Fields, column: str) -> str:
     value = fields.get(column)
     if not isinstance(value, str):
         lacks = "no text in" if column in fields else "no"
-        raise LeftOut(MALFORMED, f"{lacks} column {column!r}; it has {', '.join(map(str, fields)) or 'none'}")
+        told = f"{lacks} column {column!r}; it has {', '.join(map(str, fields)) or 'none'}"
+        raise LeftOut(MALFORMED, told + ("" if column in fields else _where_else(fields, column)))
     return value
+
+
+def _where_else(fields: Fields, column: str) -> str:
+    """Return where a row has a column that it lacks: under a name that nearly is it, or one level deeper."""
+    for name, value in fields.items():
+        if _bare(name) == _bare(column):
+            return f", where {name!r} differs in capitals or spaces: rename it"
+        inner = value[0] if isinstance(value, list) and value else value
+        if isinstance(inner, Mapping) and column in inner:
+            return f", where {name!r} holds it one level deeper: write the row as what that holds"
+    return ""
+
+
+def _bare(name: object) -> str:
+    return str(name).strip(" \t\r\n\xa0\ufeff\u200b").casefold()
 
 
 def plain(fields: Fields, column: str) -> str:
