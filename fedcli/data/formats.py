@@ -9,6 +9,7 @@ from typing import Any
 
 from fedcli.config import Columns, ColumnsFormat, DataFormat, MessagesFormat
 from fedcli.data.file_rows import Row
+from fedcli.data.verdicts import VERDICTS, Verdicts, is_certain_verdict
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, TASKS, first_task, formats_of
 from fedcli.tasks.builtin_formats import conversation, whole_text
@@ -20,6 +21,7 @@ from fedcli.tasks.format import (
     MALFORMED,
     NO_PROMPT,
     REPEATED,
+    UNANSWERED,
     Context,
     Fields,
     Format,
@@ -134,8 +136,6 @@ _PAIRS = (
     *(("prompt", "response"), ("prompt", "output"), ("prompt", "answer"), ("input", "output"), ("input", "response")),
 )
 """Names of columns of an instruction and its response."""
-VERDICTS = ("label", "kto_tag", "is_desirable", "desirable", "is_good", "good", "accepted", "preferred", "thumbs_up")
-"""Columns that say, with true or false, whether the one response of a row is good."""
 
 
 def choose_split(source: str, given: str | None) -> str:
@@ -183,6 +183,8 @@ class RowReader:
             hint = next(filter(None, map(self._cure, self._first)), hint)
             if self.left_out.keys() <= {EMPTY, EQUAL}:
                 hint = "Responses must not be empty (nor alike, in a pair): mend the rows."
+            if self.left_out.keys() == {UNANSWERED}:
+                hint = "The last turn of a conversation is what is learnt: add an answer, or take the question out."
             raise ConfigError(
                 f"{where}: none of {self.num_rows} rows is usable as {format_name(self.format)} "
                 f"({describe_counts(self.left_out)}); first, {next(iter(self.first_cases.values()), 'none')}",
@@ -201,7 +203,7 @@ class RowReader:
 
     def read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Item]]:
         """Yield every usable row and what it teaches; raise ConfigError for rows of single responses with a verdict."""
-        rows = self._unambiguous(rows)
+        rows, verdicts = self._unambiguous(rows), Verdicts()
         if self._assemble is not None:
             rows = (Row(*each) for each in self._assemble((row.fields, row.where) for row in rows))
         for row in rows:
@@ -219,11 +221,15 @@ class RowReader:
                 if name in columns.used:
                     self.used.setdefault(name)
                 elif is_given(value):
-                    if name in VERDICTS and self._item is Example and _is_verdict(value):
-                        raise self._verdict(row, name)
+                    if name in VERDICTS and isinstance(item, Example):
+                        if is_certain_verdict(value):
+                            raise self._verdict(row, name)
+                        verdicts.add(row, name, value, item.response)
                     self.unused[name] += 1
             self.unused.update(self._context.unused)
             yield row, item
+        if (verdict := verdicts.found()) is not None:
+            raise self._verdict(*verdict)
 
     def _unambiguous(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Pass rows on; leave those out that name a key twice, for either value may be meant."""
@@ -298,10 +304,6 @@ class _Columns(Mapping[str, Any]):
 def _looks_like_text(name: str) -> bool:
     """Return whether the name of a column is rather a cell: a number, a sentence or long."""
     return bool(re.fullmatch(r"[+-]?\d+(\.\d+)?|.{61,}|.*\s.*[.?!]", str(name).strip(), re.DOTALL))
-
-
-def _is_verdict(value: object) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
 
 
 def format_name(data_format: DataFormat) -> str:

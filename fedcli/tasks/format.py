@@ -18,6 +18,8 @@ TOO_LONG = "too long"
 NOT_LEARNT = "nothing to learn"
 NOT_TEXT = "not text alone"
 REPEATED = "a key twice"
+UNANSWERED = "no answer at the end"
+JSON_RESULT = "result of a tool that is no text, written as JSON"
 
 SPEAKERS: Mapping[str, Role] = {
     **{"system": "system", "developer": "system", "user": "user", "assistant": "assistant"},
@@ -155,6 +157,12 @@ def _turn(message: object, column: str, context: Context | None, speakers: Mappi
     role = speakers.get(name.lower() if is_sharegpt else name) if isinstance(name, str) else None
     content, used = fields.get(said), {speaker, said, "weight"}
     thoughts, calls, is_learnt = "", "", True
+    if isinstance(content, Mapping) and isinstance(content.get("type"), str):
+        content = [content]
+    if role == "tool" and _is_result(content):
+        content = json.dumps(content, ensure_ascii=False, default=str)
+        if context is not None:
+            context.notes[JSON_RESULT] = 1
     if isinstance(content, list):
         content, thoughts = _parts(content, column)
     if role == "assistant":
@@ -173,11 +181,21 @@ def _turn(message: object, column: str, context: Context | None, speakers: Mappi
                 thoughts = given
                 used.add(key)
         content = "" if content is None and calls else content
+    if role is not None and isinstance(content, Mapping):
+        keys = ", ".join(map(str, content)) or "none"
+        raise LeftOut(NOT_TEXT, f"a message of {name!r} in column {column!r} is an object (its keys: {keys}), no text")
     if role is None or not isinstance(content, str):
         raise LeftOut(MALFORMED, f"a message in column {column!r} has no text, or the role {name!r}")
     if context is not None:
         context.unused |= {f"{column}.{key}" for key, value in fields.items() if key not in used and is_given(value)}
     return Turn(role, content, is_learnt=is_learnt, reasoning=thoughts, tool_calls=calls)
+
+
+def _is_result(content: object) -> bool:
+    """Return whether what a tool said is a value of JSON: an object, a number, a list that is none of parts."""
+    if isinstance(content, list):
+        return not all(isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in content)
+    return isinstance(content, Mapping | int | float) and not (isinstance(content, Mapping) and "type" in content)
 
 
 def _parts(parts: list[Any], column: str) -> tuple[str, str]:
