@@ -94,8 +94,10 @@ def _print_histogram(console: "Console", result: "Preview") -> None:
         console.print(f"{low:>6} to {high:<6} {bar} {count}")
     num_cut = sum(share.num_cut for share in result.clients)
     if num_cut:
-        of = f"{num_cut} of {result.num_sampled}"
-        console.print(f"{of} rows are longer than train.max_length ({result.max_length}) and are cut, or left out")
+        num_truncated = sum(share.num_truncated for share in result.clients)
+        num_too_long = sum(share.num_too_long for share in result.clients)
+        longer = f"{num_cut} of {result.num_sampled} rows are longer than train.max_length ({result.max_length})"
+        console.print(f"{longer}: {num_truncated} with a response cut to fit, {num_too_long} left out", soft_wrap=True)
 
 
 def _print_clients(console: "Console", result: "Preview") -> None:

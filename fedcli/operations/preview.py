@@ -22,6 +22,7 @@ from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.parties.simulate import read_summary
 from fedcli.report.rows_picture import Bar, draw
 from fedcli.tasks.conversation import Item
+from fedcli.tasks.format import TOO_LONG
 from fedcli.workspace.federation_state import Experiment, FederationState, train_record
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
@@ -66,6 +67,11 @@ class ClientShare:
     num_rows: int
     left_out: dict[str, int]
     num_cut: int
+    """Rows that are longer than train.max_length."""
+    num_truncated: int
+    """Of these, the rows whose response is cut to fit."""
+    num_too_long: int
+    """Of these, the rows that are left out: their prompt leaves no room for a response."""
     num_tokens: list[int]
     groups: list[int]
     first_cases: dict[str, str]
@@ -147,6 +153,8 @@ def preview(
                 num_rows=reader.num_usable - used.left_out.total(),
                 left_out=dict(reader.left_out + used.left_out),
                 num_cut=num_cut,
+                num_truncated=used.num_truncated,
+                num_too_long=used.left_out[TOO_LONG],
                 num_tokens=lengths.tolist(),
                 groups=counts,
                 first_cases={**reader.first_cases, **used.first_cases},
