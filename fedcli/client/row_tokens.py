@@ -35,7 +35,7 @@ def read_encoded(
         template=train.template if isinstance(train.template, str) else train.template.model_dump(mode="json"),
         task=task,
         date=encoder.date,
-        layout=4,  # of the arrays and of what formats and templates teach: a cache of another layout is made anew
+        layout=5,  # of the arrays and of what formats and templates teach: a cache of another layout is made anew
         max_length=train.max_length,
         seed=train.seed,
         base=fingerprint,
