@@ -23,6 +23,7 @@ class Repeating(dict[str, Any]):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of a document; JSON's own reader keeps the last of two values without a word."""
     fields = dict(pairs)
+    key: str | None
     if len(fields) < len(pairs):
         key = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
     else:
