@@ -15,6 +15,7 @@ from fedcli.config import Columns, ColumnsFormat, DataFormat
 from fedcli.data import formats
 from fedcli.data.file_rows import Row
 from fedcli.data.formats import RowReader, choose_format, choose_split
+from fedcli.data.row_report import describe_counts
 from fedcli.data.source import Source
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, builtin_formats, formats_of
@@ -215,8 +216,8 @@ def test_counts_are_told_by_reason() -> None:
         MALFORMED: "here, line 2: no column 'instruction'; it has output",
         EMPTY: "here, line 4: empty response",
     }
-    assert formats.describe_counts(reader.left_out) == "1 empty response, 2 malformed"
-    assert formats.describe_counts({EMPTY: 0}) == ""
+    assert describe_counts(reader.left_out) == "1 empty response, 2 malformed"
+    assert describe_counts({EMPTY: 0}) == ""
     reader.require_rows("here")
 
 

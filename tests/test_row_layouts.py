@@ -11,7 +11,8 @@ from support.processes import SMALL, runner, settings
 
 from fedcli.config import Columns, ColumnsFormat, DataFormat, MessagesFormat, parse_config
 from fedcli.data.file_rows import Row
-from fedcli.data.formats import RowReader, describe_rows, guess_format
+from fedcli.data.formats import RowReader, guess_format
+from fedcli.data.row_report import describe_rows
 from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError
 from fedcli.tasks.conversation import Example, Item, Preference, Turn, instruct
@@ -395,7 +396,7 @@ def test_what_is_not_used_is_counted_by_column_and_key() -> None:
     ]
     _, reader = read("messages", *rows)
     assert reader.unused == {"id": 2, "messages.name": 1, "images": 1, "tools": 1}
-    told = list(describe_rows(reader.left_out, reader.first_cases, reader.notes, reader.unused))
+    told = list(describe_rows(reader))
     assert told == [
         "left out: 1 empty prompt",
         "  empty prompt: first, here, line 3: empty prompt",

@@ -1,14 +1,14 @@
 """Which format and split a source has, and reading its rows; what is left out is counted by reason."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from fedcli.config import Columns, ColumnsFormat, DataFormat, MessagesFormat
 from fedcli.data.file_rows import Row
+from fedcli.data.row_report import RowReport, describe_counts
 from fedcli.data.verdicts import VERDICTS, Verdicts, is_certain_verdict
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, TASKS, first_task, formats_of
@@ -145,21 +145,15 @@ def choose_split(source: str, given: str | None) -> str:
 
 
 @dataclass
-class RowReader:
-    """Reads rows of one format; counts what is left out by reason, and keeps the first case of each for messages."""
+class RowReader(RowReport):
+    """Reads rows of one format; its notes are decisions that the format had to take on rows that are used."""
 
     format: DataFormat
     seed: int = 0
     num_rows: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    first_cases: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._context = Context(self.seed)
-        self.notes: Counter[str] = Counter()
-        """Decisions that formats had to take on rows that are used."""
-        self.unused: Counter[str] = Counter()
-        """Columns, and keys inside them, that were not used, with the number of used rows that have them."""
         self._first: list[Row] = []
         self.used: dict[str, None] = {}
         """The columns that were used, in their order."""
@@ -242,8 +236,7 @@ class RowReader:
 
     def _leave_out(self, row: Row, left_out: LeftOut) -> None:
         self._first = self._first or [row]
-        self.left_out[left_out.reason] += 1
-        self.first_cases.setdefault(left_out.reason, f"{row.where}: {left_out.detail}")
+        self.leave_out(left_out.reason, left_out.detail, row.where)
 
     def _verdict(self, row: Row, name: str) -> ConfigError:
         has_kto = "kto" in TASKS
@@ -311,37 +304,6 @@ def format_name(data_format: DataFormat) -> str:
     if isinstance(data_format, str):
         return data_format
     return "columns" if isinstance(data_format, ColumnsFormat) else "messages"
-
-
-def describe_counts(counts: Mapping[str, int]) -> str:
-    """Return counts by reason as a phrase."""
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if count)
-
-
-def describe_notes(notes: Mapping[str, int]) -> str:
-    """Return notes with the number of rows that each holds for."""
-    counted = sorted((note, count) for note, count in notes.items() if count)
-    return "; ".join(f"{note}: {count} {'row' if count == 1 else 'rows'}" for note, count in counted)
-
-
-def describe_rows(
-    left_out: Mapping[str, int],
-    first_cases: Mapping[str, str],
-    notes: Mapping[str, int],
-    unused: Mapping[str, int],
-    of: str = "",
-) -> Iterator[str]:
-    """Yield lines: what was left out by reason, with the first case of each; what was noted; what is not used."""
-    if left_out:
-        yield f"left out{of}: {describe_counts(left_out)}"
-        for reason, count in sorted(left_out.items()):
-            if count and reason in first_cases:
-                yield f"  {reason}: first, {first_cases[reason]}"
-    if notes:
-        yield f"noted{of}: {describe_notes(notes)}"
-    if unused:
-        most_first = sorted(unused.items(), key=lambda entry: (-entry[1], entry[0]))
-        yield f"not used{of}: " + ", ".join(f"{name} ({count})" for name, count in most_first)
 
 
 def _own_format(given: ColumnsFormat | MessagesFormat) -> Format:
