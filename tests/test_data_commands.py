@@ -275,6 +275,24 @@ def test_preview_shows_the_supervised_part_and_what_each_client_has(tmp_path: Pa
     assert pieces[1]["text"] == " 1</s>"
 
 
+def test_rows_longer_than_max_length_are_counted_as_cut_and_as_left_out(tmp_path: Path) -> None:
+    """Of ten rows two have a response that is cut, three a prompt without room for one; init says who counts them."""
+    long = "word " * 200
+    rows = [{"instruction": f"i{number}", "output": "o"} for number in range(5)]
+    rows += [{"instruction": f"i{number}", "output": long} for number in range(5, 7)]
+    rows += [{"instruction": f"i{number} {long}", "output": "o"} for number in range(7, 10)]
+    written(tmp_path / "rows.jsonl", rows)
+    overrides = (*SMALL, "data.source=rows.jsonl", "data.partition=iid", "federation.clients=1", "train.max_length=128")
+    begun = fedcli("init", "w", *settings(*overrides), cwd=tmp_path)
+    assert begun.returncode == 0, begun.stderr
+    line = "rows longer than train.max_length (128 tokens) are cut, or left out: fedcli data preview -w w counts them"
+    assert line in begun.stdout.splitlines()
+    done = fedcli("data", "preview", "-w", "w", cwd=tmp_path)
+    line = "5 of 10 rows are longer than train.max_length (128): 2 with a response cut to fit, 3 left out"
+    assert line in done.stdout.splitlines()
+    assert "left out: 3 too long" in done.stdout.splitlines()
+
+
 def test_preview_counts_any_column_of_a_split_that_went_by_none(tmp_path: Path) -> None:
     written(tmp_path / "rows.jsonl", ALPACA)
     workspace = made(tmp_path, *SMALL, "data.source=rows.jsonl", "data.partition=iid")

@@ -15,12 +15,13 @@ from fedcli.config import Columns, ColumnsFormat, DataFormat
 from fedcli.data import formats
 from fedcli.data.file_rows import Row
 from fedcli.data.formats import RowReader, choose_format, choose_split
+from fedcli.data.row_report import describe_counts
 from fedcli.data.source import Source
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, builtin_formats, formats_of
 from fedcli.tasks.builtin_formats import FORKED, TIED, UNSCORED
 from fedcli.tasks.conversation import Example, Item, Preference, Turn, instruct, shown
-from fedcli.tasks.format import DUPLICATE, EMPTY, EQUAL, MALFORMED
+from fedcli.tasks.format import DUPLICATE, EMPTY, EQUAL, MALFORMED, UNANSWERED
 
 Fields = dict[str, Any]
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -134,7 +135,7 @@ def test_a_row_teaches_what_its_format_says(case: str) -> None:
 
 MESSAGES = "column 'messages' is not a list of messages"
 NO_TEXT = "a message in column 'messages' has no text, or the role "
-NO_ANSWER = "the conversation does not end with the assistant's answer"
+NO_ANSWER = "the conversation ends with the user's turn"
 NOT_HH = r"it does not begin with '\n\nHuman: ' or '\n\nAssistant: '"
 A, B = turns("user: a", "assistant: b"), turns("user: z", "assistant: c")
 
@@ -159,7 +160,7 @@ LEFT_OUT: dict[str, tuple[DataFormat, Fields, str]] = {
     "messages of texts": ("messages", {"messages": ["a", "b"]}, f"{NO_TEXT}None"),
     "a null content": ("messages", {"messages": [{"role": "user", "content": None}]}, f"{NO_TEXT}'user'"),
     "no answer": ("messages", {"messages": turns("user: a", "assistant: b", "user: c")}, NO_ANSWER),
-    "an answer alone": ("messages", {"messages": turns("assistant: b")}, NO_ANSWER),
+    "an answer alone": ("messages", {"messages": turns("assistant: b")}, "the conversation is an answer alone"),
     "an empty answer": ("messages", {"messages": turns("user: a", "assistant:  ")}, EMPTY),
     "no rejected": ("preference", {"prompt": "a", "chosen": "b"}, "no column 'rejected'; it has prompt, chosen"),
     "no preference": ("preference", {"prompt": "a"}, "no column 'chosen'; it has prompt"),
@@ -178,7 +179,7 @@ LEFT_OUT: dict[str, tuple[DataFormat, Fields, str]] = {
     "ends of Windows": ("hh-rlhf", {"chosen": "\r\n\r\nHuman: a", "rejected": talk("a")}, NOT_HH),
     "empty dialogues": ("hh-rlhf", {"chosen": "", "rejected": ""}, NOT_HH),
     "a null dialogue": ("hh-rlhf", {"chosen": None, "rejected": talk("a")}, "no text in column 'chosen'"),
-    "no assistant": ("hh-rlhf", {"chosen": talk("a"), "rejected": talk("b")}, "a dialogue does not end with the"),
+    "no assistant": ("hh-rlhf", {"chosen": talk("a"), "rejected": talk("b")}, "a dialogue ends with the user's turn"),
     "no user": ("hh-rlhf", {"chosen": talk("", "b")[9:], "rejected": talk("", "c")[9:]}, "the prompt does not end"),
     "a column that is not there": (QA, {"q": "a", "A": "b"}, "no column 'a'; it has q, A"),
     "a list in a column": (QA, {"q": "a", "a": ["b"]}, "no text in column 'a'"),
@@ -190,7 +191,7 @@ LEFT_OUT: dict[str, tuple[DataFormat, Fields, str]] = {
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_a_row_that_is_left_out_is_counted_by_its_reason_and_the_first_is_told(case: str) -> None:
     given, fields, detail = LEFT_OUT[case]
-    reason = detail if detail in (EMPTY, EQUAL, FORKED) else MALFORMED
+    reason = detail if detail in (EMPTY, EQUAL, FORKED) else UNANSWERED if " ends with the " in detail else MALFORMED
     items, reader = read(given, fields, fields)
     assert items == []
     assert (reader.num_rows, reader.num_usable, reader.left_out) == (2, 0, {reason: 2})
@@ -215,8 +216,8 @@ def test_counts_are_told_by_reason() -> None:
         MALFORMED: "here, line 2: no column 'instruction'; it has output",
         EMPTY: "here, line 4: empty response",
     }
-    assert formats.describe_counts(reader.left_out) == "1 empty response, 2 malformed"
-    assert formats.describe_counts({EMPTY: 0}) == ""
+    assert describe_counts(reader.left_out) == "1 empty response, 2 malformed"
+    assert describe_counts({EMPTY: 0}) == ""
     reader.require_rows("here")
 
 

@@ -1,28 +1,35 @@
 """A base model is known by its files alone: what it is, and why one that will not do is refused before torch loads."""
 
 import json
+import re
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from support.processes import ENVIRONMENT, SMALL, fedcli, run_ok, settings
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from fedcli.data.chat_template import ChatTemplate
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.model.architectures import UNIFORM, find_architecture
 from fedcli.model.base import find_base
 from fedcli.model.finite import check_answers, check_weights
 from fedcli.model.inspection import inspect
 from fedcli.model.library_logging import quiet_libraries
-from fedcli.model.loading import load_base
+from fedcli.model.loading import load_base, load_tokenizer
+from fedcli.model.stored_quantization import PACKAGES, UNTRAINED
+from fedcli.model.tokenizer_files import chat_abilities
+from fedcli.operations.doctor import _tokenizer
 
 TINY = find_base("builtin:tiny", revision=None, root=Path.cwd())
 ROWS = Path(__file__).parent / "benchmark_rows"
@@ -90,6 +97,27 @@ def shard(folder: Path) -> None:
 
 def without_layer(number: int) -> Callable[[str], str | None]:
     return lambda name: None if f".layers.{number}." in name else name
+
+
+def quantized(method: str | None, **settings: Any) -> Change:
+    return configure(quantization_config={"quant_method": method, **settings})
+
+
+def stored_as(dtype: torch.dtype, part: str = "weight", *more: str) -> Change:
+    """Return what stores every linear layer's weights in another type, under another name, with tensors beside them."""
+
+    def change(folder: Path) -> None:
+        weights = {}
+        for name, weight in load_file(folder / "model.safetensors").items():
+            if "_proj.weight" not in name:
+                weights[name] = weight
+                continue
+            module = name.removesuffix("weight")
+            weights[module + part] = (weight * 100).to(dtype)
+            weights |= {module + each: torch.ones(1) for each in more}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -165,6 +193,31 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
         "has no model.safetensors and no model.safetensors.index.json; it holds consolidated.safetensors",
     ),
+    "GPTQ": (quantized("gptq", bits=4), "stored quantised by gptq, which needs .* not installed: optimum, gptqmodel"),
+    "AWQ": (quantized("awq", bits=4), "stored quantised by awq, which needs .* not installed: gptqmodel"),
+    "compressed tensors": (quantized("compressed-tensors", format="pack-quantized"), "not installed: compressed-tens"),
+    "HQQ": (quantized("hqq"), "stored quantised by hqq, which needs a package that is not installed: hqq"),
+    "AQLM": (quantized("aqlm"), "stored quantised by aqlm, which needs a package that is not installed: aqlm"),
+    "Quanto": (quantized("quanto", weights="int8"), "which needs a package that is not installed: optimum-quanto"),
+    "quantised in the text's part": (
+        configure(text_config={"quantization_config": {"quant_method": "gptq"}}),
+        "stored quantised by gptq",
+    ),
+    "FP8": (quantized("fp8", weight_block_size=[128, 128]), "stored quantised by fp8, on which nothing can be trained"),
+    "FP8 of FBGEMM": (quantized("fbgemm_fp8"), "stored quantised by fbgemm_fp8, on which nothing can be trained"),
+    "BitNet": (quantized("bitnet", linear_class="bitlinear"), "stored quantised by bitnet, on which nothing can be"),
+    "a method of another tool": (quantized("exl2"), "its config.json names the method 'exl2', an unknown one"),
+    "no method": (quantized(None, bits=4), "its config.json does not say by which method"),
+    "int8 untold": (
+        stored_as(torch.int8),
+        r"no quantization_config: 14 weights are of the type I8 \(model.layers.0.mlp.down_proj.weight, ",
+    ),
+    "uint8 untold": (stored_as(torch.uint8), "14 weights are of the type U8"),
+    "int8 with scales": (stored_as(torch.int8, "weight", "SCB"), "14 weights are of the type I8"),
+    "GPTQ untold": (stored_as(torch.int32, "qweight", "qzeros", "scales"), "14 weights are of the type I32"),
+    "packed untold": (stored_as(torch.int32, "weight_packed", "weight_scale"), "14 weights are of the type I32"),
+    "nf4 untold": (stored_as(torch.uint8, "weight", "weight.absmax"), "14 weights are of the type U8"),
+    "scaled FP8 untold": (stored_as(torch.float8_e4m3fn, "weight", "weight_scale"), "are of the type F8_E4M3"),
     "no config.json": (remove("config.json"), "does not hold config.json and weights"),
     "a config.json that is no JSON": (write("config.json", b"{"), "config.json cannot be read"),
     "a folder that is not there": (shutil.rmtree, "does not exist"),
@@ -290,9 +343,33 @@ def test_doctor_tells_what_a_base_is(tmp_path: Path) -> None:
     model = json.loads(done.stdout)["model"]
     assert (done.returncode, model["licence"], model["num_parameters"]) == (0, "apache-2.0", 158_272)
     assert model["lora_targets"] == ["q_proj", "v_proj"]
-    assert model["chat"] == {"system": False, "tools": False, "thoughts": False, "several_turns": True}
+    assert model["chat"] == {"system": False, "tools": False, "thoughts": False, "several_turns": True, "error": None}
     (finding,) = (each for each in json.loads(done.stdout)["findings"] if each["name"] == "chat template")
     assert finding["detail"] == "writes several turns; does not write a system turn, tools, thoughts"
+
+
+BROKEN_TEMPLATES = {
+    "a brace is missing": ("{% for m in messages %}\n{{ m.role }\n{% endfor %}", "line 2, unexpected '}'"),
+    "a block is not closed": ("\n{% for m in messages %}{{ m.content }}", "line 2, Unexpected end of template."),
+    "an unknown tag": ("{{ bos_token }}\n\n{% turn %}", "line 3, Encountered unknown tag 'turn'."),
+    "an unknown filter": ("{{ messages[0].content | nosuch }}", "line 1, No filter named 'nosuch'."),
+    "a key that is not there": ("\n{{ messages[0].who.name }}", "line 2, 'dict object' has no attribute 'who'"),
+    "a function that is not there": ("\n\n{{ nosuch(messages) }}", "line 3, 'nosuch' is undefined"),
+    "its own refusal": ("\n{{ raise_exception('no way') }}", "no way"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TEMPLATES)
+def test_a_chat_template_that_fails_is_told_with_its_line(case: str) -> None:
+    tokenizer = load_tokenizer(TINY, trust_remote_code=False)
+    tokenizer.chat_template, told = BROKEN_TEMPLATES[case]
+    abilities = chat_abilities(tokenizer)
+    assert abilities is not None
+    (finding,) = (each for each in _tokenizer(replace(inspect(TINY), chat=abilities)) if each.name == "chat template")
+    assert finding.state == "warning"
+    assert finding.detail.startswith(f"writes nothing, it fails: {told}")
+    with pytest.raises(ConfigError, match=f"cannot be followed: the chat template refuses it: {re.escape(told)}"):
+        ChatTemplate(tokenizer)
 
 
 def test_a_whole_base_has_no_fault_and_is_described() -> None:
@@ -302,6 +379,55 @@ def test_a_whole_base_has_no_fault_and_is_described() -> None:
     assert (found.tokenizer_size, found.positions, found.max_positions) == (900, "rotary", 1024)
     assert (found.head, found.num_parameters) == ("tied", 158_272)
     assert found.memory["float32"] == 4 * 158_272
+
+
+@pytest.mark.slow
+def test_every_method_of_quantisation_that_transformers_knows_is_known_here() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    theirs = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
+    assert theirs == {*PACKAGES, *UNTRAINED}
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "mxfp4", "load_in_8bit"])
+def test_a_base_that_is_stored_quantised_and_can_be_trained_has_no_fault(method: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    (quantized(None, load_in_8bit=True) if method == "load_in_8bit" else quantized(method))(folder)
+    assert inspect(folder).require().quantization == {"load_in_8bit": "bitsandbytes"}.get(method, method)
+
+
+def with_head(head: Callable[[Any], Any], **settings: object) -> Change:
+    """Return what stores an output head beside the embedding, made of it."""
+
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = head(weights["model.embed_tokens.weight"])
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        configure(**settings)(folder)
+
+    return change
+
+
+HEADS: dict[str, tuple[Change, str, bool]] = {
+    "tied": (configure(), "tied", True),
+    "tied, stored twice": (with_head(lambda rows: rows.clone()), "tied", True),
+    "another head": (with_head(lambda rows: rows * 2), "own", False),
+    "another last number": (with_head(lambda rows: rows.index_fill(0, torch.tensor([899]), 7)), "own", False),
+    "its own": (with_head(lambda rows: rows * 2, tie_word_embeddings=False), "own", False),
+    "its own, alike": (with_head(lambda rows: rows.clone(), tie_word_embeddings=False), "own", False),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_the_output_head_that_is_told_is_the_one_that_transformers_makes(case: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    change, head, is_tied = HEADS[case]
+    change(folder)
+    found = inspect(folder).require()
+    assert found.head == head
+    model, _ = load_base(folder, trust_remote_code=False)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is is_tied
+    assert any("the weights hold two" in note for note in found.notes) is case.startswith("another")
 
 
 def test_a_token_of_the_chat_template_has_an_embedding_or_is_refused(tmp_path: Path) -> None:
@@ -415,8 +541,6 @@ def test_a_finite_base_passes() -> None:
 @pytest.mark.parametrize("kind", [kind for kinds in UNIFORM.values() for kind in kinds])
 def test_layers_of_a_uniform_architecture_have_the_same_names_and_shapes(kind: str) -> None:
     """As transformers makes it of its default configuration, on the meta device."""
-    import torch
-
     with torch.device("meta"), quiet_libraries():
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
     known = find_architecture(kind)

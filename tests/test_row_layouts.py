@@ -11,11 +11,12 @@ from support.processes import SMALL, runner, settings
 
 from fedcli.config import Columns, ColumnsFormat, DataFormat, MessagesFormat, parse_config
 from fedcli.data.file_rows import Row
-from fedcli.data.formats import RowReader, describe_rows, guess_format
+from fedcli.data.formats import RowReader, guess_format
+from fedcli.data.row_report import describe_rows
 from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError
 from fedcli.tasks.conversation import Example, Item, Preference, Turn, instruct
-from fedcli.tasks.format import MALFORMED, NOT_LEARNT, NOT_TEXT
+from fedcli.tasks.format import JSON_RESULT, MALFORMED, NOT_LEARNT, NOT_TEXT, UNANSWERED
 
 Fields = dict[str, Any]
 LAYOUTS = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data") / "chat_layouts"
@@ -265,8 +266,44 @@ LEFT_OUT: dict[str, tuple[DataFormat, Fields, str, str]] = {
     "a prompt without replies": (
         "oasst",
         {"prompt": {"role": "prompter", "text": "q", "replies": []}},
-        MALFORMED,
-        "the conversation does not end with the assistant's answer",
+        UNANSWERED,
+        "the prompt has no reply",
+    ),
+    "a question at the end": (
+        "messages",
+        {"messages": [*HI_YO, HI_YO[0]]},
+        UNANSWERED,
+        "the conversation ends with the",
+    ),
+    "a question alone": (
+        "sharegpt",
+        {"conversations": SHAREGPT[:1]},
+        UNANSWERED,
+        "the conversation ends with the user's",
+    ),
+    "a tool's result at the end": (
+        "messages",
+        {"messages": [*HI_YO, {"role": "tool", "content": "1"}]},
+        UNANSWERED,
+        "the conversation ends with the tool's turn",
+    ),
+    "a system's turn at the end": (
+        "prompt-completion",
+        {"prompt": HI_YO, "completion": [{"role": "system", "content": "s"}]},
+        UNANSWERED,
+        "the conversation ends with the system's turn",
+    ),
+    "a pair of questions": (
+        "preference",
+        {"chosen": [*HI_YO, HI_YO[0]], "rejected": [*HI_YO, {"role": "user", "content": "no"}]},
+        UNANSWERED,
+        "a dialogue ends with the user's turn",
+    ),
+    "an answer that is an object": (
+        "messages",
+        {"messages": [HI_YO[0], {"role": "assistant", "content": {"answer": "yo", "score": 1}}]},
+        NOT_TEXT,
+        "a message of 'assistant' in column 'messages' is an object (its keys: answer, score), no text",
     ),
 }
 
@@ -359,12 +396,82 @@ def test_what_is_not_used_is_counted_by_column_and_key() -> None:
     ]
     _, reader = read("messages", *rows)
     assert reader.unused == {"id": 2, "messages.name": 1, "images": 1, "tools": 1}
-    told = list(describe_rows(reader.left_out, reader.first_cases, reader.notes, reader.unused))
+    told = list(describe_rows(reader))
     assert told == [
         "left out: 1 empty prompt",
         "  empty prompt: first, here, line 3: empty prompt",
         "not used: id (2), images (1), messages.name (1), tools (1)",
     ]
+
+
+RESULTS: list[tuple[object, str]] = [
+    ({"temperature": 20, "unit": "°C"}, '{"temperature": 20, "unit": "°C"}'),
+    ({}, "{}"),
+    ([{"title": "a"}, {"title": "b"}], '[{"title": "a"}, {"title": "b"}]'),
+    ([1, 2], "[1, 2]"),
+    (20.5, "20.5"),
+    (True, "true"),
+]
+
+
+@pytest.mark.parametrize(("given", "written"), RESULTS)
+def test_a_tools_result_that_is_no_text_is_written_as_json_and_said(given: object, written: str) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    row = {"messages": [HI_YO[0], called, {"role": "tool", "content": given}, HI_YO[1]]}
+    (item,), reader = read("messages", row)
+    assert item == Example((HI, Turn("assistant", "", tool_calls=CALLS), Turn("tool", written), YO))
+    assert reader.notes == {JSON_RESULT: 1}
+
+
+def test_a_tools_result_in_parts_of_text_is_no_json() -> None:
+    for given in ("20", [{"type": "text", "text": "20"}], {"type": "text", "text": "20"}, ["2", "0"]):
+        items, reader = read("messages", {"messages": [HI_YO[0], {"role": "tool", "content": given}, HI_YO[1]]})
+        assert (items, +reader.notes) == ([Example((HI, Turn("tool", "20"), YO))], {})
+
+
+def judged(*rows: tuple[str, object], column: str = "label") -> list[Fields]:
+    return [{"prompt": "q", "completion": response, column: value} for response, value in rows]
+
+
+VERDICTS = {
+    "numbers": judged(("yes", 1), ("no", 0), ("well", 1)),
+    "one row": judged(("yes", 0)),
+    "fractions": judged(("yes", 1.0), ("no", 0.0)),
+    "texts of numbers, as of a .csv": judged(("yes", "1"), ("no", "0")),
+    "minus one": judged(("yes", 1), ("no", -1), ("well", -1)),
+    "good and bad": judged(("yes", "good"), ("no", "Bad ")),
+    "chosen and rejected": judged(("yes", "chosen"), ("no", "rejected"), ("well", "rejected")),
+    "thumbs": judged(("yes", "thumbs_up"), ("no", "Thumbs Down"), column="feedback"),
+    "pictures of thumbs": judged(("yes", "👍"), ("no", "👎"), column="rating"),
+    "a column of numbers by its name": judged(("yes", 1), ("no", 0), column="is_good"),
+    "one response, both": judged(*[("yes", 1), ("yes", 0)] * 5),
+    "among rows without": [*judged(("yes", None), ("no", "")), *judged(("well", 1))],
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_verdicts_in_numbers_and_words_are_refused_with_a_pointer_to_kto(case: str) -> None:
+    with pytest.raises(ConfigError, match="says whether a response is good") as caught:
+        read("prompt-completion", *VERDICTS[case])
+    assert "Task kto" in caught.value.hint
+
+
+CLASSES = {
+    "of answers that repeat": judged(*[("positive", 1), ("negative", 0)] * 2),
+    "three of them": judged(("up", 1), ("down", -1), ("flat", 0)),
+    "stars": judged(("a", 1), ("b", 5), column="rating"),
+    "words": judged(("a", "good"), ("b", "bad"), ("c", "mixed")),
+    "topics": judged(("a", "sport"), ("b", "science")),
+    "the response itself": judged(*[("good", "good"), ("bad", "bad")] * 2),
+    "of another column": judged(("a", 1), ("b", 0), column="is_long"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_a_class_beside_an_answer_is_no_verdict(case: str) -> None:
+    items, reader = read("prompt-completion", *CLASSES[case])
+    column = next(name for name in CLASSES[case][0] if name not in ("prompt", "completion"))
+    assert (len(items), reader.unused) == (len(CLASSES[case]), {column: len(items)})
 
 
 @pytest.mark.parametrize("label", [True, False, "true", "False"])
@@ -446,6 +553,8 @@ def test_a_named_separator_and_encoding_are_used(tmp_path: Path) -> None:
     assert "data.encoding" in caught.value.hint
     path.write_text("a,b\n1,2\n", encoding="utf-8-sig")
     assert rows_of(path, encoding="utf8") == [{"a": "1", "b": "2"}]
+    with pytest.raises(ConfigError, match="begins with the mark of UTF-8, and is to be read as cp1252"):
+        rows_of(path, encoding="cp1252")
 
 
 @pytest.mark.parametrize("fault", ["delimiter: ';;'", "delimiter: ''", "encoding: latin-one", "encoding: base64"])
@@ -460,6 +569,9 @@ WRAPPED: dict[str, str] = {
     "on one line": '{"a": 1}{"a": 1} {"a": 1}',
     "data": json.dumps({"version": "1", "data": [{"a": 1}, {"a": 1}]}),
     "data, pretty": json.dumps({"data": [{"a": 1}]}, indent=4),
+    "rows in data": json.dumps({"data": {"rows": [{"a": 1}, {"a": 1}]}}),
+    "train in data": json.dumps({"status": "ok", "data": {"train": [{"a": 1}]}}, indent=1),
+    "rows": json.dumps({"features": [], "rows": [{"a": 1}], "num_rows_total": 1}),
     "one row a line": '\n{"a": 1}\n\n{"a": 1}\n',
 }
 
@@ -531,9 +643,9 @@ TELLS = [
 
 
 def told_of(path: Path) -> list[str]:
-    no_answer = "the conversation does not end with the assistant's answer"
+    no_answer = "the conversation ends with the user's turn"
     return [
-        "  malformed: first, " + f"{path}, line 3: {no_answer}",
+        "  no answer at the end: first, " + f"{path}, line 3: {no_answer}",
         "  not text alone: first, " + f"{path}, line 4: a message in column 'conversations' has a part of type 'image'",
     ]
 
@@ -559,7 +671,7 @@ def test_init_says_what_it_guessed_left_out_and_did_not_use(
     assert out.splitlines()[1:7] == [
         GUESS,
         "rows: 4 read, 2 given to 2 clients, 1 each",
-        "left out: 1 malformed, 1 not text alone",
+        "left out: 1 no answer at the end, 1 not text alone",
         *told_of(sharegpt_rows),
         "not used: id (2)",
     ]
@@ -599,12 +711,12 @@ def test_a_party_sees_what_was_guessed_and_left_out_and_the_workspace_gets_count
     assert code == 0, err
     assert out.splitlines()[:5] == [
         GUESS.replace("data.format", "--format"),
-        "left out: 1 malformed, 1 not text alone",
+        "left out: 1 no answer at the end, 1 not text alone",
         *told_of(sharegpt_rows),
         "not used: id (2)",
     ]
     card = (place / "clients/0.json").read_text()
-    assert json.loads(card)["data"]["left_out"] == {"malformed": 1, "not text alone": 1}
+    assert json.loads(card)["data"]["left_out"] == {"no answer at the end": 1, "not text alone": 1}
     assert "conversations" not in card
     assert str(sharegpt_rows) not in card
     code, out, err = run("client", "train", "--id", 0, "-w", place)

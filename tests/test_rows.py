@@ -114,7 +114,121 @@ def test_a_row_that_is_no_object_is_named_by_file_and_place(tmp_path: Path, row:
     path = written(tmp_path, contents, name)
     with pytest.raises(ConfigError) as caught:
         read_rows(path)
-    assert caught.value.message == f"{path}, {place} is not a JSON object"
+    assert caught.value.message == f"{path}, {place} is not a JSON object, but {row} (1 of 3 rows are none)"
+
+
+MESSAGES = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+NO_OBJECTS = {
+    "lists of cells": ('["a", "b"]\n["c", "d"]\n', "line 1", '["a", "b"]', "2 of 2", '{"instruction": ...'),
+    "lists of messages": (
+        f"{MESSAGES}\n{MESSAGES}\n",
+        "line 1",
+        MESSAGES[:60] + "...",
+        "2 of 2",
+        '{"messages": [...]}',
+    ),
+    "lists between rows": (f"{GOOD}\n[1]\n{GOOD}\n[2]\n", "line 2", "[1]", "2 of 4", "an object of columns"),
+    "texts": ('"a"\n"b"\n"c"\n', "line 1", '"a"', "3 of 3", "an object of columns"),
+    "numbers and null": (f"{GOOD}\n7\nnull\ntrue\n", "line 2", "7", "3 of 4", "an object of columns"),
+    "an array of lists": ('[["a", "b"], ["c", "d"]]', "row 1", '["a", "b"]', "2 of 2", "an object of columns"),
+}
+
+
+@pytest.mark.parametrize("case", NO_OBJECTS)
+def test_rows_that_are_no_objects_are_counted_and_the_first_is_shown(tmp_path: Path, case: str) -> None:
+    contents, place, shown, counted, hint = NO_OBJECTS[case]
+    path = written(tmp_path, contents)
+    with pytest.raises(ConfigError) as caught:
+        read_rows(path)
+    assert caught.value.message == f"{path}, {place} is not a JSON object, but {shown} ({counted} rows are none)"
+    assert hint in caught.value.hint
+
+
+TWICE = {
+    "a column": ('{"instruction": "a", "output": "b", "output": "c"}', "output"),
+    "a column, equal": ('{"output": "b", "instruction": "a", "output": "b"}', "output"),
+    "a key that is escaped": ('{"instruction": "a", "output": "b", "\\u006futput": "c"}', "output"),
+    "a key inside": ('{"instruction": "a", "output": "b", "meta": {"k": 1, "k": 2}}', "k"),
+    "a key of a message": ('{"instruction": "a", "output": "b", "x": [{"role": "u", "role": "v"}]}', "role"),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+@pytest.mark.parametrize(("name", "place"), [("rows.jsonl", "line 3"), ("rows.json", "row 2")])
+def test_a_row_that_names_a_key_twice_is_left_out_counted_and_named(
+    tmp_path: Path, case: str, name: str, place: str
+) -> None:
+    row, key = TWICE[case]
+    contents = f"{GOOD}\n\n{row}\n{GOOD}\n" if name.endswith("l") else f"[{GOOD}, {row}, {GOOD}]"
+    path = written(tmp_path, contents, name)
+    examples, reader = read(read_rows(path))
+    assert examples == [instruct("a", "b")] * 2
+    assert (reader.num_rows, reader.num_usable, reader.left_out) == (3, 2, {"a key twice": 1})
+    assert reader.first_cases == {"a key twice": f"{path}, {place}: it names the key {key!r} twice: keep one"}
+
+
+UNLIKE = {
+    "spaces around names": (" instruction , output \na,b\n", "where ' instruction ' differs in capitals or spaces"),
+    "capitals": ("Instruction,Output\na,b\n", "where 'Instruction' differs in capitals or spaces: rename it"),
+    "an unbroken space": ("instruction\xa0,output\na,b\n", "where 'instruction\\xa0' differs in capitals or spaces"),
+    "a space without width": ("instruction,\u200boutput\na,b\n", "where '\\u200boutput' differs in capitals or spaces"),
+    "no header": ("What is one and one?,2\nAnd two?,4\n", "no column 'instruction'; it has What is one and one?, 2"),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_a_header_that_nearly_names_the_columns_is_told_with_the_cure(tmp_path: Path, case: str) -> None:
+    contents, problem = UNLIKE[case]
+    path = written(tmp_path, contents, "rows.csv")
+    _, reader = read(read_rows(path))
+    with pytest.raises(ConfigError) as caught:
+        reader.require_rows(path)
+    assert problem in caught.value.message
+    assert ("put a line of column names before it" in caught.value.hint) is (case == "no header")
+
+
+@pytest.mark.parametrize("marks", ["\ufeff", "\ufeff\ufeff", '\ufeff"', "\ufeff\r\n", ""])
+def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path: Path, marks: str) -> None:
+    name = 'instruction"' if marks.endswith('"') else "instruction"
+    examples, _ = read(read_rows(written(tmp_path, f"{marks}{name},output\na,b\n", "rows.csv")))
+    assert examples == [instruct("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("contents", "problem"),
+    [
+        ("a,b,a\n1,2,3\n", "does not name the columns, each once: 'a' stands 2 times"),
+        ("a,b,,\n1,2,,\n", "does not name the columns, each once: '' stands 2 times"),
+        ("a,b\n1,2\n1\n3,4,5\n6,7\n", "line 3 has 1 cells, the header 2 (2 of 4 rows have another number than it)"),
+        ("a,b\n1,2,\n3,4,\n", "line 2 has 3 cells, the header 2 (2 of 2 rows have another number than it)"),
+        ('a,b\n1\n"x\n', "line 2 has 1 cells, the header 2 (1 of 1 rows have another number than it)"),
+    ],
+)
+def test_a_table_whose_columns_are_not_certain_is_refused(tmp_path: Path, contents: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_rows(written(tmp_path, contents, "rows.csv"))
+    assert problem in caught.value.message
+
+
+MORE = {"instruction": "a", "output": "b"}
+DEEPER: dict[str, tuple[object, str]] = {
+    "data": ({"data": MORE}, "data"),
+    "a viewer's row": ({"row_idx": 0, "row": MORE, "truncated_cells": []}, "row"),
+    "a viewer's page": ({"features": [], "rows": [{"row_idx": 0, "row": MORE}], "num_rows_total": 1}, "row"),
+    "messages": ({"id": 1, "example": {"messages": json.loads(MESSAGES)}}, "example"),
+    "fields of an export": ({"id": "x", "fields": MORE | {"score": 1}}, "fields"),
+}
+
+
+@pytest.mark.parametrize("case", DEEPER)
+def test_columns_that_stand_one_level_deeper_are_told_with_the_cure(tmp_path: Path, case: str) -> None:
+    document, name = DEEPER[case]
+    path = written(tmp_path, json.dumps(document))
+    _, reader = read(read_rows(path))
+    with pytest.raises(ConfigError) as caught:
+        reader.require_rows(path)
+    assert caught.value.hint == f"Column {name!r} holds the columns of a row: write each row as what it holds."
+    assert case == "messages" or f"where {name!r} holds it one level deeper" in caught.value.message
 
 
 def test_a_line_that_is_not_json_is_named_by_file_and_line(tmp_path: Path) -> None:

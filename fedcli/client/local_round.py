@@ -86,13 +86,10 @@ def train_and_drop(
     training = Training(
         num_samples=len(rows),
         num_truncated=rows.num_truncated,
-        left_out=dict(rows.left_out),
         losses=losses,
         seconds=time.monotonic() - started,
         num_tokens=num_tokens,
-        notes=dict(rows.notes),
-        first_cases=rows.first_cases,
-        unused=dict(rows.unused) if party.is_handwritten else {},
+        **rows.counts() | ({} if party.is_handwritten else {"unused": {}}),
     )
     sent, kept = algorithm.client_step(
         adapter, values, state, own, steps=len(losses), learning_rate=manifest.train.learning_rate

@@ -1,12 +1,12 @@
 """A party's rows as token ids: from its cache, or tokenised now and kept there."""
 
-from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fedcli.data.encoded import EncodedRows
 from fedcli.data.formats import RowReader
+from fedcli.data.row_report import RowReport
 from fedcli.parties.party import Party
 from fedcli.workspace.caches import read_tokens, save_tokens, token_key
 from fedcli.workspace.records import TrainRecord
@@ -35,7 +35,7 @@ def read_encoded(
         template=train.template if isinstance(train.template, str) else train.template.model_dump(mode="json"),
         task=task,
         date=encoder.date,
-        layout=4,  # of the arrays and of what formats and templates teach: a cache of another layout is made anew
+        layout=5,  # of the arrays and of what formats and templates teach: a cache of another layout is made anew
         max_length=train.max_length,
         seed=train.seed,
         base=fingerprint,
@@ -44,14 +44,12 @@ def read_encoded(
     if kept is not None:
         arrays, counts = kept
         rows = EncodedRows.of_arrays(arrays)
-        rows.num_truncated, rows.left_out = counts["num_truncated"], Counter(counts["left_out"])
-        rows.first_cases = counts["first_cases"]
-        rows.notes, rows.unused = Counter(counts["notes"]), Counter(counts["unused"])
-        return rows, counts["num_usable"]
+        rows.num_truncated, num_usable = counts.pop("num_truncated"), counts.pop("num_usable")
+        rows.include(RowReport(**counts))
+        return rows, num_usable
     reader = RowReader(party.format, train.seed)
     rows = encode_source(encoder, reader, party.source, train.max_length, on_rows)
     if digest is not None:
-        names = ("num_truncated", "left_out", "first_cases", "notes", "unused")
-        counts = {name: getattr(rows, name) for name in names} | {"num_usable": reader.num_usable}
+        counts = rows.counts() | {"num_truncated": rows.num_truncated, "num_usable": reader.num_usable}
         save_tokens(party.home, key, rows.arrays(), counts)
     return rows, reader.num_usable

@@ -239,7 +239,7 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     training = result.training
     if training is None:
         return
-    from fedcli.data.formats import describe_counts, describe_rows
+    from fedcli.data.row_report import describe_counts, describe_rows
 
     speed = training.num_tokens / training.seconds
     yield (
@@ -250,7 +250,7 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     yield (
         f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit{left_out}"
     )
-    lines = describe_rows(training.left_out, training.first_cases, training.notes, training.unused)
+    lines = describe_rows(training)
     yield from (line for line in lines if not line.startswith("left out"))
 
 

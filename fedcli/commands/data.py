@@ -1,6 +1,5 @@
 """fedcli data: how rows look, and how they are split."""
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,8 +93,10 @@ def _print_histogram(console: "Console", result: "Preview") -> None:
         console.print(f"{low:>6} to {high:<6} {bar} {count}")
     num_cut = sum(share.num_cut for share in result.clients)
     if num_cut:
-        of = f"{num_cut} of {result.num_sampled}"
-        console.print(f"{of} rows are longer than train.max_length ({result.max_length}) and are cut, or left out")
+        num_truncated = sum(share.num_truncated for share in result.clients)
+        num_too_long = sum(share.num_too_long for share in result.clients)
+        longer = f"{num_cut} of {result.num_sampled} rows are longer than train.max_length ({result.max_length})"
+        console.print(f"{longer}: {num_truncated} with a response cut to fit, {num_too_long} left out", soft_wrap=True)
 
 
 def _print_clients(console: "Console", result: "Preview") -> None:
@@ -104,7 +105,7 @@ def _print_clients(console: "Console", result: "Preview") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from fedcli.data.formats import describe_rows
+    from fedcli.data.row_report import RowReport, describe_rows
 
     kind = yaml.safe_dump(result.partition, default_flow_style=True).partition("\n")[0] if result.partition else ""
     title = f"clients, partition {kind}" if kind else "clients"
@@ -123,15 +124,11 @@ def _print_clients(console: "Console", result: "Preview") -> None:
         table.add_row(str(share.client), str(share.num_rows), str(sum(share.left_out.values())), str(median), *counts)
     console.print(table)
     console.print("tokens: the median of its rows")
-    left_out, notes, unused = Counter[str](), Counter[str](), Counter[str]()
-    first_cases: dict[str, str] = {}
+    report = RowReport()
     for share in result.clients:
-        left_out.update(share.left_out)
-        notes.update(share.notes)
-        unused.update(share.unused)
-        first_cases = {**share.first_cases, **first_cases}
+        report.include(share)
     guesses = dict.fromkeys(share.guess for share in result.clients if share.guess is not None)
-    for line in (*guesses, *describe_rows(left_out, first_cases, notes, unused)):
+    for line in (*guesses, *describe_rows(report)):
         console.print(line, markup=False, soft_wrap=True)
     for head, name in zip(heads, names, strict=True) if has_legend else ():
         console.print(f"{head} {name}", markup=False)

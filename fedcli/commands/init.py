@@ -42,10 +42,13 @@ def init(
         text.append(f"workspace.json was missing: it has the id of round 0 again, {manifest.workspace}")
     text += [] if data is None else [describe_data(data)]
     text += [f"note: {note}" for note in creation.notes]
+    option = "" if where == Path.cwd() else at(directory)
+    if data is not None:
+        told = f"rows longer than train.max_length ({manifest.train.max_length} tokens) are cut, or left out"
+        text.append(f"{told}: fedcli data preview{option} counts them")
     hint = ""
     if manifest.cohort:
         text.append(f"cohort: {', '.join(map(str, manifest.cohort))}")
-        option = "" if where == Path.cwd() else at(directory)
         hint = f"next: each party: fedcli client join --id N --data SOURCE{option}"
         if creation.has_rows:
             hint = f"next: fedcli client train --id {manifest.cohort[0]}{option}, or fedcli run{option} for all rounds"

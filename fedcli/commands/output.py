@@ -168,12 +168,12 @@ class TrainingDisplay(Display):
 
 def describe_data(data: "DataSummary") -> str:
     """Return how a simulation's rows were split: used, left out by reason, shares."""
-    from fedcli.data.formats import describe_rows
+    from fedcli.data.row_report import describe_rows
 
     sizes = data.sizes
     share = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
     text = f"rows: {data.num_rows} read, {sum(sizes)} given to {len(sizes)} clients, {share} each"
-    return "\n".join([*data.remarks, text, *describe_rows(data.left_out, data.first_cases, data.notes, data.unused)])
+    return "\n".join([*data.remarks, text, *describe_rows(data)])
 
 
 def describe_round_scores(milestone: "RoundScores") -> str:

@@ -32,14 +32,14 @@ def run(
     Interrupted and started again, it goes on where it was. A client that fails is named, and the round goes on with the
     others; where too few are left for federation.quorum, the command ends with the first failure's exit code.
     """
-    from fedcli.data.formats import describe_rows
+    from fedcli.data.row_report import describe_rows
 
     federation = found_federation(workspace, threads)
     with _Display(json_output, "starting") as display:
         result = federation.run(rounds=rounds, workers=workers, observer=display)
     merged = f"merged {plural(result.num_merged, 'round')}"
     text = [f"{merged}; round {result.round} is {result.state}"]
-    text += describe_rows(result.left_out, result.first_cases, result.notes, result.unused, of=" of the clients' rows")
+    text += describe_rows(result, of=" of the clients' rows")
     if result.failed:
         names = name_clients(sorted({failure.client for failure in result.failed}))
         text.append(f"not all of the rounds were answered by {names}: stderr says why")

@@ -18,6 +18,7 @@ from fedcli.data.segments import (
     Segment,
     learns,
 )
+from fedcli.data.template_errors import describe_template_error, is_broken_template
 from fedcli.errors import ConfigError
 from fedcli.tasks.conversation import Turn
 
@@ -90,9 +91,11 @@ class ChatTemplate:
             try:
                 tail = self._probed(asked)
             except ValueError:
+                hint = "Use another template: this one does not write a response as it is given."
+                if is_broken_template(error.__cause__):
+                    hint = "Mend the base's chat_template.jinja (or tokenizer_config.json), or use another template."
                 raise ConfigError(
-                    f"data.template is chat, and the tokenizer's chat template cannot be followed: {error}",
-                    hint="Use another template: this one does not write a response as it is given.",
+                    f"data.template is chat, and the tokenizer's chat template cannot be followed: {error}", hint=hint
                 ) from error
         self._end, self._middle_end = self._ends(asked, tail)
         self._moves_thoughts = self._doubles_thoughts(asked[:1])
@@ -371,7 +374,7 @@ class ChatTemplate:
         try:
             return str(self._apply(turns, self._tokenizer.apply_chat_template, tokenize=False, asks=asks))
         except Exception as error:  # a template is a program of the model's publisher: it may raise anything
-            raise ValueError(f"the chat template refuses it: {error}") from error
+            raise ValueError(f"the chat template refuses it: {describe_template_error(error)}") from error
 
     def _marked_text(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """Return the rendered conversation and the spans of its {% generation %} blocks, as characters."""
@@ -387,7 +390,7 @@ class ChatTemplate:
         try:
             (text,), (spans,) = self._apply(turns, render)
         except Exception as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
+            raise ValueError(f"the chat template refuses it: {describe_template_error(error)}") from error
         return text, [(start, end) for start, end in spans if start < end]
 
     def _apply(self, turns: Sequence[Turn], render: Any, *, asks: bool = False, **options: Any) -> Any:

@@ -2,13 +2,14 @@
 
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedcli.data.row_report import RowReport
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,16 @@ class EncodedRow:
         return sum(int(side.supervised[1:].sum()) for side in self.sides)
 
 
-class EncodedRows(Sequence[EncodedRow]):
+class EncodedRows(RowReport, Sequence[EncodedRow]):
     """A client's usable rows, and how many were cut or could not be used.
 
     The rows, which have equally many sides and numbers, lie end to end in arrays: a million of them fit into memory.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.num_truncated = 0
         """Rows whose response was cut to fit max_length."""
-        self.left_out: Counter[str] = Counter()
-        """Rows that cannot be used, by reason: a prompt that leaves no room for one token of a response, and so on."""
-        self.first_cases: dict[str, str] = {}
-        """The first row left out for each reason: where it is, and what was found."""
-        self.notes: Counter[str] = Counter()
-        """Rows that are used, but not all of what they say, by what is not."""
-        self.unused: Counter[str] = Counter()
-        """Rows that have a column, or a key inside one, which is not used."""
         self._num_sides = 1
         self._ids = array("i")
         self._supervised = bytearray()
@@ -88,11 +82,6 @@ class EncodedRows(Sequence[EncodedRow]):
             self._ends.append(len(self._ids))
         self._numbers.extend(row.numbers)
 
-    def leave_out(self, reason: str, detail: str, place: str) -> None:
-        """Count a row that is not used; `place` says where it is, "" where nobody knows."""
-        self.left_out[reason] += 1
-        self.first_cases.setdefault(reason, f"{place}: {detail}" if place else detail)
-
     def extend(self, other: "EncodedRows") -> None:
         """Take in another client's rows and counts."""
         start = len(self._ids)
@@ -102,10 +91,7 @@ class EncodedRows(Sequence[EncodedRow]):
         self._ends.extend(start + end for end in other._ends[1:])
         self._numbers.extend(other._numbers)
         self.num_truncated += other.num_truncated
-        self.left_out += other.left_out
-        self.first_cases = {**other.first_cases, **self.first_cases}
-        self.notes += other.notes
-        self.unused += other.unused
+        self.include(other)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by name; of the sides' ends there is one more than sides, and a row of numbers a row."""

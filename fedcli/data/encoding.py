@@ -9,7 +9,8 @@ import numpy as np
 
 from fedcli.config import TemplateChoice
 from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
-from fedcli.data.formats import RowReader, describe_counts
+from fedcli.data.formats import RowReader
+from fedcli.data.row_report import describe_counts
 from fedcli.data.segments import Segment
 from fedcli.data.source import Source
 from fedcli.data.templates import TEXT, find_template
@@ -203,10 +204,7 @@ def encode_source(
 
     rows = encoder.encode(items(), max_length, on_rows, places=iter(places.popleft, None))
     reader.require_rows(source.location)
-    rows.left_out += reader.left_out
-    rows.first_cases = {**reader.first_cases, **rows.first_cases}
-    rows.notes += reader.notes
-    rows.unused = reader.unused
+    rows.include(reader)
     require_encoded(rows, source.location, reader.num_rows, max_length)
     return rows
 
@@ -214,7 +212,7 @@ def encode_source(
 def cut(rows: EncodedRows, max_length: int) -> EncodedRows:
     """Return rows as they are trained on at a length, with those that it leaves out counted."""
     made = EncodedRows()
-    made.left_out, made.first_cases, made.notes = rows.left_out.copy(), dict(rows.first_cases), rows.notes.copy()
+    made.include(rows)
     for row in rows:
         try:
             kept, is_cut = _cut(row, max_length)

@@ -10,17 +10,18 @@ import csv
 import errno
 import gzip
 import json
-import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO, TypeAlias
 
+from fedcli.data.json_text import Repeating, documents, parse
 from fedcli.errors import ConfigError, WorkspaceError
 
 KINDS = {
@@ -34,8 +35,6 @@ _SHEETS = (".xlsx", ".xls", ".ods")
 NOT_READ = (*_PACKED, *_SHEETS)
 """Ends of names of files that may hold rows and are not read."""
 _SEPARATORS = (";", "\t", "|", ",")
-_WRAPPERS = ("data", "rows", "examples", "records", "items", "instances", "train")
-"""Keys of an object that is a whole file, under which its rows may stand as a list."""
 _HEADS = {
     b"version https://git-lfs": ("a pointer of git-lfs, not the file itself", "Fetch the file: `git lfs pull`."),
     b"/annex/objects/": ("a pointer of git-annex, not the file itself", "Fetch the file: `git annex get`."),
@@ -67,6 +66,8 @@ class Row:
 
     fields: Mapping[str, Any]
     where: str
+    repeated: str | None = None
+    """A key that an object of the row names twice, of which JSON's readers keep the last."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def file_rows(path: Path, form: FileForm) -> Iterator[Row]:
         raise ConfigError(f"{path}: {problem}", hint=hint)
     opener = form.opener or open_file
     try:
-        _check_head(path, kind, opener)
+        _check_head(path, kind, opener, form.encoding)
         if kind == "json":
             yield from _json_rows(path, form)
         elif kind == "csv":
@@ -129,7 +130,7 @@ def file_rows(path: Path, form: FileForm) -> Iterator[Row]:
         raise ConfigError(told, hint=hint) from error
 
 
-def _check_head(path: Path, kind: str, opener: Opener) -> None:
+def _check_head(path: Path, kind: str, opener: Opener, encoding: str | None) -> None:
     """Raise ConfigError for a file that begins like something else than what its name says."""
     with opener(path) as file:
         head = file.read(64)
@@ -137,6 +138,11 @@ def _check_head(path: Path, kind: str, opener: Opener) -> None:
     for start, (what, hint) in known.items():
         if head.lstrip().lower().startswith(start.lower()):
             raise ConfigError(f"{path} is {what}", hint=hint)
+    if encoding and head.startswith(codecs.BOM_UTF8) and codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig"):
+        raise ConfigError(
+            f"{path} begins with the mark of UTF-8, and is to be read as {encoding}",
+            hint="Leave data.encoding (or --encoding) out.",
+        )
 
 
 def _json_rows(path: Path, form: FileForm) -> Iterator[Row]:
@@ -146,20 +152,46 @@ def _json_rows(path: Path, form: FileForm) -> Iterator[Row]:
         while start.isspace() or start == "\ufeff":
             start = file.read(1)
         file.seek(0)
-        rows: Iterable[tuple[str, Any]]
-        if start == "[":
-            rows = ((f"{path}, row {number}", fields) for number, fields in enumerate(_parse(file.read(), path), 1))
+        rows: Iterator[tuple[str, Any]]
+        if start == "[" and (document := _array(file, path)) is not None:
+            rows = ((f"{path}, row {number}", fields) for number, fields in enumerate(document, 1))
         elif start == "{" and not _is_lines(file):
-            rows = _documents(file.read(), path)
+            rows = documents(file.read(), path)
         else:
             lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
-            rows = ((where, _parse(line, where)) for where, line in lines)
-        for where, fields in rows:
+            rows = ((where, parse(line, where)) for where, line in lines)
+        for number, (where, fields) in enumerate(rows, 1):
             if not isinstance(fields, dict):
-                raise ConfigError(
-                    f"{where} is not a JSON object", hint="Every row is an object of columns. Mend the row."
-                )
-            yield Row(fields, where)
+                raise _no_object(where, fields, number, rows)
+            yield Row(fields, where, fields.key if isinstance(fields, Repeating) else None)
+
+
+def _array(file: TextIO, path: Path) -> list[Any] | None:
+    """Return the array that a file is; None for one of several, and at its start again."""
+    try:
+        found: list[Any] = parse(file.read(), path)
+    except ConfigError as error:
+        if not str(error.__cause__).startswith("Extra data"):
+            raise
+        file.seek(0)
+        return None
+    return found
+
+
+def _no_object(where: str, value: Any, number: int, others: Iterator[tuple[str, Any]]) -> ConfigError:
+    """Return what is wrong with the first row that is no object, with the number of such rows."""
+    count, total = 1, number
+    with suppress(ConfigError):  # a later row that is broken in another way
+        for _, other in others:
+            count, total = count + (not isinstance(other, dict)), total + 1
+    shown = json.dumps(value, ensure_ascii=False)
+    hint = 'Write every row as an object of columns: {"instruction": ..., "output": ...}.'
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        hint = 'Write every list of messages as an object with a column: {"messages": [...]}.'
+    return ConfigError(
+        f"{where} is not a JSON object, but {shown[:60]}{'...' * (len(shown) > 60)} ({count} of {total} rows are none)",
+        hint=hint,
+    )
 
 
 def _is_lines(file: TextIO) -> bool:
@@ -178,32 +210,6 @@ def _is_lines(file: TextIO) -> bool:
     return is_lines
 
 
-def _documents(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the objects of a text, one behind the other; of a single one that wraps a list of rows, the rows."""
-    decoder = json.JSONDecoder()
-    ends = re.compile(r"\S")
-    found: list[tuple[str, Any]] = []
-    position = 0
-    while start := ends.search(text, position):
-        where = f"{path}, line {text.count(chr(10), 0, start.start()) + 1}"
-        try:
-            _, position = decoder.raw_decode(text, start.start())
-        except (ValueError, RecursionError) as error:
-            line = text.count("\n", 0, getattr(error, "pos", start.start())) + 1
-            raise ConfigError(
-                f"{path}, line {line} is not JSON: {getattr(error, 'msg', error)}",
-                hint="Mend it: a file holds an object a line, or one array of objects.",
-            ) from error
-        found.append((where, _parse(text[start.start() : position], where)))
-    if len(found) == 1 and isinstance(found[0][1], dict):
-        for key in _WRAPPERS:
-            rows = found[0][1].get(key)
-            if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-                found = [(f"{path}, {key}, row {number}", row) for number, row in enumerate(rows, 1)]
-                break
-    yield from found
-
-
 def open_file(path: Path) -> BufferedReader:
     """Open a file of this machine."""
     return path.open("rb")
@@ -216,18 +222,6 @@ def _opened(path: Path, form: FileForm, newline: str = "\n") -> TextIO:
     if _is_packed(path):
         return gzip.open(path, "rt", encoding=encoding, newline=newline)
     return TextIOWrapper((form.opener or open_file)(path), encoding=encoding, newline=newline)
-
-
-def _parse(text: str, where: object) -> Any:
-    try:
-        document = json.loads(text)
-        if "\\u" in text:  # only an escape can be half of a pair
-            json.dumps(document, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{where} holds half of a UTF-16 pair: {error}", hint="Mend the row.") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not JSON: {error}", hint="Mend the row.") from error
-    return document
 
 
 @contextmanager
@@ -270,15 +264,22 @@ def _csv_rows(path: Path, form: FileForm) -> Iterator[Row]:
     with _opened(path, form, newline="") as file:
         reader = csv.reader(file, delimiter=separator, strict=True)
         try:
-            names = next(filter(None, reader), [])  # blank lines may come before the header
-            if len(set(names)) < len(names):
-                raise ConfigError(
-                    f"{path}: its first line does not name the columns, each once", hint="Put a header line in front."
-                )
+            names = [name.lstrip("\ufeff") for name in next(filter(None, reader), [])]  # blank lines may come first
+            for name, count in Counter(names).items():
+                if count > 1:
+                    raise ConfigError(
+                        f"{path}: its first line does not name the columns, each once: {name!r} stands {count} times",
+                        hint="Give every column a name of its own; where the first line is a row, put a header before.",
+                    )
             for number, cells in enumerate(filter(None, reader), 1):  # blank lines are no rows
                 if len(cells) != len(names):
+                    at = reader.line_num
+                    others: list[bool] = []
+                    with suppress(csv.Error):  # a later line that is broken in another way
+                        others.extend(len(more) != len(names) for more in filter(None, reader))
                     raise ConfigError(
-                        f"{path}, line {reader.line_num} has {len(cells)} cells, the header {len(names)}",
+                        f"{path}, line {at} has {len(cells)} cells, the header {len(names)} "
+                        f"({1 + sum(others)} of {number + len(others)} rows have another number than it)",
                         hint=f"Quote cells that hold {separator!r}, or set another separator: data.delimiter.",
                     )
                 yield Row(dict(zip(names, cells, strict=True)), f"{path}, row {number}")

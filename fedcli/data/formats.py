@@ -1,13 +1,15 @@
 """Which format and split a source has, and reading its rows; what is left out is counted by reason."""
 
-from collections import Counter
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from fedcli.config import Columns, ColumnsFormat, DataFormat, MessagesFormat
 from fedcli.data.file_rows import Row
+from fedcli.data.row_report import RowReport, describe_counts
+from fedcli.data.verdicts import VERDICTS, Verdicts, is_certain_verdict
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, TASKS, first_task, formats_of
 from fedcli.tasks.builtin_formats import conversation, whole_text
@@ -18,6 +20,8 @@ from fedcli.tasks.format import (
     EQUAL,
     MALFORMED,
     NO_PROMPT,
+    REPEATED,
+    UNANSWERED,
     Context,
     Fields,
     Format,
@@ -132,8 +136,6 @@ _PAIRS = (
     *(("prompt", "response"), ("prompt", "output"), ("prompt", "answer"), ("input", "output"), ("input", "response")),
 )
 """Names of columns of an instruction and its response."""
-VERDICTS = ("label", "kto_tag", "is_desirable", "desirable", "is_good", "good", "accepted", "preferred", "thumbs_up")
-"""Columns that say, with true or false, whether the one response of a row is good."""
 
 
 def choose_split(source: str, given: str | None) -> str:
@@ -143,21 +145,15 @@ def choose_split(source: str, given: str | None) -> str:
 
 
 @dataclass
-class RowReader:
-    """Reads rows of one format; counts what is left out by reason, and keeps the first case of each for messages."""
+class RowReader(RowReport):
+    """Reads rows of one format; its notes are decisions that the format had to take on rows that are used."""
 
     format: DataFormat
     seed: int = 0
     num_rows: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    first_cases: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._context = Context(self.seed)
-        self.notes: Counter[str] = Counter()
-        """Decisions that formats had to take on rows that are used."""
-        self.unused: Counter[str] = Counter()
-        """Columns, and keys inside them, that were not used, with the number of used rows that have them."""
         self._first: list[Row] = []
         self.used: dict[str, None] = {}
         """The columns that were used, in their order."""
@@ -178,16 +174,30 @@ class RowReader:
                 fitting = (name for name in formats_of(task.item) if task.item is not self._item)
                 if name := next((name for name in fitting if _count_usable(name, self._first)), None):
                     hint = f"They look like rows of the format {name}, which is for task {task.name}: set task to that."
+            hint = next(filter(None, map(self._cure, self._first)), hint)
             if self.left_out.keys() <= {EMPTY, EQUAL}:
                 hint = "Responses must not be empty (nor alike, in a pair): mend the rows."
+            if self.left_out.keys() == {UNANSWERED}:
+                hint = "The last turn of a conversation is what is learnt: add an answer, or take the question out."
             raise ConfigError(
                 f"{where}: none of {self.num_rows} rows is usable as {format_name(self.format)} "
                 f"({describe_counts(self.left_out)}); first, {next(iter(self.first_cases.values()), 'none')}",
                 hint=hint,
             )
 
+    def _cure(self, row: Row) -> str | None:
+        """Return what to do about a row whose columns stand elsewhere; None where they do not."""
+        if re.search(r"\.[ct]sv\b", row.where) and any(map(_looks_like_text, row.fields)):
+            return "The first line, read as the header, looks like a row: put a line of column names before it."
+        for name, value in row.fields.items():
+            inner = [Row(value, row.where)] if isinstance(value, Mapping) else []
+            if inner and any(_count_usable(one, inner) for one in (self.format, *formats_of(self._item))):
+                return f"Column {name!r} holds the columns of a row: write each row as what it holds."
+        return None
+
     def read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Item]]:
         """Yield every usable row and what it teaches; raise ConfigError for rows of single responses with a verdict."""
+        rows, verdicts = self._unambiguous(rows), Verdicts()
         if self._assemble is not None:
             rows = (Row(*each) for each in self._assemble((row.fields, row.where) for row in rows))
         for row in rows:
@@ -198,20 +208,35 @@ class RowReader:
             try:
                 item = self._checked(self._read(columns, self._context))
             except LeftOut as left_out:
-                self._first = self._first or [row]
-                self.left_out[left_out.reason] += 1
-                self.first_cases.setdefault(left_out.reason, f"{row.where}: {left_out.detail}")
+                self._leave_out(row, left_out)
                 continue
             self.notes += self._context.notes
             for name, value in row.fields.items():
                 if name in columns.used:
                     self.used.setdefault(name)
                 elif is_given(value):
-                    if name in VERDICTS and self._item is Example and _is_verdict(value):
-                        raise self._verdict(row, name)
+                    if name in VERDICTS and isinstance(item, Example):
+                        if is_certain_verdict(value):
+                            raise self._verdict(row, name)
+                        verdicts.add(row, name, value, item.response)
                     self.unused[name] += 1
             self.unused.update(self._context.unused)
             yield row, item
+        if (verdict := verdicts.found()) is not None:
+            raise self._verdict(*verdict)
+
+    def _unambiguous(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Pass rows on; leave those out that name a key twice, for either value may be meant."""
+        for row in rows:
+            if row.repeated is None:
+                yield row
+                continue
+            self.num_rows += 1
+            self._leave_out(row, LeftOut(REPEATED, f"it names the key {row.repeated!r} twice: keep one"))
+
+    def _leave_out(self, row: Row, left_out: LeftOut) -> None:
+        self._first = self._first or [row]
+        self.leave_out(left_out.reason, left_out.detail, row.where)
 
     def _verdict(self, row: Row, name: str) -> ConfigError:
         has_kto = "kto" in TASKS
@@ -269,8 +294,9 @@ class _Columns(Mapping[str, Any]):
         return len(self._fields)
 
 
-def _is_verdict(value: object) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+def _looks_like_text(name: str) -> bool:
+    """Return whether the name of a column is rather a cell: a number, a sentence or long."""
+    return bool(re.fullmatch(r"[+-]?\d+(\.\d+)?|.{61,}|.*\s.*[.?!]", str(name).strip(), re.DOTALL))
 
 
 def format_name(data_format: DataFormat) -> str:
@@ -278,37 +304,6 @@ def format_name(data_format: DataFormat) -> str:
     if isinstance(data_format, str):
         return data_format
     return "columns" if isinstance(data_format, ColumnsFormat) else "messages"
-
-
-def describe_counts(counts: Mapping[str, int]) -> str:
-    """Return counts by reason as a phrase."""
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if count)
-
-
-def describe_notes(notes: Mapping[str, int]) -> str:
-    """Return notes with the number of rows that each holds for."""
-    counted = sorted((note, count) for note, count in notes.items() if count)
-    return "; ".join(f"{note}: {count} {'row' if count == 1 else 'rows'}" for note, count in counted)
-
-
-def describe_rows(
-    left_out: Mapping[str, int],
-    first_cases: Mapping[str, str],
-    notes: Mapping[str, int],
-    unused: Mapping[str, int],
-    of: str = "",
-) -> Iterator[str]:
-    """Yield lines: what was left out by reason, with the first case of each; what was noted; what is not used."""
-    if left_out:
-        yield f"left out{of}: {describe_counts(left_out)}"
-        for reason, count in sorted(left_out.items()):
-            if count and reason in first_cases:
-                yield f"  {reason}: first, {first_cases[reason]}"
-    if notes:
-        yield f"noted{of}: {describe_notes(notes)}"
-    if unused:
-        most_first = sorted(unused.items(), key=lambda entry: (-entry[1], entry[0]))
-        yield f"not used{of}: " + ", ".join(f"{name} ({count})" for name, count in most_first)
 
 
 def _own_format(given: ColumnsFormat | MessagesFormat) -> Format:

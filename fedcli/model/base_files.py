@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
+from struct import unpack
 from typing import Any
 from zipfile import is_zipfile
 
@@ -17,6 +19,7 @@ TOKENIZER_FILES = (
     *("tekken.json", "*.tiktoken"),
 )
 LAYER = re.compile(r"(?P<at>.*?)\.(?P<number>\d+)\.(?P<name>.+)")
+_CHUNK = 2**20
 _LFS = b"version https://git-lfs"
 
 
@@ -124,6 +127,10 @@ class Weights:
 
     names: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Types as safetensors names them: F32, BF16, F8_E4M3, I8."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """The file that each weight lies in."""
 
     @classmethod
     def read(cls, folder: Path) -> "Weights":
@@ -133,6 +140,8 @@ class Weights:
         """
         files = weight_files(folder)
         shapes: dict[str, tuple[int, ...]] = {}
+        kinds: dict[str, str] = {}
+        places: dict[str, str] = {}
         for name in files:
             if not name.endswith(".safetensors"):
                 index = folder / "pytorch_model.bin.index.json"
@@ -140,7 +149,10 @@ class Weights:
                 return cls(frozenset(mapped), {})
             try:
                 with safe_open(folder / name, "np") as file:
-                    shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                    shapes |= {key: tuple(each.get_shape()) for key, each in slices.items()}
+                    kinds |= {key: str(each.get_dtype()) for key, each in slices.items()}
+                    places |= dict.fromkeys(slices, name)
             except (SafetensorError, OSError) as error:
                 raise RequirementError(
                     f"the base model {folder} is not whole: {name} is cut off, or no safetensors file ({error})",
@@ -155,7 +167,22 @@ class Weights:
                     f"({some(gone)})",
                     hint="Fetch or copy the model again.",
                 )
-        return cls(frozenset(shapes), shapes)
+        return cls(frozenset(shapes), shapes, kinds, places)
+
+    def differ(self, folder: Path, one: str, other: str) -> bool:
+        """Return whether two weights have other types, shapes or bytes; of large ones 16 MiB are compared."""
+        if (self.kinds[one], self.shapes[one]) != (self.kinds[other], self.shapes[other]):
+            return True
+        (first, start), (second, begin) = (_opened(folder / self.files[name], name) for name in (one, other))
+        with first, second:
+            size = start[1] - start[0]
+            for at in range(0, size, max(_CHUNK, size // 16)):
+                length = min(_CHUNK, size - at)
+                first.seek(start[0] + at)
+                second.seek(begin[0] + at)
+                if first.read(length) != second.read(length):
+                    return True
+        return False
 
     def counts(self) -> tuple[int, int]:
         """Return the numbers of parameters of linear layers and of all else."""
@@ -169,6 +196,14 @@ class Weights:
             else:
                 other += size
         return linear, other
+
+
+def _opened(path: Path, name: str) -> tuple[BufferedReader, tuple[int, int]]:
+    """Open a safetensors file; return it and where a tensor's bytes start and end."""
+    file = path.open("rb")
+    (length,) = unpack("<Q", file.read(8))
+    start, end = from_json(file.read(length))[name]["data_offsets"]
+    return file, (8 + length + start, 8 + length + end)
 
 
 def some(names: Sequence[str]) -> str:

@@ -19,8 +19,9 @@ from fedcli.model.architectures import (
 )
 from fedcli.model.base_files import Fault, Weights, read_object, require_files
 from fedcli.model.memory_estimate import weights_memory
+from fedcli.model.stored_quantization import faults_of_quantization, quantization_of
 from fedcli.model.tokenizer_files import ChatAbilities, TokenizerFiles, beyond, too_large
-from fedcli.model.weight_structure import Structure, quantization_of, whole_number
+from fedcli.model.weight_structure import Structure, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,7 +155,7 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
         positions=positions,
         max_positions=_max_positions(kind, setting),
         dropouts=_dropouts(text, known),
-        head="tied" if is_tied else "own" if is_tied is False else None,
+        head="own" if is_tied is False or found.has_two_heads else "tied" if is_tied else None,
         has_chat_template=tokenizer.chat_template is not None,
         licence=_licence(folder),
         quantization=quantization_of(config),
@@ -167,10 +168,13 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     )
     faults = [
         *_faults_of_kind(folder, config, whole, own_code, trust_remote_code),
+        *faults_of_quantization(folder, config, weights),
         *found.faults,
         *tokenizer.faults(folder, config, rows, trusts_code=trust_remote_code),
     ]
     notes = tokenizer.notes(config, rows)
+    if is_tied and found.has_two_heads:
+        notes.append("config.json ties the output head to the embedding, and the weights hold two, which are both used")
     return Inspection(**{**vars(draft), "faults": tuple(faults), "notes": tuple(notes)})
 
 

@@ -11,7 +11,8 @@ from fedcli.config import Quantization
 from fedcli.errors import RequirementError
 from fedcli.model.bitsandbytes import require_bitsandbytes, show_bitsandbytes
 from fedcli.model.library_logging import quiet_libraries
-from fedcli.model.weight_structure import MISMATCH_CURE, mismatch, quantization_of
+from fedcli.model.stored_quantization import quantization_of
+from fedcli.model.weight_structure import MISMATCH_CURE, mismatch
 
 if TYPE_CHECKING:
     import torch

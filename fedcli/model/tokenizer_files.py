@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedcli.data.template_errors import describe_template_error
 from fedcli.model.base_files import TOKENIZER_FILES, Fault, read_object, some
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ class ChatAbilities:
     thoughts: bool
     """Of the last response, given as `reasoning_content`."""
     several_turns: bool
+    error: str | None = None
+    """Why it writes not even a question, with the template's line; None where it writes one."""
 
 
 def chat_abilities(tokenizer: "PreTrainedTokenizerBase") -> ChatAbilities | None:
@@ -36,19 +38,28 @@ def chat_abilities(tokenizer: "PreTrainedTokenizerBase") -> ChatAbilities | None
     schema = {"type": "object", "properties": {}}
     function = {"name": "fedclitool", "description": "A tool.", "parameters": schema}
 
+    errors: list[str] = []
+
     def writes(word: str, *messages: dict[str, Any], times: int = 1, tools: list[Any] | None = None) -> bool:
         in_parts = [each | {"content": [{"type": "text", "text": each["content"]}]} for each in messages]
         for form in (list(messages), in_parts):  # templates of vision models read lists of parts, some of them alone
-            with suppress(Exception):  # a template is a program of the model's publisher: it may raise anything
+            try:
                 if str(tokenizer.apply_chat_template(form, tools=tools, tokenize=False)).count(word) >= times:
                     return True
+            except Exception as error:  # a template is a program of the model's publisher: it may raise anything
+                errors.append(describe_template_error(error))
         return False
 
+    system = {"role": "system", "content": "fedclisystem"}
+    answers = writes("fedcliasked", asked) or writes("fedcliasked", asked, told) or writes("fedcliasked", system, asked)
+    error = errors[0] if errors and not answers else None
+
     return ChatAbilities(
-        system=writes("fedclisystem", {"role": "system", "content": "fedclisystem"}, asked),
+        system=writes("fedclisystem", system, asked),
         tools=writes("fedclitool", asked, tools=[{"type": "function", "function": function}]),
         thoughts=writes("fedclithought", asked, told | {"reasoning_content": "fedclithought"}),
         several_turns=writes("fedclitold", asked, told, asked, told, times=2),
+        error=error,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedcli.model.architectures import Architecture
 from fedcli.model.base_files import LAYER, Fault, Weights, some
+from fedcli.model.stored_quantization import quantization_of
 
 MISMATCH_CURE = "Fetch or save the model again: its weights need the names, layers and sizes that config.json gives."
 _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|head|output_projection)\.weight$")
@@ -25,6 +26,8 @@ class Structure:
     uneven: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     embedding_rows: int | None = None
+    has_two_heads: bool = False
+    """Whether an output head stands beside the embedding and differs from it, whatever config.json says."""
 
     @classmethod
     def of(cls, folder: Path, weights: Weights, known: Architecture | None, config: Mapping[str, Any]) -> "Structure":
@@ -36,6 +39,8 @@ class Structure:
         embeddings = sorted((name for name in names if _EMBEDDINGS.search(name)), key=lambda name: (len(name), name))
         if embeddings and weights.shapes:
             found.embedding_rows = weights.shapes[embeddings[0]][0]
+            heads = [name for name in names if re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name)]
+            found.has_two_heads = len(heads) == 1 and weights.differ(folder, heads[0], embeddings[0])
         if known is not None and at is not None and names:
             container, layers = _layers(names)
             if container is not None and container != at and container.endswith(f".{at}"):
@@ -159,9 +164,3 @@ def _layers(names: Iterable[str]) -> tuple[str | None, dict[int, frozenset[str]]
 def whole_number(value: Any) -> int | None:
     """Return a setting that is a whole number; None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def quantization_of(config: Mapping[str, Any]) -> str | None:
-    """Return how a base's weights are stored, where its config.json says that they are quantised."""
-    found = config.get("quantization_config")
-    return str(found.get("quant_method") or "unknown") if isinstance(found, dict) else None

@@ -141,6 +141,9 @@ def _tokenizer(found: "Inspection") -> Iterator[Finding]:
     abilities = found.chat
     if abilities is None:
         yield Finding("chat template", "ok", "none: data.template chat is not to be had")
+    elif abilities.error is not None:
+        cure = "Mend the base's chat_template.jinja (or tokenizer_config.json), or set data.template to another."
+        yield Finding("chat template", "warning", f"writes nothing, it fails: {abilities.error}", cure)
     else:
         words = {"system": "a system turn", "tools": "tools", "thoughts": "thoughts", "several_turns": "several turns"}
         does = [text for name, text in words.items() if getattr(abilities, name)]

@@ -9,7 +9,8 @@ from typing import Any
 
 from fedcli.config import CustomTemplate
 from fedcli.config.adapter_config import parse_adapter_config
-from fedcli.data.formats import describe_counts, known_format
+from fedcli.data.formats import known_format
+from fedcli.data.row_report import describe_counts
 from fedcli.errors import UsageError
 from fedcli.operations.report import read_metrics
 from fedcli.operations.status import describe_algorithm, describe_history

@@ -22,6 +22,7 @@ from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.parties.simulate import read_summary
 from fedcli.report.rows_picture import Bar, draw
 from fedcli.tasks.conversation import Item
+from fedcli.tasks.format import TOO_LONG
 from fedcli.workspace.federation_state import Experiment, FederationState, train_record
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
@@ -66,6 +67,11 @@ class ClientShare:
     num_rows: int
     left_out: dict[str, int]
     num_cut: int
+    """Rows that are longer than train.max_length."""
+    num_truncated: int
+    """Of these, the rows whose response is cut to fit."""
+    num_too_long: int
+    """Of these, the rows that are left out: their prompt leaves no room for a response."""
     num_tokens: list[int]
     groups: list[int]
     first_cases: dict[str, str]
@@ -134,6 +140,9 @@ def preview(
         places = (row.where for row, _ in items)
         whole = encoder.encode((item for _, item in items), NO_LIMIT, places=places)
         used = cut(whole, max_length)
+        used.include(reader)
+        if summary is not None:  # what the split went by is used
+            used.unused = Counter({name: used.unused[name] for name in used.unused if name in summary.unused})
         lengths = whole.lengths()
         num_read += reader.num_rows
         if not whole:
@@ -144,17 +153,14 @@ def preview(
         shares.append(
             ClientShare(
                 client=party.client,
-                num_rows=reader.num_usable - used.left_out.total(),
-                left_out=dict(reader.left_out + used.left_out),
+                num_rows=reader.num_rows - used.left_out.total(),
                 num_cut=num_cut,
+                num_truncated=used.num_truncated,
+                num_too_long=used.left_out[TOO_LONG],
                 num_tokens=lengths.tolist(),
                 groups=counts,
-                first_cases={**reader.first_cases, **used.first_cases},
-                notes=dict(reader.notes + used.notes),
-                unused={
-                    name: count for name, count in reader.unused.items() if summary is None or name in summary.unused
-                },
                 guess=party.guess,
+                **used.counts(),
             )
         )
         for row, item in items[: max(0, num_rows - len(shown))]:

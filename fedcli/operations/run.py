@@ -1,13 +1,14 @@
 """The whole federation on one machine: clients take turns in one process, or in a few that stay warm."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from fedcli.client.due import ClientResult, try_client
+from fedcli.client.local_round import Training
 from fedcli.client.runtimes import Runtimes
+from fedcli.data.row_report import RowReport
 from fedcli.errors import BusyError, ClientFailure, FedError, NotReadyError, error_of
 from fedcli.observer import Observer
 from fedcli.operations.workers import Workers
@@ -71,10 +72,7 @@ def run_federation(
             observer.round_scored(milestone)
 
     num_merged = 0
-    left_out: dict[int, dict[str, int]] = {}
-    notes: dict[int, dict[str, int]] = {}
-    first_cases: dict[str, str] = {}
-    unused: dict[int, dict[str, int]] = {}
+    trained: dict[int, Training] = {}
     failed: list[ClientFailure] = []
     shown = told = -1
     with Workers(federation.workspace, workers, threads=threads) as pool:
@@ -95,9 +93,7 @@ def run_federation(
                     has_failed = True
                     continue
                 if result.training is not None:
-                    left_out[result.client], notes[result.client] = result.training.left_out, result.training.notes
-                    unused[result.client] = result.training.unused
-                    first_cases = {**result.training.first_cases, **first_cases}
+                    trained[result.client] = result.training
                 if result.round != head.number:  # another process merged the round meanwhile
                     break
             if has_failed and _due_clients(federation, failed):
@@ -119,9 +115,16 @@ def run_federation(
                 num_merged += merged.published
                 score()
         score()
-    left, noted, not_used = (dict(sum(map(Counter, by.values()), Counter())) for by in (left_out, notes, unused))
-    head, once = federation.head, _once_each(failed)
-    return FederationResult(head.number, head.manifest.state, num_merged, left, noted, first_cases, not_used, once)
+    report, head = RowReport(), federation.head
+    for training in trained.values():
+        report.include(training)
+    return FederationResult(
+        round=head.number,
+        state=head.manifest.state,
+        num_merged=num_merged,
+        failed=_once_each(failed),
+        **report.counts(),
+    )
 
 
 def _once_each(failed: Sequence[ClientFailure]) -> list[ClientFailure]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import ValidationError
 
 from fedcli.config import SourceEntry, read_format
-from fedcli.data.formats import RowReader, choose_split, describe_rows, format_name, guess_format
+from fedcli.data.formats import RowReader, choose_split, format_name, guess_format
+from fedcli.data.row_report import describe_rows
 from fedcli.data.source import Source, absolute_path, find_source
 from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
 from fedcli.observer import Observer
@@ -127,7 +128,7 @@ def prepare_join(
         card, rows = _full_card(federation, record, reader, source, observer)
     told = reader if rows is None else rows
     guess = () if choice.guess is None else (choice.guess,)
-    remarks = (*guess, *source.remarks(), *describe_rows(told.left_out, told.first_cases, told.notes, told.unused))
+    remarks = (*guess, *source.remarks(), *describe_rows(told))
     return Joining(workspace, found, record, card, remarks)
 
 

@@ -1,6 +1,5 @@
 """A simulation's rows: the sources are read as a stream, split, and written to data/client-N.jsonl."""
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from fedcli.data import partition
 from fedcli.data.demo import DEMO_ROWS
 from fedcli.data.file_rows import Row
 from fedcli.data.formats import Choice, RowReader, choose_format, choose_split, guess_format, written_format
+from fedcli.data.row_report import RowReport
 from fedcli.data.source import Source, find_source, write_row
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.model.base import BUILTIN_PREFIX
@@ -108,13 +108,14 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
     names = [Path(entry.source).name for entry in entries] if config.data.partition == "sources" else made.group_names
     if len(names) * num_clients > MOST_COUNTS:
         names = []
-    unused = sum((reader.unused for reader in readers), Counter[str]())
+    report = RowReport()
+    for reader in readers:
+        report.include(reader)
+    del report.unused[survey.column]  # a Counter has no such key to lack
     summary = DataSummary(
         partition=config.data.model_dump(mode="json", exclude_unset=True).get("partition", "iid"),
         num_rows=sum(reader.num_rows for reader in readers),
         num_usable=sum(reader.num_usable for reader in readers),
-        left_out=dict(sum((reader.left_out for reader in readers), Counter())),
-        notes=dict(sum((+reader.notes for reader in readers), Counter())),
         sizes=made.sizes(),
         formats=[
             # a client's is its source's
@@ -123,9 +124,8 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
         ],
         groups=names,
         group_counts=[made.group_counts(client) if names else [] for client in range(num_clients)],
-        first_cases={reason: case for reader in reversed(readers) for reason, case in reader.first_cases.items()},
-        unused={name: count for name, count in unused.items() if name != survey.column},
         remarks=_remarks(config, choices, root),
+        **report.counts(),
     )
     return Plan(made, summary, chosen)
 

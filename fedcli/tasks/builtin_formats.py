@@ -10,6 +10,7 @@ from fedcli.tasks.format import (
     MALFORMED,
     NOT_LEARNT,
     SHAREGPT,
+    UNANSWERED,
     Context,
     Fields,
     Format,
@@ -147,6 +148,8 @@ def _oasst(fields: Fields, context: Context) -> Example:
         nodes = [reply for reply in replies if isinstance(reply, Mapping) and reply.get("deleted") is not True]
     while turns and turns[-1].role != "assistant":
         turns.pop()
+    if not turns:
+        raise LeftOut(UNANSWERED, "the prompt has no reply")
     return _example(tuple(turns))
 
 
@@ -280,8 +283,9 @@ def _last_turns(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...], context: C
         raise LeftOut(EQUAL)
     if (prompt := chosen[:-1]) != rejected[:-1]:
         raise LeftOut(FORKED)
-    if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
-        raise LeftOut(MALFORMED, "a dialogue does not end with the assistant's turn")
+    for turns in (chosen, rejected):
+        if turns[-1].role != "assistant":
+            raise LeftOut(UNANSWERED, f"a dialogue ends with the {turns[-1].role}'s turn")
     last = (chosen[-1], rejected[-1])
     if any(turn.tool_calls for turn in last):
         raise LeftOut(CALLS, "a pair's response calls tools")
@@ -291,8 +295,10 @@ def _last_turns(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...], context: C
 
 
 def _example(turns: tuple[Turn, ...]) -> Example:
-    if len(turns) < 2 or turns[-1].role != "assistant":
-        raise LeftOut(MALFORMED, "the conversation does not end with the assistant's answer")
+    if turns[-1].role != "assistant":
+        raise LeftOut(UNANSWERED, f"the conversation ends with the {turns[-1].role}'s turn")
+    if len(turns) < 2:
+        raise LeftOut(MALFORMED, "the conversation is an answer alone")
     if not any(turn.is_learnt for turn in turns if turn.role == "assistant"):
         raise LeftOut(NOT_LEARNT, "every response has weight 0")
     return Example(turns)

@@ -17,6 +17,9 @@ DUPLICATE = "duplicate"
 TOO_LONG = "too long"
 NOT_LEARNT = "nothing to learn"
 NOT_TEXT = "not text alone"
+REPEATED = "a key twice"
+UNANSWERED = "no answer at the end"
+JSON_RESULT = "result of a tool that is no text, written as JSON"
 
 SPEAKERS: Mapping[str, Role] = {
     **{"system": "system", "developer": "system", "user": "user", "assistant": "assistant"},
@@ -78,8 +81,24 @@ def text(fields: Fields, column: str) -> str:
     value = fields.get(column)
     if not isinstance(value, str):
         lacks = "no text in" if column in fields else "no"
-        raise LeftOut(MALFORMED, f"{lacks} column {column!r}; it has {', '.join(map(str, fields)) or 'none'}")
+        told = f"{lacks} column {column!r}; it has {', '.join(map(str, fields)) or 'none'}"
+        raise LeftOut(MALFORMED, told + ("" if column in fields else _where_else(fields, column)))
     return value
+
+
+def _where_else(fields: Fields, column: str) -> str:
+    """Return where a row has a column that it lacks: under a name that nearly is it, or one level deeper."""
+    for name, value in fields.items():
+        if _bare(name) == _bare(column):
+            return f", where {name!r} differs in capitals or spaces: rename it"
+        inner = value[0] if isinstance(value, list) and value else value
+        if isinstance(inner, Mapping) and column in inner:
+            return f", where {name!r} holds it one level deeper: write the row as what that holds"
+    return ""
+
+
+def _bare(name: object) -> str:
+    return str(name).strip(" \t\r\n\xa0\ufeff\u200b").casefold()
 
 
 def plain(fields: Fields, column: str) -> str:
@@ -138,6 +157,12 @@ def _turn(message: object, column: str, context: Context | None, speakers: Mappi
     role = speakers.get(name.lower() if is_sharegpt else name) if isinstance(name, str) else None
     content, used = fields.get(said), {speaker, said, "weight"}
     thoughts, calls, is_learnt = "", "", True
+    if isinstance(content, Mapping) and isinstance(content.get("type"), str):
+        content = [content]
+    if role == "tool" and _is_result(content):
+        content = json.dumps(content, ensure_ascii=False, default=str)
+        if context is not None:
+            context.notes[JSON_RESULT] = 1
     if isinstance(content, list):
         content, thoughts = _parts(content, column)
     if role == "assistant":
@@ -156,11 +181,21 @@ def _turn(message: object, column: str, context: Context | None, speakers: Mappi
                 thoughts = given
                 used.add(key)
         content = "" if content is None and calls else content
+    if role is not None and isinstance(content, Mapping):
+        keys = ", ".join(map(str, content)) or "none"
+        raise LeftOut(NOT_TEXT, f"a message of {name!r} in column {column!r} is an object (its keys: {keys}), no text")
     if role is None or not isinstance(content, str):
         raise LeftOut(MALFORMED, f"a message in column {column!r} has no text, or the role {name!r}")
     if context is not None:
         context.unused |= {f"{column}.{key}" for key, value in fields.items() if key not in used and is_given(value)}
     return Turn(role, content, is_learnt=is_learnt, reasoning=thoughts, tool_calls=calls)
+
+
+def _is_result(content: object) -> bool:
+    """Return whether what a tool said is a value of JSON: an object, a number, a list that is none of parts."""
+    if isinstance(content, list):
+        return not all(isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in content)
+    return isinstance(content, Mapping | int | float) and not (isinstance(content, Mapping) and "type" in content)
 
 
 def _parts(parts: list[Any], column: str) -> tuple[str, str]:
