@@ -92,6 +92,9 @@ def run(arguments: Sequence[object], root: Path, fault: Fault = Fault(), *, data
 
 LOCKS = re.compile(r"(server|baseline|)\.?lock|\.[^/]*\.lock")
 _TIME = re.compile(
+    rb'"(created|seconds|tokens_per_second|num_generated_tokens|checksum)": [^,\n]*|"opened": [0-9.]+'
+    rb"|\d{4}-\d\d-\d\d \d\d:\d\d UTC"
+)
     rb'"(created|seconds|tokens_per_second|num_generated_tokens)": [^,\n]*|\d{4}-\d\d-\d\d \d\d:\d\d UTC|"opened": [0-9.]+|"checksum": "\w+"'
 )
 
