@@ -95,8 +95,6 @@ _TIME = re.compile(
     rb'"(created|seconds|tokens_per_second|num_generated_tokens|checksum)": [^,\n]*|"opened": [0-9.]+'
     rb"|\d{4}-\d\d-\d\d \d\d:\d\d UTC"
 )
-    rb'"(created|seconds|tokens_per_second|num_generated_tokens)": [^,\n]*|\d{4}-\d\d-\d\d \d\d:\d\d UTC|"opened": [0-9.]+|"checksum": "\w+"'
-)
 
 
 def snapshot(root: Path, ids: Sequence[bytes] = ()) -> dict[str, str]:
