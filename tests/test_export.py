@@ -207,6 +207,18 @@ def test_nothing_is_written_over(merged: Workspace, tmp_path: Path, standing: st
     assert {path.name for path in tmp_path.iterdir()} == {"out", "workspace"}
 
 
+def test_an_export_that_stands_there_already_is_done_and_another_is_refused(merged: Workspace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = run_ok("export", out, cwd=merged.root)
+    made = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert run_ok("export", out, cwd=merged.root) == first
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == made
+    for changed in (["--round", "0"], ["--merge"]):
+        assert fedcli("export", out, *changed, cwd=merged.root).returncode == 4
+    (out / "README.md").write_text("mine")
+    assert fedcli("export", out, cwd=merged.root).returncode == 4
+
+
 @pytest.mark.parametrize("name", ["out", ".", "link"])
 def test_an_empty_folder_may_be_filled(merged: Workspace, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "out"

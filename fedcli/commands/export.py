@@ -28,7 +28,8 @@ def export(
 ) -> None:
     """Hand a round over: its adapter with a model card, or merged into the base model.
 
-    Nothing that stands there is written over, and the folder appears whole or not at all.
+    Nothing that stands there is written over, and the folder appears whole or not at all. A folder that holds this very
+    export is left as it is.
     """
     result = found_federation(workspace).export(
         output, round=round_, best=best, merge=merge, dtype=dtype, max_shard_size=max_shard_size

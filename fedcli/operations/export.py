@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, check_outside
-from fedcli.workspace.publish import check_free, new_folder
+from fedcli.workspace.publish import check_free, is_free, new_folder
 from fedcli.workspace.registrations import joined_clients, read_registration
 
 CARD_NAME = "README.md"
@@ -57,13 +58,19 @@ def export(
 
     `number` is a round's or "latest"; `best` a metric (BENCHMARK or BENCHMARK.METRIC) whose best round is taken.
     `dtype` and `max_shard_size` are of a merged model; by default the base's own type, and SHARD_SIZE. The folder
-    appears whole or not at all. Raises WorkspaceError where something stands there, UsageError for what cannot be done.
+    appears whole or not at all. A folder that holds this very export is left as it is: a disk can do what it reports as
+    failed. Raises WorkspaceError where something else stands there, UsageError for what cannot be done.
     """
     _check_options(merge, dtype, max_shard_size)
     output = output.resolve()  # a name such as . or a link could not be replaced
     check_outside(federation.workspace, output)
-    check_free(output)
     found = _find_round(federation, number, best)
+    if not is_free(output):
+        config = parse_adapter_config(found.read(ADAPTER_CONFIG_NAME), found.folder / ADAPTER_CONFIG_NAME)
+        for merged_dtype in ((dtype,) if dtype else DTYPES) if merge else (None,):
+            if _holds_card(output, render_card(_card(federation, found, config, merged_dtype))):
+                return _exported(output, output, found, merged_dtype)
+    check_free(output)
     adapter = {ADAPTER_FILE: found.read(ADAPTER_NAME), ADAPTER_CONFIG_FILE: found.read(ADAPTER_CONFIG_NAME)}
     adapter_config = parse_adapter_config(adapter[ADAPTER_CONFIG_FILE], found.folder / ADAPTER_CONFIG_NAME)
     with new_folder(output) as folder:
@@ -89,7 +96,19 @@ def export(
                 (folder / name).write_bytes(contents)
         card = _card(federation, found, adapter_config, merged_dtype)
         (folder / CARD_NAME).write_text(render_card(card), encoding="utf-8")
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        done = _exported(output, folder, found, merged_dtype)
+    return done
+
+
+def _holds_card(folder: Path, card: str) -> bool:
+    """Return whether a folder, which appeared whole or not at all, is an export with this card."""
+    with suppress(OSError, ValueError):
+        return (folder / CARD_NAME).read_text(encoding="utf-8") == card and any(folder.glob("*.safetensors"))
+    return False
+
+
+def _exported(output: Path, folder: Path, found: Round, merged_dtype: str | None) -> Exported:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(output, found.number, list(sizes), merged_dtype, sum(sizes.values()))
 
 

@@ -88,11 +88,15 @@ def publish_directory(final: Path, files: Iterable[tuple[str, bytes]]) -> bool:
         return _is_inode(final, ours)
 
 
-def check_free(final: Path) -> None:
-    """Raise WorkspaceError where something stands that a new folder would be written over: an empty folder is none."""
+def is_free(final: Path) -> bool:
+    """Return whether nothing stands that a new folder would be written over: an empty folder is nothing."""
     with explained(final):
-        is_free = not os.path.lexists(final) or (final.is_dir() and not os.listdir(final))
-    if not is_free:
+        return not os.path.lexists(final) or (final.is_dir() and not os.listdir(final))
+
+
+def check_free(final: Path) -> None:
+    """Raise WorkspaceError where a folder's name is not free."""
+    if not is_free(final):
         raise WorkspaceError(
             f"{final} exists already, and nothing is written over", hint="Name another folder, or remove that one."
         )
