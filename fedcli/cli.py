@@ -32,6 +32,7 @@ COMMANDS = {
     "init": "Make a workspace and open its round 0.",
     "run": "Run the whole federation on this machine: its clients take turns, and the base model stays loaded.",
     "status": "Show the round, the algorithm, who has answered, the last losses, and what to run next.",
+    "chat": "Talk to a model of the federation: one prompt, or a session on a terminal; --compare shows several.",
     "report": "Write a page that shows the federation: losses, scores, updates, bytes, time, who took part, and how it "
     "was set.",
     "export": "Hand a round over: its adapter with a model card, or merged into the base model.",
@@ -194,7 +195,9 @@ def _run(arguments: list[str]) -> int:
         if code == 1:  # Typer's answer to a closed pipe, and to nothing else here
             return PIPE_CLOSED
         if code in (INTERRUPTED, TERMINATED):
-            print("stopped; nothing is lost: run the same command again to go on", file=sys.stderr)
+            is_chat = arguments[:1] == ["chat"]  # which keeps nothing that it could go on with
+            told = "stopped" if is_chat else "stopped; nothing is lost: run the same command again to go on"
+            print(told, file=sys.stderr)
         if code != 0 and as_json:
             fault: Any = stop.__context__  # what Typer has said on stderr
             message, hint = "the command line is not valid", "See `fedcli --help`."
