@@ -167,6 +167,18 @@ def test_a_mistake_is_told_before_a_model_is_loaded(
 
 
 @pytest.mark.slow
+def test_a_round_whose_adapter_gc_has_removed_is_named(federation: Path, tmp_path: Path) -> None:
+    workspace = Path(shutil.copytree(federation, tmp_path / "W"))
+    merge(Workspace(workspace), {0: 1.0})
+    with (workspace / "fedcli.yaml").open("a") as file:
+        file.write("retention: {keep_last: 1}\n")
+    assert fedcli("gc", cwd=workspace).returncode == 0
+    done = fedcli("chat", "hi", "--round", 1, cwd=workspace)
+    assert done.returncode == 4
+    assert "round 1's adapter/adapter_model.safetensors was removed by `fedcli gc`" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_template_that_cannot_write_it_is_refused(tmp_path: Path) -> None:
     """The base's chat template refuses a system turn and a second prompt; one prompt at a time is fine."""
     base = Path(shutil.copytree(TINY, tmp_path / "base"))

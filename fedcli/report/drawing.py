@@ -109,7 +109,7 @@ def by_client(
         everything = [point for found in points.values() for point in found]
         numbers, values = np.transpose(everything)
         is_many = len(everything) > MOST_SHAPES
-        dots = {"s": 7, "color": DOTS, "alpha": 0.45, "linewidth": 0, "rasterized": is_many}
+        dots: dict[str, Any] = {"s": 7, "color": DOTS, "alpha": 0.45, "linewidth": 0, "rasterized": is_many}
         axes.scatter(numbers, values, label="one client", **dots)
         by_round: dict[int, list[float]] = {}
         for number, value in everything:
@@ -164,7 +164,9 @@ def whole_rounds(axes: "Axes", most: int = 12) -> None:
 def outside_legend(axes: "Axes", sheet: Sheet) -> None:
     """Put the legend where it hides nothing: to the right of the panel, or below it on a narrow sheet."""
     if sheet.is_narrow:
-        axes.get_figure(root=True).legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     else:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, markerscale=1.5)
 
