@@ -47,7 +47,6 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "text.parse_math": False,  # names come from files, and may hold a $
     "legend.fontsize": 10,
-    "svg.fonttype": "none",
 }
 
 
@@ -172,7 +171,7 @@ def outside_legend(axes: "Axes", sheet: Sheet) -> None:
 
 
 def panels(
-    sheet: Sheet, height: float, num_rows: int = 1, num_columns: int = 1, **ratios: Any
+    height: float, num_rows: int = 1, num_columns: int = 1, *, sheet: Sheet = WIDE, **ratios: Any
 ) -> "tuple[Figure, list[Axes]]":
     """Return a figure of some inches' height with rows of panels, listed row by row."""
     from matplotlib.figure import Figure
@@ -193,7 +192,7 @@ def svg_of(figure: "Figure", name: str) -> str:
     from matplotlib import rc_context
 
     buffer = BytesIO()
-    with rc_context({"svg.hashsalt": name}):
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", dpi=DPI, transparent=True, metadata=metadata)
     text = buffer.getvalue().decode()

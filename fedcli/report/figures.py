@@ -66,7 +66,7 @@ def _losses(report: Report, sheet: Sheet) -> Drawing | None:
     means = [(merged.number, merged.mean_loss) for merged in report.merged if merged.mean_loss is not None]
     if not means:
         return None
-    figure, (axes,) = drawing.panels(sheet, 4.2)
+    figure, (axes,) = drawing.panels(4.2, sheet=sheet)
     legend_note = drawing.by_client(axes, sheet, report.merged, lambda merged: merged.losses)
     axes.set(ylabel="training loss", xlabel="round")
     (first, start), (last, end) = means[0], means[-1]
@@ -80,7 +80,7 @@ def _loss_map(report: Report, sheet: Sheet) -> Drawing | None:
     if len(clients) <= MOST_LINES or not any(merged.mean_loss is not None for merged in report.merged):
         return None
     grid = np.array([[merged.losses.get(client) for merged in report.merged] for client in clients], float)
-    figure, (axes,) = drawing.panels(sheet, drawing.height_of(clients))
+    figure, (axes,) = drawing.panels(drawing.height_of(clients), sheet=sheet)
     low, high = np.nanpercentile(grid, [1, 99])
     image = drawing.client_map(axes, sheet, grid, report.merged, clients, cmap="viridis_r", vmin=low, vmax=high)
     figure.colorbar(image, ax=axes, label="training loss", pad=0.01, extend="both", extendfrac=0.02)
@@ -94,7 +94,9 @@ def _scores(report: Report, sheet: Sheet) -> Drawing | None:
         return None
     num_columns = 1 if sheet.is_narrow else min(3, len(metrics))
     num_rows = math.ceil(len(metrics) / num_columns)
-    figure, grid = drawing.panels(sheet, 4.2 if num_rows == num_columns == 1 else 3.4 * num_rows, num_rows, num_columns)
+    figure, grid = drawing.panels(
+        4.2 if num_rows == num_columns == 1 else 3.4 * num_rows, num_rows, num_columns, sheet=sheet
+    )
     for axes, metric in zip(grid, metrics, strict=False):
         _score_panel(axes, metric, is_narrow=sheet.is_narrow or num_columns > 1)
     for axes in grid[len(metrics) :]:
@@ -143,7 +145,7 @@ def _score_panel(axes: "Axes", metric: MetricScores, *, is_narrow: bool) -> None
 def _norms(report: Report, sheet: Sheet) -> Drawing | None:
     if not any(merged.norms for merged in report.merged):
         return None
-    figure, (axes,) = drawing.panels(sheet, 4.2)
+    figure, (axes,) = drawing.panels(4.2, sheet=sheet)
     legend_note = drawing.by_client(axes, sheet, report.merged, lambda merged: merged.norms)
     axes.set(ylabel="norm of the update", xlabel="round")
     values = [norm for merged in report.merged for norm in merged.norms.values() if norm > 0]
@@ -160,9 +162,9 @@ def _cosines(report: Report, sheet: Sheet) -> Drawing | None:
         return None
     last = found[-1]
     if sheet.is_narrow:
-        figure, (left, right) = drawing.panels(sheet, 8.2, 2, 1)
+        figure, (left, right) = drawing.panels(8.2, 2, 1, sheet=sheet)
     else:
-        figure, (left, right) = drawing.panels(sheet, 4.6, 1, 2, width_ratios=(1.0, 1.15))
+        figure, (left, right) = drawing.panels(4.6, 1, 2, width_ratios=(1.0, 1.15), sheet=sheet)
     rounds = [similarity.round for similarity in found]
     means, lows, highs = (
         [float(reduce(similarity.pairs())) for similarity in found] for reduce in (np.mean, np.min, np.max)
@@ -211,7 +213,7 @@ def _transfer(report: Report, sheet: Sheet) -> Drawing | None:
     if not most or not has_uneven_bytes(report):
         return None
     unit, size = byte_unit(most)
-    figure, (axes,) = drawing.panels(sheet, 3.2)
+    figure, (axes,) = drawing.panels(3.2, sheet=sheet)
     dot = "o" if len(report.merged) == 1 else ""
     lines = ((down, ORANGE, "--", 4.0, "received by clients"), (up, BLUE, "-", 1.8, "sent by clients"))
     for totals, colour, style, width, label in lines:  # the wide one is seen beside the other where both are the same
@@ -230,7 +232,7 @@ def _timings(report: Report, sheet: Sheet) -> Drawing | None:
     seconds = [merged.seconds for merged in report.merged]
     units = (("hours", 3600), ("minutes", 60))
     unit, size = next((found for found in units if max(seconds) >= 2 * found[1]), ("seconds", 1))
-    figure, (axes,) = drawing.panels(sheet, 3.2)
+    figure, (axes,) = drawing.panels(3.2, sheet=sheet)
     axes.bar([merged.number for merged in report.merged], [value / size for value in seconds], 0.8, color=BLUE)
     axes.set(xlabel="round", ylabel=unit)
     axes.grid(visible=False, axis="x")
@@ -250,7 +252,7 @@ def _cohorts(report: Report, sheet: Sheet) -> Drawing | None:
     names = ("not drawn", "counted", "missing", "refused", "not needed")
     colours = ("#7F7F7F30", "#0B78B8", "#EBA31A", "#D8611A", "#5BB7EB")  # a map's are the same on light and dark
     grid = np.array([[_fate(merged, client) for merged in report.merged] for client in clients])
-    figure, (axes,) = drawing.panels(sheet, drawing.height_of(clients))
+    figure, (axes,) = drawing.panels(drawing.height_of(clients), sheet=sheet)
     drawing.client_map(axes, sheet, grid, report.merged, clients, cmap=ListedColormap(colours), vmin=-0.5, vmax=4.5)
     if grid.size <= 4000:
         refused = np.argwhere(grid == 3)  # told apart without colour, too
