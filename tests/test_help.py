@@ -58,6 +58,7 @@ def test_help_is_plain_off_a_terminal_and_short_and_long_are_the_same(run: Run) 
     assert out.endswith("".join(f"  {line}\n" for line in example_lines("chat")))
 
 
+@pytest.mark.slow
 def test_help_on_a_terminal_has_panels() -> None:
     shown = [re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal(*arguments)) for arguments in (["-h"], ["chat", "-h"])]
     for panel in PANELS:

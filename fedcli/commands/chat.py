@@ -117,6 +117,8 @@ def _show(opened: "Chat", text: str) -> None:
     for answer in answers:
         if answer.prompt_is_cut:
             print_hint(f"{answer.target}: the conversation is too long for the model; its beginning was left out")
+        if not answer.text:
+            print_hint(f"{answer.target}: the answer is empty")
         if answer.is_cut:
             print_hint(f"{answer.target}: the answer is cut at {answer.num_tokens} tokens (--max-new-tokens)")
 

@@ -64,7 +64,8 @@ class Chat:
     def ask(self, text: str, on_text: Callable[[str, str], None] = lambda target, piece: None) -> list[ChatAnswer]:
         """Return every model's answer to the next prompt; `on_text` hears a model's name and what is new of its answer.
 
-        Raises ConfigError for a prompt that the template cannot write.
+        The first of that is empty. A prompt whose answer is empty is no part of the conversation. Raises ConfigError
+        for a prompt that the template cannot write.
         """
         return [self._ask(target, text, on_text) for target in self.targets]
 
@@ -74,11 +75,13 @@ class Chat:
 
     def _ask(self, target: str, text: str, on_text: Callable[[str, str], None]) -> ChatAnswer:
         self._use(target)
+        on_text(target, "")
         turns = [*self._turns.get(target, _system(self.answering)), Turn("user", text)]
         how = self.answering
         request = Generation(tuple(turns), how.max_new_tokens, temperature=how.temperature, sample=how.seed)
         answer = self._model.stream(request, lambda piece: on_text(target, piece))
-        self._turns[target] = [*turns, Turn("assistant", answer.text)]
+        if answer.text:  # else the template would have to write an empty turn
+            self._turns[target] = [*turns, Turn("assistant", answer.text)]
         return ChatAnswer(target, **vars(answer))
 
     def _use(self, target: str) -> None:
