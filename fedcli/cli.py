@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fedcli import __version__
+from fedcli.commands.help_pages import PANELS, format_examples, format_help, panel_of
 from fedcli.errors import WorkspaceError, error_document, explain
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -32,6 +33,7 @@ COMMANDS = {
     "init": "Make a workspace and open its round 0.",
     "run": "Run the whole federation on this machine: its clients take turns, and the base model stays loaded.",
     "status": "Show the round, the algorithm, who has answered, the last losses, and what to run next.",
+    "chat": "Talk to a model of the federation: one prompt, or a session on a terminal; --compare shows several.",
     "report": "Write a page that shows the federation: losses, scores, updates, bytes, time, who took part, and how it "
     "was set.",
     "export": "Hand a round over: its adapter with a model card, or merged into the base model.",
@@ -75,12 +77,22 @@ class _Named(TyperCommand):
         """Parse the arguments as the command itself would."""
         assert self.name is not None
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        alone.command(info_name, cls=_Command)(function_of(self.name))
+        alone.command(self.name, cls=_Command)(function_of(self.name))
         return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the whole line, which a list of commands wraps."""
+        return self.help or ""
 
 
 class _Command(TyperCommand):
     """A command that looks at no value in which nothing can be wrong."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write its help: panels on a terminal, plain text elsewhere, examples behind both."""
+        if not format_help(self, str(self.name), ctx, formatter):
+            super().format_help(ctx, formatter)
+            format_examples(str(self.name), formatter)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return its parameters, --help too."""
@@ -94,8 +106,23 @@ class _Group(TyperGroup):
         super().__init__(**settings)
         prefix = "" if self.name == "fedcli" else f"{self.name} "
         own = {name.removeprefix(prefix): help for name, help in COMMANDS.items() if name.startswith(prefix)}
-        named = {word: _Named(prefix + word, help=help) for word, help in own.items() if " " not in word}
-        self.commands = {**named, **self.commands}
+        named: dict[str, Any] = {
+            word: _Named(prefix + word, help=help, rich_help_panel=panel_of(prefix + word))
+            for word, help in own.items()
+            if " " not in word
+        }
+        every = {**named, **self.commands}
+        in_panels = [word for words in PANELS.values() for word in words if word in every and not prefix]
+        self.commands = {word: every[word] for word in [*in_panels, *every]}
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write its help: panels on a terminal, plain text elsewhere."""
+        if not format_help(self, "", ctx, formatter):
+            super().format_help(ctx, formatter)
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the whole line, which a list of commands wraps."""
+        return self.help or ""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return its parameters, --help too."""
@@ -139,14 +166,14 @@ class EvalGroup(_Group):
 app = typer.Typer(
     name="fedcli",
     cls=_Group,
-    epilog="Every command takes --debug: tracebacks for errors.",
+    epilog="Every command takes --help, with examples, and --debug: tracebacks for errors.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # rich's help costs a tenth of a second
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # rich costs a tenth of a second: it is loaded for help on a terminal alone
 )
 for _name, _help in GROUPS.items():
     _group = typer.Typer(cls=EvalGroup if _name == "eval" else _Group, help=_help, no_args_is_help=True)
-    app.add_typer(_group, name=_name)
+    app.add_typer(_group, name=_name, rich_help_panel=panel_of(_name))
 
 
 def _print_version(wanted: bool) -> None:
@@ -194,7 +221,9 @@ def _run(arguments: list[str]) -> int:
         if code == 1:  # Typer's answer to a closed pipe, and to nothing else here
             return PIPE_CLOSED
         if code in (INTERRUPTED, TERMINATED):
-            print("stopped; nothing is lost: run the same command again to go on", file=sys.stderr)
+            is_chat = arguments[:1] == ["chat"]  # which keeps nothing that it could go on with
+            told = "stopped" if is_chat else "stopped; nothing is lost: run the same command again to go on"
+            print(told, file=sys.stderr)
         if code != 0 and as_json:
             fault: Any = stop.__context__  # what Typer has said on stderr
             message, hint = "the command line is not valid", "See `fedcli --help`."

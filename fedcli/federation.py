@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
     from fedcli.client.runtimes import Runtimes
     from fedcli.operations.baseline import BaselineResult
+    from fedcli.operations.chat import Chat
     from fedcli.operations.export import Exported
     from fedcli.operations.gc import Collection
     from fedcli.operations.preview import Preview
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fedcli.scoring.after_rounds import RoundScores
     from fedcli.scoring.request import Scoring
     from fedcli.scoring.table import ScoreTable
+    from fedcli.scoring.targets import Targets
     from fedcli.server.aggregate import AggregationResult
     from fedcli.server.verify import Verification
     from fedcli.workspace.federation_state import FederationState
@@ -198,6 +200,36 @@ class Federation:
         from fedcli.scoring.table import best_rounds
 
         return best_rounds(self.workspace, metric)
+
+    def chat(
+        self,
+        models: "Targets | None" = None,
+        *,
+        compare: bool = False,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        seed: int = 0,
+        has_several_turns: bool = True,
+        observer: Observer = SILENT,
+    ) -> "Chat":
+        """Load a model to talk to, the latest round's by default; with `compare` base, one client alone and a round.
+
+        Raises UsageError or NotReadyError for a model that is not there, ConfigError where the federation's template
+        cannot write the system turn, or several turns.
+        """
+        from fedcli.operations.chat import Answering, open_chat
+        from fedcli.scoring.targets import Targets
+
+        return open_chat(
+            self.state,
+            models or Targets(),
+            self.runtimes,
+            compare=compare,
+            answering=Answering(system, max_new_tokens, temperature, seed),
+            has_several_turns=has_several_turns,
+            observer=observer,
+        )
 
     def verify(self, *, observer: Observer = SILENT) -> "Verification":
         """Check every round and counted update; what is wrong is collected, not raised."""

@@ -300,5 +300,5 @@ def test_a_batch_that_does_not_fit_into_the_gpu_is_halved_until_it_does(tiny) ->
     assert set(generated(engine, [Generation(sentence(n), 4) for n in range(20)])) == {tokenizer.decode(ids)}
     assert model.sizes == [2, 3, 2, 3] * 2
     assert engine.usage.num_requests == 20
-    with pytest.raises(RequirementError, match="memory is too small for a single item"):
+    with pytest.raises(RequirementError, match="memory is too small for a single prompt"):
         generated(LocalModel(Scripted(ids, fits=0), tokenizer, Encoder(tokenizer)), [Generation("a", 4)])

@@ -132,7 +132,7 @@ def test_a_base_that_does_not_fit_names_this_machine_and_the_cure(num_bytes: int
 @pytest.mark.slow
 def test_scoring_that_does_not_fit_names_this_machine_and_the_cure(tmp_path: Path) -> None:
     (told,) = run(SCORE, tmp_path)
-    assert told.startswith("this machine's memory is too small for a single item of this benchmark")
+    assert told.startswith("this machine's memory is too small for a single prompt")
     assert "model.quantization" in told
 
 

@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from support.processes import ENVIRONMENT, fedcli
 from fedcli import Federation, Observer
 from fedcli.operations import report as reporting
 from fedcli.operations.report import collect
+from fedcli.report.drawing import NARROW, WIDE
 from fedcli.report.events import write_events
-from fedcli.report.figures import NAMES, draw
+from fedcli.report.figures import NAMES, _scores, draw
 from fedcli.report.page import is_ours, render
+from fedcli.report.remarks import remarks
 from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.report_folder import publish_report
@@ -160,19 +163,16 @@ def test_the_page_is_one_file_without_scripts_that_refers_to_nothing_outside_and
     assert not {"script", "iframe", "object", "embed"} & set(page.tags)
     assert page.references
     assert all(reference.startswith(("#", "data:")) for reference in page.references)
-    assert not re.search(r"@import|url\(|https?:", text)
+    assert not re.search(r"@import|url\((?!#)|https?:", text)
+    drawn = ("loss", "scores", "norms", "cosine", "cohorts")
     assert {path.name for path in (workspace.root / "report").iterdir()} == {
-        *(
-            "report.html",
-            "loss.png",
-            "scores.png",
-            "norms.png",
-            "cosine.png",
-            "transfer.png",
-            "timings.png",
-            "cohorts.png",
-        ),
+        "report.html",
+        *(f"{name}.png" for name in drawn),
     }
+    assert page.tags.count("svg") == 2 * len(drawn)
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(ids)
     for picture in (workspace.root / "report").glob("*.png"):
         with Image.open(picture) as image:
             assert image.size[0] == 1500
@@ -331,9 +331,77 @@ def test_pictures_are_drawn_for_few_and_many(num_rounds: int, num_clients: int) 
     """Warnings are errors here: of labels that do not fit, of empty axes."""
     pictures = draw(made_up(num_rounds, num_clients))
     names = {picture.name for picture in pictures}
-    assert names >= {"scores", "transfer", "timings", "cohorts"}
+    assert names >= {"scores"} | ({"loss", "norms"} if num_clients > 1 else set())
+    assert "cohorts" in names
     assert ("loss-map" in names) == (num_clients > 8)
     Page(render(made_up(num_rounds, num_clients), pictures))
+
+
+@pytest.mark.slow
+def test_what_is_even_is_a_sentence_and_what_is_not_is_drawn() -> None:
+    whole = made_up(5, 3)
+    even = [
+        replace(merged, cohort=[1, 2], missing=[], refused={}, total_bytes_up=6000 * (merged.number + 1))
+        for merged in whole.merged
+    ]
+    assert remarks(replace(whole, merged=even)) == [
+        "Bytes: the clients of a round sent 6.0 kB together and received 1 byte; 30.0 kB and 5 bytes in all rounds.",
+        "Time: a round took 1 min 40 s, by the disk's clock.",
+        "Participation: each of 5 rounds drew 2 of 3 clients, and counted all of them; a client was drawn 5 times; "
+        "1 client never.",
+    ]
+    late = [*even[:3], replace(even[3], closed=1000.0), replace(even[4], opened=1000.0, closed=1100.0)]
+    heavy = [replace(merged, total_bytes_up=10**merged.number) for merged in even]
+    names = {"transfer": heavy, "timings": late, "cohorts": whole.merged}
+    for name, merged in names.items():
+        report = replace(whole, merged=merged, scores=[], similarities=[])
+        assert name in {picture.name for picture in draw(report)}
+        assert {one.partition(":")[0] for one in remarks(report)}.isdisjoint(WORDS[name])
+
+
+WORDS = {"transfer": {"Bytes"}, "timings": {"Time"}, "cohorts": {"Participation"}}
+
+
+def test_a_table_has_no_column_in_which_nothing_stands(merged: tuple[Workspace, list[dict[int, Arrays]]]) -> None:
+    workspace, _ = merged
+    score(workspace, 2, 0.7)
+    whole = collect_of(workspace)
+    scored = ["metric", "federated", "round"]
+    told = ["round", "algorithm", "learning rate", "counted", "refused", "missing", "mean loss", "time"]
+    assert heads_of(render(whole, [])) == [*scored, *told, "round", "client", "code", "reason"]
+    first = replace(whole, merged=whole.merged[:1])
+    assert heads_of(render(first, [])) == [*scored, *(name for name in told if name not in ("refused", "missing"))]
+
+
+def heads_of(page: str) -> list[str]:
+    return re.findall(r"<th [^>]*>([^<]*)</th>", page)
+
+
+def test_the_level_lines_are_inside_a_panel_and_its_ticks_are_where_rounds_were_scored() -> None:
+    points = {number: Point(0.5, 0.4, 0.6) for number in (0, 3, 7, 20)}
+    metric = MetricScores("demo", "exact", "share", True, points, {"base": Point(0.0, 0.0, 0.0)}, {})
+    report = replace(made_up(20, 2), scores=[metric])
+    for sheet in (WIDE, NARROW):
+        drawn = _scores(report, sheet)
+        assert drawn is not None
+        (axes,) = drawn.figure.axes
+        assert axes.get_ylim()[0] < 0.0 < 0.6 < axes.get_ylim()[1]
+        assert sorted(axes.get_xticks()) == [0, 3, 7, 20]
+
+
+@pytest.mark.slow
+def test_a_picture_has_the_pages_colours_and_letters_of_a_phones_size() -> None:
+    (loss, *_) = draw(replace(made_up(3, 2), scores=[], similarities=[]))
+    for svg in (loss.wide_svg, loss.narrow_svg):
+        assert "var(--ink)" in svg
+        assert "var(--series-0)" in svg
+        assert not re.search(r"#(?:0072b2|1c2430|000000)", svg)
+        assert "xmlns" not in svg
+    box = re.search(r'viewBox="0 0 ([\d.]+) ', loss.narrow_svg)
+    sizes = {float(size) for size in re.findall(r"font-size: ([\d.]+)px", loss.narrow_svg)}
+    assert box is not None
+    pixels = 390 - 2 * 16  # a phone's screen without the page's margins
+    assert min(sizes) * pixels / float(box[1]) > 9
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ COMMANDS = {
     "verify": ("verify",),
     "gc": ("gc",),
     "doctor": ("doctor",),
+    "chat": ("chat", "hi", "--base", "--max-new-tokens", 1),
     "report": ("report",),
     "export": ("export", "exported"),
     "train-alone": ("train-alone", "--id", 0),
@@ -58,7 +59,18 @@ def test_every_command_is_watched() -> None:
     assert names == {name.removesuffix(" --any") for name in COMMANDS}
 
 
-LONG = {"run", "doctor", "data preview", "server run", "train-alone", "train-pooled", "export", "report", "eval run"}
+LONG = {
+    "run",
+    "doctor",
+    "data preview",
+    "server run",
+    "train-alone",
+    "train-pooled",
+    "export",
+    "report",
+    "eval run",
+    "chat",
+}
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ def init(
     directory: Annotated[
         Path | None, Argument(metavar="DIR", help="The folder of the workspace. Default: this one.")
     ] = None,
-    preset: Annotated[str | None, Option(metavar="NAME", help="The settings to start from. Default: demo.")] = None,
+    preset: Annotated[
+        str | None, Option(metavar="NAME", help="The settings to start from (--list-presets). Default: demo.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; may be repeated.")
     ] = None,
-    list_presets: Annotated[bool, Option("--list-presets", help="List the presets and stop.")] = False,
+    list_presets: Annotated[bool, Option("--list-presets", help="List the presets, a line each, and stop.")] = False,
     workspace: Annotated[Path | None, Option("--workspace", "-w", metavar="DIR", help="The same as DIR.")] = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -25,11 +27,12 @@ def init(
 
     A folder that holds a fedcli.yaml of yours is initialised from that. Run again after an interruption, it goes on.
     """
-    from fedcli.server.create import create_workspace, presets
+    from fedcli.server.create import create_workspace, describe_preset, presets
 
     if list_presets:
-        names = sorted(presets())
-        print_result(json_output, {"presets": names}, names)
+        found = {name: describe_preset(path) for name, path in sorted(presets().items())}
+        text = [f"{name:<{max(map(len, found))}}  {line}" for name, line in found.items()]
+        print_result(json_output, {"presets": list(found), "descriptions": found}, text)
         return
     directory = directory or workspace or Path(".")
     with StepDisplay(json_output, visible=False) as observer:

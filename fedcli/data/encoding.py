@@ -59,6 +59,14 @@ class Encoder:
             [(*prompt, Turn("assistant", response)) for prompt, response in zip(prompts, responses, strict=True)]
         )
 
+    def unused(self, prompt: Prompt) -> set[str]:
+        """Return notes of what a prompt holds and the template does not write; raise ConfigError as `prompts`."""
+        notes: set[str] = set()
+        (encoded,) = self._encode([prompt], notes=[notes])
+        if isinstance(encoded, LeftOut):
+            raise ConfigError(f"a prompt cannot be written: {encoded.detail}", hint="Mend or remove that row.")
+        return notes
+
     def _written(self, conversations: Sequence[Prompt]) -> list[EncodedExample]:
         examples = []
         for encoded in self._encode(conversations, last_only=True):

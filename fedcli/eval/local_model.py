@@ -14,6 +14,7 @@ from fedcli.data.encoding import Encoder
 from fedcli.errors import RequirementError
 from fedcli.eval.remembered import Usage, not_finite
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
+from fedcli.eval.streaming import Pieces, StreamedAnswer
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.loading import pad_id_of, short_memory
 from fedcli.model.output_head import logits_at
@@ -83,6 +84,21 @@ class LocalModel:
                 self.usage.num_requests += len(batch)
                 for index, text in zip(batch, texts, strict=True):
                     on_answer(index, text)
+
+    def stream(self, request: Generation, on_text: Callable[[str], None]) -> StreamedAnswer:
+        """Answer one request, and tell of the answer's text as it comes; the pieces together are the text.
+
+        White space around it is left out: it belongs to the template.
+        """
+        room = min(request.max_new_tokens, self._context // 2)
+        num_cut = self.usage.num_truncated
+        (ids,) = self._asking([request.prompt], room)
+        pieces = Pieces(lambda tokens: self._texts([ids], [tokens])[0].strip(), on_text)
+        ask = partial(self._generate, request=request, room=room, streamer=pieces)
+        (text,) = self._in_halves([(ids, request.sample)], ask)
+        self.usage.num_requests += 1
+        is_cut = pieces.tokens[-1:] != [self._encoder.end_id]
+        return StreamedAnswer(text.strip(), len(ids), len(pieces.tokens), is_cut, self.usage.num_truncated > num_cut)
 
     def log_likelihoods(self, requests: Sequence[Likelihood], on_answer: Callable[[int, LogLikelihood], None]) -> None:
         """Answer every request."""
@@ -187,14 +203,16 @@ class LocalModel:
                 raise
             if len(rows) == 1:
                 raise RequirementError(
-                    f"{where} is too small for a single item of this benchmark",
+                    f"{where} is too small for a single prompt",
                     hint="Free some, or use a quantised base (model.quantization).",
                 ) from error
             torch.cuda.empty_cache()
         half = len(rows) // 2
         return self._in_halves(rows[:half], ask) + self._in_halves(rows[half:], ask)
 
-    def _generate(self, rows: list[tuple[list[int], int]], request: Generation, room: int) -> list[str]:
+    def _generate(
+        self, rows: list[tuple[list[int], int]], request: Generation, room: int, streamer: Pieces | None = None
+    ) -> list[str]:
         """Return what follows each prompt (its ids, and which of its samples it is), cut before the first stop."""
         from transformers import StoppingCriteriaList
 
@@ -217,6 +235,7 @@ class LocalModel:
             repetition_penalty=1.0,  # whatever the model's own generation_config.json says
             pad_token_id=self._pad_id,
             eos_token_id=self._encoder.end_id,
+            streamer=streamer,
             **sampling,
         )[:, width:]
         self.usage.num_generated_tokens += int((generated != self._pad_id).sum())

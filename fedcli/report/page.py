@@ -1,13 +1,13 @@
 """A report's page: one HTML file with everything in it, no script, and nothing from any network."""
 
-import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 from fedcli.quantities import describe_bytes, describe_seconds
 from fedcli.report.drawing import Picture
-from fedcli.report.series import BASE, MergedRound, MetricScores, Point, Report
+from fedcli.report.remarks import remarks
+from fedcli.report.series import BASE, MergedRound, Point, Report
 
 GENERATOR = "fedcli report"
 """What tells a page of ours from others, in its head."""
@@ -29,16 +29,43 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
     return template.render(
         generator=GENERATOR,
         report=report,
-        pictures=[{**vars(picture), "encoded": base64.b64encode(picture.png).decode()} for picture in pictures],
+        pictures=pictures,
+        remarks=remarks(report),
         tiles=_tiles(report),
-        table=[_score_row(metric) for metric in report.scores],
-        rounds=[_round_row(merged) for merged in report.merged],
-        refusals=[
-            {"round": merged.number, "client": client, "code": code, "reason": reason}
-            for merged in report.merged
-            for client, (code, reason) in merged.refused.items()
-        ],
+        scores=_score_table(report),
+        rounds=_rounds_table(report),
+        num_rounds=len(report.merged),
+        refusals=_Table.of(
+            ("round", "client", "code", "reason"),
+            [
+                (_Cell(str(merged.number)), _Cell(str(client)), _Cell(code), _Cell(reason))
+                for merged in report.merged
+                for client, (code, reason) in merged.refused.items()
+            ],
+            texts=("code", "reason"),
+        ),
     )
+
+
+@dataclass(frozen=True)
+class _Cell:
+    text: str
+    is_best: bool = False
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table without the columns in which no row says anything; `kinds` are how columns are set."""
+
+    heads: Sequence[str]
+    kinds: Sequence[str]
+    rows: Sequence[Sequence[_Cell]]
+
+    @classmethod
+    def of(cls, heads: Sequence[str], rows: Sequence[Sequence[_Cell]], *, texts: Sequence[str]) -> "_Table":
+        kept = [column for column in range(len(heads)) if any(row[column].text for row in rows)]
+        kinds = ["text" if heads[column] in texts else "number" for column in kept]
+        return cls([heads[column] for column in kept], kinds, [[row[column] for column in kept] for row in rows])
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
@@ -72,27 +99,36 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _score_row(metric: MetricScores) -> dict[str, Any]:
-    best = metric.best_round
-    points = [*metric.references(), None if best is None else metric.rounds[best]]
-    values = [point.value for point in points if point is not None]
-    leader = (max if metric.higher_is_better else min)(values, default=None)
-    cells = [{"text": show_interval(point), "is_best": point is not None and point.value == leader} for point in points]
-    return {"title": metric.heading, "cells": cells, "round": "" if best is None else best}
+def _score_table(report: Report) -> _Table:
+    rows = []
+    for metric in report.scores:
+        best = metric.best_round
+        points = [*metric.references(), None if best is None else metric.rounds[best]]
+        values = [point.value for point in points if point is not None]
+        leader = (max if metric.higher_is_better else min)(values, default=None)
+        cells = [_Cell(show_interval(point), point is not None and point.value == leader) for point in points]
+        rows.append([_Cell(metric.heading), *cells, _Cell("" if best is None else str(best))])
+    return _Table.of(("metric", "base", "best alone", "pooled", "federated", "round"), rows, texts=("metric",))
 
 
-def _round_row(merged: MergedRound) -> dict[str, Any]:
+def _rounds_table(report: Report) -> _Table:
+    heads = ("round", "algorithm", "learning rate", "counted", "refused", "missing", "mean loss", "time")
+    rows = [list(map(_Cell, _round_row(merged))) for merged in report.merged]
+    return _Table.of(heads, rows, texts=("algorithm", "refused", "missing"))
+
+
+def _round_row(merged: MergedRound) -> list[str]:
     loss = merged.mean_loss
-    return {
-        "number": merged.number,
-        "algorithm": merged.algorithm,
-        "learning_rate": f"{merged.learning_rate:.3g}",
-        "counted": f"{len(merged.losses)} of {len(merged.cohort)}",
-        "refused": _names([f"{client} ({code})" for client, (code, _) in merged.refused.items()]),
-        "missing": _names([str(client) for client in merged.missing]),
-        "loss": "" if loss is None else f"{loss:.4f}",
-        "time": describe_seconds(merged.seconds),
-    }
+    return [
+        str(merged.number),
+        merged.algorithm,
+        f"{merged.learning_rate:.3g}",
+        f"{len(merged.losses)} of {len(merged.cohort)}",
+        _names([f"{client} ({code})" for client, (code, _) in merged.refused.items()]),
+        _names([str(client) for client in merged.missing]),
+        "" if loss is None else f"{loss:.4f}",
+        describe_seconds(merged.seconds),
+    ]
 
 
 def _names(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 NUM_COLOURED = 20
 """Groups that get a colour of their own."""
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#000000")
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#1A1A1A")
 """Colours that the colour-blind tell apart (Okabe and Ito 2008), grey in place of yellow, which is lost on white."""
 _OTHERS = "#DDDDDD"
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,13 @@ def presets() -> dict[str, Path]:
     """Return the shipped presets, name -> file; `defaults` is every key with its default."""
     folder = template_folder()
     return {"defaults": folder / "fedcli.yaml"} | {path.stem: path for path in (folder / "presets").glob("*.yaml")}
+
+
+def describe_preset(path: Path) -> str:
+    """Return the first sentence of the comment that a preset begins with."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.removeprefix("#").strip() for line in lines)
+    return re.split(r"(?<=[.]) (?=[A-Z])", text)[0].rstrip(".")
 
 
 @dataclass(frozen=True)

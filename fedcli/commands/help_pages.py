@@ -1,0 +1,90 @@
+"""How `--help` looks: panels on a terminal, plain text elsewhere, and examples that can be typed as they stand."""
+
+import sys
+from typing import Any
+
+PANELS = {
+    "Begin": ("init", "doctor"),
+    "Train": ("run", "client", "server", "slurm", "train-alone", "train-pooled", "study"),
+    "Look at what came of it": ("status", "chat", "eval", "report", "data"),
+    "Keep it": ("verify", "export", "gc"),
+}
+"""The commands of `fedcli --help`, by what they are for."""
+
+EXAMPLES = {
+    "init": (
+        ("fedcli init study", "the demo: five clients, a built-in model"),
+        ("fedcli init --list-presets", "what else there is"),
+        ("fedcli init study --preset defaults --set data.source=rows.jsonl --set model.base=/models/llama", "your own"),
+    ),
+    "run": (
+        ("fedcli run", "to the last round"),
+        ("fedcli run --rounds 1 --workers 2", "one round, two clients at a time"),
+    ),
+    "status": (("fedcli status --watch", "a display that stays"),),
+    "chat": (
+        ('fedcli chat "What does the rain do to barley?"', "the latest round answers"),
+        ("fedcli chat --compare", "a session with base, one client alone and the latest round"),
+        ("cat prompt.txt | fedcli chat --round 3 --json", "one prompt of many lines, one document"),
+    ),
+    "report": (("fedcli report -o page", "page/report.html, and its pictures"),),
+    "export": (
+        ("fedcli export adapter --best demo", "the round that is best in a benchmark"),
+        ("fedcli export model --merge --dtype bfloat16", "one model, with its tokenizer"),
+    ),
+    "verify": (("fedcli verify --json", "every fault, as one document"),),
+    "doctor": (("fedcli doctor --model /models/llama", "what a base model is, and whether it will do"),),
+    "train-alone": (("fedcli train-alone --id 0", "what client 0 reaches without the others"),),
+    "client join": (("fedcli client join --id 2 --data rows.csv", "shows what the others will see, and asks"),),
+    "client train": (
+        ("fedcli client train --id 0", "one client"),
+        ("fedcli client train --any", "all whose rows are here; as often as you like"),
+    ),
+    "server aggregate": (("fedcli server aggregate --partial", "with those who have answered"),),
+    "data preview": (("fedcli data preview --id 0", "rows as client 0 trains on them"),),
+    "eval run": (
+        ("fedcli eval demo", "base, baselines and the latest round"),
+        ("fedcli eval mmlu gsm8k --round latest --base", "two benchmarks, two models"),
+    ),
+    "eval table": (("fedcli eval table --against best-alone", "differences to the best client alone"),),
+    "slurm submit": (("fedcli slurm submit --dry-run", "what would be sent"),),
+}
+"""Of commands by their full names: what to type, and what it does."""
+
+
+def panel_of(name: str) -> str | None:
+    """Return the panel in which `fedcli --help` lists a command, or None for one of a group."""
+    return next((panel for panel, names in PANELS.items() if name in names), None)
+
+
+def example_lines(name: str) -> list[str]:
+    """Return a command's examples, each with what it does behind it, or below it where that would be too wide."""
+    lines: list[str] = []
+    width = max((len(typed) for typed, _ in EXAMPLES.get(name, ())), default=0)
+    for typed, does in EXAMPLES.get(name, ()):
+        lines += [f"{typed.ljust(width)}  # {does}"] if width < 50 else [f"# {does}", typed]
+    return lines
+
+
+def format_help(command: Any, name: str, ctx: Any, formatter: Any) -> bool:
+    """Print a command's help in panels where stdout is a terminal; return whether it is, for rich is slow to load."""
+    if not sys.stdout.isatty():
+        return False
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+    from typer.rich_utils import rich_format_help
+
+    rich_format_help(obj=command, ctx=ctx, markup_mode="rich")  # no help text holds a [tag]
+    if lines := example_lines(name):
+        text = Text("\n".join(lines))
+        Console().print(Panel(text, title="Examples", title_align="left", border_style="dim"))
+    return True
+
+
+def format_examples(name: str, formatter: Any) -> None:
+    """Write a command's examples as they stand, behind plain help."""
+    if lines := example_lines(name):
+        with formatter.section("Examples"):
+            for line in lines:
+                formatter.write(f"  {line}\n")
