@@ -32,10 +32,10 @@ def eval_fetch(
         for each in found:
             if each.folder is not None:
                 print(describe(each))
-            elif each.error is not error:
+            elif each.error is None or each.error is not error:
                 print_hint(describe(each))
         if not found:
-            print_hint("nothing to fetch: the rows of these benchmarks come with fedcli")
+            print_hint("nothing to fetch: a workspace of the built-in rows holds these benchmarks' rows")
         elif any(each.folder is not None for each in found):
             print_hint(
                 "on a machine without a network, copies of these folders belong into its own cache: benchmarks/ in "

@@ -9,6 +9,8 @@ from typing import IO
 
 from fedcli.errors import IntegrityError
 
+_HINT = "Get the publisher's files, and name their folder with --data DIR."
+
 
 def unpack(archive: Path, folder: Path, inside: str, patterns: tuple[str, ...]) -> list[str]:
     """Write an archive's files that lie in its folder `inside` and match a pattern; return their names, sorted.
@@ -30,14 +32,11 @@ def unpack(archive: Path, folder: Path, inside: str, patterns: tuple[str, ...]) 
                 place.write_bytes(file.read())
                 names.append(relative)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        raise IntegrityError(
-            f"{archive} is no archive: {error}",
-            hint="Get the publisher's files, and name their folder with --data DIR.",
-        ) from error
+        raise IntegrityError(f"{archive} is no archive: {error}", hint=_HINT) from error
     if not names:
         raise IntegrityError(
             f"the archive holds no {' or '.join(f'{inside}/{pattern}' for pattern in patterns)}",
-            hint="Get the publisher's files, and name their folder with --data DIR.",
+            hint=_HINT,
         )
     return sorted(names)
 

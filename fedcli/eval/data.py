@@ -112,7 +112,7 @@ class Files:
                 raise
             observer.noted(f"{error.message}; the hub's {source.hub} is read instead, which is not pinned")
             return self
-        return replace(self, roots=(*self.roots, folder.parent))
+        return replace(self, roots=(*self.roots, folder))
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows of the local files, else of the hub's data set.

@@ -134,10 +134,9 @@ def _fetch_checked(url: str, file: Path, sha256: str, progress: Progress) -> Non
 
     Raises _Unavailable, and IntegrityError where the contents are others: then no file stays.
     """
-    is_continued = file.exists() and file.stat().st_size > 0
-    _fetch_all(url, file, progress)
+    is_joined = _fetch_all(url, file, progress)
     found = _hash_of(file)
-    if found != sha256 and is_continued:  # what was there before was not its beginning
+    if found != sha256 and is_joined:  # of pieces that may not belong together
         file.unlink()
         _fetch_all(url, file, progress)
         found = _hash_of(file)
@@ -150,14 +149,16 @@ def _fetch_checked(url: str, file: Path, sha256: str, progress: Progress) -> Non
         )
 
 
-def _fetch_all(url: str, file: Path, progress: Progress) -> None:
-    """Fetch what a file lacks of a URL, in several attempts; raise _Unavailable with the last one's reason."""
+def _fetch_all(url: str, file: Path, progress: Progress) -> bool:
+    """Fetch what a file lacks of a URL, and return whether it is joined of several pieces.
+
+    Raises _Unavailable, with the last attempt's reason, where all attempts fail.
+    """
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
         try:
-            _fetch_rest(url, file, progress)
-            return
+            return _fetch_rest(url, file, progress)
         except HTTPError as error:
             error.close()
             reason = f"{url}: HTTP status {error.code} ({error.reason})"
@@ -176,24 +177,26 @@ class _Broken(Exception):
     """A connection that ended too early."""
 
 
-def _fetch_rest(url: str, file: Path, progress: Progress) -> None:
-    """Append to a file what it lacks of a URL, or write it anew where the server sends all of it."""
+def _fetch_rest(url: str, file: Path, progress: Progress) -> bool:
+    """Append to a file what it lacks of a URL, or write it anew where the server sends all of it: then return False."""
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
 
     start = file.stat().st_size if file.exists() else 0
     headers = {"User-Agent": f"fedcli/{__version__}"} | ({"Range": f"bytes={start}-"} if start else {})
     with urlopen(Request(url, headers=headers), timeout=HF_HUB_DOWNLOAD_TIMEOUT) as reply:
-        if reply.status != 206:
+        is_rest = start > 0 and reply.status == 206
+        if not is_rest:
             start = 0
         length = reply.headers["Content-Length"]
         total = None if length is None else start + int(length)
-        with writing_cache(file), file.open("ab" if start else "wb") as opened:
+        with writing_cache(file), file.open("ab" if is_rest else "wb") as opened:
             for chunk in _chunks(reply):
                 opened.write(chunk)
                 start += len(chunk)
                 progress(start, total)
     if total is not None and start < total:
         raise _Broken(f"the connection ended after {start:,} of {total:,} bytes")
+    return is_rest
 
 
 def _chunks(reply: HTTPResponse) -> Iterator[bytes]:

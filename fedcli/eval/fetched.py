@@ -42,7 +42,7 @@ def fetch_benchmarks(names: Sequence[str], group: str | None, observer: Observer
     asked = [*find_benchmarks(names), *(find_group(group) if group is not None else ())]
     sets: dict[str, list[Benchmark]] = {}
     for benchmark in (BENCHMARKS[part] for found in asked for part in (found.parts or (found.name,))):
-        if benchmark.data is not None and benchmark.data.files:  # the built-in ones need none
+        if benchmark.data is not None and benchmark.data.url.startswith("http"):  # else a workspace holds its rows
             release = benchmark.data.release
             same = sets.setdefault(release.name if release is not None else benchmark.name, [])
             same += [benchmark] if benchmark not in same else []

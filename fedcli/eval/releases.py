@@ -38,7 +38,7 @@ class Release:
     """What is fetched of a data set: all of its files, or none."""
 
     name: str
-    """Of its folder in fedcli's cache."""
+    """Of its folder in fedcli's cache, and of a benchmark that reads it."""
     license: str
     downloads: tuple[Download, ...]
 
@@ -99,7 +99,7 @@ MBPP = _files(
     {"mbpp.jsonl": "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f"},
 )
 HUMANEVALPACK = Release(
-    "humanevalpack",
+    "humanevalfix",
     "MIT",
     (
         Download(
