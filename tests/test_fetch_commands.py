@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -250,6 +251,17 @@ def test_every_benchmark_has_its_files_hashes_but_those_that_are_named() -> None
     assert all(source.startswith("https://") for source in sources if isinstance(source, str))
     assert set(RELEASES) <= set(BENCHMARKS)  # so that `fedcli eval fetch NAME` takes them
     assert all(len(download.sha256) == 64 for release in RELEASES.values() for download in release.downloads)
+
+
+def test_the_documentation_names_the_license_of_every_data_set_and_what_is_not_checked() -> None:
+    page = (Path(__file__).parents[1] / "docs/EVALUATION.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \| .* \| (.*?) \|$", page, re.MULTILINE)
+    licenses = {name: license for names, license in rows for name in re.findall(r"`([\w-]+)`", names)}
+    for name, found in BENCHMARKS.items():
+        if found.data is not None and found.data.release is not None:
+            assert found.data.release.license.startswith(licenses[name.removesuffix("-likelihood")])
+    unchecked = page.partition("No hash is known of the files of ")[2].partition(".")[0]
+    assert set(re.findall(r"`([\w-]+)`", unchecked)) == UNPINNED
 
 
 def published() -> dict[str, bytes]:
