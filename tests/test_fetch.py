@@ -265,6 +265,31 @@ def test_of_an_archive_the_named_files_are_unpacked_and_none_outside(
         assert len(server.log) == 3
 
 
+def test_what_a_killed_process_has_half_unpacked_and_files_of_an_earlier_version_do_no_harm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    archive = zip_of(MEMBERS)
+    packed = Download("data", f"{PUBLISHER}/d.zip", hash_of(archive), ("dev/*.csv",))
+    missing = Download("late.txt", f"{PUBLISHER}/late.txt", hash_of(b"late"))
+    release = Release("packed", "MIT", (packed, missing))
+    served = {"/files.example.org/v1/d.zip": archive}
+    part = tmp_path / "cache/benchmarks/packed.part"
+    with serve(monkeypatch, served) as server:
+        with pytest.raises(RequirementError, match=r"late\.txt: HTTP status 404"):
+            fetch(release, Observer())
+        with pytest.raises(RequirementError):  # what was unpacked is not fetched again
+            fetch(release, Observer())
+        assert [asked.path for asked in server.log].count("/files.example.org/v1/d.zip") == 1
+        (part / f".{packed.sha256}.json").write_text('{"dev/a_')
+        (part / "old/test.jsonl").parent.mkdir()
+        (part / "old/test.jsonl").write_text("{}")
+        served["/files.example.org/v1/late.txt"] = b"late"
+        found = files_of(fetch(release, Observer()))
+        assert set(found) == {"dev/a_dev.csv", "late.txt", RECORD_NAME}
+        assert [asked.path for asked in server.log].count("/files.example.org/v1/d.zip") == 2
+    assert is_whole(release)
+
+
 def test_an_archive_without_the_named_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for archive, words in ((tar_of({"else/a.csv": b"a"}), "holds no data/test/"), (b"no archive", "is no archive")):
         release = Release("packed", "MIT", (Download("data", f"{PUBLISHER}/d", hash_of(archive), ("test/*.csv",)),))

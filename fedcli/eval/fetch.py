@@ -99,7 +99,7 @@ def _complete(release: Release, download: Download, part: Path, observer: Observ
     place = part / download.path
     archive = part / f".{download.sha256}"  # or the file, before it is whole
     if download.members:
-        if (part / _note_of(download)).is_file():  # unpacked before
+        if _unpacked(download, part):
             return
     elif _has_hash(place, download.sha256):
         return
@@ -121,7 +121,7 @@ def _complete(release: Release, download: Download, part: Path, observer: Observ
             return
         names = unpack(archive, part, download.path, download.members)
         hashes = {name: _hash_of(part / name) for name in names}
-        (part / _note_of(download)).write_text(json.dumps(hashes))
+        _note_of(download, part).write_text(json.dumps(hashes))
         archive.unlink()
 
 
@@ -215,16 +215,16 @@ def _publish(release: Release, part: Path, folder: Path) -> None:
     """Give a data set's folder its name, with a record of what lies in it."""
     files: dict[str, str] = {}
     for download in release.downloads:
-        files |= json.loads((part / _note_of(download)).read_text()) if download.members else {}
-        files |= {} if download.members else {download.path: download.sha256}
+        files |= _unpacked(download, part) if download.members else {download.path: download.sha256}
     record = {
         "license": release.license,
         "downloads": {url: download.sha256 for url, download in zip(_sources(release), release.downloads, strict=True)},
         "files": files,
     }
     with writing_cache(folder):
-        for left in part.glob(".*"):
-            left.unlink()
+        for path in part.rglob("*"):  # notes, and what an earlier version of fedcli has left
+            if path.is_file() and str(path.relative_to(part)) not in files:
+                path.unlink()
         (part / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
         if folder.exists():  # and not what it should be
             shutil.rmtree(folder)
@@ -261,9 +261,18 @@ def _is_whole(release: Release, folder: Path) -> bool:
     return bool(files) and all(_has_hash(folder / name, sha256) for name, sha256 in (files or {}).items())
 
 
-def _note_of(download: Download) -> str:
-    """Return the name of what an unpacked archive leaves in the folder until that is whole: its files' hashes."""
-    return f".{download.sha256}.json"
+def _note_of(download: Download, part: Path) -> Path:
+    """Return where the hashes of an archive's files are noted until all of the data set is there."""
+    return part / f".{download.sha256}.json"
+
+
+def _unpacked(download: Download, part: Path) -> dict[str, str]:
+    """Return the hashes of an archive's unpacked files, by name; none where they are not all there, whole."""
+    try:
+        hashes: dict[str, str] = json.loads(_note_of(download, part).read_bytes())
+    except (OSError, ValueError):  # such as what a killed process was writing
+        return {}
+    return hashes if all(_has_hash(part / name, sha256) for name, sha256 in hashes.items()) else {}
 
 
 def _has_hash(path: Path, sha256: str) -> bool:
