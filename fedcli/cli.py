@@ -56,6 +56,8 @@ COMMANDS = {
     "workspace holds.",
     "eval list": "Show all benchmarks: groups, metrics, size, what each needs, and whether its data is on this "
     "machine.",
+    "eval fetch": "Fetch benchmarks' files once into fedcli's cache, each checked by its sha256; scoring does it by "
+    "itself.",
     "eval table": "Show scores side by side, and write them to eval/ as markdown, csv and json.",
     "eval best": "Name the best of the rounds that have been scored.",
     "server open": "Open round 0 unless it is open; `fedcli init` does it too.",

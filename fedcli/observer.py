@@ -64,3 +64,6 @@ class Observer:
 
     def answered(self, num_done: int, num_asked: int) -> None:
         """So many of the questions that were asked together have an answer."""
+
+    def fetched(self, what: str, num_bytes: int, total: int | None) -> None:
+        """So many bytes of a file are here, of so many where that is known."""

@@ -476,7 +476,7 @@ def test_the_list_names_every_benchmark_with_its_metrics_and_marks_what_is_here(
             assert entry["metrics"] == [metric.name for metric in BENCHMARKS[entry["name"]].metrics]
             assert entry["metrics"]
         listed[bool(data)] = {entry["name"]: entry["data"] for entry in document}
-    assert listed[False]["tfns"] in ("hub", "cached")
+    assert listed[False]["tfns"] in ("publisher", "cached")
     assert (listed[True]["tfns"], listed[True]["finance"]) == ("local", listed[False]["finance"])
     group = json.loads(fedcli("eval", "list", "--group", "finance", "--json", cwd=tmp_path).stdout)
     assert {entry["name"] for entry in group} == {

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from fedcli.commands.eval_fetch import eval_fetch as eval_fetch
 from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import Display, print_hint, print_json, print_result
+from fedcli.commands.output import FetchDisplay, print_hint, print_json, print_result
 from fedcli.errors import DeniedError, UsageError, WorkspaceError, did_you_mean
 from fedcli.quantities import plural
 from fedcli.workspace.layout import find_workspace
@@ -127,13 +128,10 @@ def eval_run(
     _print(federation.workspace, records)
 
 
-class _Display(Display):
+class _Display(FetchDisplay):
     """Shows how far an evaluation is, and asks whether a judge's cost is fine, once."""
 
     _is_confirmed = False
-
-    def noted(self, text: str) -> None:
-        self.say(text)
 
     def target_started(self, target: str, benchmark: str) -> None:
         self.title = f"{target}: {benchmark}"
@@ -206,11 +204,14 @@ def eval_list(
         origin = "" if entry.package == OWN_PACKAGE else f"; from the package {entry.package}"
         print(f"{found.name}: {found.title} ({found.size:,} items; {', '.join(found.groups) or 'no group'}{origin})")
         print(f"    metrics: {', '.join(metrics)}{f' and {num_details} details' if num_details else ''}")
-        needs = f"; needs: {', '.join(found.needs)}" if found.needs else ""
+        release = found.data.release if found.data else None
+        needs = f"; license: {release.license}" if release is not None else ""
+        needs += f"; needs: {', '.join(found.needs)}" if found.needs else ""
         lacks = f"; this machine lacks: {', '.join(entry.missing)}" if entry.missing else ""
         print(f"    data: {entry.data}{needs}{lacks}")
     print_hint(
-        "data: local (its files are here), cached (of the hub), hub (it would be fetched), missing; --json says more"
+        "data: local (its files are here), cached (fetched before), publisher (it would be fetched, and checked by its "
+        "sha256), hub (it would be fetched, and not checked), missing; --json says more"
     )
 
 

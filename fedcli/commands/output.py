@@ -108,6 +108,18 @@ class Display(Observer):
             self.say(text)
 
 
+class FetchDisplay(Display):
+    """Shows files that are fetched, and what is said of them."""
+
+    def noted(self, text: str) -> None:
+        self.say(text)
+
+    def fetched(self, what: str, num_bytes: int, total: int | None) -> None:
+        self.show(description=f"fetching {what}", completed=num_bytes, total=total)
+        size = "" if total is None else f" of {total:,}"
+        self.say_now_and_then(f"fetching {what}: {num_bytes:,}{size} bytes")
+
+
 class StepDisplay(Display):
     """Shows what is done now: rows that are read, a check, a client, an update."""
 

@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 from fedcli.data.file_rows import Opener, Row
 from fedcli.data.source import Source, find_source
-from fedcli.errors import RequirementError, UsageError
+from fedcli.errors import FedError, RequirementError, UsageError
+from fedcli.eval.fetch import fetch, is_offline
+from fedcli.eval.releases import Release
+from fedcli.observer import Observer
 
 BENCHMARKS_VARIABLE = "FEDCLI_BENCHMARKS"
 
@@ -28,6 +31,15 @@ class DataSource:
     split: str = "test"
     revision: str | None = None
     """A branch of the hub's repository: that of the parquet copy, where a set comes as a script."""
+    release: Release | None = None
+    """Its files by their hashes, which are fetched where no folder has them; None where the hashes are not known."""
+
+    @property
+    def is_cached_from_hub(self) -> bool:
+        """Whether the hub's cache holds its data set."""
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return self.hub is not None and (Path(HF_HUB_CACHE) / f"datasets--{self.hub.replace('/', '--')}").is_dir()
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
@@ -72,11 +84,35 @@ class Files:
         wanted = " or ".join(patterns or self.source.files)
         looked = ", ".join(map(str, self.roots)) or "no folder"
         hub = f"; the hub does not give it: {reason}" if reason else ""
+        release = self.source.release
+        command = "" if release is None else f"Run `fedcli eval fetch {release.name}` and leave --data out; or get"
         return RequirementError(
             f"the data of {self.benchmark} is not here: {wanted} (looked in {looked}{hub})",
-            hint=f"Get the files from {self.source.url}, then name their folder with --data DIR, or put them into "
-            f"{self.benchmark}/ in the folder that ${BENCHMARKS_VARIABLE} names.",
+            hint=f"{command or 'Get'} the files from {self.source.url}, then name their folder with --data DIR, or put "
+            f"them into {self.benchmark}/ in the folder that ${BENCHMARKS_VARIABLE} names.",
         )
+
+    def provided(self, observer: Observer) -> "Files":
+        """Return where to read the data from: a folder, else its release, fetched into the cache, else the hub.
+
+        Raises RequirementError where neither is to be had (the hub is asked later), and as `fetch` does for what has no
+        data set on the hub that could stand in.
+        """
+        source = self.source
+        if self.find():
+            return self
+        if not self.may_fetch or (source.release is None and source.hub is None):
+            raise self.missing()
+        if source.release is None:
+            return self
+        try:
+            folder = fetch(source.release, observer)
+        except FedError as error:
+            if source.hub is None or (is_offline() and not source.is_cached_from_hub):
+                raise
+            observer.noted(f"{error.message}; the hub's {source.hub} is read instead, which is not pinned")
+            return self
+        return replace(self, roots=(*self.roots, folder))
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows of the local files, else of the hub's data set.

@@ -10,9 +10,10 @@ from typing import Any
 from fedcli.eval.benchmark import Benchmark
 from fedcli.eval.data import Files, Finder, find_files
 from fedcli.eval.endpoint import KEY_VARIABLE
+from fedcli.eval.fetch import has_record
 from fedcli.eval.registry import BENCHMARKS, find_group
 
-_PLACES = ("missing", "hub", "cached", "local")
+_PLACES = ("missing", "hub", "publisher", "cached", "local")
 """From worst to best: a benchmark of parts is as well off as the worst of them."""
 
 
@@ -24,7 +25,8 @@ class Listed:
     package: str
     """Which the benchmark comes from: fedcli, or one that adds it by an entry point."""
     data: str
-    """local (files are here), cached (of the hub), hub (it would be fetched) or missing."""
+    """local (files are here), cached (fetched before), publisher (it would be fetched: pinned), hub (not pinned) or
+    missing."""
     missing: list[str]
     """What this machine lacks."""
 
@@ -41,6 +43,8 @@ class Listed:
             "files": source.files if source else (),
             "url": source.url if source else "",
             "hub": source.hub if source else None,
+            "license": source.release.license if source and source.release else None,
+            "pinned": source is not None and source.release is not None,
         }
 
 
@@ -64,8 +68,7 @@ def _where(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> str:
     assert benchmark.data is not None
     if Files(benchmark.name, benchmark.data, tuple(roots), finder=finder).find():
         return "local"
-    if benchmark.data.hub is None:
-        return "missing"
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return "cached" if (Path(HF_HUB_CACHE) / f"datasets--{benchmark.data.hub.replace('/', '--')}").is_dir() else "hub"
+    release = benchmark.data.release
+    if benchmark.data.is_cached_from_hub or (release is not None and has_record(release)):
+        return "cached"
+    return "publisher" if release is not None else "hub" if benchmark.data.hub is not None else "missing"

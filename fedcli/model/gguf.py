@@ -14,8 +14,8 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from fedcli.data.cache import cache_folder, writing_cache
 from fedcli.errors import RequirementError, WorkspaceError
 
 PACKAGE_PREFIX = "package:"
@@ -99,7 +100,7 @@ def dequantized(file: Path, *, digest: Callable[[Path], str], unpack: Callable[[
     if _is_whole(folder, digest):
         return folder
     header = read_header(file)
-    with _writing(folder.parent):
+    with writing_cache(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.parent / "lock")
         lock.acquire()
@@ -109,16 +110,6 @@ def dequantized(file: Path, *, digest: Callable[[Path], str], unpack: Callable[[
     finally:
         lock.release()
     return folder
-
-
-def cache_folder() -> Path:
-    """Return where fedcli keeps what can be made again: $FEDCLI_CACHE, else fedcli in the user's cache folder."""
-    if named := os.environ.get("FEDCLI_CACHE"):
-        return Path(named).expanduser().absolute()
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fedcli"
-    except RuntimeError as error:
-        raise WorkspaceError("this user has no home folder", hint="Name a folder for it: FEDCLI_CACHE=DIR.") from error
 
 
 def fingerprint_of(file: Path) -> str:
@@ -262,7 +253,7 @@ def _convert(
 ) -> None:
     """Write the folder: under a temporary name first, then, when it is whole and on the disk, under its own."""
     size = 4 * header.num_parameters
-    with _writing(final.parent):
+    with writing_cache(final.parent):
         for left in final.parent.glob(".tmp-*"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         if final.exists():  # and no longer what was written
@@ -282,7 +273,7 @@ def _convert(
     )
     try:
         _unpack_alone(file, temporary, unpack)
-        with _writing(final.parent):
+        with writing_cache(final.parent):
             record = {"gguf": fingerprint_of(file), "folder": digest(temporary), "file": file.name}
             (temporary / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
             _sync(temporary)
@@ -298,25 +289,13 @@ def _unpack_alone(file: Path, folder: Path, unpack: Callable[[Path, Path], None]
     alone.mkdir()
     (alone / file.name).symlink_to(file.absolute())
     try:
-        with _writing(folder):
+        with writing_cache(folder):
             unpack(alone / file.name, folder)
     except RequirementError as error:
         message = error.message.replace(str(alone / file.name), str(file)).replace(str(alone), str(file))
         hint = "Use the model's folder in transformers' layout instead, where transformers does not read its GGUF."
         raise RequirementError(message, hint=hint) from error
     shutil.rmtree(alone)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn what a disk raises into a WorkspaceError."""
-    try:
-        yield
-    except OSError as error:
-        raise WorkspaceError(
-            f"cannot write fedcli's cache, {folder}: {error.strerror or error}",
-            hint="Free some space or set its permissions right, or name another folder: FEDCLI_CACHE=DIR.",
-        ) from error
 
 
 def _sync(folder: Path) -> None:

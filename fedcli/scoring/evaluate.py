@@ -48,7 +48,7 @@ class Evaluation:
     models: Models
     options: Options = field(default_factory=Options)
     data: Path | None = None
-    """A folder with benchmarks' files; None: those of $FEDCLI_BENCHMARKS, else the hub."""
+    """A folder with benchmarks' files; None: those of $FEDCLI_BENCHMARKS, else of fedcli's cache or the hub."""
     judge: Callable[..., Judge] | None = None
     """Makes the judge, given what it remembers, and who hears how far it is (on_progress)."""
     run_code: CodeRunner | None = None
@@ -68,21 +68,22 @@ class Evaluation:
         for benchmark in self.benchmarks:
             plan |= {part: BENCHMARKS[part] for part in benchmark.parts}
             plan[benchmark.name] = benchmark
-        for benchmark in plan.values():  # what is missing shows before anything is asked
-            if benchmark.data is not None and benchmark.data.files and (self.data or benchmark.data.hub is None):
-                self._files(benchmark).require()
+        # what is missing shows before anything is asked
+        files = {name: self._files(benchmark, observer) for name, benchmark in plan.items() if not benchmark.parts}
         records = []
         for target in self.targets:
             for benchmark in plan.values():
                 observer.target_started(target.name, benchmark.name)
-                score_one = self._combine if benchmark.parts else self._score
-                records.append(score_one(benchmark, target, observer))
+                if benchmark.parts:
+                    records.append(self._combine(benchmark, target))
+                else:
+                    records.append(self._score(benchmark, files[benchmark.name], target, observer))
         return records
 
-    def _score(self, benchmark: Benchmark, target: Target, observer: Observer) -> ScoreRecord:
+    def _score(self, benchmark: Benchmark, files: Files, target: Target, observer: Observer) -> ScoreRecord:
         """Ask what has not been answered, score it all, and keep it."""
         assert benchmark.run is not None
-        workspace, files, options = self.workspace, self._files(benchmark), self.options.of(benchmark)
+        workspace, options = self.workspace, self.options.of(benchmark)
         identity = self.models.identity(target)
         asked = benchmark.answers_of or benchmark.name
         with ExitStack() as stack:
@@ -109,13 +110,14 @@ class Evaluation:
             publish_scores(workspace, record, [_line(item) for item in items])
         return record
 
-    def _files(self, benchmark: Benchmark) -> Files:
-        """Return where a benchmark's data is looked for: a named folder, or $FEDCLI_BENCHMARKS and the hub."""
+    def _files(self, benchmark: Benchmark, observer: Observer) -> Files:
+        """Return where a benchmark's data is: a named folder, or $FEDCLI_BENCHMARKS, fedcli's cache or the hub."""
         assert benchmark.data is not None
         roots = (*find_roots(self.data), self.workspace.data)
-        return Files(benchmark.name, benchmark.data, roots, self.data is None, find_files, open_rows)
+        files = Files(benchmark.name, benchmark.data, roots, self.data is None, find_files, open_rows)
+        return files.provided(observer) if benchmark.data.files else files
 
-    def _combine(self, benchmark: Benchmark, target: Target, _: Observer) -> ScoreRecord:
+    def _combine(self, benchmark: Benchmark, target: Target) -> ScoreRecord:
         """Score a benchmark of parts from what its parts have on disk."""
         parts = [
             read_score(self.workspace, target.name, scored_name(part, self.options.of(BENCHMARKS[part]).variant))

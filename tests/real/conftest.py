@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from support.models import load_plain
 
+from fedcli.data.cache import cache_folder
 from fedcli.model.base import find_base
-from fedcli.model.gguf import cache_folder
 
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data")
 

@@ -9,6 +9,7 @@ and "can't" and "unable to" count as "cannot" does. Requests are as published, w
 import re
 
 from fedcli.errors import ConfigError
+from fedcli.eval import releases
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource
 from fedcli.eval.requests import Generation
@@ -103,7 +104,11 @@ BENCHMARK = Benchmark(
     (Metric("refusal_rate"), Metric("judged_harmless"), Metric("empty", higher_is_better=False, is_detail=True)),
     520,
     "Zou et al. 2023, Universal and transferable adversarial attacks on aligned language models, arXiv:2307.15043",
-    DataSource(("advbench.csv", "harmful_behaviors.csv"), "https://github.com/llm-attacks/llm-attacks"),
+    DataSource(
+        ("advbench.csv", "harmful_behaviors.csv"),
+        "https://github.com/llm-attacks/llm-attacks",
+        release=releases.ADVBENCH,
+    ),
     run,
     needs=("judge-optional", "gpu-advised"),
 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedcli.errors import ConfigError
+from fedcli.eval import releases
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.benchmarks.code import extract_code, text_of
 from fedcli.eval.data import DataSource, Files
@@ -91,6 +92,7 @@ BENCHMARKS = (
             url="https://conala-corpus.github.io",
             hub="neulab/conala",
             revision="refs/convert/parquet",
+            release=releases.CONALA,
         ),
         run=partial(_run, _read_conala),
     ),
@@ -104,6 +106,7 @@ BENCHMARKS = (
             url="https://github.com/microsoft/CodeXGLUE/tree/main/Text-Code/text-to-code/dataset/concode",
             hub="google/code_x_glue_tc_text_to_code",
             split="validation",
+            release=releases.CONCODE,
         ),
         run=partial(_run, _read_concode),
     ),

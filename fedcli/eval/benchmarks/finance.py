@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fedcli.data.file_rows import Row
 from fedcli.errors import ConfigError
+from fedcli.eval import releases
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Need, Session
 from fedcli.eval.data import DataSource, Files
 from fedcli.eval.requests import Likelihood
@@ -236,7 +237,7 @@ def _text(row: Row, column: str) -> str:
 _F1 = (Metric("accuracy"), Metric("weighted_f1", of_sum=weighted_f1), Metric("macro_f1", of_sum=macro_f1))
 
 
-def _source(name: str, files: tuple[str, ...], hub: str, **chosen: str) -> DataSource:
+def _source(name: str, files: tuple[str, ...], hub: str, **chosen: Any) -> DataSource:
     return DataSource(files, f"https://huggingface.co/datasets/{hub}", (name, "fin_sentiment"), hub, **chosen)
 
 
@@ -253,6 +254,7 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
             subset="sentences_50agree",
             split="train",
             revision="refs/convert/parquet",
+            release=releases.FPB,
         ),
         read_fpb,
     ),
@@ -266,6 +268,7 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
             ("fiqa*test*.jsonl", "task1_*.json", "fiqa*.json"),
             "pauri32/fiqa-2018",
             split="train+validation+test",
+            release=releases.FIQA,
         ),
         read_fiqa,
     ),
@@ -279,6 +282,7 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
             ("sent_valid.csv", "tfns*valid*.csv"),
             "zeroshot/twitter-financial-news-sentiment",
             split="validation",
+            release=releases.TFNS,
         ),
         read_tfns,
     ),
@@ -287,7 +291,7 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
         "News with GPT instructions, seven labels as three",
         4047,
         "Yang 2023, News with GPT instructions (FinGPT, Hugging Face)",
-        _source("nwgi", ("nwgi*test*.jsonl",), "oliverwang15/news_with_gpt_instructions"),
+        _source("nwgi", ("nwgi*test*.jsonl",), "oliverwang15/news_with_gpt_instructions", release=releases.NWGI),
         read_nwgi,
     ),
 )

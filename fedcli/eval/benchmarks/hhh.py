@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedcli.data.file_rows import Row
 from fedcli.errors import ConfigError
+from fedcli.eval import releases
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource, Files
 from fedcli.eval.requests import Likelihood
@@ -101,6 +102,7 @@ BENCHMARK = Benchmark(
         ("hhh_alignment",),
         hub="HuggingFaceH4/hhh_alignment",
         revision="refs/convert/parquet",
+        release=releases.HHH,
     ),
     run,
     needs=("likelihood",),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
+from fedcli.eval import releases
 from fedcli.eval.benchmark import Session
 from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, solve, text_of
 from fedcli.eval.data import DataSource
@@ -32,6 +33,7 @@ BENCHMARK = code_benchmark(
         files=("HumanEval.jsonl*", "data/HumanEval.jsonl*"),
         url="https://github.com/openai/human-eval",
         hub="openai/openai_humaneval",
+        release=releases.HUMANEVAL,
     ),
     run=partial(solve, _problems, stop=STOP),
     takes=("max_new_tokens", "samples", "temperature"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
+from fedcli.eval import releases
 from fedcli.eval.benchmark import Session
 from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, solve, text_of
 from fedcli.eval.data import DataSource
@@ -41,12 +42,13 @@ _of_pack = partial(
     size=164,
     citation="Muennighoff et al. 2023, OctoPack: Instruction Tuning Code Large Language Models, arXiv 2308.07124",
     data=DataSource(
-        files=("humanevalpack.jsonl*", "data/python/data/humanevalpack.jsonl*"),
+        files=("humanevalpack.jsonl*", "data/python/data/humanevalpack.jsonl*", "python/test-*.parquet"),
         url="https://huggingface.co/datasets/bigcode/humanevalpack",
         folders=("humanevalpack",),
         hub="bigcode/humanevalpack",
         subset="python",
         revision="refs/convert/parquet",
+        release=releases.HUMANEVALPACK,
     ),
 )
 BENCHMARKS = (

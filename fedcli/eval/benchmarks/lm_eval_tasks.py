@@ -5,6 +5,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+from fedcli.eval import releases
 from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.benchmarks import local_rows
 from fedcli.eval.benchmarks.lm_eval_names import BBH_TASKS, MEDICAL_SUBJECTS, MMLU_GROUPS
@@ -44,6 +45,7 @@ def _mmlu(files: tuple[str, ...], subjects: Mapping[str, tuple[str, ...]], **fie
             ("mmlu", "mmlu/data", "data"),
             hub="cais/mmlu",
             subset="all",
+            release=releases.MMLU,
         ),
         run=TaskSet(tuple(tasks), CHOSEN, "mmlu/default", local_rows=read, shots=5, details=tasks).run,
         **fields,
@@ -84,6 +86,7 @@ def _bbh(folder: str, filter_: str, overrides: Mapping[str, object], **fields: A
             "https://github.com/suzgunmirac/BIG-Bench-Hard",
             ("bbh", "bbh/bbh", "BIG-Bench-Hard/bbh"),
             hub="SaylorTwift/bbh",
+            release=releases.BBH,
         ),
         run=task_set.run,
         **fields,
@@ -122,6 +125,7 @@ DROP = _generation(
         ("drop/drop_dataset", "drop_dataset"),
         hub="EleutherAI/drop",
         split="validation",
+        release=releases.DROP,
     ),
     run=TaskSet(
         ("drop",),
@@ -149,6 +153,7 @@ CRASS = _choice(
         hub="hails/bigbench",
         subset="crass_ai_zero_shot",
         split="default",
+        release=releases.CRASS,
     ),
     run=TaskSet(
         ("bigbench_crass_ai_multiple_choice",), CHOSEN, "bigbench/multiple_choice", local_rows=local_rows.crass
@@ -168,6 +173,7 @@ GSM8K = _generation(
         ("grade-school-math/grade_school_math/data",),
         hub="openai/gsm8k",
         subset="main",
+        release=releases.GSM8K,
     ),
     run=TaskSet(
         ("gsm8k_cot",),
@@ -195,6 +201,7 @@ MATH = _generation(
         ("MATH",),
         hub="EleutherAI/hendrycks_math",
         subset="algebra",
+        release=releases.MATH,
     ),
     run=TaskSet(
         tuple(local_rows.MATH_TASKS.values()),
@@ -244,6 +251,7 @@ MEDMCQA = _choice(
         "https://github.com/medmcqa/medmcqa",
         hub="openlifescienceai/medmcqa",
         split="validation",
+        release=releases.MEDMCQA,
     ),
     run=TaskSet(("medmcqa",), CHOSEN, "medmcqa", local_rows=local_rows.medmcqa).run,
 )

@@ -5,6 +5,7 @@ from functools import partial
 
 from fedcli.data.file_rows import Row
 from fedcli.errors import ConfigError, UsageError
+from fedcli.eval import releases
 from fedcli.eval.benchmark import Session
 from fedcli.eval.benchmarks.code import Problem, code_benchmark, extract_code, solve, text_of
 from fedcli.eval.data import DataSource
@@ -81,6 +82,7 @@ BENCHMARK = code_benchmark(
         hub="google-research-datasets/mbpp",
         subset="full",
         split="prompt+test",
+        release=releases.MBPP,
     ),
     run=partial(solve, _problems, stop=("[DONE]",), seconds=SECONDS),
     takes=("max_new_tokens", "samples", "shots", "temperature"),

@@ -13,6 +13,7 @@ from typing import TypeAlias, TypeGuard
 from fedcli.data.file_rows import Row
 from fedcli.data.source import read_rows
 from fedcli.errors import ConfigError, UsageError
+from fedcli.eval import releases
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource, Files
 from fedcli.eval.judge import Judgment
@@ -275,7 +276,7 @@ _benchmark = partial(
     Benchmark,
     size=160,
     citation="Zheng et al. 2023, Judging LLM-as-a-judge with MT-Bench and Chatbot Arena, arXiv:2306.05685",
-    data=DataSource(("question.jsonl",), FASTCHAT_URL, ("mt-bench", "mt_bench")),
+    data=DataSource(("question.jsonl",), FASTCHAT_URL, ("mt-bench", "mt_bench"), release=releases.MT_BENCH),
     needs=("judge", "gpu-advised"),
 )
 MT_BENCH = _benchmark(

@@ -4,6 +4,7 @@ Settings are those of OpenFedLLM (evaluation/open_ended), whose paper reports it
 MT-Bench's prompt without a reference for all questions.
 """
 
+from fedcli.eval import releases
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.benchmarks.mt_bench import FASTCHAT_URL, converse, parse_rating, read_prompts, read_questions
 from fedcli.eval.data import DataSource
@@ -34,7 +35,7 @@ BENCHMARK = Benchmark(
     (Metric("Vicuna", "points"),),
     80,
     "Chiang et al. 2023, Vicuna: an open-source chatbot impressing GPT-4 with 90% ChatGPT quality, LMSYS blog",
-    DataSource(("question.jsonl",), FASTCHAT_URL, ("vicuna_bench",)),
+    DataSource(("question.jsonl",), FASTCHAT_URL, ("vicuna_bench",), release=releases.VICUNA),
     run,
     needs=("judge", "gpu-advised"),
 )
