@@ -13,7 +13,7 @@ from fedcli.workspace.layout import Workspace, find_workspace
 
 if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
-    from fedcli.client.runtimes import Runtimes
+    from fedcli.client.runtimes import KeptModel, Runtimes
     from fedcli.operations.baseline import BaselineResult
     from fedcli.operations.export import Exported
     from fedcli.operations.gc import Collection
@@ -46,9 +46,12 @@ class Federation:
     wrong and what to do. An `Observer` hears how the work goes on.
     """
 
-    def __init__(self, workspace: Workspace, *, threads: int | None = None) -> None:
+    def __init__(
+        self, workspace: Workspace, *, threads: int | None = None, kept: "KeptModel | None" = None
+    ) -> None:
         self.workspace = workspace
         self.threads = threads
+        self._kept = kept
         self._identity_contents: bytes | None = None
         self._state: FederationState | None = None
 
@@ -73,15 +76,18 @@ class Federation:
         return cls(made.federation.workspace)
 
     @classmethod
-    def open(cls, path: Path | str | None = None, *, threads: int | None = None) -> "Federation":
+    def open(
+        cls, path: Path | str | None = None, *, threads: int | None = None, kept: "KeptModel | None" = None
+    ) -> "Federation":
         """Open the workspace in a folder; for None the one that $FEDCLI_WORKSPACE or the current folder names.
 
-        `threads` are the CPU threads of its training; None: $OMP_NUM_THREADS, else all cores.
+        `threads` are the CPU threads of its training; None: $OMP_NUM_THREADS, else all cores. `kept` holds a base that
+        another federation of this process has loaded.
 
         Raises WorkspaceError where there is none, or where it is not initialised, ConfigError for a fault in its
         fedcli.yaml.
         """
-        found = cls(find_workspace(_path(path)), threads=threads)
+        found = cls(find_workspace(_path(path)), threads=threads, kept=kept)
         assert found.state
         return found
 
@@ -107,9 +113,9 @@ class Federation:
     @cached_property
     def runtimes(self) -> "Runtimes":
         """The models that are loaded, which stay so for the next call."""
-        from fedcli.client.runtimes import Runtimes
+        from fedcli.client.runtimes import KeptModel, Runtimes
 
-        return Runtimes(self.state, threads=self.threads)
+        return Runtimes(self.state, threads=self.threads, kept=self._kept)
 
     @property
     def path(self) -> Path:
@@ -161,7 +167,7 @@ class Federation:
         """Train the baseline of all clients' rows together; only a simulation has them."""
         from fedcli.operations.baseline import train_baseline
 
-        return train_baseline(self.state, None, threads=self.threads, observer=observer)
+        return train_baseline(self.state, None, runtimes=self.runtimes, observer=observer)
 
     def status(self) -> "Status":
         """Return the open round, who has answered it, and how the round before it was merged."""
@@ -328,8 +334,8 @@ class Client:
         """Train the baseline of this client alone."""
         from fedcli.operations.baseline import train_baseline
 
-        federation = self.federation
-        return train_baseline(federation.state, self.id, home=self.home, threads=federation.threads, observer=observer)
+        state, runtimes = self.federation.state, self.federation.runtimes
+        return train_baseline(state, self.id, home=self.home, runtimes=runtimes, observer=observer)
 
 
 @dataclass(frozen=True)
