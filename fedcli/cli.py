@@ -65,6 +65,8 @@ COMMANDS = {
     "study init": "Write study.yaml, which says what the study compares; nothing is run yet.",
     "study run": "Run every cell of the study: train, train the baselines, and score.",
     "study status": "Show how far each cell is, what failed and why, and how long the rest will take.",
+    "study table": "Show the study's scores over seeds with differences and ranks, and write them to tables/ in every "
+    "format.",
     "slurm script": "Write the open round's batch scripts for SLURM, and send nothing.",
     "slurm submit": "Send the open round to SLURM: an array of its clients, and a job that merges and sends the next "
     "round.",

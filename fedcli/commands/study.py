@@ -108,6 +108,37 @@ def study_status(study: StudyOption = None, json_output: JsonOption = False) -> 
     print_hint(f"next: fedcli study {'table' if status.num_done == len(status.cells) else 'run'}{_at(study)}")
 
 
+def study_table(
+    like: Annotated[
+        str | None, Option(metavar="NAME", help="The columns and published figures of a shipped study.")
+    ] = None,
+    form: Annotated[
+        Literal["markdown", "latex", "csv", "json"], Option("--format", metavar="NAME", help="What is printed.")
+    ] = "markdown",
+    against: Annotated[
+        str | None,
+        Option(metavar="ROW", help="Differences to this row: base, local, best-alone, mean-alone, pooled, a label."),
+    ] = None,
+    study: StudyOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show the study's scores over seeds with differences and ranks, and write them to tables/ in every format.
+
+    Formats: markdown, latex, csv, json.
+    """
+    from fedcli.study.folder import find_study
+    from fedcli.study.render import render
+    from fedcli.study.results import make_table
+    from fedcli.study.write import write_tables
+
+    folder = find_study(study)
+    made = make_table(folder, like=like, against=against)
+    paths = write_tables(folder, made, like)
+    print(render(made, "json" if json_output else form), end="")
+    if not json_output:
+        print_hint("written to " + ", ".join(map(str, paths)))
+
+
 def _at(study: Path | None) -> str:
     return "" if study is None else f" -s {study}"
 
