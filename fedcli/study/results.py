@@ -176,7 +176,7 @@ def _block(
             if figure is not None and (label, column.shown) not in scores:
                 titles.setdefault(label, label)
                 scores[label, column.shown] = StudyScore({}, published=figure)
-    complete = [column for column in columns if all((label, column.shown) in means for label in ranked)]
+    complete = [column for column in columns if ranked and all((label, column.shown) in means for label in ranked)]
     ranks = average_ranks(
         {label: [means[label, column.shown] for column in complete] for label in ranked},
         [_metric(column).higher_is_better for column in complete],
