@@ -1,7 +1,8 @@
 """Make the rows of the tiny studies: python benchmarks/study_rows.py OUT_DIR (workspace_template/studies/rows).
 
-All sentences are made up, from the words of the built-in demo: training rows in the form of FinGPT's sentiment data, and
-test sets in the forms of FPB, FiQA-SA, TFNS and NWGI; and training rows of three more domains. The same bytes every time.
+All sentences are made up, from the words of the built-in demo: training rows in the form of FinGPT's sentiment data,
+test sets in the forms of FPB, FiQA-SA, TFNS and NWGI, and training rows of three more domains. A run makes the same
+bytes every time.
 """
 
 import csv
@@ -14,9 +15,15 @@ from pathlib import Path
 from fedcli.data.demo import VERBS
 
 QUESTION = "What is the sentiment of this {kind}? Please choose an answer from {{negative/neutral/positive}}."
-SUBJECTS = "bank,steel maker,fund,lender,retailer,insurer,airline,brewer,startup,ferry line,paper mill,ship yard".split(",")
-WHEN = "after the quarterly report,before the auction,on merger talk,amid tax rumours,today,on Monday,this week".split(",")
-NEUTRAL = "meets,reports,moves,replies,opens,files".split(",")
+SUBJECTS = (
+    *("bank", "steel maker", "fund", "lender", "retailer", "insurer", "airline", "brewer"),
+    *("startup", "ferry line", "paper mill", "ship yard"),
+)
+WHEN = (
+    *("after the quarterly report", "before the auction", "on merger talk", "amid tax rumours"),
+    *("today", "on Monday", "this week"),
+)
+NEUTRAL = ["meets", "reports", "moves", "replies", "opens", "files"]
 MARKETS = VERBS["markets"]
 WORDS = {
     "positive": f"{MARKETS['green']} {MARKETS['yellow']}".split(),
@@ -48,7 +55,9 @@ def lines(rows: list[dict[str, str]]) -> str:
 def shown(name: str) -> str:
     """Return a test set in FinGPT's form."""
     question = f"Instruction: {QUESTION.format(kind='news')}\nInput: "
-    return lines([{"context": f"{question}{text}\nAnswer: ", "target": label} for text, label in labelled(name, NUM_TEST)])
+    return lines(
+        [{"context": f"{question}{text}\nAnswer: ", "target": label} for text, label in labelled(name, NUM_TEST)]
+    )
 
 
 def tweets() -> str:
@@ -70,7 +79,9 @@ def training() -> dict[str, str]:
     ]
     draw = random.Random("domains")
     names = [(draw.choice(SUBJECTS), draw.choice(WHEN)) for _ in range(120)]
-    general = [{"instruction": "When is this?", "input": f"the {who} meets {when}", "output": when} for who, when in names]
+    general = [
+        {"instruction": "When is this?", "input": f"the {who} meets {when}", "output": when} for who, when in names
+    ]
     sums = [(draw.randrange(10), draw.randrange(10)) for _ in range(120)]
     math = [{"instruction": f"What is {a} + {b}?", "input": "", "output": f"The answer is {a + b}"} for a, b in sums]
     code = [

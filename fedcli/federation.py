@@ -46,9 +46,7 @@ class Federation:
     wrong and what to do. An `Observer` hears how the work goes on.
     """
 
-    def __init__(
-        self, workspace: Workspace, *, threads: int | None = None, kept: "KeptModel | None" = None
-    ) -> None:
+    def __init__(self, workspace: Workspace, *, threads: int | None = None, kept: "KeptModel | None" = None) -> None:
         self.workspace = workspace
         self.threads = threads
         self._kept = kept
@@ -113,7 +111,7 @@ class Federation:
     @cached_property
     def runtimes(self) -> "Runtimes":
         """The models that are loaded, which stay so for the next call."""
-        from fedcli.client.runtimes import KeptModel, Runtimes
+        from fedcli.client.runtimes import Runtimes
 
         return Runtimes(self.state, threads=self.threads, kept=self._kept)
 

@@ -53,8 +53,6 @@ class Runtimes:
         if key not in self._loaded:
             from fedcli.client.runtime import Runtime
 
-            self._loaded[key] = Runtime(
-                self._federation, threads=self._threads, party=party, kept=self._kept
-            )
+            self._loaded[key] = Runtime(self._federation, threads=self._threads, party=party, kept=self._kept)
         self._loaded[key].observer = observer
         return self._loaded[key]

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -14,7 +14,7 @@ from fedcli.errors import UsageError
 from fedcli.quantities import describe_seconds, plural
 
 if TYPE_CHECKING:
-    from fedcli.study.folder import CellRecord, StudyFolder
+    from fedcli.study.folder import CellRecord
 
 StudyOption = Annotated[
     Path | None,
@@ -69,7 +69,8 @@ def study_run(
         int, Option(min=1, metavar="W", help="Run so many cells at once, each on a GPU or a share of the cores.")
     ] = 1,
     cells: Annotated[
-        list[str] | None, Option("--cell", metavar="ID", help="This cell alone, such as demo/seed-0/fedavg; repeatable.")
+        list[str] | None,
+        Option("--cell", metavar="ID", help="This cell, such as demo/seed-0/fedavg; repeatable."),
     ] = None,
     threads: ThreadsOption = None,
     study: StudyOption = None,
@@ -143,7 +144,8 @@ def _at(study: Path | None) -> str:
     return "" if study is None else f" -s {study}"
 
 
-def _display(json_output: bool) -> "Display":
+def _display(json_output: bool) -> Any:
+    """Return what shows a study's run, which imports what a list of commands needs not."""
     from fedcli.study.run import StudyObserver
 
     class StudyDisplay(Display, StudyObserver):
@@ -169,10 +171,10 @@ def _display(json_output: bool) -> "Display":
             self.say(f"{cell}: {said}, {describe_seconds(record.seconds)} ({self._done} of {self._total}{rest})")
             self.show(completed=self._done)
 
-        def waiting(self, cells: Sequence[str]) -> None:
+        def cells_awaited(self, cells: Sequence[str]) -> None:
             self.say(f"waiting for {plural(len(cells), 'cell')} that other processes run: {', '.join(cells[:3])}")
 
-        def worker_died(self, cell: str) -> None:
+        def cell_lost(self, cell: str) -> None:
             self.say(f"the worker that ran {cell} died; another one goes on with it")
 
     return StudyDisplay(json_output, "study")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from fedcli.config.section import Section
 
@@ -35,9 +35,9 @@ class PublishedTable(Section):
     """Figures of a publication: by preset and row (their names in the study) those by column title."""
 
     source: str
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Of a study of one preset."""
-    presets: dict[str, dict[str, dict[str, float]]] = {}
+    presets: dict[str, dict[str, dict[str, float]]] = Field(default_factory=dict)
     """Of a study of several."""
     note: str = ""
 

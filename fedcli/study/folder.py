@@ -133,7 +133,7 @@ def create_study(
 
 
 def _source(what: str, preset_set: str | None, root: Path) -> tuple[Path, str]:
-    """Return a study's file and text: a shipped one's with the places of its rows, or a user's with that of its paths."""
+    """Return a study's file and text: a shipped one's with the places of its rows, a user's with that of its paths."""
     known = shipped_studies()
     name = what if preset_set is None else f"{what}-{preset_set}"
     if name in known:
@@ -176,4 +176,3 @@ def find_study(given: Path | None) -> StudyFolder:
 def error_record(error: FedError) -> CellError:
     """Return what is kept of an error."""
     return CellError(message=error.message, hint=error.hint, exit_code=error.exit_code)
-

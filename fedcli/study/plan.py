@@ -50,7 +50,7 @@ class PresetEntry(Section):
     preset: str
     name: _Name = ""
     title: str = ""
-    settings: _Settings = {}
+    settings: _Settings = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -63,8 +63,8 @@ class AlgorithmEntry(Section):
 
     name: str
     label: _Name = ""
-    hyperparameters: _Settings = {}
-    settings: _Settings = {}
+    hyperparameters: _Settings = Field(default_factory=dict)
+    settings: _Settings = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +93,7 @@ class Study(Section):
 
     title: str = ""
     presets: tuple[Annotated[PresetEntry, _named("preset")], ...] = Field(min_length=1)
-    settings: _Settings = {}
+    settings: _Settings = Field(default_factory=dict)
     """Of every cell."""
     algorithms: tuple[Annotated[AlgorithmEntry, _named("name")], ...] = Field(min_length=1)
     seeds: tuple[_Seed, ...] = Field(default=(0,), min_length=1)
@@ -115,7 +115,9 @@ class Study(Section):
                 raise ValueError(f"{what}: {min(twice)} comes twice; give each a name of its own")
         for entry in self.algorithms:
             if entry.name not in ALGORITHMS:
-                raise ValueError(f"algorithms: unknown algorithm {entry.name!r}. {did_you_mean(entry.name, ALGORITHMS)}")
+                raise ValueError(
+                    f"algorithms: unknown algorithm {entry.name!r}. {did_you_mean(entry.name, ALGORITHMS)}"
+                )
             if entry.label == BASELINES:
                 raise ValueError(f"algorithms: the label {BASELINES} is the baselines' own")
         for name in self.baselines:
@@ -239,9 +241,7 @@ def cell_key(study: Study, cell: Cell) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _settings_of(
-    study: Study, setting: PresetEntry, seed: int, algorithm: AlgorithmEntry | None
-) -> dict[str, Any]:
+def _settings_of(study: Study, setting: PresetEntry, seed: int, algorithm: AlgorithmEntry | None) -> dict[str, Any]:
     """Return a cell's settings: the study's, the preset's, then the algorithm's."""
     root = Path(study.root or ".")
     given = {**_flat(study.settings), **_flat(setting.settings)}

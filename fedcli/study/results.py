@@ -57,7 +57,7 @@ class StudyScore:
 
 @dataclass(frozen=True)
 class Block:
-    """The table of one preset: rows in order (label -> title), columns, scores, and average ranks of rows that have all."""
+    """The table of one preset: rows in order (label -> title), columns, scores, and average ranks."""
 
     preset: str
     title: str
@@ -183,7 +183,9 @@ def _block(
     )
     if 0 < len(complete) < len(columns):
         left_out = ", ".join(column.shown for column in columns if column not in complete)
-        notes[f"{setting.name}: the average rank is over {len(complete)} of {len(columns)} columns, without {left_out}"] = None
+        notes[
+            f"{setting.name}: the average rank is over {len(complete)} of {len(columns)} columns, without {left_out}"
+        ] = None
     title = setting.title or setting.name
     return Block(setting.name, title, titles, tuple(columns), scores, ranks if len(ranked) > 1 else {}, against)
 
@@ -239,7 +241,10 @@ class _Scored:
         """Return every metric in which a model of some cells is scored but details, in the benchmarks' order."""
         study = self._folder.study
         known = {
-            (record.name, metric) for cell in cells for record in self.records(cell).values() for metric in record.scores
+            (record.name, metric)
+            for cell in cells
+            for record in self.records(cell).values()
+            for metric in record.scores
         }
         return tuple(
             Column(benchmark=benchmark.name, metric=metric.name)
@@ -314,7 +319,7 @@ class _Scored:
         return Workspace(self._folder.workspace(cell))
 
     def _name(self, benchmark: str) -> str:
-        found = BENCHMARKS[benchmark] if benchmark in BENCHMARKS else None
+        found = BENCHMARKS.get(benchmark)
         options = self._folder.study.options
         return scored_name(benchmark, options.of(found).variant if found is not None else options.variant)
 

@@ -37,10 +37,10 @@ class StudyObserver:
     def cell_ended(self, cell: str, record: CellRecord) -> None:
         """A cell is done, or has failed."""
 
-    def waiting(self, cells: Sequence[str]) -> None:
+    def cells_awaited(self, cells: Sequence[str]) -> None:
         """Other processes run these cells; there is nothing else to do."""
 
-    def worker_died(self, cell: str) -> None:
+    def cell_lost(self, cell: str) -> None:
         """The process that ran a cell is gone; another one goes on with it."""
 
 
@@ -78,7 +78,7 @@ def run_study(
             watch.cell_ended(cell.id, record)
         todo = [cell for cell in unfinished(folder) if cell.id in wanted and cell.id not in ended]
         if todo and all(folder.is_running(cell) for cell in todo):
-            watch.waiting([cell.id for cell in todo])
+            watch.cells_awaited([cell.id for cell in todo])
             while all(folder.is_running(cell) for cell in todo):
                 time.sleep(POLL_SECONDS)
     failed = {name: record.error for name, record in ended.items() if record.error is not None}
@@ -103,7 +103,12 @@ def _check_requirements(folder: StudyFolder) -> None:
         find_endpoint(wanted.judge_model, wanted.judge_url)
     found = {name for each in find_benchmarks(wanted.benchmarks) for name in (each.name, *each.parts)}
     for benchmark in map(BENCHMARKS.__getitem__, sorted(found)):
-        if wanted.data is not None and benchmark.data is not None and benchmark.data.files and not _is_own(benchmark.name):
+        if (
+            wanted.data is not None
+            and benchmark.data is not None
+            and benchmark.data.files
+            and not _is_own(benchmark.name)
+        ):
             Files(benchmark.name, benchmark.data, (Path(wanted.data),), may_fetch=False).require()
     if wanted.allow_code_execution:
         from fedcli.eval.sandbox import Sandbox
@@ -176,7 +181,7 @@ def _run_beside(
                     workers.remove(worker)
                     deaths[cell.id] += 1
                     if deaths[cell.id] < MOST_DEATHS:
-                        watch.worker_died(cell.id)
+                        watch.cell_lost(cell.id)
                         waiting.appendleft(cell)
                     else:
                         yield cell, _died(folder, cell)
@@ -208,7 +213,8 @@ def _give(worker: _Worker, cell: Cell, watch: StudyObserver) -> None:
 def _died(folder: StudyFolder, cell: Cell) -> CellRecord:
     error = RequirementError(
         f"the worker that runs it died {MOST_DEATHS} times",
-        hint="Signal 9 is often the kernel's, for want of memory: use fewer --workers, or lower train.micro_batch_size.",
+        hint="Signal 9 is often the kernel's, for want of memory: use fewer --workers, or lower "
+        "train.micro_batch_size.",
     )
     key = cell_key(folder.study, cell)
     record = folder.read(cell) or CellRecord(key=key, fixed=cell.fixed, status="failed")

@@ -103,7 +103,9 @@ def _check_same(folder: StudyFolder, cell: Cell, before: CellRecord | None) -> N
 def _siblings(folder: StudyFolder, cell: Cell, *, of: str | None = None) -> Iterator[Federation]:
     """Yield the study's other workspaces that stand: those of the same preset and seed, or of a label."""
     for other in cells_of(folder.study):
-        is_same = (other.setting.name, other.seed) == (cell.setting.name, cell.seed) if of is None else other.label == of
+        is_same = (
+            (other.setting.name, other.seed) == (cell.setting.name, cell.seed) if of is None else other.label == of
+        )
         if is_same and other.id != cell.id and is_made(folder, other):
             yield Federation.open(folder.workspace(other))
 

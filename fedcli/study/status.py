@@ -29,7 +29,10 @@ class CellStatus:
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """How all cells stand; `seconds_left` is what the rest takes, one at a time, as the done ones did: 0 for unknown."""
+    """How all cells stand; `seconds_left` is what the rest takes one at a time, if it takes as the done ones did.
+
+    It is 0 where none is done yet.
+    """
 
     cells: list[CellStatus]
     num_done: int
