@@ -67,6 +67,7 @@ COMMANDS = {
     "study status": "Show how far each cell is, what failed and why, and how long the rest will take.",
     "study table": "Show the study's scores over seeds with differences and ranks, and write them to tables/ in every "
     "format.",
+    "study plot": "Draw scores over rounds with bands over seeds, and scores against bytes and seconds, into tables/.",
     "slurm script": "Write the open round's batch scripts for SLURM, and send nothing.",
     "slurm submit": "Send the open round to SLURM: an array of its clients, and a job that merges and sends the next "
     "round.",

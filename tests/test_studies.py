@@ -85,6 +85,10 @@ def test_paths_start_at_the_folder_of_the_file_that_init_was_given(tmp_path: Pat
     folder, is_new = create_study(str(tmp_path / "mine/s.yaml"), tmp_path / "made")
     assert is_new
     assert cells_of(folder.study)[0].settings["data.source"] == str(tmp_path / "mine/rows.jsonl")
+    (tmp_path / "mine/rows.jsonl").unlink()  # missing or not, it is the same place, wherever the command is run
+    assert cells_of(read_study(tmp_path / "made/study.yaml"))[0].settings["data.source"] == str(
+        tmp_path / "mine/rows.jsonl"
+    )
     again, is_new = create_study(str(tmp_path / "mine/s.yaml"), tmp_path / "made")
     assert not is_new
     assert again.study == folder.study
@@ -244,7 +248,9 @@ def check_latex(text: str) -> None:
     """Assert that LaTeX can read a fragment: environments, braces, columns, and no letter with a meaning of its own."""
     assert text.isascii()
     body = re.sub(r"^%.*$", "", text, flags=re.M)
-    assert re.findall(r"\\begin{(\w+)}", body) == re.findall(r"\\end{(\w+)}", body)[::-1] * (body.count(r"\begin{table}"))
+    assert re.findall(r"\\begin{(\w+)}", body) == re.findall(r"\\end{(\w+)}", body)[::-1] * (
+        body.count(r"\begin{table}")
+    )
     bare = re.sub(r"\\[\\{}&%$#_]|\$\\pm\$", "", body)
     depths = np.cumsum([(letter == "{") - (letter == "}") for letter in bare])
     assert depths.min() >= 0

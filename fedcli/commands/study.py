@@ -140,6 +140,23 @@ def study_table(
         print_hint("written to " + ", ".join(map(str, paths)))
 
 
+def study_plot(
+    like: Annotated[str | None, Option(metavar="NAME", help="The columns of a shipped study.")] = None,
+    form: Annotated[Literal["png", "pdf", "svg"], Option("--format", metavar="NAME", help="png, pdf or svg.")] = "png",
+    study: StudyOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Draw scores over rounds with bands over seeds, and scores against bytes and seconds, into tables/.
+
+    Rounds before the last are scored where study.yaml sets eval.every.
+    """
+    from fedcli.study.folder import find_study
+    from fedcli.study.plot import plot_study
+
+    paths = plot_study(find_study(study), like=like, form=form)
+    print_result(json_output, {"files": [str(path) for path in paths]}, map(str, paths))
+
+
 def _at(study: Path | None) -> str:
     return "" if study is None else f" -s {study}"
 

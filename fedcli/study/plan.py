@@ -6,6 +6,7 @@ in common. Settings are keys of fedcli.yaml, as `fedcli init --set` takes them: 
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from fedcli.algos import ALGORITHMS
 from fedcli.config import Config, apply_overrides, parse_config, read_document
 from fedcli.config.section import Section
 from fedcli.config.sections import EvalConfig
-from fedcli.data.source import absolute_path
+from fedcli.data.file_rows import KINDS, suffix_of
 from fedcli.errors import ConfigError, FedError, did_you_mean
 from fedcli.eval.benchmark import Options
 from fedcli.eval.registry import find_benchmarks
@@ -267,14 +268,15 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def absolute_in(root: Path, value: Any) -> Any:
-    """Return a path, or a list of sources, with what exists below a folder made absolute; other names as they are."""
+    """Return a path, or a list of sources, with files below a folder made absolute; other names (of the hub, say) as they are."""
     if isinstance(value, list):
         return [absolute_in(root, entry) for entry in value]
     if isinstance(value, dict) and isinstance(value.get("source"), str):
         return value | {"source": absolute_in(root, value["source"])}
     if not isinstance(value, str) or not value:
         return value
-    return str((root / value).absolute()) if (root / value).exists() else absolute_path(value)
+    path = root / os.path.expanduser(value)
+    return str(path.absolute()) if path.exists() or suffix_of(path) in KINDS else value
 
 
 def _fault(fault: Any) -> str:

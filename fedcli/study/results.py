@@ -129,7 +129,7 @@ def _block(
     notes: dict[str, None],
 ) -> Block:
     cells = [cell for cell in cells_of(folder.study) if cell.setting.name == setting.name]
-    scored = _Scored(folder)
+    scored = Scored(folder)
     rows = _rows(folder.study, cells)
     columns = layout.columns or scored.columns(cells)
     titles = {label: _TITLES.get(label, _client_title(label)) for label in rows}
@@ -212,7 +212,7 @@ def _rows(study: Study, cells: Sequence[Cell]) -> dict[str, dict[int, list[_Sour
     return rows
 
 
-def _chosen(scored: "_Scored", label: str, sources: Sequence[_Source], column: Column) -> Sequence[_Source]:
+def _chosen(scored: "Scored", label: str, sources: Sequence[_Source], column: Column) -> Sequence[_Source]:
     """Return the models of a row that count in a column: for the best one alone, it."""
     if label != BEST_ALONE:
         return sources
@@ -222,7 +222,7 @@ def _chosen(scored: "_Scored", label: str, sources: Sequence[_Source], column: C
     return [max(known, key=lambda source: _signed(column, scored.one(source, column) or 0.0))]
 
 
-class _Scored:
+class Scored:
     """The scores of a study's workspaces, each read once."""
 
     def __init__(self, folder: StudyFolder) -> None:
@@ -258,6 +258,15 @@ class _Scored:
         record = self.records(source.cell).get((source.target, self._name(column.benchmark)))
         entry = record.scores.get(column.metric) if record is not None else None
         return entry.value if entry is not None else None
+
+    def rounds(self, cell: Cell, column: Column) -> dict[int, float]:
+        """Return the scores in a column of a cell's rounds, by number."""
+        return {
+            number: record.scores[column.metric].value
+            for (target, name), record in self.records(cell).items()
+            if name == self._name(column.benchmark) and column.metric in record.scores
+            if TargetName.parse(target).kind == "round" and (number := TargetName.parse(target).number) is not None
+        }
 
     def value(self, sources: Sequence[_Source], column: Column) -> float | None:
         """Return the mean of models' scores in a column, None where one of them has none."""
