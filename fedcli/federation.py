@@ -187,15 +187,21 @@ class Federation:
         return prepare(self.state, request or Scoring(names), self.runtimes).run(observer)
 
     def scores(
-        self, *names: str, group: str | None = None, against: str = "base", details: bool = False
+        self,
+        *names: str,
+        group: str | None = None,
+        against: str = "base",
+        details: bool = False,
+        others: "Sequence[Federation]" = (),
     ) -> "ScoreTable":
-        """Return the scores on benchmarks, or on all of them, side by side.
+        """Return the scores on benchmarks, or on all of them, side by side, with those of other federations.
 
         Raises NotReadyError where there are none.
         """
         from fedcli.scoring.table import make_table
 
-        return make_table(self.workspace, names=names, group=group, against=against, details=details)
+        beside = [other.workspace for other in others]
+        return make_table(self.workspace, names=names, group=group, against=against, details=details, others=beside)
 
     def best_rounds(self, metric: str) -> "list[tuple[int, ScoreEntry]]":
         """Return the rounds' scores in BENCHMARK or BENCHMARK.METRIC, the best first."""

@@ -76,6 +76,20 @@ def test_table_4_in_tiny_killed_five_times_has_every_column_and_the_bytes_of_pla
     kept = [next((cells / f"seed-0/{name}/private/0").glob("tokens-*")) for name in ("baselines", "FedAvg", "SCAFFOLD")]
     assert len({path.stat().st_ino for path in kept}) == 1, "one file of token ids"
 
+    beside = [word for name in ("baselines", "FedAvg", "SCAFFOLD") for word in ("-w", cells / "seed-0" / name)]
+    rows = run_ok("eval", "table", "fpb", *beside, cwd=tmp_path)["scores"]
+    shown = ["base", "baselines: client 0 alone", "FedAvg: fedavg, round 2", "SCAFFOLD: scaffold, round 2"]
+    assert [row["target"] for row in rows if row["metric"] == "accuracy"] == shown
+    assert [row["difference"] is None for row in rows if row["metric"] == "accuracy"] == [True, False, False, False]
+    assert (
+        fedcli("eval", "table", "-w", cells / "seed-0/FedAvg", "-w", cells / "seed-0/FedAvg", cwd=tmp_path).returncode
+        == 2
+    )
+
+    pictures = run_ok("study", "plot", "--format", "svg", cwd=study)["files"]
+    assert [Path(name).name for name in pictures] == ["rounds-finance.svg", "cost-finance.svg"]
+    assert all(b"SCAFFOLD" in Path(name).read_bytes() for name in pictures)
+
 
 def run_ok_with_hints(*arguments: object, cwd: Path) -> dict:
     """Run a command with --json that must succeed, and return its document."""

@@ -14,7 +14,7 @@ from fedcli.errors import UsageError
 from fedcli.quantities import describe_seconds, plural
 
 if TYPE_CHECKING:
-    from fedcli.study.folder import CellRecord
+    from fedcli.study.folder import CellRecord, StudyFolder
 
 StudyOption = Annotated[
     Path | None,
@@ -72,6 +72,7 @@ def study_run(
         list[str] | None,
         Option("--cell", metavar="ID", help="This cell, such as demo/seed-0/fedavg; repeatable."),
     ] = None,
+    slurm: Annotated[bool, Option("--slurm", help="Send what is missing as jobs of SLURM, a cell each.")] = False,
     threads: ThreadsOption = None,
     study: StudyOption = None,
     json_output: JsonOption = False,
@@ -84,10 +85,22 @@ def study_run(
     from fedcli.study.run import run_study
 
     folder = find_study(study)
+    if slurm:
+        _send(folder, json_output, study)
+        return
     with _display(json_output) as watch:
         result = run_study(folder, workers=workers, threads=threads, only=tuple(cells or ()), watch=watch)
     text = f"{result.num_done} of {plural(result.num_cells, 'cell')} done, {result.num_run} by this call"
     print_result(json_output, asdict(result), text, f"next: fedcli study table{_at(study)}")
+
+
+def _send(folder: "StudyFolder", json_output: bool, study: Path | None) -> None:
+    from fedcli.study.slurm import send_study
+
+    sent = send_study(folder)
+    text = [f"job {job}: {plural(len(cells), 'cell')}, {cells[0]} first" for job, cells in sent.jobs.items()]
+    text += [f"in the queue already: {plural(len(sent.in_queue), 'cell')}"] if sent.in_queue else []
+    print_result(json_output, asdict(sent), text or "nothing to send", f"next: fedcli study status{_at(study)}")
 
 
 def study_status(study: StudyOption = None, json_output: JsonOption = False) -> None:

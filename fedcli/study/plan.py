@@ -268,7 +268,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def absolute_in(root: Path, value: Any) -> Any:
-    """Return a path, or a list of sources, with files below a folder made absolute; other names (of the hub, say) as they are."""
+    """Return a path, or a list of sources, with files below a folder made absolute, and other names as they are."""
     if isinstance(value, list):
         return [absolute_in(root, entry) for entry in value]
     if isinstance(value, dict) and isinstance(value.get("source"), str):

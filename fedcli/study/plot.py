@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from fedcli.errors import NotReadyError
 from fedcli.federation import Federation
 from fedcli.quantities import byte_unit
-from fedcli.report.drawing import DPI, STYLE, panels
+from fedcli.report.drawing import DPI, STYLE, panels, whole_rounds
 from fedcli.report.rows_picture import PALETTE
 from fedcli.study.columns import Column
 from fedcli.study.folder import StudyFolder
@@ -122,7 +122,7 @@ def _draw_curves(
             if score is not None and score.by_seed:
                 axes.axhline(score.mean, color="#555555", linestyle=style, linewidth=1, label=block.rows[label])
         axes.set(title=column.shown, xlabel="round")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole_rounds(axes)
     _legend(figure, grid)
     return figure
 

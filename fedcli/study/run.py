@@ -64,7 +64,7 @@ def run_study(
     the first one's kind of error, once all others have been run.
     """
     wanted = _wanted(folder, only)
-    _check_requirements(folder)
+    check_requirements(folder)
     todo = [cell for cell in unfinished(folder) if cell.id in wanted]
     watch.planned(len(wanted), len(wanted) - len(todo))
     ended: dict[str, CellRecord] = {}
@@ -96,7 +96,7 @@ def _wanted(folder: StudyFolder, only: Sequence[str]) -> set[str]:
     return set(only or known)
 
 
-def _check_requirements(folder: StudyFolder) -> None:
+def check_requirements(folder: StudyFolder) -> None:
     """Raise where a judge or the benchmarks' files are missing: training comes first, and takes long."""
     wanted = folder.study.eval
     if wanted.judge_model is not None and not Path(wanted.judge_model).is_dir():
