@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from typer import Argument, Option
 
@@ -181,6 +181,9 @@ def _display(json_output: bool) -> Any:
     class StudyDisplay(Display, StudyObserver):
         """One bar over all cells, and a line for each that has ended."""
 
+        _kept: ClassVar[set[str]] = set()
+        """What has been said of a cell, and is not said again of others."""
+
         def planned(self, num_cells: int, num_done: int) -> None:
             self._total, self._done, self._before, self._begun = num_cells, num_done, num_done, time.monotonic()
             self.show(total=num_cells, completed=num_done, description="starting")
@@ -188,7 +191,12 @@ def _display(json_output: bool) -> Any:
         def cell_started(self, cell: str) -> None:
             self.show(description=cell)
 
-        def cell_told(self, cell: str, text: str) -> None:
+        def cell_told(self, cell: str, text: str, to_keep: bool) -> None:
+            if to_keep:
+                if text not in self._kept:
+                    self.say(f"{cell}: {text}")
+                self._kept.add(text)
+                return
             self.show(description=f"{cell}: {text}")
             self.say_now_and_then(f"{cell}: {text}")
 

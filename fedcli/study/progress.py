@@ -16,9 +16,9 @@ INTERVAL = 0.5
 
 
 class CellTeller(Observer):
-    """Turns the events of a federation into short texts, not too many of them."""
+    """Turns a federation's events into short texts: not too many that tell how far it is, and every one to keep."""
 
-    def __init__(self, tell: Callable[[str], object]) -> None:
+    def __init__(self, tell: Callable[[str, bool], object]) -> None:
         self._tell = tell
         self._told = 0.0
         self._where = ""
@@ -35,7 +35,10 @@ class CellTeller(Observer):
         self._say(self._where)
 
     def client_failed(self, failure: "ClientFailure") -> None:
-        self._tell(f"client {failure.client} failed in round {failure.round}: {failure.message}")
+        self._tell(f"client {failure.client} failed in round {failure.round}: {failure.message}", True)
+
+    def noted(self, text: str) -> None:
+        self._tell(text, True)
 
     def step_done(self, client: int | None, report: "StepReport") -> None:
         who = "all rows" if client is None else f"client {client}"
@@ -51,4 +54,4 @@ class CellTeller(Observer):
     def _say(self, text: str) -> None:
         if time.monotonic() - self._told >= INTERVAL:
             self._told = time.monotonic()
-            self._tell(text)
+            self._tell(text, False)

@@ -31,8 +31,8 @@ class StudyObserver:
     def cell_started(self, cell: str) -> None:
         """A cell is next."""
 
-    def cell_told(self, cell: str, text: str) -> None:
-        """A cell is so far."""
+    def cell_told(self, cell: str, text: str, to_keep: bool) -> None:
+        """A cell is so far; or there is something to know of it, which is `to_keep`."""
 
     def cell_ended(self, cell: str, record: CellRecord) -> None:
         """A cell is done, or has failed."""
@@ -186,8 +186,8 @@ def _run_beside(
                     else:
                         yield cell, _died(folder, cell)
                     continue
-                if isinstance(message, str):
-                    watch.cell_told(cell.id, message)
+                if isinstance(message, tuple):
+                    watch.cell_told(cell.id, *message)
                     continue
                 worker.cell = None
                 if isinstance(message, CellRecord):
@@ -227,6 +227,7 @@ def _work(connection: Connection, root: Path, threads: int | None) -> None:
     """Be a worker: run the cells that come through the pipe, until it is closed or who started this has died."""
     end_with_parent()
     folder, kept = StudyFolder(root), KeptModel()
+    teller = CellTeller(lambda *told: connection.send(told))
     cells = {cell.id: cell for cell in cells_of(folder.study)}
     while True:
         try:
@@ -234,7 +235,7 @@ def _work(connection: Connection, root: Path, threads: int | None) -> None:
         except EOFError:
             return
         try:
-            connection.send(run_cell(folder, cell, kept=kept, threads=threads, observer=CellTeller(connection.send)))
+            connection.send(run_cell(folder, cell, kept=kept, threads=threads, observer=teller))
         except BrokenPipeError:
             return
         except BusyError as error:
