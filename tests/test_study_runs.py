@@ -51,7 +51,7 @@ def test_table_4_in_tiny_killed_five_times_has_every_column_and_the_bytes_of_pla
     for moment in moments:
         assert not moment.exists()
         assert killed_when(lambda: main(["study", "run", "-s", str(study)]), moment.exists), f"it ended before {moment}"
-    result = run_ok("study", "run", cwd=study)
+    result = json.loads(fedcli("study", "run", "--json", cwd=study, timeout=2 * PATIENCE).stdout)
     assert (result["num_cells"], result["num_done"], result["failed"]) == (6, 6, {})
 
     titles = [f"{name} {of}" for name in ("FPB", "FiQA-SA", "TFNS", "NWGI", "Avg:3", "Avg:4") for of in ("Acc", "F1")]
