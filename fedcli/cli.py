@@ -28,6 +28,7 @@ GROUPS = {
     "eval": "Scores: benchmarks, tables, the best round.",
     "server": "What the server does.",
     "slurm": "The federation as jobs of SLURM.",
+    "study": "Studies: algorithms, data sets and seeds compared, by one command.",
 }
 COMMANDS = {
     "init": "Make a workspace and open its round 0.",
@@ -65,6 +66,12 @@ COMMANDS = {
     "server run": "Merge every round as soon as it is ready, until the last; clients train elsewhere.",
     "server score": "Make the scores that are due, as eval.every asks; merge nothing.",
     "server discard": "Set aside a client's update of the open round, so that the client may send another.",
+    "study init": "Write study.yaml, which says what the study compares; nothing is run yet.",
+    "study run": "Run every cell of the study: train, train the baselines, and score.",
+    "study status": "Show how far each cell is, what failed and why, and how long the rest will take.",
+    "study table": "Show the study's scores over seeds with differences and ranks, and write them to tables/ in every "
+    "format.",
+    "study plot": "Draw scores over rounds with bands over seeds, and scores against bytes and seconds, into tables/.",
     "slurm script": "Write the open round's batch scripts for SLURM, and send nothing.",
     "slurm submit": "Send the open round to SLURM: an array of its clients, and a job that merges and sends the next "
     "round.",

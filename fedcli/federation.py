@@ -13,7 +13,7 @@ from fedcli.workspace.layout import Workspace, find_workspace
 
 if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
-    from fedcli.client.runtimes import Runtimes
+    from fedcli.client.runtimes import KeptModel, Runtimes
     from fedcli.operations.baseline import BaselineResult
     from fedcli.operations.chat import Chat
     from fedcli.operations.export import Exported
@@ -48,9 +48,10 @@ class Federation:
     wrong and what to do. An `Observer` hears how the work goes on.
     """
 
-    def __init__(self, workspace: Workspace, *, threads: int | None = None) -> None:
+    def __init__(self, workspace: Workspace, *, threads: int | None = None, kept: "KeptModel | None" = None) -> None:
         self.workspace = workspace
         self.threads = threads
+        self._kept = kept
         self._identity_contents: bytes | None = None
         self._state: FederationState | None = None
 
@@ -75,15 +76,18 @@ class Federation:
         return cls(made.federation.workspace)
 
     @classmethod
-    def open(cls, path: Path | str | None = None, *, threads: int | None = None) -> "Federation":
+    def open(
+        cls, path: Path | str | None = None, *, threads: int | None = None, kept: "KeptModel | None" = None
+    ) -> "Federation":
         """Open the workspace in a folder; for None the one that $FEDCLI_WORKSPACE or the current folder names.
 
-        `threads` are the CPU threads of its training; None: $OMP_NUM_THREADS, else all cores.
+        `threads` are the CPU threads of its training; None: $OMP_NUM_THREADS, else all cores. `kept` holds a base that
+        another federation of this process has loaded.
 
         Raises WorkspaceError where there is none, or where it is not initialised, ConfigError for a fault in its
         fedcli.yaml.
         """
-        found = cls(find_workspace(_path(path)), threads=threads)
+        found = cls(find_workspace(_path(path)), threads=threads, kept=kept)
         assert found.state
         return found
 
@@ -111,7 +115,7 @@ class Federation:
         """The models that are loaded, which stay so for the next call."""
         from fedcli.client.runtimes import Runtimes
 
-        return Runtimes(self.state, threads=self.threads)
+        return Runtimes(self.state, threads=self.threads, kept=self._kept)
 
     @property
     def path(self) -> Path:
@@ -163,7 +167,7 @@ class Federation:
         """Train the baseline of all clients' rows together; only a simulation has them."""
         from fedcli.operations.baseline import train_baseline
 
-        return train_baseline(self.state, None, threads=self.threads, observer=observer)
+        return train_baseline(self.state, None, runtimes=self.runtimes, observer=observer)
 
     def status(self) -> "Status":
         """Return the open round, who has answered it, and how the round before it was merged."""
@@ -185,15 +189,21 @@ class Federation:
         return prepare(self.state, request or Scoring(names), self.runtimes).run(observer)
 
     def scores(
-        self, *names: str, group: str | None = None, against: str = "base", details: bool = False
+        self,
+        *names: str,
+        group: str | None = None,
+        against: str = "base",
+        details: bool = False,
+        others: "Sequence[Federation]" = (),
     ) -> "ScoreTable":
-        """Return the scores on benchmarks, or on all of them, side by side.
+        """Return the scores on benchmarks, or on all of them, side by side, with those of other federations.
 
         Raises NotReadyError where there are none.
         """
         from fedcli.scoring.table import make_table
 
-        return make_table(self.workspace, names=names, group=group, against=against, details=details)
+        beside = [other.workspace for other in others]
+        return make_table(self.workspace, names=names, group=group, against=against, details=details, others=beside)
 
     def best_rounds(self, metric: str) -> "list[tuple[int, ScoreEntry]]":
         """Return the rounds' scores in BENCHMARK or BENCHMARK.METRIC, the best first."""
@@ -360,8 +370,8 @@ class Client:
         """Train the baseline of this client alone."""
         from fedcli.operations.baseline import train_baseline
 
-        federation = self.federation
-        return train_baseline(federation.state, self.id, home=self.home, threads=federation.threads, observer=observer)
+        state, runtimes = self.federation.state, self.federation.runtimes
+        return train_baseline(state, self.id, home=self.home, runtimes=runtimes, observer=observer)
 
 
 @dataclass(frozen=True)

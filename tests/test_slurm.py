@@ -435,3 +435,30 @@ def test_with_the_controller_down_status_and_submit_say_so(federation: Federatio
     federation.cluster.start()
     assert federation.submit()["status"] == "in_place"
     federation.finish(rounds=1)
+
+
+def test_the_cells_of_a_study_run_as_jobs_and_are_not_sent_twice(cluster: Cluster, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+
+    def study_command(name: str, *arguments: object) -> dict:
+        done = warm()("study", name, *arguments, "--json", cwd=tmp_path, environment=cluster.environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    small = ("federation.clients=2", "federation.rounds=1", "train.steps=1", f"slurm.setup=cd {tmp_path}")
+    options = [part for setting in small for part in ("--set", f"settings.{setting}")]
+    options += ["--set", "algorithms=[fedavg]", "--set", "seeds=[0]", "--set", "eval.limit=2"]
+    study_command("init", "demo", study, *options)
+    sent = study_command("run", "-s", study, "--slurm")
+    assert list(sent["jobs"].values()) == [["demo/seed-0/baselines", "demo/seed-0/fedavg"]]
+    again = study_command("run", "-s", study, "--slurm")
+    assert set(again["in_queue"]) | {name for names in again["jobs"].values() for name in names} <= {
+        *("demo/seed-0/baselines", "demo/seed-0/fedavg")
+    }
+    end = time.monotonic() + 300
+    while cluster.queue():
+        assert time.monotonic() < end, cluster.queue()
+        time.sleep(0.5)
+    logs = "\n".join(path.read_text() for path in study.glob("logs/*.log"))
+    assert study_command("status", "-s", study)["num_done"] == 2, logs
+    assert study_command("run", "-s", study, "--slurm") == {"jobs": {}, "in_queue": []}

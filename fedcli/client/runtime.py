@@ -32,6 +32,7 @@ from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home
 from fedcli.workspace.records import TrainRecord
 
 if TYPE_CHECKING:
+    from fedcli.client.runtimes import KeptModel
     from fedcli.data.encoded import EncodedRow, EncodedRows
     from fedcli.data.encoding import Encoder
 
@@ -44,7 +45,14 @@ class Runtime:
     where the base model is missing, ConfigError where it is not the federation's.
     """
 
-    def __init__(self, federation: FederationState, *, threads: int | None = None, party: Party | None = None) -> None:
+    def __init__(
+        self,
+        federation: FederationState,
+        *,
+        threads: int | None = None,
+        party: Party | None = None,
+        kept: "KeptModel | None" = None,
+    ) -> None:
         config, manifest = federation.config, federation.head.manifest
         self._federation = federation
         self.observer = Observer()
@@ -66,7 +74,11 @@ class Runtime:
                 torch.set_num_threads(threads)
             from fedcli.model.lora import AdaptedModel
 
-            self.adapted = AdaptedModel(folder, adapter_config, trust_remote_code=trusts, quantization=quantization)
+            def load() -> AdaptedModel:
+                return AdaptedModel(folder, adapter_config, trust_remote_code=trusts, quantization=quantization)
+
+            key = (self._fingerprint, folder, contents, trusts, quantization)
+            self.adapted = load() if kept is None else kept.get(key, load)
         self._encoders: dict[TemplateChoice, Encoder] = {}
         self._rows: dict[tuple[int | None, int, TemplateChoice], EncodedRows] = {}
         self._start: Round | None = None

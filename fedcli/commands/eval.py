@@ -222,17 +222,24 @@ def eval_table(
         str, Option(metavar="TARGET", help="Show differences to this one: a target, or best-alone.")
     ] = "base",
     details: Annotated[bool, Option("--details", help="Subjects and categories too.")] = False,
-    workspace: WorkspaceOption = None,
+    workspaces: Annotated[
+        list[Path] | None,
+        Option("--workspace", "-w", metavar="DIR", help="The workspace, or several side by side: -w A -w B."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Show scores side by side, and write them to eval/ as markdown, csv and json."""
+    """Show scores side by side, and write them to eval/ as markdown, csv and json.
+
+    Of several workspaces the table is shown alone, and not written.
+    """
     from fedcli.scoring.table import as_rows, save_table
 
-    federation = found_federation(workspace)
-    made = federation.scores(*(names or ()), group=group, against=against, details=details)
+    named: Sequence[Path | None] = workspaces or [None]
+    federation, *others = map(found_federation, named)
+    made = federation.scores(*(names or ()), group=group, against=against, details=details, others=others)
     parts = ["table", *(names or []), *(["group", group] if group else [])]
     try:
-        paths = save_table(federation.workspace, made, "-".join(parts))
+        paths = [] if others else save_table(federation.workspace, made, "-".join(parts))
     except DeniedError as error:  # a reader of somebody else's workspace
         paths = []
         print_hint(f"the table is not written: {error.message}")

@@ -7,6 +7,7 @@ Hinkley 1997, section 3.8). An item that is in no cluster is one by itself.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,51 @@ def difference(
     theirs = [{item: marks[item] for item in items} for marks, items in zip(others, shared, strict=True)]
     resampled = _resampled(metric, mine, clusters) - _resampled(metric, theirs, clusters)
     return _summary(_value(metric, mine) - _value(metric, theirs), resampled, sum(map(len, shared)))
+
+
+def difference_over_seeds(
+    metric: Metric,
+    ours: Sequence[Sequence[Sequence[Marks]]],
+    theirs: Sequence[Sequence[Sequence[Marks]]],
+    clusters: Sequence[Clusters] | None = None,
+) -> Score | None:
+    """Return the mean difference (ours minus theirs) over seeds, with an interval over seeds and items.
+
+    Each side has, for every seed, the marks by part of one model or of several, whose mean counts. In a seed those
+    items are used that all its models have; None where there are none. Every resample draws seeds, and the clusters of
+    items once for all seeds of as many. With one seed of one model a side it is what `difference` gives.
+    """
+    num_parts = len(ours[0][0])
+    num_items = 0
+    values, resampled = np.zeros(len(ours)), np.zeros((len(ours), NUM_RESAMPLES))
+    for seed, (mine, others) in enumerate(zip(ours, theirs, strict=True)):
+        for part in range(num_parts):
+            items = sorted(set.intersection(*(set(model[part]) for model in (*mine, *others))))
+            if not items:
+                return None
+            num_items += len(items) if seed == 0 else 0
+            for sign, models in ((1, mine), (-1, others)):
+                for model in models:
+                    marks = {name: model[part][name] for name in items}
+                    matrix = _clustered(_matrix(metric, marks), marks, clusters[part] if clusters else {})
+                    share = sign / (len(models) * num_parts)
+                    values[seed] += share * _of(metric, matrix.sum(axis=0))
+                    resampled[seed] += share * _of_each(metric, _draws(part, len(matrix)) @ matrix)
+    seeds = stream(0, "bootstrap-seeds", part=str(len(ours))).integers(len(ours), size=(NUM_RESAMPLES, len(ours)))
+    over_seeds = resampled[seeds, np.arange(NUM_RESAMPLES)[:, None]].mean(axis=1)
+    return _summary(float(values.mean()), over_seeds, num_items)
+
+
+def _of_each(metric: Metric, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the metric's value of each row of sums."""
+    return np.array([_of(metric, row) for row in sums]) if metric.of_sum else sums[:, 0] / sums[:, 1]
+
+
+@lru_cache(maxsize=4)
+def _draws(part: int, count: int) -> NDArray[np.int64]:
+    """Return how often each of `count` clusters is in each resample: the draws of `_resampled`."""
+    draws = stream(0, "bootstrap", client=part, part=str(count))
+    return np.array([np.bincount(draws.integers(count, size=count), minlength=count) for _ in range(NUM_RESAMPLES)])
 
 
 def average_ranks(values: Mapping[str, Sequence[float]], higher_is_better: Sequence[bool]) -> dict[str, float]:

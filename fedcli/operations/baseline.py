@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from fedcli.client.runtime import Runtime
+from fedcli.client.runtimes import Runtimes
 from fedcli.errors import UsageError
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, find_party
@@ -26,6 +26,9 @@ from fedcli.workspace.locks import hold
 from fedcli.workspace.registrations import joined_clients
 from fedcli.workspace.tensors import encode
 
+if TYPE_CHECKING:
+    from fedcli.client.runtime import Runtime
+
 
 @dataclass(frozen=True)
 class BaselineResult:
@@ -41,10 +44,12 @@ def train_baseline(
     client: int | None,
     *,
     home: Path | None = None,
-    threads: int | None = None,
+    runtimes: Runtimes,
     observer: Observer,
 ) -> BaselineResult:
     """Train one client alone, or for None on all clients' rows together (a simulation's only), and publish the adapter.
+
+    `runtimes` are models that may be loaded already.
 
     It makes rounds x steps optimiser steps from round 0's adapter. Each round is what the only member of a federation
     would do in it, plainly, with fedcli.yaml as it is now: the same learning-rate schedule and order of rows, AdamW's
@@ -73,7 +78,7 @@ def train_baseline(
                 clear_progress(own)  # what a call left that was killed at its end
                 return BaselineResult("exists", plan.name, standing.last_loss)
             workspace.store.set_aside(f"baselines/{plan.name}")
-        runtime = Runtime(federation, threads=threads, party=party)
+        runtime = runtimes.load(party, observer)
         progress = _train_rounds(federation, own, runtime, party, plan, observer)
         files = {ADAPTER_NAME: encode(progress.adapter), ADAPTER_CONFIG_NAME: start.read(ADAPTER_CONFIG_NAME)}
         publish_baseline(workspace, plan.model_copy(update={"last_loss": progress.last_loss}), files)
@@ -84,7 +89,7 @@ def train_baseline(
 def _train_rounds(
     federation: FederationState,
     home: Home,
-    runtime: Runtime,
+    runtime: "Runtime",
     party: Party | None,
     plan: BaselineRecord,
     observer: Observer,

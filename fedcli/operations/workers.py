@@ -3,7 +3,7 @@
 import os
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -102,26 +102,65 @@ class Workers:
             return None
         taken = {worker.process.name for worker in self._workers}
         place = next(place for place in range(self.count) if f"worker-{place}" not in taken)
-        here, there = get_context("spawn").Pipe()
-        process = get_context("spawn").Process(
-            target=_work,
-            args=(there, self.workspace.root, self._environment(place), self.threads),
-            name=f"worker-{place}",
-            daemon=True,
-        )
-        process.start()
-        there.close()  # so that its end is noticed here
+        process, here = spawn_worker(_work, place, self.count, self.threads, self.workspace.root, self.threads)
         self._workers.append(_Worker(process, here))
         return self._workers[-1]
 
-    def _environment(self, place: int) -> dict[str, str]:
-        """Return what a worker's environment has of its own: its GPU, or its share of the processor."""
-        gpus = visible_gpus()
-        if gpus:
-            return {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]}
-        if self.threads is not None or "OMP_NUM_THREADS" in os.environ:
-            return {}
-        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.count))}
+
+def spawn_worker(
+    work: Callable[..., None], place: int, count: int, threads: int | None, *arguments: object
+) -> tuple[BaseProcess, Connection]:
+    """Start the process at a `place` among `count`, with a GPU or a share of the cores; return it and a pipe to it.
+
+    It calls `work` with its side of the pipe and the `arguments`.
+    """
+    here, there = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(
+        target=_begin,
+        args=(work, there, _environment(place, count, threads), arguments),
+        name=f"worker-{place}",
+        daemon=True,
+    )
+    process.start()
+    there.close()  # so that its end is noticed here
+    return process, here
+
+
+def _environment(place: int, count: int, threads: int | None) -> dict[str, str]:
+    """Return what a worker's environment has of its own: its GPU, or its share of the processor."""
+    gpus = visible_gpus()
+    if gpus:
+        return {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]}
+    if threads is not None or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}
+
+
+def _begin(
+    work: Callable[..., None], connection: Connection, environment: dict[str, str], arguments: tuple[object, ...]
+) -> None:
+    """Begin a worker's process: its signals and environment, before torch is imported."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started this will end it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(environment)
+    work(connection, *arguments)
+
+
+def end_with_parent() -> None:
+    """Let this worker end at once when the process that started it has ended, however it did."""
+    from multiprocessing import parent_process
+    from threading import Thread
+
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(0)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def visible_gpus() -> list[str]:
@@ -164,13 +203,8 @@ class _Reporter(Observer):
         self._connection.send(report)
 
 
-def _work(connection: Connection, root: Path, environment: dict[str, str], threads: int | None) -> None:
+def _work(connection: Connection, root: Path, threads: int | None) -> None:
     """Be a worker: train the clients that come through the pipe, until it is closed."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started this will end it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.update(environment)  # before torch is imported
     federation: FederationState | None = None
     observer = _Reporter(connection)
     while True:

@@ -12,14 +12,14 @@ from fedcli.errors import NotReadyError, UsageError, did_you_mean
 from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.registry import BENCHMARKS, find_benchmarks, find_group
 from fedcli.eval.statistics import Score, average_ranks, difference
-from fedcli.scoring.targets import BASE, is_stale
+from fedcli.scoring.several import gather
+from fedcli.scoring.targets import BASE
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.scores import (
     ItemMarks,
     ScoreEntry,
     ScoreRecord,
     publish_table,
-    read_marks,
     read_scores,
     scored_name,
 )
@@ -90,19 +90,24 @@ def make_table(
     records: Sequence[ScoreRecord] | None = None,
     against: str = BASE,
     details: bool = False,
+    others: Sequence[Workspace] = (),
 ) -> ScoreTable:
     """Return the scores of a workspace: of some benchmarks or a group (all for none), or some `records` of it.
 
+    With `others` theirs stand beside them, and `against` names a row, or a target of the first workspace that has it.
+
     Raises NotReadyError where there are no scores, UsageError for a name that is not known.
     """
-    records = read_scores(workspace) if records is None else records
+    found = gather([workspace, *others], records)
+    origin = {(each.shown, each.kept.name): each for each in found}
+    records = [each.record for each in found]
     scored = {name for record in records for name in (record.name, record.benchmark)}
     chosen = find_benchmarks([name for name in names if name not in scored])
     chosen += [BENCHMARKS[name] for name in names if name in BENCHMARKS]
     chosen += find_group(group) if group is not None else []
     wanted = {*names} | {name for found in chosen for name in (found.name, *found.parts)}
     asked = [record for record in records if not wanted or wanted & {record.benchmark, record.name}]
-    stale = [record for record in asked if is_stale(workspace, record.target, record.model)]
+    stale = [record for record in asked if origin[record.target, record.name].is_stale]
     kept = [record for record in asked if record not in stale]
     scores = {
         (record.target, Column(record.name, name, entry.unit, entry.higher_is_better)): entry
@@ -113,7 +118,11 @@ def make_table(
     if not scores:
         what = f" of {', '.join([*names, *([group] if group else [])])}" if wanted else ""
         raise NotReadyError(f"there are no scores{what} yet", hint="Score something first: `fedcli eval NAME`.")
-    rows = sorted({record.target for record in kept}, key=lambda target: TargetName.parse(target).order)
+    of_row = {record.target: origin[record.target, record.name].kept.target_name for record in kept}
+    folders = list(dict.fromkeys(each.workspace.root for each in found))
+    place = {each.shown: folders.index(each.workspace.root) for each in found}
+    rows = sorted(of_row, key=lambda row: (place[row], of_row[row].order))
+    against = next((row for row in rows if against in (row, str(of_row[row]))), against)
     if against not in (BASE, BEST_ALONE) and against not in rows:
         raise UsageError(f"--against {against}: it has no scores here", hint=did_you_mean(against, [*rows, BEST_ALONE]))
     columns = list(dict.fromkeys(column for _, column in scores))
@@ -123,12 +132,12 @@ def make_table(
 
     @cache
     def marks_of(target: str, name: str) -> ItemMarks:
-        return read_marks(workspace, by_name[target, name]) if (target, name) in by_name else ItemMarks()
+        return origin[target, name].marks() if (target, name) in by_name else ItemMarks()
 
     cells = {}
     for column in columns:
         in_column = {target: scores[target, column] for target in rows if (target, column) in scores}
-        reference = _reference(in_column, against, column)
+        reference = _reference(in_column, against, column, of_row)
         for target, entry in in_column.items():
             lead = None
             if reference is not None and reference != target:
@@ -307,10 +316,12 @@ def _in_order(record: ScoreRecord) -> dict[str, ScoreEntry]:
     return {name: record.scores[name] for name in [*order, *record.scores] if name in record.scores}
 
 
-def _reference(scores: Mapping[str, ScoreEntry], against: str, column: Column) -> str | None:
+def _reference(
+    scores: Mapping[str, ScoreEntry], against: str, column: Column, of_row: Mapping[str, TargetName]
+) -> str | None:
     if against != BEST_ALONE:
         return against if against in scores else None
-    alone = [target for target in scores if TargetName.parse(target).kind == "alone"]
+    alone = [target for target in scores if of_row[target].kind == "alone"]
     return max(alone, key=lambda target: column.signed(scores[target]), default=None)
 
 

@@ -17,7 +17,7 @@ _PREVIOUS = 60
 
 @dataclass(frozen=True)
 class ScriptWriter:
-    """Writes the scripts of one workspace, whose folder is `root`."""
+    """Writes the scripts of one workspace or study, whose folder is `root`."""
 
     root: Path
     settings: SlurmConfig
@@ -33,6 +33,15 @@ class ScriptWriter:
             options,
             f"# exec: a SIGTERM (time limit, preemption, scancel) reaches fedcli itself.\nexec {train}\n",
         )
+
+    def cells(self, name: str, places: Collection[int], cells: Path, log_folder: Path) -> str:
+        """Return the script of an array job with one element a cell of a study, whose line in a file is its index."""
+        throttle = f"%{self.settings.throttle}" if self.settings.throttle else ""
+        options = [f"--array={ranges(places)}{throttle}", f"--output={_pattern(log_folder)}/cell-%a.log"]
+        command = self.settings.command or shlex.join([sys.executable, "-P", "-m", "fedcli"])
+        run = f'exec {command} study run -s {shlex.quote(str(self.root))} --cell "$cell"'
+        cell = f'cell=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(cells))})'
+        return self._script(name, self.settings, options, f"{cell}\n{run}\n")
 
     def server(self, name: str, log_folder: Path) -> str:
         """Return the script of a job that merges the open round if it is ready, sends what is due then, and scores."""

@@ -5,6 +5,7 @@ A file that is missing or damaged holds nothing: a hash of its arrays lies among
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.numpy import load, save
 from fedcli.algos import Array, Arrays
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.layout import ADAPTER_NAME, Home
-from fedcli.workspace.publish import publish_file, remove_temporaries
+from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, make_folder, publish_file, remove_temporaries
 from fedcli.workspace.records import Manifest
 
 LogProbs = dict[bytes, tuple[float, ...]]
@@ -44,6 +45,18 @@ def save_tokens(home: Home, key: str, arrays: Arrays, counts: dict[str, Any]) ->
             for old in home.folder.glob(home.tokens("*").name):
                 old.unlink(missing_ok=True)
         _save(home.tokens(key), kept, _hash_of_named)
+
+
+def share_tokens(home: Home, other: Home) -> None:
+    """Let a client have the token ids that another workspace's client keeps, as the same file where that may be.
+
+    Which rows they are of is in the name: one that does not fit is never looked at.
+    """
+    with suppress(OSError, WorkspaceError):
+        for kept in other.folder.glob(other.tokens("*").name):
+            make_folder(home.folder, PRIVATE_FOLDER_MODE)
+            with suppress(FileExistsError):
+                os.link(kept, home.folder / kept.name)
 
 
 def reference_key(start: Manifest, precision: str) -> str:

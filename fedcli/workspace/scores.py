@@ -12,7 +12,7 @@ from fedcli.errors import IntegrityError
 from fedcli.workspace.history import read_checked, read_if_there, read_record
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold, is_held
-from fedcli.workspace.publish import SHARED_MODE, explained, make_folder
+from fedcli.workspace.publish import SHARED_MODE, explained, make_folder, publish_file
 from fedcli.workspace.records import FileEntry, Finite, Natural, Record, RecordT, file_entry, sealed
 from fedcli.workspace.target_name import TargetName
 
@@ -267,6 +267,18 @@ class AnswerLog:
                 os.fsync(self._descriptor)
             finally:
                 os.close(self._descriptor)
+
+
+def share_answers(workspace: Workspace, other: Workspace, target: str) -> None:
+    """Let a target have what it answered in another workspace, and judges said of that, where it has nothing yet.
+
+    Keys are hashes of what was asked and of who was: an answer that does not fit is never looked at.
+    """
+    for kept in sorted((other.eval / target).glob("*.jsonl")):
+        mine = workspace.eval / target / kept.name
+        if kept.name.endswith((".answers.jsonl", ".judgments.jsonl")) and not mine.exists():
+            make_folder(mine.parent)
+            publish_file(mine, kept.read_bytes())
 
 
 def hold_scoring(workspace: Workspace, target: str, name: str) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ TEMPERATURE, TOP_P = 0.8, 0.95
 """Of sampling, where there is more than one answer to a problem (Chen et al. 2021, section 3.3: for k = 100)."""
 code_benchmark = partial(
     Benchmark,
-    groups=("code", "paper-table-5"),
+    groups=("code",),
     metrics=PASS_METRICS,
     needs=("code-execution",),
     takes=("max_new_tokens", "samples", "temperature", "template"),

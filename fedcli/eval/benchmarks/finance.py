@@ -302,9 +302,11 @@ def _benchmarks(mode: str, how: str, run: Callable[..., list[ItemScore]], needs:
     benchmark = partial(Benchmark, groups=("finance", "paper-table-4"))
     if mode:
         benchmark = partial(Benchmark, groups=("finance",), takes=("template",))
+    own = benchmark.keywords["groups"]
     sets = [
         benchmark(
             name=name + mode,
+            groups=(*own, "paper-table-5") if name + mode == "fpb" else own,
             title=title + how,
             metrics=_F1,
             size=size,

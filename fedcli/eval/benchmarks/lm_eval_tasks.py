@@ -66,7 +66,7 @@ MMLU_MEDICAL = _mmlu(
     {subject: (subject,) for subject in MEDICAL_SUBJECTS},
     name="mmlu-medical",
     title="MMLU's six medical subjects, 5-shot",
-    groups=("medical", "paper-table-5"),
+    groups=("medical",),
     size=1_089,
 )
 
@@ -187,7 +187,7 @@ GSM8K = _generation(
 MATH = _generation(
     name="math",
     title="MATH: competition mathematics, 0-shot, equal answers after normalisation",
-    groups=("math", "paper-table-5"),
+    groups=("math",),
     metrics=(
         ACCURACY,
         Metric("accuracy-unboxed", is_detail=True),
@@ -228,7 +228,7 @@ MATH = _generation(
 MEDQA = _choice(
     name="medqa",
     title="MedQA: questions of the US medical licence, 4 choices, 0-shot",
-    groups=("medical", "paper-table-5"),
+    groups=("medical",),
     size=1_273,
     citation="Jin et al. 2020, What Disease does this Patient Have?, arXiv:2009.13081",
     data=DataSource(
@@ -243,7 +243,7 @@ MEDQA = _choice(
 MEDMCQA = _choice(
     name="medmcqa",
     title="MedMCQA: Indian medical entrance exams, 4 choices, 0-shot, the development part",
-    groups=("medical", "paper-table-5"),
+    groups=("medical",),
     size=4_183,
     citation="Pal et al. 2022, MedMCQA: A Large-scale Multi-Subject Multi-Choice Dataset, arXiv:2203.14371",
     data=DataSource(
@@ -259,7 +259,7 @@ MEDMCQA = _choice(
 PUBMEDQA = _choice(
     name="pubmedqa",
     title="PubMedQA: yes, no or maybe to the question of an abstract, 0-shot",
-    groups=("medical", "paper-table-5"),
+    groups=("medical",),
     size=500,
     citation="Jin et al. 2019, PubMedQA: A Dataset for Biomedical Research Question Answering, arXiv:1909.06146",
     data=DataSource(

@@ -1,0 +1,1 @@
+"""Studies: many federations that differ in algorithm, data or seed, run in one go, and compared in tables."""

@@ -1,0 +1,178 @@
+"""A study's pictures: scores over rounds with bands over seeds, and what the scores cost in bytes and seconds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Literal
+
+from fedcli.errors import NotReadyError
+from fedcli.federation import Federation
+from fedcli.quantities import byte_unit
+from fedcli.report.drawing import DPI, STYLE, panels, whole_rounds
+from fedcli.report.rows_picture import PALETTE
+from fedcli.study.columns import Column
+from fedcli.study.folder import StudyFolder
+from fedcli.study.plan import Cell, cells_of
+from fedcli.study.results import Block, Scored, make_table
+from fedcli.study.run_cell import is_made
+from fedcli.workspace.publish import make_folder, publish_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PictureFormat = Literal["png", "pdf", "svg"]
+MOST_PANELS = 12
+_MARKS = "osD^vP*X"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value's mean over seeds, and its sample deviation: 0 for one seed."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Point":
+        """Return the point of some seeds' values."""
+        return cls(fmean(values), stdev(values) if len(values) > 1 else 0.0)
+
+
+def plot_study(folder: StudyFolder, *, like: str | None = None, form: PictureFormat = "png") -> list[Path]:
+    """Draw a study's curves and costs into its tables/, two files for each preset; return their paths.
+
+    Raises as `make_table` does, NotReadyError where no round of a federation has been scored.
+    """
+    from matplotlib import rc_context
+
+    paths = []
+    make_folder(folder.tables())
+    scored = Scored(folder)
+    with rc_context({**STYLE, "svg.hashsalt": "fedcli", "pdf.fonttype": 42}):
+        for block in make_table(folder, like=like).blocks:
+            cells = [
+                cell
+                for cell in cells_of(folder.study)
+                if cell.setting.name == block.preset and cell.algorithm is not None and is_made(folder, cell)
+            ]
+            curves = {column.shown: curves_of(scored, cells, column) for column in block.columns}
+            shown = [column for column in block.columns if curves[column.shown]][:MOST_PANELS]
+            if not shown:
+                continue
+            for kind, figure in (
+                ("rounds", _draw_curves(block, shown, curves)),
+                ("cost", _draw_costs(block, shown, costs_of(folder, cells))),
+            ):
+                path = folder.tables() / f"{kind}-{block.preset}.{form}"
+                publish_file(path, _file(figure, form))
+                paths.append(path)
+    if not paths:
+        raise NotReadyError("no round of the study has scores yet", hint="`fedcli study run` makes them.")
+    return paths
+
+
+def curves_of(scored: Scored, cells: Sequence[Cell], column: Column) -> dict[str, dict[int, Point]]:
+    """Return each algorithm's scores in a column by round, of the rounds that all of its seeds have scored."""
+    found: dict[str, dict[int, list[float]]] = {}
+    num_seeds: dict[str, int] = {}
+    for cell in cells:
+        rounds = scored.rounds(cell, column)
+        num_seeds[cell.label] = num_seeds.get(cell.label, 0) + bool(rounds)
+        for number, value in rounds.items():
+            found.setdefault(cell.label, {}).setdefault(number, []).append(value)
+    return {
+        label: {
+            number: Point.of(values) for number, values in sorted(rounds.items()) if len(values) == num_seeds[label]
+        }
+        for label, rounds in found.items()
+    }
+
+
+def costs_of(folder: StudyFolder, cells: Sequence[Cell]) -> dict[str, tuple[float, float]]:
+    """Return each algorithm's mean bytes that all clients sent and fetched, and its cell's mean seconds."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for cell in cells:
+        cost = Federation.open(folder.workspace(cell)).state.head.manifest.cost
+        record = folder.read(cell)
+        if cost is not None and record is not None:
+            num_bytes = float(cost.total_bytes_up + cost.total_bytes_down)
+            found.setdefault(cell.label, []).append((num_bytes, record.seconds))
+    return {label: (fmean(b for b, _ in pairs), fmean(s for _, s in pairs)) for label, pairs in found.items()}
+
+
+def _draw_curves(
+    block: Block, columns: Sequence[Column], curves: Mapping[str, Mapping[str, Mapping[int, Point]]]
+) -> "Figure":
+    figure, grid = _grid(len(columns))
+    for axes, column in zip(grid, columns, strict=False):
+        for place, label in enumerate(_algorithms(block, curves)):
+            rounds = curves[column.shown].get(label, {})
+            means = [point.mean for point in rounds.values()]
+            colour = PALETTE[place % len(PALETTE)]
+            axes.plot(list(rounds), means, color=colour, marker=_MARKS[place % len(_MARKS)], markersize=4, label=label)
+            low, high = ([point.mean + sign * point.deviation for point in rounds.values()] for sign in (-1, 1))
+            axes.fill_between(list(rounds), low, high, color=colour, alpha=0.15, linewidth=0)
+        for label, style in zip(
+            (name for name in block.rows if name not in _labels(curves)), ("--", ":", "-."), strict=False
+        ):
+            score = block.scores.get((label, column.shown))
+            if score is not None and score.by_seed:
+                axes.axhline(score.mean, color="#555555", linestyle=style, linewidth=1, label=block.rows[label])
+        axes.set(title=column.shown, xlabel="round")
+        whole_rounds(axes)
+    _legend(figure, grid)
+    return figure
+
+
+def _draw_costs(block: Block, columns: Sequence[Column], costs: Mapping[str, tuple[float, float]]) -> "Figure":
+    """Draw the first columns against bytes, and below against seconds."""
+    columns = columns[:3]
+    figure, grid = panels(6.4, 2, len(columns))
+    unit, size = byte_unit(max((num_bytes for num_bytes, _ in costs.values()), default=1.0))
+    for position, axes in enumerate(grid):
+        column = columns[position % len(columns)]
+        by_bytes = position < len(columns)
+        for place, (label, (num_bytes, seconds)) in enumerate(costs.items()):
+            score = block.scores.get((label, column.shown))
+            if score is not None and score.by_seed:
+                x = num_bytes / size if by_bytes else seconds
+                mark, colour = _MARKS[place % len(_MARKS)], PALETTE[place % len(PALETTE)]
+                axes.errorbar(x, score.mean, yerr=score.deviation or 0.0, fmt=mark, color=colour, label=label)
+        axes.set(title=column.shown, xlabel=f"{unit} sent and fetched" if by_bytes else "seconds, with scoring")
+        axes.set_xlim(left=0)
+    _legend(figure, grid)
+    return figure
+
+
+def _labels(curves: Mapping[str, Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(label for of_column in curves.values() for label in of_column))
+
+
+def _algorithms(block: Block, curves: Mapping[str, Mapping[str, object]]) -> list[str]:
+    known = _labels(curves)
+    return [label for label in block.rows if label in known]
+
+
+def _grid(count: int) -> "tuple[Figure, list[Axes]]":
+    num_columns = min(3, count)
+    num_rows = math.ceil(count / num_columns)
+    figure, grid = panels(4.6 if num_rows == 1 else 3.2 * num_rows + 0.6, num_rows, num_columns)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return figure, grid[:count]
+
+
+def _legend(figure: "Figure", grid: "Sequence[Axes]") -> None:
+    labels = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4)
+
+
+def _file(figure: "Figure", form: PictureFormat) -> bytes:
+    from io import BytesIO
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format=form, dpi=DPI)
+    return buffer.getvalue()

@@ -1,0 +1,224 @@
+"""A study's tables as Markdown, LaTeX, CSV and JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from fedcli.eval.statistics import Score
+from fedcli.study.columns import Column
+from fedcli.study.results import Block, StudyScore, StudyTable
+
+Format = Literal["markdown", "latex", "csv", "json"]
+SUFFIX: dict[Format, str] = {"markdown": "md", "latex": "tex", "csv": "csv", "json": "json"}
+_RANK = "average rank"
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+}
+
+
+def render(table: StudyTable, form: Format) -> str:
+    """Return a study's tables in a form, which ends with a line's end."""
+    forms: dict[Format, Callable[[StudyTable], str]] = {
+        "markdown": to_markdown,
+        "latex": to_latex,
+        "csv": to_csv,
+        "json": to_json,
+    }
+    return forms[form](table)
+
+
+def to_markdown(table: StudyTable) -> str:
+    """Return Markdown: for each preset its scores, the best bold and the second best underlined, and differences."""
+    blocks = [f"# {table.title}"] if table.title else []
+    for block in table.blocks:
+        blocks += [f"## {block.title}"] if len(table.blocks) > 1 else []
+        head = ["", *(column.shown for column in block.columns), *([_RANK] if block.average_rank else [])]
+        blocks.append(_grid([head, *_score_rows(block, table.source, _marked_markdown)]))
+        if rows := _difference_rows(block):
+            head = ["", *(column.shown for column in block.columns)]
+            blocks += [f"Difference to {block.rows[block.against]}:", _grid([head, *rows])]
+    blocks.append("\n".join(f"* {note}" for note in _legend(table)))
+    return "\n\n".join(blocks) + "\n"
+
+
+def to_latex(table: StudyTable) -> str:
+    r"""Return LaTeX: a table environment for each preset, with rules of the package booktabs."""
+    blocks = [r"% \usepackage{booktabs} in the preamble"]
+    for block in table.blocks:
+        names = [column.shown for column in block.columns] + ([_RANK] if block.average_rank else [])
+        rows = [["", *map(_escaped, names)], *_score_rows(block, table.source, _marked_latex, _escaped)]
+        lines = [f"{' & '.join(row)} \\\\" for row in rows]
+        differences = [[_escaped(row[0]), *(_escaped(text) for text in row[1:])] for row in _difference_rows(block)]
+        body = [lines[0], r"\midrule", *lines[1:]]
+        if differences:
+            spare = [""] * (len(names) - len(block.columns))
+            title = _escaped(f"Difference to {block.rows[block.against]}, 95 % interval over seeds and items")
+            body += [r"\midrule", rf"\multicolumn{{{len(names) + 1}}}{{l}}{{\emph{{{title}}}}} \\"]
+            body += [f"{' & '.join([*row, *spare])} \\\\" for row in differences]
+        caption = " ".join(part for part in (table.title, block.title if len(table.blocks) > 1 else "") if part)
+        notes = " ".join(f"{note[0].upper()}{note[1:].rstrip('.')}." for note in _legend(table, marks=False))
+        blocks.append(
+            "\n".join(
+                [
+                    r"\begin{table}",
+                    r"\centering",
+                    rf"\caption{{{_escaped(caption.rstrip('.') + '. ' + notes if caption else notes)}}}",
+                    rf"\begin{{tabular}}{{l{'r' * len(names)}}}",
+                    r"\toprule",
+                    *body,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                    r"\end{table}",
+                ]
+            )
+        )
+    return "\n\n".join(blocks) + "\n"
+
+
+def to_csv(table: StudyTable) -> str:
+    """Return CSV: a line for each preset, row and column."""
+    rows = as_rows(table)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [name for name in rows[0] if name != "by_seed"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def to_json(table: StudyTable) -> str:
+    """Return a JSON document of everything that is known."""
+    return json.dumps(document(table), indent=1, ensure_ascii=False) + "\n"
+
+
+def document(table: StudyTable) -> dict[str, Any]:
+    """Return a table as JSON values."""
+    return {
+        "title": table.title,
+        "seeds": table.num_seeds,
+        "against": {block.preset: block.against for block in table.blocks},
+        "average_rank": {block.preset: dict(block.average_rank) for block in table.blocks},
+        "published_in": table.source,
+        "scores": as_rows(table),
+        "notes": list(table.notes),
+    }
+
+
+def as_rows(table: StudyTable) -> list[dict[str, Any]]:
+    """Return one row for each preset, row and column."""
+    return [
+        _as_row(block, label, column, score)
+        for block in table.blocks
+        for label in block.rows
+        for column in block.columns
+        if (score := block.scores.get((label, column.shown))) is not None
+    ]
+
+
+def _as_row(block: Block, label: str, column: Column, score: StudyScore) -> dict[str, Any]:
+    lead = asdict(score.difference) if score.difference is not None else {}
+    return {
+        "preset": block.preset,
+        "row": label,
+        "column": column.shown,
+        "benchmark": column.benchmark,
+        "metric": column.metric,
+        "mean": score.mean if score.by_seed else None,
+        "deviation": score.deviation if score.by_seed else None,
+        "num_seeds": len(score.by_seed),
+        "rank": score.rank,
+        "difference": lead.get("value"),
+        "difference_low": lead.get("low"),
+        "difference_high": lead.get("high"),
+        "published": score.published,
+        "by_seed": dict(score.by_seed),
+    }
+
+
+def _score_rows(
+    block: Block,
+    source: str | None,
+    marked: Callable[[str, int | None], str],
+    escaped: Callable[[str], str] = str,
+) -> list[list[str]]:
+    """Return the lines of scores, and below each the published ones where there are some."""
+    lines = []
+    for label, title in block.rows.items():
+        found = [block.scores.get((label, column.shown)) for column in block.columns]
+        rank = [f"{block.average_rank[label]:.2f}" if label in block.average_rank else ""] if block.average_rank else []
+        if any(score is not None and score.by_seed for score in found) or not _has_figures(found):
+            shown = [
+                marked(escaped(_shown(score)), score.rank) if score is not None and score.by_seed else ""
+                for score in found
+            ]
+            lines.append([escaped(title), *shown, *rank])
+        if source is not None and _has_figures(found):
+            figures = ["" if score is None or score.published is None else _number(score.published) for score in found]
+            lines.append([escaped(f"{title}, published"), *figures, *([""] if block.average_rank else [])])
+    return lines
+
+
+def _has_figures(scores: Sequence[StudyScore | None]) -> bool:
+    return any(score is not None and score.published is not None for score in scores)
+
+
+def _difference_rows(block: Block) -> list[list[str]]:
+    """Return the lines of differences, of rows that have some."""
+    lines = []
+    for label, title in block.rows.items():
+        found = [block.scores.get((label, column.shown)) for column in block.columns]
+        if any(score is not None and score.difference is not None for score in found):
+            lines.append([title, *(_difference(score.difference if score else None) for score in found)])
+    return lines
+
+
+def _legend(table: StudyTable, *, marks: bool = True) -> list[str]:
+    """Return what a reader must know of the numbers."""
+    spread = "mean ± sample deviation over seeds" if table.num_seeds > 1 else "one seed"
+    notes = [f"{spread}{'; **best**, <u>second best</u>' if marks else ''}"]
+    if any(score.difference for block in table.blocks for score in block.scores.values()):
+        notes.append("differences have 95 % bootstrap intervals over seeds and items, paired by item")
+    if table.source is not None:
+        notes.append(f"published figures: {table.source}")
+    return [*notes, *table.notes]
+
+
+def _shown(score: StudyScore) -> str:
+    spread = "" if score.deviation is None else f" ± {_number(score.deviation)}"
+    return f"{_number(score.mean)}{spread}"
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.2f}"
+
+
+def _difference(score: Score | None) -> str:
+    if score is None:
+        return ""
+    return f"{_number(score.value, '+')} [{_number(score.low, '+')}, {_number(score.high, '+')}]"
+
+
+def _marked_markdown(text: str, rank: int | None) -> str:
+    return {1: f"**{text}**", 2: f"<u>{text}</u>"}.get(rank or 0, text)
+
+
+def _marked_latex(text: str, rank: int | None) -> str:
+    return {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(rank or 0, text)
+
+
+def _escaped(text: str) -> str:
+    """Return text in which LaTeX sees letters only; what the default encoding may lack becomes a question mark."""
+    return "".join(_LATEX.get(letter, letter if letter.isascii() else "?") for letter in text)
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in rows[0][1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))

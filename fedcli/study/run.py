@@ -1,0 +1,244 @@
+"""A study's cells, one after another in this process, or in a few that each keep the base model loaded."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from fedcli.client.runtimes import KeptModel
+from fedcli.errors import BusyError, FedError, RequirementError, UsageError, did_you_mean, explain
+from fedcli.eval.data import Files
+from fedcli.eval.endpoint import find_endpoint
+from fedcli.eval.registry import BENCHMARKS, find_benchmarks
+from fedcli.operations.workers import MOST_DEATHS, end_with_parent, spawn_worker
+from fedcli.study.folder import CellError, CellRecord, StudyFolder, error_record
+from fedcli.study.plan import Cell, cell_key, cells_of
+from fedcli.study.progress import CellTeller
+from fedcli.study.run_cell import run_cell, unfinished
+from fedcli.workspace.federation_state import POLL_SECONDS
+
+
+class StudyObserver:
+    """Receives what happens in a study. Each method does nothing; a display overrides those that it shows."""
+
+    def planned(self, num_cells: int, num_done: int) -> None:
+        """So many cells are in the study, so many of them done before."""
+
+    def cell_started(self, cell: str) -> None:
+        """A cell is next."""
+
+    def cell_told(self, cell: str, text: str, to_keep: bool) -> None:
+        """A cell is so far; or there is something to know of it, which is `to_keep`."""
+
+    def cell_ended(self, cell: str, record: CellRecord) -> None:
+        """A cell is done, or has failed."""
+
+    def cells_awaited(self, cells: Sequence[str]) -> None:
+        """Other processes run these cells; there is nothing else to do."""
+
+    def cell_lost(self, cell: str) -> None:
+        """The process that ran a cell is gone; another one goes on with it."""
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """How a study stands after a run: its cells, how many this call ended well, and those that failed with why."""
+
+    num_cells: int
+    num_done: int
+    num_run: int
+    failed: dict[str, CellError]
+
+
+def run_study(
+    folder: StudyFolder, *, workers: int = 1, threads: int | None = None, only: Sequence[str] = (), watch: StudyObserver
+) -> StudyResult:
+    """Run what is missing of a study, `workers` cells at once, or of the cells that `only` names.
+
+    A cell that fails is left, and tried again by the next call. A cell that another process runs is waited for. Raises
+    UsageError for a cell that is not there, RequirementError where what all cells need is missing; of cells that failed
+    the first one's kind of error, once all others have been run.
+    """
+    wanted = _wanted(folder, only)
+    check_requirements(folder)
+    todo = [cell for cell in unfinished(folder) if cell.id in wanted]
+    watch.planned(len(wanted), len(wanted) - len(todo))
+    ended: dict[str, CellRecord] = {}
+    while todo:
+        if workers == 1:
+            results = _run_here(folder, todo, threads, watch)
+        else:
+            results = _run_beside(folder, todo, workers, threads, watch)
+        for cell, record in results:
+            ended[cell.id] = record
+            watch.cell_ended(cell.id, record)
+        todo = [cell for cell in unfinished(folder) if cell.id in wanted and cell.id not in ended]
+        if todo and all(folder.is_running(cell) for cell in todo):
+            watch.cells_awaited([cell.id for cell in todo])
+            while all(folder.is_running(cell) for cell in todo):
+                time.sleep(POLL_SECONDS)
+    failed = {name: record.error for name, record in ended.items() if record.error is not None}
+    num_done = sum(folder.is_done(cell) for cell in cells_of(folder.study) if cell.id in wanted)
+    result = StudyResult(len(wanted), num_done, len(ended) - len(failed), failed)
+    if failed:
+        raise _failure(result)
+    return result
+
+
+def _wanted(folder: StudyFolder, only: Sequence[str]) -> set[str]:
+    known = [cell.id for cell in cells_of(folder.study)]
+    if unknown := [name for name in only if name not in known]:
+        raise UsageError(f"there is no cell {unknown[0]!r}", hint=did_you_mean(unknown[0], known))
+    return set(only or known)
+
+
+def check_requirements(folder: StudyFolder) -> None:
+    """Raise where a judge or the benchmarks' files are missing: training comes first, and takes long."""
+    wanted = folder.study.eval
+    if wanted.judge_model is not None and not Path(wanted.judge_model).is_dir():
+        find_endpoint(wanted.judge_model, wanted.judge_url)
+    found = {name for each in find_benchmarks(wanted.benchmarks) for name in (each.name, *each.parts)}
+    for benchmark in map(BENCHMARKS.__getitem__, sorted(found)):
+        if (
+            wanted.data is not None
+            and benchmark.data is not None
+            and benchmark.data.files
+            and not _is_own(benchmark.name)
+        ):
+            Files(benchmark.name, benchmark.data, (Path(wanted.data),), may_fetch=False).require()
+    if wanted.allow_code_execution:
+        from fedcli.eval.sandbox import Sandbox
+
+        Sandbox()
+
+
+def _is_own(name: str) -> bool:
+    """Return whether a benchmark's rows are the workspaces' own."""
+    return name.startswith("demo")
+
+
+def _failure(result: StudyResult) -> FedError:
+    name, first = next(iter(result.failed.items()))
+    kinds = {kind.exit_code: kind for kind in FedError.__subclasses__()}
+    return kinds.get(first.exit_code, FedError)(
+        f"{len(result.failed)} of {result.num_cells} cells failed, {name} first: {first.message}",
+        hint=f"{first.hint} Then run `fedcli study run` again: what is done is kept; `fedcli study status` names all.",
+    )
+
+
+def _run_here(
+    folder: StudyFolder, cells: Sequence[Cell], threads: int | None, watch: StudyObserver
+) -> Iterator[tuple[Cell, CellRecord]]:
+    """Run cells in this process, and yield each one's record; one that another process runs is passed over."""
+    kept = KeptModel()
+    for cell in cells:
+        watch.cell_started(cell.id)
+        teller = CellTeller(partial(watch.cell_told, cell.id))
+        try:
+            yield cell, run_cell(folder, cell, kept=kept, threads=threads, observer=teller)
+        except BusyError:
+            continue
+
+
+@dataclass
+class _Worker:
+    """A process, this side of its pipe, and the cell that it runs now."""
+
+    process: BaseProcess
+    connection: Connection
+    cell: Cell | None = None
+
+
+def _run_beside(
+    folder: StudyFolder, cells: Sequence[Cell], count: int, threads: int | None, watch: StudyObserver
+) -> Iterator[tuple[Cell, CellRecord]]:
+    """Run cells in up to `count` processes, and yield each one's record as it ends."""
+    waiting, deaths = deque(cells), Counter[str]()
+    workers: list[_Worker] = []
+    try:
+        while waiting or any(worker.cell is not None for worker in workers):
+            for worker in workers:
+                if worker.cell is None and waiting:
+                    _give(worker, waiting.popleft(), watch)
+            while waiting and len(workers) < count:
+                taken = {worker.process.name for worker in workers}
+                place = next(place for place in range(count) if f"worker-{place}" not in taken)
+                workers.append(_Worker(*spawn_worker(_work, place, count, threads, folder.root, threads)))
+                _give(workers[-1], waiting.popleft(), watch)
+            busy = {worker.connection: worker for worker in workers if worker.cell is not None}
+            for ready in wait(list(busy)):
+                worker = busy[ready]  # type: ignore[index]  # `wait` returns of what it was given
+                cell = worker.cell
+                assert cell is not None
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, OSError):
+                    worker.process.join()
+                    workers.remove(worker)
+                    deaths[cell.id] += 1
+                    if deaths[cell.id] < MOST_DEATHS:
+                        watch.cell_lost(cell.id)
+                        waiting.appendleft(cell)
+                    else:
+                        yield cell, _died(folder, cell)
+                    continue
+                if isinstance(message, tuple):
+                    watch.cell_told(cell.id, *message)
+                    continue
+                worker.cell = None
+                if isinstance(message, CellRecord):
+                    yield cell, message
+                elif not isinstance(message, BusyError):
+                    raise message
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.process.join()
+
+
+def _give(worker: _Worker, cell: Cell, watch: StudyObserver) -> None:
+    worker.cell = cell
+    watch.cell_started(cell.id)
+    try:
+        worker.connection.send(cell.id)
+    except OSError:
+        return  # it has died: what it is asked for next shows that
+
+
+def _died(folder: StudyFolder, cell: Cell) -> CellRecord:
+    error = RequirementError(
+        f"the worker that runs it died {MOST_DEATHS} times",
+        hint="Signal 9 is often the kernel's, for want of memory: use fewer --workers, or lower "
+        "train.micro_batch_size.",
+    )
+    key = cell_key(folder.study, cell)
+    record = folder.read(cell) or CellRecord(key=key, fixed=cell.fixed, status="failed")
+    record = record.model_copy(update={"status": "failed", "error": error_record(error)})
+    folder.write(cell, record)
+    return record
+
+
+def _work(connection: Connection, root: Path, threads: int | None) -> None:
+    """Be a worker: run the cells that come through the pipe, until it is closed or who started this has died."""
+    end_with_parent()
+    folder, kept = StudyFolder(root), KeptModel()
+    teller = CellTeller(lambda *told: connection.send(told))
+    cells = {cell.id: cell for cell in cells_of(folder.study)}
+    while True:
+        try:
+            cell = cells[connection.recv()]
+        except EOFError:
+            return
+        try:
+            connection.send(run_cell(folder, cell, kept=kept, threads=threads, observer=teller))
+        except BrokenPipeError:
+            return
+        except BusyError as error:
+            connection.send(error)
+        except Exception as error:
+            connection.send(explain(error))
