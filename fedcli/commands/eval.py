@@ -132,9 +132,6 @@ class _Display(Display):
 
     _is_confirmed = False
 
-    def noted(self, text: str) -> None:
-        self.say(text)
-
     def target_started(self, target: str, benchmark: str) -> None:
         self.title = f"{target}: {benchmark}"
         self.show(description=self.title, completed=0, total=None)

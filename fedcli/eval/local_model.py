@@ -169,7 +169,9 @@ class LocalModel:
 
     def _keeper(self) -> Keeper | None:
         """Return what computes prefixes; None for a model whose prompts must be computed whole, which is told once."""
-        num_bytes, device = bytes_per_token(self._base), self._model.device.type
+        self._model.eval()
+        with quiet_libraries():
+            num_bytes, device = bytes_per_token(self._base), self._model.device.type
         if not num_bytes:
             if not self._has_told:
                 self._on_note(WHOLE)

@@ -201,6 +201,8 @@ def _probed(model: nn.Module) -> int:
             return 0
         ids = [(number * 7 + 3) % text.vocab_size for number in range(24)]
         (kept,) = keep(model, [Row(ids[:9])], 0)
+        if not kept.layers or any(states.shape[1] != kept.length for layer in kept.layers for states in layer):
+            return 0
         (longer,) = keep(model, [Row(ids[:15], kept)], 0)
         rows = [Row(ids[:20], longer), Row(ids[:9] + ids[12:16], kept), Row(ids[:18], longer)]
         wanted = torch.cat([logits_of([Row(row.ids)], [1], model, 0) for row in rows]).float()
@@ -210,7 +212,7 @@ def _probed(model: nn.Module) -> int:
     is_exact = kept.layers[0][0].dtype == torch.float32 and not hasattr(model, "quantization_method")
     tolerance = (2e-5 if is_exact else 0.1) * max(float(wanted.abs().max()), 1.0)
     differ = float((found.log_softmax(-1) - wanted.log_softmax(-1)).abs().max())
-    if not differ <= tolerance or any(keys.shape[1] != kept.length for keys, _ in kept.layers):
+    if not differ <= tolerance:
         return 0
     return sum(states.numel() * states.element_size() for layer in kept.layers for states in layer) // kept.length
 
