@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 KEPT_BYTES = {"cpu": 2**30}
 """Of the prefixes' keys and values, by the kind of device; of others MOST_KEPT_BYTES."""
 MOST_KEPT_BYTES = 2**32
+BURST = 16
+"""Tokens that answers behind a prefix get at a time; then those that have ended leave the batch."""
 CACHE_GROWTH = 64
 """Tokens that the cache of answers grows by."""
 WHOLE = (
@@ -226,19 +228,43 @@ class LocalModel:
             torch.manual_seed(stream_seed(0, "evaluation", part=name.hexdigest()) % 2**63)
         if request.stop:
             sampling["stopping_criteria"] = StoppingCriteriaList([self._stops(request.stop, width)])
+        cache, burst = None, room
         if any(row.kept for row, _ in rows):
-            sampling["past_key_values"] = cache_to_generate([row for row, _ in rows], min(room, CACHE_GROWTH))
-        generated = self._model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=room,
-            repetition_penalty=1.0,  # whatever the model's own generation_config.json says
-            pad_token_id=self._pad_id,
-            eos_token_id=self._encoder.end_id,
-            **sampling,
-        )[:, width:]
-        self.usage.num_generated_tokens += int((generated != self._pad_id).sum())
-        return [before_stop(text, request.stop) for text in self._texts(prompts, generated.tolist())]
+            cache, burst = cache_to_generate([row for row, _ in rows], CACHE_GROWTH), BURST
+            sampling |= {"past_key_values": cache, "use_cache": True}
+        found: list[list[int]] = [[] for _ in rows]
+        going = list(range(len(rows)))
+        for made in range(0, room, burst):
+            more = min(burst, room - made)
+            input_ids = self._model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=more,
+                repetition_penalty=1.0,  # whatever the model's own generation_config.json says
+                pad_token_id=self._pad_id,
+                eos_token_id=self._encoder.end_id,
+                **sampling,
+            )
+            for number, tokens in zip(going, input_ids[:, width + made :].tolist(), strict=True):
+                found[number] += tokens
+            open_places = [place for place, number in enumerate(going) if not self._has_ended(found[number], request)]
+            if cache is None or not open_places or input_ids.shape[1] < width + made + more:
+                break
+            going = [going[place] for place in open_places]
+            places = torch.tensor(open_places)
+            mask = torch.nn.functional.pad(mask[places], (0, more), value=1)
+            if len(open_places) < len(input_ids):
+                input_ids = input_ids[places.to(device)]
+                cache.batch_select_indices(places.to(device))
+        self.usage.num_generated_tokens += sum(token != self._pad_id for tokens in found for token in tokens)
+        return [before_stop(text, request.stop) for text in self._texts(prompts, found)]
+
+    def _has_ended(self, tokens: list[int], request: Generation) -> bool:
+        """Return whether an answer holds the end of the sequence or a stop."""
+        if self._encoder.end_id in tokens:
+            return True
+        (text,) = self._decoded([tokens])
+        return before_stop(text, request.stop) != text
 
     def _stops(self, stop: Sequence[str], width: int) -> Callable[..., torch.Tensor]:
         """Return what tells whether rows have come to a stop sequence; it looks only behind the prompts' `width`."""

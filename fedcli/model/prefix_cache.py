@@ -90,6 +90,11 @@ class _Layer(DynamicLayer):
         """Return the tokens that a mask has to cover, and where they begin."""
         return self.length + query_length, 0
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows of the batch."""
+        self._stores = [store[indices] for store in self._stores]
+        super().batch_select_indices(indices)
+
     def _begun(self, which: int, new: torch.Tensor) -> torch.Tensor:
         batch, heads, num_new, size = new.shape
         store = new.new_zeros(batch, heads, self.kept_length + num_new + self._growth, size)
@@ -205,8 +210,10 @@ def _probed(model: nn.Module) -> int:
             return 0
         (longer,) = keep(model, [Row(ids[:15], kept)], 0)
         rows = [Row(ids[:20], longer), Row(ids[:9] + ids[12:16], kept), Row(ids[:18], longer)]
-        wanted = torch.cat([logits_of([Row(row.ids)], [1], model, 0) for row in rows]).float()
-        found = torch.stack([logits_of(rows, [1] * len(rows), model, 0), _first_logits(model, rows)]).float()
+        generated, first, second = _generated(model, rows)
+        behind = [Row([*row.ids, token]) for row, token in zip(rows, generated, strict=True)]
+        wanted = torch.cat([logits_of([Row(row.ids)], [1], model, 0) for row in [*rows, *rows, *behind]]).float()
+        found = torch.cat([logits_of(rows, [1] * len(rows), model, 0), first, second]).float()
     except Exception:  # a model's own code raises whatever it raises
         return 0
     is_exact = kept.layers[0][0].dtype == torch.float32 and not hasattr(model, "quantization_method")
@@ -223,17 +230,16 @@ def _rope_types(config: Any) -> list[str]:
     return [each.get("rope_type", "default") for each in (named, *named.values()) if isinstance(each, dict)]
 
 
-def _first_logits(model: Any, rows: Sequence[Row]) -> torch.Tensor:
-    """Return the logits that `generate` begins with."""
+def _generated(model: Any, rows: Sequence[Row]) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """Return the tokens that `generate` begins with, their logits, and those of the tokens behind them."""
     input_ids, mask = padded_left(rows, 0)
-    cache = cache_to_generate(rows, 1)
     device = next(model.parameters()).device
     made = model.generate(
-        input_ids=input_ids.to(device), attention_mask=mask.to(device), past_key_values=cache, max_new_tokens=1,
-        do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+        input_ids=input_ids.to(device), attention_mask=mask.to(device), past_key_values=cache_to_generate(rows, 1),
+        use_cache=True, max_new_tokens=2, min_new_tokens=2, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, pad_token_id=0,
     )  # fmt: skip
-    logits: torch.Tensor = made.logits[0]
-    return logits
+    return made.sequences[:, -2].tolist(), *made.logits
 
 
 def padded_left(rows: Sequence[Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
