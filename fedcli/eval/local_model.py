@@ -107,9 +107,9 @@ class LocalModel:
                 rows.append(_Continued(ids[:-1], length, []))
             rows[place].options.append(ids[-length:])
             asked.setdefault(place, []).append(index)
-        ids = {place: row.ids for place, row in enumerate(rows)}
+        prompts = {place: row.ids for place, row in enumerate(rows)}
         most = {place: len(row.ids) - row.length for place, row in enumerate(rows)}
-        for batch in self._batches(ids, most, 0):
+        for batch in self._batches(prompts, most, 0):
             answers = self._in_halves([(rows[place], row) for place, row in batch], self._score)
             for (place, _), found in zip(batch, answers, strict=True):
                 self.usage.num_requests += len(found)

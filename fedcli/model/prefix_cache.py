@@ -62,7 +62,7 @@ class _Layer(DynamicLayer):
     """A layer whose rows have the first tokens of what is kept; others are written behind them, without a copy."""
 
     def __init__(self, rows: Sequence[Row], taken: Sequence[int], layer: int, growth: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers' annotations
         self._rows, self._taken, self._layer, self._growth = rows, taken, layer, growth
         self.length = self.kept_length = max(taken)
         self._stores: list[torch.Tensor] = []
