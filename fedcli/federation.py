@@ -427,7 +427,7 @@ class Server:
         """Make the scores that are due, and yield each round's; what fails is kept, and left to a person."""
         from fedcli.scoring.after_rounds import score_due
 
-        return score_due(self.federation.state, self.federation.runtimes)
+        return score_due(self.federation.state, self.federation.runtimes, SILENT)
 
     def discard(self, client: int) -> bool:
         """Set a client's update of the open round aside, so that it may send another; return whether there was one."""

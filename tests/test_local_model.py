@@ -95,7 +95,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(tiny) -> None:
 def test_batches_are_bounded_by_time_and_their_answers_are_told_one_batch_after_another(
     tiny, monkeypatch: pytest.MonkeyPatch, seconds: float, temperature: float, expected: list[int]
 ) -> None:
-    monkeypatch.setattr("fedcli.eval.local_model.BATCH_SECONDS", seconds)
+    monkeypatch.setattr("fedcli.eval.batches.BATCH_SECONDS", seconds)
     sizes: list[int] = []
     model, _ = tiny
 
@@ -107,7 +107,7 @@ def test_batches_are_bounded_by_time_and_their_answers_are_told_one_batch_after_
     told: list[int | None] = []
     watched = model.get_input_embeddings().register_forward_pre_hook(watch)
     try:
-        requests = [Generation(prompt, 2, temperature=temperature) for prompt in prompts()]
+        requests = [Generation(f"{n} {sentence(n)}", 2, temperature=temperature) for n in range(100)]
         local(tiny).generate(requests, lambda index, _: told.append(index))
     finally:
         watched.remove()

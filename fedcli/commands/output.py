@@ -61,6 +61,7 @@ class Display(Observer):
         self.progress = None
         self._is_quiet = json_output
         self._last_line = time.monotonic()
+        self._noted: set[str] = set()
         if sys.stderr.isatty() and not json_output:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -101,6 +102,12 @@ class Display(Observer):
             print(text, file=sys.stderr, flush=True)
         else:
             self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def noted(self, text: str) -> None:
+        """Write a line once."""
+        if text not in self._noted:
+            self.say(text)
+        self._noted.add(text)
 
     def say_now_and_then(self, text: str) -> None:
         """Write a line where there is no bar, and nothing has been written for SILENCE seconds."""
@@ -145,6 +152,7 @@ class TrainingDisplay(Display):
         super().__init__(json_output, title, visible=visible)
         self._told: dict[str, ClientFailure] = {}
         """Why clients failed: the first one for each reason."""
+        self._scoring = ""
         self.begin()
 
     def begin(self, steps_before: int = 0) -> None:
@@ -166,6 +174,14 @@ class TrainingDisplay(Display):
 
     def rows_read(self, what: str, count: int) -> None:
         self.say_now_and_then(f"{self.title}: {what}, {count:,} so far")
+
+    def target_started(self, target: str, benchmark: str) -> None:
+        self._scoring = f"{target}: {benchmark}"
+
+    def answered(self, num_done: int, num_asked: int) -> None:
+        text = f"{self._scoring}: {num_done:,} of {num_asked:,} answered"
+        self.show(description=text)
+        self.say_now_and_then(text)
 
     def client_failed(self, failure: "ClientFailure") -> None:
         """Name who failed and why, the same reason once."""

@@ -1,7 +1,6 @@
 """A transformers model on this machine that answers in batches: longest first, padded on the left to generate."""
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,27 +11,29 @@ import torch
 
 from fedcli.data.encoding import Encoder
 from fedcli.errors import RequirementError
+from fedcli.eval.batches import MAX_BATCH_TOKENS, PREFIX_TOKENS, Keeper, Pace, batches
 from fedcli.eval.remembered import Usage, not_finite
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
 from fedcli.eval.streaming import Pieces, StreamedAnswer
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.loading import pad_id_of, short_memory
-from fedcli.model.output_head import logits_at
+from fedcli.model.prefix_cache import Kept, Row, bytes_per_token, cache_to_generate, keep, logits_of, padded_left
 from fedcli.randomness import stream_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_SIZE = 64
-FIRST_BATCH = {"cpu": 4}
-"""Items of the first batch, by the kind of device, where nobody says how many; of others BATCH_SIZE."""
-SAMPLED_BATCH = {"cpu": 8}
-"""The same of every batch of sampled answers, which depend on it: no clock may decide."""
-BATCH_SECONDS = 30.0
-"""About as long as a batch may take: what is answered is kept, and shown, after each."""
-MOST_GROWTH = 4
-MAX_BATCH_TOKENS = 2**16
-"""Of a batch with its padding and what may be generated."""
+KEPT_BYTES = {"cpu": 2**30}
+"""Of the prefixes' keys and values, by the kind of device; of others MOST_KEPT_BYTES."""
+MOST_KEPT_BYTES = 2**32
+BURST = 16
+"""Tokens that answers behind a prefix get at a time; then those that have ended leave the batch."""
+CACHE_GROWTH = 64
+"""Tokens that the cache of answers grows by."""
+WHOLE = (
+    "this model computes each prompt whole, also where prompts begin alike: its layers keep a state, or give other "
+    "values behind kept keys and values"
+)
 UNKNOWN_CONTEXT = 2048
 """Tokens, for a model that does not say how many it takes."""
 
@@ -49,10 +50,19 @@ class LocalModel:
     """
 
     def __init__(
-        self, model: Any, tokenizer: "PreTrainedTokenizerBase", encoder: Encoder, *, batch_size: int | None = None
+        self,
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        encoder: Encoder,
+        *,
+        batch_size: int | None = None,
+        on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.usage = Usage()
         self._model = model
+        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._on_note = on_note
+        self._has_told = False
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._batch_size = batch_size
@@ -78,11 +88,11 @@ class LocalModel:
             ask = partial(self._generate, request=first, room=room)
             encoded = self._asking([requests[index].prompt for index in indices], room)
             prompts = dict(zip(indices, encoded, strict=True))
-            pace = self._pace(is_sampled=first.temperature > 0)
-            for batch in self._batches(prompts, room, pace):
-                texts = self._in_halves([(prompts[index], requests[index].sample) for index in batch], ask)
+            most = {index: len(ids) - 1 for index, ids in prompts.items()}
+            for batch in self._batches(prompts, most, room, is_sampled=first.temperature > 0):
+                texts = self._in_halves([(row, requests[index].sample) for index, row in batch], ask)
                 self.usage.num_requests += len(batch)
-                for index, text in zip(batch, texts, strict=True):
+                for (index, _), text in zip(batch, texts, strict=True):
                     on_answer(index, text)
 
     def stream(self, request: Generation, on_text: Callable[[str], None]) -> StreamedAnswer:
@@ -95,7 +105,7 @@ class LocalModel:
         (ids,) = self._asking([request.prompt], room)
         pieces = Pieces(lambda tokens: self._texts([ids], [tokens])[0].strip(), on_text)
         ask = partial(self._generate, request=request, room=room, streamer=pieces)
-        (text,) = self._in_halves([(ids, request.sample)], ask)
+        (text,) = self._in_halves([(Row(ids), request.sample)], ask)
         self.usage.num_requests += 1
         is_cut = pieces.tokens[-1:] != [self._encoder.end_id]
         return StreamedAnswer(text.strip(), len(ids), len(pieces.tokens), is_cut, self.usage.num_truncated > num_cut)
@@ -113,9 +123,11 @@ class LocalModel:
                 rows.append(_Continued(ids[:-1], length, []))
             rows[place].options.append(ids[-length:])
             asked.setdefault(place, []).append(index)
-        for batch in self._batches({place: row.ids for place, row in enumerate(rows)}, 0, self._pace()):
-            answers = self._in_halves([rows[place] for place in batch], self._score)
-            for place, found in zip(batch, answers, strict=True):
+        prompts = {place: row.ids for place, row in enumerate(rows)}
+        most = {place: len(row.ids) - row.length for place, row in enumerate(rows)}
+        for batch in self._batches(prompts, most, 0):
+            answers = self._in_halves([(rows[place], row) for place, row in batch], self._score)
+            for (place, _), found in zip(batch, answers, strict=True):
                 self.usage.num_requests += len(found)
                 for index, answer in zip(asked[place], found, strict=True):
                     on_answer(index, answer)
@@ -165,30 +177,36 @@ class LocalModel:
         self.usage.num_truncated += len(ids) > self._context - room
         return ids[-(self._context - room) :]
 
-    def _pace(self, *, is_sampled: bool = False) -> "_Pace":
-        """Return how many rows batches have: as many as a user asks for, else as many as suit their kind."""
+    def _batches(
+        self, rows: dict[int, list[int]], most: dict[int, int], room: int, *, is_sampled: bool = False
+    ) -> Iterator[list[tuple[int, Row]]]:
+        """Yield rows in batches; `most` of a row's tokens may be in a prefix. Sampled ones share none."""
         device = self._model.device.type
-        if self._batch_size is not None or is_sampled:
-            return _Pace(self._batch_size or SAMPLED_BATCH.get(device, BATCH_SIZE), is_fixed=True)
-        # elsewhere than on a CPU in half precision, which batches change: no clock decides there either
-        return _Pace(FIRST_BATCH.get(device, BATCH_SIZE), is_fixed=device not in FIRST_BATCH)
+        pace = Pace.of(device, self._batch_size, is_sampled=is_sampled)
+        return batches(rows, most, room, pace, (lambda: None) if is_sampled else self._keeper)
 
-    def _batches(self, rows: dict[int, list[int]], room: int, pace: "_Pace") -> Iterator[list[int]]:
-        """Yield the indices of rows in batches, longest first: what does not fit into memory fails at once.
+    def _keeper(self) -> Keeper | None:
+        """Return what computes prefixes; None for a model whose prompts must be computed whole, which is told once."""
+        self._model.eval()
+        with quiet_libraries():
+            num_bytes, device = bytes_per_token(self._base), self._model.device.type
+        if not num_bytes:
+            if not self._has_told:
+                self._on_note(WHOLE)
+            self._has_told = True
+            return None
+        return Keeper(
+            self._kept,
+            KEPT_BYTES.get(device, MOST_KEPT_BYTES) // num_bytes,
+            PREFIX_TOKENS.get(device, MAX_BATCH_TOKENS),
+        )
 
-        Whoever iterates answers a batch before it asks for the next one, whose size depends on how long that took.
-        """
-        batch: list[int] = []
-        for index in sorted(rows, key=lambda index: -len(rows[index])):
-            longest = len(rows[batch[0]]) + room if batch else 0
-            if len(batch) >= pace.size or longest * (len(batch) + 1) > MAX_BATCH_TOKENS:
-                started = time.monotonic()
-                yield batch
-                pace.took(len(batch), time.monotonic() - started)
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+    def _kept(self, rows: list[Row]) -> list[Kept | None]:
+        """Compute prefixes; those that memory is too small for are None."""
+        try:
+            return self._in_halves(rows, lambda half: [*keep(self._base, half, self._pad_id)])
+        except RequirementError:
+            return [None] * len(rows)
 
     def _in_halves(self, rows: list[RequestT], ask: Callable[[list[RequestT]], list[AnswerT]]) -> list[AnswerT]:
         """Ask for a batch at once, in halves where memory is too small for it."""
@@ -211,35 +229,61 @@ class LocalModel:
         return self._in_halves(rows[:half], ask) + self._in_halves(rows[half:], ask)
 
     def _generate(
-        self, rows: list[tuple[list[int], int]], request: Generation, room: int, streamer: Pieces | None = None
+        self, rows: list[tuple[Row, int]], request: Generation, room: int, streamer: Pieces | None = None
     ) -> list[str]:
-        """Return what follows each prompt (its ids, and which of its samples it is), cut before the first stop."""
+        """Return what follows each prompt (its tokens, and which of its samples it is), cut before the first stop."""
         from transformers import StoppingCriteriaList
 
-        prompts = [ids for ids, _ in rows]
-        width = max(map(len, prompts))
-        device = self._model.device
-        padded = [[self._pad_id] * (width - len(ids)) + ids for ids in prompts]
-        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        prompts = [list(row.ids) for row, _ in rows]
+        input_ids, mask = padded_left([row for row, _ in rows], self._pad_id)
+        width, device = input_ids.shape[1], self._model.device
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if request.temperature > 0:
             sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
-            name = hashlib.sha256(repr(rows).encode()).hexdigest()
-            torch.manual_seed(stream_seed(0, "evaluation", part=name) % 2**63)
+            name = hashlib.sha256(
+                repr([(ids, sample) for ids, (_, sample) in zip(prompts, rows, strict=True)]).encode()
+            )
+            torch.manual_seed(stream_seed(0, "evaluation", part=name.hexdigest()) % 2**63)
         if request.stop:
             sampling["stopping_criteria"] = StoppingCriteriaList([self._stops(request.stop, width)])
-        generated = self._model.generate(
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            max_new_tokens=room,
-            repetition_penalty=1.0,  # whatever the model's own generation_config.json says
-            pad_token_id=self._pad_id,
-            eos_token_id=self._encoder.end_id,
-            streamer=streamer,
-            **sampling,
-        )[:, width:]
-        self.usage.num_generated_tokens += int((generated != self._pad_id).sum())
-        return [before_stop(text, request.stop) for text in self._texts(prompts, generated.tolist())]
+        cache, burst = None, room
+        if any(row.kept for row, _ in rows):
+            cache, burst = cache_to_generate([row for row, _ in rows], CACHE_GROWTH), BURST
+            sampling |= {"past_key_values": cache, "use_cache": True}
+        found: list[list[int]] = [[] for _ in rows]
+        going = list(range(len(rows)))
+        for made in range(0, room, burst):
+            more = min(burst, room - made)
+            input_ids = self._model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=more,
+                repetition_penalty=1.0,  # whatever the model's own generation_config.json says
+                pad_token_id=self._pad_id,
+                eos_token_id=self._encoder.end_id,
+                streamer=streamer,
+                **sampling,
+            )
+            for number, tokens in zip(going, input_ids[:, width + made :].tolist(), strict=True):
+                found[number] += tokens
+            open_places = [place for place, number in enumerate(going) if not self._has_ended(found[number], request)]
+            if cache is None or not open_places or input_ids.shape[1] < width + made + more:
+                break
+            going = [going[place] for place in open_places]
+            places = torch.tensor(open_places)
+            mask = torch.nn.functional.pad(mask[places], (0, more), value=1)
+            if len(open_places) < len(input_ids):
+                input_ids = input_ids[places.to(device)]
+                cache.batch_select_indices(places.to(device))
+        self.usage.num_generated_tokens += sum(token != self._pad_id for tokens in found for token in tokens)
+        return [before_stop(text, request.stop) for text in self._texts(prompts, found)]
+
+    def _has_ended(self, tokens: list[int], request: Generation) -> bool:
+        """Return whether an answer holds the end of the sequence or a stop."""
+        if self._encoder.end_id in tokens:
+            return True
+        (text,) = self._decoded([tokens])
+        return before_stop(text, request.stop) != text
 
     def _stops(self, stop: Sequence[str], width: int) -> Callable[..., torch.Tensor]:
         """Return what tells whether rows have come to a stop sequence; it looks only behind the prompts' `width`."""
@@ -265,20 +309,11 @@ class LocalModel:
         texts: list[str] = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
-    def _score(self, rows: list["_Continued"]) -> list[list[LogLikelihood]]:
+    def _score(self, asked: list[tuple["_Continued", Row]]) -> list[list[LogLikelihood]]:
         """Return the log-likelihood of every row's options; logits are made at the positions that predict them only."""
-        width = max(len(row.ids) for row in rows)
-        input_ids = torch.full((len(rows), width), self._pad_id)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        predicts = torch.zeros((len(rows), width), dtype=torch.bool)
-        for number, row in enumerate(rows):
-            input_ids[number, : len(row.ids)] = torch.tensor(row.ids)
-            mask[number, : len(row.ids)] = 1
-            predicts[number, len(row.ids) - row.length : len(row.ids)] = True
-        device = self._model.device
-        base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
-        inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
-        logits = logits_at(base, predicts.to(device), **inputs).float()
+        rows = [row for row, _ in asked]
+        logits = logits_of([row for _, row in asked], [row.length for row in rows], self._base, self._pad_id).float()
+        device = logits.device
         starts = list(accumulate((row.length for row in rows), initial=0))
         positions: list[int] = []
         tokens: list[int] = []
@@ -306,17 +341,3 @@ class _Continued:
     ids: list[int]
     length: int
     options: list[list[int]]
-
-
-@dataclass
-class _Pace:
-    """The rows of a batch: as many as the one before would have had in BATCH_SECONDS, unless that is fixed."""
-
-    size: int
-    is_fixed: bool = False
-
-    def took(self, num_rows: int, seconds: float) -> None:
-        """Take note of how long a batch took."""
-        if not self.is_fixed:
-            in_time = int(num_rows * BATCH_SECONDS / max(seconds, 1e-9))
-            self.size = max(1, min(BATCH_SIZE, num_rows * MOST_GROWTH, in_time))

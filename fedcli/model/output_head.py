@@ -86,7 +86,7 @@ def _of_head(model: nn.Module, positions: torch.Tensor, inputs: dict[str, Any]) 
 
     handle = head.register_forward_pre_hook(select)
     try:
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        logits: torch.Tensor = model(**{"use_cache": False, **inputs}).logits
     finally:
         handle.remove()
     return logits
@@ -99,7 +99,7 @@ def _of_all(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """
     shape = inputs["input_ids"].shape
     known = inspect.signature(model.forward).parameters
-    offered = inputs | {"use_cache": False, "logits_to_keep": shape[1], "num_logits_to_keep": shape[1]}
+    offered = {"use_cache": False, "logits_to_keep": shape[1], "num_logits_to_keep": shape[1]} | inputs
     output = model(**{name: value for name, value in offered.items() if name in known})
     logits = output["logits"] if isinstance(output, dict) else getattr(output, "logits", None)
     if logits is None:

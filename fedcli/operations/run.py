@@ -68,7 +68,7 @@ def run_federation(
 
     def score() -> None:
         """Score what is due, with the model that clients train on, where they train in this process."""
-        for milestone in score_due(federation, runtimes):
+        for milestone in score_due(federation, runtimes, observer):
             observer.round_scored(milestone)
 
     num_merged = 0

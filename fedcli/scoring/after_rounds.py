@@ -56,7 +56,7 @@ def _note_due(federation: FederationState) -> None:
             scores.note_unscored(workspace, Unscored(round=head.number, benchmark=benchmark.name, name=name))
 
 
-def score_due(federation: FederationState, runtimes: "Runtimes") -> Iterator[RoundScores]:
+def score_due(federation: FederationState, runtimes: "Runtimes", observer: Observer) -> Iterator[RoundScores]:
     """Score every round that is due, on what it has no scores on; yield each round when that is done.
 
     A benchmark that fails is not tried again. No round waits for its scores: what goes wrong is in the result. One that
@@ -75,21 +75,24 @@ def score_due(federation: FederationState, runtimes: "Runtimes") -> Iterator[Rou
     except (WorkspaceError, IntegrityError) as error:
         yield RoundScores(federation.head.number, [], f"{error.message} ({error.hint})")
     for number, notes in by_round.items():
-        found = [_score(federation, note, runtimes) for note in sorted(notes, key=lambda n: wanted.index(n.name))]
+        in_order = sorted(notes, key=lambda note: wanted.index(note.name))
+        found = [_score(federation, note, runtimes, observer) for note in in_order]
         records = [record for made in found if isinstance(made, list) for record in made]
         failures = [made for made in found if isinstance(made, str)]
         if records or failures:
             yield RoundScores(number, records, "; ".join(failures) or None)
 
 
-def _score(federation: FederationState, note: Unscored, runtimes: "Runtimes") -> list[ScoreRecord] | str:
+def _score(
+    federation: FederationState, note: Unscored, runtimes: "Runtimes", observer: Observer
+) -> list[ScoreRecord] | str:
     """Return the scores of what is due, or what is said of its failure."""
     from fedcli.scoring.request import prepare
 
     workspace, asked = federation.workspace, _asked(federation, note)
     try:
         if scores.read_score(workspace, str(TargetName.of_round(note.round)), note.name) is None:
-            return prepare(federation, asked, runtimes).run(Observer())
+            return prepare(federation, asked, runtimes).run(observer)
         scores.remove_unscored(workspace, str(TargetName.of_round(note.round)), note.name)  # another process was first
         return []
     except BusyError:

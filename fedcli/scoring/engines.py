@@ -49,18 +49,26 @@ class Models:
             **target.identity,
         }
 
-    def engine(self, target: Target) -> Engine:
-        """Return the engine that answers for a target; raise RequirementError where its model cannot be loaded."""
+    def engine(self, target: Target, on_note: Callable[[str], None] = lambda text: None) -> Engine:
+        """Return the engine that answers for a target, and tells what a user must know.
+
+        Raises RequirementError where its model cannot be loaded.
+        """
         if self._loaded is None or self._loaded[0] != target:
-            self._loaded = (target, self._load(target))
+            self._loaded = (target, self._load(target, on_note))
         return self._loaded[1]
 
-    def _load(self, target: Target) -> Engine:
+    def _load(self, target: Target, on_note: Callable[[str], None]) -> Engine:
         if target.api is not None:
             return self.endpoint(target.api)
         if target.model is not None:
             return load_local(
-                target.model, self.template, date=self.date, batch_size=self.batch_size, threads=self.threads
+                target.model,
+                self.template,
+                date=self.date,
+                batch_size=self.batch_size,
+                threads=self.threads,
+                on_note=on_note,
             )
         runtime = self.runtimes.load()
         if target.folder is not None:
@@ -68,7 +76,8 @@ class Models:
         else:
             assert target.arrays is not None
             runtime.adapted.load(target.arrays())
-        return _local(runtime.adapted.model, runtime.adapted.tokenizer, self.template, self.batch_size, self.date)
+        adapted = runtime.adapted
+        return _local(adapted.model, adapted.tokenizer, self.template, self.batch_size, self.date, on_note)
 
 
 def load_local(
@@ -78,6 +87,7 @@ def load_local(
     date: str | None = None,
     batch_size: int | None = None,
     threads: int | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """Return a full model's engine; its template is the tokenizer's own where none is named and it has one."""
     import torch
@@ -91,7 +101,8 @@ def load_local(
     inspect(folder).require()
     with quiet_libraries():
         model, tokenizer = load_base(folder, trust_remote_code=False)
-    return _local(model, tokenizer, template or ("chat" if tokenizer.chat_template else "vicuna"), batch_size, date)
+    template = template or ("chat" if tokenizer.chat_template else "vicuna")
+    return _local(model, tokenizer, template, batch_size, date, on_note)
 
 
 def _local(
@@ -100,10 +111,12 @@ def _local(
     template: TemplateChoice,
     batch_size: int | None,
     date: str | None,
+    on_note: Callable[[str], None],
 ) -> Engine:
     from fedcli.data.encoding import Encoder
     from fedcli.eval.local_model import LocalModel
     from fedcli.model.finite import check_answers
 
     check_answers(model)
-    return LocalModel(model, tokenizer, Encoder(tokenizer, template, date=date), batch_size=batch_size)
+    encoder = Encoder(tokenizer, template, date=date)
+    return LocalModel(model, tokenizer, encoder, batch_size=batch_size, on_note=on_note)

@@ -93,7 +93,9 @@ class Evaluation:
             if self.judge is not None and {"judge", "judge-optional"} & {*benchmark.needs}:
                 memory = stack.enter_context(opened_log(workspace.judgments(target.name, benchmark.name)))
                 judge = self.judge(memory, on_progress=observer.answered)
-            model = Remembering(lambda: self.models.engine(target), answers, identity, observer.answered)
+            model = Remembering(
+                lambda: self.models.engine(target, observer.noted), answers, identity, observer.answered
+            )
             others = _answers_of_baseline(workspace, asked, options)
             session = Session(model, files, options, judge, self.run_code, others)
             items = benchmark.run(session)

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedcli.client.runtimes import KeptModel
-from fedcli.data.formats import describe_rows
+from fedcli.data.row_report import describe_rows
 from fedcli.errors import BusyError, ConfigError, explain
 from fedcli.federation import Federation
 from fedcli.observer import Observer
@@ -54,15 +54,13 @@ def _work(folder: StudyFolder, cell: Cell, kept: KeptModel, threads: int | None,
     if not is_made(folder, cell):
         Federation.create(root, preset=cell.setting.preset, settings=cell.settings, observer=observer)
         if (split := read_summary(Workspace(root))) is not None:
-            for line in describe_rows(split.left_out, split.first_cases, split.notes, split.unused):
+            for line in describe_rows(split):
                 observer.noted(line)
     federation = Federation.open(root, threads=threads, kept=kept)
     _share_tokens(folder, cell, federation)
     if cell.algorithm is not None:
         result = federation.run(observer=observer)
-        for line in describe_rows(
-            result.left_out, result.first_cases, result.notes, result.unused, of=" of the clients' rows"
-        ):
+        for line in describe_rows(result, of=" of the clients' rows"):
             observer.noted(line)
         federation.evaluate(request=_scoring(folder, Targets(rounds=("latest",)), threads), observer=observer)
         return
