@@ -189,7 +189,7 @@ def main() -> int:
             side.send(None)
             worker.join()
         figures |= {"threads": os.environ.get("OMP_NUM_THREADS", "1"), "their_batch": arguments.their_batch}
-        figures |= {"limit_of_items": arguments.limit, "base": arguments.base}
+        figures |= {"limit_of_items": arguments.limit, "base": Path(arguments.base).name}
         ratio, limit = figures.pop("ratio"), BENCHMARKS[name][2]
         is_same = figures["equal_answers"] == figures["items"] and figures["largest_difference_of_log_probs"] < CLOSE
         status |= record(f"scoring_{name}", ratio, limit, figures, is_kept=not arguments.no_record) or not is_same
