@@ -62,6 +62,8 @@ def test_a_study_is_presets_x_algorithms_x_seeds_and_baselines_once_for_each_pre
     [
         ({"presets": ["dmo"]}, r"unknown preset 'dmo'"),
         ({"presets": ["demo", "demo"]}, r"presets: demo comes twice"),
+        ({"seeds": [0, 0]}, r"seeds: 0 comes twice; leave one out"),
+        ({"algorithms": "fedavg"}, r"algorithms: a list is wanted here \(found 'fedavg'\)"),
         ({"algorithms": ["fedavgg"]}, r"unknown algorithm 'fedavgg'\. Did you mean fedavg"),
         ({"algorithms": [{"name": "fedprox", "nu": 1}]}, r"the cell demo/seed-0/fedprox has 1 fault"),
         ({"settings": {"train.stepz": 1}}, r"train\.stepz: unknown key\. Did you mean steps"),

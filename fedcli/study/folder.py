@@ -126,7 +126,8 @@ def create_study(
                 hint=f"Name another folder; or edit that {STUDY_NAME}, and run `fedcli study run`.",
             )
         return StudyFolder(root.absolute()), False
-    parse_study(read_document(text, source), file.absolute())  # before anything is written
+    named = None if source in shipped_studies().values() else source
+    parse_study(read_document(text, source), file.absolute(), named)  # before anything is written
     make_folder(root.absolute())
     publish_file(file.absolute(), text.encode())
     return StudyFolder(root.absolute()), True

@@ -113,7 +113,8 @@ class Study(Section):
             ("seeds", list(map(str, self.seeds))),
         ):
             if twice := {name for name in names if names.count(name) > 1}:
-                raise ValueError(f"{what}: {min(twice)} comes twice; give each a name of its own")
+                cure = "leave one out" if what == "seeds" else "give each a name of its own"
+                raise ValueError(f"{what}: {min(twice)} comes twice; {cure}")
         for entry in self.algorithms:
             if entry.name not in ALGORITHMS:
                 raise ValueError(
@@ -185,24 +186,28 @@ def read_study(path: Path) -> Study:
     return parse_study(read_document(path.read_text(encoding="utf-8"), path), path)
 
 
-def parse_study(document: dict[str, Any], path: Path) -> Study:
-    """Check a parsed study file: keys, presets, algorithms and every cell's settings; paths become absolute."""
+def parse_study(document: dict[str, Any], path: Path, named: Path | None = None) -> Study:
+    """Check a parsed study file: keys, presets, algorithms and every cell's settings; paths become absolute.
+
+    `path` is where the file lies, or will; faults name `named` in its place, if that is given.
+    """
+    shown = named or path
     try:
         study = Study.model_validate(document)
     except ValidationError as error:
         faults = list(dict.fromkeys(_fault(fault) for fault in error.errors()))
         raise ConfigError(
-            f"{path} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n  " + "\n  ".join(faults),
+            f"{shown} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n  " + "\n  ".join(faults),
             hint="Correct the keys that are named; docs/STUDIES.md explains them.",
         ) from error
     for entry in study.presets:
         if entry.preset not in presets():
             hint = did_you_mean(entry.preset, presets())
-            raise ConfigError(f"{path}: presets: unknown preset {entry.preset!r}", hint=hint)
+            raise ConfigError(f"{shown}: presets: unknown preset {entry.preset!r}", hint=hint)
     try:
         find_benchmarks(study.eval.benchmarks)
     except FedError as error:
-        raise ConfigError(f"{path}: eval.benchmarks: {error.message}", hint=error.hint) from error
+        raise ConfigError(f"{shown}: eval.benchmarks: {error.message}", hint=error.hint) from error
     root = path.parent / study.root if study.root else path.parent
     found = study.eval.model_copy(
         update={name: absolute_in(root, getattr(study.eval, name)) for name in ("data", "judge_model")}
@@ -210,7 +215,7 @@ def parse_study(document: dict[str, Any], path: Path) -> Study:
     study = study.model_copy(update={"eval": found, "root": str(root.absolute())})
     for cell in cells_of(study):
         _ = cell.config
-        study_clients(study, cell, path)
+        study_clients(study, cell, shown)
     return study
 
 
@@ -284,6 +289,10 @@ def _fault(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         section: Any = {"eval": EvalConfig, "table": TableConfig}.get(str(fault["loc"][0]), Study)
         return f"{where}: unknown key. {did_you_mean(str(fault['loc'][-1]), section.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{where}: it is missing"
+    if fault["type"] == "tuple_type":
+        return f"{where}: a list is wanted here (found {fault['input']!r})"
     message = fault["msg"].removeprefix("Value error, ")
     return message if where == "the file" else f"{where}: {message} (found {fault['input']!r})"
 
