@@ -142,7 +142,7 @@ def _draw_costs(block: Block, columns: Sequence[Column], costs: Mapping[str, tup
                 mark, colour = _MARKS[place % len(_MARKS)], PALETTE[place % len(PALETTE)]
                 axes.errorbar(x, score.mean, yerr=score.deviation or 0.0, fmt=mark, color=colour, label=label)
         axes.set(title=column.shown, xlabel=f"{unit} sent and fetched" if by_bytes else "seconds, with scoring")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.05 * max(axes.dataLim.x1, 0) or 1)  # the mark that lies farthest is whole
     _legend(figure, grid)
     return figure
 
