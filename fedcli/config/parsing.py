@@ -60,7 +60,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for position, key in enumerate(keys):
             if key in keys[:position]:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key!r}", node.value[position][0].start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -69,13 +71,21 @@ def read_document(text: str, where: Path) -> dict[str, Any]:
     try:
         document = yaml.load(text, _UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{where} is not valid YAML: {problem}", hint="Correct that line.") from error
+        raise ConfigError(f"{where} is not valid YAML: {_yaml_fault(error)}", hint="Correct that line.") from error
     if document is None:
         return {}
     if not isinstance(document, dict):
         raise ConfigError(f"{where} does not hold a mapping of sections", hint="Start from `fedcli init`'s file.")
     return document
+
+
+def _yaml_fault(error: Exception) -> str:
+    """Return what is wrong and where, without the excerpts that PyYAML draws over several lines."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    parts = [(error.problem, error.problem_mark), (error.context, error.context_mark)]
+    places = (f"{what}, line {mark.line + 1}, column {mark.column + 1}" for what, mark in parts if what and mark)
+    return "; ".join(places)
 
 
 def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
