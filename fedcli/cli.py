@@ -166,8 +166,8 @@ class EvalGroup(_Group):
     """A group whose command `run` need not be named: `fedcli eval mmlu` is `fedcli eval run mmlu`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `run` in front of a benchmark's name."""
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
+        """Put `run` in front of a benchmark's name, or of an option that stands before it."""
+        if args and args[0] not in (*self.commands, "-h", "--help"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 

@@ -203,7 +203,8 @@ def eval_list(
         num_details = len(found.metrics) - len(metrics)
         origin = "" if entry.package == OWN_PACKAGE else f"; from the package {entry.package}"
         print(f"{found.name}: {found.title} ({found.size:,} items; {', '.join(found.groups) or 'no group'}{origin})")
-        print(f"    metrics: {', '.join(metrics)}{f' and {num_details} details' if num_details else ''}")
+        more = f" and {plural(num_details, 'detail')}" if num_details else ""
+        print(f"    metrics: {', '.join(metrics)}{more}")
         release = found.data.release if found.data else None
         needs = f"; license: {release.license}" if release is not None else ""
         needs += f"; needs: {', '.join(found.needs)}" if found.needs else ""
