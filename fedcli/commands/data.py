@@ -88,7 +88,8 @@ def _print_histogram(console: "Console", result: "Preview") -> None:
     console.rule("tokens a row, templated, before any cut")
     if result.num_sampled < num_rows:
         console.print(f"of the first rows of each client: {result.num_sampled} of {num_rows}")
-    for low, high, count in zip(result.edges, result.edges[1:], result.histogram, strict=False):
+    last_of_each = [*(edge - 1 for edge in result.edges[1:-1]), result.edges[-1]]  # a bin ends before the next one
+    for low, high, count in zip(result.edges, last_of_each, result.histogram, strict=False):
         bar = "█" * round(40 * count / highest) if count else ""
         console.print(f"{low:>6} to {high:<6} {bar} {count}")
     num_cut = sum(share.num_cut for share in result.clients)

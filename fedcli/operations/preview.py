@@ -189,7 +189,7 @@ def preview(
         groups=groups,
         partition=summary.partition if summary else None,
         max_length=max_length,
-        edges=[int(edge) for edge in np.ceil(edges)],
+        edges=[*(int(edge) for edge in np.ceil(edges[:-1])), int(edges[-1])],
         histogram=[int(count) for count in counts_],
         num_sampled=len(all_lengths),
         picture=picture,
