@@ -169,7 +169,8 @@ class RowReader(RowReport):
     def require_rows(self, where: object) -> None:
         """Raise ConfigError where not one row is usable."""
         if self.num_usable == 0:
-            hint = "Set data.format (or --format) to what the rows are; docs/DATA.md lists the formats."
+            hint = "Set data.format (or --format) to what the rows are, or columns of any names with {columns: {...}}: "
+            hint += "docs/DATA.md lists the formats."
             for task in TASKS.usable():
                 fitting = (name for name in formats_of(task.item) if task.item is not self._item)
                 if name := next((name for name in fitting if _count_usable(name, self._first)), None):
