@@ -147,7 +147,7 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
         "merged into the last round": plural(len(last.counted), "update") if last else "none: this is the start",
         "steps of a client in a round": f"{train.steps}, each of {plural(train.batch_size, 'row')}",
         "learning rate": f"{train.schedule.learning_rate:g} to {train.schedule.learning_rate_min:g}, cosine",
-        "split of the rows": json.dumps(summary.partition) if summary else "",
+        "split of the rows": json.dumps(summary.partition).strip('"') if summary else "",
         "seed": str(train.seed),
         "workspace": manifest.workspace,
         "SHA-256 of the round's manifest": found.sha256,
