@@ -47,6 +47,12 @@ EXAMPLES = {
         ("fedcli eval mmlu gsm8k --round latest --base", "two benchmarks, two models"),
     ),
     "eval table": (("fedcli eval table --against best-alone", "differences to the best client alone"),),
+    "study init": (
+        ("fedcli study init --list", "the studies that there are"),
+        ("fedcli study init demo mine --set eval.limit=60", "one of them, into the folder mine"),
+    ),
+    "study run": (("fedcli study run --workers 2", "all cells that are missing, two at a time"),),
+    "study table": (("fedcli study table --format latex", "the table for a paper"),),
     "slurm submit": (("fedcli slurm submit --dry-run", "what would be sent"),),
 }
 """Of commands by their full names: what to type, and what it does."""
