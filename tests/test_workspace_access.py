@@ -7,7 +7,7 @@ import pytest
 import typer
 from support.audit import Touch, watched
 from support.federation import all_take_part
-from support.processes import SMALL, command_names, settings
+from support.processes import SMALL, command_names, run_ok, settings
 from support.warm import write_rows
 
 from fedcli import Federation
@@ -57,7 +57,8 @@ def workspace(small: Path) -> Path:
 
 def test_every_command_is_watched() -> None:
     names = {name.removeprefix("fedcli ") for name in command_names(typer.main.get_command(app), "fedcli")}
-    assert names == {name.removesuffix(" --any") for name in COMMANDS}
+    watched_here = {name.removesuffix(" --any") for name in COMMANDS}
+    assert names == watched_here | {f"study {name}" for name in ("init", "run", "status", "table", "plot")}
 
 
 LONG = {
@@ -102,6 +103,18 @@ def test_files_of_the_workspace_are_listed_examined_and_opened_in_its_own_room_a
     assert seen.touches or name in ("eval list", "eval fetch")
     offenders = sorted({str(touch) for touch in seen.touches if is_foreign(touch)})
     assert not offenders, "\n".join(["", *offenders])
+
+
+@pytest.mark.slow
+def test_a_study_reaches_the_files_of_its_cells_in_the_workspaces_room_alone(tmp_path: Path) -> None:
+    study, few = tmp_path / "study", [f"settings.{setting}" for setting in SMALL]
+    run_ok("study", "init", "demo", study, *settings(*few, "eval.limit=2", "baselines=[]"), cwd=tmp_path)
+    cell = study / "cells/demo/seed-0/fedavg"
+    for command in (("run", "--cell", "demo/seed-0/fedavg"), ("status",), ("table",), ("plot",)):
+        seen = watched(cell, "study", *command, "-s", study, log=tmp_path / "log.json")
+        assert seen.touches or command == ("status",)
+        offenders = sorted({str(touch) for touch in seen.touches if is_foreign(touch)})
+        assert not offenders, "\n".join([str(command), *offenders])
 
 
 def is_foreign(touch: Touch) -> bool:

@@ -17,7 +17,7 @@ from fedcli.study.folder import CellRecord, StudyFolder, error_record
 from fedcli.study.plan import Cell, cell_key, cells_of
 from fedcli.workspace.caches import share_tokens
 from fedcli.workspace.federation_state import POLL_SECONDS
-from fedcli.workspace.layout import MANIFEST, Workspace
+from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.scores import share_answers
 
@@ -140,7 +140,7 @@ def _alone_with_base(folder: StudyFolder, federation: Federation) -> Iterator[No
 
 def is_made(folder: StudyFolder, cell: Cell) -> bool:
     """Return whether a cell's workspace stands, its round 0 open."""
-    return (Workspace(folder.workspace(cell)).round(0) / MANIFEST).exists()
+    return Workspace(folder.workspace(cell)).has_round(0)
 
 
 def unfinished(folder: StudyFolder) -> Sequence[Cell]:

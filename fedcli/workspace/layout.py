@@ -75,6 +75,10 @@ class Workspace:
         """Return whether something lies where a client's update of a round belongs."""
         return self.store.exists(self.name(self.update(number, client)))
 
+    def has_round(self, number: int) -> bool:
+        """Return whether a round is open, or was."""
+        return self.store.exists(self.name(self.round(number) / MANIFEST))
+
     def registration(self, client: int) -> Path:
         """A joined party's entry in the registry."""
         return self.clients / f"{client}.json"
