@@ -63,6 +63,7 @@ def test_table_4_in_tiny_killed_five_times_has_every_column_and_the_bytes_of_pla
             by_row.setdefault(score["row"], []).append(score["column"])
     assert by_row == dict.fromkeys(("base", "local", "FedAvg", "SCAFFOLD"), titles)
     assert {path.suffix for path in (study / "tables").iterdir()} == {".md", ".tex", ".csv", ".json"}
+    assert "a sample: eval.limit is 9" in (study / "tables/paper-table-4.md").read_text()
 
     cell, plain = cells_of(StudyFolder(study).study)[2], tmp_path / "plain"  # SCAFFOLD's, made by the plain commands
     fedcli("init", plain, "--preset", cell.setting.preset, *settings(*cell.overrides), cwd=tmp_path)

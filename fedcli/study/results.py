@@ -103,6 +103,8 @@ def make_table(folder: StudyFolder, *, like: str | None = None, against: str | N
         raise NotReadyError("no cell of the study has scores yet", hint="`fedcli study run` makes them.")
     if paper is not None and paper.note:
         notes[paper.note] = None
+    if study.eval.limit is not None:
+        notes[f"scores are of a sample: eval.limit is {study.eval.limit} items of each benchmark or subject"] = None
     if any(label == BEST_ALONE for block in blocks for label in block.rows):
         notes["best client alone: chosen by these very scores, in each metric and seed, which flatters it"] = None
     return StudyTable(study.title, blocks, len(study.seeds), paper.source if paper else None, tuple(notes))
