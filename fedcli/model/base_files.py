@@ -149,7 +149,7 @@ class Weights:
                 return cls(frozenset(mapped), {})
             try:
                 with safe_open(folder / name, "np") as file:
-                    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
                     shapes |= {key: tuple(each.get_shape()) for key, each in slices.items()}
                     kinds |= {key: str(each.get_dtype()) for key, each in slices.items()}
                     places |= dict.fromkeys(slices, name)
