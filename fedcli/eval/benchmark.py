@@ -135,6 +135,12 @@ class Benchmark:
     answers_of: str | None = None
     """The benchmark that asks models the same questions, and so has the same answers."""
 
+    def metric(self, name: str) -> Metric | None:
+        """Return the metric of a name; METRIC:PART is a detail, the metric of a part that the data names."""
+        known = {metric.name: metric for metric in self.metrics}
+        whole = known.get(name.partition(":")[0])
+        return known.get(name) or (whole and replace(whole, name=name, is_detail=True))
+
     def obeys(self, option: str) -> bool:
         """Return whether an option changes what it does."""
         return option == "limit" or option in self.takes

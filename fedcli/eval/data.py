@@ -33,6 +33,8 @@ class DataSource:
     """A branch of the hub's repository: that of the parquet copy, where a set comes as a script."""
     release: Release | None = None
     """Its files by their hashes, which are fetched where no folder has them; None where the hashes are not known."""
+    is_any_file: bool = False
+    """Whether a file that is named in place of a folder is its data, whatever its name."""
 
     @property
     def is_cached_from_hub(self) -> bool:
@@ -67,6 +69,8 @@ class Files:
     def find(self, *patterns: str) -> list[Path]:
         """Return the files that match the first pattern with a match (default: the source's), sorted; else []."""
         for root in self.roots:
+            if self.source.is_any_file and root.is_file():
+                return [root]
             for folder in (root / self.benchmark, *(root / name for name in self.source.folders), root):
                 for pattern in patterns or self.source.files:
                     if found := self.finder(folder, pattern):
@@ -138,7 +142,7 @@ class Files:
 def find_roots(named: Path | None) -> tuple[Path, ...]:
     """Return the folders of benchmarks: the one that was named, else $FEDCLI_BENCHMARKS'; raise UsageError for none."""
     if named is not None:
-        if not named.is_dir():
+        if not named.exists():
             raise UsageError(f"--data {named}: no such folder", hint="Name a folder that holds the benchmark's files.")
         return (named.absolute(),)
     return tuple(Path(name).absolute() for name in os.environ.get(BENCHMARKS_VARIABLE, "").split(os.pathsep) if name)

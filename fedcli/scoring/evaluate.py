@@ -185,8 +185,8 @@ def _record(
         data=_describe(session.files, items),
         scores={
             metric.name: _entry(metric, [marks[metric.name]], [clusters])
-            for metric in benchmark.metrics
-            if metric.name in marks
+            for name in dict.fromkeys([*(metric.name for metric in benchmark.metrics), *marks])
+            if name in marks and (metric := benchmark.metric(name)) is not None
         },
         awaits=_awaited(benchmark, session) if num_unscored else None,
         num_items=len(items),

@@ -275,8 +275,8 @@ def _difference(
 
 def _metric(benchmark: Benchmark | None, column: Column) -> Metric:
     """Return a column's metric; one of a task that is not registered is a mean."""
-    known = {metric.name: metric for metric in (benchmark.metrics if benchmark else ())}
-    return known.get(column.metric) or Metric(column.metric, column.unit, column.higher_is_better)
+    known = benchmark.metric(column.metric) if benchmark else None
+    return known or Metric(column.metric, column.unit, column.higher_is_better)
 
 
 def _notes(kept: Sequence[ScoreRecord], stale: Sequence[ScoreRecord]) -> tuple[str, ...]:

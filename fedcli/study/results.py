@@ -336,8 +336,7 @@ class Scored:
 
 
 def _metric(column: Column) -> Metric:
-    known = {metric.name: metric for metric in BENCHMARKS[column.benchmark].metrics}
-    return known.get(column.metric) or Metric(column.metric)
+    return BENCHMARKS[column.benchmark].metric(column.metric) or Metric(column.metric)
 
 
 def _signed(column: Column, value: float) -> float:

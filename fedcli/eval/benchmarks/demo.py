@@ -22,7 +22,7 @@ def run(session: Session) -> list[ItemScore]:
     """Score the rows that the workspace keeps: examples of an instruction workspace, pairs of a preference one."""
     items = _read(session.files)[: session.options.limit]
     examples = [item for item in items if isinstance(item, Example)]
-    return _answered(session, examples) + _compared(session, [item for item in items if isinstance(item, Preference)])
+    return _answered(session, examples) + compared(session, [item for item in items if isinstance(item, Preference)])
 
 
 def _answered(session: Session, examples: Sequence[Example]) -> list[ItemScore]:
@@ -37,7 +37,8 @@ def _answered(session: Session, examples: Sequence[Example]) -> list[ItemScore]:
     ]
 
 
-def _compared(session: Session, pairs: Sequence[Preference]) -> list[ItemScore]:
+def compared(session: Session, pairs: Sequence[Preference]) -> list[ItemScore]:
+    """Score which response of each pair is the likelier one."""
     requests = [Likelihood(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
     found = [answer.log_prob for answer in session.model.log_likelihoods(requests)]
     return [

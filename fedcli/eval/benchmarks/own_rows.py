@@ -1,0 +1,113 @@
+"""A user's own held-out rows: how likely their responses are, whether greedy decoding gives them, which one is better.
+
+Rows have any of the formats that training reads (docs/DATA.md), which is guessed from their columns. Of a conversation
+the last response is scored, given all turns before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fedcli.data.file_rows import Opener
+from fedcli.data.formats import RowReader, guess_format
+from fedcli.data.source import read_rows
+from fedcli.errors import ConfigError
+from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
+from fedcli.eval.benchmarks.demo import compared
+from fedcli.eval.data import DataSource
+from fedcli.eval.requests import Likelihood
+from fedcli.tasks.conversation import Example, Item, Preference, is_text, shown
+
+PREFIX = "rows"
+"""Of the files' names: rows.jsonl, or rows-finance.jsonl and rows-code.jsonl, which have metrics of their own too."""
+_KINDS = ("jsonl", "json", "csv", "tsv", "parquet")
+
+
+def _mean_loss(sums: Sequence[float]) -> float:
+    """Return nats per token of a sum of (nats, tokens)."""
+    return sums[0] / sums[1]
+
+
+METRICS = (
+    Metric("loss", unit="nats", higher_is_better=False, of_sum=_mean_loss),
+    Metric("exact_match"),
+    Metric("preference_accuracy"),
+    Metric("margin", unit="nats", is_detail=True),
+)
+"""loss: nats per token of the responses, their end included, all tokens of all rows alike; exact_match: rows whose
+response greedy decoding gives, token by token; preference_accuracy: pairs whose chosen response is the likelier one;
+margin: by how much, summed over its tokens."""
+
+
+def run(session: Session) -> list[ItemScore]:
+    """Score the rows of every file; raises ConfigError for a file without a usable row.
+
+    Of several files each is a part, with metrics METRIC:PART.
+    """
+    scored: list[ItemScore] = []
+    files = session.files.require()
+    for path in files:
+        items = _read(path, session.files.opener)[: session.options.limit]
+        examples = [item for item in items if isinstance(item, Example)]
+        found = _answered(session, examples)
+        found += compared(session, [item for item in items if isinstance(item, Preference)])
+        scored += found if len(files) == 1 else [_of_part(_part_name(path), item) for item in found]
+    return scored
+
+
+def _read(path: Path, opener: Opener | None) -> list[Item]:
+    """Return a file's examples, or pairs where it has no usable example."""
+    rows = read_rows(path, opener)
+    error = None
+    for task in ("sft", "dpo"):
+        reader = RowReader(guess_format(str(path), None, task, rows, "the name of the columns").format)
+        items = [item for _, item in reader.read(rows)]
+        try:
+            reader.require_rows(path)
+        except ConfigError as found:
+            error = error or found
+            continue
+        if all(is_text(item.conversations[0]) for item in items):
+            raise ConfigError(f"{path}: its rows are texts without a prompt", hint="Give rows a prompt and a response.")
+        return [item for item in items if not is_text(item.conversations[0])]
+    assert error is not None
+    raise error
+
+
+def _part_name(path: Path) -> str:
+    return path.name.split(".")[0].removeprefix(PREFIX).strip("-_ ") or PREFIX
+
+
+def _of_part(part: str, item: ItemScore) -> ItemScore:
+    marks = {**item.marks, **{f"{metric}:{part}": mark for metric, mark in item.marks.items()}}
+    return replace(item, item=f"{part}/{item.item}", marks=marks)
+
+
+def _answered(session: Session, examples: Sequence[Example]) -> list[ItemScore]:
+    answers = session.model.log_likelihoods([Likelihood(each.prompt, each.response) for each in examples])
+    return [
+        ItemScore(
+            str(number),
+            {"loss": (-answer.log_prob, float(answer.num_tokens)), "exact_match": float(answer.is_greedy)},
+            {"prompt": shown(example.prompt), "expected": example.response, "log_prob": answer.log_prob},
+        )
+        for number, (example, answer) in enumerate(zip(examples, answers, strict=True))
+    ]
+
+
+BENCHMARK = Benchmark(
+    "rows",
+    "Your own held-out rows",
+    (),
+    METRICS,
+    0,
+    "your own",
+    DataSource(
+        tuple(f"{PREFIX}*.{kind}" for kind in _KINDS),
+        "rows of your own that no client trains on",
+        is_any_file=True,
+    ),
+    run,
+    needs=("likelihood",),
+    takes=("template",),
+)
