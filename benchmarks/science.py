@@ -16,6 +16,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -294,8 +295,12 @@ def main() -> None:
         for science in chosen_studies:
             start = time.monotonic()
             folder = (arguments.folder / science.name).absolute()
-            if not (folder / "rows/test").exists():
-                science.write_rows(arguments.data, folder / "rows")
+            if not (folder / "rows").exists():
+                made = folder / "rows.part"
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir(parents=True)
+                science.write_rows(arguments.data, made)
+                made.rename(folder / "rows")
             chosen = choose(science, folder, arguments.base, arguments.workers)
             study = study_file(science, arguments.base, arguments.seeds[: number + 1], chosen)
             table = run(study, folder, "study", arguments.workers)

@@ -184,8 +184,8 @@ def _record(
         settings={**asdict(options), "judge": session.judge.name if session.judge else None},
         data=_describe(session.files, items),
         scores={
-            metric.name: _entry(metric, [marks[metric.name]], [clusters])
-            for name in dict.fromkeys([*(metric.name for metric in benchmark.metrics), *marks])
+            name: _entry(metric, [marks[name]], [clusters])
+            for name in dict.fromkeys([*(known.name for known in benchmark.metrics), *marks])
             if name in marks and (metric := benchmark.metric(name)) is not None
         },
         awaits=_awaited(benchmark, session) if num_unscored else None,
