@@ -41,7 +41,6 @@ COMMON = {
     "train.max_length": 192,
     "federation.clients": 4,
     "federation.rounds": 4,
-    "eval.data": "rows/test",
 }
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedyogi", "fedadam")
 ADAPTIVE = ("fedadagrad", "fedyogi", "fedadam")
@@ -226,7 +225,7 @@ def study_file(science: Science, base: str, seeds: Sequence[int], chosen: dict[s
         ],
         "seeds": list(seeds),
         "baselines": list(science.baselines),
-        "eval": {"benchmarks": benchmarks(science), "limit": science.limit},
+        "eval": {"benchmarks": benchmarks(science), "data": "rows/test", "limit": science.limit},
         "table": {"columns": list(science.columns)},
     }
 
@@ -247,7 +246,7 @@ def choose(science: Science, folder: Path, base: str, workers: int) -> dict[str,
     for key, algorithm, values in sweeps:
         study = study_file(science, base, [TUNING_SEED], {"learning_rate": science.rates[0]} | found["chosen"])
         study["presets"] = study["presets"][:1]
-        study["settings"] |= {"eval.data": "rows/tuning"}
+        study["eval"]["data"] = "rows/tuning"
         study["baselines"] = ["base"]
         study["algorithms"] = [
             {"name": algorithm, "label": f"{algorithm}-{value:g}", **HYPERPARAMETERS.get(algorithm, {})}

@@ -186,7 +186,7 @@ def _record(
         scores={
             name: _entry(metric, [marks[name]], [clusters])
             for name in dict.fromkeys([*(known.name for known in benchmark.metrics), *marks])
-            if name in marks and (metric := benchmark.metric(name)) is not None
+            name: _entry(found, [marks[name]], [clusters])
         },
         awaits=_awaited(benchmark, session) if num_unscored else None,
         num_items=len(items),
