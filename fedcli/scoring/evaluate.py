@@ -184,9 +184,9 @@ def _record(
         settings={**asdict(options), "judge": session.judge.name if session.judge else None},
         data=_describe(session.files, items),
         scores={
-            name: _entry(metric, [marks[name]], [clusters])
-            for name in dict.fromkeys([*(known.name for known in benchmark.metrics), *marks])
             name: _entry(found, [marks[name]], [clusters])
+            for name in dict.fromkeys([*(known.name for known in benchmark.metrics), *marks])
+            if name in marks and (found := benchmark.metric(name)) is not None
         },
         awaits=_awaited(benchmark, session) if num_unscored else None,
         num_items=len(items),
