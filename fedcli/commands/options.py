@@ -26,7 +26,8 @@ WorkspaceOption = Annotated[
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 ClientOption = Annotated[int, Option("--id", metavar="N", help="The client's id.")]
 BenchmarkDataOption = Annotated[
-    Path | None, Option(metavar="DIR", help="The benchmarks' files. Default: $FEDCLI_BENCHMARKS, else fetched.")
+    Path | None,
+    Option(metavar="DIR", help="The benchmarks' files; FILE for `rows`. Default: $FEDCLI_BENCHMARKS, else fetched."),
 ]
 ThreadsOption = Annotated[
     int | None,

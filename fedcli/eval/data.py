@@ -86,6 +86,11 @@ class Files:
     def missing(self, *patterns: str, reason: str = "") -> RequirementError:
         """Return the error for data that is not to be had."""
         wanted = " or ".join(patterns or self.source.files)
+        if self.source.is_any_file:
+            return RequirementError(
+                f"{self.benchmark} has no data: no file of rows is named",
+                hint=f"Name held-out rows with --data FILE, or a folder with {wanted} with --data DIR.",
+            )
         looked = ", ".join(map(str, self.roots)) or "no folder"
         hub = f"; the hub does not give it: {reason}" if reason else ""
         release = self.source.release
@@ -100,9 +105,13 @@ class Files:
         """Return where to read the data from: a folder, else its release, fetched into the cache, else the hub.
 
         Raises RequirementError where neither is to be had (the hub is asked later), and as `fetch` does for what has no
-        data set on the hub that could stand in.
+        data set on the hub that could stand in; UsageError for a file in place of a folder.
         """
         source = self.source
+        for root in self.roots:
+            if root.is_file() and not source.is_any_file:
+                hint = "Name the folder that holds it; `fedcli eval rows --data FILE` scores rows of your own."
+                raise UsageError(f"--data {root} is no folder: {self.benchmark} has files of its own", hint=hint)
         if self.find():
             return self
         if not self.may_fetch or (source.release is None and source.hub is None):
@@ -140,7 +149,7 @@ class Files:
 
 
 def find_roots(named: Path | None) -> tuple[Path, ...]:
-    """Return the folders of benchmarks: the one that was named, else $FEDCLI_BENCHMARKS'; raise UsageError for none."""
+    """Return the folder (or file) of benchmarks that was named, else $FEDCLI_BENCHMARKS'; raise UsageError for none."""
     if named is not None:
         if not named.exists():
             raise UsageError(f"--data {named}: no such folder", hint="Name a folder that holds the benchmark's files.")
