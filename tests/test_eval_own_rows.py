@@ -28,7 +28,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def log_prob() -> Any:
     """Return what computes (log p, tokens) of a response to an instruction, in Alpaca's words, its end included."""
     folder = find_base("builtin:tiny", revision=None, root=Path())
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    )
 
     def compute(instruction: str, response: str) -> tuple[float, int]:
         prompt = tokenizer(f"{HEAD}\n\n### Instruction:\n{instruction}\n\n### Response:")["input_ids"]

@@ -35,6 +35,13 @@ LOCAL = "local"
 ALONE = "alone"
 """Every client alone: the tables show the best and the mean of them."""
 
+_OWN_KEYS = {
+    "eval": "into the study's own section eval",
+    "federation.seed": "into the study's seeds",
+    "algorithm": "into the study's algorithms",
+}
+"""Keys of fedcli.yaml that the study itself decides, and where."""
+
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 _Seed = Annotated[int, Field(ge=0)]
 _Settings = dict[str, Any]
@@ -122,6 +129,10 @@ class Study(Section):
                 )
             if entry.label == BASELINES:
                 raise ValueError(f"algorithms: the label {BASELINES} is the baselines' own")
+        for entry in (self, *self.presets, *self.algorithms):
+            for key in _flat(entry.settings):
+                if own := next((place for taken, place in _OWN_KEYS.items() if f"{key}.".startswith(f"{taken}.")), ""):
+                    raise ValueError(f"settings: {key} is not one of a cell's settings here: it belongs {own}")
         for name in self.baselines:
             which = name.removeprefix("alone-")
             if name not in ("base", LOCAL, ALONE, "pooled") and not (which != name and which.isdecimal()):
