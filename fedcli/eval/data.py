@@ -31,6 +31,8 @@ class DataSource:
     split: str = "test"
     revision: str | None = None
     """A branch of the hub's repository: that of the parquet copy, where a set comes as a script."""
+    instead: str = ""
+    """What to do where the files are missing, if there is nowhere to get them."""
     release: Release | None = None
     """Its files by their hashes, which are fetched where no folder has them; None where the hashes are not known."""
 
@@ -88,7 +90,8 @@ class Files:
         command = "" if release is None else f"Run `fedcli eval fetch {release.name}` and leave --data out; or get"
         return RequirementError(
             f"the data of {self.benchmark} is not here: {wanted} (looked in {looked}{hub})",
-            hint=f"{command or 'Get'} the files from {self.source.url}, then name their folder with --data DIR, or put "
+            hint=self.source.instead
+            or f"{command or 'Get'} the files from {self.source.url}, then name their folder with --data DIR, or put "
             f"them into {self.benchmark}/ in the folder that ${BENCHMARKS_VARIABLE} names.",
         )
 

@@ -16,6 +16,7 @@ from fedcli.eval.benchmarks import (
     lm_eval_tasks,
     mbpp,
     mt_bench,
+    own_rows,
     vicuna,
 )
 from fedcli.plugins import Registry
@@ -44,6 +45,7 @@ def _check(name: str, found: object) -> Benchmark:
 
 _OWN = (
     *demo.BENCHMARKS,
+    own_rows.BENCHMARK,
     *mt_bench.BENCHMARKS,
     vicuna.BENCHMARK,
     *lm_eval_tasks.BENCHMARKS,

@@ -11,18 +11,15 @@ from fedcli.tasks.conversation import Example, Item, Preference, shown
 
 MAX_NEW_TOKENS = 16
 """Twice what the longest answer, one of four words for an alert level, has."""
-METRICS = (
-    Metric("exact_match"),
-    Metric("preference_accuracy"),
-    Metric("margin", unit="nats", is_detail=True),
-)
+PAIR_METRICS = (Metric("preference_accuracy"), Metric("margin", unit="nats", is_detail=True))
+METRICS = (Metric("exact_match"), *PAIR_METRICS)
 
 
 def run(session: Session) -> list[ItemScore]:
     """Score the rows that the workspace keeps: examples of an instruction workspace, pairs of a preference one."""
     items = _read(session.files)[: session.options.limit]
     examples = [item for item in items if isinstance(item, Example)]
-    return _answered(session, examples) + _compared(session, [item for item in items if isinstance(item, Preference)])
+    return _answered(session, examples) + compare(session, [item for item in items if isinstance(item, Preference)])
 
 
 def _answered(session: Session, examples: Sequence[Example]) -> list[ItemScore]:
@@ -37,7 +34,8 @@ def _answered(session: Session, examples: Sequence[Example]) -> list[ItemScore]:
     ]
 
 
-def _compared(session: Session, pairs: Sequence[Preference]) -> list[ItemScore]:
+def compare(session: Session, pairs: Sequence[Preference]) -> list[ItemScore]:
+    """Score each pair by which response is the likelier one, and by how much."""
     requests = [Likelihood(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
     found = [answer.log_prob for answer in session.model.log_likelihoods(requests)]
     return [
@@ -59,7 +57,11 @@ def _read(files: Files) -> list[Item]:
 
 
 def _benchmark(name: str, split: str, title: str) -> Benchmark:
-    source = DataSource((f"held-out-{split}.jsonl",), "a workspace of the built-in rows (data.source: builtin:demo)")
+    instead = "It scores the built-in rows, in a workspace of them. For rows of your own: write some that no client "
+    instead += (
+        "has to a folder, as held-out.jsonl (or .csv, .parquet ...), and run `fedcli eval own-rows --data FOLDER`."
+    )
+    source = DataSource((f"held-out-{split}.jsonl",), "a workspace of the built-in rows", instead=instead)
     return Benchmark(
         name, title, ("demo",), METRICS, 360, "fedcli's own", source, run, takes=("max_new_tokens", "template")
     )
