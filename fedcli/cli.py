@@ -15,8 +15,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fedcli import __version__
-from fedcli.commands.help_pages import PANELS, format_examples, format_help, panel_of
-from fedcli.errors import WorkspaceError, error_document, explain
+from fedcli.commands.help_pages import PANELS, example_lines, format_examples, format_help, panel_of
+from fedcli.errors import UsageError, WorkspaceError, error_document, explain
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -72,6 +72,8 @@ COMMANDS = {
     "study table": "Show the study's scores over seeds with differences and ranks, and write them to tables/ in every "
     "format.",
     "study plot": "Draw scores over rounds with bands over seeds, and scores against bytes and seconds, into tables/.",
+    "study report": "Write a page that shows the study: its table, differences, curves over rounds, costs, and cells "
+    "that failed.",
     "slurm script": "Write the open round's batch scripts for SLURM, and send nothing.",
     "slurm submit": "Send the open round to SLURM: an array of its clients, and a job that merges and sends the next "
     "round.",
@@ -233,14 +235,18 @@ def _run(arguments: list[str]) -> int:
             is_chat = arguments[:1] == ["chat"]  # which keeps nothing that it could go on with
             told = "stopped" if is_chat else "stopped; nothing is lost: run the same command again to go on"
             print(told, file=sys.stderr)
+        fault: Any = stop.__context__  # what Typer has said on stderr
+        context = getattr(fault, "ctx", None)
+        examples = example_lines(context.command_path.removeprefix("fedcli ")) if context else []
+        if code == UsageError.exit_code and examples:
+            print("\n".join(["Examples:", *(f"  {line}" for line in examples)]), file=sys.stderr)
         if code != 0 and as_json:
-            fault: Any = stop.__context__  # what Typer has said on stderr
             message, hint = "the command line is not valid", "See `fedcli --help`."
             if code in (INTERRUPTED, TERMINATED):
                 message = "stopped"
             elif hasattr(fault, "format_message"):
                 message = " ".join(fault.format_message().split())
-                hint = f"See `{fault.ctx.command_path} --help`." if getattr(fault, "ctx", None) else hint
+                hint = f"See `{context.command_path} --help`." if context else hint
             _print_error(message, hint, code)
         return code
     except Exception as error:  # whatever it is, the user gets one line and an exit code

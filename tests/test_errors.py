@@ -159,6 +159,12 @@ def test_what_does_not_exist_is_a_usage_error(
     assert list(Path.cwd().iterdir()) == []
 
 
+def test_a_fault_of_a_setting_names_the_option_and_no_file(refused: Callable[..., None], tmp_path: Path) -> None:
+    given = ("init", tmp_path / "w", "--set", "train.stepz=3")
+    refused(3, given, "--set train.stepz=3 has 1 fault", "train.stepz: unknown key. Did you mean steps?")
+    refused(3, ("study", "init", "demo", tmp_path / "s", "--set", "seedz=[1]"), "--set seedz=[1] has 1 fault")
+
+
 def test_discarding_for_a_client_that_does_not_exist_is_a_usage_error(
     refused: Callable[..., None], small: Path
 ) -> None:
@@ -180,6 +186,7 @@ def test_a_malformed_command_line_is_one_json_document_with_its_reason(
     code, out, err = run(*arguments, "--json")
     assert code == 2
     assert "Usage: fedcli" in err
+    assert ("Examples:" in err) == (help_of != "fedcli")
     error = json.loads(out)["error"]
     assert error["exit_code"] == 2
     assert error["message"].startswith(reason)

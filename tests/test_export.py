@@ -97,7 +97,9 @@ def test_the_card_tells_what_is_known_and_a_hub_reads_it(merged: Workspace, tmp_
     assert card.data.base_model is None, "a model that ships with fedcli is no hub's"
     assert {"federated-learning", "lora", "fedavg", "sft"} <= set(card.data.tags)
     assert "round 2 of 2" in card.text
+    assert "| this adapter | base |\n|---|---|---|\n" in card.text, "no column of what was not scored"
     assert "0.500 [0.375, 0.625] | 0.250 [0.125, 0.375]" in card.text
+    assert "| client | rows | format |\n" in card.text
     sizes = [int(rows) for rows in re.findall(r"^\| \d+ \| (\d+) \| alpaca", card.text, re.MULTILINE)]
     assert sizes == json.loads(merged.data_card.read_bytes())["sizes"]
     assert Federation(merged).round().manifest.model.fingerprint in card.text
@@ -211,7 +213,8 @@ def test_an_export_that_stands_there_already_is_done_and_another_is_refused(merg
     out = tmp_path / "out"
     first = run_ok("export", out, cwd=merged.root)
     made = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert run_ok("export", out, cwd=merged.root) == first
+    assert (first["is_new"], run_ok("export", out, cwd=merged.root)) == (True, {**first, "is_new": False})
+    assert "holds this very export already" in fedcli("export", out, cwd=merged.root).stdout
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == made
     for changed in (["--round", "0"], ["--merge"]):
         assert fedcli("export", out, *changed, cwd=merged.root).returncode == 4

@@ -33,7 +33,7 @@ def test_the_wheel_holds_the_template_and_the_model_and_is_small(wheel: Path) ->
         "fedcli/model/builtin/tiny/model.safetensors",
         "fedcli/model/builtin/tiny/tokenizer.json",
         "fedcli/report/card.md.j2",
-        "fedcli/report/page.html.j2",
+        *(f"fedcli/report/{name}.html.j2" for name in ("layout", "parts", "page", "study")),
         "fedcli/py.typed",
     ):
         assert name in names

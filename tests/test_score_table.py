@@ -302,6 +302,8 @@ def test_the_command_prints_every_value_and_names_its_files_by_what_was_asked(fi
         (["table", "--against", "round-3"], 2, "--against round-3"),
         (["table", "medqa"], 6, "there are no scores of medqa yet"),
         (["best", "--metric", "fpb.acuracy"], 2, "no round has been scored in 'fpb.acuracy'"),
+        (["best"], 2, "no metric is named\n  Name one: fedcli eval best demo"),
+        (["best", "fpb", "--metric", "mmlu"], 2, "two metrics are named, fpb and mmlu"),
     ],
 )
 def test_what_is_not_there_is_told(filled: Workspace, arguments: list[str], code: int, message: str) -> None:
@@ -324,7 +326,7 @@ def test_the_best_round_has_the_highest_value_or_the_lowest_loss(filled: Workspa
     found = json.loads(done.stdout)
     assert (found["metric"], found["best"]) == ("task", 10)
     assert [entry["round"] for entry in found["rounds"]] == [10, 2]
-    done = fedcli("eval", "best", "--metric", "fpb", cwd=filled.root)
+    done = fedcli("eval", "best", "fpb", cwd=filled.root)
     assert done.stdout == "round 2: fpb 1.0000 [1.0000, 1.0000], of 2 rounds\n"
 
 

@@ -291,7 +291,9 @@ def test_latex_can_be_read(tmp_path: Path) -> None:
 # Commands
 
 
-def test_a_study_is_looked_at_before_it_is_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_study_is_looked_at_before_it_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = runner(capsys)
     code, out, err = run("study", "init", "demo", tmp_path / "s", "--set", "seeds=[3]")
     assert (code, "3 cells" in out, f"fedcli study run -s {tmp_path / 's'}" in err) == (0, True, True)
@@ -303,5 +305,10 @@ def test_a_study_is_looked_at_before_it_is_run(tmp_path: Path, capsys: pytest.Ca
     assert (code, "Did you mean demo/seed-3/fedavg" in err) == (2, True)
     code, _, err = run("study", "run", "-s", tmp_path)
     assert (code, "holds no study.yaml" in err) == (4, True)
+    code, _, err = run("study", "report", "-s", tmp_path / "s")
+    assert (code, "no cell of the study has scores yet" in err) == (6, True)
+    monkeypatch.chdir(tmp_path / "s")
+    code, _, err = run("report")
+    assert (code, "is a study's folder" in err, "`fedcli study report`" in err) == (4, True, True)
     code, out, _ = run("study", "init", "--list")
     assert (code, [line.partition(":")[0] for line in out.splitlines()]) == (0, list(shipped_studies()))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from fedcli.study.plan import cells_of
 
 TINY = ("settings.federation.rounds=2", "settings.train.steps=2", "settings.federation.clients=3")
 PATIENCE = 300.0
+TITLES = {"local": "local (client 0 alone)"}
 
 
 def killed_when(work: Callable[[], object], condition: Callable[[], bool]) -> bool:
@@ -87,6 +89,14 @@ def test_table_4_in_tiny_killed_five_times_has_every_column_and_the_bytes_of_pla
         == 2
     )
 
+    page = Path(run_ok_with_hints("study", "report", "--like", "paper-table-4", cwd=study)["page"]).read_text()
+    shown = {row[0]: row[1:] for row in table_of(page) if len(row) == len(titles) + 2}
+    for score in table["scores"]:
+        if score["mean"] is not None:
+            cell = shown[TITLES.get(score["row"], score["row"])][titles.index(score["column"])]
+            assert cell == f"{score['mean']:.3f} ± {score['deviation']:.3f}"
+    assert "FedAvg, published" in shown
+
     pictures = run_ok("study", "plot", "--format", "svg", cwd=study)["files"]
     assert [Path(name).name for name in pictures] == ["rounds-finance.svg", "cost-finance.svg"]
     assert all(b"SCAFFOLD" in Path(name).read_bytes() for name in pictures)
@@ -129,3 +139,30 @@ def test_a_study_with_workers_goes_on_when_one_dies_and_names_the_cells_that_fai
     }
     assert all("nowhere.jsonl" in cell["error"]["message"] for cell in status["cells"] if cell["error"])
     assert len(run_ok_with_hints("study", "table", cwd=study)["scores"]) == 2
+    check_report(study)
+
+
+def check_report(study: Path) -> None:
+    """Assert that a study's page has its table's cells, what failed and why, and nothing from elsewhere."""
+    table = run_ok_with_hints("study", "table", cwd=study)
+    for _ in range(2):  # the second one replaces the first
+        written = run_ok_with_hints("study", "report", cwd=study)
+        assert [entry.name for entry in (study / "report").iterdir()] == ["report.html"]
+    text = Path(written["page"]).read_text()
+    for score in table["scores"]:
+        assert f">{score['mean']:.3f} ± {score['deviation']:.3f}</td>" in text
+    lead = table["scores"][1]
+    assert f">{lead['difference']:+.3f} [{lead['difference_low']:+.3f}, {lead['difference_high']:+.3f}]</td>" in text
+    assert text.count("nowhere.jsonl") > 2
+    assert "2 of 6 cells are not done, 2 of them because they failed" in written["notes"][0]
+    assert "eval.every" in written["notes"][1], "one scored round is no curve"
+    assert ('id="cost-demo"' in text, 'id="rounds-demo"' in text) == (True, False)
+    assert not re.search(r"""(?:src|href)=["'](?!#|data:)|url\((?!#)|<script""", text)
+    (study / "mine").mkdir()
+    (study / "mine/notes.txt").touch()
+    refused = fedcli("study", "report", "-o", "mine", cwd=study)
+    assert (refused.returncode, "notes.txt" in refused.stderr) == (4, True)
+
+
+def table_of(text: str) -> list[list[str]]:
+    return [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.S)]

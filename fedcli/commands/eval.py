@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from fedcli.commands.eval_fetch import eval_fetch as eval_fetch
 from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import FetchDisplay, print_hint, print_json, print_result
+from fedcli.commands.output import FetchDisplay, print_hint, print_json, print_result, relative
 from fedcli.errors import DeniedError, UsageError, WorkspaceError, did_you_mean
 from fedcli.quantities import plural
 from fedcli.workspace.layout import find_workspace
@@ -202,7 +202,8 @@ def eval_list(
         metrics = [metric.name for metric in found.metrics if not metric.is_detail]
         num_details = len(found.metrics) - len(metrics)
         origin = "" if entry.package == OWN_PACKAGE else f"; from the package {entry.package}"
-        print(f"{found.name}: {found.title} ({found.size:,} items; {', '.join(found.groups) or 'no group'}{origin})")
+        items = f"{found.size:,} items" if found.size else "as many items as you give"
+        print(f"{found.name}: {found.title} ({items}; {', '.join(found.groups) or 'no group'}{origin})")
         more = f" and {plural(num_details, 'detail')}" if num_details else ""
         print(f"    metrics: {', '.join(metrics)}{more}")
         release = found.data.release if found.data else None
@@ -250,7 +251,7 @@ def eval_table(
         return
     print_table(made)
     if paths:
-        print_hint("written to " + ", ".join(paths))
+        print_hint("\n".join(f"written: {path}" for path in relative(paths)))
 
 
 def print_table(made: "ScoreTable") -> None:
@@ -292,11 +293,18 @@ def print_table(made: "ScoreTable") -> None:
 
 
 def eval_best(
-    metric: Annotated[str, Option(metavar="NAME", help="A benchmark (its first metric), or BENCHMARK.METRIC.")],
+    named: Annotated[
+        str | None, Argument(metavar="NAME", help="A benchmark (its first metric), or BENCHMARK.METRIC.")
+    ] = None,
+    metric: Annotated[str | None, Option(metavar="NAME", help="The same as NAME.")] = None,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Name the best of the rounds that have been scored."""
+    metric = metric or named
+    if metric is None or named not in (None, metric):
+        what = "no metric is named" if metric is None else f"two metrics are named, {named} and {metric}"
+        raise UsageError(what, hint="Name one: fedcli eval best demo, or fedcli eval best fpb.f1.")
     ranked = found_federation(workspace).best_rounds(metric)
     number, entry = ranked[0]
     rounds = [{"round": found, **score.model_dump()} for found, score in ranked]

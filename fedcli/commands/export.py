@@ -35,5 +35,8 @@ def export(
         output, round=round_, best=best, merge=merge, dtype=dtype, max_shard_size=max_shard_size
     )
     what = f"base and adapter merged, {result.merged_dtype}" if result.merged_dtype else "adapter"
-    done = f"exported round {result.round} ({what}, {result.num_bytes:,} bytes) to {result.output}"
+    exported = f"round {result.round} ({what}, {result.num_bytes:,} bytes)"
+    done = f"exported {exported} to {result.output}"
+    if not result.is_new:
+        done = f"{result.output} holds this very export already: {exported}; nothing was written"
     print_result(json_output, result, [done, *(f"  {name}" for name in result.files)])

@@ -47,6 +47,12 @@ def at(workspace: Path | None) -> str:
     return "" if workspace is None else f" -w {shlex.quote(str(workspace))}"
 
 
+def relative(paths: Iterable[str | Path]) -> list[str]:
+    """Return paths as they are typed from the current folder; those outside it as they are."""
+    here = Path.cwd()
+    return [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in map(Path, paths)]
+
+
 class Display(Observer):
     """A bar on stderr while its context lasts; without a terminal, or under --json, none, and rich is not loaded.
 

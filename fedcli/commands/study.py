@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption, ThreadsOption
-from fedcli.commands.output import Display, print_hint, print_json, print_result
+from fedcli.commands.output import Display, print_hint, print_json, print_result, relative
 from fedcli.errors import UsageError
 from fedcli.quantities import describe_seconds, plural
 
@@ -24,6 +24,12 @@ StudyOption = Annotated[
         metavar="DIR",
         help="The study's folder. Default: $FEDCLI_STUDY, else the nearest parent that holds a study.yaml.",
     ),
+]
+
+LikeOption = Annotated[str | None, Option(metavar="NAME", help="The columns and published figures of a shipped study.")]
+AgainstOption = Annotated[
+    str | None,
+    Option(metavar="ROW", help="Differences to this row: base, local, best-alone, mean-alone, pooled, a label."),
 ]
 
 
@@ -123,16 +129,11 @@ def study_status(study: StudyOption = None, json_output: JsonOption = False) -> 
 
 
 def study_table(
-    like: Annotated[
-        str | None, Option(metavar="NAME", help="The columns and published figures of a shipped study.")
-    ] = None,
+    like: LikeOption = None,
     form: Annotated[
         Literal["markdown", "latex", "csv", "json"], Option("--format", metavar="NAME", help="What is printed.")
     ] = "markdown",
-    against: Annotated[
-        str | None,
-        Option(metavar="ROW", help="Differences to this row: base, local, best-alone, mean-alone, pooled, a label."),
-    ] = None,
+    against: AgainstOption = None,
     study: StudyOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -150,7 +151,7 @@ def study_table(
     paths = write_tables(folder, made, like)
     print(render(made, "json" if json_output else form), end="")
     if not json_output:
-        print_hint("written to " + ", ".join(map(str, paths)))
+        print_hint("\n".join(f"written: {path}" for path in relative(paths)))
 
 
 def study_plot(
@@ -167,7 +168,31 @@ def study_plot(
     from fedcli.study.plot import plot_study
 
     paths = plot_study(find_study(study), like=like, form=form)
-    print_result(json_output, {"files": [str(path) for path in paths]}, map(str, paths))
+    print_result(
+        json_output, {"files": [str(path) for path in paths]}, [f"written: {path}" for path in relative(paths)]
+    )
+
+
+def study_report(
+    output: Annotated[
+        Path | None,
+        Option("--output", "-o", metavar="DIR", help="A folder for report.html. Default: report/ of the study."),
+    ] = None,
+    like: LikeOption = None,
+    against: AgainstOption = None,
+    study: StudyOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Write a page that shows the study: its table, differences, curves over rounds, costs, and cells that failed.
+
+    One HTML file that needs no network, on a screen or a phone, light or dark.
+    """
+    from fedcli.study.folder import find_study
+    from fedcli.study.report import write_study_report
+
+    written = write_study_report(find_study(study), like=like, against=against, output=output)
+    hint = "\n".join(f"note: {note}" for note in written.notes)
+    print_result(json_output, {"page": str(written.page), "notes": written.notes}, f"report: {written.page}", hint)
 
 
 def _at(study: Path | None) -> str:

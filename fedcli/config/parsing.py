@@ -114,7 +114,12 @@ def _drop_other_partitions(document: dict[str, Any], path: list[str]) -> None:
             data["partition"] = {key: value for key, value in standing.items() if key == kind}
 
 
-def parse_config(document: dict[str, Any], where: Path) -> Config:
+def describe_overrides(overrides: Sequence[str]) -> str:
+    """Return what to call settings of a command line, whose faults lie in no file."""
+    return " ".join(f"--set {override}" for override in overrides)
+
+
+def parse_config(document: dict[str, Any], where: Path | str) -> Config:
     """Validate a parsed document; raise one ConfigError that lists every fault with its key."""
     try:
         return Config.model_validate(document)

@@ -126,7 +126,7 @@ def file_rows(path: Path, form: FileForm) -> Iterator[Row]:
         told = f"cannot read the rows in {path}: {error.strerror or error}"
         if error.errno not in _OF_THE_FILE:
             raise WorkspaceError(told, hint="Check that path and its disk, then run it again.") from error
-        hint = "Check data.source in fedcli.yaml (or --data), or mend the file."
+        hint = "Check data.source in fedcli.yaml (or --set, --data), or mend the file."
         raise ConfigError(told, hint=hint) from error
 
 

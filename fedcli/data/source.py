@@ -123,7 +123,8 @@ def find_source(
         return Source(name, subset, split or "train")
     raise ConfigError(
         f"cannot read the rows in {path}: no such file or folder",
-        hint="Check data.source in fedcli.yaml (or --data), or put the file there; on the hub a name is OWNER/NAME.",
+        hint="Check data.source in fedcli.yaml (or --set, --data), or put the file there. "
+        "On the hub a name is OWNER/NAME.",
     )
 
 

@@ -31,6 +31,8 @@ class DataSource:
     split: str = "test"
     revision: str | None = None
     """A branch of the hub's repository: that of the parquet copy, where a set comes as a script."""
+    instead: str = ""
+    """What to do where the files are missing, if there is nowhere to get them."""
     release: Release | None = None
     """Its files by their hashes, which are fetched where no folder has them; None where the hashes are not known."""
     is_any_file: bool = False
@@ -86,18 +88,14 @@ class Files:
     def missing(self, *patterns: str, reason: str = "") -> RequirementError:
         """Return the error for data that is not to be had."""
         wanted = " or ".join(patterns or self.source.files)
-        if self.source.is_any_file:
-            return RequirementError(
-                f"{self.benchmark} has no data: no file of rows is named",
-                hint=f"Name held-out rows with --data FILE, or a folder with {wanted} with --data DIR.",
-            )
         looked = ", ".join(map(str, self.roots)) or "no folder"
         hub = f"; the hub does not give it: {reason}" if reason else ""
         release = self.source.release
         command = "" if release is None else f"Run `fedcli eval fetch {release.name}` and leave --data out; or get"
         return RequirementError(
             f"the data of {self.benchmark} is not here: {wanted} (looked in {looked}{hub})",
-            hint=f"{command or 'Get'} the files from {self.source.url}, then name their folder with --data DIR, or put "
+            hint=self.source.instead
+            or f"{command or 'Get'} the files from {self.source.url}, then name their folder with --data DIR, or put "
             f"them into {self.benchmark}/ in the folder that ${BENCHMARKS_VARIABLE} names.",
         )
 

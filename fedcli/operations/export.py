@@ -42,6 +42,8 @@ class Exported:
     merged_dtype: str | None
     """None for an adapter."""
     num_bytes: int
+    is_new: bool
+    """Whether this call wrote it; else the folder held this very export already."""
 
 
 def export(
@@ -69,7 +71,7 @@ def export(
         config = parse_adapter_config(found.read(ADAPTER_CONFIG_NAME), found.folder / ADAPTER_CONFIG_NAME)
         for merged_dtype in ((dtype,) if dtype else DTYPES) if merge else (None,):
             if _holds_card(output, render_card(_card(federation, found, config, merged_dtype))):
-                return _exported(output, output, found, merged_dtype)
+                return _exported(output, output, found, merged_dtype, is_new=False)
     check_free(output)
     adapter = {ADAPTER_FILE: found.read(ADAPTER_NAME), ADAPTER_CONFIG_FILE: found.read(ADAPTER_CONFIG_NAME)}
     adapter_config = parse_adapter_config(adapter[ADAPTER_CONFIG_FILE], found.folder / ADAPTER_CONFIG_NAME)
@@ -96,7 +98,7 @@ def export(
                 (folder / name).write_bytes(contents)
         card = _card(federation, found, adapter_config, merged_dtype)
         (folder / CARD_NAME).write_text(render_card(card), encoding="utf-8")
-        done = _exported(output, folder, found, merged_dtype)
+        done = _exported(output, folder, found, merged_dtype, is_new=True)
     return done
 
 
@@ -107,9 +109,9 @@ def _holds_card(folder: Path, card: str) -> bool:
     return False
 
 
-def _exported(output: Path, folder: Path, found: Round, merged_dtype: str | None) -> Exported:
+def _exported(output: Path, folder: Path, found: Round, merged_dtype: str | None, *, is_new: bool) -> Exported:
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return Exported(output, found.number, list(sizes), merged_dtype, sum(sizes.values()))
+    return Exported(output, found.number, list(sizes), merged_dtype, sum(sizes.values()), is_new)
 
 
 def _check_options(merge: bool, dtype: str | None, max_shard_size: str | None) -> None:

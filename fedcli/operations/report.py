@@ -104,7 +104,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         similarities=similarities,
         notes=[*notes, *more_notes],
         config=config_text(workspace),
-        versions=_versions(),
+        versions=versions_here(),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
@@ -238,7 +238,8 @@ def _flat(arrays: "dict[str, Array]", base: Round) -> Array:
     return np.concatenate([arrays[name].astype(np.float32).ravel() for name in base.manifest.sent_tensors])
 
 
-def _versions() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
+    """Return the versions of Python and of PACKAGES, as far as they are installed."""
     found = {"Python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):

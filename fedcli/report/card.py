@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from fedcli.report.page import show_interval
+from fedcli.report.page import Table, TableCell, show_interval
 from fedcli.report.series import MetricScores
 
 MOST_CLIENTS = 20
@@ -54,7 +54,7 @@ def render_card(card: Card) -> str:
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
-    data = ModelCardData(
+    head = ModelCardData(
         base_model=card.base_id,
         library_name="transformers" if card.merged_dtype else "peft",
         pipeline_tag="text-generation",
@@ -64,22 +64,29 @@ def render_card(card: Card) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["plain"] = _plain
     template = environment.from_string(files("fedcli.report").joinpath("card.md.j2").read_text(encoding="utf-8"))
+    what = "model" if card.merged_dtype else "adapter"
+    data = [
+        [str(row.client), str(row.rows), *map(_plain, (row.format, row.left_out, row.tokens))]
+        for row in card.clients[:MOST_CLIENTS]
+    ]
+    scores = [
+        [_plain(metric.heading), *map(show_interval, (metric.rounds[card.round], *metric.references()))]
+        for metric in card.metrics
+        if card.round in metric.rounds
+    ]
     text = template.render(
         card={
             **vars(card),
-            "data": card.clients[:MOST_CLIENTS],
+            "data": _grid(("client", "rows", "format", "rows left out", "tokens of a row, median"), data),
             "num_more_data": max(0, len(card.clients) - MOST_CLIENTS),
-            "scores": [
-                {
-                    "title": metric.heading,
-                    "cells": map(show_interval, (metric.rounds[card.round], *metric.references())),
-                }
-                for metric in card.metrics
-                if card.round in metric.rounds
-            ],
+            "scores": _grid(("", f"this {what}", "base", "best client alone", "all rows pooled"), scores),
         }
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+    return f"---\n{head.to_yaml()}\n---\n\n{text}"
+
+
+def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    return Table.of(heads, [list(map(TableCell, row)) for row in rows], texts=())
 
 
 def _plain(text: str) -> str:

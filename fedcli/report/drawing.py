@@ -74,14 +74,15 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture for a page, for a phone (as SVG elements without a namespace), and as a PNG."""
+    """A picture for a page and for a phone, as SVG elements without a namespace."""
 
     name: str
     title: str
     caption: str
-    png: bytes
     wide_svg: str
     narrow_svg: str
+    png: bytes = b""
+    """The wide form, where it is to be a file."""
 
 
 def by_client(

@@ -54,7 +54,7 @@ def _picture(draw_one: "Callable[[Report, Sheet], Drawing | None]", report: Repo
         return None
     png = drawing.png_of(wide.figure)
     svgs = (drawing.svg_of(wide.figure, f"{wide.name}-wide"), drawing.svg_of(narrow.figure, f"{wide.name}-narrow"))
-    return Picture(wide.name, wide.title, wide.caption, png, *svgs)
+    return Picture(wide.name, wide.title, wide.caption, *svgs, png)
 
 
 def shown_clients(report: Report) -> list[int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from typing import Any
 
 from fedcli.quantities import describe_bytes, describe_seconds
 from fedcli.report.drawing import Picture
@@ -15,19 +15,25 @@ _MOST_NAMES = 8
 """Clients that a table's cell names."""
 
 
-def is_ours(page: bytes) -> bool:
-    """Return whether a page was written by `fedcli report`."""
-    return f'<meta name="generator" content="{GENERATOR}">'.encode() in page[:1000]
+def is_ours(page: bytes, generator: str = GENERATOR) -> bool:
+    """Return whether a page was written by `generator`."""
+    return f'<meta name="generator" content="{generator}">'.encode() in page[:1000]
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return a page of one of this package's templates, which asks for `generator` and `title`; values are escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, loader=PackageLoader("fedcli.report", "."))
+    return environment.get_template(template).render(**values)
 
 
 def render(report: Report, pictures: Sequence[Picture]) -> str:
-    """Return the page; what comes from files is escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    template = environment.from_string(files("fedcli.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    """Return a federation's page."""
+    return render_page(
+        "page.html.j2",
         generator=GENERATOR,
+        title=f"{report.title}: federation report",
         report=report,
         pictures=pictures,
         remarks=remarks(report),
@@ -35,10 +41,10 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
         scores=_score_table(report),
         rounds=_rounds_table(report),
         num_rounds=len(report.merged),
-        refusals=_Table.of(
+        refusals=Table.of(
             ("round", "client", "code", "reason"),
             [
-                (_Cell(str(merged.number)), _Cell(str(client)), _Cell(code), _Cell(reason))
+                (TableCell(str(merged.number)), TableCell(str(client)), TableCell(code), TableCell(reason))
                 for merged in report.merged
                 for client, (code, reason) in merged.refused.items()
             ],
@@ -48,21 +54,25 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class TableCell:
+    """A table's text, and whether it is the best or the second best of its column or row."""
+
     text: str
     is_best: bool = False
+    is_second: bool = False
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """A table without the columns in which no row says anything; `kinds` are how columns are set."""
 
     heads: Sequence[str]
     kinds: Sequence[str]
-    rows: Sequence[Sequence[_Cell]]
+    rows: Sequence[Sequence[TableCell]]
 
     @classmethod
-    def of(cls, heads: Sequence[str], rows: Sequence[Sequence[_Cell]], *, texts: Sequence[str]) -> "_Table":
+    def of(cls, heads: Sequence[str], rows: Sequence[Sequence[TableCell]], *, texts: Sequence[str]) -> "Table":
+        """Return the table of some rows; columns whose heads are among `texts` are set as text."""
         kept = [column for column in range(len(heads)) if any(row[column].text for row in rows)]
         kinds = ["text" if heads[column] in texts else "number" for column in kept]
         return cls([heads[column] for column in kept], kinds, [[row[column] for column in kept] for row in rows])
@@ -76,14 +86,14 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if (metric := next((metric for metric in report.scores if metric.rounds), None)) is not None:
         best = metric.best_round
         assert best is not None
-        tiles.append((f"best {metric.title}", _number(metric.rounds[best].value), f"round {best}"))
+        tiles.append((f"best {metric.title}", show_number(metric.rounds[best].value), f"round {best}"))
         if (alone := metric.best_alone) is not None:
-            tiles.append(("best client alone", _number(metric.others[alone].value), alone.replace("-", " ")))
+            tiles.append(("best client alone", show_number(metric.others[alone].value), alone.replace("-", " ")))
         if BASE in metric.others:
-            tiles.append(("base model", _number(metric.others[BASE].value), "without an adapter"))
+            tiles.append(("base model", show_number(metric.others[BASE].value), "without an adapter"))
     losses = [merged.mean_loss for merged in report.merged if merged.mean_loss is not None]
     if losses:
-        tiles.append(("mean training loss", _number(losses[-1]), f"{_number(losses[0])} in the first round"))
+        tiles.append(("mean training loss", show_number(losses[-1]), f"{show_number(losses[0])} in the first round"))
     per_round = sorted({len(merged.cohort) for merged in report.merged})
     few, most = (per_round[0], per_round[-1]) if per_round else (0, 0)
     drawn = f"{few} drawn a round" if few == most else f"{few} to {most} drawn a round"
@@ -99,22 +109,22 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _score_table(report: Report) -> _Table:
+def _score_table(report: Report) -> Table:
     rows = []
     for metric in report.scores:
         best = metric.best_round
         points = [*metric.references(), None if best is None else metric.rounds[best]]
         values = [point.value for point in points if point is not None]
         leader = (max if metric.higher_is_better else min)(values, default=None)
-        cells = [_Cell(show_interval(point), point is not None and point.value == leader) for point in points]
-        rows.append([_Cell(metric.heading), *cells, _Cell("" if best is None else str(best))])
-    return _Table.of(("metric", "base", "best alone", "pooled", "federated", "round"), rows, texts=("metric",))
+        cells = [TableCell(show_interval(point), point is not None and point.value == leader) for point in points]
+        rows.append([TableCell(metric.heading), *cells, TableCell("" if best is None else str(best))])
+    return Table.of(("metric", "base", "best alone", "pooled", "federated", "round"), rows, texts=("metric",))
 
 
-def _rounds_table(report: Report) -> _Table:
+def _rounds_table(report: Report) -> Table:
     heads = ("round", "algorithm", "learning rate", "counted", "refused", "missing", "mean loss", "time")
-    rows = [list(map(_Cell, _round_row(merged))) for merged in report.merged]
-    return _Table.of(heads, rows, texts=("algorithm", "refused", "missing"))
+    rows = [list(map(TableCell, _round_row(merged))) for merged in report.merged]
+    return Table.of(heads, rows, texts=("algorithm", "refused", "missing"))
 
 
 def _round_row(merged: MergedRound) -> list[str]:
@@ -138,8 +148,9 @@ def _names(names: Sequence[str]) -> str:
 
 def show_interval(point: Point | None) -> str:
     """Return a score with its interval; nothing for none."""
-    return "" if point is None else f"{_number(point.value)} [{_number(point.low)}, {_number(point.high)}]"
+    return "" if point is None else f"{show_number(point.value)} [{show_number(point.low)}, {show_number(point.high)}]"
 
 
-def _number(value: float) -> str:
+def show_number(value: float) -> str:
+    """Return a score's or loss's number in three digits behind the point, two where it is ten or more."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedcli.data.row_report import describe_counts
 from fedcli.errors import IntegrityError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Mark, Metric, Options, Session
 from fedcli.eval.data import Files, find_roots
@@ -233,6 +235,8 @@ def _notes(benchmark: Benchmark, options: Options, items: Sequence[ItemScore], u
     if usage.num_truncated:
         cut = f"{usage.num_truncated} prompts (each choice counts) of those that were asked last"
         notes.append(f"{cut} are longer than the model's context, and lost their beginning")
+    if reasons := Counter(str(item.record["left_out"]) for item in items if "left_out" in item.record):
+        notes.append(f"rows that are left out: {describe_counts(reasons)}")
     if num_problems := sum("problem" in item.record for item in items):
         notes.append(f"{num_problems} items have no judgment that parses")
     return notes

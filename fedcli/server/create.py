@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fedcli.config import apply_overrides, parse_config, read_document
+from fedcli.config import apply_overrides, describe_overrides, parse_config, read_document
 from fedcli.data.source import absolute_path
 from fedcli.errors import UsageError, WorkspaceError, did_you_mean
 from fedcli.observer import Observer
@@ -82,7 +82,9 @@ def create_workspace(
     """
     workspace = Workspace(root.absolute())
     text = _configuration(workspace, preset, overrides)
-    config = parse_config(read_document(text, workspace.config), workspace.config)
+    is_file = workspace.store.exists(CONFIG_NAME) or not overrides  # a preset has no fault of its own
+    named = workspace.config if is_file else describe_overrides(overrides)
+    config = parse_config(read_document(text, workspace.config), named)
     if _is_open(workspace):
         return Creation(FederationState.open(workspace), False)
     experiment = Experiment(workspace, config, None)

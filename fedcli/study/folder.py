@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from fedcli.config import read_document
+from fedcli.config import describe_overrides, read_document
 from fedcli.config.section import Section
 from fedcli.errors import FedError, UsageError, WorkspaceError, did_you_mean
 from fedcli.server.create import template_folder
-from fedcli.study.plan import STUDY_NAME, Cell, Study, cell_key, parse_study, read_study, with_overrides
-from fedcli.workspace.layout import CONFIG_NAME
+from fedcli.study.plan import Cell, Study, cell_key, parse_study, read_study, with_overrides
+from fedcli.workspace.layout import CONFIG_NAME, STUDY_NAME
 from fedcli.workspace.locks import is_held
 from fedcli.workspace.publish import explained, make_folder, publish_file
 
@@ -59,6 +59,10 @@ class StudyFolder:
     def tables(self) -> Path:
         """The folder of what `study table` and `study plot` write."""
         return self.root / "tables"
+
+    def report(self) -> Path:
+        """The folder of what `study report` writes."""
+        return self.root / "report"
 
     def lock(self, cell: Cell) -> Path:
         """The lock that whoever runs a cell holds."""
@@ -126,7 +130,9 @@ def create_study(
                 hint=f"Name another folder; or edit that {STUDY_NAME}, and run `fedcli study run`.",
             )
         return StudyFolder(root.absolute()), False
-    named = None if source in shipped_studies().values() else source
+    is_shipped = source in shipped_studies().values()
+    settings = describe_overrides(overrides)
+    named = settings or None if is_shipped else f"{source}{' with ' if settings else ''}{settings}"
     parse_study(read_document(text, source), file.absolute(), named)  # before anything is written
     make_folder(root.absolute())
     publish_file(file.absolute(), text.encode())

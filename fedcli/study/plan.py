@@ -27,7 +27,6 @@ from fedcli.eval.registry import find_benchmarks
 from fedcli.server.create import presets
 from fedcli.study.columns import ColumnEntry, PublishedTable
 
-STUDY_NAME = "study.yaml"
 BASELINES = "baselines"
 """The cell of a preset and a seed in which the baselines are trained and scored."""
 LOCAL = "local"
@@ -197,7 +196,7 @@ def read_study(path: Path) -> Study:
     return parse_study(read_document(path.read_text(encoding="utf-8"), path), path)
 
 
-def parse_study(document: dict[str, Any], path: Path, named: Path | None = None) -> Study:
+def parse_study(document: dict[str, Any], path: Path, named: Path | str | None = None) -> Study:
     """Check a parsed study file: keys, presets, algorithms and every cell's settings; paths become absolute.
 
     `path` is where the file lies, or will; faults name `named` in its place, if that is given.
@@ -230,7 +229,7 @@ def parse_study(document: dict[str, Any], path: Path, named: Path | None = None)
     return study
 
 
-def study_clients(study: Study, cell: Cell, path: Path) -> None:
+def study_clients(study: Study, cell: Cell, path: Path | str) -> None:
     """Raise ConfigError for a client to train alone that a preset's federation has not."""
     clients = cell.config.federation.clients
     if unknown := [client for client in study.alone(cell.config) if client >= clients]:

@@ -1,21 +1,22 @@
 """A study's pictures: scores over rounds with bands over seeds, and what the scores cost in bytes and seconds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedcli.errors import NotReadyError
 from fedcli.federation import Federation
 from fedcli.quantities import byte_unit
-from fedcli.report.drawing import DPI, STYLE, panels, whole_rounds
+from fedcli.report.drawing import DPI, SOFT, STYLE, WIDE, Sheet, panels
 from fedcli.report.rows_picture import PALETTE
 from fedcli.study.columns import Column
 from fedcli.study.folder import StudyFolder
 from fedcli.study.plan import Cell, cells_of
-from fedcli.study.results import Block, Scored, make_table
+from fedcli.study.results import Block, Scored, StudyTable, make_table
 from fedcli.study.run_cell import is_made
 from fedcli.workspace.publish import make_folder, publish_file
 
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 PictureFormat = Literal["png", "pdf", "svg"]
 MOST_PANELS = 12
+COST_PANELS = 3
+"""Columns that are drawn over rounds, and against costs: the first ones."""
 _MARKS = "osD^vP*X"
+_LEVEL_STYLES: Any = ("--", ":", "-.", (0, (6, 1)), (0, (1, 4)))
+"""Of the baselines' level lines."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,21 @@ class Point:
         return cls(fmean(values), stdev(values) if len(values) > 1 else 0.0)
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A picture of one preset: `draw` makes it for a sheet. `num_rounds` are those that its curves go through."""
+
+    kind: Literal["rounds", "cost"]
+    block: Block
+    num_rounds: int
+    draw: "Callable[[Sheet], Figure]"
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return f"{self.kind}-{self.block.preset}"
+
+
 def plot_study(folder: StudyFolder, *, like: str | None = None, form: PictureFormat = "png") -> list[Path]:
     """Draw a study's curves and costs into its tables/, two files for each preset; return their paths.
 
@@ -48,30 +68,36 @@ def plot_study(folder: StudyFolder, *, like: str | None = None, form: PictureFor
     """
     from matplotlib import rc_context
 
-    paths = []
     make_folder(folder.tables())
-    scored = Scored(folder)
+    paths = []
     with rc_context({**STYLE, "svg.hashsalt": "fedcli", "pdf.fonttype": 42}):
-        for block in make_table(folder, like=like).blocks:
-            cells = [
-                cell
-                for cell in cells_of(folder.study)
-                if cell.setting.name == block.preset and cell.algorithm is not None and is_made(folder, cell)
-            ]
-            curves = {column.shown: curves_of(scored, cells, column) for column in block.columns}
-            shown = [column for column in block.columns if curves[column.shown]][:MOST_PANELS]
-            if not shown:
-                continue
-            for kind, figure in (
-                ("rounds", _draw_curves(block, shown, curves)),
-                ("cost", _draw_costs(block, shown, costs_of(folder, cells))),
-            ):
-                path = folder.tables() / f"{kind}-{block.preset}.{form}"
-                publish_file(path, _file(figure, form))
-                paths.append(path)
+        for plot in plots_of(folder, make_table(folder, like=like)):
+            path = folder.tables() / f"{plot.name}.{form}"
+            publish_file(path, _file(plot.draw(WIDE), form))
+            paths.append(path)
     if not paths:
         raise NotReadyError("no round of the study has scores yet", hint="`fedcli study run` makes them.")
     return paths
+
+
+def plots_of(folder: StudyFolder, table: StudyTable) -> list[Plot]:
+    """Return two pictures for each preset of which rounds have been scored: its curves, and its costs."""
+    scored, plots = Scored(folder), []
+    for block in table.blocks:
+        cells = [
+            cell
+            for cell in cells_of(folder.study)
+            if cell.setting.name == block.preset and cell.algorithm is not None and is_made(folder, cell)
+        ]
+        curves = {column.shown: curves_of(scored, cells, column) for column in block.columns}
+        shown = [column for column in block.columns if curves[column.shown]][:MOST_PANELS]
+        if not shown:
+            continue
+        num_rounds = max(len(rounds) for column in shown for rounds in curves[column.shown].values())
+        draw_curves = partial(_draw_curves, block, shown, curves)
+        draw_costs = partial(_draw_costs, block, shown, costs_of(folder, cells))
+        plots += [Plot("rounds", block, num_rounds, draw_curves), Plot("cost", block, num_rounds, draw_costs)]
+    return plots
 
 
 def curves_of(scored: Scored, cells: Sequence[Cell], column: Column) -> dict[str, dict[int, Point]]:
@@ -104,9 +130,9 @@ def costs_of(folder: StudyFolder, cells: Sequence[Cell]) -> dict[str, tuple[floa
 
 
 def _draw_curves(
-    block: Block, columns: Sequence[Column], curves: Mapping[str, Mapping[str, Mapping[int, Point]]]
+    block: Block, columns: Sequence[Column], curves: Mapping[str, Mapping[str, Mapping[int, Point]]], sheet: Sheet
 ) -> "Figure":
-    figure, grid = _grid(len(columns))
+    figure, grid = _grid(len(columns), sheet)
     for axes, column in zip(grid, columns, strict=False):
         for place, label in enumerate(_algorithms(block, curves)):
             rounds = curves[column.shown].get(label, {})
@@ -115,22 +141,29 @@ def _draw_curves(
             axes.plot(list(rounds), means, color=colour, marker=_MARKS[place % len(_MARKS)], markersize=4, label=label)
             low, high = ([point.mean + sign * point.deviation for point in rounds.values()] for sign in (-1, 1))
             axes.fill_between(list(rounds), low, high, color=colour, alpha=0.15, linewidth=0)
-        for label, style in zip(
-            (name for name in block.rows if name not in _labels(curves)), ("--", ":", "-."), strict=False
-        ):
-            score = block.scores.get((label, column.shown))
-            if score is not None and score.by_seed:
-                axes.axhline(score.mean, color="#555555", linestyle=style, linewidth=1, label=block.rows[label])
+        levels = [
+            (block.rows[label], score.mean)
+            for label in block.rows
+            if label not in _labels(curves)
+            if (score := block.scores.get((label, column.shown))) is not None and score.by_seed
+        ]
+        for (title, mean), style in zip(levels, _LEVEL_STYLES, strict=False):
+            axes.axhline(mean, color=SOFT, linestyle=style, linewidth=1.4, label=title)
         axes.set(title=column.shown, xlabel="round")
-        whole_rounds(axes)
-    _legend(figure, grid)
+        scored = sorted({number for rounds in curves[column.shown].values() for number in rounds})
+        most = 6 if sheet.is_narrow or len(columns) > 1 else 16
+        axes.set_xticks(scored[::-1][:: math.ceil(len(scored) / most)])  # where rounds were scored, the last among them
+    _legend(figure, grid, sheet)
     return figure
 
 
-def _draw_costs(block: Block, columns: Sequence[Column], costs: Mapping[str, tuple[float, float]]) -> "Figure":
+def _draw_costs(
+    block: Block, columns: Sequence[Column], costs: Mapping[str, tuple[float, float]], sheet: Sheet
+) -> "Figure":
     """Draw the first columns against bytes, and below against seconds."""
-    columns = columns[:3]
-    figure, grid = panels(6.4, 2, len(columns))
+    columns = columns[:COST_PANELS]
+    count = 2 * len(columns)
+    figure, grid = panels(3.0 * count, count, 1, sheet=sheet) if sheet.is_narrow else panels(6.4, 2, len(columns))
     unit, size = byte_unit(max((num_bytes for num_bytes, _ in costs.values()), default=1.0))
     for position, axes in enumerate(grid):
         column = columns[position % len(columns)]
@@ -143,7 +176,7 @@ def _draw_costs(block: Block, columns: Sequence[Column], costs: Mapping[str, tup
                 axes.errorbar(x, score.mean, yerr=score.deviation or 0.0, fmt=mark, color=colour, label=label)
         axes.set(title=column.shown, xlabel=f"{unit} sent and fetched" if by_bytes else "seconds, with scoring")
         axes.set_xlim(0, 1.05 * max(axes.dataLim.x1, 0) or 1)  # the mark that lies farthest is whole
-    _legend(figure, grid)
+    _legend(figure, grid, sheet)
     return figure
 
 
@@ -156,18 +189,18 @@ def _algorithms(block: Block, curves: Mapping[str, Mapping[str, object]]) -> lis
     return [label for label in block.rows if label in known]
 
 
-def _grid(count: int) -> "tuple[Figure, list[Axes]]":
-    num_columns = min(3, count)
+def _grid(count: int, sheet: Sheet) -> "tuple[Figure, list[Axes]]":
+    num_columns = 1 if sheet.is_narrow else min(3, count)
     num_rows = math.ceil(count / num_columns)
-    figure, grid = panels(4.6 if num_rows == 1 else 3.2 * num_rows + 0.6, num_rows, num_columns)
+    figure, grid = panels(4.6 if num_rows == 1 else 3.2 * num_rows + 0.6, num_rows, num_columns, sheet=sheet)
     for axes in grid[count:]:
         axes.set_axis_off()
     return figure, grid[:count]
 
 
-def _legend(figure: "Figure", grid: "Sequence[Axes]") -> None:
+def _legend(figure: "Figure", grid: "Sequence[Axes]", sheet: Sheet) -> None:
     labels = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=2 if sheet.is_narrow else 4)
 
 
 def _file(figure: "Figure", form: PictureFormat) -> bytes:

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fedcli.eval.statistics import Score
 from fedcli.study.columns import Column
@@ -13,7 +13,8 @@ from fedcli.study.results import Block, StudyScore, StudyTable
 
 Format = Literal["markdown", "latex", "csv", "json"]
 SUFFIX: dict[Format, str] = {"markdown": "md", "latex": "tex", "csv": "csv", "json": "json"}
-_RANK = "average rank"
+RANK = "average rank"
+_Cell = TypeVar("_Cell")
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -41,12 +42,12 @@ def to_markdown(table: StudyTable) -> str:
     blocks = [f"# {table.title}"] if table.title else []
     for block in table.blocks:
         blocks += [f"## {block.title}"] if len(table.blocks) > 1 else []
-        head = ["", *(column.shown for column in block.columns), *([_RANK] if block.average_rank else [])]
-        blocks.append(_grid([head, *_score_rows(block, table.source, _marked_markdown)]))
-        if rows := _difference_rows(block):
+        head = ["", *(column.shown for column in block.columns), *([RANK] if block.average_rank else [])]
+        blocks.append(_grid([head, *score_rows(block, table.source, _marked_markdown)]))
+        if rows := difference_rows(block):
             head = ["", *(column.shown for column in block.columns)]
             blocks += [f"Difference to {block.rows[block.against]}:", _grid([head, *rows])]
-    blocks.append("\n".join(f"* {note}" for note in _legend(table)))
+    blocks.append("\n".join(f"* {note}" for note in legend(table)))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -54,10 +55,10 @@ def to_latex(table: StudyTable) -> str:
     r"""Return LaTeX: a table environment for each preset, with rules of the package booktabs."""
     blocks = [r"% \usepackage{booktabs} in the preamble"]
     for block in table.blocks:
-        names = [column.shown for column in block.columns] + ([_RANK] if block.average_rank else [])
-        rows = [["", *map(_escaped, names)], *_score_rows(block, table.source, _marked_latex, _escaped)]
+        names = [column.shown for column in block.columns] + ([RANK] if block.average_rank else [])
+        rows = [["", *map(_escaped, names)], *score_rows(block, table.source, _marked_latex)]
         lines = [f"{' & '.join(row)} \\\\" for row in rows]
-        differences = [[_escaped(row[0]), *(_escaped(text) for text in row[1:])] for row in _difference_rows(block)]
+        differences = [[_escaped(row[0]), *(_escaped(text) for text in row[1:])] for row in difference_rows(block)]
         body = [lines[0], r"\midrule", *lines[1:]]
         if differences:
             spare = [""] * (len(names) - len(block.columns))
@@ -65,7 +66,7 @@ def to_latex(table: StudyTable) -> str:
             body += [r"\midrule", rf"\multicolumn{{{len(names) + 1}}}{{l}}{{\emph{{{title}}}}} \\"]
             body += [f"{' & '.join([*row, *spare])} \\\\" for row in differences]
         caption = " ".join(part for part in (table.title, block.title if len(table.blocks) > 1 else "") if part)
-        notes = " ".join(f"{note[0].upper()}{note[1:].rstrip('.')}." for note in _legend(table, marks=False))
+        notes = " ".join(f"{note[0].upper()}{note[1:].rstrip('.')}." for note in legend(table, marks=False))
         blocks.append(
             "\n".join(
                 [
@@ -143,34 +144,32 @@ def _as_row(block: Block, label: str, column: Column, score: StudyScore) -> dict
     }
 
 
-def _score_rows(
-    block: Block,
-    source: str | None,
-    marked: Callable[[str, int | None], str],
-    escaped: Callable[[str], str] = str,
-) -> list[list[str]]:
-    """Return the lines of scores, and below each the published ones where there are some."""
-    lines = []
+def score_rows(block: Block, source: str | None, cell: Callable[[str, int | None], _Cell]) -> list[list[_Cell]]:
+    """Return the lines of scores, and below each the published ones where there are some.
+
+    `cell` makes a cell of its text and its rank in the column, which is None where it has none.
+    """
+    lines: list[list[tuple[str, int | None]]] = []
     for label, title in block.rows.items():
         found = [block.scores.get((label, column.shown)) for column in block.columns]
         rank = [f"{block.average_rank[label]:.2f}" if label in block.average_rank else ""] if block.average_rank else []
         if any(score is not None and score.by_seed for score in found) or not _has_figures(found):
             shown = [
-                marked(escaped(_shown(score)), score.rank) if score is not None and score.by_seed else ""
-                for score in found
+                (_shown(score), score.rank) if score is not None and score.by_seed else ("", None) for score in found
             ]
-            lines.append([escaped(title), *shown, *rank])
+            lines.append([(title, None), *shown, *((text, None) for text in rank)])
         if source is not None and _has_figures(found):
             figures = ["" if score is None or score.published is None else _number(score.published) for score in found]
-            lines.append([escaped(f"{title}, published"), *figures, *([""] if block.average_rank else [])])
-    return lines
+            texts = [f"{title}, published", *figures, *([""] if block.average_rank else [])]
+            lines.append([(text, None) for text in texts])
+    return [[cell(*entry) for entry in line] for line in lines]
 
 
 def _has_figures(scores: Sequence[StudyScore | None]) -> bool:
     return any(score is not None and score.published is not None for score in scores)
 
 
-def _difference_rows(block: Block) -> list[list[str]]:
+def difference_rows(block: Block) -> list[list[str]]:
     """Return the lines of differences, of rows that have some."""
     lines = []
     for label, title in block.rows.items():
@@ -180,7 +179,7 @@ def _difference_rows(block: Block) -> list[list[str]]:
     return lines
 
 
-def _legend(table: StudyTable, *, marks: bool = True) -> list[str]:
+def legend(table: StudyTable, *, marks: bool = True) -> list[str]:
     """Return what a reader must know of the numbers."""
     spread = "mean ± sample deviation over seeds" if table.num_seeds > 1 else "one seed"
     notes = [f"{spread}{'; **best**, <u>second best</u>' if marks else ''}"]
@@ -211,6 +210,7 @@ def _marked_markdown(text: str, rank: int | None) -> str:
 
 
 def _marked_latex(text: str, rank: int | None) -> str:
+    text = _escaped(text)
     return {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(rank or 0, text)
 
 

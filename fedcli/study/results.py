@@ -152,7 +152,7 @@ def _block(
             if 0 < missing < len(row):
                 notes[f"{setting.name}, {label}: {len(found)} of {len(row)} seeds so far"] = None
     notes |= dict.fromkeys(scored.notes(cells))
-    means = {place: math.fsum(found.values()) / len(found) for place, found in values.items()}
+    means = {place: round(math.fsum(found.values()) / len(found), 12) for place, found in values.items()}  # of ranks
     ranked = [label for label in rows if label not in _DERIVED and any(label == row for row, _ in values)]
     scores: dict[tuple[str, str], StudyScore] = {}
     for (label, title), found in values.items():

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from fedcli.workspace.store import Store
 
 CONFIG_NAME = "fedcli.yaml"
+STUDY_NAME = "study.yaml"
+"""What tells a study's folder, whose cells are workspaces."""
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_NAME = f"adapter/{ADAPTER_FILE}"
@@ -198,6 +200,12 @@ def find_workspace(given: Path | None) -> Workspace:
     for folder in (here, *here.parents):
         if _holds_config(folder):
             return Workspace(folder)
+        if (folder / STUDY_NAME).is_file():
+            raise WorkspaceError(
+                f"{folder} is a study's folder, and no workspace",
+                hint="See `fedcli study -h`, such as `fedcli study report`; each cell is a workspace: -w cells/"
+                "PRESET/seed-S/LABEL.",
+            )
     raise WorkspaceError(
         f"no workspace here: neither {here} nor a folder above it holds a {CONFIG_NAME}",
         hint="Create one with `fedcli init`, or name one with --workspace DIR.",

@@ -11,11 +11,8 @@ from fedcli.tasks.conversation import Example, Item, Preference, shown
 
 MAX_NEW_TOKENS = 16
 """Twice what the longest answer, one of four words for an alert level, has."""
-METRICS = (
-    Metric("exact_match"),
-    Metric("preference_accuracy"),
-    Metric("margin", unit="nats", is_detail=True),
-)
+PAIR_METRICS = (Metric("preference_accuracy"), Metric("margin", unit="nats", is_detail=True))
+METRICS = (Metric("exact_match"), *PAIR_METRICS)
 
 
 def run(session: Session) -> list[ItemScore]:
@@ -60,7 +57,10 @@ def _read(files: Files) -> list[Item]:
 
 
 def _benchmark(name: str, split: str, title: str) -> Benchmark:
-    source = DataSource((f"held-out-{split}.jsonl",), "a workspace of the built-in rows (data.source: builtin:demo)")
+    instead = (
+        "It scores the built-in rows, in a workspace of them. `fedcli eval rows --data FILE` scores rows of your own."
+    )
+    source = DataSource((f"held-out-{split}.jsonl",), "a workspace of the built-in rows", instead=instead)
     return Benchmark(
         name, title, ("demo",), METRICS, 360, "fedcli's own", source, run, takes=("max_new_tokens", "template")
     )

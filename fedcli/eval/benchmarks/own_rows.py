@@ -13,7 +13,7 @@ from fedcli.data.formats import RowReader, guess_format
 from fedcli.data.source import read_rows
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
-from fedcli.eval.benchmarks.demo import compared
+from fedcli.eval.benchmarks.demo import PAIR_METRICS, compared
 from fedcli.eval.data import DataSource
 from fedcli.eval.requests import Likelihood
 from fedcli.tasks.conversation import Example, Item, Preference, is_text, shown
@@ -31,8 +31,7 @@ def _mean_loss(sums: Sequence[float]) -> float:
 METRICS = (
     Metric("loss", unit="nats", higher_is_better=False, of_sum=_mean_loss),
     Metric("exact_match"),
-    Metric("preference_accuracy"),
-    Metric("margin", unit="nats", is_detail=True),
+    *PAIR_METRICS,
 )
 """loss: nats per token of the responses, their end included, all tokens of all rows alike; exact_match: rows whose
 response greedy decoding gives, token by token; preference_accuracy: pairs whose chosen response is the likelier one;
@@ -42,22 +41,23 @@ margin: by how much, summed over its tokens."""
 def run(session: Session) -> list[ItemScore]:
     """Score the rows of every file; raises ConfigError for a file without a usable row.
 
-    Of several files each is a part, with metrics METRIC:PART.
+    Of several files each is a part, with metrics METRIC:PART. A row that cannot be used is an item without marks.
     """
     scored: list[ItemScore] = []
     files = session.files.require()
     for path in files:
-        items = _read(path, session.files.opener)[: session.options.limit]
+        items, left_out = _read(path, session.files.opener, session.options.limit)
         examples = [item for item in items if isinstance(item, Example)]
         found = _answered(session, examples)
         found += compared(session, [item for item in items if isinstance(item, Preference)])
+        found += [ItemScore(f"left-out-{at}", {}, {"left_out": reason}) for at, reason in enumerate(left_out)]
         scored += found if len(files) == 1 else [_of_part(_part_name(path), item) for item in found]
     return scored
 
 
-def _read(path: Path, opener: Opener | None) -> list[Item]:
-    """Return a file's examples, or pairs where it has no usable example."""
-    rows = read_rows(path, opener)
+def _read(path: Path, opener: Opener | None, limit: int | None) -> tuple[list[Item], list[str]]:
+    """Return a file's examples, or pairs where it has no usable example; and why each of the other rows is left out."""
+    rows = read_rows(path, opener)[:limit]
     error = None
     for task in ("sft", "dpo"):
         reader = RowReader(guess_format(str(path), None, task, rows, "the name of the columns").format)
@@ -67,9 +67,11 @@ def _read(path: Path, opener: Opener | None) -> list[Item]:
         except ConfigError as found:
             error = error or found
             continue
-        if all(is_text(item.conversations[0]) for item in items):
+        usable = [item for item in items if not is_text(item.conversations[0])]
+        if not usable:
             raise ConfigError(f"{path}: its rows are texts without a prompt", hint="Give rows a prompt and a response.")
-        return [item for item in items if not is_text(item.conversations[0])]
+        texts = ["a text without a prompt"] * (len(items) - len(usable))
+        return usable, [*reader.left_out.elements(), *texts]
     assert error is not None
     raise error
 
@@ -97,14 +99,16 @@ def _answered(session: Session, examples: Sequence[Example]) -> list[ItemScore]:
 
 BENCHMARK = Benchmark(
     "rows",
-    "Your own held-out rows",
-    (),
+    "Held-out rows of your own",
+    ("own",),
     METRICS,
     0,
     "your own",
     DataSource(
         tuple(f"{PREFIX}*.{kind}" for kind in _KINDS),
-        "rows of your own that no client trains on",
+        "rows of your own",
+        instead="Name rows that no client trains on with --data FILE; or a folder with rows.jsonl, rows-NAME.csv and "
+        "the like with --data DIR. docs/EVALUATION.md explains it.",
         is_any_file=True,
     ),
     run,
