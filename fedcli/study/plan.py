@@ -128,7 +128,8 @@ class Study(Section):
                 )
             if entry.label == BASELINES:
                 raise ValueError(f"algorithms: the label {BASELINES} is the baselines' own")
-        for settings in (self.settings, *(entry.settings for entry in (*self.presets, *self.algorithms))):
+        entries = [each.settings for each in self.presets] + [each.settings for each in self.algorithms]
+        for settings in (self.settings, *entries):
             for key in _flat(settings):
                 if own := next((place for taken, place in _OWN_KEYS.items() if f"{key}.".startswith(f"{taken}.")), ""):
                     raise ValueError(f"settings: {key} is not one of a cell's settings here: it belongs {own}")
