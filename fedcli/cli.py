@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,9 @@ from fedcli import __version__
 from fedcli.commands.help_pages import PANELS, example_lines, format_examples, format_help, panel_of
 from fedcli.errors import UsageError, WorkspaceError, error_document, explain
 
+_PACKAGE = Path(__file__).parent
+DOCS = _PACKAGE / "docs" if (_PACKAGE / "docs").is_dir() else _PACKAGE.parent / "docs"
+"""The documentation: inside the installed package, or beside it in a source tree."""
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 PIPE_CLOSED = 128 + signal.SIGPIPE
@@ -177,7 +181,7 @@ class EvalGroup(_Group):
 app = typer.Typer(
     name="fedcli",
     cls=_Group,
-    epilog="Every command takes --help, with examples, and --debug: tracebacks for errors.",
+    epilog=f"Every command takes --help, with examples, and --debug: tracebacks for errors. Documentation: {DOCS}",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # rich costs a tenth of a second: it is loaded for help on a terminal alone
@@ -251,6 +255,9 @@ def _run(arguments: list[str]) -> int:
         return code
     except Exception as error:  # whatever it is, the user gets one line and an exit code
         raised, failure = error, explain(error)
+        failure.hint = re.sub(
+            r"\bdocs(?=/[A-Z]+\.md)", lambda _: str(DOCS), failure.hint
+        )  # where this installation has it
     else:
         return 0
     if debug:

@@ -77,6 +77,30 @@ class RequirementError(FedError):
     exit_code = 8
 
 
+EXTRAS = {
+    **dict.fromkeys(("lm_eval", "openai", "sacrebleu", "sklearn"), "eval"),
+    **{"matplotlib": "report", "tensorboardX": "tensorboard", "gguf": "gguf"},
+}
+"""The extra of fedcli that brings a package, by the name that is imported."""
+
+
+def missing_package(name: str) -> RequirementError:
+    """Return the error for a package of EXTRAS that is not installed."""
+    return RequirementError(
+        f"this needs the package {name}, which is not installed",
+        hint=f"Install fedcli's extra that brings it: pip install 'fedcli[{EXTRAS[name]}]'.",
+    )
+
+
+def require_packages(names: Iterable[str]) -> None:
+    """Raise RequirementError for the first of some packages of EXTRAS that is not installed; import none."""
+    from importlib.util import find_spec
+
+    for name in names:
+        if find_spec(name) is None:
+            raise missing_package(name)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that names the nearest known names, or all of them where none is near."""
     import difflib
@@ -120,6 +144,8 @@ def explain(error: Exception) -> FedError:
         return error
     if isinstance(error, OSError):
         return _explain_os_error(error)
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
+        return missing_package(package)
     hint = "This is a bug. Run it again with --debug and report what it prints."
     return FedError(f"internal error: {type(error).__name__}: {error}", hint=hint)
 

@@ -35,6 +35,7 @@ def test_the_wheel_holds_the_template_and_the_model_and_is_small(wheel: Path) ->
         "fedcli/report/card.md.j2",
         *(f"fedcli/report/{name}.html.j2" for name in ("layout", "parts", "page", "study")),
         "fedcli/py.typed",
+        *(f"fedcli/docs/{path.name}" for path in (ROOT / "docs").iterdir() if path.is_file()),
     ):
         assert name in names
     assert wheel.stat().st_size < 3_000_000
@@ -67,3 +68,12 @@ def test_fedcli_init_works_from_the_installed_wheel(wheel: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "created"
     assert os.listdir(work / "rounds") == ["00000"]
+    done = subprocess.run(
+        [tmp_path / "venv/bin/fedcli", "study", "init", "demo", "s", "--set", "seedz=[1]"],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert f"{site}/fedcli/docs/STUDIES.md" in done.stderr, "a message names the page where it is"
+    assert (site / "fedcli/docs/STUDIES.md").is_file()

@@ -132,6 +132,8 @@ class Benchmark:
     """Of a benchmark that is made of others, these."""
     takes: tuple[str, ...] = ("max_new_tokens", "temperature", "template")
     """The options that it obeys, besides limit."""
+    packages: tuple[str, ...] = ()
+    """Packages that it needs and not every installation has, by the names that are imported (`errors.EXTRAS`)."""
     answers_of: str | None = None
     """The benchmark that asks models the same questions, and so has the same answers."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
-from fedcli.errors import RequirementError, UsageError
+from fedcli.errors import RequirementError, UsageError, missing_package
 from fedcli.eval.remembered import Usage
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, before_stop
 from fedcli.tasks.conversation import Turn
@@ -87,9 +87,7 @@ class Endpoint:
         try:
             import openai
         except ImportError as error:
-            raise RequirementError(
-                "models behind an endpoint need the openai package", hint="Install it: pip install openai"
-            ) from error
+            raise missing_package("openai") from error
         return openai.OpenAI(
             api_key=self.key,
             base_url=self.url,

@@ -4,14 +4,16 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fedcli.errors import EXTRAS
 from fedcli.eval.benchmark import Benchmark
 from fedcli.eval.data import Files, Finder, find_files
 from fedcli.eval.endpoint import KEY_VARIABLE
 from fedcli.eval.fetch import has_record
-from fedcli.eval.registry import BENCHMARKS, find_group
+from fedcli.eval.registry import BENCHMARKS, find_group, needed_packages
 
 _PLACES = ("missing", "hub", "publisher", "cached", "local")
 """From worst to best: a benchmark of parts is as well off as the worst of them."""
@@ -57,6 +59,11 @@ def _listed(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> List
     parts = benchmark.parts or (benchmark.name,)
     where = min((_where(BENCHMARKS[part], roots, finder) for part in parts), key=_PLACES.index)
     missing = [] if where in ("local", "cached") else ["data"]
+    missing += [
+        f"{name} (pip install 'fedcli[{EXTRAS[name]}]')"
+        for name in dict.fromkeys(needed_packages(benchmark))
+        if find_spec(name) is None
+    ]
     if "judge" in benchmark.needs and not os.environ.get(KEY_VARIABLE):
         missing.append(f"judge (${KEY_VARIABLE}, a server of your own, or a model folder)")
     if "code-execution" in benchmark.needs and not shutil.which("bwrap"):

@@ -61,6 +61,11 @@ _OWN = (
 BENCHMARKS = Registry("fedcli.benchmarks", register(_OWN), _check)
 
 
+def needed_packages(benchmark: Benchmark) -> list[str]:
+    """Return the packages that a benchmark, or any of its parts, needs and not every installation has."""
+    return [*benchmark.packages, *(name for part in benchmark.parts for name in BENCHMARKS[part].packages)]
+
+
 def known_groups() -> list[str]:
     """Return the names of all groups, each once; other packages' benchmarks may have groups of their own."""
     return list(dict.fromkeys(group for benchmark in BENCHMARKS.usable() for group in benchmark.groups))

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "filelock", "datasets"),
-    *("pyarrow", "scikit-learn", "matplotlib", "jinja2"),
+    *("pyarrow", "jinja2"),
 )
+OPTIONAL_PACKAGES = {"lm-eval": "eval", "scikit-learn": "eval", "matplotlib": "report"}
+"""What an extra of fedcli brings, by its name on the index."""
 HUB_TIMEOUT = 5.0
 """Seconds to wait for an answer of the hub."""
 
@@ -173,6 +175,12 @@ def _packages(config: Config | None) -> Iterator[Finding]:
         except metadata.PackageNotFoundError:
             is_needed = package != "bitsandbytes" or _is_quantized(config)
             yield Finding(package, "failed" if is_needed else "warning", "not installed", f"pip install {package}")
+    for package, extra in OPTIONAL_PACKAGES.items():
+        try:
+            yield Finding(package, "ok", metadata.version(package))
+        except metadata.PackageNotFoundError:
+            told = {"eval": "some benchmarks and splits need it", "report": "pictures need it"}[extra]
+            yield Finding(package, "warning", f"not installed; {told}", f"pip install 'fedcli[{extra}]'")
 
 
 def _is_quantized(config: Config | None) -> bool:

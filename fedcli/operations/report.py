@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fedcli.algos import Array
-from fedcli.errors import IntegrityError
+from fedcli.errors import IntegrityError, require_packages
 from fedcli.eval.registry import BENCHMARKS
 from fedcli.observer import Observer
 from fedcli.operations.status import describe_algorithm, describe_history
@@ -60,6 +60,7 @@ def write_report(
     """
     from fedcli.report.events import require_writer, write_events
 
+    require_packages(["matplotlib"])
     if tensorboard is not None:
         require_writer()
     workspace = federation.workspace

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +198,18 @@ def _record(
         seconds=usage.seconds,
         num_generated_tokens=usage.num_generated_tokens,
         tokens_per_second=usage.num_generated_tokens / usage.seconds if usage.num_generated_tokens else None,
-        versions={package: version(package) for package in packages},
+        versions=_versions(packages),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of packages, without those that this installation can do without, and does."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _answers_of_baseline(workspace: Workspace, benchmark: str, options: Options) -> dict[str, str] | None:

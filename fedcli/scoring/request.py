@@ -8,11 +8,11 @@ from typing import get_args
 
 from fedcli.client.runtimes import Runtimes
 from fedcli.config import TemplateChoice, TemplateName
-from fedcli.errors import UsageError, did_you_mean
+from fedcli.errors import UsageError, did_you_mean, require_packages
 from fedcli.eval.benchmark import Benchmark, Options
 from fedcli.eval.endpoint import OPENAI_URL, find_endpoint
 from fedcli.eval.judge import Estimate, Judge
-from fedcli.eval.registry import BENCHMARKS, find_benchmarks
+from fedcli.eval.registry import BENCHMARKS, find_benchmarks, needed_packages
 from fedcli.eval.remembered import Engine
 from fedcli.model.base import fingerprint
 from fedcli.scoring.engines import Models, load_local
@@ -51,6 +51,7 @@ def prepare(federation: FederationState, asked: Scoring, runtimes: Runtimes) -> 
     a key, an endpoint or the sandbox is missing.
     """
     benchmarks = _benchmarks(asked)
+    require_packages(name for benchmark in benchmarks for name in needed_packages(benchmark))
     _check_options(benchmarks, asked)
     _check_baseline(federation.workspace, benchmarks, asked.options)
     endpoints = {name: find_endpoint(name, asked.targets.api_url) for name in asked.targets.apis}

@@ -10,10 +10,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from fedcli.client.runtimes import KeptModel
-from fedcli.errors import BusyError, FedError, RequirementError, UsageError, did_you_mean, explain
+from fedcli.errors import BusyError, FedError, RequirementError, UsageError, did_you_mean, explain, require_packages
 from fedcli.eval.data import Files
 from fedcli.eval.endpoint import find_endpoint
-from fedcli.eval.registry import BENCHMARKS, find_benchmarks
+from fedcli.eval.registry import BENCHMARKS, find_benchmarks, needed_packages
 from fedcli.operations.workers import MOST_DEATHS, end_with_parent, spawn_worker
 from fedcli.study.folder import CellError, CellRecord, StudyFolder, error_record
 from fedcli.study.plan import Cell, cell_key, cells_of
@@ -101,7 +101,9 @@ def check_requirements(folder: StudyFolder) -> None:
     wanted = folder.study.eval
     if wanted.judge_model is not None and not Path(wanted.judge_model).is_dir():
         find_endpoint(wanted.judge_model, wanted.judge_url)
-    found = {name for each in find_benchmarks(wanted.benchmarks) for name in (each.name, *each.parts)}
+    benchmarks = find_benchmarks(wanted.benchmarks)
+    require_packages(name for benchmark in benchmarks for name in needed_packages(benchmark))
+    found = {name for each in benchmarks for name in (each.name, *each.parts)}
     for benchmark in map(BENCHMARKS.__getitem__, sorted(found)):
         if (
             wanted.data is not None

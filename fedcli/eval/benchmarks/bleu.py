@@ -78,7 +78,9 @@ def _read_concode(files: Files) -> Iterator[Snippet]:
         yield Snippet(str(number), question, reference)
 
 
-_benchmark = partial(Benchmark, groups=("code",), metrics=(Metric("BLEU", unit="BLEU", of_sum=bleu_of_sum),))
+_benchmark = partial(
+    Benchmark, groups=("code",), metrics=(Metric("BLEU", unit="BLEU", of_sum=bleu_of_sum),), packages=("sacrebleu",)
+)
 BENCHMARKS = (
     _benchmark(
         name="conala",

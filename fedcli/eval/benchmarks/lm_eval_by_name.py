@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcli.errors import UsageError, did_you_mean
+from fedcli.errors import UsageError, did_you_mean, require_packages
 from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.data import DataSource
 from fedcli.eval.lm_eval_bridge import TaskSet, quiet_lm_eval, task_manager
@@ -21,6 +21,7 @@ def lm_eval_benchmark(names: Sequence[str], include: Path | None = None) -> Benc
     """
     if include is not None and not include.is_dir():
         raise UsageError(f"--include {include}: no such folder", hint="Name a folder with lm-eval's YAML files.")
+    require_packages(["lm_eval"])
     with quiet_lm_eval():
         leaves, folder = _find(names, include)
         index = task_manager(folder, include).task_index

@@ -16,8 +16,10 @@ ACCURACY = Metric("accuracy")
 CHOSEN = {("acc", "none"): "accuracy"}
 """The choice of the highest likelihood is the right one."""
 _TAKE_FIRST = {"function": "take_first"}
-_choice = partial(Benchmark, metrics=(ACCURACY,), needs=("likelihood",), takes=("shots",))
-_generation = partial(Benchmark, needs=("gpu-advised",), takes=("max_new_tokens", "shots", "temperature"))
+_choice = partial(Benchmark, metrics=(ACCURACY,), needs=("likelihood",), takes=("shots",), packages=("lm_eval",))
+_generation = partial(
+    Benchmark, needs=("gpu-advised",), takes=("max_new_tokens", "shots", "temperature"), packages=("lm_eval",)
+)
 
 
 def _details(names: Iterable[str]) -> tuple[Metric, ...]:
