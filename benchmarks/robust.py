@@ -2,9 +2,10 @@
 
     nice -n 10 python benchmarks/robust.py [--seeds 0 1 2] [--rounds 4]
 
-Of the demo's headlines those with the first two verbs of each level are used, which fewer steps teach. Clients 0 to 3 share the headlines of four topics at random; client 4 alone holds the fifth topic's (farming). A score
-is the share of right answers on held-out headlines (`demo`'s test split): of farming where client 4 is honest, which is
-what a rule takes for an attack, and of the four other topics where it is hostile. Hostile, client 4 sends
+Of the demo's headlines those with the first two verbs of each level are used, which fewer steps teach. Clients 0 to 3
+share the headlines of four topics at random; client 4 alone holds the fifth topic's (farming). A score is the share of
+right answers on held-out headlines: of farming where client 4 is honest, which is what a rule takes for an attack, and
+of the four other topics where it is hostile. Hostile, client 4 sends
 
 * scaled: its honest difference times 1,000;
 * flipped: its honest difference times -4, which about cancels four like it;
@@ -99,7 +100,7 @@ def prepared(folder: Path, seed: int, is_poisoned: bool, rounds: int, kept: Kept
 
 
 def federate(start: Path, rule: str, scenario: str, kept: KeptModel) -> dict[str, float]:
-    """Run one federation from a prepared one; return the shares of right answers on the four topics and on the fifth."""
+    """Run one federation from a prepared one; return the share of right answers on four topics and the fifth."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(shutil.copytree(start, Path(folder) / "run"))
         config = root / "fedcli.yaml"
@@ -151,7 +152,9 @@ def alter(federation: Federation, factor: float, num_samples: int | None) -> Non
     update = read_update(head, HOSTILE)
     assert update is not None
     start = head.adapter()
-    values = {name: (x + factor * (update.files[ADAPTER_FILE][name] - x)).astype(np.float32) for name, x in start.items()}
+    values = {
+        name: (x + factor * (update.files[ADAPTER_FILE][name] - x)).astype(np.float32) for name, x in start.items()
+    }
     contents = encode(values)
     changes = {"files": {ADAPTER_FILE: file_entry(contents)}}
     changes |= {} if num_samples is None else {"num_samples": num_samples}

@@ -4,7 +4,6 @@ Plain numbers and no numpy, for `fedcli status` reads them of manifests.
 """
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -56,10 +55,15 @@ def outliers(figures: Mapping[str, Sequence[float | None]]) -> list[list[str]]:
         known = [value for value in values if value is not None]
         if len(known) < FEWEST:
             continue
-        middle = median(known)
-        deviation = median(abs(value - middle) for value in known)
+        middle = _median(known)
+        deviation = _median([abs(value - middle) for value in known])
         limit = max(FAR * deviation, 1e-6 * abs(middle))  # where most are equal, a last digit tells nothing
         for mark, value in zip(marks, values, strict=True):
             if value is not None and abs(value - middle) > limit:
                 mark.append(name)
     return marks
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2

@@ -20,6 +20,7 @@ import numpy as np
 
 from fedcli.algos.arrays import Array
 
+
 def capped(weights: Array, cap: float | None) -> Array:
     """Return weights none of which is larger than `cap` times their median."""
     return weights if cap is None else np.minimum(weights, cap * np.median(weights))
@@ -87,9 +88,7 @@ def norm_clip(products: Array, tolerate: int = 0, *, radius: float | None = None
     return _shrunk(norms, float(np.median(norms)) if radius is None else radius) / len(products)
 
 
-def centred_clip(
-    products: Array, tolerate: int = 0, *, radius: float | None = None, iterations: int = 3
-) -> Array:
+def centred_clip(products: Array, tolerate: int = 0, *, radius: float | None = None, iterations: int = 3) -> Array:
     """Return w after v <- v + mean_i (x_i - v) min(1, tau / ||x_i - v||) from v = 0; tau: the norms' median by default.
 
     Karimireddy et al. 2021 (2012.10333), where v starts at the last round's result.
@@ -143,7 +142,9 @@ def trimmed_mean(rows: Array, tolerate: int) -> Array:
 
 def _shrunk(norms: Array, radius: float) -> Array:
     """Return min(1, radius / norm), 1 for a norm of zero."""
-    found: Array = np.minimum(1.0, radius / np.where(norms > 0, norms, np.inf), where=norms > 0, out=np.ones(len(norms)))
+    found: Array = np.minimum(
+        1.0, radius / np.where(norms > 0, norms, np.inf), where=norms > 0, out=np.ones(len(norms))
+    )
     return found
 
 

@@ -35,6 +35,7 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
         scores=_score_table(report),
         rounds=_rounds_table(report),
         num_rounds=len(report.merged),
+        updates=_updates_table(report),
         refusals=_Table.of(
             ("round", "client", "code", "reason"),
             [
@@ -115,6 +116,24 @@ def _rounds_table(report: Report) -> _Table:
     heads = ("round", "algorithm", "learning rate", "counted", "refused", "missing", "mean loss", "time")
     rows = [list(map(_Cell, _round_row(merged))) for merged in report.merged]
     return _Table.of(heads, rows, texts=("algorithm", "refused", "missing"))
+
+
+def _updates_table(report: Report) -> _Table:
+    heads = ("round", "client", "rows", "weight", "norm", "cosine to the mean", "change without it", "unusual")
+    rows = [
+        (
+            _Cell(str(row.round)),
+            _Cell(str(row.client)),
+            _Cell(f"{row.num_samples:,}"),
+            _Cell(f"{row.weight:.3f}"),
+            _Cell(f"{row.norm:.3g}"),
+            _Cell("" if row.cosine is None else f"{row.cosine:.3f}"),
+            _Cell("" if row.change is None else f"{row.change:.2g}"),
+            _Cell(", ".join(row.unusual)),
+        )
+        for row in report.updates
+    ]
+    return _Table.of(heads, rows, texts=("unusual",))
 
 
 def _round_row(merged: MergedRound) -> list[str]:

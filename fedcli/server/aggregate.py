@@ -121,9 +121,7 @@ def _aggregate(
     federation.workspace.store.sweep("rounds")
     config = federation.config
     rule, num_clients = config.aggregation.as_rule(), config.federation.clients
-    files, aggregation = combine_with(
-        rule, head, algorithm, num_clients, head.draw_order, head.num_counted, observer
-    )
+    files, aggregation = combine_with(rule, head, algorithm, num_clients, head.draw_order, head.num_counted, observer)
     _check_answers(federation, aggregation.missing, needed)
     if files is None:
         faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)

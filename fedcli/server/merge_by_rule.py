@@ -16,7 +16,7 @@ from fedcli.algos.reducer import WeightedMean
 from fedcli.algos.robust import Rule
 from fedcli.errors import ConfigError, NotReadyError
 from fedcli.observer import Observer
-from fedcli.server.merge import check_finite, combine, files_of, weight_of, read_pairs
+from fedcli.server.merge import check_finite, combine, files_of, read_pairs, weight_of
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Submission, check_rows, look_at_update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE
@@ -43,9 +43,7 @@ def combine_with(
     valid for what the rule should tolerate, ConfigError where the algorithm merges in a way of its own.
     """
     if rule is None or rule.is_plain_mean:
-        return combine(
-            base, algorithm, num_clients, order, count, observer, refuses_incomplete=recorded is not None
-        )
+        return combine(base, algorithm, num_clients, order, count, observer, refuses_incomplete=recorded is not None)
     _check_algorithm(algorithm, rule)
     survey = _Survey(base, observer, recorded is not None)
     survey.read(order, count)
@@ -213,10 +211,7 @@ class _Merge:
         """Return what stands for all updates, with these weights, zero where they carry nothing."""
         names = self.base.manifest.update_files
         zeros = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in self.adapter.items()}
-        if self.rule.is_blockwise:
-            merged = {name: self._blockwise(name) for name in names}
-        else:
-            merged = self._weighted(entries)
+        merged = {name: self._blockwise(name) for name in names} if self.rule.is_blockwise else self._weighted(entries)
         of_all = len(entries) / num_clients  # SCAFFOLD's c+ = c + (K/N) times what stands for the K controls
         files = {
             name: zeros | {tensor: of_all * array for tensor, array in merged[name].items()}
@@ -231,9 +226,7 @@ class _Merge:
 
     def _weighted(self, entries: Sequence[CountedUpdate]) -> dict[str, dict[str, Array]]:
         """Return the weighted sum of each file; an update that weighs nothing is not read again."""
-        weights = {
-            entry.client: {ADAPTER_FILE: entry.weight} | (entry.file_weights or {}) for entry in entries
-        }
+        weights = {entry.client: {ADAPTER_FILE: entry.weight} | (entry.file_weights or {}) for entry in entries}
         hashes = {submission.client: submission.sha256 for submission in self.survey.found}
         sums = {name: WeightedMean(divisor=1.0) for name in self.base.manifest.update_files}
         origins = {name: _origin(self.base, name, self.adapter) for name in sums}

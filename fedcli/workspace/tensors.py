@@ -111,7 +111,8 @@ def check_values(arrays: Arrays) -> None:
         check_finite({name: array})
         largest = max(float(array.max()), -float(array.min()))
         raise Refusal(
-            "nonfinite", f"tensor {name!r} holds {largest:.3g}: from beyond {LARGEST_VALUE:.3g} sums and squares overflow"
+            "nonfinite",
+            f"tensor {name!r} holds {largest:.3g}: from beyond {LARGEST_VALUE:.3g} sums and squares overflow",
         )
 
 
