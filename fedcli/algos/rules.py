@@ -7,8 +7,8 @@ number of all updates by itself. Where clients hold rows of unlike kinds, the ru
 
 Definitions differ between libraries. Krum's score here, as in the paper and in Flower, sums the n - f - 2 smallest
 squared distances to other updates; ByzFL's sums n - f - 1, and so may choose another. Multi-Krum is the mean of the
-m = n - f updates of the lowest scores, as in ByzFL; Flower's default keeps one. The trimmed mean drops f numbers at each
-end; Flower drops floor(beta n), with beta 0.2. The geometric median here is Weiszfeld's iteration until it stands
+m = n - f updates of the lowest scores, as in ByzFL; Flower's default keeps one. The trimmed mean drops f numbers at
+each end; Flower drops floor(beta n), with beta 0.2. The geometric median here is Weiszfeld's iteration until it stands
 still; ByzFL makes 3 iterations from zero with nu 0.1, and RFA's authors 3 to 4 from the mean, which a far outlier
 still pulls. ByzFL clips around zero with a radius of 100; here the radius is the median of the norms.
 """
@@ -111,9 +111,9 @@ def geometric_median(
     nu: float = 1e-5,
     iterations: int = 1000,
 ) -> Array:
-    """Return w of the point with the least sum of distances: z <- sum b_i x_i / sum b_i, b_i = a_i / max(nu, ||x_i - z||).
+    """Return w of the point with the least sum of distances, by z <- sum b_i x_i / sum b_i.
 
-    RFA, Pillutla et al. 2019 (1912.13445); `nu` is in units of the median of the norms. From `start`, by default the
+    b_i = a_i / max(nu, ||x_i - z||): RFA, Pillutla et al. 2019 (1912.13445); `nu` is in units of the median of the norms. From `start`, by default the
     mean, until w stands still or for so many iterations. a_i are equal by default.
     """
     count = len(products)
@@ -142,9 +142,7 @@ def trimmed_mean(rows: Array, tolerate: int) -> Array:
 
 def _shrunk(norms: Array, radius: float) -> Array:
     """Return min(1, radius / norm), 1 for a norm of zero."""
-    found: Array = np.minimum(
-        1.0, radius / np.where(norms > 0, norms, np.inf), where=norms > 0, out=np.ones(len(norms))
-    )
+    found: Array = radius / np.maximum(norms, radius) if radius > 0 else (norms == 0).astype(float)
     return found
 
 

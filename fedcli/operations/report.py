@@ -220,7 +220,7 @@ def _similarities(
 
 
 def _compare(base: Round, hashes: dict[int, str], observer: Observer) -> tuple[Similarity, Array]:
-    """Return the cosines between a round's updates, as far as they are still in the inbox, and the Gram matrix of these.
+    """Return the cosines between a round's updates, as far as they are still in the inbox, and their Gram matrix.
 
     Some of them stay in memory (HELD_BYTES) while those behind them pass by, one at a time; then the next ones stay.
     """

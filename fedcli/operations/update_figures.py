@@ -27,7 +27,7 @@ class UpdateFigures:
 
 
 def figures_of(counted: Sequence[CountedUpdate], found: Mapping[int, Diagnosis] | None = None) -> list[UpdateFigures]:
-    """Return the figures of a round's counted updates: those of its manifest, else those that were `found` by client."""
+    """Return the figures of a round's counted updates: its manifest's, else those that were `found` by client."""
     given = {} if found is None else found
     cosines = [entry.cosine if entry.client not in given else given[entry.client].cosine for entry in counted]
     changes = [entry.change if entry.client not in given else given[entry.client].change for entry in counted]

@@ -88,7 +88,7 @@ class _OnePass:
 
 
 class _AnyOrder:
-    """A file whose tensors lie in an order of their own: it is read and checked once as a whole, then piece by piece."""
+    """A file whose tensors lie in an order of their own: it is read and checked as a whole, then piece by piece."""
 
     def __init__(self, base: Round, submission: Submission, name: str) -> None:
         self._stored: StoredFile | None = None
