@@ -7,7 +7,7 @@ depends on the number of threads.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ClassVar
 
 import numpy as np
@@ -36,18 +36,41 @@ class Stacks:
         """Yield a tensor's name, a slice of it flattened, and that part of all updates: float64, a row for each.
 
         All slices of all tensors come once; each call is another pass over the files. The rows are in memory that the
-        next block takes.
+        block after the next takes: that is read while this one is worked on.
         """
         length = PIECE * max(1, _MOST_STACKED // (PIECE * len(self._members)))
-        memory = np.empty((len(self._members), length))
-        for name, array in self._origin.items():
-            start = array.reshape(-1)
-            for begin in range(0, start.size, length):
-                block = slice(begin, min(begin + length, start.size))
-                rows = memory[:, : block.stop - begin]
-                for row, member in zip(rows, self._members, strict=True):
-                    np.subtract(member(name, block), start[block], out=row, dtype=np.float64)
-                yield name, block, rows
+        memory = [np.empty((len(self._members), length)) for _ in range(2)]
+        blocks = [
+            (name, slice(begin, min(begin + length, array.size)))
+            for name, array in self._origin.items()
+            for begin in range(0, array.size, length)
+        ]
+        with ThreadPoolExecutor(2) as readers:  # each reads every other update, block after block
+
+            def read(number: int) -> "list[Future[None]]":
+                name, block = blocks[number]
+                rows = memory[number % 2][:, : block.stop - block.start]
+                return [readers.submit(self._fill, rows, name, block, first) for first in range(2)]
+
+            readings = read(0) if blocks else []
+            for number, (name, block) in enumerate(blocks):
+                for reading in readings:
+                    reading.result()
+                readings = read(number + 1) if number + 1 < len(blocks) else []
+                yield name, block, memory[number % 2][:, : block.stop - block.start]
+
+    def _fill(self, rows: Array, name: str, block: slice, first: int) -> None:
+        """Fill every other row with a part of an update's difference."""
+        start = self._origin[name].reshape(-1)[block]
+        for row, member in list(zip(rows, self._members, strict=True))[first::2]:
+            np.subtract(member(name, block), start, out=row, dtype=np.float64)
+
+    def products(self) -> Array:
+        """Return the Gram matrix of the updates' differences, by one pass."""
+        found = np.zeros((len(self._members), len(self._members)))
+        for _, _, rows in self.blocks():
+            found += rows @ rows.T
+        return found
 
     def reduce(self, function: "Callable[[Array], Array]") -> "dict[str, Array]":
         """Return what a function makes of the rows of each block: one number for each column."""
@@ -120,9 +143,14 @@ class WeightedMean(Reducer):
         divisor = self._total_weight if self._divisor is None else self._divisor
         if divisor == 0.0:
             raise ZeroDivisionError("the weights of all updates add up to zero")
-        sums, self._sums = self._sums, {}
+        sums = self.sums()
         for total in sums.values():
             np.divide(total, divisor, out=total)  # in place: the sums are as large as two adapters
+        return sums
+
+    def sums(self) -> "dict[str, Array]":
+        """Return the sum of the weighted differences, and forget it."""
+        sums, self._sums = self._sums, {}
         return sums
 
 

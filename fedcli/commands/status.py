@@ -44,8 +44,13 @@ def status(
     print_hint(f"next: {result.next_command}{at(workspace)}")
 
 
+_FIGURES = {"norm": "norms", "cosine": "cosines", "change": "changes"}
+"""Of an update: |y - x|, its cosine to the mean, and what leaving it out changes the mean by, in the mean's norm."""
+
+
 def _print(result: "Status") -> None:
-    from fedcli.operations.status import describe_algorithm
+    from fedcli.operations.status import describe_algorithm, describe_rule
+    from fedcli.operations.update_figures import describe_unusual
 
     print(f"workspace  {result.workspace}")
     print(f"round      {result.round} of {result.rounds}, {result.state}")
@@ -71,9 +76,20 @@ def _print(result: "Status") -> None:
         print(f"slurm      {_describe_jobs(result.slurm)}")
     if result.joined:
         print(f"joined     {name_clients(result.joined)}: parties that keep their rows")
+    for name in ("norm", "cosine", "change"):
+        known = {update.client: getattr(update, name) for update in result.last_updates}
+        if any(value is not None for value in known.values()):
+            values = (f"{client}: {value:.3g}" for client, value in known.items() if value is not None)
+            print(f"{_FIGURES[name]:<10} {', '.join(values)} (by client, round {result.round - 1})")
     if result.last_losses:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
         print(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
+    if result.last_rule is not None:
+        weights = ", ".join(f"{update.client}: {update.weight:.3f}" for update in result.last_updates)
+        print(f"rule       {describe_rule(result.last_rule)}; weights {weights} (by client, round {result.round - 1})")
+    for update in result.last_updates:
+        if update.unusual:
+            print(f"unusual    client {update.client} in round {result.round - 1}: {describe_unusual(update)}")
     for client, code in result.last_refused.items():
         print(f"refused    client {client} in round {result.round - 1}: {code}")
     for clients, why in ((result.last_surplus, "were not needed"), (result.last_late, "came too late")):

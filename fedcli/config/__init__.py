@@ -21,6 +21,7 @@ from fedcli.config.parsing import parse_config as parse_config
 from fedcli.config.parsing import parse_format as parse_format
 from fedcli.config.parsing import read_document as read_document
 from fedcli.config.parsing import read_format as read_format
+from fedcli.config.parsing import rule_from as rule_from
 from fedcli.config.sections import Config as Config
 from fedcli.config.sections import FederationConfig as FederationConfig
 from fedcli.config.sections import Quantization as Quantization

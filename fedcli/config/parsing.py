@@ -11,6 +11,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fedcli.algos import ALGORITHMS, Algorithm
+from fedcli.algos.robust import Rule
+from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.data import PARTITIONS, TAGS, DataFormat, check_format
 from fedcli.config.section import Section
 from fedcli.config.sections import Config, parse_algorithm
@@ -25,6 +27,17 @@ def algorithm_from(record: dict[str, Any]) -> Algorithm:
         raise IntegrityError(
             f"a manifest asks for an algorithm that this version does not know: {record}",
             hint="Use the version of fedcli that opened the round, or a later one, with the packages that it had.",
+        ) from error
+
+
+def rule_from(record: dict[str, Any] | None) -> Rule | None:
+    """Return the rule that a manifest records, None for the weighted mean; raise IntegrityError for an unknown one."""
+    try:
+        return None if record is None else AggregationConfig.model_validate(record).as_rule()
+    except ValidationError as error:
+        raise IntegrityError(
+            f"a manifest was merged by a rule that this version does not know: {str(record)[:200]}",
+            hint="Use the version of fedcli that merged the round, or a later one.",
         ) from error
 
 

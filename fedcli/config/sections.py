@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, Ty
 from pydantic_core import PydanticCustomError
 
 from fedcli.algos import ALGORITHMS, Algorithm, FedAvg
+from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.data import DataConfig, TaskName, check_format
 from fedcli.config.section import Count, Section
 from fedcli.config.slurm import SlurmConfig
@@ -201,6 +202,7 @@ class Config(Section):
     data: DataConfig = DataConfig.model_construct()
     train: TrainConfig = TrainConfig.model_construct()
     algorithm: AlgorithmSection = FedAvg()
+    aggregation: AggregationConfig = AggregationConfig.model_construct()
     federation: FederationConfig = FederationConfig.model_construct()
     eval: EvalConfig = EvalConfig.model_construct()
     retention: RetentionConfig = RetentionConfig.model_construct()
@@ -211,6 +213,7 @@ class Config(Section):
         for given in (self.data.format, *(entry.format for entry in self.data.sources)):
             if given is not None:
                 check_format(given, self.task)
+        self.aggregation.check_enough(self.federation.num_counted)
         return self
 
     def fixed(self) -> dict[str, Any]:

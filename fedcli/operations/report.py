@@ -1,7 +1,7 @@
 """A report of a federation: its series collected from manifests, scores and inbox, drawn, and written to a folder."""
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from fedcli.algos import Array
+from fedcli.algos.diagnostics import Diagnosis, diagnose
 from fedcli.errors import IntegrityError, require_packages
 from fedcli.eval.registry import BENCHMARKS
 from fedcli.observer import Observer
 from fedcli.operations.status import describe_algorithm, describe_history
+from fedcli.operations.update_figures import figures_of
 from fedcli.quantities import describe_bytes
 from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
-from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity
+from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity, UpdateRow
 from fedcli.scoring.targets import is_stale
 from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState, config_text
@@ -78,7 +80,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
     """Return what there is to show of a federation as it stands."""
     workspace, config, head = federation.workspace, federation.config, federation.head
     rounds = [*federation.past(), head]
-    similarities, notes = _similarities(rounds, observer)
+    similarities, found, notes = _similarities(rounds, observer)
     scores, more_notes = read_metrics(workspace)
     manifest = head.manifest
     adapter = config.adapter
@@ -107,7 +109,19 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         config=config_text(workspace),
         versions=versions_here(),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        updates=_updates(rounds, found),
     )
+
+
+def _updates(rounds: Sequence[Round], found: Mapping[int, Mapping[int, Diagnosis]]) -> list[UpdateRow]:
+    """Return the figures of the last round's updates, and of those of others that are unusual."""
+    rows = []
+    for before, after in pairwise(rounds):
+        done = after.manifest.aggregation
+        for figures in figures_of(done.counted, found.get(before.number)) if done else ():
+            if figures.unusual or after is rounds[-1]:
+                rows.append(UpdateRow(round=before.number, **vars(figures)))
+    return rows
 
 
 def _merged(before: Round, after: Round) -> MergedRound:
@@ -163,9 +177,15 @@ def _metric(name: str, metric: str, found: Sequence[ScoreRecord]) -> MetricScore
     return MetricScores(name, metric, first.unit, first.higher_is_better, rounds, others, alone)
 
 
-def _similarities(rounds: Sequence[Round], observer: Observer) -> tuple[list[Similarity], list[str]]:
-    """Return the cosines of the last rounds whose updates can still be read, and notes of what was left out."""
+def _similarities(
+    rounds: Sequence[Round], observer: Observer
+) -> tuple[list[Similarity], dict[int, dict[int, Diagnosis]], list[str]]:
+    """Return the cosines of the last rounds whose updates can still be read, and notes of what was left out.
+
+    Of rounds of which all updates can be read there are figures, too, by round and client.
+    """
     found: list[Similarity] = []
+    figures: dict[int, dict[int, Diagnosis]] = {}
     notes = []
     num_bytes = 0
     for before, after in reversed(list(pairwise(rounds))):
@@ -180,7 +200,7 @@ def _similarities(rounds: Sequence[Round], observer: Observer) -> tuple[list[Sim
             notes.append(f"cosines: `fedcli gc` has removed the adapter of round {before.number}, and what is older")
             break
         try:
-            similarity = _compare(before, hashes, observer)
+            similarity, products = _compare(before, hashes, observer)
         except IntegrityError:  # the rest of the report stands
             notes.append(f"cosines: the adapter of round {before.number} is damaged, as `fedcli verify` tells")
             break
@@ -190,11 +210,18 @@ def _similarities(rounds: Sequence[Round], observer: Observer) -> tuple[list[Sim
             )
             break
         found.append(similarity)
-    return found[::-1], notes
+        if done and len(products) == len(done.counted):
+            weights = np.array([entry.weight for entry in done.counted])
+            if weights.sum() > 0:
+                shares = diagnose(products, weights / weights.sum())
+                figures[before.number] = {
+                    entry.client: each for entry, each in zip(done.counted, shares, strict=True) if entry.cosine is None
+                }
+    return found[::-1], figures, notes
 
 
-def _compare(base: Round, hashes: dict[int, str], observer: Observer) -> Similarity:
-    """Return the cosines between a round's updates, as far as they are still in the inbox.
+def _compare(base: Round, hashes: dict[int, str], observer: Observer) -> tuple[Similarity, Array]:
+    """Return the cosines between a round's updates, as far as they are still in the inbox, and their Gram matrix.
 
     Some of them stay in memory (HELD_BYTES) while those behind them pass by, one at a time; then the next ones stay.
     """
@@ -222,7 +249,8 @@ def _compare(base: Round, hashes: dict[int, str], observer: Observer) -> Similar
     lengths = np.sqrt(products.diagonal())
     kept = np.flatnonzero(readable & (lengths > 0))
     cosines = products[np.ix_(kept, kept)] / np.outer(lengths[kept], lengths[kept])
-    return Similarity(base.number, [clients[position] for position in kept], cosines.clip(-1, 1))
+    similarity = Similarity(base.number, [clients[position] for position in kept], cosines.clip(-1, 1))
+    return similarity, products[np.ix_(readable, readable)]
 
 
 def _read(base: Round, client: int, hashes: dict[int, str]) -> "dict[str, Array] | None":

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedcli.operations.slurm_state import JobStates, read_job_states
+from fedcli.operations.update_figures import UpdateFigures, figures_of
 from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.file_system_check import describe_clock
@@ -46,6 +47,10 @@ class Status:
     """To the deadline by this machine's clock; negative past it."""
     last_losses: dict[int, float | None]
     """By client, of the updates that went into the open round's adapter."""
+    last_updates: list[UpdateFigures]
+    """Of the updates that went into the open round's adapter, what tells unusual ones."""
+    last_rule: dict[str, Any] | None
+    """What took the place of the weighted mean then; None for that itself."""
     last_refused: dict[int, str]
     last_missing: list[int]
     last_surplus: list[int]
@@ -97,6 +102,8 @@ def read_status(federation: FederationState) -> Status:
         deadline=deadline_of(federation),
         seconds_left=seconds_left(federation),
         last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
+        last_updates=figures_of(last.counted) if last else [],
+        last_rule=last.rule if last else None,
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
         last_missing=last_missing,
         last_surplus=last.surplus if last else [],
@@ -114,6 +121,14 @@ def describe_algorithm(algorithm: dict[str, object]) -> str:
     """Return an algorithm's name with its hyperparameters."""
     rest = ", ".join(f"{key} {value}" for key, value in algorithm.items() if key != "name")
     return f"{algorithm['name']} ({rest})" if rest else str(algorithm["name"])
+
+
+def describe_rule(rule: dict[str, Any]) -> str:
+    """Return a rule with the settings that it uses."""
+    settings = [f"tolerate {rule['tolerate']}"] if rule["rule"] not in ("mean", "norm_clip") else []
+    settings += ["nearest_mixing"] * bool(rule["nearest_mixing"])
+    settings += [f"weight_cap {rule['weight_cap']:g}"] if rule["weight_cap"] is not None else []
+    return f"{rule['rule']} ({', '.join(settings)})" if settings else str(rule["rule"])
 
 
 def describe_history(manifest: Manifest, separator: str) -> str:

@@ -41,6 +41,7 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
         scores=_score_table(report),
         rounds=_rounds_table(report),
         num_rounds=len(report.merged),
+        updates=_updates_table(report),
         refusals=Table.of(
             ("round", "client", "code", "reason"),
             [
@@ -125,6 +126,24 @@ def _rounds_table(report: Report) -> Table:
     heads = ("round", "algorithm", "learning rate", "counted", "refused", "missing", "mean loss", "time")
     rows = [list(map(TableCell, _round_row(merged))) for merged in report.merged]
     return Table.of(heads, rows, texts=("algorithm", "refused", "missing"))
+
+
+def _updates_table(report: Report) -> Table:
+    heads = ("round", "client", "rows", "weight", "norm", "cosine to the mean", "change without it", "unusual")
+    rows = [
+        (
+            TableCell(str(row.round)),
+            TableCell(str(row.client)),
+            TableCell(f"{row.num_samples:,}"),
+            TableCell(f"{row.weight:.3f}"),
+            TableCell(f"{row.norm:.3g}"),
+            TableCell("" if row.cosine is None else f"{row.cosine:.3f}"),
+            TableCell("" if row.change is None else f"{row.change:.2g}"),
+            TableCell(", ".join(row.unusual)),
+        )
+        for row in report.updates
+    ]
+    return Table.of(heads, rows, texts=("unusual",))
 
 
 def _round_row(merged: MergedRound) -> list[str]:

@@ -118,6 +118,20 @@ class Similarity:
 
 
 @dataclass(frozen=True)
+class UpdateRow:
+    """A counted update of a round, and which of its figures are far from the others'."""
+
+    round: int
+    client: int
+    num_samples: int
+    weight: float
+    norm: float
+    cosine: float | None
+    change: float | None
+    unusual: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a report shows; `merged` and `similarities` are in the order of rounds."""
 
@@ -137,3 +151,5 @@ class Report:
     config: str
     versions: Mapping[str, str]
     created: str
+    updates: Sequence[UpdateRow] = ()
+    """Of the last merged round, and of others what is unusual."""

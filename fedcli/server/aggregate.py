@@ -11,7 +11,7 @@ from fedcli.config import algorithm_from
 from fedcli.errors import BusyError, NotReadyError, UsageError, did_you_mean
 from fedcli.observer import Observer
 from fedcli.quantities import describe_seconds
-from fedcli.server.merge import combine
+from fedcli.server.merge_by_rule import combine_with
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
@@ -119,9 +119,9 @@ def _aggregate(
     answered = [client for client in head.manifest.cohort if client not in missing]
     _check_answers(federation, sorted([*missing, *arriving_clients(head, answered)]), needed)
     federation.workspace.store.sweep("rounds")
-    files, aggregation = combine(
-        head, algorithm, federation.config.federation.clients, head.draw_order, head.num_counted, observer
-    )
+    config = federation.config
+    rule, num_clients = config.aggregation.as_rule(), config.federation.clients
+    files, aggregation = combine_with(rule, head, algorithm, num_clients, head.draw_order, head.num_counted, observer)
     _check_answers(federation, aggregation.missing, needed)
     if files is None:
         faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)

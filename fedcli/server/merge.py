@@ -13,9 +13,9 @@ from fedcli.algos.reducer import Reducer, Stacks
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import StoredFile, Update, read_update
+from fedcli.workspace.inbox import StoredFile, Update, check_rows, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME
-from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
+from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate, UpdateRecord
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.tensors import encode
 
@@ -48,11 +48,27 @@ def combine(
         return None, aggregation
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
         following, state = algorithm.apply(merge.adapter, merge.result(), base.state(algorithm))
-    _check_finite(base, following, state, merge.magnitudes)
-    files = {ADAPTER_NAME: encode(following)}
+    check_finite(base, following, state, merge.magnitudes)
+    return files_of(algorithm, following, state), aggregation
+
+
+def files_of(algorithm: Algorithm, adapter: Arrays, state: Arrays) -> dict[str, bytes]:
+    """Return the files of a round with this adapter and state."""
+    files = {ADAPTER_NAME: encode(adapter)}
     if state:
         files[algorithm.state_file] = encode(state)
-    return files, aggregation
+    return files
+
+
+def weight_of(algorithm: Algorithm, client: int, record: UpdateRecord) -> float:
+    """Return an update's weight before normalisation; raise ConfigError where it is no finite number above 0."""
+    weight = algorithm.weight(record.num_samples)
+    if not 0 < weight < math.inf:
+        raise ConfigError(
+            f"the algorithm {algorithm.name} gives client {client}'s update the weight {weight}",
+            hint="A weight is a finite number above 0. Mend the algorithm, or choose another with --algo.",
+        )
+    return weight
 
 
 @dataclass
@@ -84,12 +100,7 @@ class _Merge:
 
     def add(self, client: int, update: Update) -> None:
         """Count one client's update."""
-        weight = self.algorithm.weight(update.record.num_samples)
-        if not 0 < weight < math.inf:
-            raise ConfigError(
-                f"the algorithm {self.algorithm.name} gives client {client}'s update the weight {weight}",
-                hint="A weight is a finite number above 0. Mend the algorithm, or choose another with --algo.",
-            )
+        weight = weight_of(self.algorithm, client, update.record)
         delta_norm = self.differences.add(update.files[ADAPTER_FILE], weight, self.adapter)
         norms = [reducer.add(update.files[name], 1.0) for name, reducer in self.files.items()]
         self.magnitudes[client] = max(delta_norm, *norms, 0.0)
@@ -143,13 +154,15 @@ def _read_all(
 ) -> None:
     """Count the first `count` valid updates; note who was refused, is missing, or came beyond them."""
     num_read = 0
-    for client, reading in _read_pairs(base, order, merge.reads_again):
+    for client, reading in read_pairs(base, order, merge.reads_again):
         num_read += 1
         _ = merge.adapter  # is read while the threads read the first updates
         try:
             if (update := reading.result()) is None:
                 merge.missing.append(client)
             else:
+                if not refuses_incomplete:  # what was counted once stays: a party may register fewer rows later
+                    check_rows(base, client, update.record)
                 merge.add(client, update)
         except Refusal as refusal:
             if isinstance(refusal, Arriving) and not refuses_incomplete:
@@ -163,8 +176,8 @@ def _read_all(
         (merge.surplus if base.has_update(client) else merge.missing).append(client)
 
 
-def _read_pairs(
-    base: Round, clients: Sequence[int], reads_again: bool
+def read_pairs(
+    base: Round, clients: Sequence[int], reads_again: bool = False
 ) -> "Iterator[tuple[int, Future[Update | None]]]":
     """Yield each client with its update, while a thread reads the other of a pair; a pair's memory is the next one's.
 
@@ -181,7 +194,7 @@ def _read_pairs(
             yield from readings
 
 
-def _check_finite(base: Round, adapter: Arrays, state: Arrays, magnitudes: dict[int, float]) -> None:
+def check_finite(base: Round, adapter: Arrays, state: Arrays, magnitudes: dict[int, float]) -> None:
     """Raise IntegrityError where finite updates add up to what float32 cannot hold."""
     if all(np.isfinite(array).all() for arrays in (adapter, state) for array in arrays.values()):
         return

@@ -6,12 +6,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcli.config import algorithm_from
+from fedcli.config import algorithm_from, rule_from
 from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
-from fedcli.server.merge import combine
+from fedcli.server.merge_by_rule import combine_with
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.client_state import damaged_candidates, read_state
 from fedcli.workspace.history import (
@@ -325,7 +325,10 @@ def _recompute(
         if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
-        files, again = combine(previous, algorithm, num_clients, order, len(order), Observer(), refuses_incomplete=True)
+        rule, recorded = rule_from(aggregation.rule), {entry.client: entry for entry in aggregation.counted}
+        files, again = combine_with(
+            rule, previous, algorithm, num_clients, order, len(order), Observer(), recorded=recorded
+        )
     except FedError as error:
         if isinstance(error.__cause__, OSError):
             raise
@@ -365,7 +368,20 @@ def _no_longer_valid(refused: RefusedUpdate | Refusal) -> str:
 
 
 def _same(again: CountedUpdate, recorded: CountedUpdate) -> bool:
-    """Return whether two records agree; the norm's last digits depend on how numpy was built."""
+    """Return whether two records agree; the last digits of norms and products depend on how numpy was built."""
     close = math.isclose(again.delta_norm, recorded.delta_norm, rel_tol=1e-9)
     unchecked = {"delta_norm": recorded.delta_norm} | ({"bytes": None} if recorded.bytes is None else {})
+    if recorded.cosine is not None:
+        figures = ("weight", "cosine", "change", "file_weights")
+        close = close and all(_close(getattr(again, name), getattr(recorded, name)) for name in figures)
+        unchecked |= {name: getattr(recorded, name) for name in figures}
     return close and again.model_copy(update=unchecked) == recorded
+
+
+def _close(again: object, recorded: object) -> bool:
+    """Return whether two figures of an update, or two mappings of such, are the same but for their last digits."""
+    if isinstance(again, dict) and isinstance(recorded, dict):
+        return again.keys() == recorded.keys() and all(_close(again[name], recorded[name]) for name in again)
+    if isinstance(again, float) and isinstance(recorded, float):
+        return math.isclose(again, recorded, rel_tol=1e-6, abs_tol=1e-9)
+    return again == recorded

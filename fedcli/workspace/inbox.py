@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 from fedcli.algos import Array
 from fedcli.algos.reducer import PIECE
-from fedcli.errors import WorkspaceError
+from fedcli.errors import IntegrityError, WorkspaceError
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
-from fedcli.workspace.registrations import inbox_owner, is_stranger
+from fedcli.workspace.registrations import inbox_owner, is_stranger, read_registration
 from fedcli.workspace.store import Folder
-from fedcli.workspace.tensors import Span, check_finite, largest_file, locate, numbers
+from fedcli.workspace.tensors import Span, check_values, largest_file, locate, numbers
 
 MAX_UPDATE_RECORD_BYTES = 64 * 1024
 GROWTH_SECONDS = 0.25
@@ -35,6 +35,17 @@ class Update:
     """Of all its files."""
     stored: "dict[str, StoredFile]" = field(default_factory=dict)
     """Its files on disk, if they are to be read again."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """An update of which only update.json and the headers of its files have been looked at."""
+
+    client: int
+    record: UpdateRecord
+    sha256: str
+    spans: dict[str, dict[str, Span]]
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -107,28 +118,77 @@ def read_update(
     Raises Refusal with the code of the first fault that is found, Arriving where a file is not there yet or grows.
     """
     buffers = {} if buffers is None else buffers
-    workspace = base.workspace
     try:
-        with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
-            registered = workspace.store.owner(workspace.name(workspace.registration(client)))
-            if registered is None and is_stranger(workspace, folder.owner):
-                raise Refusal("unknown_client", f"nobody has joined as client {client}")
-            if registered not in (None, folder.owner):
-                raise Refusal(
-                    "owner", f"the client's inbox belongs to user {folder.owner}, it joined as user {registered}"
-                )
+        with opened_update(base, client) as folder:
             update = _read_folder(folder, base, client, buffers, reads_again)
     except FileNotFoundError:
         return None
     for arrays in update.files.values():
-        check_finite(arrays)
+        check_values(arrays)
     return update
+
+
+@contextmanager
+def opened_update(base: Round, client: int) -> Iterator[Folder]:
+    """Open an update's folder; raise FileNotFoundError, or Refusal where it is not of the user who joined."""
+    workspace = base.workspace
+    with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
+        registered = workspace.store.owner(workspace.name(workspace.registration(client)))
+        if registered is None and is_stranger(workspace, folder.owner):
+            raise Refusal("unknown_client", f"nobody has joined as client {client}")
+        if registered not in (None, folder.owner):
+            raise Refusal("owner", f"the client's inbox belongs to user {folder.owner}, it joined as user {registered}")
+        yield folder
+
+
+def check_rows(base: Round, client: int, record: UpdateRecord) -> None:
+    """Raise Refusal(samples) where an update claims more rows than its party has registered; a simulation has not."""
+    try:
+        registration = read_registration(base.workspace, client)
+    except IntegrityError as error:
+        raise Refusal("samples", f"it claims {record.num_samples} rows, and {error.message}") from error
+    if registration is not None and record.num_samples > registration.data.num_rows:
+        raise Refusal(
+            "samples",
+            f"num_samples is {record.num_samples}, and the client registered {registration.data.num_rows} rows: "
+            "it joins again to register more",
+        )
+
+
+def look_at_update(base: Round, client: int) -> Submission | None:
+    """Read an update's update.json and its files' headers; None where there is none.
+
+    Raises Refusal where they are not what they should be; of the files nothing else is known.
+    """
+    try:
+        with opened_update(base, client) as folder:
+            contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
+            record = parse_update_record(contents)
+            _check_record(record, base, client)
+            files = {name: record.files[name] for name in base.manifest.update_files if name in record.files}
+            spans = {name: _read_spans(folder, name, entry.bytes, base) for name, entry in files.items()}
+    except FileNotFoundError:
+        return None
+    if spans.keys() != {*base.manifest.update_files}:
+        raise Refusal("json", "update.json does not list each file")
+    num_bytes = len(contents) + sum(entry.bytes for entry in files.values())
+    return Submission(client, record, sha256(contents), spans, num_bytes)
 
 
 def read_update_record(base: Round, client: int) -> bytes:
     """Return the update.json of an update that was counted; raise FileNotFoundError or Refusal."""
     path = base.workspace.update(base.number, client) / UPDATE_RECORD
     return base.workspace.store.read(base.workspace.name(path), MAX_UPDATE_RECORD_BYTES)
+
+
+def _read_spans(folder: Folder, name: str, num_bytes: int, base: Round) -> dict[str, Span]:
+    """Return where a file's tensors lie, by its header alone."""
+    tensors = base.manifest.sent_tensors
+    if num_bytes > largest_file(tensors):
+        raise Refusal("size", f"{name} has {num_bytes} bytes, at most {largest_file(tensors)} are allowed")
+    beginning = folder.read_part(name, 0, 8)
+    length = int.from_bytes(beginning, "little") if len(beginning) == 8 else 0
+    return locate(folder.read_part(name, 0, min(8 + length, num_bytes)), tensors, num_bytes)
 
 
 def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, memoryview], reads_again: bool) -> Update:

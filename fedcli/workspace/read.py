@@ -73,9 +73,9 @@ def read_hashed(
     return buffer[:filled], digest.hexdigest()
 
 
-def read_part(name: str | Path, start: int, end: int, *, parent: int | None = None) -> bytes:
+def read_part(name: str | Path, start: int, end: int, *, parent: int | None = None, owner: int | None = None) -> bytes:
     """Read some bytes of a regular file, fewer where it ends before; raises as `read_file` does."""
-    with _opened_file(name, sys.maxsize, parent, None) as (file, _):
+    with _opened_file(name, sys.maxsize, parent, owner) as (file, _):
         file.seek(start)
         return file.read(end - start)
 

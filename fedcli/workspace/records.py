@@ -107,6 +107,17 @@ class CountedUpdate(Record):
     delta_norm: Finite
     bytes: Natural | None = None
     """Of the files that the client sent; None where the server did not count them."""
+    cosine: Finite | None = None
+    """Of its difference to the mean's; it and what follows are there where another rule than the mean merged."""
+    change: Finite | None = None
+    """What leaving it out changes the mean by, in the mean's norm."""
+    file_weights: dict[str, Finite] | None = None
+    """Its weight in what is made of each file beside the adapter."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        optional = ("cosine", "change", "file_weights")
+        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 class RefusedUpdate(Record):
@@ -126,6 +137,12 @@ class Aggregation(Record):
     missing: list[Natural]
     surplus: list[Natural] = Field(default_factory=list)
     """Who answered, and was not needed: enough of those drawn before had."""
+    rule: dict[str, Any] | None = None
+    """What took the place of the weighted mean; None for that itself, and then it is not written."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "rule" or value is not None}
 
 
 class Selection(Record):

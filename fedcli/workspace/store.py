@@ -292,7 +292,7 @@ class _OpenedFolder(Folder):
         return read_file(name, limit=limit, parent=self._descriptor, owner=self._checked_owner())
 
     def read_part(self, name: str, start: int, end: int) -> bytes:
-        return read_part(name, start, end, parent=self._descriptor)
+        return read_part(name, start, end, parent=self._descriptor, owner=self._checked_owner())
 
     def read_hashed(self, name: str, buffer: memoryview) -> tuple[memoryview, str]:
         return read_hashed(name, buffer, parent=self._descriptor, owner=self._checked_owner())

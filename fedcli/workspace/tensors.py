@@ -15,6 +15,8 @@ from fedcli.workspace.refusal import Refusal
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _MINIMUM_HEADER_LIMIT = 2**20
+LARGEST_VALUE = 2.0**32
+"""Of an adapter's numbers: far beyond any that trained, and what is made of such in float32 stays finite."""
 
 
 class Span(NamedTuple):
@@ -101,10 +103,31 @@ def check_finite(arrays: Arrays) -> None:
             raise Refusal("nonfinite", f"tensor {name!r} holds NaN or infinity")
 
 
-def locate(data: bytes | memoryview, schema: Mapping[str, TensorEntry]) -> dict[str, Span]:
+def check_values(arrays: Arrays) -> None:
+    """Raise Refusal(nonfinite) where an update's array holds NaN, infinity or a number that would lead there."""
+    for name, array in arrays.items():
+        if are_values(array):
+            continue
+        check_finite({name: array})
+        largest = max(float(array.max()), -float(array.min()))
+        raise Refusal(
+            "nonfinite",
+            f"tensor {name!r} holds {largest:.3g}: from beyond {LARGEST_VALUE:.3g} sums and squares overflow",
+        )
+
+
+def are_values(array: Array) -> bool:
+    """Return whether all numbers are finite, and none beyond LARGEST_VALUE."""
+    return array.size == 0 or bool(array.max() <= LARGEST_VALUE and array.min() >= -LARGEST_VALUE)  # NaN is neither
+
+
+def locate(
+    data: bytes | memoryview, schema: Mapping[str, TensorEntry], num_bytes: int | None = None
+) -> dict[str, Span]:
     """Return where a safetensors file with exactly the schema's names and shapes has its tensors, in the file's order.
 
-    Raises Refusal with code header, duplicate or schema.
+    `num_bytes` is the file's size where `data` is only its beginning, as far as the header goes. Raises Refusal with
+    code header, duplicate or schema.
     """
     header, begin = _read_header(memoryview(data), _header_limit(schema))
     header.pop("__metadata__", None)
@@ -112,7 +135,7 @@ def locate(data: bytes | memoryview, schema: Mapping[str, TensorEntry]) -> dict[
         odd = sorted(header.keys() ^ schema.keys())
         raise Refusal("schema", f"{len(odd)} tensor names differ from the manifest's, the first is {odd[0]!r}")
     spans: dict[str, Span] = {}
-    position, size = 0, len(data) - begin
+    position, size = 0, (len(data) if num_bytes is None else num_bytes) - begin
     for name, entry in sorted(header.items(), key=lambda item: _offsets(item)[0]):
         dtype, start, end = _check_entry(name, entry, schema[name])
         if start != position:

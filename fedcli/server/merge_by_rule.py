@@ -1,0 +1,260 @@
+"""Merging a round's updates by a rule that takes the place of their weighted mean, in two passes over them.
+
+The first reads all of them side by side, checks them, and makes the Gram matrix of their differences: what tells
+outliers, and gives the weights of most rules. The second makes the weighted sum, one update after the other, or looks
+at each number of all of them. Memory holds blocks only, and n x n numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+
+from fedcli.algos import Algorithm, Array, Arrays, MergedUpdates
+from fedcli.algos.diagnostics import diagnose
+from fedcli.algos.reducer import WeightedMean
+from fedcli.algos.robust import Rule
+from fedcli.errors import ConfigError, NotReadyError
+from fedcli.observer import Observer
+from fedcli.server.merge import check_finite, combine, files_of, read_pairs, weight_of
+from fedcli.workspace.history import Round
+from fedcli.workspace.inbox import Submission, check_rows, look_at_update, read_update
+from fedcli.workspace.layout import ADAPTER_FILE
+from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
+from fedcli.workspace.refusal import Arriving, Refusal
+from fedcli.workspace.side_by_side import SideBySide, changed
+
+
+def combine_with(
+    rule: Rule | None,
+    base: Round,
+    algorithm: Algorithm,
+    num_clients: int,
+    order: Sequence[int],
+    count: int,
+    observer: Observer,
+    *,
+    recorded: Mapping[int, CountedUpdate] | None = None,
+) -> tuple[dict[str, bytes] | None, Aggregation]:
+    """Merge a round's updates as `merge.combine` does, by a rule; None and what changes nothing are the weighted mean.
+
+    `recorded` is what a manifest says of each counted update: the round is computed again with its weights, and what
+    comes back has those that the rule gives now. Raises what `combine` does, NotReadyError where too few updates are
+    valid for what the rule should tolerate, ConfigError where the algorithm merges in a way of its own.
+    """
+    if rule is None or rule.is_plain_mean:
+        return combine(base, algorithm, num_clients, order, count, observer, refuses_incomplete=recorded is not None)
+    _check_algorithm(algorithm, rule)
+    survey = _Survey(base, observer, recorded is not None)
+    survey.read(order, count)
+    if not survey.found or (recorded is not None and len(survey.found) < len(recorded)):
+        return None, survey.aggregation(algorithm, rule, [])
+    if recorded is None:
+        rule = _adjusted(rule, len(survey.found), len(survey.refused))
+    merge = _Merge(base, algorithm, rule, survey)
+    counted = merge.counted()
+    before = None if recorded is None else [recorded[entry.client] for entry in counted]
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
+        merged = merge.result(counted if before is None else before, num_clients)
+        following, state = algorithm.apply(merge.adapter, merged, base.state(algorithm))
+    check_finite(base, following, state, {entry.client: entry.delta_norm for entry in counted})
+    return files_of(algorithm, following, state), survey.aggregation(algorithm, rule, counted)
+
+
+def _check_algorithm(algorithm: Algorithm, rule: Rule) -> None:
+    """Raise ConfigError where an algorithm has a reducer of its own: two cannot take the place of one mean."""
+    for name in ("reducer", "file_reducer"):
+        if getattr(type(algorithm), name) is not getattr(Algorithm, name):
+            raise ConfigError(
+                f"aggregation.rule is {rule.rule}, and the algorithm {algorithm.name} merges in a way of its own",
+                hint="Set aggregation.rule to mean, or choose another algorithm.",
+            )
+
+
+def _adjusted(rule: Rule, num_valid: int, num_refused: int) -> Rule:
+    """Return the rule for the valid updates: one that was refused is one hostile update less among them.
+
+    So a hostile client cannot stop a round by sending garbage. Raises NotReadyError where too few are valid.
+    """
+    adjusted = replace(rule, tolerate=max(0, rule.tolerate - num_refused))
+    if num_valid < adjusted.fewest:
+        raise NotReadyError(
+            f"{num_valid} updates are valid, and {rule.rule} needs {adjusted.fewest} to tolerate {adjusted.tolerate} "
+            "hostile ones",
+            hint="Wait for more of the cohort; or set aggregation.tolerate or aggregation.rule in fedcli.yaml, which "
+            "takes effect at once.",
+        )
+    return adjusted
+
+
+@dataclass
+class _Survey:
+    """The first pass: who sent a valid update, and the Gram matrix of their differences for each file."""
+
+    base: Round
+    observer: Observer
+    is_again: bool
+    """Whether a round that was merged is computed again: then what it counted is not asked how many rows it has."""
+    found: list[Submission] = field(default_factory=list)
+    products: dict[str, Array] = field(default_factory=dict)
+    refused: list[RefusedUpdate] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    surplus: list[int] = field(default_factory=list)
+
+    def read(self, order: Sequence[int], count: int) -> None:
+        """Find the first `count` valid updates in this order, and read them side by side."""
+        remaining = list(order)
+        while True:
+            while remaining and len(self.found) < count:
+                self._look(remaining.pop(0))
+            faulty = self._pass()
+            for position in reversed(faulty):
+                self._refuse(self.found.pop(position).client)
+            if not (faulty and remaining and len(self.found) < count):
+                break
+        kept = [position for position in range(len(self.found) + len(faulty)) if position not in faulty]
+        self.products = {name: found[np.ix_(kept, kept)] for name, found in self.products.items()}
+        for client in remaining:
+            (self.surplus if self.base.has_update(client) else self.missing).append(client)
+
+    def _look(self, client: int) -> None:
+        try:
+            submission = look_at_update(self.base, client)
+            if submission is None:
+                self.missing.append(client)
+                return
+            if not self.is_again:
+                check_rows(self.base, client, submission.record)
+        except Refusal as refusal:
+            if refusal.code == "samples":
+                self._note(client, refusal)
+            else:
+                self._refuse(client)
+            return
+        self.found.append(submission)
+
+    def _pass(self) -> list[int]:
+        """Read each file of all that were found side by side; return the positions of those that are faulty."""
+        faulty = set()
+        for name in self.base.manifest.update_files if self.found else ():
+            reading = SideBySide(self.base, self.found, name, _origin(self.base, name))
+            self.products[name] = reading.stacks.products()
+            faulty |= {*reading.faulty()}
+        for submission in self.found:
+            self.observer.update_read(self.base.number, submission.client)
+        return sorted(faulty)
+
+    def _refuse(self, client: int) -> None:
+        """Note what is wrong with an update, by the checks that every update goes through."""
+        try:
+            update = read_update(self.base, client)
+        except Refusal as refusal:
+            self._note(client, refusal)
+            return
+        if update is not None:
+            raise changed(client)
+        self.missing.append(client)
+
+    def _note(self, client: int, refusal: Refusal) -> None:
+        if isinstance(refusal, Arriving) and not self.is_again:
+            self.missing.append(client)
+        else:
+            self.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
+
+    def aggregation(self, algorithm: Algorithm, rule: Rule, counted: Sequence[CountedUpdate]) -> Aggregation:
+        """Return the record of the merge, every list sorted by client."""
+        return Aggregation(
+            algorithm=asdict(algorithm),
+            counted=sorted(counted, key=lambda entry: entry.client),
+            refused=sorted(self.refused, key=lambda entry: entry.client),
+            missing=sorted(self.missing),
+            surplus=sorted(self.surplus),
+            rule=asdict(rule),
+        )
+
+
+@dataclass
+class _Merge:
+    """The second pass."""
+
+    base: Round
+    algorithm: Algorithm
+    rule: Rule
+    survey: _Survey
+
+    def __post_init__(self) -> None:
+        self.adapter = self.base.adapter()
+
+    def counted(self) -> list[CountedUpdate]:
+        """Return what the manifest will say of each valid update, with the weights that the rule gives, in order."""
+        found, products = self.survey.found, self.survey.products[ADAPTER_FILE]
+        shares = self.rule.shares(np.array([weight_of(self.algorithm, each.client, each.record) for each in found]))
+        weights = self.rule.weights(products, shares)
+        others = {name: self._file_weights(name) for name in self.algorithm.update_files}
+        return [
+            CountedUpdate(
+                client=each.client,
+                update=each.sha256,
+                weight=float(weights[position]),
+                num_samples=each.record.num_samples,
+                train_loss=each.record.train_loss,
+                delta_norm=figures.norm,
+                bytes=each.num_bytes,
+                cosine=figures.cosine,
+                change=figures.change,
+                file_weights={name: float(given[position]) for name, given in others.items()} or None,
+            )
+            for position, (each, figures) in enumerate(zip(found, diagnose(products, shares), strict=True))
+        ]
+
+    def result(self, entries: Sequence[CountedUpdate], num_clients: int) -> MergedUpdates:
+        """Return what stands for all updates, with these weights, zero where they carry nothing."""
+        names = self.base.manifest.update_files
+        zeros = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in self.adapter.items()}
+        merged = {name: self._blockwise(name) for name in names} if self.rule.is_blockwise else self._weighted(entries)
+        of_all = len(entries) / num_clients  # SCAFFOLD's c+ = c + (K/N) times what stands for the K controls
+        files = {
+            name: zeros | {tensor: of_all * array for tensor, array in merged[name].items()}
+            for name in self.algorithm.update_files
+        }
+        return MergedUpdates(zeros | merged[ADAPTER_FILE], files)
+
+    def _file_weights(self, name: str) -> Array:
+        """Return the weights for a file beside the adapter, by the rule on that alone: an update may lie in one only."""
+        count = len(self.survey.found)
+        return self.rule.weights(self.survey.products[name], np.full(count, 1 / count))
+
+    def _weighted(self, entries: Sequence[CountedUpdate]) -> dict[str, dict[str, Array]]:
+        """Return the weighted sum of each file; an update that weighs nothing is not read again."""
+        weights = {entry.client: {ADAPTER_FILE: entry.weight} | (entry.file_weights or {}) for entry in entries}
+        hashes = {submission.client: submission.sha256 for submission in self.survey.found}
+        sums = {name: WeightedMean(divisor=1.0) for name in self.base.manifest.update_files}
+        origins = {name: _origin(self.base, name, self.adapter) for name in sums}
+        weighing = [client for client, given in weights.items() if any(given.values())]
+        for client, reading in read_pairs(self.base, weighing):
+            try:
+                update = reading.result()
+            except Refusal as refusal:
+                raise changed(client) from refusal
+            if update is None or update.sha256 != hashes[client]:
+                raise changed(client)
+            for name, reducer in sums.items():
+                reducer.add(update.files[name], weights[client][name], origins[name])
+        return {name: reducer.sums() for name, reducer in sums.items()}
+
+    def _blockwise(self, name: str) -> dict[str, Array]:
+        """Return what the rule makes of each number of all updates."""
+        mixing = self.rule.mixing(self.survey.products[name])
+        reading = SideBySide(self.base, self.survey.found, name, _origin(self.base, name, self.adapter))
+        found = reading.stacks.reduce(lambda rows: self.rule.combine(rows, mixing))
+        if faulty := reading.faulty():
+            raise changed(self.survey.found[faulty[0]].client)
+        return found
+
+
+def _origin(base: Round, name: str, adapter: "Arrays | None" = None) -> Arrays:
+    """Return what a file's numbers are taken from: the global adapter; of other files they are differences already."""
+    adapter = base.adapter() if adapter is None else adapter
+    if name == ADAPTER_FILE:
+        return adapter
+    return {tensor: np.broadcast_to(np.float32(0), array.shape) for tensor, array in adapter.items()}
