@@ -3,6 +3,7 @@
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import StepDisplay, print_result
 from fedcli.errors import IntegrityError
+from fedcli.printable import on_one_line
 from fedcli.quantities import plural
 
 
@@ -23,7 +24,9 @@ def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
             f"{plural(result.num_pruned, 'aggregate')} not computed again: "
             "`fedcli gc` has removed what they were made of"
         )
-    lines += [f"{violation.path}: {violation.problem}" for violation in result.violations] or ["no violation"]
+    lines += [on_one_line(f"{violation.path}: {violation.problem}") for violation in result.violations] or [
+        "no violation"
+    ]
     print_result(json_output, result, lines)
     if result.violations:
         raise IntegrityError(

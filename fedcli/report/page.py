@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
+from fedcli.printable import printable
 from fedcli.quantities import describe_bytes, describe_seconds
 from fedcli.report.drawing import Picture
 from fedcli.report.remarks import remarks
@@ -24,7 +25,7 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
     """Return the page; what comes from files is escaped."""
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_finalize)
     template = environment.from_string(files("fedcli.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         generator=GENERATOR,
@@ -45,6 +46,11 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
             texts=("code", "reason"),
         ),
     )
+
+
+def _finalize(value: object) -> object:
+    """Write control characters out; a picture is escaped markup already, and stays so."""
+    return type(value)(printable(value)) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
