@@ -108,10 +108,11 @@ def test_a_round_of_somebody_elses_making_steers_no_terminal_and_no_page(
 
 def test_no_control_character_gets_into_a_report() -> None:
     text = "".join(ATTACKS.values())
+    facts = {"base model": text, "algorithm": text, text: text}
+    words = {"title": text, "state": text, "task": text, "config": text, "created": text, "versions": {text: text}}
     report = Report(
-        title=text, state=text, task=text, round=0, rounds=1, num_clients=1, facts={"base model": text, "algorithm": text, text: text}, merged=[], scores=[],
-        similarities=[], notes=[text], config=text, versions={text: text}, created=text,
-    )  # fmt: skip
+        **words, round=0, rounds=1, num_clients=1, facts=facts, merged=[], scores=[], similarities=[], notes=[text]
+    )
     assert is_harmless(render(report, []))
 
 

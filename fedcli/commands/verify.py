@@ -24,6 +24,12 @@ def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
             f"{plural(result.num_pruned, 'aggregate')} not computed again: "
             "`fedcli gc` has removed what they were made of"
         )
+    if result.num_gone:
+        lines.append(
+            f"{plural(result.num_gone, 'counted update')} gone, in part or whole: their hashes are recorded, and what "
+            "was made of them is not computed again"
+        )
+    lines += [on_one_line(f"note: {remark.path}: {remark.problem}") for remark in result.remarks]
     lines += [on_one_line(f"{violation.path}: {violation.problem}") for violation in result.violations] or [
         "no violation"
     ]

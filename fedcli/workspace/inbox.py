@@ -117,11 +117,17 @@ def read_update(
                 raise Refusal(
                     "owner", f"the client's inbox belongs to user {folder.owner}, it joined as user {registered}"
                 )
-            update = _read_folder(folder, base, client, buffers, reads_again)
+            with _expected(UPDATE_RECORD):
+                contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
+            try:
+                update = _read_folder(folder, contents, base, client, buffers, reads_again)
+                for arrays in update.files.values():
+                    check_finite(arrays)
+            except Refusal as refusal:
+                refusal.update = sha256(contents)
+                raise
     except FileNotFoundError:
         return None
-    for arrays in update.files.values():
-        check_finite(arrays)
     return update
 
 
@@ -131,9 +137,9 @@ def read_update_record(base: Round, client: int) -> bytes:
     return base.workspace.store.read(base.workspace.name(path), MAX_UPDATE_RECORD_BYTES)
 
 
-def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, memoryview], reads_again: bool) -> Update:
-    with _expected(UPDATE_RECORD):
-        contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
+def _read_folder(
+    folder: Folder, contents: bytes, base: Round, client: int, buffers: dict[str, memoryview], reads_again: bool
+) -> Update:
     try:
         record = parse_update_record(contents)
     except Refusal:
