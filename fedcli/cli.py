@@ -1,6 +1,5 @@
 """The command line: registers the commands, and turns errors into exit codes."""
 
-import json
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from fedcli import __version__
 from fedcli.commands.help_pages import PANELS, example_lines, format_examples, format_help, panel_of
+from fedcli.commands.output import print_json, tell
 from fedcli.errors import UsageError, WorkspaceError, error_document, explain
 
 _PACKAGE = Path(__file__).parent
@@ -193,7 +193,7 @@ for _name, _help in GROUPS.items():
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"fedcli {__version__}")
+        tell(f"fedcli {__version__}")
         raise typer.Exit
 
 
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at its end
         if isinstance(error, BrokenPipeError):
             return PIPE_CLOSED
-        print(f"fedcli: error: cannot print the result: {error.strerror}\n  The work itself is done.", file=sys.stderr)
+        tell(f"fedcli: error: cannot print the result: {error.strerror}\n  The work itself is done.", is_error=True)
         return WorkspaceError.exit_code
     return code
 
@@ -238,12 +238,12 @@ def _run(arguments: list[str]) -> int:
         if code in (INTERRUPTED, TERMINATED):
             is_chat = arguments[:1] == ["chat"]  # which keeps nothing that it could go on with
             told = "stopped" if is_chat else "stopped; nothing is lost: run the same command again to go on"
-            print(told, file=sys.stderr)
+            tell(told, is_error=True)
         fault: Any = stop.__context__  # what Typer has said on stderr
         context = getattr(fault, "ctx", None)
         examples = example_lines(context.command_path.removeprefix("fedcli ")) if context else []
         if code == UsageError.exit_code and examples:
-            print("\n".join(["Examples:", *(f"  {line}" for line in examples)]), file=sys.stderr)
+            tell("\n".join(["Examples:", *(f"  {line}" for line in examples)]), is_error=True)
         if code != 0 and as_json:
             message, hint = "the command line is not valid", "See `fedcli --help`."
             if code in (INTERRUPTED, TERMINATED):
@@ -263,10 +263,10 @@ def _run(arguments: list[str]) -> int:
     if debug:
         import traceback
 
-        traceback.print_exception(raised)
+        tell("".join(traceback.format_exception(raised)), is_error=True, end="")
     if as_json and not failure.is_reported:
-        print(json.dumps(error_document(failure)))
-    print(f"fedcli: error: {failure.message}\n  {failure.hint}", file=sys.stderr)
+        print_json(error_document(failure))
+    tell(f"fedcli: error: {failure.message}\n  {failure.hint}", is_error=True)
     return failure.exit_code
 
 
@@ -275,4 +275,4 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _print_error(message: str, hint: str, exit_code: int) -> None:
-    print(json.dumps({"error": {"message": message, "hint": hint, "exit_code": exit_code}}))
+    print_json({"error": {"message": message, "hint": hint, "exit_code": exit_code}})

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fedcli.scoring.table import ScoreTable
     from fedcli.scoring.targets import Targets
     from fedcli.server.aggregate import AggregationResult
-    from fedcli.server.verify import Verification
+    from fedcli.server.verification import Verification
     from fedcli.workspace.federation_state import FederationState
     from fedcli.workspace.history import Round
     from fedcli.workspace.idle import Glance

@@ -240,8 +240,6 @@ DAMAGES: list[tuple[str, str, str, Callable[[Path], object]]] = [
     ("the latest", "rounds/00003/PRUNED.json", "removes what may not be removed", partial(copied, 3)),
     ("an update.json", "inbox/1/round-00001", "is not the update that was counted",
      lambda w: (w / "inbox/1/round-00001/update.json").write_text("{}")),
-    ("no update.json", "inbox/1/round-00001", "its update.json is gone",
-     partial(removed, "inbox/1/round-00001/update.json")),
 ]  # fmt: skip
 
 

@@ -148,8 +148,6 @@ DAMAGES: list[tuple[str, str, Callable[[Path], object]]] = [
     ("no round in the middle", ROUND, partial(removed, ROUND)),
     ("no first round", "rounds/00000", partial(removed, "rounds/00000")),
     ("no rounds", "rounds", partial(removed, "rounds")),
-    ("no counted update", UPDATE, partial(removed, UPDATE)),
-    ("no inbox", UPDATE, partial(removed, "inbox")),
     ("a byte of a counted update", UPDATE, partial(flipped, f"{UPDATE}/{ADAPTER}", -1)),
     ("another update", UPDATE, update_rewritten),
     ("another parent", LAST, partial(edited, lambda manifest: manifest.update(parent="0" * 64))),
@@ -208,8 +206,9 @@ def test_verify_says_what_it_checked_and_exits_0(finished, capsys):
         "num_baselines": 0,
         "num_hidden": 0,
         "num_pruned": 0,
+        "num_gone": 0,
     }
-    assert document == {**counts, "violations": []}
+    assert document == {**counts, "violations": [], "remarks": []}
     assert stored_hashes(finished) == before
 
 
@@ -217,6 +216,26 @@ def test_what_killed_processes_leave_is_no_violation(finished):
     for folder in ("rounds", "inbox", "inbox/1"):
         (finished / folder / ".tmp-0123").mkdir()
     assert main(["verify"]) == 0
+
+
+def test_a_counted_update_that_its_client_deletes_is_told_and_no_violation(finished, capsys):
+    deeds = [f"{UPDATE}/{ADAPTER}", f"{UPDATE}/update.json", UPDATE, "inbox/1", "inbox"]
+    for name, num_gone in zip(deeds, [1, 1, 1, 2, 6], strict=True):
+        removed(name, finished)
+        assert main(["verify", "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["num_gone"] == num_gone
+        assert document["num_recomputed"] == {1: 1}.get(num_gone, 0)
+        assert all("its hash is recorded" in remark["problem"] for remark in document["remarks"])
+    assert main(["verify"]) == 0
+    assert f"note: {finished / UPDATE}: was counted, and is gone; its hash is recorded: " in capsys.readouterr().out
+
+
+def test_a_client_that_deletes_its_update_hides_no_damage_of_the_others(finished, capsys):
+    removed(UPDATE, finished)
+    flipped(f"inbox/0/round-00000/{ADAPTER}", -1, finished)
+    assert main(["verify"]) == 7
+    assert "inbox/0/round-00000: was counted, and is not valid any more: hash" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("where", "damage"), [damage[1:] for damage in DAMAGES], ids=[damage[0] for damage in DAMAGES])
@@ -242,7 +261,6 @@ STATE_DAMAGES: list[tuple[str, str, str, str, Callable[[Path], object]]] = [
     ("a byte of a state", "fedyogi", f"{ROUND}/{OPTIMIZER}", "hash", partial(flipped, f"{ROUND}/{OPTIMIZER}", -1)),
     ("a byte of c", "scaffold", f"{ROUND}/{CONTROL}", "hash", partial(flipped, f"{ROUND}/{CONTROL}", -1)),
     ("another update", "fedyogi", UPDATE, "was counted", update_rewritten),
-    ("a change of c_k less", "scaffold", UPDATE, "not_regular", partial(removed, f"{UPDATE}/{CONTROL_DELTA}")),
     ("a byte of a change of c_k", "scaffold", UPDATE, "hash", partial(flipped, f"{UPDATE}/{CONTROL_DELTA}", -1)),
     ("another change of c_k", "scaffold", UPDATE, "is not the update that was counted", control_delta_rewritten),
     ("other hyperparameters", "fedyogi", LAST, NOT_WHAT, partial(
@@ -314,7 +332,7 @@ def test_rounds_of_a_version_that_counted_no_bytes_are_no_violation(finished):
 
 def test_the_json_document_lists_the_violations(finished, capsys):
     added(f"{ROUND}/notes.txt", finished)
-    removed(UPDATE, finished)
+    flipped(f"{UPDATE}/{ADAPTER}", -1, finished)
     assert main(["verify", "--json"]) == 7
     violations = json.loads(capsys.readouterr().out)["violations"]
     assert [(violation.keys(), violation["path"]) for violation in violations] == [

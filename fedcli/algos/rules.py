@@ -37,7 +37,8 @@ def squared_distances(products: Array) -> Array:
 def distances_to(products: Array, weights: Array) -> Array:
     """Return ||x_j - z|| for each update and z = sum w_i x_i."""
     towards = products @ weights
-    return np.sqrt(np.maximum(products.diagonal() - 2 * towards + weights @ towards, 0.0))
+    found: Array = np.sqrt(np.maximum(products.diagonal() - 2 * towards + weights @ towards, 0.0))
+    return found
 
 
 def krum_scores(products: Array, tolerate: int) -> Array:
@@ -113,8 +114,8 @@ def geometric_median(
 ) -> Array:
     """Return w of the point with the least sum of distances, by z <- sum b_i x_i / sum b_i.
 
-    b_i = a_i / max(nu, ||x_i - z||): RFA, Pillutla et al. 2019 (1912.13445); `nu` is in units of the median of the norms. From `start`, by default the
-    mean, until w stands still or for so many iterations. a_i are equal by default.
+    b_i = a_i / max(nu, ||x_i - z||): RFA, Pillutla et al. 2019 (1912.13445); `nu` is in units of the median of the
+    norms. From `start`, by default the mean, until w stands still or for so many iterations. a_i are equal by default.
     """
     count = len(products)
     alphas = np.full(count, 1 / count) if alphas is None else alphas

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import StepDisplay, print_hint, print_json
+from fedcli.commands.output import StepDisplay, print_hint, print_json, tell, terminal
 from fedcli.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _talk(opened: "Chat") -> None:
         try:
             text = input(">>> ").strip()
         except EOFError:
-            print()
+            tell()
             return
         if text == "/exit":
             return
@@ -113,7 +113,7 @@ def _show(opened: "Chat", text: str) -> None:
     if len(opened.targets) > 1 and width >= LEAST_COLUMN * len(opened.targets):
         answers = _in_columns(opened, text)
     else:
-        answers = _one_by_one(opened, text, is_terminal=width > 0)
+        answers = _one_by_one(opened, text)
     for answer in answers:
         if answer.prompt_is_cut:
             print_hint(f"{answer.target}: the conversation is too long for the model; its beginning was left out")
@@ -127,41 +127,41 @@ def _terminal_width() -> int:
     """Return the columns of the terminal that stdout is, or 0 where it is none."""
     if not sys.stdout.isatty():
         return 0
-    from rich.console import Console
-
-    return Console().width
+    return terminal().width
 
 
-def _one_by_one(opened: "Chat", text: str, *, is_terminal: bool) -> "list[ChatAnswer]":
+def _one_by_one(opened: "Chat", text: str) -> "list[ChatAnswer]":
     current = None
 
     def show(target: str, piece: str) -> None:
         nonlocal current
         if target != current and len(opened.targets) > 1:
-            print("" if current is None else "\n\n", f"--- {target} ---\n", sep="", end="")
+            tell(f"{'' if current is None else chr(10) * 2}--- {target} ---")
         current = target
-        print(_printable(piece) if is_terminal else piece, end="", flush=True)
+        tell(piece, end="")
+        sys.stdout.flush()
 
     try:
         return opened.ask(text, show)
     finally:
-        print(flush=True)
+        tell()
+        sys.stdout.flush()
 
 
 def _in_columns(opened: "Chat", text: str) -> "list[ChatAnswer]":
-    from rich.console import Console
     from rich.live import Live
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     told = dict.fromkeys(opened.targets, "")
 
     def table() -> Any:
         grid = Table(box=None, expand=True, padding=(0, 2, 0, 0))
         for target in told:
-            grid.add_column(target, ratio=1, overflow="fold")
-        grid.add_row(*(Text(_printable(answer)) for answer in told.values()))
+            grid.add_column(escape(target), ratio=1, overflow="fold")
+        grid.add_row(*(Text(answer) for answer in told.values()))
         return grid
 
     with Live(get_renderable=table, console=console, refresh_per_second=8, transient=True):
@@ -172,8 +172,3 @@ def _in_columns(opened: "Chat", text: str) -> "list[ChatAnswer]":
         answers = opened.ask(text, show)
     console.print(table())
     return answers
-
-
-def _printable(text: str) -> str:
-    """Return a text without what would steer a terminal."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

@@ -17,7 +17,7 @@ from fedcli.commands.options import (
     WorkspaceOption,
     found_federation,
 )
-from fedcli.commands.output import StepDisplay, TrainingDisplay, at, print_result
+from fedcli.commands.output import StepDisplay, TrainingDisplay, at, print_result, tell
 from fedcli.errors import FedError, UsageError, error_document
 from fedcli.federation import Federation
 from fedcli.quantities import name_clients, plural
@@ -83,14 +83,14 @@ def client_join(
     card = joining.card.model_dump(mode="json", exclude_none=True)
     if not json_output:
         for line in joining.remarks:
-            print(line)
-        print("the workspace learns this of your rows, and nothing else:")
-        print(json.dumps(card, indent=1))
+            tell(line)
+        tell("the workspace learns this of your rows, and nothing else:")
+        tell(json.dumps(card, indent=1))
     if asks:
         question = f"Write this to {federation.workspace.registration(client)}? [y/N]: "
-        print(question, end="", file=sys.stderr, flush=True)
+        tell(question, end="", is_error=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            print("nothing was written")
+            tell("nothing was written")
             return
     joining.commit()
     own = "" if home is None else f" --home {shlex.quote(str(home.absolute()))}"

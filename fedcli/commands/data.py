@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fedcli.commands.options import HomeOption, JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import StepDisplay, at, describe_data, print_hint, print_json, print_result
+from fedcli.commands.output import StepDisplay, at, describe_data, print_hint, print_json, print_result, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,9 +56,7 @@ def data_preview(
     if json_output:
         print_json(result)
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     for row in result.rows:
         _print_row(console, row)
     _print_histogram(console, result)
@@ -103,6 +101,7 @@ def _print_histogram(console: "Console", result: "Preview") -> None:
 def _print_clients(console: "Console", result: "Preview") -> None:
     import yaml
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -117,7 +116,7 @@ def _print_clients(console: "Console", result: "Preview") -> None:
     names = [result.groups[group] for group in groups]
     has_legend = sum(len(name) + 2 for name in names) > MOST_HEADER
     heads = [f"({letter})" for letter in "abcdefgh"[: len(names)]] if has_legend else names
-    for column in ("client", "rows", "left out", "tokens", *heads):
+    for column in ("client", "rows", "left out", "tokens", *map(escape, heads)):
         table.add_column(column, justify="right", no_wrap=True)
     for share in result.clients:
         median = sorted(share.num_tokens)[len(share.num_tokens) // 2] if share.num_tokens else 0

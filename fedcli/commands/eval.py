@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from fedcli.commands.eval_fetch import eval_fetch as eval_fetch
 from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import FetchDisplay, print_hint, print_json, print_result, relative
+from fedcli.commands.output import FetchDisplay, print_hint, print_json, print_result, relative, tell, terminal
 from fedcli.errors import DeniedError, UsageError, WorkspaceError, did_you_mean
 from fedcli.quantities import plural
 from fedcli.workspace.layout import find_workspace
@@ -203,14 +203,14 @@ def eval_list(
         num_details = len(found.metrics) - len(metrics)
         origin = "" if entry.package == OWN_PACKAGE else f"; from the package {entry.package}"
         items = f"{found.size:,} items" if found.size else "as many items as you give"
-        print(f"{found.name}: {found.title} ({items}; {', '.join(found.groups) or 'no group'}{origin})")
+        tell(f"{found.name}: {found.title} ({items}; {', '.join(found.groups) or 'no group'}{origin})")
         more = f" and {plural(num_details, 'detail')}" if num_details else ""
-        print(f"    metrics: {', '.join(metrics)}{more}")
+        tell(f"    metrics: {', '.join(metrics)}{more}")
         release = found.data.release if found.data else None
         needs = f"; license: {release.license}" if release is not None else ""
         needs += f"; needs: {', '.join(found.needs)}" if found.needs else ""
         lacks = f"; this machine lacks: {', '.join(entry.missing)}" if entry.missing else ""
-        print(f"    data: {entry.data}{needs}{lacks}")
+        tell(f"    data: {entry.data}{needs}{lacks}")
     print_hint(
         "data: local (its files are here), cached (fetched before), publisher (it would be fetched, and checked by its "
         "sha256), hub (it would be fetched, and not checked), missing; --json says more"
@@ -256,17 +256,16 @@ def eval_table(
 
 def print_table(made: "ScoreTable") -> None:
     """Print a table, the shorter side across: best bold, second best underlined, differences below."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from fedcli.scoring.table import show_difference, show_score
 
-    console = Console()
+    console = terminal()
     if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+        console = terminal(width=FILE_WIDTH)
     show_leads = any(cell.difference for cell in made.cells.values())
-    grid = Table(title=f"scores [95 % interval]{f', and difference to {made.against}' if show_leads else ''}")
+    grid = Table(title=escape(f"scores [95 % interval]{f', and difference to {made.against}' if show_leads else ''}"))
 
     def shown(target: str, column: "Column") -> str:
         cell = made.cells.get((target, column))
@@ -276,8 +275,8 @@ def print_table(made: "ScoreTable") -> None:
         text = f"[{style}]{escape(show_score(cell))}[/]" if style else escape(show_score(cell))
         return f"{text}\n{escape(show_difference(cell))}" if cell.difference else text
 
-    rows = [["metric", *made.targets]]
-    rows += [[column.title, *(shown(target, column) for target in made.targets)] for column in made.columns]
+    rows = [["metric", *map(escape, made.targets)]]
+    rows += [[escape(column.title), *(shown(target, column) for target in made.targets)] for column in made.columns]
     if made.average_rank:
         rows.append(["average rank", *(f"{made.average_rank[target]:.2f}" for target in made.targets)])
     if len(made.targets) >= len(made.columns):

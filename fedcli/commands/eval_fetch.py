@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption
-from fedcli.commands.output import FetchDisplay, print_hint, print_json
+from fedcli.commands.output import FetchDisplay, print_hint, print_json, tell
 from fedcli.errors import error_document
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def eval_fetch(
     else:
         for each in found:
             if each.folder is not None:
-                print(describe(each))
+                tell(describe(each))
             elif each.error is None or each.error is not error:
                 print_hint(describe(each))
         if not found:

@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+from fedcli.commands.output import terminal
+
 PANELS = {
     "Begin": ("init", "doctor"),
     "Train": ("run", "client", "server", "slurm", "train-alone", "train-pooled", "study"),
@@ -91,7 +93,6 @@ def format_help(command: Any, name: str, ctx: Any, formatter: Any) -> bool:
     """Print a command's help in panels where stdout is a terminal; return whether it is, for rich is slow to load."""
     if not sys.stdout.isatty():
         return False
-    from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
     from typer.rich_utils import rich_format_help
@@ -99,7 +100,7 @@ def format_help(command: Any, name: str, ctx: Any, formatter: Any) -> bool:
     rich_format_help(obj=command, ctx=ctx, markup_mode="rich")  # no help text holds a [tag]
     if lines := example_lines(name):
         text = Text("\n".join(lines))
-        Console().print(Panel(text, title="Examples", title_align="left", border_style="dim"))
+        terminal().print(Panel(text, title="Examples", title_align="left", border_style="dim"))
     return True
 
 

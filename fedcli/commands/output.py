@@ -1,29 +1,53 @@
-"""Printing: data to stdout, progress and hints to stderr, or one JSON document."""
+"""Printing: data to stdout, progress and hints to stderr, or one JSON document.
+
+All that fedcli prints goes through `tell`, `print_json` and `terminal`: what is foreign in it steers no terminal.
+"""
 
 import json
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from fedcli.observer import Observer
+from fedcli.printable import printable, printable_json
 
 SILENCE = 60.0
 """Seconds after which long work says how far it is, where no bar shows it."""
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedcli.errors import ClientFailure
     from fedcli.parties.simulate import DataSummary
     from fedcli.scoring.after_rounds import RoundScores
     from fedcli.training.reports import StepReport
 
 
+def tell(text: str = "", *, is_error: bool = False, end: str = "\n") -> None:
+    """Print a text on stdout, or stderr, its control characters written out."""
+    print(printable(text), end=end, file=sys.stderr if is_error else sys.stdout, flush=is_error)
+
+
 def print_json(document: object) -> None:
     """Print a JSON document on stdout."""
-    print(json.dumps(document, default=_plain, ensure_ascii=False, sort_keys=True))
+    print(printable_json(json.dumps(document, default=_plain, ensure_ascii=False, sort_keys=True)))
+
+
+def terminal(**options: Any) -> "Console":
+    """Return rich's Console with these options, in which texts have their control characters written out."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Terminal(Console):
+        def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+            for segment in super().render(*arguments, **options):
+                yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    return Terminal(**options)
 
 
 def print_result(json_output: bool, document: object, text: str | Iterable[str], hint: str = "") -> None:
@@ -32,14 +56,14 @@ def print_result(json_output: bool, document: object, text: str | Iterable[str],
         print_json(document)
         return
     for line in [text] if isinstance(text, str) else text:
-        print(line)
+        tell(line)
     if hint:
         print_hint(hint)
 
 
 def print_hint(text: str) -> None:
     """Print what to do next on stderr."""
-    print(text, file=sys.stderr)
+    tell(text, is_error=True)
 
 
 def at(workspace: Path | None) -> str:
@@ -69,12 +93,11 @@ class Display(Observer):
         self._last_line = time.monotonic()
         self._noted: set[str] = set()
         if sys.stderr.isatty() and not json_output:
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            front = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            front = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
             columns = (*front, *map(TextColumn, self.columns), TimeRemainingColumn())
-            self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.progress = Progress(*columns, console=terminal(stderr=True), transient=True)
             self._task = self.progress.add_task(title, total=None, visible=visible, loss=float("nan"), speed=0.0)
 
     def __enter__(self) -> Self:
@@ -105,7 +128,7 @@ class Display(Observer):
             return
         self._last_line = time.monotonic()
         if self.progress is None:
-            print(text, file=sys.stderr, flush=True)
+            tell(text, is_error=True)
         else:
             self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fedcli.commands.options import ClientOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import StepDisplay, at, describe_round_scores, print_hint, print_json, print_result
+from fedcli.commands.output import StepDisplay, at, describe_round_scores, print_hint, print_json, print_result, tell
 from fedcli.errors import NotReadyError
 from fedcli.federation import Server
 from fedcli.observer import Observer
@@ -64,21 +64,21 @@ def server_aggregate(
 
 def _print(result: "AggregationResult", here: str) -> None:
     if result.aggregation is None:
-        print(f"nothing to do: the federation has finished at round {result.round}")
+        tell(f"nothing to do: the federation has finished at round {result.round}")
         return
     done = result.aggregation
     clients = ", ".join(str(entry.client) for entry in done.counted)
     verb = {"published": "merged", "overtaken": "another server merged", "dry_run": "would merge"}[result.status]
     who = "client" if len(done.counted) == 1 else "clients"
-    print(f"{verb} {plural(len(done.counted), 'update')} ({who} {clients})")
+    tell(f"{verb} {plural(len(done.counted), 'update')} ({who} {clients})")
     for entry in done.refused:
-        print(f"refused client {entry.client}: {entry.code}: {entry.reason}")
+        tell(f"refused client {entry.client}: {entry.code}: {entry.reason}")
     if done.missing:
-        print(f"missing: {', '.join(map(str, done.missing))}")
+        tell(f"missing: {', '.join(map(str, done.missing))}")
     if done.surplus:
-        print(f"not needed: {', '.join(map(str, done.surplus))}")
+        tell(f"not needed: {', '.join(map(str, done.surplus))}")
     if result.status != "dry_run":
-        print(f"round {result.round} is {result.state}")
+        tell(f"round {result.round} is {result.state}")
     elif done.refused:
         print_hint(f"next: fedcli server discard --id {done.refused[0].client}{here} lets that client send again")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import at, print_hint, print_json
+from fedcli.commands.output import at, print_hint, print_json, tell
 from fedcli.errors import UsageError
 from fedcli.quantities import describe_bytes, describe_seconds, name_clients
 
@@ -52,69 +52,69 @@ def _print(result: "Status") -> None:
     from fedcli.operations.status import describe_algorithm, describe_rule
     from fedcli.operations.update_figures import describe_unusual
 
-    print(f"workspace  {result.workspace}")
-    print(f"round      {result.round} of {result.rounds}, {result.state}")
+    tell(f"workspace  {result.workspace}")
+    tell(f"round      {result.round} of {result.rounds}, {result.state}")
     now, then = describe_algorithm(result.algorithm), describe_algorithm(result.next_algorithm)
-    print(f"algorithm  {now}, task {result.task}, learning rate {result.learning_rate:.3g}")
+    tell(f"algorithm  {now}, task {result.task}, learning rate {result.learning_rate:.3g}")
     if then != now and result.state == "open":
-        print(f"next       {then}, from round {result.round + 1} on, as fedcli.yaml has it")
+        tell(f"next       {then}, from round {result.round + 1} on, as fedcli.yaml has it")
     if result.cohort:
         which = "" if result.num_counted == len(result.cohort) else f", of which the first {result.num_counted} count"
-        print(f"cohort     {name_clients(result.cohort)}; {result.needed} must answer{which}")
-        print(f"answered   {name_clients(result.answered)}")
-        print(f"missing    {name_clients(result.missing)}")
+        tell(f"cohort     {name_clients(result.cohort)}; {result.needed} must answer{which}")
+        tell(f"answered   {name_clients(result.answered)}")
+        tell(f"missing    {name_clients(result.missing)}")
     if result.arriving:
-        print(f"arriving   {name_clients(result.arriving)}: not all files are there yet; they are waited for")
+        tell(f"arriving   {name_clients(result.arriving)}: not all files are there yet; they are waited for")
     if result.seconds_left is not None:
         left = describe_seconds(abs(result.seconds_left))
-        print(f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} one answer is enough")
+        tell(f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} one answer is enough")
     if result.clock is not None:
-        print(f"clock      {result.clock}")
+        tell(f"clock      {result.clock}")
     if result.hidden:
-        print(f"hidden     {name_clients(result.hidden)}: only they and the server see whether they have answered")
+        tell(f"hidden     {name_clients(result.hidden)}: only they and the server see whether they have answered")
     if result.slurm is not None:
-        print(f"slurm      {_describe_jobs(result.slurm)}")
+        tell(f"slurm      {_describe_jobs(result.slurm)}")
     if result.joined:
-        print(f"joined     {name_clients(result.joined)}: parties that keep their rows")
+        tell(f"joined     {name_clients(result.joined)}: parties that keep their rows")
     for name in ("norm", "cosine", "change"):
         known = {update.client: getattr(update, name) for update in result.last_updates}
         if any(value is not None for value in known.values()):
             values = (f"{client}: {value:.3g}" for client, value in known.items() if value is not None)
-            print(f"{_FIGURES[name]:<10} {', '.join(values)} (by client, round {result.round - 1})")
+            tell(f"{_FIGURES[name]:<10} {', '.join(values)} (by client, round {result.round - 1})")
     if result.last_losses:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
-        print(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
+        tell(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
     if result.last_rule is not None:
         weights = ", ".join(f"{update.client}: {update.weight:.3f}" for update in result.last_updates)
-        print(f"rule       {describe_rule(result.last_rule)}; weights {weights} (by client, round {result.round - 1})")
+        tell(f"rule       {describe_rule(result.last_rule)}; weights {weights} (by client, round {result.round - 1})")
     for update in result.last_updates:
         if update.unusual:
-            print(f"unusual    client {update.client} in round {result.round - 1}: {describe_unusual(update)}")
+            tell(f"unusual    client {update.client} in round {result.round - 1}: {describe_unusual(update)}")
     for client, code in result.last_refused.items():
-        print(f"refused    client {client} in round {result.round - 1}: {code}")
+        tell(f"refused    client {client} in round {result.round - 1}: {code}")
     for clients, why in ((result.last_surplus, "were not needed"), (result.last_late, "came too late")):
         if clients:
-            print(f"left out   updates of {name_clients(clients)} in round {result.round - 1}: they {why}")
+            tell(f"left out   updates of {name_clients(clients)} in round {result.round - 1}: they {why}")
     for run, following in zip_longest(result.history, result.history[1:]):
         last = following.round - 1 if following else result.round - 1
         rounds = f"round {last}" if last == run.round else f"rounds {run.round} to {last}"
-        print(f"merged     {rounds} with {describe_algorithm(run.algorithm)}")
+        tell(f"merged     {rounds} with {describe_algorithm(run.algorithm)}")
     for note in result.unscored:
         if note.failure is None:
-            print(f"to score   round {note.round} on {note.name}: `fedcli server score`, if nothing does it now")
+            tell(f"to score   round {note.round} on {note.name}: `fedcli server score`, if nothing does it now")
         else:
-            print(f"no score   round {note.round} on {note.name}: {note.failure.message}")
-            print(f"           {note.failure.hint} To try again: `{note.failure.again}`")
+            tell(f"no score   round {note.round} on {note.name}: {note.failure.message}")
+            tell(f"           {note.failure.hint} To try again: `{note.failure.again}`")
     if result.cost is not None:
         cost = result.cost
         in_base = "?" if cost.base_parameters is None else f"{cost.base_parameters:,}"
-        print(
+        tell(
             f"cost       {in_base} parameters in the base, {cost.trainable_parameters:,} trainable, "
             f"{cost.communicated_parameters:,} sent by a client in a round"
         )
         down, up = describe_bytes(cost.client_bytes_down), describe_bytes(cost.client_bytes_up)
         so_far = f"{describe_bytes(cost.total_bytes_down)} down and {describe_bytes(cost.total_bytes_up)} up so far"
-        print(f"transfer   {down} down and {up} up a client and round; {so_far}")
+        tell(f"transfer   {down} down and {up} up a client and round; {so_far}")
 
 
 def _describe_jobs(slurm: "JobStates") -> str:

@@ -1,15 +1,17 @@
 """fedcli status --watch: a display that stays on a terminal; elsewhere a line for each change."""
 
+import sys
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedcli.commands.output import tell, terminal
 from fedcli.federation import Federation
 from fedcli.operations.watch import PastRound, View, Watcher
 from fedcli.quantities import describe_bytes, describe_seconds
@@ -24,12 +26,13 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 def watch(federation: Federation) -> None:
     """Show how a federation goes on until it has finished, or until Ctrl-C."""
     watcher = Watcher(federation.state)
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     if not console.is_terminal:
         said = ""
         for view in watcher.views():
             if (line := describe(view)) != said:
-                print(line, flush=True)
+                tell(line)
+                sys.stdout.flush()
                 said = line
         return
     with Live(console=console, auto_refresh=False) as live:
@@ -61,7 +64,7 @@ def render(view: View) -> RenderableType:
     facts.add_row("round", line)
     facts.add_row("", ProgressBar(total=head.rounds, completed=head.round))
     facts.add_row(
-        "algorithm", f"{head.algorithm['name']}, task {head.task}, learning rate {head.train.learning_rate:.3g}"
+        "algorithm", Text(f"{head.algorithm['name']}, task {head.task}, learning rate {head.train.learning_rate:.3g}")
     )
     if head.cohort:
         facts.add_row("cohort", f"{len(view.answered)} of {len(head.cohort)} have answered; {view.needed} must")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption, ThreadsOption
-from fedcli.commands.output import Display, print_hint, print_json, print_result, relative
+from fedcli.commands.output import Display, print_hint, print_json, print_result, relative, tell
 from fedcli.errors import UsageError
 from fedcli.quantities import describe_seconds, plural
 
@@ -120,11 +120,11 @@ def study_status(study: StudyOption = None, json_output: JsonOption = False) -> 
         return
     for cell in status.cells:
         spent = f", {describe_seconds(cell.seconds)}" if cell.seconds else ""
-        print(f"{cell.id}: {cell.status}{f', {cell.progress}' if cell.progress else ''}{spent}")
+        tell(f"{cell.id}: {cell.status}{f', {cell.progress}' if cell.progress else ''}{spent}")
         if cell.error is not None:
-            print(f"    {cell.error.message}\n    {cell.error.hint}")
+            tell(f"    {cell.error.message}\n    {cell.error.hint}")
     eta = f"; about {describe_seconds(status.seconds_left)} left, one at a time" if status.seconds_left else ""
-    print(f"{status.num_done} of {plural(len(status.cells), 'cell')} done, {status.num_failed} failed{eta}")
+    tell(f"{status.num_done} of {plural(len(status.cells), 'cell')} done, {status.num_failed} failed{eta}")
     print_hint(f"next: fedcli study {'table' if status.num_done == len(status.cells) else 'run'}{_at(study)}")
 
 
@@ -149,7 +149,7 @@ def study_table(
     folder = find_study(study)
     made = make_table(folder, like=like, against=against)
     paths = write_tables(folder, made, like)
-    print(render(made, "json" if json_output else form), end="")
+    tell(render(made, "json" if json_output else form), end="")
     if not json_output:
         print_hint("\n".join(f"written: {path}" for path in relative(paths)))
 

@@ -3,6 +3,7 @@
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import StepDisplay, print_result
 from fedcli.errors import IntegrityError
+from fedcli.printable import on_one_line
 from fedcli.quantities import plural
 
 
@@ -23,7 +24,15 @@ def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -
             f"{plural(result.num_pruned, 'aggregate')} not computed again: "
             "`fedcli gc` has removed what they were made of"
         )
-    lines += [f"{violation.path}: {violation.problem}" for violation in result.violations] or ["no violation"]
+    if result.num_gone:
+        lines.append(
+            f"{plural(result.num_gone, 'counted update')} gone, in part or whole: their hashes are recorded, and what "
+            "was made of them is not computed again"
+        )
+    lines += [on_one_line(f"note: {remark.path}: {remark.problem}") for remark in result.remarks]
+    lines += [on_one_line(f"{violation.path}: {violation.problem}") for violation in result.violations] or [
+        "no violation"
+    ]
     print_result(json_output, result, lines)
     if result.violations:
         raise IntegrityError(

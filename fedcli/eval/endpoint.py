@@ -9,6 +9,7 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from fedcli.errors import RequirementError, UsageError, missing_package
+from fedcli.eval.bounded_http import UnboundedError, bounded_client, without_key
 from fedcli.eval.remembered import Usage
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, before_stop
 from fedcli.tasks.conversation import Turn
@@ -54,7 +55,7 @@ class Endpoint:
             try:
                 client.models.with_raw_response.list()
             except (openai.APIConnectionError, openai.AuthenticationError) as error:
-                raise self._explained(error) from error
+                raise self._explained(error) from self._shown_cause(error)
             except openai.APIStatusError:
                 pass  # it answers; not every server lists its models
         return self
@@ -88,11 +89,9 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise missing_package("openai") from error
+        client = bounded_client(timeout, connect=10.0)
         return openai.OpenAI(
-            api_key=self.key,
-            base_url=self.url,
-            timeout=openai.Timeout(timeout, connect=10.0),
-            max_retries=max_retries,
+            api_key=self.key, base_url=self.url, timeout=client.timeout, max_retries=max_retries, http_client=client
         )
 
     def _complete(self, client: "openai.OpenAI", request: Generation) -> tuple[str, int]:
@@ -107,11 +106,11 @@ class Endpoint:
                 if error.code == "content_filter":
                     return "", 0  # as where the filter stops the reply itself
                 if error.param not in body or not str(error.code).startswith("unsupported"):
-                    raise self._explained(error) from error
+                    raise self._explained(error) from self._shown_cause(error)
                 self._not_taken.add(str(error.param))
                 continue
             except openai.APIError as error:
-                raise self._explained(error) from error
+                raise self._explained(error) from self._shown_cause(error)
             except UnicodeEncodeError:  # of the request
                 raise
             except (ValueError, RecursionError):
@@ -140,23 +139,34 @@ class Endpoint:
             body["stop"] = list(request.stop[:MAX_STOPS])
         return {name: value for name, value in body.items() if name not in self._not_taken}
 
+    def _shown_cause(self, error: "openai.APIError") -> "openai.APIError | None":
+        """Return what a traceback may show: nothing that holds the key."""
+        return error if self.key == NO_KEY or without_key(str(error), self.key) == str(error) else None
+
     def _explained(self, error: "openai.APIError") -> RequirementError:
         import openai
 
         status = error.status_code if isinstance(error, openai.APIStatusError) else None
-        detail = " ".join(error.message.split())
+        cause = error.__cause__
+        told = cause if isinstance(error, openai.APIConnectionError) and cause is not None else error.message
+        detail = " ".join(str(told).split())
         if self.key != NO_KEY:
-            detail = detail.replace(self.key, "***")
+            detail = without_key(detail, self.key)
         if isinstance(error, openai.APITimeoutError):
             problem = "does not answer in time"
+        elif cause is not None and isinstance(cause.__cause__, UnboundedError):
+            problem = f"does not answer as one: {cause}"
         elif isinstance(error, openai.APIConnectionError):
-            problem = f"cannot be reached: {error.__cause__ or detail}"
+            problem = f"cannot be reached: {detail[:300]}"
+        elif status is not None and 300 <= status < 400:
+            problem = f"sends its callers to another place ({status}), where neither key nor prompt is sent"
         else:
             problem = f"refuses to answer ({status}): {detail[:300]}" if status else f"fails: {detail[:300]}"
         cure = {
             401: f"Set {KEY_VARIABLE} to a key of this endpoint.",
             403: f"Use a key ({KEY_VARIABLE}) that may use this model.",
             404: "Check the model's name and the URL (it often ends in /v1).",
+            **dict.fromkeys(range(300, 400), "If you trust that place, name it as the URL."),
             429: "Wait until the limit is over, or raise the quota.",
         }.get(status or 0, "Check the URL, the network and the server's log.")
         return RequirementError(

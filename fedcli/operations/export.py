@@ -25,7 +25,7 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, check_outside
 from fedcli.workspace.publish import check_free, is_free, new_folder
-from fedcli.workspace.registrations import joined_clients, read_registration
+from fedcli.workspace.registrations import joined_clients
 
 CARD_NAME = "README.md"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -183,13 +183,11 @@ def _clients(federation: FederationState, summary: DataSummary | None) -> list[C
     known = {}
     for client, (size, format_) in enumerate(zip(summary.sizes, summary.formats, strict=False) if summary else ()):
         known[client] = ClientData(client, size, format_ if isinstance(format_, str) else "columns of its own")
-    for client in joined_clients(federation.workspace, federation.config.federation.clients):
-        registration = read_registration(federation.workspace, client)
-        if registration is not None:
-            told = registration.data
-            left_out = describe_counts(told.left_out) if told.left_out else ""
-            tokens = str((told.token_quantiles or {}).get("0.5", ""))
-            known[client] = ClientData(client, told.num_rows, told.format or "", left_out, tokens)
+    for client, registration in joined_clients(federation.workspace, federation.config.federation.clients).items():
+        told = registration.data
+        left_out = describe_counts(told.left_out) if told.left_out else ""
+        tokens = str((told.token_quantiles or {}).get("0.5", ""))
+        known[client] = ClientData(client, told.num_rows, told.format or "", left_out, tokens)
     return [known[client] for client in sorted(known)]
 
 

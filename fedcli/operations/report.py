@@ -28,11 +28,14 @@ from fedcli.workspace.federation_state import FederationState, config_text
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, check_outside
+from fedcli.workspace.records import CountedUpdate
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.report_folder import publish_report
 from fedcli.workspace.scores import ScoreRecord, read_scores
 from fedcli.workspace.target_name import TargetName
 
+LARGEST_LOSS = 1e9
+"""A loss beyond it, which a client can claim, is told and not drawn."""
 COMPARED_BYTES = 4 * 10**9
 """Updates that are read to compare them, from the last round backwards; that one is compared whatever its size."""
 HELD_BYTES = 512 * 2**20
@@ -105,7 +108,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         merged=[_merged(before, after) for before, after in pairwise(rounds)],
         scores=scores,
         similarities=similarities,
-        notes=[*notes, *more_notes],
+        notes=[*notes, *more_notes, *_losses_beyond(rounds)],
         config=config_text(workspace),
         versions=versions_here(),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -132,7 +135,7 @@ def _merged(before: Round, after: Round) -> MergedRound:
         algorithm=str(done.algorithm["name"]),
         learning_rate=before.manifest.train.learning_rate,
         cohort=before.manifest.cohort,
-        losses={entry.client: entry.train_loss for entry in done.counted},
+        losses={entry.client: None if _is_beyond(entry) else entry.train_loss for entry in done.counted},
         norms={entry.client: entry.delta_norm for entry in done.counted},
         refused={entry.client: (entry.code, entry.reason) for entry in done.refused},
         missing=done.missing,
@@ -141,6 +144,22 @@ def _merged(before: Round, after: Round) -> MergedRound:
         opened=before.published,
         closed=after.published,
     )
+
+
+def _is_beyond(entry: CountedUpdate) -> bool:
+    return entry.train_loss is not None and abs(entry.train_loss) > LARGEST_LOSS
+
+
+def _losses_beyond(rounds: Sequence[Round]) -> list[str]:
+    """Return a note of the losses that are not drawn, with an example."""
+    found = [
+        f"{entry.train_loss:.3g} by client {entry.client} in round {after.number - 1}"
+        for after in rounds
+        if after.manifest.aggregation is not None
+        for entry in after.manifest.aggregation.counted
+        if _is_beyond(entry)
+    ]
+    return [f"losses beyond {LARGEST_LOSS:g} are left out: {len(found)}, such as {found[0]}"] if found else []
 
 
 def read_metrics(workspace: Workspace) -> tuple[list[MetricScores], list[str]]:

@@ -11,7 +11,7 @@ from fedcli.workspace.file_system_check import describe_clock
 from fedcli.workspace.history import Round, arriving_clients, is_hidden
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
-from fedcli.workspace.registrations import joined_clients
+from fedcli.workspace.registrations import foreign_clients, joined_clients
 from fedcli.workspace.row_files import has_rows
 from fedcli.workspace.scores import Unscored, read_unscored
 
@@ -75,7 +75,9 @@ def read_status(federation: FederationState) -> Status:
     workspace, config, head = federation.workspace, federation.config, federation.head
     manifest = head.manifest
     hidden = [client for client in manifest.cohort if is_hidden(workspace, client)]
-    missing = sorted({*head.missing_clients()} - {*hidden})
+    silent = {*head.missing_clients()}
+    foreign = foreign_clients(workspace, sorted({*manifest.cohort} - silent))
+    missing = sorted((silent | {*foreign}) - {*hidden})
     arriving = arriving_clients(head, sorted({*manifest.cohort} - {*missing} - {*hidden}))
     answered = sorted({*manifest.cohort} - {*missing} - {*hidden} - {*arriving})
     needed = needed_answers(federation)
@@ -96,7 +98,7 @@ def read_status(federation: FederationState) -> Status:
         missing=missing,
         arriving=arriving,
         hidden=hidden,
-        joined=joined_clients(workspace, config.federation.clients),
+        joined=[*joined_clients(workspace, config.federation.clients)],
         needed=needed,
         num_counted=head.num_counted,
         deadline=deadline_of(federation),

@@ -84,7 +84,9 @@ def find_party(experiment: Experiment, client: int, home: Path | None = None) ->
     of a client that has not joined.
     """
     workspace = experiment.workspace
-    registration = read_registration(workspace, client)
+    # a simulation has no parties, whatever lies in clients/
+    is_simulation = experiment.identity is not None and experiment.identity.simulation is True
+    registration = None if is_simulation else read_registration(workspace, client)
     if registration is not None:
         return _joined(experiment, registration, home)
     if _own_record(experiment, client, home) is not None:
@@ -128,8 +130,8 @@ def is_here(federation: FederationState, client: int) -> bool:
     if _own_record(federation, client, None) is not None:
         return True
     workspace = federation.workspace
-    is_simulated = read_registration(workspace, client) is None and _may_simulate(federation)
-    return is_simulated and is_own(workspace) and not joined_as(federation)
+    is_simulated = federation.identity.simulation is True or not workspace.has_joined(client)
+    return is_simulated and _may_simulate(federation) and is_own(workspace) and not joined_as(federation)
 
 
 def can_train(federation: FederationState, client: int) -> bool:

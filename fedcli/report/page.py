@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedcli.printable import printable
 from fedcli.quantities import describe_bytes, describe_seconds
 from fedcli.report.drawing import Picture
 from fedcli.report.remarks import remarks
@@ -24,7 +25,9 @@ def render_page(template: str, **values: Any) -> str:
     """Return a page of one of this package's templates, which asks for `generator` and `title`; values are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, loader=PackageLoader("fedcli.report", "."))
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, loader=PackageLoader("fedcli.report", "."), finalize=_finalize
+    )
     return environment.get_template(template).render(**values)
 
 
@@ -52,6 +55,11 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
             texts=("code", "reason"),
         ),
     )
+
+
+def _finalize(value: object) -> object:
+    """Write control characters out; a picture is escaped markup already, and stays so."""
+    return type(value)(printable(value)) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

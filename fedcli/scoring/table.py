@@ -12,6 +12,7 @@ from fedcli.errors import NotReadyError, UsageError, did_you_mean
 from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.registry import BENCHMARKS, find_benchmarks, find_group
 from fedcli.eval.statistics import Score, average_ranks, difference
+from fedcli.printable import in_csv, in_markdown
 from fedcli.scoring.several import gather
 from fedcli.scoring.targets import BASE
 from fedcli.workspace.layout import Workspace
@@ -184,7 +185,7 @@ def save_table(workspace: Workspace, table: ScoreTable, name: str) -> list[str]:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: in_csv(value) for name, value in row.items()} for row in rows)
     document = {"against": table.against, "average_rank": table.average_rank, "scores": rows, "notes": table.notes}
     files = {
         f"{name}.md": to_markdown(table),
@@ -212,19 +213,27 @@ def as_rows(table: ScoreTable) -> list[dict[str, Any]]:
 
 def to_markdown(table: ScoreTable) -> str:
     """Return the table, targets x metrics: best bold, second best underlined; then the differences."""
-    head = ["", *(column.title for column in table.columns), *(["average rank"] if table.average_rank else [])]
+    head = [
+        "",
+        *(in_markdown(column.title) for column in table.columns),
+        *(["average rank"] if table.average_rank else []),
+    ]
     lines = [head, ["---", *("---:" for _ in head[1:])]]
     differences = [head[: len(table.columns) + 1], lines[1][: len(table.columns) + 1]]
     for target in table.targets:
-        cells = [table.cells.get((target, column)) for column in table.columns]
+        name, cells = in_markdown(target), [table.cells.get((target, column)) for column in table.columns]
         rank = [f"{table.average_rank[target]:.2f}"] if table.average_rank else []
-        lines.append([target, *(_marked(cell) for cell in cells), *rank])
-        if any(cell and cell.difference for cell in cells):
-            differences.append([target, *(show_difference(cell) for cell in cells)])
+        lines.append([name, *map(_marked, cells), *rank])
+        if any(found and found.difference for found in cells):
+            differences.append([name, *map(show_difference, cells)])
     blocks = ["# Scores", _grid(lines), "Values with 95 % bootstrap intervals; **best**, <u>second best</u>."]
     if len(differences) > 2:
-        blocks += [f"## Difference to {table.against}", _grid(differences), "Paired by item, with 95 % intervals."]
-    blocks += [f"- {note}" for note in table.notes]
+        blocks += [
+            f"## Difference to {in_markdown(table.against)}",
+            _grid(differences),
+            "Paired by item, with 95 % intervals.",
+        ]
+    blocks += [f"- {in_markdown(note)}" for note in table.notes]
     return "\n\n".join(blocks) + "\n"
 
 

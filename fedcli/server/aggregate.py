@@ -19,7 +19,7 @@ from fedcli.workspace.history import Round, arriving_clients
 from fedcli.workspace.inbox import discard_update
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import Aggregation
-from fedcli.workspace.registrations import is_server
+from fedcli.workspace.registrations import foreign_clients, is_server
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def _aggregate(
     needed = 1 if partial else needed_answers(federation)
     missing = head.missing_clients()
     answered = [client for client in head.manifest.cohort if client not in missing]
-    _check_answers(federation, sorted([*missing, *arriving_clients(head, answered)]), needed)
+    absent = {*missing, *arriving_clients(head, answered), *foreign_clients(federation.workspace, answered)}
+    _check_answers(federation, sorted(absent), needed)
     federation.workspace.store.sweep("rounds")
     config = federation.config
     rule, num_clients = config.aggregation.as_rule(), config.federation.clients
@@ -163,9 +164,15 @@ def _check_answers(federation: FederationState, missing: list[int], needed: int)
     head = federation.head
     answered = len(head.manifest.cohort) - len(missing)
     if answered < needed:
-        arriving = [client for client in missing if head.has_update(client)]
-        absent = [client for client in missing if client not in arriving]
-        lists = {"missing": absent, "arriving, with files still to come": arriving}
+        present = [client for client in missing if head.has_update(client)]
+        absent = [client for client in missing if client not in present]
+        foreign = foreign_clients(federation.workspace, present)
+        arriving = [client for client in present if client not in foreign]
+        lists = {
+            "missing": absent,
+            "arriving, with files still to come": arriving,
+            "sent by a user who has not joined": foreign,
+        }
         names = "; ".join(f"{which}: {', '.join(map(str, found))}" for which, found in lists.items() if found)
         hint = f"Run `fedcli client train --id {absent[0]}`" if absent else "Wait until the files are copied"
         if answered:

@@ -168,7 +168,9 @@ def _read_all(
             if isinstance(refusal, Arriving) and not refuses_incomplete:
                 merge.missing.append(client)
                 continue
-            merge.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
+            merge.refused.append(
+                RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason, update=refusal.update)
+            )
         observer.update_read(base.number, client)
         if len(merge.counted) == count:
             break

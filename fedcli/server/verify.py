@@ -3,8 +3,6 @@
 import itertools
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from fedcli.config import algorithm_from, rule_from
 from fedcli.config.adapter_config import parse_adapter_config
@@ -12,6 +10,17 @@ from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge_by_rule import combine_with
+from fedcli.server.updates_again import (
+    ANOTHER,
+    check_counted,
+    check_draw,
+    check_record,
+    check_uncounted,
+    gone_updates,
+    is_reduced,
+    no_longer_valid,
+)
+from fedcli.server.verification import Verification
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.client_state import damaged_candidates, read_state
 from fedcli.workspace.history import (
@@ -23,53 +32,21 @@ from fedcli.workspace.history import (
     read_record,
     read_round,
 )
-from fedcli.workspace.inbox import read_update_record
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILE,
     ADAPTER_NAME,
     MANIFEST,
     PRUNED,
-    UPDATE_RECORD,
     Workspace,
     is_round_name,
     round_name,
 )
 from fedcli.workspace.publish import TEMPORARY_PREFIX
-from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, RefusedUpdate, file_entry, sha256
+from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.scores import ScoreRecord, check_items, score_files
 from fedcli.workspace.tensors import decode
-
-_ANOTHER = "is not the update that was counted"
-
-
-@dataclass(frozen=True)
-class Violation:
-    """Something that is not as the protocol wants it."""
-
-    path: Path
-    problem: str
-
-
-@dataclass
-class Verification:
-    """What was checked, and every violation that was found."""
-
-    num_rounds: int = 0
-    num_files: int = 0
-    num_updates: int = 0
-    num_recomputed: int = 0
-    num_hidden: int = 0
-    """Counted updates that this user may not read; the rounds made of them were not computed again."""
-    num_pruned: int = 0
-    """Rounds that were not computed again, because `gc` has removed what they were made of."""
-    num_baselines: int = 0
-    violations: list[Violation] = field(default_factory=list)
-
-    def report(self, path: Path, problem: str) -> None:
-        """Note a violation."""
-        self.violations.append(Violation(path, problem))
 
 
 def verify(workspace: Workspace, *, observer: Observer) -> Verification:
@@ -99,9 +76,12 @@ def verify(workspace: Workspace, *, observer: Observer) -> Verification:
             result.num_rounds += 1
             _check_round(current, identity, result)
             _check_links(current, previous, number, result)
+            if identity is not None:
+                check_draw(current, identity, result)
             if current.manifest.aggregation is not None:
                 _check_aggregation(current, current.manifest.aggregation, previous, seen, result)
                 if previous is not None and identity is not None:
+                    check_uncounted(current.manifest.aggregation, previous, result)
                     num_clients = int(identity.fixed.get("federation.clients", 0)) or len(previous.manifest.cohort)
                     _recompute(current, current.manifest.aggregation, previous, num_clients, result)
             if number == 0:
@@ -308,17 +288,21 @@ def _recompute(
     current: Round, aggregation: Aggregation, previous: Round, num_clients: int, result: Verification
 ) -> None:
     """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
-    workspace = current.workspace
-    hashes = {entry.client: entry.update for entry in aggregation.counted}
-    hidden = [client for client in hashes if is_hidden(workspace, client)]
-    if hidden:  # parties of other users: the server can check, this user cannot
+    entries = {entry.client: entry for entry in aggregation.counted}
+    hidden = [client for client in entries if is_hidden(current.workspace, client)]
+    if previous.has(PRUNED) and is_reduced(previous):
         result.num_hidden += len(hidden)
+        result.num_pruned += not hidden
+        for client in entries.keys() - {*hidden}:
+            check_record(previous, entries[client], result, is_pruned=True)
         return
-    if previous.has(PRUNED):
-        result.num_pruned += 1
-        for client, expected in hashes.items():
-            _check_record(previous, client, expected, result)
+    gone = gone_updates(previous, [client for client in entries if client not in hidden])
+    if hidden or gone:  # of other users, whom the server can check and this user cannot; or deleted by their clients
+        result.num_hidden += len(hidden)
+        for client in sorted(entries.keys() - {*hidden}):
+            (check_record if client in gone else check_counted)(previous, entries[client], result)
         return
+    workspace, hashes = current.workspace, {client: entry.update for client, entry in entries.items()}
     order = [client for client in previous.draw_order if client in hashes]
     try:
         algorithm = algorithm_from(aggregation.algorithm)
@@ -335,9 +319,9 @@ def _recompute(
         result.report(current.folder, f"cannot be computed again: {error}")
         return
     result.num_updates += len(again.counted)
-    lost = [(client, "was counted, and is gone") for client in again.missing]
-    lost += [(refused.client, _no_longer_valid(refused)) for refused in again.refused]
-    lost += [(entry.client, _ANOTHER) for entry in again.counted if entry.update != hashes[entry.client]]
+    lost = [(client, "was counted, and has gone meanwhile") for client in again.missing]
+    lost += [(refused.client, no_longer_valid(refused)) for refused in again.refused]
+    lost += [(entry.client, ANOTHER) for entry in again.counted if entry.update != hashes[entry.client]]
     for client, problem in lost:
         result.report(workspace.update(previous.number, client), problem)
     if lost or files is None:
@@ -349,22 +333,6 @@ def _recompute(
     for name in sorted(stored.keys() | files.keys()):
         if stored.get(name) != (file_entry(files[name]) if name in files else None):
             result.report(current.folder / name, "is not what the counted updates give")
-
-
-def _check_record(base: Round, client: int, expected: str, result: Verification) -> None:
-    """Of a counted update that `gc` has been at, update.json is still there."""
-    update = base.workspace.update(base.number, client)
-    try:
-        if sha256(read_update_record(base, client)) != expected:
-            result.report(update, _ANOTHER)
-    except FileNotFoundError:
-        result.report(update, f"was counted, and its {UPDATE_RECORD} is gone")
-    except Refusal as refusal:
-        result.report(update, _no_longer_valid(refusal))
-
-
-def _no_longer_valid(refused: RefusedUpdate | Refusal) -> str:
-    return f"was counted, and is not valid any more: {refused.code}: {refused.reason}"
 
 
 def _same(again: CountedUpdate, recorded: CountedUpdate) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, Literal, TypeVar
 
 from fedcli.eval.statistics import Score
+from fedcli.printable import in_csv, in_markdown
 from fedcli.study.columns import Column
 from fedcli.study.results import Block, StudyScore, StudyTable
 
@@ -39,15 +40,22 @@ def render(table: StudyTable, form: Format) -> str:
 
 def to_markdown(table: StudyTable) -> str:
     """Return Markdown: for each preset its scores, the best bold and the second best underlined, and differences."""
-    blocks = [f"# {table.title}"] if table.title else []
+
+    def marked(text: str, rank: int | None) -> str:
+        return _marked_markdown(in_markdown(text), rank)
+
+    blocks = [f"# {in_markdown(table.title)}"] if table.title else []
     for block in table.blocks:
-        blocks += [f"## {block.title}"] if len(table.blocks) > 1 else []
-        head = ["", *(column.shown for column in block.columns), *([RANK] if block.average_rank else [])]
-        blocks.append(_grid([head, *score_rows(block, table.source, _marked_markdown)]))
+        blocks += [f"## {in_markdown(block.title)}"] if len(table.blocks) > 1 else []
+        head = ["", *(in_markdown(column.shown) for column in block.columns)]
+        rank = [RANK] if block.average_rank else []
+        blocks.append(_grid([[*head, *rank], *score_rows(block, table.source, marked)]))
         if rows := difference_rows(block):
-            head = ["", *(column.shown for column in block.columns)]
-            blocks += [f"Difference to {block.rows[block.against]}:", _grid([head, *rows])]
-    blocks.append("\n".join(f"* {note}" for note in legend(table)))
+            against = in_markdown(block.rows[block.against])
+            named = [[in_markdown(name), *cells] for name, *cells in rows]
+            blocks += [f"Difference to {against}:", _grid([head, *named])]
+    spread, *notes = legend(table)
+    blocks.append("\n".join(f"* {note}" for note in (spread, *map(in_markdown, notes))))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -91,7 +99,7 @@ def to_csv(table: StudyTable) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, [name for name in rows[0] if name != "by_seed"], extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: in_csv(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 

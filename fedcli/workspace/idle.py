@@ -54,5 +54,6 @@ def glance(workspace: Workspace) -> Glance | None:
 def _may_train(workspace: Workspace, identity: str, is_simulation: bool, client: int) -> bool:
     named = os.environ.get("FEDCLI_HOME")
     home = Home(Path(named)) if named else default_home(identity, client)
-    has_rows = is_simulation or workspace.client_rows(client).exists()  # where they are gone, the full check says so
-    return home.party.exists() or (has_rows and not workspace.has_joined(client))
+    if is_simulation:  # where its rows are gone, the full check says so
+        return True
+    return home.party.exists() or (workspace.client_rows(client).exists() and not workspace.has_joined(client))

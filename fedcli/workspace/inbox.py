@@ -120,11 +120,17 @@ def read_update(
     buffers = {} if buffers is None else buffers
     try:
         with opened_update(base, client) as folder:
-            update = _read_folder(folder, base, client, buffers, reads_again)
+            with _expected(UPDATE_RECORD):
+                contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
+            try:
+                update = _read_folder(folder, contents, base, client, buffers, reads_again)
+                for arrays in update.files.values():
+                    check_values(arrays)
+            except Refusal as refusal:
+                refusal.update = sha256(contents)
+                raise
     except FileNotFoundError:
         return None
-    for arrays in update.files.values():
-        check_values(arrays)
     return update
 
 
@@ -191,9 +197,9 @@ def _read_spans(folder: Folder, name: str, num_bytes: int, base: Round) -> dict[
     return locate(folder.read_part(name, 0, min(8 + length, num_bytes)), tensors, num_bytes)
 
 
-def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, memoryview], reads_again: bool) -> Update:
-    with _expected(UPDATE_RECORD):
-        contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
+def _read_folder(
+    folder: Folder, contents: bytes, base: Round, client: int, buffers: dict[str, memoryview], reads_again: bool
+) -> Update:
     try:
         record = parse_update_record(contents)
     except Refusal:

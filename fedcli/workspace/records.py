@@ -126,6 +126,12 @@ class RefusedUpdate(Record):
     client: Natural
     code: RefusalCode
     reason: str
+    update: Sha256 | None = None
+    """The hash of its update.json; None, and not written, where that could not be read."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "update" or value is not None}
 
 
 class Aggregation(Record):

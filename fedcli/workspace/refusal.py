@@ -28,8 +28,10 @@ class Refusal(Exception):
     """An update (or a file of it) is not what the protocol asks for; never stops a round.
 
     The reason may quote a stranger's bytes on their way to a manifest and a terminal, so it is cut short and holds
-    printable characters only.
+    printable characters only. `update` is the hash of its update.json, where that could be read.
     """
+
+    update: str | None = None
 
     def __init__(self, code: RefusalCode, reason: str) -> None:
         self.code = code

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal
 
 from pydantic import ValidationError
@@ -91,10 +93,26 @@ def any_registered(workspace: Workspace) -> bool:
     return any(name.endswith(".json") for name in workspace.store.names("clients"))
 
 
-def joined_clients(workspace: Workspace, num_clients: int) -> list[int]:
-    """Return the ids of the parties that have joined."""
+def joined_clients(workspace: Workspace, num_clients: int) -> dict[int, Registration]:
+    """Return the parties that have joined, by id; what any user may put there, and is no registration, is none."""
     names = {*workspace.store.names("clients")}
-    return [client for client in range(num_clients) if f"{client}.json" in names]
+    joined = {}
+    for client in range(num_clients):
+        if f"{client}.json" in names:
+            with suppress(IntegrityError, PermissionError):
+                joined[client] = read_registration(workspace, client)
+    return {client: registration for client, registration in joined.items() if registration is not None}
+
+
+def foreign_clients(workspace: Workspace, clients: Sequence[int]) -> list[int]:
+    """Return those of some clients whose inbox is of a user who has not joined as them, nor is the server."""
+    return [client for client in clients if _is_foreign(workspace, client)]
+
+
+def _is_foreign(workspace: Workspace, client: int) -> bool:
+    owner = workspace.store.owner(workspace.name(workspace.client_inbox(client)))
+    registered = workspace.store.owner(workspace.name(workspace.registration(client)))
+    return is_stranger(workspace, owner) if registered is None else registered != owner
 
 
 def register(workspace: Workspace, registration: Registration) -> None:

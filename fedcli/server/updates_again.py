@@ -1,0 +1,125 @@
+"""Updates, counted or not, looked at again by `fedcli verify`; and who had to be asked for them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedcli.randomness import draw_cohort
+from fedcli.server.verification import Verification
+from fedcli.workspace.history import Round, arriving_clients, is_hidden, prunable
+from fedcli.workspace.inbox import read_update, read_update_record
+from fedcli.workspace.layout import UPDATE_RECORD
+from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, RefusedUpdate, sha256
+from fedcli.workspace.refusal import Refusal
+
+ANOTHER = "is not the update that was counted"
+_OF_ITS_BYTES = frozenset(
+    ("json", "duplicate", "protocol", "workspace", "wrong_round", "wrong_base", "wrong_client", "header", "schema")
+)
+"""Codes that the same bytes get whenever they are looked at; others depend on files, owners and registrations."""
+_NOT_TOO_LARGE = 1e15
+"""No sum or square of such values is beyond float32: an update of these is not refused as `nonfinite`."""
+
+
+def check_draw(current: Round, identity: Identity, result: Verification) -> None:
+    """The cohort is the one that the federation's seed draws for the round, and training has that seed."""
+    manifest, seed = current.manifest, identity.fixed.get("federation.seed")
+    num_clients = identity.fixed.get("federation.clients")
+    if type(seed) is not int or type(num_clients) is not int:
+        return
+    if manifest.train.seed != seed:
+        result.report(current.folder, f"trains with the seed {manifest.train.seed}, the federation's is {seed}")
+    if not 0 < len(manifest.cohort) <= num_clients:
+        if len(manifest.cohort) > num_clients:
+            result.report(current.folder, f"draws {len(manifest.cohort)} of {num_clients} clients")
+        return
+    drawn = draw_cohort(seed, current.number, list(range(num_clients)), len(manifest.cohort))
+    if manifest.cohort != sorted(drawn):
+        result.report(current.folder, "has another cohort than the federation's seed draws")
+    elif manifest.selection is not None and manifest.selection.order != drawn:
+        result.report(current.folder, "has its cohort in another order than the federation's seed draws")
+
+
+def is_reduced(base: Round) -> bool:
+    """Return whether `gc` has removed something: the round's arrays are the first that it does."""
+    return not all(map(base.has, prunable(base.manifest)))
+
+
+def gone_updates(base: Round, clients: Sequence[int]) -> list[int]:
+    """Return those of some clients of whose update a file, or all, is gone."""
+    present = [client for client in clients if base.has_update(client)]
+    return sorted({*clients} - {*present} | {*arriving_clients(base, present)})
+
+
+def check_record(base: Round, entry: CountedUpdate, result: Verification, *, is_pruned: bool = False) -> None:
+    """Of a counted update of which files are gone, update.json is the one that was counted, or gone too.
+
+    With `is_pruned` it was `gc` that removed the other files.
+    """
+    update = base.workspace.update(base.number, entry.client)
+    try:
+        if sha256(read_update_record(base, entry.client)) != entry.update:
+            result.report(update, ANOTHER)
+            return
+        if is_pruned:
+            return
+        what = "files of it are gone"
+    except FileNotFoundError:
+        what = f"its {UPDATE_RECORD} is gone" if base.has_update(entry.client) else "is gone"
+    except Refusal as refusal:
+        result.report(update, no_longer_valid(refusal))
+        return
+    result.num_gone += 1
+    result.remark(update, f"was counted, and {what}; its hash is recorded: {entry.update}")
+
+
+def check_counted(base: Round, entry: CountedUpdate, result: Verification) -> None:
+    """A counted update passes every check again, and is the one that was counted, as it was counted."""
+    path = base.workspace.update(base.number, entry.client)
+    try:
+        update = read_update(base, entry.client)
+    except Refusal as refusal:
+        result.report(path, no_longer_valid(refusal))
+        return
+    if update is None or update.sha256 != entry.update:
+        result.report(path, ANOTHER)
+        return
+    result.num_updates += 1
+    said = (update.record.num_samples, update.record.train_loss, update.num_bytes)
+    if said != (entry.num_samples, entry.train_loss, entry.bytes if entry.bytes is not None else update.num_bytes):
+        result.report(path, "was counted with another num_samples, loss or size than it has")
+
+
+def check_uncounted(aggregation: Aggregation, base: Round, result: Verification) -> None:
+    """A refused update is refused again; of a missing one nothing lies there.
+
+    A client can mend an update that was refused, or send one late: this is told, and no violation. What the same bytes
+    get at any time is one.
+    """
+    for refused in aggregation.refused:
+        path = base.workspace.update(base.number, refused.client)
+        if is_hidden(base.workspace, refused.client):
+            continue
+        try:
+            update = read_update(base, refused.client)
+        except Refusal:
+            continue
+        if update is None:
+            continue
+        said = f"was refused ({refused.code}), and is valid"
+        is_same = refused.update in (None, update.sha256)
+        arrays = [array for of_file in update.files.values() for array in of_file.values()]
+        is_small = all(np.abs(array).max(initial=0) < _NOT_TOO_LARGE for array in arrays)
+        if is_same and (refused.code in _OF_ITS_BYTES or (refused.code == "nonfinite" and is_small)):
+            result.report(path, f"{said}: the round does not tell the truth of it")
+        else:
+            result.remark(path, f"{said} now: its client has mended it since, or the round does not tell the truth")
+    for client in aggregation.missing:
+        if not is_hidden(base.workspace, client) and base.has_update(client):
+            path = base.workspace.update(base.number, client)
+            result.remark(path, "was not counted: it came late, or the round does not tell the truth of it")
+
+
+def no_longer_valid(refused: RefusedUpdate | Refusal) -> str:
+    """Return what is wrong with an update that was counted."""
+    return f"was counted, and is not valid any more: {refused.code}: {refused.reason}"
