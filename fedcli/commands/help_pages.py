@@ -7,7 +7,7 @@ PANELS = {
     "Begin": ("init", "doctor"),
     "Train": ("run", "client", "server", "slurm", "train-alone", "train-pooled", "study"),
     "Look at what came of it": ("status", "chat", "eval", "report", "data"),
-    "Keep it": ("verify", "export", "gc"),
+    "Keep it": ("verify", "keys", "export", "gc"),
 }
 """The commands of `fedcli --help`, by what they are for."""
 
@@ -41,6 +41,11 @@ EXAMPLES = {
         ("fedcli client train --any", "all whose rows are here; as often as you like"),
     ),
     "server aggregate": (("fedcli server aggregate --partial", "with those who have answered"),),
+    "server enrol": (
+        ("fedcli server enrol --id 2", "shows the fingerprint, and asks"),
+        ("fedcli server enrol --id 2 --fingerprint 3f1c-...", "the one that the party read out"),
+    ),
+    "keys show": (("fedcli keys show --json > trust.json", "what `fedcli verify --trust trust.json` takes"),),
     "data preview": (("fedcli data preview --id 0", "rows as client 0 trains on them"),),
     "eval run": (
         ("fedcli eval demo", "base, baselines and the latest round"),

@@ -12,6 +12,7 @@ from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import combine
+from fedcli.server.verify_signatures import check_of_merge, check_signatures, num_gone, read_pins
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.client_state import damaged_candidates, read_state
 from fedcli.workspace.history import (
@@ -29,6 +30,7 @@ from fedcli.workspace.layout import (
     ADAPTER_FILE,
     ADAPTER_NAME,
     MANIFEST,
+    MANIFEST_SIGNATURE,
     PRUNED,
     UPDATE_RECORD,
     Workspace,
@@ -65,6 +67,8 @@ class Verification:
     num_pruned: int = 0
     """Rounds that were not computed again, because `gc` has removed what they were made of."""
     num_baselines: int = 0
+    num_signatures: int = 0
+    """Of the enrolment, rounds, updates and countersignatures, those that are right."""
     violations: list[Violation] = field(default_factory=list)
 
     def report(self, path: Path, problem: str) -> None:
@@ -72,13 +76,13 @@ class Verification:
         self.violations.append(Violation(path, problem))
 
 
-def verify(workspace: Workspace, *, observer: Observer) -> Verification:
-    """Check every published round and counted update; what is wrong is collected, not raised.
+def verify(workspace: Workspace, *, trust: Path | None = None, observer: Observer) -> Verification:
+    """Check every published round and counted update; what is wrong is collected, not raised. `trust` has pinned keys.
 
     Costs in proportion to the history: every round's files are hashed and every aggregate is computed again from the
     updates that it counted.
     """
-    result = Verification()
+    result, pins = Verification(), None if trust is None else read_pins(trust)
     identity = _read_identity(workspace, result)
     for entry in workspace.store.names("rounds"):
         if not entry.startswith(".") and not is_round_name(entry):
@@ -110,6 +114,8 @@ def verify(workspace: Workspace, *, observer: Observer) -> Verification:
         if current is not None:
             rounds.append(current)
     _check_scores(workspace, result)
+    if identity is not None:
+        result.num_signatures = check_signatures(workspace, identity, rounds, pins, result.report)
     if rounds:
         _check_private(rounds, result)
     if previous is not None and previous.has(PRUNED):
@@ -204,7 +210,8 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
             result.report(current.folder / name, refusal.reason)
         except (OSError, ValueError) as error:  # a name that no file can have
             result.report(current.folder, f"lists {name[:80]!a}: {error}")
-    foreign = current.names() - {MANIFEST, PRUNED, *manifest.files}
+    signature = {MANIFEST_SIGNATURE} if manifest.enrolment is not None else set()
+    foreign = current.names() - {MANIFEST, PRUNED, *signature, *manifest.files}
     for name in sorted(name for name in foreign if not name.startswith(TEMPORARY_PREFIX)):
         result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
     try:
@@ -325,7 +332,16 @@ def _recompute(
         if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
-        files, again = combine(previous, algorithm, num_clients, order, len(order), Observer(), refuses_incomplete=True)
+        files, again = combine(
+            previous,
+            algorithm,
+            num_clients - num_gone(current),
+            order,
+            len(order),
+            Observer(),
+            refuses_incomplete=True,
+            authenticate=check_of_merge(current),
+        )
     except FedError as error:
         if isinstance(error.__cause__, OSError):
             raise

@@ -4,7 +4,7 @@ import hashlib
 import mmap
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from fedcli.algos import Array
 from fedcli.algos.reducer import PIECE
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
+from fedcli.workspace.layout import UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, is_round_name
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.registrations import inbox_owner, is_stranger
@@ -35,6 +35,10 @@ class Update:
     """Of all its files."""
     stored: "dict[str, StoredFile]" = field(default_factory=dict)
     """Its files on disk, if they are to be read again."""
+
+
+Authenticate = Callable[[int, bytes, Folder], None]
+"""Raises Refusal where a client has not signed these contents of update.json, with what lies beside it."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,18 @@ def discard_update(base: Round, client: int) -> bool:
 
 
 def read_update(
-    base: Round, client: int, buffers: dict[str, memoryview] | None = None, *, reads_again: bool = False
+    base: Round,
+    client: int,
+    buffers: dict[str, memoryview] | None = None,
+    *,
+    reads_again: bool = False,
+    authenticate: Authenticate | None = None,
 ) -> Update | None:
     """Read and check a client's update of a round; None where there is none.
 
     Every byte is read once, into memory; what is checked is what is used. `buffers` holds that memory, by file, for
     the next call: this one's arrays are views of it. With `reads_again` the files can be read again as they were.
+    `authenticate` looks at the signature before the files are read.
     Raises Refusal with the code of the first fault that is found, Arriving where a file is not there yet or grows.
     """
     buffers = {} if buffers is None else buffers
@@ -117,7 +127,7 @@ def read_update(
                 raise Refusal(
                     "owner", f"the client's inbox belongs to user {folder.owner}, it joined as user {registered}"
                 )
-            update = _read_folder(folder, base, client, buffers, reads_again)
+            update = _read_folder(folder, base, client, buffers, reads_again, authenticate)
     except FileNotFoundError:
         return None
     for arrays in update.files.values():
@@ -131,7 +141,26 @@ def read_update_record(base: Round, client: int) -> bytes:
     return base.workspace.store.read(base.workspace.name(path), MAX_UPDATE_RECORD_BYTES)
 
 
-def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, memoryview], reads_again: bool) -> Update:
+def read_beside(folder: Folder, name: str, limit: int) -> bytes:
+    """Return a small file that follows update.json where an update is copied file by file: it may come in a moment.
+
+    Raises FileNotFoundError where it does not, and Refusal.
+    """
+    try:
+        return folder.read(name, limit)
+    except FileNotFoundError:
+        time.sleep(GROWTH_SECONDS)
+        return folder.read(name, limit)
+
+
+def _read_folder(
+    folder: Folder,
+    base: Round,
+    client: int,
+    buffers: dict[str, memoryview],
+    reads_again: bool,
+    authenticate: Authenticate | None,
+) -> Update:
     with _expected(UPDATE_RECORD):
         contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
     try:
@@ -141,6 +170,8 @@ def _read_folder(folder: Folder, base: Round, client: int, buffers: dict[str, me
             _check_growth(folder, base, UPDATE_RECORD, len(contents))
         raise
     _check_record(record, base, client)
+    if authenticate is not None:
+        authenticate(client, contents, folder)
     files, stored = {}, {}
     num_bytes = len(contents)
     tensors = base.manifest.sent_tensors
@@ -192,7 +223,7 @@ def _check_growth(folder: Folder, base: Round, name: str, size: int) -> None:
 
     Such are rsync's `.adapter_model.safetensors.a1B2c3` and the `.part` of others.
     """
-    has_others = bool({*folder.names()} - {UPDATE_RECORD, *base.manifest.update_files})
+    has_others = bool({*folder.names()} - {UPDATE_RECORD, UPDATE_SIGNATURE, *base.manifest.update_files})
     if not has_others:
         time.sleep(GROWTH_SECONDS)
     if has_others or folder.read_part(name, size, size + 1):
