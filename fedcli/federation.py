@@ -381,6 +381,12 @@ class Client:
         state, runtimes = self.federation.state, self.federation.runtimes
         return train_client(state, self.id, runtimes, home=self.home, wait=wait, observer=observer)
 
+    def refresh(self, *, observer: Observer = SILENT) -> tuple[int, int] | None:
+        """Register the party's rows anew where their number or card has changed; return how many there were and are."""
+        from fedcli.parties.join import refresh_registration
+
+        return refresh_registration(self.federation.state, self.id, self.home, observer=observer)
+
     def leave(self) -> bool:
         """Sign that the party leaves, which the server obeys when it next merges; return False where it is out."""
         from fedcli.parties.membership import leave

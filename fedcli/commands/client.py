@@ -141,6 +141,9 @@ def client_train(
     wait: Annotated[
         float, Option(min=0, metavar="SECONDS", help="Look again for so long where nothing is due yet.")
     ] = 0.0,
+    refresh: Annotated[
+        bool, Option("--refresh", help="Register rows that have changed anew, with all that you chose when you joined.")
+    ] = False,
     home: HomeOption = None,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = None,
@@ -153,6 +156,8 @@ def client_train(
     exit code is the first failure's.
     """
     ids = _parse_ids(clients, any_client, home)
+    if refresh and (ids is None or len(ids) > 1):
+        raise UsageError("--refresh is for one client", hint="Name it: --id N --refresh.")
     federation = found_federation(workspace, threads)
     if ids is None and _has_nothing_to_do(federation, wait, json_output):
         return
@@ -161,6 +166,8 @@ def client_train(
         if ids is not None and len(ids) == 1:
             display.client_started(ids[0])
             client = federation.client(ids[0], home=home)
+            if refresh and (changed := client.refresh(observer=display)) is not None:
+                display.say(f"client {ids[0]}: registered anew with {changed[1]} rows, before {changed[0]}")
             results: Sequence[ClientResult] = [client.train(wait=wait, observer=display)]
         else:
             try:

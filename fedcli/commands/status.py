@@ -71,6 +71,12 @@ def _print(result: "Status") -> None:
         print(f"slurm      {_describe_jobs(result.slurm)}")
     if result.joined:
         print(f"joined     {name_clients(result.joined)}: parties that keep their rows")
+    for client, told in result.unenrolled.items():
+        print(f"not in     client {client} has joined and is not enrolled: {told}")
+    for client, action in result.gone.items():
+        print(f"gone       client {client} {'has left' if action == 'leave' else 'was revoked'}")
+    if result.distrust is not None:
+        print(f"distrust   {result.distrust}; `fedcli verify` tells more")
     if result.last_losses:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
         print(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")

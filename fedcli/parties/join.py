@@ -175,6 +175,35 @@ def _kept(kept: list[str], option: str, given: "str | None", before: "str | None
     return given
 
 
+def refresh_registration(
+    federation: FederationState, client: int, home: Path | None, *, observer: Observer
+) -> "tuple[int, int] | None":
+    """Register a party's rows anew where there are more or fewer than it registered, with all that it chose before.
+
+    Returns how many there were and are; None where nothing has changed. Raises UsageError where the client has not
+    joined from here.
+    """
+    found = find_home(federation, client, home)
+    record, registration = read_party(found), read_registration(federation.workspace, client)
+    if record is None or registration is None or record.client != client:
+        raise UsageError(
+            f"client {client} has not joined from {found.folder}", hint="--refresh is for parties that have joined."
+        )
+    joining = prepare_join(
+        federation,
+        client,
+        record.source,
+        home=home,
+        split=record.split,
+        trust_remote_code=record.trust_remote_code,
+        observer=observer,
+    )
+    if joining.card == registration.data:
+        return None
+    joining.commit()
+    return registration.data.num_rows, joining.card.num_rows
+
+
 def _own_base(federation: FederationState, record: PartyRecord) -> Path:
     try:
         base = record.base or federation.config.model.base
