@@ -45,7 +45,20 @@ def main() -> int:
             ["client", "train", "-w", workspace, "--id", 0], folder
         )
         party = folder / "party"
-        measure(["init", party, "--set", "data.source=null", "--set", "federation.clients=2", *common], folder)
+        measure(
+            [
+                "init",
+                party,
+                "--set",
+                "data.source=null",
+                "--set",
+                "federation.signatures=off",
+                "--set",
+                "federation.clients=2",
+                *common,
+            ],
+            folder,
+        )
         home = folder / "home"
         join = ["client", "join", "-w", party, "--id", 0, "--data", rows, "--home", home]
         results["commands"]["client join, all rows"] = measure(join, folder)

@@ -48,7 +48,12 @@ def main() -> int:
 
 def measure(folder: Path, clients: int, rounds: int, repeats: int) -> dict[str, float]:
     """Make a workspace with so many rounds behind it; return the median seconds of each command."""
-    settings = {"data.source": "null", "federation.clients": clients, "federation.per_round": PER_ROUND}
+    settings = {
+        "data.source": "null",
+        "federation.signatures": "off",
+        "federation.clients": clients,
+        "federation.per_round": PER_ROUND,
+    }
     settings |= {"federation.rounds": rounds + repeats + 1, "adapter.rank": 1}
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     seconds = {"init": run("init", str(folder), *options)}

@@ -30,6 +30,7 @@ GROUPS = {
     "client": "What a party does.",
     "data": "Rows: how they look, and how they are split among simulated clients.",
     "eval": "Scores: benchmarks, tables, the best round.",
+    "keys": "Who signs: keys and their fingerprints, where parties join.",
     "server": "What the server does.",
     "slurm": "The federation as jobs of SLURM.",
     "study": "Studies: algorithms, data sets and seeds compared, by one command.",
@@ -51,6 +52,7 @@ COMMANDS = {
     "only).",
     "client join": "Join as a real party: your rows stay where they are, and the workspace gets a data card that you "
     "see first.",
+    "client leave": "Leave for good: sign that you are drawn no more, and not waited for.",
     "client train": "Train a client on the open round and drop its update.",
     "client status": "Show how a client stands in the open round.",
     "data preview": "Show rows as they are trained on, the supervised part highlighted, token lengths and every "
@@ -69,7 +71,12 @@ COMMANDS = {
     "server aggregate": "Merge the open round's updates and publish the next round.",
     "server run": "Merge every round as soon as it is ready, until the last; clients train elsewhere.",
     "server score": "Make the scores that are due, as eval.every asks; merge nothing.",
+    "server enrol": "Enrol a joined party under its keys, once you have compared their fingerprint; from then on its "
+    "updates count.",
+    "server revoke": "Take a client out: it is drawn no more, not waited for, and its updates are refused.",
     "server discard": "Set aside a client's update of the open round, so that the client may send another.",
+    "keys show": "Show the fingerprints of the server's and the parties' keys, to compare by telephone.",
+    "keys rotate": "Make new keys, which the old ones sign: the server's, or with --id a party's.",
     "study init": "Write study.yaml, which says what the study compares; nothing is run yet.",
     "study run": "Run every cell of the study: train, train the baselines, and score.",
     "study status": "Show how far each cell is, what failed and why, and how long the rest will take.",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedcli.operations.chat import Chat
     from fedcli.operations.export import Exported
     from fedcli.operations.gc import Collection
+    from fedcli.operations.keys import KeyRing
     from fedcli.operations.preview import Preview
     from fedcli.operations.report import WrittenReport
     from fedcli.operations.run import FederationResult
@@ -241,11 +242,20 @@ class Federation:
             observer=observer,
         )
 
-    def verify(self, *, observer: Observer = SILENT) -> "Verification":
-        """Check every round and counted update; what is wrong is collected, not raised."""
+    def keys(self) -> "KeyRing":
+        """Return the public keys of the server and the parties; raise UsageError where signatures are off."""
+        from fedcli.operations.keys import read_keys
+
+        return read_keys(self.state)
+
+    def verify(self, *, trust: Path | str | None = None, observer: Observer = SILENT) -> "Verification":
+        """Check every round and counted update; what is wrong is collected, not raised.
+
+        `trust` is a file of pinned keys, as `fedcli keys show --json` prints them.
+        """
         from fedcli.server.verify import verify
 
-        return verify(self.workspace, observer=observer)
+        return verify(self.workspace, trust=_path(trust), observer=observer)
 
     def report(
         self, *, output: Path | str | None = None, tensorboard: Path | str | None = None, observer: Observer = SILENT
@@ -331,10 +341,14 @@ class Client:
         encoding: str | None = None,
         base: str | None = None,
         trust_remote_code: bool = False,
-        share: Literal["full", "minimal"] = "full",
+        share: Literal["full", "minimal"] | None = None,
+        server: str | None = None,
         observer: Observer = SILENT,
     ) -> "Joining":
-        """Read a party's rows, which stay where they are; `commit()` of what is returned writes the registration."""
+        """Read a party's rows, which stay where they are; `commit()` of what is returned writes the registration.
+
+        `server` is the fingerprint that the server must have; None: the one that it has now, or had before.
+        """
         from fedcli.parties.join import prepare_join
 
         return prepare_join(
@@ -350,6 +364,7 @@ class Client:
             base=base,
             trust_remote_code=trust_remote_code,
             share=share,
+            server=server,
             observer=observer,
         )
 
@@ -365,6 +380,24 @@ class Client:
 
         state, runtimes = self.federation.state, self.federation.runtimes
         return train_client(state, self.id, runtimes, home=self.home, wait=wait, observer=observer)
+
+    def refresh(self, *, observer: Observer = SILENT) -> tuple[int, int] | None:
+        """Register the party's rows anew where their number or card has changed; return how many there were and are."""
+        from fedcli.parties.join import refresh_registration
+
+        return refresh_registration(self.federation.state, self.id, self.home, observer=observer)
+
+    def leave(self) -> bool:
+        """Sign that the party leaves, which the server obeys when it next merges; return False where it is out."""
+        from fedcli.parties.membership import leave
+
+        return leave(self.federation.state, self.id, self.home)
+
+    def rotate_keys(self) -> str:
+        """Make and register new keys of the party, signed by the old ones; return their fingerprint."""
+        from fedcli.parties.membership import rotate
+
+        return rotate(self.federation.state, self.id, self.home)
 
     def train_alone(self, *, observer: Observer = SILENT) -> "BaselineResult":
         """Train the baseline of this client alone."""
@@ -428,6 +461,28 @@ class Server:
         from fedcli.scoring.after_rounds import score_due
 
         return score_due(self.federation.state, self.federation.runtimes, SILENT)
+
+    def enrol(self, client: int, fingerprint: str | None = None) -> tuple[str, bool]:
+        """Enrol a joined party under its keys; return their fingerprint, and whether it was not enrolled before.
+
+        New keys that the old ones signed need no `fingerprint`. Raises UsageError where one is needed, IntegrityError
+        where it is another.
+        """
+        from fedcli.server.enrol import enrol
+
+        return enrol(self.federation.state, client, fingerprint)
+
+    def revoke(self, client: int) -> bool:
+        """Take a client out: drawn no more, not waited for, its updates refused; return False where it is out."""
+        from fedcli.server.enrol import revoke
+
+        return revoke(self.federation.state, client)
+
+    def rotate_keys(self) -> str:
+        """Give the server new keys, signed by the old ones; return their fingerprint."""
+        from fedcli.server.enrol import rotate
+
+        return rotate(self.federation.state)
 
     def discard(self, client: int) -> bool:
         """Set a client's update of the open round aside, so that it may send another; return whether there was one."""

@@ -147,7 +147,7 @@ def test_rows_that_rounds_were_trained_on_are_not_replaced(tmp_path: Path) -> No
 
 
 def test_partition_without_a_source_says_what_to_set(tmp_path: Path) -> None:
-    workspace = made(tmp_path, *SMALL, "data.source=null")
+    workspace = made(tmp_path, *SMALL, "data.source=null", "federation.signatures=off")
     done = fedcli("data", "partition", "-w", workspace, cwd=tmp_path)
     assert done.returncode == 6
     assert "data.source" in done.stderr

@@ -34,7 +34,7 @@ def warm() -> Warm:
 def template(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace that waits for parties."""
     folder = tmp_path_factory.mktemp("parties")
-    done = warm("init", "W", *settings(*SMALL, "data.source=null"), cwd=folder)
+    done = warm("init", "W", *settings(*SMALL, "data.source=null", "federation.signatures=off"), cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -243,7 +243,7 @@ def test_a_home_of_another_client_or_workspace_is_refused(place: Place, tmp_path
     assert f"{place.folder}/H0 is the home of client 0" in place.join(1, rows, "--home", "H0", code=2).stderr
     other = Place(tmp_path / "other", place.warm)
     other.folder.mkdir()
-    other("init", "W", *settings(*SMALL, "data.source=null"))
+    other("init", "W", *settings(*SMALL, "data.source=null", "federation.signatures=off"))
     error = other.join(0, rows, "--home", place.folder / "H0", code=2).stderr
     assert f"{place.folder}/H0 is the home of client 0 of another workspace" in error
 
@@ -407,7 +407,11 @@ def test_the_baseline_of_a_party_alone_is_trained_and_the_pooled_one_refused(pla
 @pytest.mark.slow
 def test_dpo_parties_bring_hh_rlhf_rows(warm: Warm, tmp_path: Path) -> None:
     place = Place(tmp_path, warm)
-    place("init", "W", *settings(*SMALL, "data.source=null", "task=dpo", "federation.clients=1"))
+    place(
+        "init",
+        "W",
+        *settings(*SMALL, "data.source=null", "federation.signatures=off", "task=dpo", "federation.clients=1"),
+    )
     rows = [
         {side: f"\n\nHuman: tell {n}\n\nAssistant: {side} {n}" for side in ("chosen", "rejected")} for n in range(6)
     ]
@@ -428,7 +432,7 @@ def test_a_party_may_have_its_own_copy_of_the_base_model_and_no_other_model(warm
     place = Place(tmp_path, warm)
     server_copy, _, other = (Path(shutil.copytree(BUILTIN, tmp_path / name)) for name in ("server", "own", "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
-    place("init", "W", *settings(*SMALL, "data.source=null", f"model.base={server_copy}"))
+    place("init", "W", *settings(*SMALL, "data.source=null", "federation.signatures=off", f"model.base={server_copy}"))
     shutil.rmtree(server_copy)  # what fedcli.yaml names is not on the parties' machines
     rows = place.rows("rows.jsonl", 6)
     place.join(0, rows, code=8)
@@ -451,7 +455,13 @@ def test_a_party_may_have_its_own_copy_of_the_base_model_and_no_other_model(warm
 def test_run_obeys_a_partys_own_base_and_waits_aloud_for_parties_elsewhere(warm: Warm, tmp_path: Path) -> None:
     place = Place(tmp_path, warm)
     server_copy, _ = (Path(shutil.copytree(BUILTIN, tmp_path / name)) for name in ("server", "own"))
-    place("init", "W", *settings(*SMALL, "data.source=null", f"model.base={server_copy}", "federation.clients=2"))
+    place(
+        "init",
+        "W",
+        *settings(
+            *SMALL, "data.source=null", "federation.signatures=off", f"model.base={server_copy}", "federation.clients=2"
+        ),
+    )
     shutil.rmtree(server_copy)
     place.join(0, place.rows("rows.jsonl", 6), "--base", "own", at_default=True)
     place.join(1, place.rows("rows.jsonl", 6), "--base", "own")

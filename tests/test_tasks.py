@@ -183,7 +183,7 @@ def test_the_pooled_baseline_is_one_client_that_holds_all_rows(
     everything = b"".join((pooled / f"data/client-{client}.jsonl").read_bytes() for client in range(2))
     assert len(everything.splitlines()) == 1200
     (single / "data/client-2.jsonl").write_bytes(everything)
-    overrides = settings(*SMALL, "data.source=null", "federation.clients=3")
+    overrides = settings(*SMALL, "data.source=null", "federation.signatures=off", "federation.clients=3")
     results(capsys, "init", single, "--preset", PRESETS[task], *overrides)
     results(capsys, "train-alone", "--id", 2, "-w", single)
     one, other = pooled / "baselines/pooled" / ADAPTER, single / "baselines/alone-2" / ADAPTER

@@ -38,7 +38,17 @@ def place(tmp_path: Path, warm: Warm) -> Place:
     auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     (base / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
     (base / "own.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
-    place("init", "W", *settings(*SMALL, "data.source=null", f"model.base={base}", "model.trust_remote_code=false"))
+    place(
+        "init",
+        "W",
+        *settings(
+            *SMALL,
+            "data.source=null",
+            "federation.signatures=off",
+            f"model.base={base}",
+            "model.trust_remote_code=false",
+        ),
+    )
     path = place.workspace / "fedcli.yaml"
     path.write_text(path.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
     assert "trust_remote_code: true" in path.read_text()

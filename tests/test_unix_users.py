@@ -193,6 +193,7 @@ SETTINGS = (
     *SMALL,
     f"federation.rounds={ROUNDS}",
     "data.source=null",
+    "federation.signatures=off",
     "algorithm.name=scaffold",
     "federation.multi_user=true",
 )

@@ -41,6 +41,11 @@ COMMANDS = {
     "eval fetch": ("eval", "fetch", "demo"),
     "eval table": ("eval", "table"),
     "eval best": ("eval", "best", "--metric", "demo"),
+    "client leave": ("client", "leave", "--id", 0),
+    "server enrol": ("server", "enrol", "--id", 0),
+    "server revoke": ("server", "revoke", "--id", 0),
+    "keys show": ("keys", "show"),
+    "keys rotate": ("keys", "rotate"),
     "slurm script": ("slurm", "script"),
     "slurm submit": ("slurm", "submit"),
 }

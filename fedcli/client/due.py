@@ -17,7 +17,7 @@ from fedcli.workspace.locks import hold
 if TYPE_CHECKING:
     from fedcli.client.local_round import Training
 
-ClientStatus = Literal["not_selected", "already_submitted", "submitted", "finished", "due"]
+ClientStatus = Literal["not_selected", "gone", "already_submitted", "submitted", "finished", "due"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,23 @@ def client_status(federation: FederationState, client: int) -> ClientResult:
         status = "finished"
     elif client not in head.manifest.cohort:
         status = "not_selected"
+    elif federation.identity.signatures is not None and _is_gone(federation, client):
+        status = "gone"
     elif head.has_update(client):
         status = "already_submitted"
     return ClientResult(status, client, head.number)
+
+
+def _is_gone(federation: FederationState, client: int) -> bool:
+    """Return whether a client has left, is about to, or was revoked."""
+    from fedcli.workspace.enrolment import read_enrolment
+
+    enrolment, workspace = read_enrolment(federation.workspace), federation.workspace
+    if client in enrolment.gone or not workspace.store.exists(workspace.name(workspace.leaving(client))):
+        return client in enrolment.gone
+    from fedcli.parties.membership import has_left
+
+    return has_left(federation, client, enrolment)
 
 
 def train_client(

@@ -5,14 +5,14 @@ import time
 from dataclasses import dataclass
 
 from fedcli.client.runtimes import Runtimes
+from fedcli.client.signing import check_past, commit_update
 from fedcli.config import algorithm_from
 from fedcli.observer import Observer
 from fedcli.parties.party import Party
 from fedcli.training.reports import StepReport
 from fedcli.workspace.client_state import read_state, remove_old_candidates, save_candidate
 from fedcli.workspace.federation_state import FederationState
-from fedcli.workspace.inbox import drop_update
-from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD
+from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sealed, sha256
 from fedcli.workspace.tensors import encode
 
@@ -55,6 +55,7 @@ def train_and_drop(
     """
     client, head = party.client, federation.head
     manifest, adapter, past = head.manifest, head.adapter(), federation.past()
+    check_past(federation, party, past)
     first_draw = sum(
         earlier.manifest.train.steps * earlier.manifest.train.batch_size
         for earlier in past
@@ -113,4 +114,4 @@ def train_and_drop(
     if algorithm.private_state:
         remove_old_candidates(party.home, algorithm, client, [*past, head])
         save_candidate(party.home, algorithm, head.number, sha256(record), kept)
-    return training, drop_update(head, client, [*files.items(), (UPDATE_RECORD, record)])
+    return training, commit_update(federation, party, [*files.items()], record)

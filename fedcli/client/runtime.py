@@ -127,8 +127,8 @@ class Runtime:
         if party.num_rows not in (None, num_usable):
             raise ConfigError(
                 f"client {party.client} joined with {party.num_rows} rows, and now has {num_usable}",
-                hint=f"Run `fedcli client join --id {party.client}` again with the same --data: the others rely on "
-                "what it says.",
+                hint=f"Run `fedcli client train --id {party.client} --refresh`, which registers them anew as "
+                "you joined: the others rely on what the card says.",
             )
         return rows
 

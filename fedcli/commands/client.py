@@ -45,8 +45,15 @@ def client_join(
         str | None, Option(metavar="DIR", help="Your copy of the base model. Default: as fedcli.yaml says.")
     ] = None,
     share: Annotated[
-        Literal["full", "minimal"], Option(help="minimal: tell the number of rows and nothing else.")
-    ] = "full",
+        Literal["full", "minimal"] | None,
+        Option(help="minimal: tell the number of rows and nothing else. Default: as before, else full."),
+    ] = None,
+    server: Annotated[
+        str | None,
+        Option(
+            metavar="FINGERPRINT", help="What the server's keys must be. Default: what they are now, or were before."
+        ),
+    ] = None,
     subset: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
     split: Annotated[str | None, Option(metavar="NAME", help="Of a hub's data set.")] = None,
     delimiter: Annotated[
@@ -63,7 +70,7 @@ def client_join(
     """Join as a real party: your rows stay where they are, and the workspace gets a data card that you see first.
 
     On a terminal you are asked before it is written; elsewhere, and with --json, you are not. Run again, it replaces
-    your card.
+    your card; --share and --base hold as before, and so do --format and the like for the same rows.
     """
     federation = found_federation(workspace)
     asks = not yes and not json_output and sys.stdin.isatty()
@@ -78,12 +85,15 @@ def client_join(
             base=base,
             trust_remote_code=trust_remote_code,
             share=share,
+            server=server,
             observer=observer,
         )
     card = joining.card.model_dump(mode="json", exclude_none=True)
     if not json_output:
         for line in joining.remarks:
             tell(line)
+        if joining.kept:
+            tell(f"as before: {', '.join(joining.kept)}")
         tell("the workspace learns this of your rows, and nothing else:")
         tell(json.dumps(card, indent=1))
     if asks:
@@ -92,15 +102,35 @@ def client_join(
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             tell("nothing was written")
             return
-    joining.commit()
+    told = joining.commit()
     own = "" if home is None else f" --home {shlex.quote(str(home.absolute()))}"
-    print_result(
-        json_output,
-        {"status": "joined", "client": client, "home": str(joining.home.folder), "data": card}
-        | {"remarks": list(joining.remarks)},
-        f"client {client} has joined; its private state lies in {joining.home.folder}",
-        hint=f"next: fedcli client train --id {client}{own}{at(workspace)}",
-    )
+    document = {"status": "joined", "client": client, "home": str(joining.home.folder), "data": card}
+    lines = [f"client {client} has joined; its private state lies in {joining.home.folder}"]
+    hint = f"next: fedcli client train --id {client}{own}{at(workspace)}"
+    if told is not None:
+        document |= {"fingerprint": told, "server_fingerprint": joining.record.server}
+        lines += [f"your keys:         {told}", f"the server's keys: {joining.record.server}"]
+        hint = (
+            "compare both fingerprints with the server's operator by telephone, who then runs:\n"
+            f"  fedcli server enrol --id {client} --fingerprint {told}\n{hint}"
+        )
+    print_result(json_output, document | {"remarks": [*joining.remarks], "kept": [*joining.kept]}, lines, hint)
+
+
+def client_leave(
+    client: ClientOption,
+    home: HomeOption = None,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Leave for good: sign that you are drawn no more, and not waited for.
+
+    The server obeys when it next merges. What you sent and was counted stays part of the model.
+    """
+    is_new = found_federation(workspace).client(client, home=home).leave()
+    text = "leaves: the server draws it no more, and does not wait for it" if is_new else "has left already"
+    document = {"status": "leaving" if is_new else "left", "client": client}
+    print_result(json_output, document, f"client {client} {text}")
 
 
 def client_train(
@@ -111,6 +141,9 @@ def client_train(
     wait: Annotated[
         float, Option(min=0, metavar="SECONDS", help="Look again for so long where nothing is due yet.")
     ] = 0.0,
+    refresh: Annotated[
+        bool, Option("--refresh", help="Register rows that have changed anew, with all that you chose when you joined.")
+    ] = False,
     home: HomeOption = None,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = None,
@@ -123,6 +156,8 @@ def client_train(
     exit code is the first failure's.
     """
     ids = _parse_ids(clients, any_client, home)
+    if refresh and (ids is None or len(ids) > 1):
+        raise UsageError("--refresh is for one client", hint="Name it: --id N --refresh.")
     federation = found_federation(workspace, threads)
     if ids is None and _has_nothing_to_do(federation, wait, json_output):
         return
@@ -131,6 +166,8 @@ def client_train(
         if ids is not None and len(ids) == 1:
             display.client_started(ids[0])
             client = federation.client(ids[0], home=home)
+            if refresh and (changed := client.refresh(observer=display)) is not None:
+                display.say(f"client {ids[0]}: registered anew with {changed[1]} rows, before {changed[0]}")
             results: Sequence[ClientResult] = [client.train(wait=wait, observer=display)]
         else:
             try:
@@ -227,6 +264,7 @@ def _describe_status(result: "ClientResult") -> str:
     who = f"client {result.client}"
     return {
         "finished": f"{who}: nothing to do, the federation has finished at round {result.round}",
+        "gone": f"{who}: nothing to do, it has left, or was revoked",
         "not_selected": f"{who}: nothing to do, it is not in the cohort of round {result.round}",
         "already_submitted": f"{who}: nothing to do, its update of round {result.round} has been sent",
         "submitted": f"{who}: trained in round {result.round} and dropped its update",

@@ -9,7 +9,7 @@ PANELS = {
     "Begin": ("init", "doctor"),
     "Train": ("run", "client", "server", "slurm", "train-alone", "train-pooled", "study"),
     "Look at what came of it": ("status", "chat", "eval", "report", "data"),
-    "Keep it": ("verify", "export", "gc"),
+    "Keep it": ("verify", "keys", "export", "gc"),
 }
 """The commands of `fedcli --help`, by what they are for."""
 
@@ -50,6 +50,11 @@ EXAMPLES = {
     "server run": (("fedcli server run", "to the last round; stopped and started again, it goes on"),),
     "server score": (("fedcli server score", "where `fedcli server aggregate --no-score` merged"),),
     "server discard": (("fedcli server discard --id 2", "client 2 may send another update"),),
+    "server enrol": (
+        ("fedcli server enrol --id 2", "shows the fingerprint, and asks"),
+        ("fedcli server enrol --id 2 --fingerprint 3f1c-...", "the one that the party read out"),
+    ),
+    "keys show": (("fedcli keys show --json > trust.json", "what `fedcli verify --trust trust.json` takes"),),
     "data preview": (("fedcli data preview --id 0", "rows as client 0 trains on them"),),
     "data partition": (("fedcli data partition", "a split that was interrupted, or whose files are gone"),),
     "eval run": (

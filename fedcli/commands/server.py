@@ -1,5 +1,6 @@
 """fedcli server: what the server does."""
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ from typer import Option
 
 from fedcli.commands.options import ClientOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
 from fedcli.commands.output import StepDisplay, at, describe_round_scores, print_hint, print_json, print_result, tell
-from fedcli.errors import NotReadyError
+from fedcli.errors import NotReadyError, UsageError
 from fedcli.federation import Server
 from fedcli.observer import Observer
 from fedcli.quantities import plural
@@ -133,6 +134,50 @@ def _scores(server: Server) -> "list[RoundScores]":
         print_hint(describe_round_scores(scores))
         scored.append(scores)
     return scored
+
+
+def server_enrol(
+    client: ClientOption,
+    fingerprint: Annotated[
+        str | None, Option(metavar="F", help="Of the party's keys, as it read it out to you.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Enrol a joined party under its keys, once you have compared their fingerprint; from then on its updates count.
+
+    On a terminal it shows the fingerprint and asks; elsewhere --fingerprint is needed. New keys of an enrolled party,
+    which its old ones signed, need none.
+    """
+    server = found_federation(workspace).server
+    try:
+        told, is_new = server.enrol(client, fingerprint)
+    except UsageError as error:
+        if fingerprint is not None or json_output or not sys.stdin.isatty():
+            raise
+        print(
+            f"{error.message}\nDid client {client} read out the same to you? [y/N]: ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("nobody was enrolled")
+            return
+        told, is_new = server.enrol(client, error.message.split()[-1])
+    text = f"client {client} {'is enrolled' if is_new else 'was enrolled already'} under {told}"
+    document = {"status": "enrolled", "client": client, "fingerprint": told, "is_new": is_new}
+    print_result(json_output, document, text)
+
+
+def server_revoke(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+    """Take a client out: it is drawn no more, not waited for, and its updates are refused.
+
+    What was counted stays part of the model. `fedcli server enrol` takes it in again.
+    """
+    is_new = found_federation(workspace).server.revoke(client)
+    text = "is revoked: it is drawn no more, and not waited for" if is_new else "was revoked already"
+    print_result(json_output, {"status": "revoked", "client": client, "is_new": is_new}, f"client {client} {text}")
 
 
 def server_discard(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:

@@ -76,6 +76,12 @@ def _print(result: "Status") -> None:
         tell(f"slurm      {_describe_jobs(result.slurm)}")
     if result.joined:
         tell(f"joined     {name_clients(result.joined)}: parties that keep their rows")
+    for client, told in result.unenrolled.items():
+        tell(f"not in     client {client} has joined and is not enrolled: {told}")
+    for client, action in result.gone.items():
+        tell(f"gone       client {client} {'has left' if action == 'leave' else 'was revoked'}")
+    if result.distrust is not None:
+        tell(f"distrust   {result.distrust}; `fedcli verify` tells more")
     for name in ("norm", "cosine", "change"):
         known = {update.client: getattr(update, name) for update in result.last_updates}
         if any(value is not None for value in known.values()):

@@ -1,5 +1,10 @@
 """fedcli verify."""
 
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import StepDisplay, print_result
 from fedcli.errors import IntegrityError
@@ -7,14 +12,21 @@ from fedcli.printable import on_one_line
 from fedcli.quantities import plural
 
 
-def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
+def verify(
+    trust: Annotated[
+        Path | None, Option(metavar="FILE", help="Keys that you vouch for, as `fedcli keys show --json` prints them.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    json_output: JsonOption = False,
+) -> None:
     """Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is."""
     with StepDisplay(json_output, "rounds") as observer:
-        result = found_federation(workspace).verify(observer=observer)
+        result = found_federation(workspace).verify(trust=trust, observer=observer)
     lines = [
         f"checked {plural(result.num_rounds, 'round')}: {plural(result.num_files, 'file')} by hash, "
         f"{plural(result.num_updates, 'counted update')}, {plural(result.num_recomputed, 'aggregate')} computed again, "
         f"{plural(result.num_baselines, 'baseline')}"
+        + (f", {plural(result.num_signatures, 'signature')}" if result.num_signatures else "")
     ]
     if result.num_hidden:
         updates = plural(result.num_hidden, "counted update")

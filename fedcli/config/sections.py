@@ -120,11 +120,17 @@ def _seconds(value: Any) -> Any:
     return value
 
 
+def _off(value: Any) -> Any:
+    """Return "off" for what YAML reads the bare word as."""
+    return "off" if value is False else value
+
+
 class FederationConfig(Section):
     """Who takes part, how often and how long; `quorum` is the share that must have answered, of those who count.
 
     With `select` more clients are drawn than count. `deadline` is in seconds from a round's opening: then one answer
-    is enough. With `multi_user` parties may run under unix users of their own.
+    is enough. With `multi_user` parties may run under unix users of their own. Without `signatures` they are required
+    where parties join, and off in a simulation.
     """
 
     clients: Count = 5
@@ -135,6 +141,7 @@ class FederationConfig(Section):
     select: Count | None = None
     deadline: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] | None = None
     multi_user: bool = False
+    signatures: Annotated[Literal["required", "off"] | None, BeforeValidator(_off)] = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedcli.errors import IntegrityError
 from fedcli.operations.slurm_state import JobStates, read_job_states
 from fedcli.operations.update_figures import UpdateFigures, figures_of
 from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
@@ -38,6 +39,12 @@ class Status:
     """Of the cohort, those whose inbox this user cannot see into."""
     joined: list[int]
     """Parties whose rows stay where they are."""
+    unenrolled: dict[int, str]
+    """Of the parties that have joined, those that are not enrolled, with their fingerprints."""
+    gone: dict[int, str]
+    """Who takes part no more, and why: leave or revoke."""
+    distrust: str | None
+    """What is wrong with the enrolment; None where it is right, or signatures are off."""
     needed: int
     num_counted: int
     """How many updates of the round count at most."""
@@ -84,6 +91,12 @@ def read_status(federation: FederationState) -> Status:
     last = manifest.aggregation
     last_missing = last.missing if last else []
     slurm = read_job_states(head, missing)
+    membership = _membership(federation)
+    unenrolled = [client for client in answered if client in membership["unenrolled"]]
+    num_ready = len(answered) - len(unenrolled)
+    next_command = _next_command(head, slurm, missing, num_ready >= needed)
+    if unenrolled and num_ready < needed:
+        next_command = f"fedcli server enrol --id {unenrolled[0]}"
     return Status(
         workspace=str(workspace.root),
         round=head.number,
@@ -115,8 +128,26 @@ def read_status(federation: FederationState) -> Status:
         unscored=read_unscored(workspace),
         slurm=slurm,
         clock=describe_clock(head),
-        next_command=_next_command(head, slurm, missing, len(answered) >= needed),
+        next_command=next_command,
+        **membership,
     )
+
+
+def _membership(federation: FederationState) -> dict[str, Any]:
+    """Return who is not enrolled, who is gone, and what is wrong with the enrolment."""
+    found: dict[str, Any] = {"unenrolled": {}, "gone": {}, "distrust": None}
+    if federation.identity.signatures is None:
+        return found
+    from fedcli.operations.keys import read_keys  # where nothing is signed nobody needs cryptography
+
+    try:
+        clients = read_keys(federation).clients
+    except IntegrityError as error:
+        return found | {"distrust": error.message}
+    return found | {
+        "unenrolled": {client: owner.fingerprint for client, owner in clients.items() if owner.state == "joined"},
+        "gone": {client: owner.state for client, owner in clients.items() if owner.state in ("leave", "revoke")},
+    }
 
 
 def describe_algorithm(algorithm: dict[str, object]) -> str:

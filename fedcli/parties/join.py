@@ -3,7 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
@@ -50,8 +50,12 @@ class Joining:
     remarks: tuple[str, ...]
     """What only the party is told of its rows: what was guessed, left out and not used, and where."""
 
-    def commit(self) -> None:
-        """Write the home's record, then the registration."""
+    kept: tuple[str, ...] = ()
+    """Options that it chose when it joined before, and that hold again."""
+    federation: FederationState | None = None
+
+    def commit(self) -> str | None:
+        """Write the home's record, then the registration; return the fingerprint of its keys, where it has any."""
         client = self.record.client
         make_home(self.home)
         with suppress(WorkspaceError):  # so that every command of this user knows it, whatever lies in the workspace
@@ -60,7 +64,14 @@ class Joining:
                 make_folder(mark, PRIVATE_FOLDER_MODE)
         with hold(self.home.lock, f"client {client}"):
             save_party(self.home, self.record)
-            register(self.workspace, Registration(workspace=self.record.workspace, client=client, data=self.card))
+            registration = Registration(workspace=self.record.workspace, client=client, data=self.card)
+            if self.record.server is None or self.federation is None:
+                register(self.workspace, registration)
+                return None
+            from fedcli.parties.membership import register_signed
+            from fedcli.trust.keys import fingerprint
+
+            return fingerprint(register_signed(self.federation, self.home, registration))
 
 
 def prepare_join(
@@ -76,12 +87,15 @@ def prepare_join(
     home: Path | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
-    share: Share = "full",
+    share: Share | None = None,
+    server: str | None = None,
     observer: Observer,
 ) -> Joining:
     """Read a real party's rows, which stay where they are, and make the card that its registration will show.
 
-    Writes nothing. Raises UsageError for an id or a home that will not do, ConfigError for rows that cannot be used,
+    Writes nothing. What the party chose when it joined before holds again where it is not given: base and share, and of
+    the same source format, subset, split, delimiter and encoding. `server` is the fingerprint that the server must
+    have. Raises UsageError for an id or a home that will not do, ConfigError for rows that cannot be used,
     WorkspaceError where another party has this id.
     """
     if not data.strip():
@@ -97,6 +111,24 @@ def prepare_join(
     found = find_home(federation, client, home)
     _check_free(workspace, client, found, workspace_id)
     given = read_format(data_format, config.task) if data_format is not None else None
+    before = read_party(found)
+    kept: list[str] = []
+    if before is not None:
+        share = _kept(kept, "--share", share, before.share if before.share != "full" else None)
+        base = _kept(kept, "--base", base, before.base)
+    if before is not None and before.source == absolute_path(data):
+        subset = _kept(kept, "--subset", subset, before.subset)
+        split = _kept(kept, "--split", split, None if before.split == choose_split(data, None) else before.split)
+        delimiter = _kept(kept, "--delimiter", delimiter, before.delimiter)
+        encoding = _kept(kept, "--encoding", encoding, before.encoding)
+        if given is None and before.is_format_given:
+            given = before.format
+            kept.append(f"--format {format_name(given)}")
+    pin = None
+    if federation.identity.signatures is not None:
+        from fedcli.parties.membership import pin_server
+
+        pin = pin_server(federation, server, None if before is None else before.server)
     try:
         read_as = SourceEntry(source=data, delimiter=delimiter, encoding=encoding)
     except ValidationError as error:
@@ -118,6 +150,9 @@ def prepare_join(
         trust_remote_code=trust_remote_code,
         delimiter=delimiter,
         encoding=encoding,
+        is_format_given=given is not None,
+        share=share or "full",
+        server=pin,
     )
     reader = RowReader(record.format, config.federation.seed)
     if share == "minimal":
@@ -129,7 +164,44 @@ def prepare_join(
     told = reader if rows is None else rows
     guess = () if choice.guess is None else (choice.guess,)
     remarks = (*guess, *source.remarks(), *describe_rows(told))
-    return Joining(workspace, found, record, card, remarks)
+    return Joining(workspace, found, record, card, remarks, tuple(kept), federation)
+
+
+def _kept(kept: list[str], option: str, given: "str | None", before: "str | None") -> Any:
+    """Return what is given, else what was before, which is then among those kept."""
+    if given is None and before is not None:
+        kept.append(f"{option} {before}")
+        return before
+    return given
+
+
+def refresh_registration(
+    federation: FederationState, client: int, home: Path | None, *, observer: Observer
+) -> "tuple[int, int] | None":
+    """Register a party's rows anew where there are more or fewer than it registered, with all that it chose before.
+
+    Returns how many there were and are; None where nothing has changed. Raises UsageError where the client has not
+    joined from here.
+    """
+    found = find_home(federation, client, home)
+    record, registration = read_party(found), read_registration(federation.workspace, client)
+    if record is None or registration is None or record.client != client:
+        raise UsageError(
+            f"client {client} has not joined from {found.folder}", hint="--refresh is for parties that have joined."
+        )
+    joining = prepare_join(
+        federation,
+        client,
+        record.source,
+        home=home,
+        split=record.split,
+        trust_remote_code=record.trust_remote_code,
+        observer=observer,
+    )
+    if joining.card == registration.data:
+        return None
+    joining.commit()
+    return registration.data.num_rows, joining.card.num_rows
 
 
 def _own_base(federation: FederationState, record: PartyRecord) -> Path:

@@ -13,7 +13,7 @@ from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceErro
 from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Home, default_home
-from fedcli.workspace.registrations import PartyRecord, Registration, is_own, read_party, read_registration
+from fedcli.workspace.registrations import PartyRecord, Registration, is_own, own_homes, read_party, read_registration
 from fedcli.workspace.row_files import has_rows, open_rows
 
 if TYPE_CHECKING:
@@ -47,17 +47,7 @@ def joined_as(experiment: Experiment) -> dict[int, PartyRecord | None]:
     """Return the clients that this user has joined as, with their homes' records; None for a home that is elsewhere."""
     if experiment.identity is None:
         return {}
-    identity, named = experiment.identity.id, os.environ.get("FEDCLI_HOME")
-    joined: dict[int, PartyRecord | None] = {}
-    names: list[str] = []
-    with suppress(OSError, WorkspaceError):  # a user without a home directory has none
-        names = os.listdir(default_home(identity, 0).folder.parent)
-    for client in map(int, filter(str.isdecimal, names)):
-        joined[client] = read_party(default_home(identity, client))
-    record = read_party(Home(Path(named))) if named else None
-    if record is not None and record.workspace == identity:
-        joined[record.client] = record
-    return joined
+    return {client: read_party(home) for client, home in own_homes(experiment.identity.id).items()}
 
 
 def trusts_code(experiment: Experiment, party: Party | None = None) -> bool:

@@ -1,10 +1,11 @@
 """Aggregation: from a cohort's updates to the next round. No torch: numpy and safetensors only."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
 
 from fedcli.algos import ALGORITHMS, Algorithm
 from fedcli.config import algorithm_from
@@ -19,7 +20,10 @@ from fedcli.workspace.history import Round, arriving_clients
 from fedcli.workspace.inbox import discard_update
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import Aggregation
-from fedcli.workspace.registrations import foreign_clients, is_server
+from fedcli.workspace.registrations import check_still_unsigned, foreign_clients, is_server
+
+if TYPE_CHECKING:
+    from fedcli.server.enrol import ServerTrust
 
 
 @dataclass(frozen=True)
@@ -114,15 +118,25 @@ def _aggregate(
     if head.manifest.state == "finished":
         return AggregationResult("finished", head.number, "finished", None)
     algorithm = _algorithm(federation, algorithm_name)
+    trust = _trust(federation)
     needed = 1 if partial else needed_answers(federation)
     missing = head.missing_clients()
-    answered = [client for client in head.manifest.cohort if client not in missing]
+    answered = [client for client in head.awaited_clients() if client not in missing]
+    unenrolled = {} if trust is None else trust.unenrolled(answered)
     absent = {*missing, *arriving_clients(head, answered), *foreign_clients(federation.workspace, answered)}
-    _check_answers(federation, sorted(absent), needed)
+    _check_answers(federation, sorted(absent), needed, unenrolled)
     federation.workspace.store.sweep("rounds")
     config = federation.config
-    rule, num_clients = config.aggregation.as_rule(), config.federation.clients
-    files, aggregation = combine_with(rule, head, algorithm, num_clients, head.draw_order, head.num_counted, observer)
+    files, aggregation = combine_with(
+        config.aggregation.as_rule(),
+        head,
+        algorithm,
+        config.federation.clients - (0 if trust is None else len(trust.enrolment.gone)),
+        head.draw_order,
+        head.num_counted,
+        observer,
+        authenticate=None if trust is None else trust.check_update,
+    )
     _check_answers(federation, aggregation.missing, needed)
     if files is None:
         faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)
@@ -132,15 +146,27 @@ def _aggregate(
         )
     if dry_run:
         return AggregationResult("dry_run", head.number, "open", aggregation)
-    published = open_next_round(federation, files, aggregation)
+    published = open_next_round(federation, files, aggregation, trust)
     federation.refresh()
     following = federation.head
+    if trust is not None and published:
+        trust.note_round(following)
     return AggregationResult(
         "published" if published else "overtaken",
         following.number,
         following.manifest.state,
         following.manifest.aggregation,
     )
+
+
+def _trust(federation: FederationState) -> "ServerTrust | None":
+    """Return what the server signs and checks signatures with; None where signatures are off."""
+    if federation.identity.signatures is None:
+        check_still_unsigned(federation.workspace, federation.identity)
+        return None
+    from fedcli.server.enrol import current_trust  # where nothing is signed nobody needs cryptography
+
+    return current_trust(federation)
 
 
 def _algorithm(federation: FederationState, name: str | None) -> Algorithm:
@@ -159,10 +185,14 @@ def _algorithm(federation: FederationState, name: str | None) -> Algorithm:
     return algorithm
 
 
-def _check_answers(federation: FederationState, missing: list[int], needed: int) -> None:
-    """Raise NotReadyError where too few of the cohort have answered."""
+def _check_answers(
+    federation: FederationState, missing: list[int], needed: int, unenrolled: Mapping[int, str] = MappingProxyType({})
+) -> None:
+    """Raise NotReadyError where too few of the cohort have answered; who is not enrolled has not."""
     head = federation.head
-    answered = len(head.manifest.cohort) - len(missing)
+    awaited = head.awaited_clients()
+    missing = [client for client in missing if client in awaited and client not in unenrolled]
+    answered = len(awaited) - len(missing) - len(unenrolled)
     if answered < needed:
         present = [client for client in missing if head.has_update(client)]
         absent = [client for client in missing if client not in present]
@@ -172,9 +202,14 @@ def _check_answers(federation: FederationState, missing: list[int], needed: int)
             "missing": absent,
             "arriving, with files still to come": arriving,
             "sent by a user who has not joined": foreign,
+            "not enrolled": [*unenrolled],
         }
         names = "; ".join(f"{which}: {', '.join(map(str, found))}" for which, found in lists.items() if found)
         hint = f"Run `fedcli client train --id {absent[0]}`" if absent else "Wait until the files are copied"
+        if unenrolled:
+            from fedcli.server.enrol import hint_to_enrol
+
+            hint = hint_to_enrol(unenrolled)
         if answered:
             hint += ", or go on without them: `server aggregate --partial`"
         left = seconds_left(federation)
@@ -183,7 +218,6 @@ def _check_answers(federation: FederationState, missing: list[int], needed: int)
         elif left is not None:
             hint += f". The deadline was {describe_seconds(-left)} ago: one valid update is enough"
         raise NotReadyError(
-            f"round {head.number} waits for {needed - answered} more of its {len(head.manifest.cohort)} clients; "
-            f"{names}",
+            f"round {head.number} waits for {needed - answered} more of its {len(awaited)} clients; {names}",
             hint=f"{hint}.",
         )

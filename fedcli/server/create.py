@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from fedcli.config import apply_overrides, describe_overrides, parse_config, read_document
 from fedcli.data.source import absolute_path
-from fedcli.errors import UsageError, WorkspaceError, did_you_mean
+from fedcli.errors import ConfigError, UsageError, WorkspaceError, did_you_mean
 from fedcli.observer import Observer
 from fedcli.parties.simulate import DataSummary, plan_split, write_split
 from fedcli.server.initial_adapter import check_base, prepare_start
@@ -27,6 +27,9 @@ from fedcli.workspace.publish import make_folder
 from fedcli.workspace.records import Identity
 from fedcli.workspace.registrations import any_registered, open_to_parties
 from fedcli.workspace.row_files import any_rows
+
+if TYPE_CHECKING:
+    from fedcli.server.enrol import ServerTrust
 
 DEFAULT_PRESET = "demo"
 _PATH_KEYS = ("data.source", "model.base", "adapter.init", "eval.data", "eval.judge_model")
@@ -90,6 +93,7 @@ def create_workspace(
     experiment = Experiment(workspace, config, None)
     base = check_base(experiment)  # before rows are read and torch is loaded: it takes no second
     plan = plan_split(experiment, observer)
+    signs = _signs(experiment, has_rows=plan is not None or any_rows(workspace))
     start = prepare_start(experiment)  # all that can be wrong is found before anything is written
     make_folder(workspace.root)
     with hold(workspace.server_lock, "the server's work"):
@@ -108,9 +112,15 @@ def create_workspace(
         else:
             workspace_id = uuid.uuid4().hex if orphan is None else orphan.manifest.workspace
         is_simulation = plan is not None or any_rows(workspace)
-        identity = Identity(id=workspace_id, fixed=config.fixed(), simulation=is_simulation)
+        is_signed = signs if orphan is None else orphan.manifest.enrolment is not None
+        identity = Identity(
+            id=workspace_id,
+            fixed=config.fixed(),
+            simulation=is_simulation,
+            signatures="required" if is_signed else None,
+        )
         workspace.store.put(workspace.name(workspace.identity), identity.to_bytes())
-        federation = open_first_round(experiment, identity, start)
+        federation = open_first_round(experiment, identity, start, _found_trust(workspace, identity))
         return Creation(
             federation,
             True,
@@ -128,7 +138,26 @@ def open_round(workspace: Workspace) -> FederationState:
         open_to_parties(workspace, multi_user=experiment.config.federation.multi_user)
         if _is_open(workspace):
             return FederationState.open(workspace)
-        return open_first_round(experiment, identity, prepare_start(experiment))
+        return open_first_round(experiment, identity, prepare_start(experiment), _found_trust(workspace, identity))
+
+
+def _signs(experiment: Experiment, *, has_rows: bool) -> bool:
+    """Return whether updates and rounds of a new workspace must be signed: where parties join, unless they need not."""
+    wanted = experiment.config.federation.signatures
+    if has_rows and wanted == "required":
+        raise ConfigError(
+            "federation.signatures: required is for parties that join; the clients of a simulation have no keys",
+            hint="Set it to null or off, or data.source to null.",
+        )
+    return not has_rows and wanted != "off"
+
+
+def _found_trust(workspace: Workspace, identity: Identity) -> "ServerTrust | None":
+    if identity.signatures is None:
+        return None
+    from fedcli.server.enrol import found_trust  # a simulation needs no cryptography
+
+    return found_trust(workspace, identity)
 
 
 def _is_open(workspace: Workspace) -> bool:

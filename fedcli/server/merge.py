@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from fedcli.algos.reducer import Reducer, Stacks
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import StoredFile, Update, check_rows, read_update
+from fedcli.workspace.inbox import Authenticate, StoredFile, Update, check_rows, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate, UpdateRecord
 from fedcli.workspace.refusal import Arriving, Refusal
@@ -29,12 +29,14 @@ def combine(
     observer: Observer,
     *,
     refuses_incomplete: bool = False,
+    authenticate: Authenticate | None = None,
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Read the updates of a round's clients in this order, until `count` are valid, and merge them in this order.
 
     Returns the next round's merged files (None if no update is valid), which are the adapter and the algorithm's
-    state. An update of which a file is not there yet is missing, or with `refuses_incomplete` refused. Raises
-    IntegrityError where they would not be finite, ConfigError where the algorithm gives no usable weight.
+    state. An update of which a file is not there yet is missing, or with `refuses_incomplete` refused; `authenticate`
+    looks at signatures. Raises IntegrityError where they would not be finite, ConfigError where the algorithm gives no
+    usable weight.
     """
     merge = _Merge(
         base,
@@ -42,7 +44,7 @@ def combine(
         algorithm.reducer(),
         {name: algorithm.file_reducer(num_clients) for name in algorithm.update_files},
     )
-    _read_all(base, order, count, merge, observer, refuses_incomplete)
+    _read_all(base, order, count, merge, observer, refuses_incomplete, authenticate)
     aggregation = merge.aggregation()
     if not merge.counted:
         return None, aggregation
@@ -151,10 +153,11 @@ def _read_all(
     merge: _Merge,
     observer: Observer,
     refuses_incomplete: bool,
+    authenticate: Authenticate | None,
 ) -> None:
     """Count the first `count` valid updates; note who was refused, is missing, or came beyond them."""
     num_read = 0
-    for client, reading in read_pairs(base, order, merge.reads_again):
+    for client, reading in read_pairs(base, order, merge.reads_again, authenticate):
         num_read += 1
         _ = merge.adapter  # is read while the threads read the first updates
         try:
@@ -179,7 +182,7 @@ def _read_all(
 
 
 def read_pairs(
-    base: Round, clients: Sequence[int], reads_again: bool = False
+    base: Round, clients: Sequence[int], reads_again: bool = False, authenticate: Authenticate | None = None
 ) -> "Iterator[tuple[int, Future[Update | None]]]":
     """Yield each client with its update, while a thread reads the other of a pair; a pair's memory is the next one's.
 
@@ -187,12 +190,10 @@ def read_pairs(
     """
     memory: tuple[dict[str, memoryview], ...] = ({}, {})
     with ThreadPoolExecutor(2) as readers:
+        read = partial(read_update, base, reads_again=reads_again, authenticate=authenticate)
         for begin in range(0, len(clients), 2):
             pair = zip(clients[begin : begin + 2], memory, strict=False)  # the last may be alone
-            readings = [
-                (client, readers.submit(read_update, base, client, buffers, reads_again=reads_again))
-                for client, buffers in pair
-            ]
+            readings = [(client, readers.submit(read, client, buffers)) for client, buffers in pair]
             yield from readings
 
 

@@ -18,7 +18,7 @@ from fedcli.errors import ConfigError, NotReadyError
 from fedcli.observer import Observer
 from fedcli.server.merge import check_finite, combine, files_of, read_pairs, weight_of
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import Submission, check_rows, look_at_update, read_update
+from fedcli.workspace.inbox import Authenticate, Submission, check_rows, look_at_update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.refusal import Arriving, Refusal
@@ -35,17 +35,28 @@ def combine_with(
     observer: Observer,
     *,
     recorded: Mapping[int, CountedUpdate] | None = None,
+    authenticate: Authenticate | None = None,
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Merge a round's updates as `merge.combine` does, by a rule; None and what changes nothing are the weighted mean.
 
-    `recorded` is what a manifest says of each counted update: the round is computed again with its weights, and what
-    comes back has those that the rule gives now. Raises what `combine` does, NotReadyError where too few updates are
+    `authenticate` raises Refusal for an update that its client has not signed. `recorded` is what a manifest says of
+    each counted update: the round is computed again with its weights, and what comes back has those that the rule gives
+    now. Raises what `combine` does, NotReadyError where too few updates are
     valid for what the rule should tolerate, ConfigError where the algorithm merges in a way of its own.
     """
     if rule is None or rule.is_plain_mean:
-        return combine(base, algorithm, num_clients, order, count, observer, refuses_incomplete=recorded is not None)
+        return combine(
+            base,
+            algorithm,
+            num_clients,
+            order,
+            count,
+            observer,
+            refuses_incomplete=recorded is not None,
+            authenticate=authenticate,
+        )
     _check_algorithm(algorithm, rule)
-    survey = _Survey(base, observer, recorded is not None)
+    survey = _Survey(base, observer, recorded is not None, authenticate)
     survey.read(order, count)
     if not survey.found or (recorded is not None and len(survey.found) < len(recorded)):
         return None, survey.aggregation(algorithm, rule, [])
@@ -95,6 +106,7 @@ class _Survey:
     observer: Observer
     is_again: bool
     """Whether a round that was merged is computed again: then what it counted is not asked how many rows it has."""
+    authenticate: Authenticate | None = None
     found: list[Submission] = field(default_factory=list)
     products: dict[str, Array] = field(default_factory=dict)
     refused: list[RefusedUpdate] = field(default_factory=list)
@@ -119,7 +131,7 @@ class _Survey:
 
     def _look(self, client: int) -> None:
         try:
-            submission = look_at_update(self.base, client)
+            submission = look_at_update(self.base, client, self.authenticate)
             if submission is None:
                 self.missing.append(client)
                 return
@@ -147,7 +159,7 @@ class _Survey:
     def _refuse(self, client: int) -> None:
         """Note what is wrong with an update, by the checks that every update goes through."""
         try:
-            update = read_update(self.base, client)
+            update = read_update(self.base, client, authenticate=self.authenticate)
         except Refusal as refusal:
             self._note(client, refusal)
             return

@@ -2,14 +2,20 @@
 
 import time
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
+from fedcli import __version__
 from fedcli.config import Config
+from fedcli.errors import NotReadyError
 from fedcli.randomness import draw_cohort
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.workspace.federation_state import Experiment, FederationState, train_record
 from fedcli.workspace.history import Round, publish_round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE
 from fedcli.workspace.records import Aggregation, Identity, Manifest, ModelRecord, Selection, TensorEntry, file_entry
+
+if TYPE_CHECKING:
+    from fedcli.server.enrol import ServerTrust
 
 
 @dataclass(frozen=True)
@@ -23,19 +29,30 @@ class Start:
     """The day that the base's chat template writes in every round; None where it writes none."""
 
 
-def open_first_round(experiment: Experiment, identity: Identity, start: Start) -> FederationState:
+def open_first_round(
+    experiment: Experiment, identity: Identity, start: Start, trust: "ServerTrust | None" = None
+) -> FederationState:
     """Publish rounds/00000, unless another server was first, and return the federation as it stands then."""
-    publish_round(experiment.workspace, _manifest(experiment.config, identity.id, start), start.files)
-    return FederationState.open(experiment.workspace)
+    manifest = _manifest(experiment.config, identity.id, start, trust=trust)
+    is_first = publish_round(experiment.workspace, manifest, start.files, None if trust is None else trust.sign_round)
+    federation = FederationState.open(experiment.workspace)
+    if trust is not None and is_first:
+        trust.note_round(federation.start)
+    return federation
 
 
-def open_next_round(federation: FederationState, files: dict[str, bytes], aggregation: Aggregation) -> bool:
+def open_next_round(
+    federation: FederationState,
+    files: dict[str, bytes],
+    aggregation: Aggregation,
+    trust: "ServerTrust | None" = None,
+) -> bool:
     """Publish the round behind the latest with its merged files; return False where another server was first."""
     previous, before = federation.head, federation.head.manifest
     contents = {**files, ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}
     start = Start(before.model, contents, before.tensors, before.train.date)
-    manifest = _manifest(federation.config, before.workspace, start, previous, aggregation)
-    return publish_round(federation.workspace, manifest, start.files)
+    manifest = _manifest(federation.config, before.workspace, start, previous, aggregation, trust)
+    return publish_round(federation.workspace, manifest, start.files, None if trust is None else trust.sign_round)
 
 
 def _manifest(
@@ -44,14 +61,22 @@ def _manifest(
     start: Start,
     previous: Round | None = None,
     aggregation: Aggregation | None = None,
+    trust: "ServerTrust | None" = None,
 ) -> Manifest:
     """Shape a round's manifest from fedcli.yaml as it stands now."""
     federation = config.federation
     number = 0 if previous is None else previous.number + 1
     rounds = max(federation.rounds, number)
     is_open = number < federation.rounds
-    everybody = list(range(federation.clients))
-    drawn = draw_cohort(federation.seed, number, everybody, federation.cohort_size) if is_open else []
+    gone = {} if trust is None else trust.enrolment.gone
+    everybody = [client for client in range(federation.clients) if client not in gone]
+    if is_open and not everybody:
+        raise NotReadyError(
+            "nobody is left to draw for the next round: all clients have left or were revoked",
+            hint=f"Enrol a party with `fedcli server enrol`, or end here: set federation.rounds to {number}.",
+        )
+    size = min(federation.cohort_size, len(everybody))
+    drawn = draw_cohort(federation.seed, number, everybody, size) if is_open else []
     is_selection = len(drawn) > federation.num_counted
     manifest = Manifest(
         workspace=workspace_id,
@@ -71,6 +96,8 @@ def _manifest(
         aggregation=aggregation,
         selection=Selection(order=drawn, count=federation.num_counted) if is_selection else None,
         opened=max(0.0, time.time()) if is_open and federation.deadline is not None else None,
+        enrolment=None if trust is None else trust.enrolment.head,
+        fedcli=None if trust is None else __version__,
     )
     before = None if previous is None else previous.manifest
     return manifest.model_copy(update={"cost": cost_of(manifest, before), "history": history_of(manifest, before)})

@@ -8,7 +8,7 @@ from fedcli.workspace.federation_state import FederationState
 def needed_answers(federation: FederationState) -> int:
     """Return how many clients must have answered the open round: one is enough past its deadline."""
     left = seconds_left(federation)
-    num_counted = federation.head.num_counted
+    num_counted = max(1, min(federation.head.num_counted, len(federation.head.awaited_clients())))
     return federation.config.federation.needed_answers(num_counted) if left is None or left > 0 else 1
 
 

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedcli.errors import IntegrityError
 from fedcli.randomness import draw_cohort
 from fedcli.server.verification import Verification
+from fedcli.server.verify_signatures import gone_clients
 from fedcli.workspace.history import Round, arriving_clients, is_hidden, prunable
 from fedcli.workspace.inbox import read_update, read_update_record
 from fedcli.workspace.layout import UPDATE_RECORD
@@ -33,7 +35,14 @@ def check_draw(current: Round, identity: Identity, result: Verification) -> None
         if len(manifest.cohort) > num_clients:
             result.report(current.folder, f"draws {len(manifest.cohort)} of {num_clients} clients")
         return
-    drawn = draw_cohort(seed, current.number, list(range(num_clients)), len(manifest.cohort))
+    try:
+        gone = gone_clients(current)
+    except IntegrityError:  # of the enrolment, which is reported by itself
+        return
+    everybody = [client for client in range(num_clients) if client not in gone]
+    if len(manifest.cohort) > len(everybody):
+        return  # it draws some who are gone: whoever checks the enrolment names them
+    drawn = draw_cohort(seed, current.number, everybody, len(manifest.cohort))
     if manifest.cohort != sorted(drawn):
         result.report(current.folder, "has another cohort than the federation's seed draws")
     elif manifest.selection is not None and manifest.selection.order != drawn:

@@ -27,6 +27,8 @@ class Verification:
     num_gone: int = 0
     """Counted updates that are gone, whose hashes are recorded; the rounds made of them were not computed again."""
     num_baselines: int = 0
+    num_signatures: int = 0
+    """Of the enrolment, rounds, updates and countersignatures, those that are right."""
     violations: list[Violation] = field(default_factory=list)
     remarks: list[Violation] = field(default_factory=list)
     """What a client can bring about by itself, and nobody can prove: no violation."""

@@ -3,6 +3,7 @@
 import itertools
 import math
 from contextlib import suppress
+from pathlib import Path
 
 from fedcli.config import algorithm_from, rule_from
 from fedcli.config.adapter_config import parse_adapter_config
@@ -21,6 +22,7 @@ from fedcli.server.updates_again import (
     no_longer_valid,
 )
 from fedcli.server.verification import Verification
+from fedcli.server.verify_signatures import check_of_merge, check_signatures, gone_clients, read_pins
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.client_state import damaged_candidates, read_state
 from fedcli.workspace.history import (
@@ -37,6 +39,7 @@ from fedcli.workspace.layout import (
     ADAPTER_FILE,
     ADAPTER_NAME,
     MANIFEST,
+    MANIFEST_SIGNATURE,
     PRUNED,
     Workspace,
     is_round_name,
@@ -49,13 +52,13 @@ from fedcli.workspace.scores import ScoreRecord, check_items, score_files
 from fedcli.workspace.tensors import decode
 
 
-def verify(workspace: Workspace, *, observer: Observer) -> Verification:
-    """Check every published round and counted update; what is wrong is collected, not raised.
+def verify(workspace: Workspace, *, trust: Path | None = None, observer: Observer) -> Verification:
+    """Check every published round and counted update; what is wrong is collected, not raised. `trust` has pinned keys.
 
     Costs in proportion to the history: every round's files are hashed and every aggregate is computed again from the
     updates that it counted.
     """
-    result = Verification()
+    result, pins = Verification(), None if trust is None else read_pins(trust)
     identity = _read_identity(workspace, result)
     for entry in workspace.store.names("rounds"):
         if not entry.startswith(".") and not is_round_name(entry):
@@ -90,6 +93,8 @@ def verify(workspace: Workspace, *, observer: Observer) -> Verification:
         if current is not None:
             rounds.append(current)
     _check_scores(workspace, result)
+    if identity is not None:
+        result.num_signatures = check_signatures(workspace, identity, rounds, pins, result.report)
     if rounds:
         _check_private(rounds, result)
     if previous is not None and previous.has(PRUNED):
@@ -184,7 +189,8 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
             result.report(current.folder / name, refusal.reason)
         except (OSError, ValueError) as error:  # a name that no file can have
             result.report(current.folder, f"lists {name[:80]!a}: {error}")
-    foreign = current.names() - {MANIFEST, PRUNED, *manifest.files}
+    signature = {MANIFEST_SIGNATURE} if manifest.enrolment is not None else set()
+    foreign = current.names() - {MANIFEST, PRUNED, *signature, *manifest.files}
     for name in sorted(name for name in foreign if not name.startswith(TEMPORARY_PREFIX)):
         result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
     try:
@@ -311,7 +317,15 @@ def _recompute(
             return
         rule, recorded = rule_from(aggregation.rule), {entry.client: entry for entry in aggregation.counted}
         files, again = combine_with(
-            rule, previous, algorithm, num_clients, order, len(order), Observer(), recorded=recorded
+            rule,
+            previous,
+            algorithm,
+            num_clients - len(gone_clients(current)),
+            order,
+            len(order),
+            Observer(),
+            recorded=recorded,
+            authenticate=check_of_merge(current),
         )
     except FedError as error:
         if isinstance(error.__cause__, OSError):

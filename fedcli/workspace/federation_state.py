@@ -144,6 +144,12 @@ def _checked_config(workspace: Workspace, identity: Identity | None) -> Config:
             f"{workspace.config} changes what was fixed by `fedcli init`:\n  " + "\n  ".join(changed),
             hint="Set these keys back, or start another workspace with `fedcli init DIR`.",
         )
+    wanted, fixed = config.federation.signatures, "off" if identity is None else identity.signatures or "off"
+    if identity is not None and wanted not in (None, fixed):
+        raise ConfigError(
+            f"{workspace.config} sets federation.signatures to {wanted}: `fedcli init` fixed them as {fixed}",
+            hint="Set it back to null, or start another workspace with `fedcli init DIR`.",
+        )
     return config
 
 

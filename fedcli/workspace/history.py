@@ -1,7 +1,7 @@
 """Published rounds: finding the head, reading manifests and files with their hashes checked, and who has answered."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
     MANIFEST,
+    MANIFEST_SIGNATURE,
     PRUNED,
     UPDATE_RECORD,
     Workspace,
@@ -78,9 +79,18 @@ class Round:
         """Return whether something lies where the client's update of this round belongs."""
         return self.workspace.has_update(self.number, client)
 
+    def awaited_clients(self) -> list[int]:
+        """Return the clients of the cohort that have not left, nor been revoked, in the cohort's order."""
+        if self.manifest.enrolment is None:
+            return self.manifest.cohort
+        from fedcli.workspace.enrolment import read_enrolment  # a simulation has none
+
+        gone = read_enrolment(self.workspace).gone
+        return [client for client in self.manifest.cohort if client not in gone]
+
     def missing_clients(self) -> list[int]:
-        """Return the clients of the cohort that have dropped nothing, in the cohort's order."""
-        return [client for client in self.manifest.cohort if not self.has_update(client)]
+        """Return the clients that are waited for and have dropped nothing, in the cohort's order."""
+        return [client for client in self.awaited_clients() if not self.has_update(client)]
 
     def adapter(self) -> "dict[str, Array]":
         """Return the round's global adapter, float32; raise IntegrityError where it is damaged."""
@@ -235,10 +245,19 @@ def sweep_workspace(workspace: Workspace) -> None:
     workspace.store.sweep("rounds")
 
 
-def publish_round(workspace: Workspace, manifest: Manifest, files: Mapping[str, bytes]) -> bool:
-    """Publish a round; return False where another server was first (its round stands)."""
-    folder = workspace.name(workspace.round(manifest.round))
-    return workspace.store.publish(folder, files.items(), (MANIFEST, sealed(manifest)))
+def publish_round(
+    workspace: Workspace,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    sign: Callable[[bytes], bytes] | None = None,
+) -> bool:
+    """Publish a round, `sign` giving manifest.sig of its manifest.json; return False where another server was first.
+
+    Then that one's round stands.
+    """
+    folder, record = workspace.name(workspace.round(manifest.round)), sealed(manifest)
+    signature = [] if sign is None else [(MANIFEST_SIGNATURE, sign(record))]
+    return workspace.store.publish(folder, [*files.items(), *signature], (MANIFEST, record))
 
 
 def is_hidden(workspace: Workspace, client: int) -> bool:

@@ -4,7 +4,7 @@ import hashlib
 import mmap
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from fedcli.algos import Array
 from fedcli.algos.reducer import PIECE
 from fedcli.errors import IntegrityError, WorkspaceError
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
+from fedcli.workspace.layout import UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, is_round_name
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.registrations import inbox_owner, is_stranger, read_registration
@@ -35,6 +35,10 @@ class Update:
     """Of all its files."""
     stored: "dict[str, StoredFile]" = field(default_factory=dict)
     """Its files on disk, if they are to be read again."""
+
+
+Authenticate = Callable[[int, bytes, Folder], None]
+"""Raises Refusal where a client has not signed these contents of update.json, with what lies beside it."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,18 @@ def discard_update(base: Round, client: int) -> bool:
 
 
 def read_update(
-    base: Round, client: int, buffers: dict[str, memoryview] | None = None, *, reads_again: bool = False
+    base: Round,
+    client: int,
+    buffers: dict[str, memoryview] | None = None,
+    *,
+    reads_again: bool = False,
+    authenticate: Authenticate | None = None,
 ) -> Update | None:
     """Read and check a client's update of a round; None where there is none.
 
     Every byte is read once, into memory; what is checked is what is used. `buffers` holds that memory, by file, for
     the next call: this one's arrays are views of it. With `reads_again` the files can be read again as they were.
+    `authenticate` looks at the signature before the files are read.
     Raises Refusal with the code of the first fault that is found, Arriving where a file is not there yet or grows.
     """
     buffers = {} if buffers is None else buffers
@@ -123,7 +133,7 @@ def read_update(
             with _expected(UPDATE_RECORD):
                 contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
             try:
-                update = _read_folder(folder, contents, base, client, buffers, reads_again)
+                update = _read_folder(folder, contents, base, client, buffers, reads_again, authenticate)
                 for arrays in update.files.values():
                     check_values(arrays)
             except Refusal as refusal:
@@ -161,7 +171,7 @@ def check_rows(base: Round, client: int, record: UpdateRecord) -> None:
         )
 
 
-def look_at_update(base: Round, client: int) -> Submission | None:
+def look_at_update(base: Round, client: int, authenticate: Authenticate | None = None) -> Submission | None:
     """Read an update's update.json and its files' headers; None where there is none.
 
     Raises Refusal where they are not what they should be; of the files nothing else is known.
@@ -171,6 +181,8 @@ def look_at_update(base: Round, client: int) -> Submission | None:
             contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
             record = parse_update_record(contents)
             _check_record(record, base, client)
+            if authenticate is not None:
+                authenticate(client, contents, folder)
             files = {name: record.files[name] for name in base.manifest.update_files if name in record.files}
             spans = {name: _read_spans(folder, name, entry.bytes, base) for name, entry in files.items()}
     except FileNotFoundError:
@@ -197,8 +209,26 @@ def _read_spans(folder: Folder, name: str, num_bytes: int, base: Round) -> dict[
     return locate(folder.read_part(name, 0, min(8 + length, num_bytes)), tensors, num_bytes)
 
 
+def read_beside(folder: Folder, name: str, limit: int) -> bytes:
+    """Return a small file that follows update.json where an update is copied file by file: it may come in a moment.
+
+    Raises FileNotFoundError where it does not, and Refusal.
+    """
+    try:
+        return folder.read(name, limit)
+    except FileNotFoundError:
+        time.sleep(GROWTH_SECONDS)
+        return folder.read(name, limit)
+
+
 def _read_folder(
-    folder: Folder, contents: bytes, base: Round, client: int, buffers: dict[str, memoryview], reads_again: bool
+    folder: Folder,
+    contents: bytes,
+    base: Round,
+    client: int,
+    buffers: dict[str, memoryview],
+    reads_again: bool,
+    authenticate: Authenticate | None,
 ) -> Update:
     try:
         record = parse_update_record(contents)
@@ -207,6 +237,8 @@ def _read_folder(
             _check_growth(folder, base, UPDATE_RECORD, len(contents))
         raise
     _check_record(record, base, client)
+    if authenticate is not None:
+        authenticate(client, contents, folder)
     files, stored = {}, {}
     num_bytes = len(contents)
     tensors = base.manifest.sent_tensors
@@ -258,7 +290,7 @@ def _check_growth(folder: Folder, base: Round, name: str, size: int) -> None:
 
     Such are rsync's `.adapter_model.safetensors.a1B2c3` and the `.part` of others.
     """
-    has_others = bool({*folder.names()} - {UPDATE_RECORD, *base.manifest.update_files})
+    has_others = bool({*folder.names()} - {UPDATE_RECORD, UPDATE_SIGNATURE, *base.manifest.update_files})
     if not has_others:
         time.sleep(GROWTH_SECONDS)
     if has_others or folder.read_part(name, size, size + 1):

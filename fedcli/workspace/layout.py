@@ -20,7 +20,9 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_NAME = f"adapter/{ADAPTER_FILE}"
 ADAPTER_CONFIG_NAME = f"adapter/{ADAPTER_CONFIG_FILE}"
 UPDATE_RECORD = "update.json"
+UPDATE_SIGNATURE = "update.sig"
 MANIFEST = "manifest.json"
+MANIFEST_SIGNATURE = "manifest.sig"
 PRUNED = "PRUNED.json"
 WORKSPACE_ID = "^[a-z0-9-]{1,64}$"
 """What a workspace's id may be: a part of the path of parties' homes, and never a path itself."""
@@ -38,6 +40,7 @@ class Workspace:
         self.rounds = root / "rounds"
         self.inbox = root / "inbox"
         self.clients = root / "clients"  # what joined parties say of their rows
+        self.enrolment = root / "enrolment"  # who takes part, under which keys
         self.data = root / "data"  # a simulation's rows
         self.data_card = self.data / "card.json"  # what a split gave to each client
         self.baselines = root / "baselines"
@@ -89,6 +92,18 @@ class Workspace:
         """Return whether a party has joined as a client."""
         return self.store.exists(self.name(self.registration(client)))
 
+    def registration_signature(self, client: int) -> Path:
+        """The signatures of a joined party's entry in the registry."""
+        return self.clients / f"{client}.sig"
+
+    def leaving(self, client: int) -> Path:
+        """A party's signed word that it leaves."""
+        return self.clients / f"{client}.leave"
+
+    def acknowledgement(self, client: int, number: int) -> Path:
+        """A party's countersignature of a round that it trained on."""
+        return self.clients / f"{client}.acks" / f"{update_name(number)}.sig"
+
     def private(self, client: int) -> "Home":
         """A simulated client's private state."""
         return Home(self.root / "private" / str(client))
@@ -136,6 +151,9 @@ class Home:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.party = folder / "party.json"  # where a joined party's rows and base model lie
+        self.keys = folder / "keys.pem"  # its own, to sign and to seal with
+        self.next_keys = folder / "keys-next.pem"  # that take their place once the enrolment names them
+        self.history = folder / "history.jsonl"  # what it did, and what came of it
         self.lock = folder / "lock"  # held by the process that trains the client
         self.baseline_lock = folder / "baseline.lock"
         self.baseline_progress = folder / "baseline.safetensors"
@@ -155,12 +173,22 @@ class Home:
 
 def default_home(workspace_id: str, client: int) -> Home:
     """Return a joined party's home where it names none: below $XDG_DATA_HOME, or ~/.local/share."""
+    return Home(_private_folder(workspace_id) / str(client))
+
+
+def server_home(workspace_id: str) -> Home:
+    """Return where the server keeps its keys and its history: $FEDCLI_SERVER_HOME, else beside the parties' homes."""
+    named = os.environ.get("FEDCLI_SERVER_HOME")
+    return Home(Path(named).absolute() if named else _private_folder(workspace_id) / "server")
+
+
+def _private_folder(workspace_id: str) -> Path:
     base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     if base.startswith("~"):
         raise WorkspaceError(
             "this user has no home directory to keep private state in", hint="Name a folder: --home DIR."
         )
-    return Home(Path(base).absolute() / "fedcli" / workspace_id / str(client))
+    return Path(base).absolute() / "fedcli" / workspace_id
 
 
 def round_name(number: int) -> str:
@@ -180,7 +208,7 @@ def update_name(number: int) -> str:
 
 def check_outside(workspace: Workspace, output: Path) -> None:
     """Raise WorkspaceError for a place in a folder that the workspace keeps for itself."""
-    for name in ("rounds", "inbox", "clients", "eval", "data", "baselines", "private", "slurm"):
+    for name in ("rounds", "inbox", "clients", "enrolment", "eval", "data", "baselines", "private", "slurm"):
         if output.resolve().is_relative_to((workspace.root / name).resolve()):
             problem = f"{output} lies in {name}/ of the workspace, where nothing else belongs"
             raise WorkspaceError(problem, hint="Name another folder.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedcli.workspace.history import Round, prunable
-from fedcli.workspace.layout import PRUNED, UPDATE_RECORD, Workspace, update_name
+from fedcli.workspace.layout import PRUNED, UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, update_name
 from fedcli.workspace.publish import DISCARDED_PREFIX
 from fedcli.workspace.records import PrunedRecord
 from fedcli.workspace.refusal import Refusal
@@ -51,7 +51,8 @@ class Pruning:
         doomed = [own / found for found in self._listings[client] if found == name or found.startswith(set_aside)]
         for path in doomed:
             is_record_kept = path.name == name and is_counted
-            parts = [path / file for file in self._names(path) if file != UPDATE_RECORD] if is_record_kept else [path]
+            kept = (UPDATE_RECORD, UPDATE_SIGNATURE)
+            parts = [path / file for file in self._names(path) if file not in kept] if is_record_kept else [path]
             owners = {self.workspace.store.owner(self.workspace.name(folder)) for folder in (own, path)}
             if not owners <= {None, os.geteuid()}:
                 self.num_foreign += bool(parts)

@@ -37,6 +37,20 @@ class Record(BaseModel):
         return text.encode() + b"\n"
 
 
+class PublicKeys(Record):
+    """The public halves of a party's or the server's keys, 32 bytes in hex: Ed25519 to sign, X25519 to seal."""
+
+    sign: Sha256
+    seal: Sha256
+
+
+class EnrolmentHead(Record):
+    """An entry of enrolment/, with all before it: who took part."""
+
+    number: Natural
+    sha256: Sha256
+
+
 class FileEntry(Record):
     """A file's SHA-256 and size in bytes."""
 
@@ -206,6 +220,10 @@ class Manifest(Record):
     """When the round was opened, in seconds since 1970 by the server's clock; None without a deadline."""
     update_tensors: list[str] | None = None
     """Which of `tensors` updates carry; None for all, and then it is not written."""
+    enrolment: EnrolmentHead | None = None
+    """Who took part when the round was opened; None, and not written, where signatures are off."""
+    fedcli: str | None = None
+    """The version that opened the round; None, and not written, where signatures are off."""
 
     @property
     def sent_tensors(self) -> dict[str, TensorEntry]:
@@ -223,7 +241,8 @@ class Manifest(Record):
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "update_tensors" or value is not None}
+        optional = ("update_tensors", "enrolment", "fedcli")
+        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 class Identity(Record):
@@ -234,6 +253,12 @@ class Identity(Record):
     fixed: dict[str, Any]
     simulation: bool | None = None
     """Whether its clients are simulated, with rows in data/; None in workspaces of versions that did not say."""
+    signatures: Literal["required"] | None = None
+    """Whether updates and rounds must be signed; None, and not written, where they need not."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "signatures" or value is not None}
 
 
 class PrunedRecord(Record):

@@ -20,6 +20,9 @@ RefusalCode = Literal[
     "wrong_base",
     "wrong_client",
     "unknown_client",
+    "unsigned",
+    "signature",
+    "unenrolled",
 ]
 MAX_REASON = 300
 

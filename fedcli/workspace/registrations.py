@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
@@ -11,9 +12,9 @@ from pydantic import ValidationError
 from fedcli.config import DataFormat
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
 from fedcli.workspace.history import read_record
-from fedcli.workspace.layout import Home, Workspace
+from fedcli.workspace.layout import Home, Workspace, default_home, server_home
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
-from fedcli.workspace.records import Natural, Record
+from fedcli.workspace.records import Identity, Natural, PublicKeys, Record
 
 MAX_REGISTRATION_BYTES = 64 * 1024
 
@@ -37,6 +38,8 @@ class Registration(Record):
     workspace: str
     client: Natural
     data: DataCard
+    keys: PublicKeys | None = None
+    """None where signatures are off."""
 
     def to_bytes(self) -> bytes:
         """Return UTF-8 JSON with sorted keys; what is not shared is not there."""
@@ -56,6 +59,11 @@ class PartyRecord(Record):
     trust_remote_code: bool
     delimiter: str | None = None
     encoding: str | None = None
+    is_format_given: bool = False
+    """Whether it was named, and not guessed."""
+    share: Literal["full", "minimal"] = "full"
+    server: str | None = None
+    """The fingerprint of the server's keys when it joined; None where signatures are off."""
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:
@@ -115,20 +123,34 @@ def _is_foreign(workspace: Workspace, client: int) -> bool:
     return is_stranger(workspace, owner) if registered is None else registered != owner
 
 
-def register(workspace: Workspace, registration: Registration) -> None:
-    """Write a party's registration, and make the folder that it will drop its updates in."""
+def register(workspace: Workspace, registration: Registration, signature: bytes | None = None) -> None:
+    """Write a party's registration with its signature, and make the folder that it will drop its updates in."""
     client = registration.client
     inbox = workspace.client_inbox(client)
     if not workspace.store.claim(workspace.name(inbox)):
         problem = f"client {client} belongs to another user: {inbox} is not yours"
         raise WorkspaceError(problem, hint="Ask the server's operator which id is yours.")
     workspace.store.put(workspace.name(workspace.registration(client)), registration.to_bytes())
+    if signature is not None:
+        workspace.store.put(workspace.name(workspace.registration_signature(client)), signature)
 
 
 def open_to_parties(workspace: Workspace, *, multi_user: bool) -> None:
     """Make inbox/ and clients/; for parties of several unix users, writable for all who can reach the workspace."""
     for folder in ("inbox", "clients"):
         workspace.store.share(folder, multi_user=multi_user)
+
+
+def check_still_unsigned(workspace: Workspace, identity: Identity) -> None:
+    """Raise IntegrityError where this user is the server, with keys, of a workspace that says that it needs none."""
+    home = None
+    with suppress(WorkspaceError):  # a user without a home directory has no keys
+        home = None if "FEDCLI_SERVER_HOME" in os.environ else server_home(identity.id)
+    if home is not None and home.keys.exists():
+        raise IntegrityError(
+            f"{workspace.identity} no longer says that signatures are required, and {home.keys} stands",
+            hint="Restore it from a backup: whoever changed it wants unsigned updates to count.",
+        )
 
 
 def read_party(home: Home) -> PartyRecord | None:
@@ -139,6 +161,20 @@ def read_party(home: Home) -> PartyRecord | None:
         return None
     except ValidationError as error:
         raise ConfigError(f"{home.party} is damaged", hint="Run `fedcli client join` again.") from error
+
+
+def own_homes(workspace_id: str) -> dict[int, Home]:
+    """Return the homes of the clients that this user has joined as; an empty one where that is elsewhere."""
+    named, homes = os.environ.get("FEDCLI_HOME"), dict[int, Home]()
+    names: list[str] = []
+    with suppress(OSError, WorkspaceError):  # a user without a home directory has none
+        names = os.listdir(default_home(workspace_id, 0).folder.parent)
+    for client in map(int, filter(str.isdecimal, names)):
+        homes[client] = default_home(workspace_id, client)
+    record = read_party(Home(Path(named))) if named else None
+    if named and record is not None and record.workspace == workspace_id:
+        homes[record.client] = Home(Path(named).absolute())
+    return homes
 
 
 def make_home(home: Home) -> None:

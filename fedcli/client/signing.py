@@ -1,0 +1,96 @@
+"""What a party checks before it trains, and what it signs and keeps with its update; of a simulated client nothing."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from fedcli.errors import IntegrityError
+from fedcli.parties.party import Party
+from fedcli.trust.history import note, read_history
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import Round
+from fedcli.workspace.inbox import drop_update
+from fedcli.workspace.layout import UPDATE_RECORD, UPDATE_SIGNATURE, Home
+from fedcli.workspace.records import sha256
+from fedcli.workspace.registrations import read_party
+
+_ASK = 'Do not train on it. Ask the server\'s operator by telephone; docs/OPERATIONS.md, "Incidents", says more.'
+
+
+def check_past(federation: FederationState, party: Party, past: Sequence[Round]) -> None:
+    """Raise IntegrityError where the workspace is not the one that a party has known, or the server did not sign it.
+
+    Notes what came of the party's updates.
+    """
+    if party.num_rows is None:
+        return
+    head, record = federation.head, read_party(party.home)
+    rounds = [*past, head]
+    for before, current in pairwise(rounds):
+        if current.manifest.parent != before.sha256:
+            raise IntegrityError(f"{current.folder} does not follow {before.folder}", hint=_ASK)
+    known = {line.get("round"): line.get("manifest") for line in read_history(party.home.history)}
+    for current in rounds:
+        if known.get(current.number, current.sha256) not in (None, current.sha256):
+            raise IntegrityError(
+                f"{current.folder} is not the round {current.number} that client {party.client} trained on: the past "
+                "was rewritten, or a fork is shown to you",
+                hint=_ASK,
+            )
+    pin = None if record is None else record.server
+    if federation.identity.signatures is None:
+        if pin is not None:
+            raise IntegrityError(
+                f"{federation.workspace.identity} no longer says that signatures are required, as when client "
+                f"{party.client} joined",
+                hint=_ASK,
+            )
+    else:
+        from fedcli.trust.chain import read_chain, round_fault  # where nothing is signed nobody needs cryptography
+
+        enrolment = read_chain(federation.workspace, federation.identity, [] if pin is None else [pin])
+        if fault := round_fault(head, enrolment):
+            raise IntegrityError(f"{head.folder} {fault}", hint=_ASK)
+    _note_outcomes(party.home, party.client, rounds)
+
+
+def commit_update(federation: FederationState, party: Party, files: Sequence[tuple[str, bytes]], record: bytes) -> bool:
+    """Publish an update, with a party's signature where that is required; return False where another one stands.
+
+    First the party keeps what it sends, then it countersigns the round, and the update's own rename is the commit.
+    """
+    head, signed = federation.head, [*files]
+    if party.num_rows is not None:
+        facts = {"rows": party.num_rows, "bytes": sum(len(contents) for _, contents in files) + len(record)}
+        note(party.home.history, "sent", round=head.number, manifest=head.sha256, update=sha256(record), **facts)
+    if party.num_rows is not None and federation.identity.signatures is not None:
+        from fedcli.parties.membership import own_key
+        from fedcli.trust.chain import acknowledgement, read_chain
+
+        key = own_key(party.home, party.client, read_chain(federation.workspace, federation.identity))
+        workspace, identity = federation.workspace, federation.identity.id
+        signed.append((UPDATE_SIGNATURE, key.sign("update", identity, sha256(record))))
+        seen = acknowledgement(key.sign("ack", identity, head.sha256), head.sha256)
+        workspace.store.put(workspace.name(workspace.acknowledgement(party.client, head.number)), seen)
+    return drop_update(head, party.client, [*signed, (UPDATE_RECORD, record)])
+
+
+def _note_outcomes(home: Home, client: int, rounds: Sequence[Round]) -> None:
+    """Note what came of updates that were sent, once: counted, refused with its code, surplus or missing."""
+    lines = list(read_history(home.history))
+    told = {line.get("round") for line in lines if line.get("event") == "outcome"}
+    sent = {line.get("round"): line.get("update") for line in lines if line.get("event") == "sent"}
+    for current in rounds[1:]:
+        number, merge = current.number - 1, current.manifest.aggregation
+        if number in told or number not in sent or merge is None:
+            continue
+        counted = {entry.client: entry.update for entry in merge.counted}
+        refused = {entry.client: entry.code for entry in merge.refused}
+        if client in counted:
+            result = "counted" if counted[client] in _updates(lines, number) else "counted another update"
+        else:
+            result = refused.get(client) or ("surplus" if client in merge.surplus else "missing")
+        note(home.history, "outcome", round=number, result=result, next=current.sha256)
+
+
+def _updates(lines: Sequence[dict[str, object]], number: int) -> set[object]:
+    return {line.get("update") for line in lines if line.get("event") == "sent" and line.get("round") == number}

@@ -1,0 +1,157 @@
+"""enrolment/: who takes part, and under which keys; entries are only ever added, each names the hash of the one before.
+
+What lies there is believed once `fedcli.trust` has checked who signed it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from fedcli.errors import IntegrityError
+from fedcli.workspace.layout import Workspace, round_name
+from fedcli.workspace.records import (
+    EnrolmentHead,
+    Finite,
+    Natural,
+    PublicKeys,
+    Record,
+    Sha256,
+    parse_record,
+    sealed,
+    sha256,
+)
+from fedcli.workspace.refusal import Refusal
+
+Action = Literal["server", "enrol", "leave", "revoke"]
+MAX_ENTRY_BYTES = 64 * 1024
+_RESTORE = "Restore enrolment/ from a backup: entries are never changed."
+
+
+class EnrolmentEntry(Record):
+    """enrolment/00000.json and on: the server's keys (also new ones), or that a client takes part, left or must go."""
+
+    protocol: Literal[1] = 1
+    workspace: str
+    number: Natural
+    parent: Sha256 | None
+    action: Action
+    client: Natural | None = None
+    keys: PublicKeys | None = None
+    proof: str | None = None
+    """Of a client's new keys: the old one's signature of their fingerprint."""
+    time: Finite
+    """In seconds since 1970 by the server's clock."""
+
+
+@dataclass(frozen=True)
+class StoredEntry:
+    """An entry as it lies on disk, and what lies beside it as its signatures."""
+
+    path: Path
+    entry: EnrolmentEntry
+    sha256: str
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client that takes part: its keys, and the hash of the entry that enrolled it under them."""
+
+    keys: PublicKeys
+    entry: str
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """The chain, up to some entry."""
+
+    entries: tuple[StoredEntry, ...] = ()
+
+    @property
+    def head(self) -> EnrolmentHead | None:
+        """The last entry; None of an empty chain."""
+        return EnrolmentHead(number=len(self.entries) - 1, sha256=self.entries[-1].sha256) if self.entries else None
+
+    def up_to(self, head: EnrolmentHead | None) -> "Enrolment | None":
+        """Return the chain as it was at an entry; None where that is not in it."""
+        if head is None:
+            return Enrolment()
+        found = Enrolment(self.entries[: head.number + 1])
+        return found if found.head == head else None
+
+    @cached_property
+    def server(self) -> PublicKeys | None:
+        """The server's keys."""
+        keys = [stored.entry.keys for stored in self.entries if stored.entry.action == "server"]
+        return keys[-1] if keys else None
+
+    @cached_property
+    def members(self) -> dict[int, Member]:
+        """Who takes part."""
+        return {client: member for client, member in self._clients.items() if isinstance(member, Member)}
+
+    @cached_property
+    def gone(self) -> dict[int, Action]:
+        """Who takes part no more, and why."""
+        return {client: action for client, action in self._clients.items() if not isinstance(action, Member)}
+
+    @cached_property
+    def _clients(self) -> "dict[int, Member | Action]":
+        found: dict[int, Member | Action] = {}
+        for stored in self.entries:
+            entry = stored.entry
+            if entry.client is not None:
+                enrols = entry.action == "enrol" and entry.keys is not None
+                found[entry.client] = Member(entry.keys, stored.sha256) if enrols and entry.keys else entry.action
+        return found
+
+
+def read_enrolment(workspace: Workspace) -> Enrolment:
+    """Read the chain; empty where there is none. Raises IntegrityError where it is damaged or an entry is missing."""
+    return Enrolment(tuple(_read(workspace)))
+
+
+def _read(workspace: Workspace) -> Iterator[StoredEntry]:
+    parent: str | None = None
+    number = 0
+    while (contents := _contents(workspace, path := _path(workspace, number))) is not None:
+        entry = parse_record(EnrolmentEntry, contents, path)
+        if (entry.number, entry.parent) != (number, parent):
+            raise IntegrityError(f"{path} does not follow the entry before it", hint=_RESTORE)
+        signature = _contents(workspace, path.with_suffix(".sig"))
+        parent = sha256(contents)
+        yield StoredEntry(path, entry, parent, signature or b"")
+        number += 1
+    if later := [name for name in workspace.store.names("enrolment") if name > f"{round_name(number)}.sig"]:
+        raise IntegrityError(f"{path} is missing, and {later[0]} stands", hint=_RESTORE)
+
+
+def _contents(workspace: Workspace, path: Path) -> bytes | None:
+    try:
+        return workspace.store.read(workspace.name(path), MAX_ENTRY_BYTES)
+    except FileNotFoundError:
+        return None
+    except Refusal as refusal:
+        raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
+
+
+def write_entry(workspace: Workspace, entry: EnrolmentEntry, contents: bytes, signature: bytes) -> None:
+    """Append an entry: first its signature, which alone means nothing, then the entry, if its name is free."""
+    path = _path(workspace, entry.number)
+    workspace.store.put(workspace.name(path.with_suffix(".sig")), signature)
+    if not workspace.store.put_new(workspace.name(path), contents):
+        raise IntegrityError(
+            f"{path} stands there already",
+            hint="Another server was first: run the command again. `fedcli verify` tells whether it is the server's.",
+        )
+
+
+def entry_bytes(entry: EnrolmentEntry) -> bytes:
+    """Return an entry as it is stored."""
+    return sealed(entry)
+
+
+def _path(workspace: Workspace, number: int) -> Path:
+    return workspace.enrolment / f"{round_name(number)}.json"
