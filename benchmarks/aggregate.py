@@ -72,11 +72,11 @@ def measure(scratch: Path, clients: int, repeats: int) -> dict[str, float]:
     }
 
 
-def make_workspace(root: Path, clients: int) -> Workspace:
+def make_workspace(root: Path, clients: int, signatures: str = "off") -> Workspace:
     """Make a workspace with one tensor list of 67 MB, and an update of each client."""
     settings = {
         "data.source": "null",
-        "federation.signatures": "off",
+        "federation.signatures": signatures,
         "federation.clients": clients,
         "federation.rounds": 2,
     }

@@ -471,3 +471,39 @@ def test_a_party_sees_who_is_hidden_and_not_that_they_are_missing(world: World) 
     assert (seen["answered"], seen["missing"], seen["hidden"], seen["joined"]) == ([], [0], [1, 2], [0, 1, 2])
     seen = json.loads(world.server("status", "--json", workspace=workspace).stdout)
     assert (seen["answered"], seen["missing"], seen["hidden"]) == ([1], [0, 2], [])
+
+
+def test_with_signatures_nothing_forged_counts_and_nothing_stops_the_honest(world: World) -> None:
+    workspace = world.workspace.with_name("signed")
+    chosen = [setting for setting in SETTINGS if not setting.startswith(("federation.signatures", "algorithm"))]
+    done = world.server("init", workspace, *settings(*chosen), workspace=world.folder / "server")
+    assert done.returncode == 0, done.stderr
+    honest, thief = world.parties[0], world.parties[1]
+    for party in (honest, thief):
+        assert world.join(party, workspace).returncode == 0
+        told = world.server("server", "enrol", "--id", party.client, workspace=workspace)
+        fingerprint = told.stderr.split("--fingerprint ")[1].split("`")[0]
+        done = world.server("server", "enrol", "--id", party.client, "--fingerprint", fingerprint, workspace=workspace)
+        assert done.returncode == 0, done.stderr
+    identity = json.loads((workspace / "workspace.json").read_bytes())["id"]
+    keys = [
+        honest.found_home(workspace) / "keys.pem",
+        world.folder / f"server/.local/share/fedcli/{identity}/server/keys.pem",
+    ]
+    for path in keys:
+        assert path.stat().st_mode & 0o777 == 0o600
+        done = subprocess.run(["cat", path], user=thief.user, group=thief.user, extra_groups=[], capture_output=True)
+        assert done.returncode != 0
+    squat = f"import os; os.mkdir({str(workspace / 'clients/0.acks')!r})"
+    assert world.run(thief, "-c", squat).returncode == 0
+    done = world.train(honest, workspace)
+    assert done.returncode == 0, done.stderr
+    assert "the round is not countersigned" in done.stderr
+    unsigned = f"from protocol_client import take_part; [take_part({str(workspace)!r}, client) for client in (1, 2)]"
+    assert world.run(thief, "-c", f"import os; os.umask(0o022); {unsigned}", workspace=workspace).returncode == 0
+    aggregation = closing(world, workspace, "--partial")
+    assert [entry["client"] for entry in aggregation["counted"]] == [0]
+    refused = {entry["client"]: entry["code"] for entry in aggregation["refused"]}
+    assert refused == {1: "unsigned", 2: "unknown_client"}
+    done = world.server("verify", "--json", workspace=workspace)
+    assert json.loads(done.stdout)["violations"] == []

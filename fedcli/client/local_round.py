@@ -114,4 +114,4 @@ def train_and_drop(
     if algorithm.private_state:
         remove_old_candidates(party.home, algorithm, client, [*past, head])
         save_candidate(party.home, algorithm, head.number, sha256(record), kept)
-    return training, commit_update(federation, party, [*files.items()], record)
+    return training, commit_update(federation, party, [*files.items()], record, observer)

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from fedcli.errors import IntegrityError
+from fedcli.errors import DeniedError, IntegrityError
+from fedcli.observer import Observer
 from fedcli.parties.party import Party
 from fedcli.trust.history import note, read_history
 from fedcli.workspace.federation_state import FederationState
@@ -53,7 +54,13 @@ def check_past(federation: FederationState, party: Party, past: Sequence[Round])
     _note_outcomes(party.home, party.client, rounds)
 
 
-def commit_update(federation: FederationState, party: Party, files: Sequence[tuple[str, bytes]], record: bytes) -> bool:
+def commit_update(
+    federation: FederationState,
+    party: Party,
+    files: Sequence[tuple[str, bytes]],
+    record: bytes,
+    observer: Observer,
+) -> bool:
     """Publish an update, with a party's signature where that is required; return False where another one stands.
 
     First the party keeps what it sends, then it countersigns the round, and the update's own rename is the commit.
@@ -70,7 +77,11 @@ def commit_update(federation: FederationState, party: Party, files: Sequence[tup
         workspace, identity = federation.workspace, federation.identity.id
         signed.append((UPDATE_SIGNATURE, key.sign("update", identity, sha256(record))))
         seen = acknowledgement(key.sign("ack", identity, head.sha256), head.sha256)
-        workspace.store.put(workspace.name(workspace.acknowledgement(party.client, head.number)), seen)
+        path = workspace.acknowledgement(party.client, head.number)
+        try:
+            workspace.store.put(workspace.name(path), seen)
+        except DeniedError:  # another user of a shared folder took the name: it costs a witness, not the update
+            observer.noted(f"{path.parent} is not client {party.client}'s own: the round is not countersigned")
     return drop_update(head, party.client, [*signed, (UPDATE_RECORD, record)])
 
 

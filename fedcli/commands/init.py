@@ -1,12 +1,15 @@
 """fedcli init."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from fedcli.commands.options import JsonOption
 from fedcli.commands.output import StepDisplay, at, describe_data, print_result
+
+if TYPE_CHECKING:
+    from fedcli.workspace.federation_state import FederationState
 
 
 def init(
@@ -45,6 +48,9 @@ def init(
         text.append(f"workspace.json was missing: it has the id of round 0 again, {manifest.workspace}")
     text += [] if data is None else [describe_data(data)]
     text += [f"note: {note}" for note in creation.notes]
+    keys = _server_keys(creation.federation)
+    if keys is not None:
+        text.append(f"the server's keys: {keys['fingerprint']}, in {keys['file']}: keep a backup of them")
     option = "" if where == Path.cwd() else at(directory)
     if data is not None:
         told = f"rows longer than train.max_length ({manifest.train.max_length} tokens) are cut, or left out"
@@ -56,5 +62,16 @@ def init(
         if creation.has_rows:
             hint = f"next: fedcli client train --id {manifest.cohort[0]}{option}, or fedcli run{option} for all rounds"
     document = {"status": "created" if created else "exists", "workspace": str(where), "round": head.number}
-    more = {"cohort": manifest.cohort, "data": data, "notes": creation.notes}
+    more = {"cohort": manifest.cohort, "data": data, "notes": creation.notes} | ({"keys": keys} if keys else {})
     print_result(json_output, document | more, text, hint)
+
+
+def _server_keys(federation: "FederationState") -> dict[str, str] | None:
+    """Return the fingerprint of the server's keys, and where they lie; None where signatures are off."""
+    if federation.identity.signatures is None:
+        return None
+    from fedcli.operations.keys import read_keys
+    from fedcli.workspace.layout import server_home
+
+    file = server_home(federation.identity.id).keys
+    return {"fingerprint": read_keys(federation).server.fingerprint, "file": str(file)}

@@ -144,7 +144,7 @@ def _due_clients(federation: FederationState, failed: Sequence[ClientFailure]) -
     missing = set(head.missing_clients())
     passed_over = {failure.client for failure in _failed_in(head, failed)}
     due = [client for client in head.draw_order if client in missing - passed_over and is_here(federation, client)]
-    num_answered = len(head.manifest.cohort) - len(missing)
+    num_answered = len(head.awaited_clients()) - len(missing)
     return due[: max(1, head.num_counted - num_answered)]
 
 
@@ -152,7 +152,7 @@ def _check_failures(federation: FederationState, head: Round, failed: Sequence[C
     """Raise the first failure's kind of error where the round cannot close: too few of its clients may still answer."""
     if not (of_round := _failed_in(head, failed)) or federation.head.number != head.number:
         return
-    cohort, missing = head.manifest.cohort, head.missing_clients()
+    cohort, missing = head.awaited_clients(), head.missing_clients()
     num_answered, num_waiting = len(cohort) - len(missing), len(missing) - len(of_round)
     waits_for_deadline = seconds_left(federation) is not None and num_answered + num_waiting > 0
     if num_answered + num_waiting >= needed_answers(federation) or waits_for_deadline:

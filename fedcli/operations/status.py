@@ -81,12 +81,13 @@ def read_status(federation: FederationState) -> Status:
     """Return where the federation stands."""
     workspace, config, head = federation.workspace, federation.config, federation.head
     manifest = head.manifest
-    hidden = [client for client in manifest.cohort if is_hidden(workspace, client)]
+    awaited = head.awaited_clients()
+    hidden = [client for client in awaited if is_hidden(workspace, client)]
     silent = {*head.missing_clients()}
-    foreign = foreign_clients(workspace, sorted({*manifest.cohort} - silent))
+    foreign = foreign_clients(workspace, sorted({*awaited} - silent))
     missing = sorted((silent | {*foreign}) - {*hidden})
-    arriving = arriving_clients(head, sorted({*manifest.cohort} - {*missing} - {*hidden}))
-    answered = sorted({*manifest.cohort} - {*missing} - {*hidden} - {*arriving})
+    arriving = arriving_clients(head, sorted({*awaited} - {*missing} - {*hidden}))
+    answered = sorted({*awaited} - {*missing} - {*hidden} - {*arriving})
     needed = needed_answers(federation)
     last = manifest.aggregation
     last_missing = last.missing if last else []

@@ -68,7 +68,7 @@ class Watcher:
         return View(
             workspace=federation.workspace.root.name,
             head=manifest,
-            answered=sorted({*manifest.cohort} - {*missing}),
+            answered=sorted({*head.awaited_clients()} - {*missing}),
             missing=sorted(missing),
             needed=needed_answers(federation),
             past=list(self._past),

@@ -94,6 +94,11 @@ def found_trust(workspace: Workspace, identity: Identity) -> ServerTrust | None:
     home = server_home(identity.id)
     if workspace.store.names("enrolment") and read_enrolment(workspace).entries:
         return open_trust(workspace, identity)
+    if home.folder.resolve().is_relative_to(workspace.root.resolve()):
+        raise UsageError(
+            f"{home.folder} lies in the workspace, where everybody could see the server's keys",
+            hint="Name another folder with $FEDCLI_SERVER_HOME.",
+        )
     make_home(home)
     key = latest_keys(home)
     return ServerTrust(workspace, identity, home, key, Enrolment()).append("server", keys=key.public)

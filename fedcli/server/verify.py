@@ -25,6 +25,7 @@ from fedcli.server.verification import Verification
 from fedcli.server.verify_signatures import check_of_merge, check_signatures, gone_clients, read_pins
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.client_state import damaged_candidates, read_state
+from fedcli.workspace.enrolment import forget_enrolment
 from fedcli.workspace.history import (
     Round,
     is_hidden,
@@ -60,6 +61,7 @@ def verify(workspace: Workspace, *, trust: Path | None = None, observer: Observe
     """
     result, pins = Verification(), None if trust is None else read_pins(trust)
     identity = _read_identity(workspace, result)
+    forget_enrolment(workspace)
     for entry in workspace.store.names("rounds"):
         if not entry.startswith(".") and not is_round_name(entry):
             result.report(workspace.rounds / entry, "is no round; nothing else belongs there")

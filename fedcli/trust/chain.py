@@ -22,7 +22,7 @@ def read_chain(workspace: Workspace, identity: Identity, pins: Collection[str] =
 
     Raises IntegrityError with the first entry that is not the server's, or where the server is another.
     """
-    enrolment = read_enrolment(workspace)
+    enrolment = read_enrolment(workspace, anew=True)
     if not enrolment.entries:
         raise IntegrityError(f"{workspace.enrolment} is empty: nothing says who the server is", hint=_ASK)
     server: PublicKeys | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 from fedcli.errors import IntegrityError
 from fedcli.workspace.layout import Workspace, round_name
@@ -108,14 +109,29 @@ class Enrolment:
         return found
 
 
-def read_enrolment(workspace: Workspace) -> Enrolment:
-    """Read the chain; empty where there is none. Raises IntegrityError where it is damaged or an entry is missing."""
-    return Enrolment(tuple(_read(workspace)))
+_KNOWN: WeakKeyDictionary[Workspace, Enrolment] = WeakKeyDictionary()
 
 
-def _read(workspace: Workspace) -> Iterator[StoredEntry]:
-    parent: str | None = None
-    number = 0
+def read_enrolment(workspace: Workspace, *, anew: bool = False) -> Enrolment:
+    """Read the chain, of which what this process has read before is read again only `anew`; empty where there is none.
+
+    Raises IntegrityError where it is damaged or an entry is missing.
+    """
+    known = Enrolment() if anew else _KNOWN.get(workspace, Enrolment())
+    if more := tuple(_read(workspace, known, is_complete=anew)):
+        known = Enrolment((*known.entries, *more))
+    _KNOWN[workspace] = known
+    return known
+
+
+def forget_enrolment(workspace: Workspace) -> None:
+    """Let the next look at a chain read all of it."""
+    _KNOWN.pop(workspace, None)
+
+
+def _read(workspace: Workspace, known: Enrolment, *, is_complete: bool) -> Iterator[StoredEntry]:
+    """Yield the entries that follow; with `is_complete` none may stand behind one that is missing."""
+    number, parent = len(known.entries), None if known.head is None else known.head.sha256
     while (contents := _contents(workspace, path := _path(workspace, number))) is not None:
         entry = parse_record(EnrolmentEntry, contents, path)
         if (entry.number, entry.parent) != (number, parent):
@@ -124,7 +140,8 @@ def _read(workspace: Workspace) -> Iterator[StoredEntry]:
         parent = sha256(contents)
         yield StoredEntry(path, entry, parent, signature or b"")
         number += 1
-    if later := [name for name in workspace.store.names("enrolment") if name > f"{round_name(number)}.sig"]:
+    names = workspace.store.names("enrolment") if is_complete else []
+    if later := [name for name in names if name > f"{round_name(number)}.sig"]:
         raise IntegrityError(f"{path} is missing, and {later[0]} stands", hint=_RESTORE)
 
 

@@ -186,7 +186,8 @@ def _private_folder(workspace_id: str) -> Path:
     base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     if base.startswith("~"):
         raise WorkspaceError(
-            "this user has no home directory to keep private state in", hint="Name a folder: --home DIR."
+            "this user has no home directory to keep private state in",
+            hint="Name a folder: --home DIR, or $FEDCLI_SERVER_HOME for the server.",
         )
     return Path(base).absolute() / "fedcli" / workspace_id
 

@@ -22,6 +22,9 @@ _OPEN_FOLDER_MODE = 0o3777
 _FOLDER_MODES = {"rounds": publish.SHARED_FOLDER_MODE, "inbox": publish.DROPPED_FOLDER_MODE}
 """Of the folders that are published in; others are as the umask has it."""
 
+_WRITTEN_FOLDER_MODES = dict.fromkeys(("clients", "enrolment"), publish.SHARED_FOLDER_MODE)
+"""Of the folders of signatures, which all may read, whatever the umask."""
+
 
 class Store(ABC):
     """Files by name, a POSIX path below the workspace.
@@ -194,7 +197,9 @@ class DirectoryStore(Store):
         return publish.publish_new_file(self.root / name, contents)
 
     def put(self, name: str, contents: bytes) -> None:
-        publish.publish_file(self.root / name, contents)
+        path = self.root / name
+        publish.make_folder(path.parent, _WRITTEN_FOLDER_MODES.get(PurePosixPath(name).parts[0]))
+        publish.publish_file(path, contents)
 
     def publish(self, folder: str, files: Iterable[tuple[str, bytes]], record: tuple[str, bytes]) -> bool:
         """Write beside and rename; through a link nothing is published: whoever made it would get the files."""
