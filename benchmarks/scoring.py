@@ -32,7 +32,7 @@ from fedcli.eval.requests import Generation, Likelihood, LogLikelihood
 
 BENCHMARKS = {"mmlu": (table.MMLU, 5, 0.35), "bbh": (table.BBH, None, 0.35), "gsm8k": (table.GSM8K, 5, 0.6)}
 """By name: the benchmark, its number of examples where that is not its own, and the limit of the ratio."""
-CLOSE = 1e-3
+CLOSE = 1e-4
 """How much log-probabilities may differ from HFLM's, which adds them in another order."""
 
 

@@ -12,6 +12,9 @@ FIRST_BATCH = {"cpu": 4}
 """Items of the first batch, by the kind of device, where nobody says how many; of others BATCH_SIZE."""
 SAMPLED_BATCH = {"cpu": 8}
 """The same of every batch of sampled answers, which depend on it: no clock may decide."""
+GREEDY_BATCH = 16
+"""Greedy answers of a batch behind prefixes, however long it takes: a token of each takes three times as long as one of
+a single answer. Fewer where their keys and values would take more memory than those of prefixes may."""
 BATCH_SECONDS = 30.0
 """About as long as a batch may take: what is answered is kept, and shown, after each."""
 MOST_GROWTH = 4
@@ -27,6 +30,7 @@ class Pace:
 
     size: int
     is_fixed: bool = False
+    least: int = 1
 
     @classmethod
     def of(cls, device: str, batch_size: int | None, *, is_sampled: bool = False) -> "Pace":
@@ -40,7 +44,13 @@ class Pace:
         """Take note of how long a batch took."""
         if not self.is_fixed:
             in_time = int(num_rows * BATCH_SECONDS / max(seconds, 1e-9))
-            self.size = max(1, min(BATCH_SIZE, num_rows * MOST_GROWTH, in_time))
+            self.size = max(self.least, min(BATCH_SIZE, num_rows * MOST_GROWTH, in_time))
+
+    def at_least(self, num_rows: int) -> None:
+        """Take no fewer rows than so many, unless their number is fixed."""
+        if not self.is_fixed:
+            self.least = max(num_rows, 1)
+            self.size = max(self.size, self.least)
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,8 @@ def batches(
     keeping = keeper() if root.longer else None
     if keeping is None:
         root = Prefix(0, 0, list(range(len(ids))))
+    elif room:
+        pace.at_least(min(GREEDY_BATCH, keeping.num_tokens // (max(map(len, ids)) + room)))
 
     def asked(above: Prefix, kept: Kept | None) -> list[tuple[int, Row]]:
         return [(indices[row], Row(ids[row], kept)) for row in above.rows]

@@ -1,6 +1,7 @@
 """A transformers model on this machine that answers in batches: longest first, padded on the left to generate."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +13,13 @@ import torch
 from fedcli.data.encoding import Encoder
 from fedcli.errors import RequirementError
 from fedcli.eval.batches import MAX_BATCH_TOKENS, PREFIX_TOKENS, Keeper, Pace, batches
+from fedcli.eval.endings import closed_up, leaving, stops
 from fedcli.eval.remembered import Usage, not_finite
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, Text, before_stop
 from fedcli.eval.streaming import Pieces, StreamedAnswer
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.loading import pad_id_of, short_memory
-from fedcli.model.prefix_cache import Kept, Row, bytes_per_token, cache_to_generate, keep, logits_of, padded_left
+from fedcli.model.prefix_cache import Kept, Row, begin, bytes_per_token, keep, logits_of, padded_left
 from fedcli.randomness import stream_seed
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 KEPT_BYTES = {"cpu": 2**30}
 """Of the prefixes' keys and values, by the kind of device; of others MOST_KEPT_BYTES."""
 MOST_KEPT_BYTES = 2**32
-BURST = 16
-"""Tokens that answers behind a prefix get at a time; then those that have ended leave the batch."""
+LEAVING = 1 / 8
+"""Of a batch of answers behind a prefix: when so many have ended, they leave it."""
 CACHE_GROWTH = 64
 """Tokens that the cache of answers grows by."""
 WHOLE = (
@@ -235,8 +237,7 @@ class LocalModel:
         from transformers import StoppingCriteriaList
 
         prompts = [list(row.ids) for row, _ in rows]
-        input_ids, mask = padded_left([row for row, _ in rows], self._pad_id)
-        width, device = input_ids.shape[1], self._model.device
+        device, cache = self._model.device, None
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if request.temperature > 0:
             sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
@@ -244,37 +245,41 @@ class LocalModel:
                 repr([(ids, sample) for ids, (_, sample) in zip(prompts, rows, strict=True)]).encode()
             )
             torch.manual_seed(stream_seed(0, "evaluation", part=name.hexdigest()) % 2**63)
-        if request.stop:
-            sampling["stopping_criteria"] = StoppingCriteriaList([self._stops(request.stop, width)])
-        cache, burst = None, room
         if any(row.kept for row, _ in rows):
-            cache, burst = cache_to_generate([row for row, _ in rows], CACHE_GROWTH), BURST
+            input_ids, mask, cache = begin(self._base, [row for row, _ in rows], self._pad_id, CACHE_GROWTH)
             sampling |= {"past_key_values": cache, "use_cache": True}
+        else:
+            input_ids, mask = padded_left([row for row, _ in rows], self._pad_id)
+        width = input_ids.shape[1]
         found: list[list[int]] = [[] for _ in rows]
-        going = list(range(len(rows)))
-        for made in range(0, room, burst):
-            more = min(burst, room - made)
+        going, made = list(range(len(rows))), 0
+        while going and made < room:
+            criteria = [stops(request.stop, width, self._decoded)] if request.stop else []
+            if cache is not None:
+                criteria = [leaving(criteria, self._encoder.end_id, math.ceil(LEAVING * len(going)))]
             input_ids = self._model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=mask.to(device),
-                max_new_tokens=more,
+                max_new_tokens=room - made,
                 repetition_penalty=1.0,  # whatever the model's own generation_config.json says
                 pad_token_id=self._pad_id,
                 eos_token_id=self._encoder.end_id,
                 streamer=streamer,
+                stopping_criteria=StoppingCriteriaList(criteria),
                 **sampling,
             )
             for number, tokens in zip(going, input_ids[:, width + made :].tolist(), strict=True):
                 found[number] += tokens
-            open_places = [place for place, number in enumerate(going) if not self._has_ended(found[number], request)]
-            if cache is None or not open_places or input_ids.shape[1] < width + made + more:
+            if cache is None:
                 break
-            going = [going[place] for place in open_places]
-            places = torch.tensor(open_places)
-            mask = torch.nn.functional.pad(mask[places], (0, more), value=1)
-            if len(open_places) < len(input_ids):
-                input_ids = input_ids[places.to(device)]
-                cache.batch_select_indices(places.to(device))
+            more, made = input_ids.shape[1] - width - made, input_ids.shape[1] - width
+            is_open = [not self._has_ended(found[number], request) for number in going]
+            places = closed_up(is_open)
+            going = [going[place] for place in places]
+            chosen = torch.tensor(places, dtype=torch.long)
+            mask = torch.nn.functional.pad(mask[chosen], (0, more), value=1)
+            input_ids = input_ids[chosen.to(device)]
+            cache.batch_select_indices(chosen.to(device))
         self.usage.num_generated_tokens += sum(token != self._pad_id for tokens in found for token in tokens)
         return [before_stop(text, request.stop) for text in self._texts(prompts, found)]
 
@@ -284,16 +289,6 @@ class LocalModel:
             return True
         (text,) = self._decoded([tokens])
         return before_stop(text, request.stop) != text
-
-    def _stops(self, stop: Sequence[str], width: int) -> Callable[..., torch.Tensor]:
-        """Return what tells whether rows have come to a stop sequence; it looks only behind the prompts' `width`."""
-        num_tokens = max(len(mark.encode()) for mark in stop) + 1
-
-        def has_stopped(input_ids: torch.Tensor, _scores: torch.Tensor, **_: object) -> torch.Tensor:
-            ends = self._decoded(input_ids[:, max(width, input_ids.shape[1] - num_tokens) :].tolist())
-            return torch.tensor([any(mark in end for mark in stop) for end in ends], device=input_ids.device)
-
-        return has_stopped
 
     def _texts(self, prompts: list[list[int]], generated: list[list[int]]) -> list[str]:
         """Return answers with the space that they begin with, which sentencepiece drops where a text begins."""

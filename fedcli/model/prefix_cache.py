@@ -1,7 +1,8 @@
 """Keys and values of tokens that several sequences begin with, computed once and given to each of them.
 
 Every row of a batch is its own sequence without a gap: padding stands left of what is kept and right of what is new
-(or, to generate, left alone), so that attention masks, positions and sliding windows are those of the row alone.
+(or, to generate, left alone), so that attention masks, positions and sliding windows are those of the row alone. Rows
+that have as much to compute are computed together, so that little is padded.
 """
 
 import inspect
@@ -16,6 +17,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from fedcli.model.output_head import logits_at
+from fedcli.model.padding import cheapest_parts
+
+OVERHEAD = {"cpu": 32}
+"""What a further pass costs, in tokens, by the kind of device; measured on a CPU, of others OTHER_OVERHEAD."""
+OTHER_OVERHEAD = 512
+LARGEST_PASS = 2**16
+"""Padded tokens of a pass."""
 
 _BYTES_PER_TOKEN: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
 """Of the models that were probed: how much is kept of a token; 0 where nothing may be."""
@@ -72,6 +80,7 @@ class _Layer(DynamicLayer):
         if not self._stores:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self._stores = [self._begun(which, new) for which, new in enumerate((key_states, value_states))]
+            self._rows = ()  # what was kept is copied, and may go
         end = self.length + key_states.shape[-2]
         if end > self._stores[0].shape[-2]:
             more = max(end - self._stores[0].shape[-2], self._growth)
@@ -91,9 +100,12 @@ class _Layer(DynamicLayer):
         return self.length + query_length, 0
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows of the batch."""
-        self._stores = [store[indices] for store in self._stores]
-        super().batch_select_indices(indices)
+        """Keep some rows of the batch; only those whose place changes are copied."""
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        for store in self._stores:
+            store[moved] = store[indices[moved]]
+        self._stores = [store[: len(indices)] for store in self._stores]
+        self.keys, self.values = (store[:, :, : self.length] for store in self._stores)
 
     def _begun(self, which: int, new: torch.Tensor) -> torch.Tensor:
         batch, heads, num_new, size = new.shape
@@ -148,42 +160,58 @@ def _inputs(model: nn.Module, rows: Sequence[Row], pad_id: int) -> dict[str, Any
     return inputs
 
 
+def _passes(model: nn.Module, rows: Sequence[Row]) -> list[list[int]]:
+    """Return the rows' numbers in the passes that compute them in the least time."""
+    order = sorted(range(len(rows)), key=lambda number: rows[number].num_new)
+    overhead = OVERHEAD.get(next(model.parameters()).device.type, OTHER_OVERHEAD)
+    parts = cheapest_parts([rows[number].num_new for number in order], overhead=overhead, largest=LARGEST_PASS)
+    return [[order[place] for place in part] for part in parts]
+
+
 def logits_of(rows: Sequence[Row], lengths: Sequence[int], model: nn.Module, pad_id: int) -> torch.Tensor:
     """Return the logits of each row's last tokens, so many of each row and none kept: (sum of lengths, words)."""
-    width = max(row.num_new for row in rows)
-    positions = torch.zeros((len(rows), width), dtype=torch.bool)
-    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        positions[number, row.num_new - length : row.num_new] = True
-    inputs = _inputs(model, rows, pad_id)
-    return logits_at(model, positions.to(inputs["input_ids"].device), **inputs)
+    found: dict[int, torch.Tensor] = {}
+    for numbers in _passes(model, rows):
+        inputs = _inputs(model, [rows[number] for number in numbers], pad_id)
+        positions = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+        for place, number in enumerate(numbers):
+            positions[place, rows[number].num_new - lengths[number] : rows[number].num_new] = True
+        logits = logits_at(model, positions.to(inputs["input_ids"].device), **inputs)
+        found |= zip(numbers, logits.split([lengths[number] for number in numbers]), strict=True)
+    return torch.cat([found[number] for number in range(len(rows))])
 
 
 def keep(model: nn.Module, rows: Sequence[Row], pad_id: int) -> list[Kept]:
-    """Compute the rows' new tokens; return what is to be kept of each row."""
-    inputs = {"use_cache": True, "past_key_values": DynamicCache(), **_inputs(model, rows, pad_id)}
-    positions = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    positions[0, 0] = True  # logits of one token: a head may not take none
-    logits_at(model, positions, **inputs)
-    return [
-        Kept(
-            len(row.ids),
-            tuple(
-                (layer.keys[number, :, : row.num_new].clone(), layer.values[number, :, : row.num_new].clone())
-                for layer in inputs["past_key_values"].layers
-            ),
-            row.kept,
-        )
-        for number, row in enumerate(rows)
-    ]
+    """Compute the rows' new tokens, at least one of each; return what is to be kept of each row."""
+    found: dict[int, Kept] = {}
+    for numbers in _passes(model, rows):
+        inputs = _inputs(model, [rows[number] for number in numbers], pad_id)
+        inputs = {"use_cache": True, "past_key_values": DynamicCache(), **inputs}
+        positions = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        positions[0, 0] = True  # logits of one token: a head may not take none
+        logits_at(model, positions, **inputs)
+        layers = inputs["past_key_values"].layers
+        for place, number in enumerate(numbers):
+            row = rows[number]
+            states = tuple(
+                (layer.keys[place, :, : row.num_new].clone(), layer.values[place, :, : row.num_new].clone())
+                for layer in layers
+            )
+            found[number] = Kept(len(row.ids), states, row.kept)
+    return [found[number] for number in range(len(rows))]
 
 
-def cache_to_generate(rows: Sequence[Row], growth: int) -> DynamicCache:
-    """Return a cache for rows that are padded on the left to the longest; it grows by so many tokens at a time.
+def begin(
+    model: nn.Module, rows: Sequence[Row], pad_id: int, growth: int
+) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+    """Compute all but the rows' last tokens; return ids and mask, padded on the left, and the cache, to generate with.
 
-    All rows compute as many tokens as the one that has most to compute.
+    The cache grows by so many tokens at a time.
     """
-    num_new = max(row.num_new for row in rows)
-    return _cache(_Layer, rows, [max(len(row.ids) - num_new, 0) for row in rows], growth)
+    open_rows = [Row(row.ids[:-1], row.kept) for row in rows if row.num_new > 1]
+    begun = iter(keep(model, open_rows, pad_id) if open_rows else ())
+    rows = [Row(row.ids, next(begun)) if row.num_new > 1 else row for row in rows]
+    return *padded_left(rows, pad_id), _cache(_Layer, rows, [row.num_kept for row in rows], growth)
 
 
 def bytes_per_token(model: nn.Module) -> int:
@@ -232,10 +260,10 @@ def _rope_types(config: Any) -> list[str]:
 
 def _generated(model: Any, rows: Sequence[Row]) -> tuple[list[int], torch.Tensor, torch.Tensor]:
     """Return the tokens that `generate` begins with, their logits, and those of the tokens behind them."""
-    input_ids, mask = padded_left(rows, 0)
+    input_ids, mask, cache = begin(model, rows, 0, 1)
     device = next(model.parameters()).device
     made = model.generate(
-        input_ids=input_ids.to(device), attention_mask=mask.to(device), past_key_values=cache_to_generate(rows, 1),
+        input_ids=input_ids.to(device), attention_mask=mask.to(device), past_key_values=cache,
         use_cache=True, max_new_tokens=2, min_new_tokens=2, do_sample=False, output_logits=True,
         return_dict_in_generate=True, pad_token_id=0,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fedcli.data.encoded import EncodedRow
+from fedcli.model.padding import cheapest_parts
 
 OVERHEAD = {"cpu": 64, "cuda": 512}
 """What a further micro-batch costs, in tokens, by the kind of device; measured on a CPU, an estimate for a GPU."""
@@ -19,14 +20,5 @@ def cut(batch: Sequence[EncodedRow], *, size: int | None, overhead: int, largest
     rows = sorted(batch, key=lambda row: row.length)
     if size is not None:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
-    best: list[tuple[int, int]] = [(0, 0)]  # of the first n rows: the least cost, and where their last part begins
-    for end in range(1, len(rows) + 1):
-        longest = rows[end - 1].length
-        parts = ((best[start][0] + (end - start) * longest + overhead, start) for start in range(end))
-        best.append(min(part for part in parts if part[1] == end - 1 or (end - part[1]) * longest <= largest))
-    cuts, end = [], len(rows)
-    while end:
-        start = best[end][1]
-        cuts.append(rows[start:end])
-        end = start
-    return cuts[::-1]
+    parts = cheapest_parts([row.length for row in rows], overhead=overhead, largest=largest)
+    return [rows[part.start : part.stop] for part in parts]
