@@ -20,7 +20,14 @@ PLAIN = (
 )
 """Runs commands of fedcli, one after the other, as in an installation without extras."""
 ROUNDS = ("init w --preset demo --set federation.rounds=1 --set federation.clients=2 --set train.steps=1", "run -w w")
-WORK = (*ROUNDS, "verify -w w", "train-alone --id 0 -w w", "eval demo --limit 3 -w w", "export out -w w", "status -w w")
+WORK = (
+    *ROUNDS,
+    "verify -w w",
+    "train-alone --id 0 -w w",
+    "eval demo --limit 3 -w w",
+    "export out -w w",
+    "data preview -w w",
+)
 
 
 def test_every_extra_that_an_error_names_brings_its_package() -> None:
@@ -36,6 +43,7 @@ def test_every_extra_that_an_error_names_brings_its_package() -> None:
     [
         ("report", "matplotlib"),
         (f"eval mmlu --base --data {ROWS}", "lm_eval"),
+        ("data preview -o shares.png", "matplotlib"),
         ("eval lm-eval hellaswag --base", "lm_eval"),
         (f"eval conala --base --data {ROWS}", "sacrebleu"),
         (f"eval finance conala --base --data {ROWS}", "sacrebleu"),
@@ -66,5 +74,6 @@ def test_the_plain_installation_trains_merges_verifies_and_scores_the_demo(tmp_p
     line = [sys.executable, "-c", PLAIN, *WORK]
     done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "picture: none: this needs the package matplotlib" in done.stderr
     record = json.loads((tmp_path / "w/eval/round-00001/demo@limit=3.json").read_bytes())
     assert record["scores"]["exact_match"]["num_items"] == 3

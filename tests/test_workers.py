@@ -15,7 +15,8 @@ from support.federation import adapter_hashes
 from support.processes import ENVIRONMENT, command, run_ok
 
 from fedcli.errors import ConfigError
-from fedcli.operations.workers import Workers, visible_gpus
+from fedcli.operations.pool import visible_gpus
+from fedcli.operations.workers import Workers
 from fedcli.workspace.layout import Workspace
 
 

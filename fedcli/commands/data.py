@@ -7,6 +7,7 @@ from typer import Option
 
 from fedcli.commands.options import HomeOption, JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import StepDisplay, at, describe_data, print_hint, print_json, print_result, terminal
+from fedcli.errors import missing_package
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +62,8 @@ def data_preview(
         _print_row(console, row)
     _print_histogram(console, result)
     _print_clients(console, result)
-    print_hint(f"picture: {result.picture}")
+    missing = missing_package("matplotlib")
+    print_hint(f"picture: {result.picture or f'none: {missing.message}. {missing.hint}'}")
 
 
 def _print_row(console: "Console", row: "ShownRow") -> None:

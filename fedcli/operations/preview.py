@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from fedcli.data.encoded import EncodedExample, EncodedRows
 from fedcli.data.encoding import Encoder, cut, require_encoded
 from fedcli.data.file_rows import Row
 from fedcli.data.formats import RowReader
-from fedcli.errors import NotReadyError, UsageError
+from fedcli.errors import NotReadyError, UsageError, require_packages
 from fedcli.model.base import find_base
 from fedcli.model.inspection import inspect
 from fedcli.model.loading import load_tokenizer
@@ -97,7 +98,8 @@ class Preview:
     histogram: list[int]
     num_sampled: int
     """Rows that were tokenised: the first NUM_SAMPLED of each client."""
-    picture: Path
+    picture: Path | None
+    """None where none was asked for and the package that draws is not installed."""
 
 
 def preview(
@@ -116,6 +118,9 @@ def preview(
     The picture of a joined party lies in its home, unless `output` names another place. Raises NotReadyError where
     there are no rows yet.
     """
+    can_draw = find_spec("matplotlib") is not None
+    if output is not None:
+        require_packages(["matplotlib"])
     experiment: Experiment
     if read_round(workspace, 0) is None:
         experiment = Experiment.read(workspace)
@@ -182,7 +187,8 @@ def preview(
     folder = workspace.data if is_simulated else parties[0].home.folder
     picture = output or folder / ("preview.png" if client is None else f"preview-{client}.png")
     bars = [Bar(share.client, share.num_rows, share.groups) for share in shares]
-    publish_file(picture, draw(bars, groups, all_lengths, max_length))
+    if can_draw:
+        publish_file(picture, draw(bars, groups, all_lengths, max_length))
     return Preview(
         rows=shown,
         clients=shares,
@@ -192,7 +198,7 @@ def preview(
         edges=[*(int(edge) for edge in np.ceil(edges[:-1])), int(edges[-1])],
         histogram=[int(count) for count in counts_],
         num_sampled=len(all_lengths),
-        picture=picture,
+        picture=picture if can_draw else None,
     )
 
 

@@ -1,20 +1,17 @@
 """A study's cells, one after another in this process, or in a few that each keep the base model loaded."""
 
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from fedcli.client.runtimes import KeptModel
-from fedcli.errors import BusyError, FedError, RequirementError, UsageError, did_you_mean, explain, require_packages
+from fedcli.errors import BusyError, FedError, UsageError, did_you_mean, require_packages
 from fedcli.eval.data import Files
 from fedcli.eval.endpoint import find_endpoint
 from fedcli.eval.registry import BENCHMARKS, find_benchmarks, needed_packages
-from fedcli.operations.workers import MOST_DEATHS, end_with_parent, spawn_worker
+from fedcli.operations.pool import Died, Pool, Raised
 from fedcli.study.folder import CellError, CellRecord, StudyFolder, error_record
 from fedcli.study.plan import Cell, cell_key, cells_of
 from fedcli.study.progress import CellTeller
@@ -146,78 +143,28 @@ def _run_here(
             continue
 
 
-@dataclass
-class _Worker:
-    """A process, this side of its pipe, and the cell that it runs now."""
-
-    process: BaseProcess
-    connection: Connection
-    cell: Cell | None = None
-
-
 def _run_beside(
     folder: StudyFolder, cells: Sequence[Cell], count: int, threads: int | None, watch: StudyObserver
 ) -> Iterator[tuple[Cell, CellRecord]]:
     """Run cells in up to `count` processes, and yield each one's record as it ends."""
-    waiting, deaths = deque(cells), Counter[str]()
-    workers: list[_Worker] = []
-    try:
-        while waiting or any(worker.cell is not None for worker in workers):
-            for worker in workers:
-                if worker.cell is None and waiting:
-                    _give(worker, waiting.popleft(), watch)
-            while waiting and len(workers) < count:
-                taken = {worker.process.name for worker in workers}
-                place = next(place for place in range(count) if f"worker-{place}" not in taken)
-                workers.append(_Worker(*spawn_worker(_work, place, count, threads, folder.root, threads)))
-                _give(workers[-1], waiting.popleft(), watch)
-            busy = {worker.connection: worker for worker in workers if worker.cell is not None}
-            for ready in wait(list(busy)):
-                worker = busy[ready]  # type: ignore[index]  # `wait` returns of what it was given
-                cell = worker.cell
-                assert cell is not None
-                try:
-                    message = worker.connection.recv()
-                except (EOFError, OSError):
-                    worker.process.join()
-                    workers.remove(worker)
-                    deaths[cell.id] += 1
-                    if deaths[cell.id] < MOST_DEATHS:
-                        watch.cell_lost(cell.id)
-                        waiting.appendleft(cell)
-                    else:
-                        yield cell, _died(folder, cell)
-                    continue
-                if isinstance(message, tuple):
-                    watch.cell_told(cell.id, *message)
-                    continue
-                worker.cell = None
-                if isinstance(message, CellRecord):
-                    yield cell, message
-                elif not isinstance(message, BusyError):
-                    raise message
-    finally:
-        for worker in workers:
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join()
+    by_id = {cell.id: cell for cell in cells}
+    with Pool[str](count, threads, _begin, folder.root, threads) as pool:
+        results = pool.run(
+            list(by_id),
+            started=watch.cell_started,
+            told=lambda cell, told: watch.cell_told(cell, *told),
+            died=lambda cell, _: watch.cell_lost(cell),
+        )
+        for name, result in results:
+            if isinstance(result, Died):
+                result = _keep_failure(folder, by_id[name], result.error("runs"))
+            if not isinstance(result, Raised):
+                yield by_id[name], result
+            elif not isinstance(result.error, BusyError):
+                raise result.error
 
 
-def _give(worker: _Worker, cell: Cell, watch: StudyObserver) -> None:
-    worker.cell = cell
-    watch.cell_started(cell.id)
-    try:
-        worker.connection.send(cell.id)
-    except OSError:
-        return  # it has died: what it is asked for next shows that
-
-
-def _died(folder: StudyFolder, cell: Cell) -> CellRecord:
-    error = RequirementError(
-        f"the worker that runs it died {MOST_DEATHS} times",
-        hint="Signal 9 is often the kernel's, for want of memory: use fewer --workers, or lower "
-        "train.micro_batch_size.",
-    )
+def _keep_failure(folder: StudyFolder, cell: Cell, error: FedError) -> CellRecord:
     key = cell_key(folder.study, cell)
     record = folder.read(cell) or CellRecord(key=key, fixed=cell.fixed, status="failed")
     record = record.model_copy(update={"status": "failed", "error": error_record(error)})
@@ -225,22 +172,8 @@ def _died(folder: StudyFolder, cell: Cell) -> CellRecord:
     return record
 
 
-def _work(connection: Connection, root: Path, threads: int | None) -> None:
-    """Be a worker: run the cells that come through the pipe, until it is closed or who started this has died."""
-    end_with_parent()
-    folder, kept = StudyFolder(root), KeptModel()
-    teller = CellTeller(lambda *told: connection.send(told))
+def _begin(root: Path, threads: int | None, send: Callable[[tuple[str, bool]], None]) -> Callable[[str], CellRecord]:
+    """Return what runs a cell in a worker, which keeps its base model for the next one."""
+    folder, kept, teller = StudyFolder(root), KeptModel(), CellTeller(lambda *told: send(told))
     cells = {cell.id: cell for cell in cells_of(folder.study)}
-    while True:
-        try:
-            cell = cells[connection.recv()]
-        except EOFError:
-            return
-        try:
-            connection.send(run_cell(folder, cell, kept=kept, threads=threads, observer=teller))
-        except BrokenPipeError:
-            return
-        except BusyError as error:
-            connection.send(error)
-        except Exception as error:
-            connection.send(explain(error))
+    return lambda name: run_cell(folder, cells[name], kept=kept, threads=threads, observer=teller)
