@@ -113,8 +113,8 @@ def geometric_median(
 ) -> Array:
     """Return w of the point with the least sum of distances, by z <- sum b_i x_i / sum b_i.
 
-    b_i = a_i / max(nu, ||x_i - z||): RFA, Pillutla et al. 2019 (1912.13445); `nu` is in units of the median of the norms. From `start`, by default the
-    mean, until w stands still or for so many iterations. a_i are equal by default.
+    b_i = a_i / max(nu, ||x_i - z||): RFA, Pillutla et al. 2019 (1912.13445); `nu` is in units of the median of the
+    norms. From `start`, by default the mean, until w stands still or for so many iterations. a_i are equal by default.
     """
     count = len(products)
     alphas = np.full(count, 1 / count) if alphas is None else alphas
