@@ -188,9 +188,11 @@ def _claimable(federation: FederationState) -> Iterator[int]:
 
 def _train(federation: FederationState, party: Party, runtimes: Runtimes, observer: Observer) -> ClientResult:
     from fedcli.client.local_round import train_and_drop
+    from fedcli.workspace.inbox import clear_discarded
 
     workspace = federation.workspace
     workspace.store.sweep(workspace.name(workspace.client_inbox(party.client)))
+    clear_discarded(federation.head, party.client)
     training, is_first = train_and_drop(federation, party, runtimes, observer)
     status: ClientStatus = "submitted" if is_first else "already_submitted"
     return ClientResult(status, party.client, federation.head.number, training)

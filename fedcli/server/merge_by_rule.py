@@ -232,7 +232,7 @@ class _Merge:
         return MergedUpdates(zeros | merged[ADAPTER_FILE], files)
 
     def _file_weights(self, name: str) -> Array:
-        """Return the weights for a file beside the adapter, by the rule on that alone: each may lie in one only."""
+        """Return the weights for a file beside the adapter, by the rule on that file alone."""
         count = len(self.survey.found)
         return self.rule.weights(self.survey.products[name], np.full(count, 1 / count))
 

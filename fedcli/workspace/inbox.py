@@ -1,6 +1,7 @@
 """The inbox: how a client drops an update, and how the server reads one that may be hostile."""
 
 import hashlib
+import json
 import mmap
 import os
 import time
@@ -15,7 +16,7 @@ from fedcli.workspace.history import Round
 from fedcli.workspace.layout import UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, is_round_name
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
-from fedcli.workspace.registrations import inbox_owner, is_stranger, read_registration
+from fedcli.workspace.registrations import inbox_owner, is_server, is_stranger, read_registration
 from fedcli.workspace.store import Folder
 from fedcli.workspace.tensors import Span, check_values, largest_file, locate, numbers
 
@@ -98,18 +99,40 @@ def submitted_rounds(workspace: Workspace, client: int) -> list[int]:
 
 
 def discard_update(base: Round, client: int) -> bool:
-    """Set a client's update of a round aside; return whether there was one."""
+    """Set a client's update of a round aside; return whether there was one.
+
+    The server may move nothing of another user's: it leaves a note, by which the update is none.
+    """
     workspace = base.workspace
     try:
         return workspace.store.set_aside(workspace.name(workspace.update(base.number, client)))
     except WorkspaceError as error:
         owner = workspace.store.owner(workspace.name(workspace.client_inbox(client)))
         if isinstance(error.__cause__, PermissionError) and owner not in (os.geteuid(), inbox_owner(workspace)):
+            if is_server(workspace):
+                return _note_discarded(base, client)
             raise WorkspaceError(
                 f"client {client}'s inbox belongs to another user ({owner}), who alone can set its update aside",
                 hint=f"Ask that party to run `fedcli server discard --id {client}`, while the server does not merge.",
             ) from error
         raise
+
+
+def _note_discarded(base: Round, client: int) -> bool:
+    """Note that an update which the server may not move counts for nothing; its client moves it when it comes back."""
+    workspace, number = base.workspace, base.number
+    if not workspace.has_update(number, client):
+        return False
+    modified = workspace.store.modified(workspace.name(workspace.update(number, client)))
+    note = {"protocol": PROTOCOL, "round": number, "client": client, "modified": modified}
+    workspace.store.put(workspace.name(workspace.discarded(number, client)), json.dumps(note).encode() + b"\n")
+    return True
+
+
+def clear_discarded(base: Round, client: int) -> None:
+    """Set aside one's own update where the server has discarded it."""
+    if base.workspace.is_discarded(base.number, client):
+        discard_update(base, client)
 
 
 def read_update(
@@ -148,6 +171,8 @@ def read_update(
 def opened_update(base: Round, client: int) -> Iterator[Folder]:
     """Open an update's folder; raise FileNotFoundError, or Refusal where it is not of the user who joined."""
     workspace = base.workspace
+    if workspace.is_discarded(base.number, client):
+        raise FileNotFoundError(workspace.update(base.number, client))
     with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
         registered = workspace.store.owner(workspace.name(workspace.registration(client)))
         if registered is None and is_stranger(workspace, folder.owner):

@@ -77,8 +77,27 @@ class Workspace:
         return self.client_inbox(client) / update_name(number)
 
     def has_update(self, number: int, client: int) -> bool:
-        """Return whether something lies where a client's update of a round belongs."""
-        return self.store.exists(self.name(self.update(number, client)))
+        """Return whether something lies where a client's update of a round belongs, and the server did not discard it."""
+        return self.store.exists(self.name(self.update(number, client))) and not self.is_discarded(number, client)
+
+    def discarded(self, number: int, client: int) -> Path:
+        """The server's note that it discarded an update that lies in the inbox of another user."""
+        return self.root / "discarded" / str(client) / f"{update_name(number)}.json"
+
+    def is_discarded(self, number: int, client: int) -> bool:
+        """Return whether the server discarded what lies where a client's update belongs; not what came there later."""
+        note = self.name(self.discarded(number, client))
+        if not self.store.exists(note):
+            return False
+        import json
+
+        from fedcli.workspace.refusal import Refusal
+
+        try:
+            noted = json.loads(self.store.read(note, 4096))["modified"]
+            return bool(noted == self.store.modified(self.name(self.update(number, client))))
+        except (OSError, ValueError, KeyError, TypeError, Refusal):
+            return False
 
     def has_round(self, number: int) -> bool:
         """Return whether a round is open, or was."""
@@ -209,7 +228,8 @@ def update_name(number: int) -> str:
 
 def check_outside(workspace: Workspace, output: Path) -> None:
     """Raise WorkspaceError for a place in a folder that the workspace keeps for itself."""
-    for name in ("rounds", "inbox", "clients", "enrolment", "eval", "data", "baselines", "private", "slurm"):
+    kept = ("rounds", "inbox", "discarded", "clients", "enrolment", "eval", "data", "baselines", "private", "slurm")
+    for name in kept:
         if output.resolve().is_relative_to((workspace.root / name).resolve()):
             problem = f"{output} lies in {name}/ of the workspace, where nothing else belongs"
             raise WorkspaceError(problem, hint="Name another folder.")

@@ -110,10 +110,8 @@ def check_values(arrays: Arrays) -> None:
             continue
         check_finite({name: array})
         largest = max(float(array.max()), -float(array.min()))
-        raise Refusal(
-            "nonfinite",
-            f"tensor {name!r} holds {largest:.3g}: from beyond {LARGEST_VALUE:.3g} sums and squares overflow",
-        )
+        problem = f"tensor {name!r} holds {largest:.3g}, and what is beyond {LARGEST_VALUE:.3g} overflows later"
+        raise Refusal("nonfinite", problem)
 
 
 def are_values(array: Array) -> bool:
