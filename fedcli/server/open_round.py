@@ -34,7 +34,7 @@ def open_first_round(
 ) -> FederationState:
     """Publish rounds/00000, unless another server was first, and return the federation as it stands then."""
     manifest = _manifest(experiment.config, identity.id, start, trust=trust)
-    is_first = publish_round(experiment.workspace, manifest, start.files, trust and trust.sign_round)
+    is_first = publish_round(experiment.workspace, manifest, start.files, None if trust is None else trust.sign_round)
     federation = FederationState.open(experiment.workspace)
     if trust is not None and is_first:
         trust.note_round(federation.start)
@@ -52,7 +52,7 @@ def open_next_round(
     contents = {**files, ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}
     start = Start(before.model, contents, before.tensors, before.train.date)
     manifest = _manifest(federation.config, before.workspace, start, previous, aggregation, trust)
-    return publish_round(federation.workspace, manifest, start.files, trust and trust.sign_round)
+    return publish_round(federation.workspace, manifest, start.files, None if trust is None else trust.sign_round)
 
 
 def _manifest(
