@@ -623,8 +623,7 @@ def test_a_party_that_joins_again_keeps_what_it_chose(place: Path) -> None:
 
 
 @slow
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("who", ["client", "server", "revoke"])
+@pytest.mark.parametrize(("who", "after"), [("client", False), ("server", True), ("revoke", False)])
 def test_killed_at_every_call_nothing_is_lost_and_every_signature_is_right(
     enrolled: Path, who: str, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

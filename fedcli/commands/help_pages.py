@@ -54,7 +54,7 @@ EXAMPLES = {
         ("fedcli server enrol --id 2", "shows the fingerprint, and asks"),
         ("fedcli server enrol --id 2 --fingerprint 3f1c-...", "the one that the party read out"),
     ),
-    "keys show": (("fedcli keys show --json > trust.json", "what `fedcli verify --trust trust.json` takes"),),
+    "keys show": (("fedcli keys show --json", "what `fedcli verify --trust FILE` takes, in a file"),),
     "data preview": (("fedcli data preview --id 0", "rows as client 0 trains on them"),),
     "data partition": (("fedcli data partition", "a split that was interrupted, or whose files are gone"),),
     "eval run": (

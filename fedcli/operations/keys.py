@@ -46,9 +46,9 @@ def read_keys(federation: FederationState) -> KeyRing:
     pins = {record.server for record in joined_as(federation).values() if record is not None and record.server}
     enrolment = read_chain(federation.workspace, identity, sorted(pins))
     assert enrolment.server is not None
-    own = {pair.public for path in (server_home(identity.id).keys,) if (pair := KeyPair.read(path)) is not None}
-    for home in own_homes(identity.id).values():
-        own |= {pair.public for path in (home.keys, home.next_keys) if (pair := KeyPair.read(path)) is not None}
+    files = [server_home(identity.id).keys]
+    files += [path for home in own_homes(identity.id).values() for path in (home.keys, home.next_keys)]
+    own = {pair.public for pair in map(KeyPair.read, files) if pair is not None}
 
     def owner(keys: PublicKeys, state: str) -> KeyOwner:
         return KeyOwner(keys.sign, keys.seal, fingerprint(keys), state, keys in own)
