@@ -94,7 +94,8 @@ def test_the_gram_form_gives_what_the_direct_form_gives(name):
 @pytest.mark.parametrize("nearest_mixing", [False, True])
 def test_updates_that_change_nothing_are_merged_to_nothing(name, nearest_mixing):
     weights = Rule(rule=name, nearest_mixing=nearest_mixing).weights(np.zeros((5, 5)), np.full(5, 0.2))
-    assert np.isfinite(weights).all() and weights.sum() == pytest.approx(1)
+    assert np.isfinite(weights).all()
+    assert weights.sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

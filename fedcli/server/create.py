@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fedcli.config import apply_overrides, describe_overrides, parse_config, read_document
+from fedcli.config import Config, apply_overrides, describe_overrides, parse_config, read_document
 from fedcli.data.source import absolute_path
 from fedcli.errors import ConfigError, UsageError, WorkspaceError, did_you_mean
 from fedcli.observer import Observer
@@ -126,8 +126,19 @@ def create_workspace(
             True,
             plan.summary if plan else None,
             has_lost_identity=orphan is not None,
-            notes=() if base is None else base.notes_for(config.train.max_length),
+            notes=(*(() if base is None else base.notes_for(config.train.max_length)), *_rule_notes(config)),
         )
+
+
+def _rule_notes(config: Config) -> tuple[str, ...]:
+    """Return what must be known of a rule that leaves updates out."""
+    rule = config.aggregation
+    if rule.rule in ("mean", "norm_clip") and not rule.nearest_mixing:
+        return ()
+    return (
+        f"aggregation.rule is {rule.rule}: where clients hold rows of unlike kinds it takes a minority's for an attack, "
+        "and what only they know is not learnt (docs/ROBUST.md)",
+    )
 
 
 def open_round(workspace: Workspace) -> FederationState:

@@ -77,7 +77,7 @@ class Workspace:
         return self.client_inbox(client) / update_name(number)
 
     def has_update(self, number: int, client: int) -> bool:
-        """Return whether something lies where a client's update of a round belongs, and the server did not discard it."""
+        """Return whether something lies where a client's update belongs that the server did not discard."""
         return self.store.exists(self.name(self.update(number, client))) and not self.is_discarded(number, client)
 
     def discarded(self, number: int, client: int) -> Path:
