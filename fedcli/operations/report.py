@@ -16,6 +16,7 @@ from fedcli.errors import IntegrityError
 from fedcli.eval.registry import BENCHMARKS
 from fedcli.observer import Observer
 from fedcli.operations.status import describe_algorithm, describe_history
+from fedcli.printable import without_credentials
 from fedcli.quantities import describe_bytes
 from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
@@ -106,7 +107,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         scores=scores,
         similarities=similarities,
         notes=[*notes, *more_notes, *_losses_beyond(rounds)],
-        config=config_text(workspace),
+        config=without_credentials(config_text(workspace)),
         versions=_versions(),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
