@@ -34,6 +34,7 @@ URLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", URLS)
 def test_a_key_inside_a_url_is_shown_nowhere(url: str) -> None:
     assert without_credentials(f'judge_url: "{url}" # mine') == f'judge_url: "{URLS[url]}" # mine'
