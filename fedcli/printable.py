@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 from typing import TypeVar
 
 _HOSTILE = re.compile(
@@ -11,6 +12,9 @@ _HOSTILE = re.compile(
 )
 
 _MARKUP = str.maketrans({letter: f"\\{letter}" for letter in "\\`*[]|"} | {"<": "&lt;", ">": "&gt;"})
+_URL = re.compile(r"(?i)\b(https?://)([^\s/?#'\"<>]*@)?([^\s?#'\"<>]*)(\?[^\s#'\"<>]*)?(#[^\s'\"<>]*)?")
+_SECRET_PART = re.compile(r"[A-Za-z0-9_.~%=+-]{20,}")
+"""A part of a URL's path that is no word."""
 T = TypeVar("T")
 
 
@@ -37,9 +41,28 @@ def in_csv(value: T) -> T | str:
     return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) or text[:1] in ("\t", "|", "%") else text
 
 
+def without_credentials(text: str) -> str:
+    """Return a text in whose URLs users, passwords, queries and long parts of paths are masked: keys stand there."""
+    return _URL.sub(_masked_url, text)
+
+
+def shortened(value: object, most: int = 200) -> str:
+    """Return a value's repr, cut in its middle: of what is nested, long or both, neither is made whole."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxstring, brief.maxother, brief.maxlong = 3, most, most, most
+    return brief.repr(value)[: 4 * most]
+
+
 def printable_json(document: str) -> str:
     """Return the same JSON document with the same values, in which control characters are escaped as JSON has it."""
     return _HOSTILE.sub(lambda found: json.dumps(found[0])[1:-1], document)
+
+
+def _masked_url(found: re.Match[str]) -> str:
+    scheme, user, rest, query, fragment = found.groups(default="")
+    host, slash, path = rest.partition("/")
+    shown = "/".join("***" if _SECRET_PART.fullmatch(part) else part for part in path.split("/"))
+    return f"{scheme}{'***@' * bool(user)}{host}{slash}{shown}{'?***' * bool(query)}{'#***' * bool(fragment)}"
 
 
 def _written_out(found: re.Match[str]) -> str:

@@ -17,6 +17,12 @@ from fedcli.config.data import PARTITIONS, TAGS, DataFormat, check_format
 from fedcli.config.section import Section
 from fedcli.config.sections import Config, parse_algorithm
 from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
+from fedcli.printable import shortened
+
+MOST_VALUES = 100_000
+"""Values that a file may hold: with aliases a short one can hold billions."""
+MOST_FAULTS, MOST_FAULT, MOST_NAME = 50, 2000, 100
+"""Faults that a message lists, characters of one, and of a name that is looked for among those that are known."""
 
 
 def algorithm_from(record: dict[str, Any]) -> Algorithm:
@@ -70,12 +76,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, but a key that stands twice is an error and not silently the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
+        seen = set()
+        for position, (node_of_key, _) in enumerate(node.value):
+            key = self.construct_object(node_of_key, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # the base class tells it with its place
+            if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"duplicate key {key!r}", node.value[position][0].start_mark
                 )
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -87,9 +97,35 @@ def read_document(text: str, where: Path) -> dict[str, Any]:
         raise ConfigError(f"{where} is not valid YAML: {_yaml_fault(error)}", hint="Correct that line.") from error
     if document is None:
         return {}
+    if (problem := _too_large(document)) is not None:
+        raise ConfigError(f"{where} {problem}", hint="Write the values out, without anchors and aliases (& and *).")
     if not isinstance(document, dict):
         raise ConfigError(f"{where} does not hold a mapping of sections", hint="Start from `fedcli init`'s file.")
     return document
+
+
+def _too_large(document: object) -> str | None:
+    """Return what is wrong with a document whose aliases make it huge or endless; each node is looked at once."""
+    sizes: dict[int, int | None] = {}
+
+    def size_of(value: object) -> int:
+        if not isinstance(value, (dict, list)):
+            return 1
+        if id(value) in sizes:
+            known = sizes[id(value)]
+            if known is None:
+                raise RecursionError
+            return known
+        sizes[id(value)] = None
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        sizes[id(value)] = found = 1 + sum(map(size_of, parts))
+        return found
+
+    try:
+        num_values = size_of(document)
+    except RecursionError:
+        return "holds a value that is a part of itself, or is nested too deeply"
+    return f"holds {num_values:,} values, at most {MOST_VALUES:,} are read" if num_values > MOST_VALUES else None
 
 
 def _yaml_fault(error: Exception) -> str:
@@ -137,9 +173,11 @@ def parse_config(document: dict[str, Any], where: Path | str) -> Config:
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        faults = list(dict.fromkeys(_describe(fault, document) for fault in error.errors()))
+        faults = list(dict.fromkeys(_describe(fault, document)[:MOST_FAULT] for fault in error.errors()))
+        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
         raise ConfigError(
-            f"{where} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n  " + "\n  ".join(faults),
+            f"{where} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n  "
+            + "\n  ".join([*faults[:MOST_FAULTS], *more]),
             hint="Correct the keys that are named.",
         ) from error
 
@@ -153,30 +191,32 @@ def _describe(fault: ErrorDetails, document: dict[str, Any]) -> str:
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{key}: unknown key. {did_you_mean(location[-1], _keys_of(path[:-1], document))}"
     if key == "algorithm" and not isinstance(found, dict):
-        return f"algorithm: it is a section with a name, as in algorithm: {{name: fedavg}} (found {found!r})"
+        return f"algorithm: it is a section with a name, as in algorithm: {{name: fedavg}} (found {shortened(found)})"
     if kind == "unknown_algorithm":
         name = fault["ctx"]["name"]
-        return f"algorithm.name: unknown algorithm {name!r}. {did_you_mean(name, ALGORITHMS)}"
+        return f"algorithm.name: unknown algorithm {shortened(name)}. {did_you_mean(str(name)[:MOST_NAME], ALGORITHMS)}"
     if kind == "no_algorithm":
         return f"algorithm: it has no name. Known: {', '.join(ALGORITHMS)}."
     if kind == "union_tag_not_found":
         for name in found if isinstance(found, dict) else ():
             if name not in PARTITIONS:
                 return f"{key}.{name}: unknown key. {did_you_mean(str(name), PARTITIONS)}"
-        return f"{key}: iid, sources, or just one of {', '.join(PARTITIONS)} with its value (found {found!r})"
+        return f"{key}: iid, sources, or just one of {', '.join(PARTITIONS)} with its value (found {shortened(found)})"
     if kind in ("model_type", "model_attributes_type", "tuple_type"):
-        return f"{key}: {'a list' if kind == 'tuple_type' else 'a section'} is wanted here (found {found!r})"
+        return f"{key}: {'a list' if kind == 'tuple_type' else 'a section'} is wanted here (found {shortened(found)})"
     if kind == "too_short":
         return f"{key}: the list is empty; it names {fault['ctx']['min_length']} or more"
     if kind == "too_long":
         return f"{key}: the list is too long; it names {fault['ctx']['max_length']} or fewer"
     if kind == "literal_error":
         names = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
-        return f"{key}: unknown {location[-1]} {found!r}. {did_you_mean(str(found), names)}"
+        return (
+            f"{key}: unknown {location[-1]} {shortened(found)}. {did_you_mean(shortened(found).strip(chr(39)), names)}"
+        )
     if kind == "value_error":
         message = fault["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if location else message
-    return f"{key}: {fault['msg']} (found {found!r})"
+    return f"{key}: {fault['msg']} (found {shortened(found)})"
 
 
 def _keys_of(path: tuple[str, ...], document: dict[str, Any]) -> list[str]:

@@ -59,14 +59,21 @@ class AdapterConfig(Section):
     init: str | None = None
 
 
+Steps: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
+BatchSize: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
+MaxLength: TypeAlias = Annotated[int, Field(ge=2, le=10**7)]
+"""Bounds of what a party can be asked for: beyond them a round would never end, whoever asks."""
+MOST_RATE = 10.0
+
+
 class TrainConfig(Section):
     """What one client does in one round."""
 
-    steps: Count = 10
-    batch_size: Count = 16
-    micro_batch_size: Count | None = None
-    max_length: Annotated[int, Field(ge=2)] = 512
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-5
+    steps: Steps = 10
+    batch_size: BatchSize = 16
+    micro_batch_size: BatchSize | None = None
+    max_length: MaxLength = 512
+    learning_rate: Annotated[float, Field(gt=0, le=MOST_RATE)] = 5e-5
     learning_rate_min: Annotated[float, Field(ge=0)] = 1e-6
     beta: Annotated[float, Field(gt=0)] = 0.1
     gradient_checkpointing: bool = False

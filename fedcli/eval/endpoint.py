@@ -12,6 +12,7 @@ from fedcli.errors import RequirementError, UsageError, missing_package
 from fedcli.eval.bounded_http import UnboundedError, bounded_client, without_key
 from fedcli.eval.remembered import Usage
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood, before_stop
+from fedcli.printable import without_credentials
 from fedcli.tasks.conversation import Turn
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Endpoint:
             if attempt < self.max_retries:
                 time.sleep(min(0.5 * 2**attempt, 8.0))
         raise RequirementError(
-            f"{self.url} does not answer as an OpenAI-compatible chat endpoint does ({self.name})",
+            f"{without_credentials(self.url)} does not answer as an OpenAI-compatible chat endpoint does ({self.name})",
             hint="Check the URL (it often ends in /v1) and the server's log. What was answered is kept.",
         )
 
@@ -170,7 +171,7 @@ class Endpoint:
             429: "Wait until the limit is over, or raise the quota.",
         }.get(status or 0, "Check the URL, the network and the server's log.")
         return RequirementError(
-            f"the endpoint {self.url} ({self.name}) {problem}",
+            f"the endpoint {without_credentials(self.url)} ({self.name}) {without_credentials(problem)}",
             hint=f"{cure} What was answered is kept: the same command goes on from there.",
         )
 
@@ -189,7 +190,9 @@ def find_endpoint(name: str, url: str | None = None) -> Endpoint:
             hint=f"Set {KEY_VARIABLE}, or name a server of your own by its URL.",
         )
     if url is not None and not url.startswith(("http://", "https://")):
-        raise UsageError(f"{url} is no URL of an endpoint", hint="Name one such as http://localhost:8000/v1.")
+        raise UsageError(
+            f"{without_credentials(url)} is no URL of an endpoint", hint="Name one such as http://localhost:8000/v1."
+        )
     return Endpoint(name, url or OPENAI_URL, key or NO_KEY)
 
 

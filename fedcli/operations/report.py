@@ -18,6 +18,7 @@ from fedcli.eval.registry import BENCHMARKS
 from fedcli.observer import Observer
 from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.operations.update_figures import figures_of
+from fedcli.printable import without_credentials
 from fedcli.quantities import describe_bytes
 from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
@@ -109,7 +110,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         scores=scores,
         similarities=similarities,
         notes=[*notes, *more_notes, *_losses_beyond(rounds)],
-        config=config_text(workspace),
+        config=without_credentials(config_text(workspace)),
         versions=versions_here(),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         updates=_updates(rounds, found),

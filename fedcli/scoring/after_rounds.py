@@ -24,7 +24,8 @@ from fedcli.workspace.target_name import TargetName
 if TYPE_CHECKING:  # every aggregation looks here: what scores is imported where there is something to score
     from fedcli.client.runtimes import Runtimes
     from fedcli.eval.benchmark import Benchmark
-    from fedcli.scoring.request import Scoring
+    from fedcli.printable import without_credentials
+from fedcli.scoring.request import Scoring
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,6 @@ def _failure(asked: "Scoring", error: Exception) -> Failure:
         message=error.message,
         hint=error.hint,
         exit_code=error.exit_code,
-        again=shlex.join(words),
+        again=without_credentials(shlex.join(words)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -12,6 +12,7 @@ from fedcli.algos import Arrays
 from fedcli.errors import FedError, NotReadyError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
 from fedcli.model.inspection import inspect
+from fedcli.printable import without_credentials
 from fedcli.workspace import baselines
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
@@ -182,7 +183,9 @@ def _model(workspace: Workspace, model: str) -> Target:
 def _api(name: str, url: str | None) -> Target:
     digest = sha256(f"{url} {name}".encode())[:8]
     plain = f"api-{_plain(name)}"
-    return Target(plain if url is None else f"{plain}-{digest}", {"api": name, "url": url}, api=name)
+    return Target(
+        plain if url is None else f"{plain}-{digest}", {"api": name, "url": url and without_credentials(url)}, api=name
+    )
 
 
 def _plain(name: str) -> str:

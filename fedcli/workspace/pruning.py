@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedcli.errors import WorkspaceError
 from fedcli.workspace.history import Round, prunable
 from fedcli.workspace.layout import PRUNED, UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, update_name
 from fedcli.workspace.publish import DISCARDED_PREFIX
@@ -31,6 +32,10 @@ class Pruning:
         """
         files = prunable(closed.manifest)
         record = PrunedRecord(round=closed.number, files=files)
+        for name in files:
+            if (link := self.workspace.store.link_to(self.workspace.name(closed.folder / name))) is not None:
+                hint = "Nothing is removed through it. Put a folder in its place, then run the command again."
+                raise WorkspaceError(f"{link} is a symbolic link", hint=hint)
         if not self.is_dry_run:
             store, folder = self.workspace.store, self.workspace.name(closed.folder)
             store.sweep(folder)

@@ -24,6 +24,10 @@ DROPPED_FOLDER_MODE = 0o750
 """A client's inbox: its own user's, and the group's that the server reads it as."""
 SHARED_FOLDER_MODE = 0o755
 PRIVATE_FOLDER_MODE = 0o700
+PRIVATE_MODE = 0o600
+"""Rows: nobody but their user reads them."""
+_FOLDER_MODE = 0o775
+"""What the umask is taken from: whatever it is, only the user and the group write in a folder."""
 
 ABANDONED_SECONDS = 24 * 3600
 """Nobody writes for so long at what has a temporary name, and adds nothing to it."""
@@ -166,7 +170,7 @@ def make_folder(folder: Path, mode: int | None = None) -> None:
     make_folder(folder.parent)
     with explained(folder):
         try:
-            os.mkdir(folder, 0o777 if mode is None else mode)
+            os.mkdir(folder, _FOLDER_MODE if mode is None else mode)
             if mode is not None:
                 os.chmod(folder, mode | (os.stat(folder).st_mode & stat.S_ISGID))
         except FileExistsError:
@@ -250,7 +254,7 @@ def temporary_folder(folder: Path, *, mode: int | None = None) -> Iterator[Path]
     descriptor = None
     while descriptor is None:
         path = temporary_in(folder)
-        os.mkdir(path)
+        os.mkdir(path, _FOLDER_MODE)
         descriptor = _claimed(path)
     try:
         if mode is not None:

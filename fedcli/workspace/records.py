@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from fedcli.config import Quantization, TaskName, TemplateChoice
+from fedcli.config.sections import MOST_RATE, BatchSize, MaxLength, Steps
 from fedcli.errors import IntegrityError
 from fedcli.workspace.layout import WORKSPACE_ID
 from fedcli.workspace.refusal import Refusal, RefusalCode
@@ -88,15 +89,15 @@ class Schedule(Record):
 class TrainRecord(Record):
     """All that a client must obey in its round; `learning_rate` is this round's."""
 
-    steps: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=1)]
-    micro_batch_size: Annotated[int, Field(ge=1)] | None
+    steps: Steps
+    batch_size: BatchSize
+    micro_batch_size: BatchSize | None
     """None: a client cuts its batches as it likes; the gradient is the same."""
-    max_length: Annotated[int, Field(ge=2)]
-    learning_rate: Finite
+    max_length: MaxLength
+    learning_rate: Annotated[float, Field(ge=0, le=MOST_RATE)]
     schedule: Schedule
-    weight_decay: Finite
-    max_grad_norm: Finite
+    weight_decay: Annotated[Finite, Field(ge=0)]
+    max_grad_norm: Annotated[Finite, Field(gt=0)]
     beta: Finite | None = None
     """Of DPO; None for other tasks."""
     gradient_checkpointing: bool = False

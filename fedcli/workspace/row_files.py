@@ -11,7 +11,15 @@ from typing import Any, Self
 
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.publish import explained, make_folder, publish_file, remove_temporaries, sync, temporary_folder
+from fedcli.workspace.publish import (
+    PRIVATE_MODE,
+    explained,
+    make_folder,
+    publish_file,
+    remove_temporaries,
+    sync,
+    temporary_folder,
+)
 from fedcli.workspace.read import read_file
 
 BUFFER_BYTES = 2**24
@@ -69,6 +77,7 @@ class RowFiles:
                 )
         with explained(self._workspace.data):
             for made, final in new:
+                os.chmod(made, PRIVATE_MODE)
                 sync(made)
                 os.replace(made, final)
 
@@ -107,8 +116,9 @@ def any_rows(workspace: Workspace) -> bool:
 def save_beside_rows(workspace: Workspace, files: Mapping[Path, bytes], card: Mapping[str, Any]) -> None:
     """Write what belongs to a split: held-out rows, and the card of what it gave to each client."""
     written = json.dumps(card, indent=1, ensure_ascii=False).encode() + b"\n"
-    for path, contents in (*files.items(), (workspace.data_card, written)):
-        publish_file(path, contents)
+    for path, contents in files.items():
+        publish_file(path, contents, mode=PRIVATE_MODE)
+    publish_file(workspace.data_card, written)
 
 
 def read_data_card(workspace: Workspace) -> bytes:

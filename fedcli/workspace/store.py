@@ -106,6 +106,10 @@ class Store(ABC):
         """Return whether a folder is there and closed to this user."""
         return False
 
+    def link_to(self, name: str) -> Path | None:
+        """Return the link on the way to what has a name, in which nobody but the operator may have put one."""
+        return None
+
     def claim(self, folder: str) -> bool:
         """Make a folder that only this user writes in; return False where it is another's."""
         return True
@@ -203,14 +207,14 @@ class DirectoryStore(Store):
 
     def publish(self, folder: str, files: Iterable[tuple[str, bytes]], record: tuple[str, bytes]) -> bool:
         """Write beside and rename; through a link nothing is published: whoever made it would get the files."""
-        if (link := self._link_to(folder)) is not None:
+        if (link := self.link_to(folder)) is not None:
             raise WorkspaceError(f"{link} is a symbolic link", hint="Ask the server's operator to remove it.")
         publish.make_folder((self.root / folder).parent, _FOLDER_MODES.get(PurePosixPath(folder).parts[0]))
         return publish.publish_directory(self.root / folder, [*files, record])
 
     def set_aside(self, folder: str) -> bool:
         """Rename a folder; of a link on the way the link, for through it another's folder would be moved."""
-        path = self._link_to(folder) or self.root / folder
+        path = self.link_to(folder) or self.root / folder
         with publish.explained(path):
             try:
                 os.lstat(path)
@@ -222,6 +226,8 @@ class DirectoryStore(Store):
 
     def delete(self, name: str) -> None:
         path = self.root / name
+        if (link := self.link_to(name)) is not None:
+            raise WorkspaceError(f"{link} is a symbolic link", hint="Nothing is removed through it: put back a folder.")
         with publish.explained(path), suppress(FileNotFoundError):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -273,9 +279,8 @@ class DirectoryStore(Store):
         if multi_user and self.owner(folder) == os.geteuid():
             os.chmod(self.root / folder, _OPEN_FOLDER_MODE)
 
-    def _link_to(self, folder: str) -> Path | None:
-        """Return the link on the way to a folder, in which nobody but the server's operator may have put one."""
-        between = PurePosixPath(folder).parents
+    def link_to(self, name: str) -> Path | None:
+        between = PurePosixPath(name).parents
         return next((path for name in between[:-2] if (path := self.root / name).is_symlink()), None)
 
 
