@@ -11,13 +11,14 @@ from support.architectures import KINDS, make
 
 from fedcli.data.encoding import Encoder
 from fedcli.eval import batches as in_batches
+from fedcli.eval.endings import closed_up
 from fedcli.eval.local_model import WHOLE, LocalModel
 from fedcli.eval.prefix_tree import Prefix, prefix_tree
 from fedcli.eval.requests import Generation, Likelihood, LogLikelihood
 from fedcli.model.base import find_base
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.loading import load_base
-from fedcli.model.prefix_cache import Row
+from fedcli.model.prefix_cache import Row, logits_of
 
 EXAMPLES = (
     "the river rises when rain falls on the hills. alert: red. the bank soars, and a clinic heals. alert: green. "
@@ -218,3 +219,57 @@ def test_rotations_that_depend_on_the_whole_length_leave_prompts_whole(tmp_path:
     for _ in range(2):
         engine.log_likelihoods(likelihoods(), lambda *_: None)
     assert notes == [WHOLE]
+
+
+def test_prompts_of_unlike_length_are_computed_apart_and_without_padding(tiny) -> None:
+    model, _ = tiny
+    rows = [Row([number % 200 + 3 for number in range(length)]) for length in (150, 8, 151, 9)]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([row.ids])).logits[0, -1] for row in rows]
+        counted = Counted(model)
+        found = logits_of(rows, [1] * 4, model, 0)
+    assert counted.num_tokens == 2 * 151 + 2 * 9
+    torch.testing.assert_close(found, torch.stack(wanted), atol=1e-4, rtol=0)
+
+
+def test_answers_that_have_ended_leave_the_batch_and_the_others_go_on(tiny) -> None:
+    model, tokenizer = tiny
+    plain = [Generation(each.prompt, 24) for each in generations()]
+    whole = answers(LocalModel(model, tokenizer, Encoder(tokenizer)).generate, plain)
+    stop = (whole[0][:2],)
+    stopped = [Generation(each.prompt, 24, stop=stop) for each in generations()]
+    engine = LocalModel(model, tokenizer, Encoder(tokenizer), batch_size=8)
+    counted = Counted(model)
+    assert answers(engine.generate, stopped) == [text.partition(stop[0])[0] for text in whole]
+    num_steps_of_all = 8 * 24
+    prompts = sum(len(tokenizer(each.prompt)["input_ids"]) for each in generations())
+    assert 0 < counted.num_tokens < prompts / 2 + num_steps_of_all
+
+
+def test_places_of_ended_answers_are_taken_by_the_last_ones() -> None:
+    assert closed_up([True, False, True, False, True, True]) == [0, 4, 2, 5]
+    for number in range(2**7):
+        is_open = [bool(number >> bit & 1) for bit in range(7)]
+        places = closed_up(is_open)
+        kept = [place for place in range(7) if is_open[place]]
+        assert sorted(places) == kept
+        assert all(places[place] == place for place in kept if place < len(kept))
+
+
+@pytest.mark.parametrize(("num_tokens", "first"), [(10**5, 16), (10 * 170, 10), (400, 4)])
+def test_a_batch_of_answers_behind_a_prefix_is_as_large_as_what_is_kept_allows(num_tokens: int, first: int) -> None:
+    rows = {number: [*range(100), number, *range(19)] for number in range(40)}  # 120 tokens, with an answer 170
+
+    class Whole:
+        def __init__(self, row: Row) -> None:
+            self.length = len(row.ids)
+
+    keeper = in_batches.Keeper(lambda asked: [Whole(row) for row in asked], num_tokens, 1024)  # type: ignore[arg-type,misc]  # all that is asked of Kept is here
+    pace = in_batches.Pace.of("cpu", None)
+    sizes = []
+    for batch in in_batches.batches(rows, dict.fromkeys(rows, 119), 50, pace, lambda: keeper):
+        sizes.append(len(batch))
+        pace.took(len(batch), 1e9)  # the slowest of machines
+    assert sizes[0] == first
+    assert sum(sizes) == 40
+    assert pace.size == pace.least == (num_tokens // 170 if first == 4 else first)
