@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 from fedcli.errors import FedError, RequirementError, explain
 
@@ -65,7 +65,7 @@ class Pool(Generic[Task]):
         self._count, self._threads, self._begin, self._arguments = count, threads, begin, arguments
         self._workers: list[_Worker[Task]] = []
 
-    def __enter__(self) -> "Pool[Task]":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
