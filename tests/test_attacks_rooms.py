@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.federation import all_take_part
-from support.processes import Run, results, runner
+from support.processes import Run, fedcli, results, runner
 
 from fedcli import Federation
 from fedcli.cli import main
@@ -51,8 +51,9 @@ def test_garbage_as_a_registration_keeps_no_other_client_from_its_work(
     path.write_text(json.dumps(identity if is_simulation else {k: v for k, v in identity.items() if k != "simulation"}))
     garbage(small / "clients/2.json")
     assert 2 not in results(run, "status")["joined"]
-    done = results(run, "client", "train", "--any")
-    assert {each["client"] for each in done["clients"]} == ({0, 1, 2} if is_simulation else {0, 1})
+    done = fedcli("client", "train", "--any", "--json", cwd=small)
+    assert done.returncode == 0, done.stderr
+    assert {each["client"] for each in json.loads(done.stdout)["clients"]} == ({0, 1, 2} if is_simulation else {0, 1})
     assert run("export", "out")[0] == 0
     assert run("report")[0] == 0
 
