@@ -1,6 +1,7 @@
 """Printing: data to stdout, progress and hints to stderr, or one JSON document."""
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from fedcli.parties.simulate import DataSummary
     from fedcli.scoring.after_rounds import RoundScores
     from fedcli.training.reports import StepReport
+
+
+def use_one_blas_thread() -> None:
+    """Let OpenBLAS have one thread, unless the user says otherwise; to be called before numpy is imported.
+
+    Merging has threads of its own. On a busy machine OpenBLAS's would wait for each other: 0.4 s of products took 25.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def print_json(document: object) -> None:

@@ -1,13 +1,14 @@
 """fedcli verify."""
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import StepDisplay, print_result
+from fedcli.commands.output import StepDisplay, print_result, use_one_blas_thread
 from fedcli.errors import IntegrityError
 from fedcli.quantities import plural
 
 
 def verify(workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
     """Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is."""
+    use_one_blas_thread()
     with StepDisplay(json_output, "rounds") as observer:
         result = found_federation(workspace).verify(observer=observer)
     lines = [
