@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fedcli.commands.options import ClientOption, JsonOption, ThreadsOption, WorkspaceOption, found_federation
-from fedcli.commands.output import StepDisplay, at, describe_round_scores, print_hint, print_json, print_result, tell
+from fedcli.commands.output import (
+    StepDisplay,
+    at,
+    describe_round_scores,
+    print_hint,
+    print_json,
+    print_result,
+    tell,
+    use_one_blas_thread,
+)
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.federation import Server
 from fedcli.observer import Observer
@@ -44,6 +53,7 @@ def server_aggregate(
     Exits with 6, naming the missing clients, while too few of the cohort have answered. Then makes the scores that are
     due, as eval.every asks.
     """
+    use_one_blas_thread()
     server = found_federation(workspace).server
     scores = not (dry_run or no_score)
     try:
@@ -89,6 +99,7 @@ def server_run(workspace: WorkspaceOption = None, json_output: JsonOption = Fals
 
     Scores that eval.every asks for are made while it waits, and at the end.
     """
+    use_one_blas_thread()
     server = found_federation(workspace).server
     display = _Display(server, json_output)
     head = server.run(observer=display)

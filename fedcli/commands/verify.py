@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Option
 
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
-from fedcli.commands.output import StepDisplay, print_result
+from fedcli.commands.output import StepDisplay, print_result, use_one_blas_thread
 from fedcli.errors import IntegrityError
 from fedcli.printable import on_one_line
 from fedcli.quantities import plural
@@ -20,6 +20,7 @@ def verify(
     json_output: JsonOption = False,
 ) -> None:
     """Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is."""
+    use_one_blas_thread()
     with StepDisplay(json_output, "rounds") as observer:
         result = found_federation(workspace).verify(trust=trust, observer=observer)
     lines = [

@@ -136,7 +136,7 @@ def _rule_notes(config: Config) -> tuple[str, ...]:
     if rule.rule in ("mean", "norm_clip") and not rule.nearest_mixing:
         return ()
     return (
-        f"aggregation.rule is {rule.rule}: where clients hold rows of unlike kinds it takes a minority's for an attack, "
+        f"aggregation.rule is {rule.rule}: where clients hold rows of unlike kinds it takes a minority for an attack, "
         "and what only they know is not learnt (docs/ROBUST.md)",
     )
 
