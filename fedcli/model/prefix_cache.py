@@ -177,7 +177,7 @@ def logits_of(rows: Sequence[Row], lengths: Sequence[int], model: nn.Module, pad
         for place, number in enumerate(numbers):
             positions[place, rows[number].num_new - lengths[number] : rows[number].num_new] = True
         logits = logits_at(model, positions.to(inputs["input_ids"].device), **inputs)
-        found |= zip(numbers, logits.split([lengths[number] for number in numbers]), strict=True)
+        found |= zip(numbers, torch.split(logits, [lengths[number] for number in numbers]), strict=True)
     return torch.cat([found[number] for number in range(len(rows))])
 
 
@@ -239,8 +239,9 @@ def _probed(model: nn.Module) -> int:
         (longer,) = keep(model, [Row(ids[:15], kept)], 0)
         rows = [Row(ids[:20], longer), Row(ids[:9] + ids[12:16], kept), Row(ids[:18], longer)]
         generated, first, second = _generated(model, rows)
-        behind = [Row([*row.ids, token]) for row, token in zip(rows, generated, strict=True)]
-        wanted = torch.cat([logits_of([Row(row.ids)], [1], model, 0) for row in [*rows, *rows, *behind]]).float()
+        behind = [[*row.ids, token] for row, token in zip(rows, generated, strict=True)]
+        alone = torch.stack([logits_of([Row(ids)], [2], model, 0) for ids in behind]).float()
+        wanted = torch.cat([alone[:, 0], alone[:, 0], alone[:, 1]])
         found = torch.cat([logits_of(rows, [1] * len(rows), model, 0), first, second]).float()
     except Exception:  # a model's own code raises whatever it raises
         return 0
