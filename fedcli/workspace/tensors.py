@@ -119,7 +119,7 @@ def are_values(array: Array) -> bool:
     if not array.size:
         return True
     least, most = float(array.min()), float(array.max())  # of float16, too, which LARGEST_VALUE is beyond
-    return -LARGEST_VALUE <= least and most <= LARGEST_VALUE  # NaN is neither
+    return least >= -LARGEST_VALUE and most <= LARGEST_VALUE  # NaN is neither
 
 
 def locate(
