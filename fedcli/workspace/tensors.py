@@ -116,7 +116,10 @@ def check_values(arrays: Arrays) -> None:
 
 def are_values(array: Array) -> bool:
     """Return whether all numbers are finite, and none beyond LARGEST_VALUE."""
-    return array.size == 0 or bool(array.max() <= LARGEST_VALUE and array.min() >= -LARGEST_VALUE)  # NaN is neither
+    if not array.size:
+        return True
+    least, most = float(array.min()), float(array.max())  # of float16, too, which LARGEST_VALUE is beyond
+    return least >= -LARGEST_VALUE and most <= LARGEST_VALUE  # NaN is neither
 
 
 def locate(
