@@ -37,7 +37,8 @@ def squared_distances(products: Array) -> Array:
 def distances_to(products: Array, weights: Array) -> Array:
     """Return ||x_j - z|| for each update and z = sum w_i x_i."""
     towards = products @ weights
-    return np.sqrt(np.maximum(products.diagonal() - 2 * towards + weights @ towards, 0.0))
+    found: Array = np.sqrt(np.maximum(products.diagonal() - 2 * towards + weights @ towards, 0.0))
+    return found
 
 
 def krum_scores(products: Array, tolerate: int) -> Array:
