@@ -11,8 +11,9 @@ from protocol_client import take_part
 from support.federation import all_take_part, configure, read_manifest
 
 from fedcli import Federation
+from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.registrations import joined_clients
+from fedcli.workspace.registrations import DataCard, Registration, joined_clients, register
 
 
 def num_calls(work: Callable[[], object]) -> int:
@@ -74,7 +75,11 @@ def test_it_does_not_grow_with_the_number_of_clients(small, small_calls, tmp_pat
     assert all(found[name] < 1.05 * small_calls[name] + 100 for name in found), (found, small_calls)
 
 
-def test_the_joined_are_those_with_an_entry_of_their_own_id(small):
-    for name in ("2.json", "0.json", "01.json", "3.json", "x.json", "1", ".1.json", "-1.json", "\u0661.json"):
+def test_the_joined_are_those_with_a_registration_of_their_own_id(small):
+    workspace = Workspace(small)
+    for client in (0, 2):
+        own = Registration(workspace=read_identity(workspace).id, client=client, data=DataCard(num_rows=1))
+        register(workspace, own)
+    for name in ("1.json", "01.json", "3.json", "x.json", "1", ".1.json", "-1.json", "\u0661.json"):
         (small / "clients" / name).touch()
-    assert joined_clients(Workspace(small), 3) == [0, 2]
+    assert [*joined_clients(workspace, 3)] == [0, 2]

@@ -230,9 +230,11 @@ def test_damage_is_found(place):
     place.store.put("rounds/00001/extra", b"")
     place.store.put("rounds/other/manifest.json", b"")
     place.store.delete(f"inbox/2/round-00000/{ADAPTER_FILE}")
-    found = "\n".join(map(str, Federation(place).verify().violations))
-    for words in ("the hash differs", "not listed in the manifest", "is no round", "is not valid any more"):
+    verification = Federation(place).verify()
+    found = "\n".join(map(str, verification.violations))
+    for words in ("the hash differs", "not listed in the manifest", "is no round"):
         assert words in found
+    assert "files of it are gone" in "\n".join(map(str, verification.remarks))
     with pytest.raises(IntegrityError):
         read_round(place, 1).adapter()
 
@@ -273,7 +275,7 @@ def joined(workspace: Workspace, client: int) -> None:
 def test_parties_join_and_their_updates_count(place):
     joined(place, 2)
     joined(place, 2)
-    assert (joined_clients(place, 3), read_registration(place, 2).data.num_rows) == ([2], 3)
+    assert ([*joined_clients(place, 3)], read_registration(place, 2).data.num_rows) == ([2], 3)
     assert read_registration(place, 1) is None
     answer(place, 2)
     assert read_update(Federation(place).round(), 2).record.client == 2

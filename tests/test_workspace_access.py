@@ -63,7 +63,7 @@ def workspace(small: Path) -> Path:
 def test_every_command_is_watched() -> None:
     names = {name.removeprefix("fedcli ") for name in command_names(typer.main.get_command(app), "fedcli")}
     watched_here = {name.removesuffix(" --any") for name in COMMANDS}
-    assert names == watched_here | {f"study {name}" for name in ("init", "run", "status", "table", "plot")}
+    assert names == watched_here | {f"study {name}" for name in ("init", "run", "status", "table", "plot", "report")}
 
 
 LONG = {
@@ -115,7 +115,7 @@ def test_a_study_reaches_the_files_of_its_cells_in_the_workspaces_room_alone(tmp
     study, few = tmp_path / "study", [f"settings.{setting}" for setting in SMALL]
     run_ok("study", "init", "demo", study, *settings(*few, "eval.limit=2", "baselines=[]"), cwd=tmp_path)
     cell = study / "cells/demo/seed-0/fedavg"
-    for command in (("run", "--cell", "demo/seed-0/fedavg"), ("status",), ("table",), ("plot",)):
+    for command in (("run", "--cell", "demo/seed-0/fedavg"), ("status",), ("table",), ("plot",), ("report",)):
         seen = watched(cell, "study", *command, "-s", study, log=tmp_path / "log.json")
         assert seen.touches or command == ("status",)
         offenders = sorted({str(touch) for touch in seen.touches if is_foreign(touch)})

@@ -45,8 +45,8 @@ class Rule:
         from fedcli.algos.rules import capped
 
         kept = capped(weights, self.weight_cap)
-        shares: Array = kept / kept.sum()
-        return shares
+        found: Array = kept / kept.sum()
+        return found
 
     def mixing(self, products: "Array") -> "Array | None":
         """Return the matrix of nearest-neighbour mixing by a Gram matrix; None where nothing is mixed."""

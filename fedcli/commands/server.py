@@ -166,14 +166,9 @@ def server_enrol(
     except UsageError as error:
         if fingerprint is not None or json_output or not sys.stdin.isatty():
             raise
-        print(
-            f"{error.message}\nDid client {client} read out the same to you? [y/N]: ",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
+        tell(f"{error.message}\nDid client {client} read out the same to you? [y/N]: ", end="", is_error=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            print("nobody was enrolled")
+            tell("nobody was enrolled")
             return
         told, is_new = server.enrol(client, error.message.split()[-1])
     text = f"client {client} {'is enrolled' if is_new else 'was enrolled already'} under {told}"

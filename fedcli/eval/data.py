@@ -68,11 +68,16 @@ class Files:
     opener: Opener | None = None
     """Whoever keeps one of the folders lists it and opens its files; by default it is a folder as any."""
 
+    @property
+    def named_file(self) -> Path | None:
+        """The file that a user names in place of a folder, None where it is one or none is named."""
+        return self.roots[0] if not self.may_fetch and self.roots and self.roots[0].is_file() else None
+
     def find(self, *patterns: str) -> list[Path]:
         """Return the files that match the first pattern with a match (default: the source's), sorted; else []."""
+        if self.source.is_any_file and (file := self.named_file) is not None:
+            return [file]
         for root in self.roots:
-            if self.source.is_any_file and root.is_file():
-                return [root]
             for folder in (root / self.benchmark, *(root / name for name in self.source.folders), root):
                 for pattern in patterns or self.source.files:
                     if found := self.finder(folder, pattern):
@@ -106,10 +111,9 @@ class Files:
         data set on the hub that could stand in; UsageError for a file in place of a folder.
         """
         source = self.source
-        for root in self.roots:
-            if root.is_file() and not source.is_any_file:
-                hint = "Name the folder that holds it; `fedcli eval rows --data FILE` scores rows of your own."
-                raise UsageError(f"--data {root} is no folder: {self.benchmark} has files of its own", hint=hint)
+        if (file := self.named_file) is not None and not source.is_any_file:
+            hint = "Name the folder that holds it; `fedcli eval rows --data FILE` scores rows of your own."
+            raise UsageError(f"--data {file} is no folder: {self.benchmark} has files of its own", hint=hint)
         if self.find():
             return self
         if not self.may_fetch or (source.release is None and source.hub is None):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from fedcli.config import Config
 from fedcli.errors import BusyError, ConfigError, FedError, IntegrityError, UsageError, WorkspaceError
 from fedcli.observer import Observer
+from fedcli.printable import without_credentials
 from fedcli.workspace import scores
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
@@ -24,8 +25,7 @@ from fedcli.workspace.target_name import TargetName
 if TYPE_CHECKING:  # every aggregation looks here: what scores is imported where there is something to score
     from fedcli.client.runtimes import Runtimes
     from fedcli.eval.benchmark import Benchmark
-    from fedcli.printable import without_credentials
-from fedcli.scoring.request import Scoring
+    from fedcli.scoring.request import Scoring
 
 
 @dataclass(frozen=True)
