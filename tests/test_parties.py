@@ -185,7 +185,7 @@ def test_a_party_whose_number_of_rows_changes_is_told_to_join_again(place: Place
         place.rows("rows.jsonl", count)
         error = place.train(0, code=3).stderr
         assert f"client 0 joined with 6 rows, and now has {count}" in error
-        assert "Run `fedcli client join --id 0` again" in error
+        assert "Run `fedcli client train --id 0 --refresh`" in error
     assert not (place.workspace / "inbox/0/round-00000").exists()
     place.join(0, "rows.jsonl")
     place.train(0)

@@ -657,38 +657,35 @@ def test_killed_at_every_call_nothing_is_lost_and_every_signature_is_right(
 
 @slow
 def test_two_parties_join_are_enrolled_and_train_by_commands(tmp_path: Path) -> None:
-    with warm() as commands:
-        place = Place(tmp_path, commands)
-        place("init", "W", *settings(*SMALL, "data.source=null", "federation.clients=2"))
-        told = {}
-        for client in (0, 1):
-            rows = place.rows(f"rows-{client}.jsonl", 6)
-            joined = json.loads(place.join(client, rows, "--share", "minimal", "--json").stdout)
-            told[client] = joined["fingerprint"]
-            place.train(client)
-        waits = place("server", "aggregate", code=6).stderr
-        assert "not enrolled: 0, 1" in waits
-        assert f"fedcli server enrol --id 0 --fingerprint {told[0]}" in waits
-        assert "fedcli server enrol --id 0" in place("status").stderr
-        assert told[1] in place("server", "enrol", "--id", 1, code=2).stderr
-        for client in (0, 1):
-            place("server", "enrol", "--id", client, "--fingerprint", told[client])
-        place("server", "aggregate")
-        shown = place("keys", "show").stdout
-        assert [line.split()[-1] for line in shown.splitlines()] == ["here", "enrolled", "enrolled"]
-        (tmp_path / "trust.json").write_text(place("keys", "show", "--json").stdout)
-        assert "9 signatures" in place("verify", "--trust", "trust.json").stdout
-        place.rows("rows-0.jsonl", 9)
-        assert "client train --id 0 --refresh" in place.train(0, code=3).stderr
-        done = place("client", "train", "--id", 0, "--refresh", "--home", "H0")
-        assert "registered anew with 9 rows, before 6" in done.stderr
-        assert place.registration(0)["data"] == {"num_rows": 9}  # still the minimum
-        place("client", "leave", "--id", 1, "--home", "H1")
-        place("server", "aggregate")
-        assert "gone       client 1 has left" in place("status").stdout
-        assert "nobody" not in place("keys", "rotate").stdout
-        place("verify", "--trust", "trust.json")
-        other = place(
-            "client", "join", "--id", 0, "--data", "rows-0.jsonl", "--server", "0" * 32, "--home", "H0", code=7
-        )
-        assert "signed by another server than yours" in other.stderr
+    place = Place(tmp_path, warm())
+    place("init", "W", *settings(*SMALL, "data.source=null", "federation.clients=2"))
+    told = {}
+    for client in (0, 1):
+        rows = place.rows(f"rows-{client}.jsonl", 6)
+        joined = json.loads(place.join(client, rows, "--share", "minimal", "--json").stdout)
+        told[client] = joined["fingerprint"]
+        place.train(client)
+    waits = place("server", "aggregate", code=6).stderr
+    assert "not enrolled: 0, 1" in waits
+    assert f"fedcli server enrol --id 0 --fingerprint {told[0]}" in waits
+    assert "fedcli server enrol --id 0" in place("status").stderr
+    assert told[1] in place("server", "enrol", "--id", 1, code=2).stderr
+    for client in (0, 1):
+        place("server", "enrol", "--id", client, "--fingerprint", told[client])
+    place("server", "aggregate")
+    shown = place("keys", "show").stdout
+    assert [line.split()[-1] for line in shown.splitlines()] == ["here", "enrolled", "enrolled"]
+    (tmp_path / "trust.json").write_text(place("keys", "show", "--json").stdout)
+    assert "9 signatures" in place("verify", "--trust", "trust.json").stdout
+    place.rows("rows-0.jsonl", 9)
+    assert "client train --id 0 --refresh" in place.train(0, code=3).stderr
+    done = place("client", "train", "--id", 0, "--refresh", "--home", "H0")
+    assert "registered anew with 9 rows, before 6" in done.stderr
+    assert place.registration(0)["data"] == {"num_rows": 9}  # still the minimum
+    place("client", "leave", "--id", 1, "--home", "H1")
+    place("server", "aggregate")
+    assert "gone       client 1 has left" in place("status").stdout
+    assert "nobody" not in place("keys", "rotate").stdout
+    place("verify", "--trust", "trust.json")
+    other = place("client", "join", "--id", 0, "--data", "rows-0.jsonl", "--server", "0" * 32, "--home", "H0", code=7)
+    assert "signed by another server than yours" in other.stderr

@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -362,7 +362,7 @@ def drop(world: World, thief: Party, client: int, workspace: Path) -> None:
     """Let a party's user drop a valid update in a client's inbox, with a program of its own; it may fail."""
     home = thief.folder / f"{workspace.name}-{client}"
     code = "import os; os.umask(0o022); from scaffold_client import take_part; "
-    world.run(thief, "-c", f"{code}take_part({str(workspace)!r}, {client}, {str(home)!r}, 0.0)", workspace=workspace)
+    world.run(thief, "-c", f"{code}take_part({str(workspace)!r}, {client}, {str(home)!r}, 0.0, 3)", workspace=workspace)
 
 
 def closing(world: World, workspace: Path, *more: object) -> dict:
@@ -480,7 +480,7 @@ def test_with_signatures_nothing_forged_counts_and_nothing_stops_the_honest(worl
     chosen = [setting for setting in SETTINGS if not setting.startswith(("federation.signatures", "algorithm"))]
     done = world.server("init", workspace, *settings(*chosen), workspace=world.folder / "server")
     assert done.returncode == 0, done.stderr
-    honest, thief = world.parties[0], world.parties[1]
+    honest, thief = (replace(party, home=None) for party in world.parties[:2])  # their homes are of the other workspace
     for party in (honest, thief):
         assert world.join(party, workspace).returncode == 0
         told = world.server("server", "enrol", "--id", party.client, workspace=workspace)
