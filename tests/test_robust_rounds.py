@@ -46,7 +46,13 @@ def here(small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def seven_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace of seven clients; tests must not change it."""
-    settings = {"data.source": None, "federation.clients": CLIENTS, "federation.rounds": 3, "adapter.rank": 2}
+    settings = {
+        "data.source": None,
+        "federation.signatures": "off",
+        "federation.clients": CLIENTS,
+        "federation.rounds": 3,
+        "adapter.rank": 2,
+    }
     return Path(Federation.create(tmp_path_factory.mktemp("seven"), preset="demo", settings=settings).path)
 
 
