@@ -34,9 +34,21 @@ VARIANTS = (
     {"name": "fedadam", **OTHER},
     {"name": "fedadam", "second_moment": "delta"},
 )
+OFTEN = ("fedavg", "scaffold", "fedadagrad", "fedyogi")
+"""The variants that every run tries: those without settings that others have as well."""
 
 
-@pytest.mark.parametrize("algorithm", VARIANTS, ids=lambda algorithm: "-".join(map(str, algorithm.values())))
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        pytest.param(
+            variant,
+            id="-".join(map(str, variant.values())),
+            marks=[] if variant["name"] in OFTEN and "second_moment" not in variant else pytest.mark.slow,
+        )
+        for variant in VARIANTS
+    ],
+)
 def test_five_rounds_are_the_formulas_and_a_restart_between_them_changes_no_bit(tmp_path, algorithm):
     processes = tmp_path / "processes"
     overrides = ["federation.rounds=5", "federation.per_round=2", *(f"algorithm.{k}={v}" for k, v in algorithm.items())]

@@ -56,6 +56,7 @@ def test_rows_that_cannot_be_used_are_an_error_with_the_cure(tmp_path: Path) -> 
         run(tmp_path, {})
 
 
+@pytest.mark.slow
 def test_a_workspace_of_own_rows_says_how_they_are_scored_and_scores_them(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedcli.model.base import find_base
 
+pytestmark = pytest.mark.slow  # test_own_rows.py has the formulas; this is the model's
+
 HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 EXAMPLES = [("Say blue.", "blue"), ("Name a sea.", "the North Sea"), ("Count.", "one two three four")]
 PAIRS = [("Say blue.", "blue", "red"), ("Name a sea.", "the North Sea is a sea", "no")]
