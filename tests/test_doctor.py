@@ -101,7 +101,7 @@ def test_a_broken_bitsandbytes_fails_a_quantised_experiment_and_only_warns_anoth
 
 @pytest.mark.slow
 def test_a_batch_that_cannot_fit_into_memory_fails_with_the_cure(small: Path) -> None:
-    configure(small, "max_length: 128", "max_length: 100000000")
+    configure(small, "max_length: 128", "max_length: 10000000")
     code, findings = examine(small)
     assert (code, findings["memory"]["state"]) == (8, "failed")
     assert "gradient_checkpointing" in findings["memory"]["cure"]
