@@ -117,3 +117,14 @@ def test_a_file_in_place_of_the_folder_of_a_published_benchmark_is_refused(works
     done = warm()("eval", "gsm8k", "--base", "--data", examples(tmp_path / "test.jsonl"), cwd=workspace)
     assert done.returncode == 2
     assert "is no folder" in done.stderr
+
+
+def test_files_of_several_kinds_are_parts_and_two_of_one_name_are_refused(workspace: Path, tmp_path: Path):
+    examples(tmp_path / "rows-all.jsonl")
+    (tmp_path / "rows-blue.csv").write_text("question,answer\nSay blue.,blue\n")
+    assert {"loss:all", "loss:blue"} <= score(workspace, tmp_path).keys()
+    examples(tmp_path / "rows-blue.jsonl")
+    done = warm()("eval", "rows", "--base", "--data", tmp_path, cwd=workspace)
+    assert done.returncode == 3
+    assert "rows-blue.csv" in done.stderr
+    assert "both the part 'blue'" in done.stderr

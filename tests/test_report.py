@@ -78,15 +78,6 @@ def test_the_series_are_what_the_updates_say(merged: tuple[Workspace, list[dict[
     assert report.notes == ["pooled was trained anew or removed since it was scored: its scores are left out"]
 
 
-def test_cosines_do_not_depend_on_how_many_updates_are_in_memory(
-    merged: tuple[Workspace, list[dict[int, Arrays]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workspace, _ = merged
-    together = collect_of(workspace).similarities[0]
-    monkeypatch.setattr(reporting, "HELD_BYTES", 1)
-    np.testing.assert_array_equal(collect_of(workspace).similarities[0].cosines, together.cosines)
-
-
 def test_only_the_last_rounds_are_compared_where_updates_are_large_and_the_report_says_so(
     merged: tuple[Workspace, list[dict[int, Arrays]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,6 +261,7 @@ def test_what_nobody_enrolled_signed_is_refused_by_its_code(place: Path) -> None
     refused = {entry.client: entry.code for entry in merge(place, partial=True).refused}
     assert refused == {0: "unsigned", 1: "signature"}
     assert problems(place) == []
+    assert Federation.open(place).verify().remarks == [], "they are refused again"
 
 
 @slow

@@ -141,6 +141,7 @@ def study_table(
 
     Formats: markdown, latex, csv, json.
     """
+    from fedcli.printable import printable_json
     from fedcli.study.folder import find_study
     from fedcli.study.render import render
     from fedcli.study.results import make_table
@@ -149,7 +150,9 @@ def study_table(
     folder = find_study(study)
     made = make_table(folder, like=like, against=against)
     paths = write_tables(folder, made, like)
-    tell(render(made, "json" if json_output else form), end="")
+    is_json = json_output or form == "json"
+    text = render(made, "json" if is_json else form)
+    tell(printable_json(text) if is_json else text, end="")
     if not json_output:
         print_hint("\n".join(f"written: {path}" for path in relative(paths)))
 

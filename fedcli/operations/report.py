@@ -1,7 +1,7 @@
 """A report of a federation: its series collected from manifests, scores and inbox, drawn, and written to a folder."""
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,20 +27,19 @@ from fedcli.scoring.targets import is_stale
 from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState, config_text
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import read_update
+from fedcli.workspace.inbox import Submission, look_at_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, check_outside
 from fedcli.workspace.records import CountedUpdate
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.report_folder import publish_report
 from fedcli.workspace.scores import ScoreRecord, read_scores
+from fedcli.workspace.side_by_side import SideBySide
 from fedcli.workspace.target_name import TargetName
 
 LARGEST_LOSS = 1e9
 """A loss beyond it, which a client can claim, is told and not drawn."""
 COMPARED_BYTES = 4 * 10**9
 """Updates that are read to compare them, from the last round backwards; that one is compared whatever its size."""
-HELD_BYTES = 512 * 2**20
-"""Differences that are in memory at once while a round's updates are compared."""
 PACKAGES = ("fedcli", "numpy", "torch", "transformers", "peft", "matplotlib")
 
 
@@ -241,50 +240,29 @@ def _similarities(
 
 
 def _compare(base: Round, hashes: dict[int, str], observer: Observer) -> tuple[Similarity, Array]:
-    """Return the cosines between a round's updates, as far as they are still in the inbox, and their Gram matrix.
-
-    Some of them stay in memory (HELD_BYTES) while those behind them pass by, one at a time; then the next ones stay.
-    """
-    adapter = _flat(base.adapter(), base)
-    clients, products = sorted(hashes), np.zeros((len(hashes), len(hashes)))
-    num_held = max(1, HELD_BYTES // max(1, adapter.nbytes))
-    readable = np.zeros(len(clients), dtype=bool)
-
-    def differences(start: int) -> Iterable[tuple[int, Array]]:
-        for position in range(start, len(clients)):
-            if start == 0 or readable[position]:
-                observer.update_read(base.number, clients[position])
-                arrays = _read(base, clients[position], hashes)
-                readable[position] = arrays is not None
-                if arrays is not None:
-                    yield position, _flat(arrays, base) - adapter
-
-    for start in range(0, len(clients), num_held):
-        held: dict[int, Array] = {}
-        for position, delta in differences(start):
-            if position < start + num_held:
-                held[position] = delta
-            for other, held_delta in held.items():
-                products[position, other] = products[other, position] = np.dot(held_delta, delta)
+    """Return the cosines between a round's updates, as far as they are still in the inbox, and their Gram matrix."""
+    found = [update for client in sorted(hashes) if (update := _counted(base, client, hashes, observer)) is not None]
+    adapter = base.adapter()
+    if not found:
+        return Similarity(base.number, [], np.zeros((0, 0))), np.zeros((0, 0))
+    reading = SideBySide(base, found, ADAPTER_FILE, adapter)
+    products = reading.stacks.products()
+    whole = sorted({*range(len(found))} - {*reading.faulty()})
+    products = products[np.ix_(whole, whole)]
     lengths = np.sqrt(products.diagonal())
-    kept = np.flatnonzero(readable & (lengths > 0))
+    kept = np.flatnonzero(lengths > 0)
     cosines = products[np.ix_(kept, kept)] / np.outer(lengths[kept], lengths[kept])
-    similarity = Similarity(base.number, [clients[position] for position in kept], cosines.clip(-1, 1))
-    return similarity, products[np.ix_(readable, readable)]
+    return Similarity(base.number, [found[whole[place]].client for place in kept], cosines.clip(-1, 1)), products
 
 
-def _read(base: Round, client: int, hashes: dict[int, str]) -> "dict[str, Array] | None":
-    """Return the arrays of a counted update; None where another one or none lies there now."""
+def _counted(base: Round, client: int, hashes: dict[int, str], observer: Observer) -> Submission | None:
+    """Return a counted update; None where another one or none lies there now."""
+    observer.update_read(base.number, client)
     try:
-        update = read_update(base, client)
+        update = look_at_update(base, client)
     except Refusal:
         return None
-    return update.files[ADAPTER_FILE] if update is not None and update.sha256 == hashes[client] else None
-
-
-def _flat(arrays: "dict[str, Array]", base: Round) -> Array:
-    """Return the numbers of an adapter that updates carry in one float32 vector, in the manifest's order."""
-    return np.concatenate([arrays[name].astype(np.float32).ravel() for name in base.manifest.sent_tensors])
+    return update if update is not None and update.sha256 == hashes[client] else None
 
 
 def versions_here() -> dict[str, str]:

@@ -167,7 +167,7 @@ def prepare_join(
     return Joining(workspace, found, record, card, remarks, tuple(kept), federation)
 
 
-def _kept(kept: list[str], option: str, given: "str | None", before: "str | None") -> Any:
+def _kept(kept: list[str], option: str, given: str | None, before: str | None) -> Any:
     """Return what is given, else what was before, which is then among those kept."""
     if given is None and before is not None:
         kept.append(f"{option} {before}")
@@ -177,7 +177,7 @@ def _kept(kept: list[str], option: str, given: "str | None", before: "str | None
 
 def refresh_registration(
     federation: FederationState, client: int, home: Path | None, *, observer: Observer
-) -> "tuple[int, int] | None":
+) -> tuple[int, int] | None:
     """Register a party's rows anew where there are more or fewer than it registered, with all that it chose before.
 
     Returns how many there were and are; None where nothing has changed. Raises UsageError where the client has not

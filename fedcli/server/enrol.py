@@ -161,10 +161,8 @@ def read_applicant(federation: FederationState, client: int) -> tuple[PublicKeys
     Raises NotReadyError where it has not joined, IntegrityError where it has not signed its registration.
     """
     federation.check_clients([client])
-    workspace, again = (
-        federation.workspace,
-        f"Let the party run `fedcli client join --id {client} --data SOURCE` again.",
-    )
+    workspace = federation.workspace
+    again = f"Let the party run `fedcli client join --id {client} --data SOURCE` again."
     registration = read_registration(workspace, client)
     contents = read_if_there(workspace, workspace.registration(client), MAX_REGISTRATION_BYTES)
     if registration is None or contents is None:

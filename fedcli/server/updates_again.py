@@ -7,9 +7,9 @@ import numpy as np
 from fedcli.errors import IntegrityError
 from fedcli.randomness import draw_cohort
 from fedcli.server.verification import Verification
-from fedcli.server.verify_signatures import gone_clients
+from fedcli.server.verify_signatures import check_of_merge, gone_clients
 from fedcli.workspace.history import Round, arriving_clients, is_hidden, prunable
-from fedcli.workspace.inbox import read_update, read_update_record
+from fedcli.workspace.inbox import check_rows, read_update, read_update_record
 from fedcli.workspace.layout import UPDATE_RECORD
 from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, RefusedUpdate, sha256
 from fedcli.workspace.refusal import Refusal
@@ -99,21 +99,26 @@ def check_counted(base: Round, entry: CountedUpdate, result: Verification) -> No
         result.report(path, "was counted with another num_samples, loss or size than it has")
 
 
-def check_uncounted(aggregation: Aggregation, base: Round, result: Verification) -> None:
+def check_uncounted(current: Round, aggregation: Aggregation, base: Round, result: Verification) -> None:
     """A refused update is refused again; of a missing one nothing lies there.
 
     A client can mend an update that was refused, or send one late: this is told, and no violation. What the same bytes
     get at any time is one.
     """
+    try:
+        authenticate = check_of_merge(current) if aggregation.refused else None
+    except IntegrityError:  # of the enrolment, which is reported by itself
+        return
     for refused in aggregation.refused:
         path = base.workspace.update(base.number, refused.client)
         if is_hidden(base.workspace, refused.client):
             continue
         try:
-            update = read_update(base, refused.client)
+            update = read_update(base, refused.client, authenticate=authenticate)
+            if update is None:
+                continue
+            check_rows(base, refused.client, update.record)
         except Refusal:
-            continue
-        if update is None:
             continue
         said = f"was refused ({refused.code}), and is valid"
         is_same = refused.update in (None, update.sha256)

@@ -86,7 +86,7 @@ def verify(workspace: Workspace, *, trust: Path | None = None, observer: Observe
             if current.manifest.aggregation is not None:
                 _check_aggregation(current, current.manifest.aggregation, previous, seen, result)
                 if previous is not None and identity is not None:
-                    check_uncounted(current.manifest.aggregation, previous, result)
+                    check_uncounted(current, current.manifest.aggregation, previous, result)
                     num_clients = int(identity.fixed.get("federation.clients", 0)) or len(previous.manifest.cohort)
                     _recompute(current, current.manifest.aggregation, previous, num_clients, result)
             if number == 0:
@@ -317,16 +317,15 @@ def _recompute(
         if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
-        rule, recorded = rule_from(aggregation.rule), {entry.client: entry for entry in aggregation.counted}
         files, again = combine_with(
-            rule,
+            rule_from(aggregation.rule),
             previous,
             algorithm,
             num_clients - len(gone_clients(current)),
             order,
             len(order),
             Observer(),
-            recorded=recorded,
+            recorded=entries,
             authenticate=check_of_merge(current),
         )
     except FedError as error:

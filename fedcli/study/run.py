@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedcli.client.runtimes import KeptModel
 from fedcli.errors import BusyError, FedError, UsageError, did_you_mean, require_packages
-from fedcli.eval.data import Files
+from fedcli.eval.data import Files, find_roots
 from fedcli.eval.endpoint import find_endpoint
 from fedcli.eval.registry import BENCHMARKS, find_benchmarks, needed_packages
 from fedcli.operations.pool import Died, Pool, Raised
@@ -102,13 +102,12 @@ def check_requirements(folder: StudyFolder) -> None:
     require_packages(name for benchmark in benchmarks for name in needed_packages(benchmark))
     found = {name for each in benchmarks for name in (each.name, *each.parts)}
     for benchmark in map(BENCHMARKS.__getitem__, sorted(found)):
-        if (
-            wanted.data is not None
-            and benchmark.data is not None
-            and benchmark.data.files
-            and not _is_own(benchmark.name)
-        ):
-            Files(benchmark.name, benchmark.data, (Path(wanted.data),), may_fetch=False).require()
+        source = benchmark.data
+        if source is None or not source.files or _is_own(benchmark.name):
+            continue
+        if wanted.data is not None or (source.release is None and source.hub is None):  # nothing will be fetched
+            roots = find_roots(None if wanted.data is None else Path(wanted.data))
+            Files(benchmark.name, source, roots, may_fetch=False).require()
     if wanted.allow_code_execution:
         from fedcli.eval.sandbox import Sandbox
 

@@ -108,7 +108,7 @@ def parse_fingerprint(text: str) -> str:
     """Return a fingerprint as `fingerprint` writes it; raise UsageError for what is none."""
     digits = re.sub(r"[\s:-]", "", text).lower()
     if not re.fullmatch("[0-9a-f]{32}", digits):
-        raise UsageError(f"--fingerprint {text}: no fingerprint", hint="It is 32 hexadecimal digits, in 8 groups.")
+        raise UsageError(f"{text!r} is no fingerprint", hint="It is 32 hexadecimal digits, in 8 groups.")
     return "-".join(digits[start : start + 4] for start in range(0, 32, 4))
 
 

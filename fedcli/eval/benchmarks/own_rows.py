@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedcli.data.file_rows import Opener
+from fedcli.data.file_rows import KINDS, Opener
 from fedcli.data.formats import RowReader, guess_format
 from fedcli.data.source import read_rows
 from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.benchmarks.demo import PAIR_METRICS, compared
-from fedcli.eval.data import DataSource
+from fedcli.eval.data import DataSource, Files
 from fedcli.eval.requests import Likelihood
 from fedcli.tasks.conversation import Example, Item, Preference, is_text, shown
 
 PREFIX = "rows"
 """Of the files' names: rows.jsonl, or rows-finance.jsonl and rows-code.jsonl, which have metrics of their own too."""
-_KINDS = ("jsonl", "json", "csv", "tsv", "parquet")
 
 
 def _mean_loss(sums: Sequence[float]) -> float:
@@ -44,7 +43,7 @@ def run(session: Session) -> list[ItemScore]:
     Of several files each is a part, with metrics METRIC:PART. A row that cannot be used is an item without marks.
     """
     scored: list[ItemScore] = []
-    files = session.files.require()
+    files = _find(session.files)
     for path in files:
         items, left_out = _read(path, session.files.opener, session.options.limit)
         examples = [item for item in items if isinstance(item, Example)]
@@ -53,6 +52,16 @@ def run(session: Session) -> list[ItemScore]:
         found += [ItemScore(f"left-out-{at}", {}, {"left_out": reason}) for at, reason in enumerate(left_out)]
         scored += found if len(files) == 1 else [_of_part(_part_name(path), item) for item in found]
     return scored
+
+
+def _find(files: Files) -> list[Path]:
+    """Return the files of all kinds, by their part's name; raises ConfigError for two of one name."""
+    found = {path for pattern in files.source.files for path in files.find(pattern)} or {*files.require()}
+    parts: dict[str, Path] = {}
+    for path in sorted(found):
+        if (other := parts.setdefault(_part_name(path), path)) != path:
+            raise ConfigError(f"{other} and {path} are both the part {_part_name(path)!r}", hint="Rename one of them.")
+    return list(parts.values())
 
 
 def _read(path: Path, opener: Opener | None, limit: int | None) -> tuple[list[Item], list[str]]:
@@ -105,7 +114,7 @@ BENCHMARK = Benchmark(
     0,
     "your own",
     DataSource(
-        tuple(f"{PREFIX}*.{kind}" for kind in _KINDS),
+        tuple(f"{PREFIX}*{kind}" for kind in KINDS),
         "rows of your own",
         instead="Name rows that no client trains on with --data FILE; or a folder with rows.jsonl, rows-NAME.csv and "
         "the like with --data DIR. docs/EVALUATION.md explains it.",
