@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support.scripted import ROWS, Scripted, session
 
+from fedcli.data.file_rows import Row
 from fedcli.errors import ConfigError, UsageError
 from fedcli.eval.benchmark import Benchmark, ItemScore, Options
 from fedcli.eval.benchmarks import bleu, ds1000, humaneval, humanevalpack, mbpp
@@ -89,8 +90,8 @@ def test_the_references_of_all_500_mbpp_test_tasks_pass(limit: int | None, sandb
 @pytest.mark.slow
 def test_the_references_of_the_474_other_mbpp_tasks_pass_too(sandbox: Sandbox) -> None:
     rows = [row for row in rows_of(real("mbpp/mbpp.jsonl")) if not 11 <= row["task_id"] <= 510]
-    sources = ["\n".join([row["code"], row["test_setup_code"], *row["test_list"]]) for row in rows]
-    runs = sandbox.run_all([Program(source, 30) for source in sources])
+    programs = [Program(row["code"], 30, mbpp.checks(Row(row, f"task {row['task_id']}"))) for row in rows]
+    runs = sandbox.run_all(programs)
     assert [row["task_id"] for row, run in zip(rows, runs, strict=True) if not run.passed] == []
     assert len(rows) == 474
 

@@ -2,12 +2,15 @@
 
 bubblewrap (bwrap) gives each program its own user, mount, process, network and message namespaces: it sees the Python
 installation and the system's libraries, read-only, and one empty folder; no home, no workspace, no network, no other
-process. Its environment is `ENVIRONMENT`; `sandbox_child` limits its memory, processes, files, output and time. Whether
-it got to its end is told by a token that only the runner around it knows. That is no proof against a program that looks
-for the token in its own process, and neither are a benchmark's tests, which run there too; ending early is no way to
-pass.
+process. Its environment is `ENVIRONMENT`; `sandbox_child` limits its memory, processes, files, output and time.
+
+Tests run in a second sandbox of the same kind (`Tests`). The program sees neither them nor what they compare with, and
+only plain values come out of it. Whether the tests got to their end is told by a token that only their side knows.
+Without `Tests` a program carries its own, as those of DS-1000 do, and a program that looks for the token in its own
+process can find it; ending early is no way to pass.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -15,14 +18,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, Literal, Protocol, TypeAlias
 
 from fedcli.errors import RequirementError
-from fedcli.eval import sandbox_child
+from fedcli.eval import sandbox_child, sandbox_runner
 from fedcli.eval.sandbox_child import FILE_BYTES, HOME, HOME_BYTES
 
 Outcome: TypeAlias = Literal["passed", "failed", "timed out", "too much memory", "too much output"]
@@ -68,16 +71,26 @@ else:
 
 
 @dataclass(frozen=True)
+class Tests:
+    """What judges a program from outside: `source` runs behind `setup`, with these `names` of the program's."""
+
+    source: str
+    names: tuple[str, ...]
+    setup: str = ""
+
+
+@dataclass(frozen=True)
 class Program:
-    """A Python program, and how long it may run."""
+    """A Python program, how long it may run, and its tests where it does not carry them itself."""
 
     source: str
     seconds: float = 10.0
+    tests: Tests | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a program ended, with the end of its output; it passed if it got to its last line without an exception."""
+    """How a program ended, with the end of its output; it passed if its last line, or its tests', was reached."""
 
     outcome: Outcome
     output: str
@@ -110,7 +123,9 @@ class Sandbox:
         if sys.platform != "linux" or bubblewrap is None:
             raise _refused("bubblewrap (bwrap) is not installed")
         self._bubblewrap = bubblewrap
-        self._child = Path(sandbox_child.__file__).read_text(encoding="utf-8")
+        self._child, self._runner = (
+            Path(module.__file__).read_text(encoding="utf-8") for module in (sandbox_child, sandbox_runner)
+        )
         self._workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
         self._lock = Lock()
         self._running: set[subprocess.Popen[bytes]] | None = set()
@@ -147,50 +162,75 @@ class Sandbox:
         for process in running or ():
             process.kill()
 
-    @contextmanager
-    def _started(self, program: Program, output: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
-        """Yield a program's process; raise _BrokenError while all is given up."""
-        with self._lock:
-            if self._running is None:
-                raise _BrokenError("it was interrupted")
-            process = subprocess.Popen(
-                self._command(program.seconds),
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.PIPE,
-                env=ENVIRONMENT | _libraries(),
-                cwd="/",
-            )
-            self._running.add(process)
-        with process:
-            yield process
-        with self._lock:
-            if self._running is not None:
-                self._running.discard(process)
-
     def _run(self, program: Program) -> Run:
-        token = secrets.token_hex()
-        source = program.source.encode(errors="replace")
-        with open(os.memfd_create("output"), "w+b") as output:
-            with self._started(program, output) as process:
-                try:
-                    _, problem = process.communicate(token.encode() + b"\n" + source, program.seconds + _GRACE)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    return Run("timed out", "")
-            if problem and self._running is not None:
-                raise _BrokenError(_last_line(problem.decode(errors="replace")))
-            size = output.seek(0, os.SEEK_END)
-            output.seek(max(0, size - SHOWN_BYTES - len(token)))
-            text = output.read().decode(errors="replace")
-        if process.returncode == sandbox_child.SUCCEEDED and text.endswith(token):
-            return Run("passed", text.removesuffix(token))
-        outcome = _OUTCOMES.get(process.returncode, "failed")  # another status: the machine has killed the watcher
-        return Run("too much output" if outcome == "failed" and size >= FILE_BYTES else outcome, text)
+        source, seconds, tests = program.source.encode(errors="replace"), program.seconds, program.tests
+        with ExitStack() as stack:
+            if tests is None:
+                return self._ended(stack.enter_context(self._started("whole", source, seconds)), seconds)
+            to_program, to_tests = os.pipe(), os.pipe()
+            texts = json.dumps([tests.setup, tests.names, tests.source]).encode()
+            try:
+                served = stack.enter_context(self._started("serve", source, seconds, to_program[0], to_tests[1]))
+                judge = stack.enter_context(self._started("judge", texts, seconds, to_tests[0], to_program[1]))
+            finally:
+                for end in (*to_program, *to_tests):
+                    os.close(end)
+            judged = self._ended(judge, seconds)
+            if judge.process.returncode != sandbox_child.GONE:
+                served.process.kill()
+            found = self._ended(served, seconds)
+            outcome = found.outcome if judge.process.returncode == sandbox_child.GONE else judged.outcome
+            return Run(outcome, (found.output + judged.output)[-SHOWN_BYTES:])
 
-    def _command(self, seconds: float) -> list[str]:
+    @contextmanager
+    def _started(self, role: str, contents: bytes, seconds: float, *descriptors: int) -> Iterator["_Started"]:
+        """Yield the process of a sandbox; raise _BrokenError while all is given up."""
+        token = b"" if role == "serve" else secrets.token_hex().encode()
+        with open(os.memfd_create("output"), "w+b") as output, open(os.memfd_create("problem"), "w+b") as problem:
+            with self._lock:
+                if self._running is None:
+                    raise _BrokenError("it was interrupted")
+                process = subprocess.Popen(
+                    self._command(str(seconds), self._runner, role, *map(str, descriptors)),
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=problem,
+                    pass_fds=descriptors,
+                    env=ENVIRONMENT | _libraries(),
+                    cwd="/",
+                )
+                self._running.add(process)
+            with process:
+                try:
+                    assert process.stdin is not None
+                    with suppress(BrokenPipeError), process.stdin as stdin:
+                        stdin.write(token + b"\n" + contents)
+                    yield _Started(process, output, problem, token)
+                finally:
+                    process.kill()
+            with self._lock:
+                if self._running is not None:
+                    self._running.discard(process)
+
+    def _ended(self, started: "_Started", seconds: float) -> Run:
+        """Wait for the end of a sandbox and return what became of its program."""
+        try:
+            status = started.process.wait(seconds + _GRACE)
+        except subprocess.TimeoutExpired:
+            started.process.kill()
+            return Run("timed out", "")
+        if (problem := _end_of(started.problem, SHOWN_BYTES)) and self._running is not None:
+            raise _BrokenError(_last_line(problem))
+        text, token = _end_of(started.output, SHOWN_BYTES + len(started.token)), started.token.decode()
+        if token and status == sandbox_child.SUCCEEDED and text.endswith(token):
+            return Run("passed", text.removesuffix(token))
+        outcome = _OUTCOMES.get(status, "failed")  # another status: the machine has killed the watcher
+        is_flood = outcome == "failed" and os.fstat(started.output.fileno()).st_size >= FILE_BYTES
+        return Run("too much output" if is_flood else outcome, text)
+
+    def _command(self, *arguments: str) -> list[str]:
         paths = _visible_paths()
-        child = [sys.executable, "-S", "-c", self._child, str(seconds)]
+        child = [sys.executable, "-S", "-c", self._child, *arguments]
         command = [self._bubblewrap, *_walls(paths), "--", *child]
         if os.geteuid() != 0 or not _has_user(NOBODY):
             return command
@@ -199,6 +239,21 @@ class Sandbox:
         outside += ["--dev-bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev"]
         become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
         return [self._bubblewrap, *outside, *_binds(paths), "--", *become, *command]
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A sandbox that runs: its process, what its program writes, what is wrong with it, and its token."""
+
+    process: subprocess.Popen[bytes]
+    output: BinaryIO
+    problem: BinaryIO
+    token: bytes
+
+
+def _end_of(file: BinaryIO, size: int) -> str:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+    return file.read().decode(errors="replace")
 
 
 def _visible_paths() -> list[str]:

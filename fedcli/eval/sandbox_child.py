@@ -1,6 +1,7 @@
 """The first process of a sandbox: limits a program, runs it and watches it.
 
-`sandbox` starts it inside bubblewrap, as `python -S -c SOURCE SECONDS`. It imports nothing of fedcli.
+`sandbox` starts it inside bubblewrap, as `python -S -c SOURCE SECONDS RUNNER ROLE [FD FD]`. It imports nothing of
+fedcli. RUNNER is the source of `sandbox_runner`.
 """
 
 import ctypes
@@ -28,29 +29,8 @@ LIMITS = {
     resource.RLIMIT_NOFILE: 128,
     resource.RLIMIT_NPROC: NUM_PROCESSES,
 }
-SUCCEEDED, FAILED, TIMED_OUT, OUT_OF_MEMORY = 0, 3, 4, 5
-"""Exit statuses; a word on stderr means that the sandbox could not be made."""
-
-RUNNER = """
-import os, sys
-def run():
-    token, _, source = sys.stdin.buffer.read().partition(b"\\n")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    output = os.dup(1)
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-    with open("program.py", "wb") as file:
-        file.write(source)
-    exec(compile(source, "program.py", "exec"), vars(sys.modules["__main__"]))
-    sys.stdout.flush()
-    os.write(output, token)
-    os._exit(0)
-run()
-"""
-"""Runs the program of stdin; only behind its last line comes the token, which stdin's first line tells.
-
-Threads and exit handlers that the program leaves behind are not waited for.
-"""
+SUCCEEDED, FAILED, TIMED_OUT, OUT_OF_MEMORY, GONE = 0, 3, 4, 5, 6
+"""Exit statuses; a word on stderr means that the sandbox could not be made. `sandbox_runner` tells of GONE."""
 
 _PAUSE = 0.05
 """Seconds between two looks at a program's memory."""
@@ -58,7 +38,7 @@ _SET_DUMPABLE = 4
 """An option of prctl(2)."""
 
 
-def watch(seconds: float) -> int:
+def watch(seconds: float, runner: str, role: list[str]) -> int:
     """Run the program of stdin and return how it ended; all that it started ends with this process."""
     if ctypes.CDLL(None).prctl(_SET_DUMPABLE, 0):  # no program may look into this process
         raise OSError("prctl(PR_SET_DUMPABLE) failed")
@@ -66,7 +46,7 @@ def watch(seconds: float) -> int:
         resource.setrlimit(kind, (limit, limit))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that Python hears, so the one that a program can send
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-    command = [sys.executable, "-s", "-P", "-c", RUNNER]
+    command = [sys.executable, "-s", "-P", "-c", runner, *role]
     stderr_to_stdout = (os.POSIX_SPAWN_DUP2, 1, 2)
     program = os.posix_spawn(
         command[0], command, os.environ, file_actions=[stderr_to_stdout], setsigmask=[], setsigdef=[signal.SIGINT]
@@ -75,7 +55,8 @@ def watch(seconds: float) -> int:
     while True:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if ended[0] == program:
-                return FAILED if ended[1] else SUCCEEDED
+                status = os.waitstatus_to_exitcode(ended[1])
+                return status if status in (SUCCEEDED, GONE) else FAILED
         if time.monotonic() > deadline:
             return TIMED_OUT
         home = os.statvfs(HOME)
@@ -105,4 +86,4 @@ def _resident_bytes() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(watch(float(sys.argv[1])))
+    os._exit(watch(float(sys.argv[1]), sys.argv[2], sys.argv[3:]))

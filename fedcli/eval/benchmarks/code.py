@@ -1,7 +1,9 @@
 """What benchmarks of code share: finding the code in an answer, running it with its tests, and pass@k."""
 
+import ast
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,8 +36,8 @@ class Problem:
 
     item: str
     prompt: Text
-    program: Callable[[str], str]
-    """Makes of an answer the program that gets to its end if the answer is right."""
+    program: Callable[[str], Program]
+    """Makes of an answer the program that passes if the answer is right."""
     record: Mapping[str, object] = field(default_factory=dict)
     can_run: bool = True
     """Whether this machine has what the program needs; without it the item has no marks."""
@@ -68,7 +70,7 @@ def solve(
     samples = [[{"answer": next(answers)} for _ in range(num_samples)] for _ in asked]
     if session.run_code is not None:
         to_run = [(row, sample) for row, of_row in zip(asked, samples, strict=True) if row.can_run for sample in of_row]
-        programs = [Program(row.program(sample["answer"]), seconds) for row, sample in to_run]
+        programs = [replace(row.program(sample["answer"]), seconds=seconds) for row, sample in to_run]
         for (_, sample), run in zip(to_run, session.run_code.run_all(programs), strict=True):
             sample |= {"outcome": run.outcome, "output": run.output}
     return [_score(row, of_row) for row, of_row in zip(asked, samples, strict=True)]
@@ -115,6 +117,32 @@ def complete(prompt: str, entry_point: str, answer: str) -> str:
     code = extract_code(answer)
     defines = re.search(rf"^def {re.escape(entry_point)}\b", code, re.MULTILINE)
     return f"{prompt}\n{code}" if defines else prompt + code
+
+
+def helpers(prompt: str) -> str:
+    """Return what a prompt defines for its tests, too: all of it, or nothing where it is no whole program."""
+    return prompt if _statements(prompt) else ""
+
+
+def outline(code: str) -> tuple[str, tuple[str, ...]]:
+    """Return what a reference imports, as a program, and the names that it defines outside its functions."""
+    statements = _statements(code)
+    imports = [ast.unparse(each) for each in statements if isinstance(each, ast.Import | ast.ImportFrom)]
+    defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = [each.name for each in statements if isinstance(each, defined)]
+    for each in statements:
+        if isinstance(each, ast.Assign):
+            names += [target.id for target in each.targets if isinstance(target, ast.Name)]
+    return "\n".join(imports), tuple(dict.fromkeys(names))
+
+
+def _statements(code: str) -> list[ast.stmt]:
+    """Return a program's statements, none where it is no program."""
+    with warnings.catch_warnings(action="ignore"):  # of an escape in a text
+        try:
+            return ast.parse(code).body
+        except (SyntaxError, ValueError):
+            return []
 
 
 def text_of(row: Row, name: str) -> str:

@@ -11,6 +11,7 @@ from fedcli.errors import ConfigError
 from fedcli.eval.benchmark import Metric, Session
 from fedcli.eval.benchmarks.code import PASS_METRICS, Problem, code_benchmark, extract_code, solve, text_of
 from fedcli.eval.data import DataSource
+from fedcli.eval.sandbox import Program
 from fedcli.tasks.conversation import Turn
 
 LIBRARIES = ("Matplotlib", "Numpy", "Pandas", "Pytorch", "Scipy", "Sklearn", "Tensorflow")
@@ -53,9 +54,10 @@ def _metadata(row: Row) -> dict[str, Any]:
     return metadata
 
 
-def _program(context: str, answer: str) -> str:
+def _program(context: str, answer: str) -> Program:
+    """Return the harness with an answer in it: its tests compare tables and arrays, and run beside the answer."""
     lines = [context, f"code = {extract_solution(answer)!r}", "test_execution(code)"]
-    return "\n".join([*lines, *(["test_string(code)"] if "test_string(" in context else []), ""])
+    return Program("\n".join([*lines, *(["test_string(code)"] if "test_string(" in context else []), ""]))
 
 
 def extract_solution(answer: str) -> str:

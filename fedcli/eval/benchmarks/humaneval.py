@@ -5,8 +5,9 @@ from functools import partial
 
 from fedcli.eval import releases
 from fedcli.eval.benchmark import Session
-from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, solve, text_of
+from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, helpers, solve, text_of
 from fedcli.eval.data import DataSource
+from fedcli.eval.sandbox import Program, Tests
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 """The paper's stop sequences (section 3.1), and the end of a fenced block."""
@@ -19,8 +20,9 @@ def _problems(session: Session) -> Iterator[Problem]:
         yield Problem(task, prompt, partial(_program, prompt, entry_point, test))
 
 
-def _program(prompt: str, entry_point: str, test: str, answer: str) -> str:
-    return f"{complete(prompt, entry_point, answer)}\n{test}\ncheck({entry_point})\n"
+def _program(prompt: str, entry_point: str, test: str, answer: str) -> Program:
+    tests = Tests(f"{test}\ncheck({entry_point})\n", (entry_point,), helpers(prompt))
+    return Program(complete(prompt, entry_point, answer), tests=tests)
 
 
 BENCHMARK = code_benchmark(

@@ -5,8 +5,9 @@ from functools import partial
 
 from fedcli.eval import releases
 from fedcli.eval.benchmark import Session
-from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, solve, text_of
+from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, helpers, solve, text_of
 from fedcli.eval.data import DataSource
+from fedcli.eval.sandbox import Program, Tests
 from fedcli.tasks.conversation import Turn
 
 MAX_NEW_TOKENS = 1024
@@ -32,9 +33,10 @@ def _ask_fix(row: Mapping[str, str]) -> str:
     return f"{row['declaration']}{row['buggy_solution']}\n{row['test']}\nFix bugs in {row['entry_point']}."
 
 
-def _program(row: Mapping[str, str], answer: str) -> str:
+def _program(row: Mapping[str, str], answer: str) -> Program:
+    before = "\n".join([IMPORTS, row["import"], row["test_setup"], ""])
     code = complete(row["prompt"], row["entry_point"], answer)
-    return "\n".join([IMPORTS, row["import"], row["test_setup"], code, row["test"]])
+    return Program(before + code, tests=Tests(row["test"], (row["entry_point"],), before + helpers(row["prompt"])))
 
 
 _of_pack = partial(

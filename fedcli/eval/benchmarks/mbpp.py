@@ -7,8 +7,9 @@ from fedcli.data.file_rows import Row
 from fedcli.errors import ConfigError, UsageError
 from fedcli.eval import releases
 from fedcli.eval.benchmark import Session
-from fedcli.eval.benchmarks.code import Problem, code_benchmark, extract_code, solve, text_of
+from fedcli.eval.benchmarks.code import Problem, code_benchmark, extract_code, outline, solve, text_of
 from fedcli.eval.data import DataSource
+from fedcli.eval.sandbox import Program, Tests
 
 EXAMPLES = (2, 3, 4, 1, 5, 6, 7, 8, 9, 10)
 """Tasks that are set apart for prompts; the paper takes the first three (section 3.1)."""
@@ -27,16 +28,20 @@ def _problems(session: Session) -> Iterator[Problem]:
     examples = "".join(_example(rows, task) for task in EXAMPLES[:num_shots])
     for task in sorted(rows):
         if task in TEST:
-            yield Problem(f"MBPP/{task}", examples + _question(rows[task]), partial(_program, _checks(rows[task])))
+            yield Problem(f"MBPP/{task}", examples + _question(rows[task]), partial(_program, checks(rows[task])))
 
 
-def _program(checks: str, answer: str) -> str:
-    return f"{extract_code(answer)}\n{checks}"
+def _program(tests: Tests, answer: str) -> Program:
+    return Program(extract_code(answer), tests=tests)
 
 
-def _checks(row: Row) -> str:
-    """Return a row's tests behind their setup, which comes after an answer, because it uses the answer's classes."""
-    return "\n".join([text_of(row, "test_setup_code"), *_tests(row)])
+def checks(row: Row) -> Tests:
+    """Return a row's tests behind their setup, which uses the answer's classes.
+
+    What the reference imports is there for them, and of an answer the names that the reference defines.
+    """
+    imports, names = outline(text_of(row, "code"))
+    return Tests("\n".join([text_of(row, "test_setup_code"), *_tests(row)]), names, imports)
 
 
 def _question(row: Row) -> str:
