@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from fedcli.config import DataFormat
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
+from fedcli.workspace.floors import USUAL_FLOORS, Floors
 from fedcli.workspace.history import read_record
 from fedcli.workspace.layout import Home, Workspace, default_home, server_home
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
@@ -64,6 +65,7 @@ class PartyRecord(Record):
     share: Literal["full", "minimal"] = "full"
     server: str | None = None
     """The fingerprint of the server's keys when it joined; None where signatures are off."""
+    floors: Floors = USUAL_FLOORS
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:
@@ -160,6 +162,12 @@ def read_party(home: Home) -> PartyRecord | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
+        where = ".".join(map(str, error.errors(include_url=False, include_input=False)[0]["loc"]))
+        if where.startswith("floors."):
+            raise ConfigError(
+                f"{home.party}: this version of fedcli cannot keep the floor {where.removeprefix('floors.')!r}",
+                hint="Use the version that wrote it, or mend it by hand.",
+            ) from error
         raise ConfigError(f"{home.party} is damaged", hint="Run `fedcli client join` again.") from error
 
 
