@@ -10,7 +10,7 @@ from fedcli.trust.history import note, read_history
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import drop_update
-from fedcli.workspace.layout import UPDATE_RECORD, UPDATE_SIGNATURE, Home
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, UPDATE_RECORD, UPDATE_SIGNATURE, Home
 from fedcli.workspace.records import sha256
 from fedcli.workspace.registrations import read_party
 
@@ -29,6 +29,7 @@ def check_past(federation: FederationState, party: Party, past: Sequence[Round])
     for before, current in pairwise(rounds):
         if current.manifest.parent != before.sha256:
             raise IntegrityError(f"{current.folder} does not follow {before.folder}", hint=_ASK)
+    _check_constant(federation, rounds)
     known = {line.get("round"): line.get("manifest") for line in read_history(party.home.history)}
     for current in rounds:
         if known.get(current.number, current.sha256) not in (None, current.sha256):
@@ -52,6 +53,25 @@ def check_past(federation: FederationState, party: Party, past: Sequence[Round])
         if fault := round_fault(head, enrolment):
             raise IntegrityError(f"{head.folder} {fault}", hint=_ASK)
     _note_outcomes(party.home, party.client, rounds)
+
+
+def _check_constant(federation: FederationState, rounds: Sequence[Round]) -> None:
+    """Raise IntegrityError where a round is another task's, base's or adapter's than round 0, or than fedcli.yaml's."""
+    fixed, start = federation.config.fixed(), rounds[0].manifest
+    for current in rounds:
+        manifest = current.manifest
+        model = manifest.model
+        odd = [name for name in ("task", "model", "tensors") if getattr(manifest, name) != getattr(start, name)]
+        odd += [] if manifest.files.get(ADAPTER_CONFIG_NAME) == start.files.get(ADAPTER_CONFIG_NAME) else ["adapter"]
+        odd += [] if manifest.task == fixed["task"] else ["task"]
+        odd += [key for key in ("quantization", "revision") if getattr(model, key) != fixed["model"][key]]
+        odd += [] if manifest.train.seed == fixed["federation.seed"] else ["train.seed"]
+        odd += [] if manifest.train.date == start.train.date else ["train.date"]
+        if odd:
+            raise IntegrityError(
+                f"{current.folder} changes what was fixed when round 0 was opened: {', '.join(dict.fromkeys(odd))}",
+                hint=_ASK,
+            )
 
 
 def commit_update(
