@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from datetime import date as Date  # noqa: N812  # `date` is a key of the protocol
+from datetime import date as Date  # `date` is a key of the protocol
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
