@@ -55,7 +55,7 @@ def train_and_drop(
     """
     client, head = party.client, federation.head
     manifest, past = head.manifest, federation.past()
-    check_past(federation, party, past)
+    check_past(federation, party, past, observer)
     party.check_floors(manifest)
     adapter = head.adapter()
     first_draw = sum(
