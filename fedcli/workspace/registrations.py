@@ -83,6 +83,12 @@ def is_own(workspace: Workspace) -> bool:
     return all(os.lstat(path).st_uid == os.geteuid() for path in files)
 
 
+def require_own(workspace: Workspace, what: str, instead: str) -> None:
+    """Raise ConfigError where fedcli.yaml is another user's, for what it would do as this user."""
+    if not is_own(workspace):
+        raise ConfigError(f"{workspace.config} is another user's: {what} would run or send things as you", hint=instead)
+
+
 def is_stranger(workspace: Workspace, owner: int | None) -> bool:
     """Return whether a user who has not joined may send nothing: where anybody can make an inbox, all but its owner."""
     return workspace.store.is_open("inbox") and owner != inbox_owner(workspace)
