@@ -207,7 +207,7 @@ def _fetch_rest(url: str, file: Path, progress: Progress) -> bool:
         with writing_cache(file), file.open("ab" if is_rest else "wb") as opened:
             for chunk in _chunks(reply):
                 start += len(chunk)
-                if start > MOST_BYTES:
+                if start > MOST_BYTES:  # it told no length, or another one
                     raise _TooLargeError
                 opened.write(chunk)
                 progress(start, total)
