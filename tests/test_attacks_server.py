@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,9 @@ from fedcli.workspace.scores import Unscored
 BUILTIN = Path(__file__).parents[1] / "fedcli/model/builtin/tiny"
 MANIFEST = "manifest.json"
 TURNS = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def edit(path: Path, change: Callable[[dict], object]) -> None:
@@ -506,7 +510,7 @@ def test_workers_import_nothing_of_the_folder_that_they_start_in(small: Path, tm
     # as the console script starts: without the current folder in its path, and without -P, which children inherit
     code = "import sys; del sys.path[0]; from fedcli.__main__ import entry_point; entry_point()"
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
-    words = [sys.executable, "-c", code, "run", "--workers", "1"]
+    words = [sys.executable, "-c", code, "run", "--workers", "2"]
     done = subprocess.run(words, cwd=small, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "mark").exists()
