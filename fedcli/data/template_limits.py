@@ -93,8 +93,7 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
 @functools.cache
 def _bound_jinja() -> None:
     """Let no product, power or rounding of a sandboxed template make a number, or a text, that takes hours."""
-    from jinja2 import defaults
-    from jinja2.filters import do_round
+    from jinja2.filters import FILTERS, do_round
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def call_binop(self: Any, context: object, operator: str, left: Any, right: Any) -> Any:
@@ -109,7 +108,7 @@ def _bound_jinja() -> None:
 
     sandbox: Any = ImmutableSandboxedEnvironment
     sandbox.intercepted_binops, sandbox.call_binop = frozenset({"*", "**"}), call_binop
-    defaults.DEFAULT_FILTERS["round"] = bounded_round
+    FILTERS["round"] = bounded_round
 
 
 def _is_too_large(operator: str, left: Any, right: Any) -> bool:
