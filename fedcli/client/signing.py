@@ -30,7 +30,6 @@ def check_past(federation: FederationState, party: Party, past: Sequence[Round],
     for before, current in pairwise(rounds):
         if current.manifest.parent != before.sha256:
             raise IntegrityError(f"{current.folder} does not follow {before.folder}", hint=_ASK)
-    _check_constant(federation, rounds)
     known = _known(read_history(party.home.history))
     if (last := max(known, default=0)) > head.number:
         raise IntegrityError(
@@ -59,6 +58,7 @@ def check_past(federation: FederationState, party: Party, past: Sequence[Round],
         enrolment = read_chain(federation.workspace, federation.identity, [] if pin is None else [pin])
         if fault := round_fault(head, enrolment):
             raise IntegrityError(f"{head.folder} {fault}", hint=_ASK)
+    _check_constant(federation, rounds)
     _note_outcomes(party, rounds, observer)
 
 
