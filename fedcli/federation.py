@@ -343,11 +343,13 @@ class Client:
         trust_remote_code: bool = False,
         share: Literal["full", "minimal"] | None = None,
         server: str | None = None,
+        floors: Sequence[str] = (),
         observer: Observer = SILENT,
     ) -> "Joining":
         """Read a party's rows, which stay where they are; `commit()` of what is returned writes the registration.
 
-        `server` is the fingerprint that the server must have; None: the one that it has now, or had before.
+        `server` is the fingerprint that the server must have; None: the one that it has now, or had before. `floors`
+        are the least that a round must ask for, such as "rows=32" (docs/OPERATIONS.md).
         """
         from fedcli.parties.join import prepare_join
 
@@ -365,6 +367,7 @@ class Client:
             trust_remote_code=trust_remote_code,
             share=share,
             server=server,
+            floors=floors,
             observer=observer,
         )
 

@@ -19,6 +19,7 @@ from support.processes import ENVIRONMENT
 
 import fedcli.eval.fetch as fetching
 from fedcli.errors import IntegrityError, RequirementError, WorkspaceError
+from fedcli.eval import archives
 from fedcli.eval.fetch import ATTEMPTS, RECORD_NAME, fetch, has_record, is_whole, release_folder
 from fedcli.eval.releases import Download, HubFile, Release
 from fedcli.observer import Observer
@@ -388,3 +389,30 @@ def test_files_of_the_hub_come_from_its_endpoint_over_its_redirects_and_never_wh
     assert (folder / "q.jsonl").read_bytes() == QUESTIONS
     record = json.loads((folder / RECORD_NAME).read_text())
     assert record["downloads"] == {f"hf://datasets/own/rows@{'c' * 40}/data/q.jsonl": hash_of(QUESTIONS)}
+
+
+@pytest.mark.parametrize("outcome", ["well", "unsized"])
+def test_more_than_any_published_file_holds_is_not_fetched_and_nothing_of_it_is_kept(
+    outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "MOST_BYTES", len(QUESTIONS) - 1)
+    with (
+        serve(monkeypatch, SERVED, outcome),
+        pytest.raises(IntegrityError, match=r"gives more than 8,\d\d\d bytes; nothing"),
+    ):
+        fetch(RELEASE, Observer())
+    part = release_folder(RELEASE).with_name("bench.part")
+    assert not files_of(part)
+
+
+@pytest.mark.parametrize("pack", [tar_of, zip_of])
+@pytest.mark.parametrize(("name", "most"), [("MOST_BYTES", 10**6), ("MOST_FILES", 3)])
+def test_an_archive_is_unpacked_up_to_a_bound(
+    pack: Any, name: str, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(archives, name, most)
+    archive = tmp_path / "archive"
+    archive.write_bytes(pack({f"data/{number}.csv": b"0" * 300_000 for number in range(4)}))
+    with pytest.raises(IntegrityError, match="unpacks to more than"):
+        archives.unpack(archive, tmp_path / "out", "data", ("*.csv",))
+    assert len(list((tmp_path / "out").iterdir())) == 3

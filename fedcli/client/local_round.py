@@ -54,8 +54,10 @@ def train_and_drop(
     Whoever calls this holds the client's lock.
     """
     client, head = party.client, federation.head
-    manifest, adapter, past = head.manifest, head.adapter(), federation.past()
-    check_past(federation, party, past)
+    manifest, past = head.manifest, federation.past()
+    check_past(federation, party, past, observer)
+    party.check_floors(manifest)
+    adapter = head.adapter()
     first_draw = sum(
         earlier.manifest.train.steps * earlier.manifest.train.batch_size
         for earlier in past

@@ -1,7 +1,8 @@
 """What a party checks before it trains, and what it signs and keeps with its update; of a simulated client nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from fedcli.errors import DeniedError, IntegrityError
 from fedcli.observer import Observer
@@ -10,17 +11,17 @@ from fedcli.trust.history import note, read_history
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import drop_update
-from fedcli.workspace.layout import UPDATE_RECORD, UPDATE_SIGNATURE, Home
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, UPDATE_RECORD, UPDATE_SIGNATURE
 from fedcli.workspace.records import sha256
 from fedcli.workspace.registrations import read_party
 
 _ASK = 'Do not train on it. Ask the server\'s operator by telephone; docs/OPERATIONS.md, "Incidents", says more.'
 
 
-def check_past(federation: FederationState, party: Party, past: Sequence[Round]) -> None:
+def check_past(federation: FederationState, party: Party, past: Sequence[Round], observer: Observer) -> None:
     """Raise IntegrityError where the workspace is not the one that a party has known, or the server did not sign it.
 
-    Notes what came of the party's updates.
+    Notes what came of the party's updates, and tells of those that were not counted.
     """
     if party.num_rows is None:
         return
@@ -29,9 +30,15 @@ def check_past(federation: FederationState, party: Party, past: Sequence[Round])
     for before, current in pairwise(rounds):
         if current.manifest.parent != before.sha256:
             raise IntegrityError(f"{current.folder} does not follow {before.folder}", hint=_ASK)
-    known = {line.get("round"): line.get("manifest") for line in read_history(party.home.history)}
+    known = _known(read_history(party.home.history))
+    if (last := max(known, default=0)) > head.number:
+        raise IntegrityError(
+            f"{federation.workspace.rounds} ends with round {head.number}, and client {party.client} has seen round "
+            f"{last}: the last rounds were taken back, or a fork is shown to you",
+            hint=_ASK,
+        )
     for current in rounds:
-        if known.get(current.number, current.sha256) not in (None, current.sha256):
+        if known.get(current.number) not in (None, current.sha256):
             raise IntegrityError(
                 f"{current.folder} is not the round {current.number} that client {party.client} trained on: the past "
                 "was rewritten, or a fork is shown to you",
@@ -51,7 +58,27 @@ def check_past(federation: FederationState, party: Party, past: Sequence[Round])
         enrolment = read_chain(federation.workspace, federation.identity, [] if pin is None else [pin])
         if fault := round_fault(head, enrolment):
             raise IntegrityError(f"{head.folder} {fault}", hint=_ASK)
-    _note_outcomes(party.home, party.client, rounds)
+    _check_constant(federation, rounds)
+    _note_outcomes(party, rounds, observer)
+
+
+def _check_constant(federation: FederationState, rounds: Sequence[Round]) -> None:
+    """Raise IntegrityError where a round is another task's, base's or adapter's than round 0, or than fedcli.yaml's."""
+    fixed, start = federation.config.fixed(), rounds[0].manifest
+    for current in rounds:
+        manifest = current.manifest
+        model = manifest.model
+        odd = [name for name in ("task", "model", "tensors") if getattr(manifest, name) != getattr(start, name)]
+        odd += [] if manifest.files.get(ADAPTER_CONFIG_NAME) == start.files.get(ADAPTER_CONFIG_NAME) else ["adapter"]
+        odd += [] if manifest.task == fixed["task"] else ["task"]
+        odd += [key for key in ("quantization", "revision") if getattr(model, key) != fixed["model"][key]]
+        odd += [] if manifest.train.seed == fixed["federation.seed"] else ["train.seed"]
+        odd += [] if manifest.train.date == start.train.date else ["train.date"]
+        if odd:
+            raise IntegrityError(
+                f"{current.folder} changes what was fixed when round 0 was opened: {', '.join(dict.fromkeys(odd))}",
+                hint=_ASK,
+            )
 
 
 def commit_update(
@@ -85,8 +112,21 @@ def commit_update(
     return drop_update(head, party.client, [*signed, (UPDATE_RECORD, record)])
 
 
-def _note_outcomes(home: Home, client: int, rounds: Sequence[Round]) -> None:
+def _known(lines: Iterable[dict[str, Any]]) -> dict[int, str]:
+    """Return the hashes of the manifests that a party has seen, by round."""
+    known: dict[int, str] = {}
+    for line in lines:
+        match line:
+            case {"event": "sent", "round": int(number), "manifest": str(digest)}:
+                known[number] = digest
+            case {"event": "outcome", "round": int(number), "next": str(digest)}:
+                known[number + 1] = digest
+    return known
+
+
+def _note_outcomes(party: Party, rounds: Sequence[Round], observer: Observer) -> None:
     """Note what came of updates that were sent, once: counted, refused with its code, surplus or missing."""
+    home, client = party.home, party.client
     lines = list(read_history(home.history))
     told = {line.get("round") for line in lines if line.get("event") == "outcome"}
     sent = {line.get("round"): line.get("update") for line in lines if line.get("event") == "sent"}
@@ -101,6 +141,8 @@ def _note_outcomes(home: Home, client: int, rounds: Sequence[Round]) -> None:
         else:
             result = refused.get(client) or ("surplus" if client in merge.surplus else "missing")
         note(home.history, "outcome", round=number, result=result, next=current.sha256)
+        if result not in ("counted", "surplus"):
+            observer.noted(f"client {client}: {current.folder} says of its update of round {number}: {result}")
 
 
 def _updates(lines: Sequence[dict[str, object]], number: int) -> set[object]:

@@ -60,6 +60,15 @@ def client_join(
         str | None, Option(metavar="CHARACTER", help="Between the cells of .csv files. Default: as their header shows.")
     ] = None,
     encoding: Annotated[str | None, Option(metavar="NAME", help="Of text files. Default: UTF-8.")] = None,
+    floors: Annotated[
+        list[str] | None,
+        Option(
+            "--floor",
+            metavar="KEY=VALUE",
+            help="The least that a round must ask for: rows, steps, batch_size; targets, where LoRA may lie. "
+            "Default: as before, else rows=2 and targets=layers.",
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
     ] = False,
@@ -86,6 +95,7 @@ def client_join(
             trust_remote_code=trust_remote_code,
             share=share,
             server=server,
+            floors=floors or (),
             observer=observer,
         )
     card = joining.card.model_dump(mode="json", exclude_none=True)

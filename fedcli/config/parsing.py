@@ -93,7 +93,7 @@ def read_document(text: str, where: Path) -> dict[str, Any]:
     """Parse YAML into its top-level mapping; raise ConfigError with the line."""
     try:
         document = yaml.load(text, _UniqueKeyLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a ValueError is a date's, or a number's
         raise ConfigError(f"{where} is not valid YAML: {_yaml_fault(error)}", hint="Correct that line.") from error
     if document is None:
         return {}
@@ -152,7 +152,7 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
             target = target[section]
         try:
             target[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise UsageError(f"--set {override!r}: the value is not YAML", hint="Quote it.") from error
 
 

@@ -64,6 +64,10 @@ BatchSize: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 MaxLength: TypeAlias = Annotated[int, Field(ge=2, le=10**7)]
 """Bounds of what a party can be asked for: beyond them a round would never end, whoever asks."""
 MOST_RATE = 10.0
+MOST_ROWS = 10**7
+"""Of steps x batch_size: all of a round's rows are drawn at once."""
+Clients: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
+Rounds: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class TrainConfig(Section):
@@ -84,6 +88,8 @@ class TrainConfig(Section):
     def _check(self) -> Self:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.steps * self.batch_size > MOST_ROWS:
+            raise ValueError(f"steps x batch_size is {self.steps * self.batch_size:,}, and {MOST_ROWS:,} are allowed")
         if self.learning_rate_min > self.learning_rate:
             raise ValueError("learning_rate_min is larger than learning_rate")
         return self
@@ -140,9 +146,9 @@ class FederationConfig(Section):
     where parties join, and off in a simulation.
     """
 
-    clients: Count = 5
+    clients: Clients = 5
     per_round: Count | None = None
-    rounds: Count = 10
+    rounds: Rounds = 10
     seed: Annotated[int, Field(ge=0)] = 0
     quorum: Annotated[float, Field(gt=0, le=1)] = 1.0
     select: Count | None = None

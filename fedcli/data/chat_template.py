@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedcli.data.segments import (
@@ -19,7 +20,8 @@ from fedcli.data.segments import (
     learns,
 )
 from fedcli.data.template_errors import describe_template_error, is_broken_template
-from fedcli.errors import ConfigError
+from fedcli.data.template_limits import limited
+from fedcli.errors import ConfigError, FedError
 from fedcli.tasks.conversation import Turn
 
 if TYPE_CHECKING:
@@ -371,8 +373,11 @@ class ChatTemplate:
         return end, next((same[: match.end()] for match in self._special.finditer(same)), None)
 
     def _render(self, turns: Sequence[Turn], *, asks: bool = False) -> str:
+        render = partial(self._apply, turns, self._tokenizer.apply_chat_template, tokenize=False, asks=asks)
         try:
-            return str(self._apply(turns, self._tokenizer.apply_chat_template, tokenize=False, asks=asks))
+            return str(limited(self._tokenizer, render))
+        except FedError:
+            raise
         except Exception as error:  # a template is a program of the model's publisher: it may raise anything
             raise ValueError(f"the chat template refuses it: {describe_template_error(error)}") from error
 
@@ -388,7 +393,9 @@ class ChatTemplate:
             )
 
         try:
-            (text,), (spans,) = self._apply(turns, render)
+            (text,), (spans,) = limited(self._tokenizer, partial(self._apply, turns, render))
+        except FedError:
+            raise
         except Exception as error:
             raise ValueError(f"the chat template refuses it: {describe_template_error(error)}") from error
         return text, [(start, end) for start, end in spans if start < end]

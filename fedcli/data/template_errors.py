@@ -5,7 +5,7 @@ from traceback import extract_tb
 
 def describe_template_error(error: Exception) -> str:
     """Return what a chat template's error says, with the template's line where it is at fault."""
-    said = " ".join(str(getattr(error, "message", None) or error or type(error).__name__).split())
+    said = " ".join(str(getattr(error, "message", None) or error).split()) or type(error).__name__
     if type(error).__name__ == "TemplateError":  # the template's own words: raise_exception
         return said
     # of any other error while it runs, Jinja puts the template's lines into the traceback

@@ -32,6 +32,8 @@ RECORD_NAME = "fetched.json"
 ATTEMPTS = 4
 FIRST_WAIT = 0.5
 """Seconds before the second attempt; each further one waits twice as long."""
+MOST_BYTES = 2**31
+"""Of one file; the largest that is published has 160 MiB."""
 _CHUNK = 2**18
 _PASSING = (408, 425, 429)
 """Of the 4xx: what another attempt may mend, as with every 5xx."""
@@ -129,12 +131,23 @@ class _Unavailable(Exception):
     """Why a file is not to be had; no further attempt would help."""
 
 
+class _TooLargeError(Exception):
+    """More comes than any published file holds."""
+
+
 def _fetch_checked(url: str, file: Path, sha256: str, progress: Progress) -> None:
     """Fetch a URL into a file, which may hold its beginning.
 
     Raises _Unavailable, and IntegrityError where the contents are others: then no file stays.
     """
-    is_joined = _fetch_all(url, file, progress)
+    try:
+        is_joined = _fetch_all(url, file, progress)
+    except _TooLargeError as error:
+        file.unlink(missing_ok=True)
+        raise IntegrityError(
+            f"{url} does not hold the published file: it gives more than {MOST_BYTES:,} bytes; nothing of it is kept",
+            hint="Get the publisher's file another way, and name its folder with --data DIR.",
+        ) from error
     found = _hash_of(file)
     if found != sha256 and is_joined:  # of pieces that may not belong together
         file.unlink()
@@ -189,10 +202,14 @@ def _fetch_rest(url: str, file: Path, progress: Progress) -> bool:
             start = 0
         length = reply.headers["Content-Length"]
         total = None if length is None else start + int(length)
+        if total is not None and total > MOST_BYTES:
+            raise _TooLargeError
         with writing_cache(file), file.open("ab" if is_rest else "wb") as opened:
             for chunk in _chunks(reply):
-                opened.write(chunk)
                 start += len(chunk)
+                if start > MOST_BYTES:  # it told no length, or another one
+                    raise _TooLargeError
+                opened.write(chunk)
                 progress(start, total)
     if total is not None and start < total:
         raise _Broken(f"the connection ended after {start:,} of {total:,} bytes")

@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
     *("tekken.json", "*.tiktoken"),
 )
 LAYER = re.compile(r"(?P<at>.*?)\.(?P<number>\d+)\.(?P<name>.+)")
+_AGAIN = "Fetch or copy the model again."
 _CHUNK = 2**20
 _LFS = b"version https://git-lfs"
 
@@ -80,7 +81,7 @@ def require_files(folder: Path) -> None:
     if gone := [name for name in weight_files(folder) if not (folder / name).is_file()]:
         raise RequirementError(
             f"the base model {folder} is not whole: of its index's files {len(gone)} are not there ({some(gone)})",
-            hint="Fetch or copy the model again.",
+            hint=_AGAIN,
         )
 
     for name in weight_files(folder):
@@ -105,8 +106,11 @@ def weight_files(folder: Path) -> list[str]:
         if index.is_file():
             mapped = read_object(index).get("weight_map")
             if not isinstance(mapped, dict):
-                raise RequirementError(f"{index} holds no weight_map", hint="Fetch or copy the model again.")
-            return sorted({str(name) for name in mapped.values()})
+                raise RequirementError(f"{index} holds no weight_map", hint=_AGAIN)
+            names = sorted({str(name) for name in mapped.values()})
+            if outside := [name for name in names if name.startswith("/") or ".." in Path(name).parts]:
+                raise RequirementError(f"{index} names a file outside of its folder: {outside[0]}", hint=_AGAIN)
+            return names
     return []
 
 
@@ -115,9 +119,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         document = from_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RequirementError(f"{path} cannot be read: {error}", hint="Fetch or copy the model again.") from error
+        raise RequirementError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
     if not isinstance(document, dict):
-        raise RequirementError(f"{path} holds no JSON object", hint="Fetch or copy the model again.")
+        raise RequirementError(f"{path} holds no JSON object", hint=_AGAIN)
     return document
 
 
@@ -165,7 +169,7 @@ class Weights:
                 raise RequirementError(
                     f"the base model {folder} is not whole: {len(gone)} of its index's weights are missing "
                     f"({some(gone)})",
-                    hint="Fetch or copy the model again.",
+                    hint=_AGAIN,
                 )
         return cls(frozenset(shapes), shapes, kinds, places)
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from fedcli.config import Quantization
@@ -215,7 +216,13 @@ def loading(folder: Path | str) -> Iterator[None]:
             f"the base model {folder} needs a package that is missing: {' '.join(str(error).split())}",
             hint="Install that package, or choose another base model; `fedcli doctor` shows what is there.",
         ) from error
-    except (*_BROKEN, SafetensorError) as error:
+    except (*_BROKEN, SafetensorError, UnpicklingError) as error:
+        if is_of_pickle(error):
+            raise RequirementError(
+                f"the base model {folder} has a .bin file that {NO_PICKLE}",
+                hint="Fetch the model again, as safetensors where its publisher has them; .bin files are Python's "
+                "pickles, which can run code while they are loaded.",
+            ) from error
         if _is_of_torch(error):
             raise RequirementError(
                 f"torch fails on this machine while it loads the base model {folder}, whose files are not at fault: "
@@ -232,6 +239,14 @@ def loading(folder: Path | str) -> Iterator[None]:
             f"the base model {folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
             hint="Check that the folder is whole and that the installed transformers knows this architecture.",
         ) from error
+
+
+NO_PICKLE = "torch refuses: it is damaged, or holds more than tensors, such as code; nothing of it has run"
+
+
+def is_of_pickle(error: Exception) -> bool:
+    """Return whether torch refused a pickle, which fedcli loads as weights alone; torch's advice is to trust it."""
+    return isinstance(error, UnpicklingError) or "weights_only" in str(error)
 
 
 def _is_of_torch(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from fedcli.config import Quantization
 from fedcli.config.adapter_config import AdapterConfig, parse_outside_config
 from fedcli.errors import ConfigError
 from fedcli.model.library_logging import quiet_libraries
-from fedcli.model.loading import load_base, load_shapes, pad_id_of
+from fedcli.model.loading import NO_PICKLE, is_of_pickle, load_base, load_shapes, pad_id_of
 from fedcli.model.targets import check_targets
 from fedcli.randomness import stream
 
@@ -148,8 +148,10 @@ class AdaptedModel:
                 self._take_off()
                 raise ValueError(f"it and the base do not both have {odd[0]}")
         except _BROKEN as error:
+            told = str(error).strip().partition("\n")[0]
             raise ConfigError(
-                f"{folder} holds no adapter of this base model: {str(error).strip().partition(chr(10))[0]}",
+                f"{folder} holds no adapter of this base model: "
+                + (f"its adapter_model.bin is one that {NO_PICKLE}" if is_of_pickle(error) else told),
                 hint="Name a folder in PEFT's layout (adapter_config.json, adapter_model.safetensors).",
             ) from error
 

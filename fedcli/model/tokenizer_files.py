@@ -3,10 +3,13 @@
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcli.data.template_errors import describe_template_error
+from fedcli.data.template_limits import limited
+from fedcli.errors import FedError
 from fedcli.model.base_files import TOKENIZER_FILES, Fault, read_object, some
 
 if TYPE_CHECKING:
@@ -30,7 +33,10 @@ class ChatAbilities:
 
 
 def chat_abilities(tokenizer: "PreTrainedTokenizerBase") -> ChatAbilities | None:
-    """Return what a tokenizer's chat template writes, found by trying it; None where it has none."""
+    """Return what a tokenizer's chat template writes, found by trying it; None where it has none.
+
+    Raises ConfigError where it does not end.
+    """
     if not tokenizer.chat_template:
         return None
     asked: dict[str, Any] = {"role": "user", "content": "fedcliasked"}
@@ -43,9 +49,12 @@ def chat_abilities(tokenizer: "PreTrainedTokenizerBase") -> ChatAbilities | None
     def writes(word: str, *messages: dict[str, Any], times: int = 1, tools: list[Any] | None = None) -> bool:
         in_parts = [each | {"content": [{"type": "text", "text": each["content"]}]} for each in messages]
         for form in (list(messages), in_parts):  # templates of vision models read lists of parts, some of them alone
+            render = partial(tokenizer.apply_chat_template, form, tools=tools, tokenize=False)
             try:
-                if str(tokenizer.apply_chat_template(form, tools=tools, tokenize=False)).count(word) >= times:
+                if str(limited(tokenizer, render)).count(word) >= times:
                     return True
+            except FedError:
+                raise
             except Exception as error:  # a template is a program of the model's publisher: it may raise anything
                 errors.append(describe_template_error(error))
         return False

@@ -70,6 +70,8 @@ def train_baseline(
     own = workspace.pooled_home if party is None else party.home
     start = federation.start
     train = train_record(config, 0, config.federation.rounds)
+    if party is not None:
+        party.check_floors(start.manifest, train, "alone")
     plan = BaselineRecord(name=baseline_name(client), start=start.sha256, train=train, last_loss=0.0, files={})
     with hold(own.baseline_lock, f"the baseline {plan.name}"):
         standing = read_baseline_record(workspace, plan.name)

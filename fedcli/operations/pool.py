@@ -4,6 +4,7 @@ import os
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -137,10 +138,25 @@ class Pool(Generic[Task]):
             name=f"worker-{place}",
             daemon=True,
         )
-        process.start()
+        with _safe_path():
+            process.start()
         there.close()  # so that its end is noticed here
         self._workers.append(_Worker(process, here))
         return self._workers[-1]
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let no process of Python that is started import from the current folder, which may be a stranger's workspace."""
+    given = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = given
 
 
 def _environment(place: int, count: int, threads: int | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from fedcli.slurm.scripts import ScriptWriter
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
+from fedcli.workspace.registrations import require_own
 from fedcli.workspace.slurm_jobs import KINDS, Job, JobKind, read_jobs, save_jobs, save_script
 
 LOCK_PATIENCE = 120.0
@@ -63,6 +64,7 @@ def submit(federation: FederationState, *, dry_run: bool = False) -> Submission:
     """
     workspace = federation.workspace
     _check_path(workspace)
+    _check_own(workspace)
     end = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
@@ -75,6 +77,11 @@ def submit(federation: FederationState, *, dry_run: bool = False) -> Submission:
         time.sleep(POLL_SECONDS)
 
 
+def _check_own(workspace: Workspace) -> None:
+    instead = "Send a job script of your own, which runs `fedcli client train --id N`."
+    require_own(workspace, "its slurm section (setup, command, options)", instead)
+
+
 def write_scripts(federation: FederationState) -> dict[JobKind, Path]:
     """Write the batch scripts of the open round and send nothing; return them, none where the federation has finished.
 
@@ -82,6 +89,7 @@ def write_scripts(federation: FederationState) -> dict[JobKind, Path]:
     """
     workspace, head = federation.workspace, federation.head
     _check_path(workspace)
+    _check_own(workspace)
     if head.manifest.state == "finished":
         return {}
     clients = tuple(client for client in head.missing_clients() if can_train(federation, client))

@@ -1,5 +1,6 @@
 """Joining: a real party reads its rows, which stay where they are, and shows a card of them."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
 from fedcli.observer import Observer
 from fedcli.parties.party import find_home, find_same_base
 from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.floors import USUAL_FLOORS, Asked, describe_floors, faults, parse_floors
 from fedcli.workspace.layout import Home, Workspace, default_home
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, make_folder
@@ -89,14 +91,15 @@ def prepare_join(
     trust_remote_code: bool = False,
     share: Share | None = None,
     server: str | None = None,
+    floors: Sequence[str] = (),
     observer: Observer,
 ) -> Joining:
     """Read a real party's rows, which stay where they are, and make the card that its registration will show.
 
-    Writes nothing. What the party chose when it joined before holds again where it is not given: base and share, and of
-    the same source format, subset, split, delimiter and encoding. `server` is the fingerprint that the server must
-    have. Raises UsageError for an id or a home that will not do, ConfigError for rows that cannot be used,
-    WorkspaceError where another party has this id.
+    Writes nothing. What the party chose when it joined before holds again where it is not given: base, share and
+    floors, and of the same source format, subset, split, delimiter and encoding. `server` is the fingerprint that the
+    server must have; `floors` are KEY=VALUE. Raises UsageError for an id or a home that will not do, ConfigError for
+    rows that cannot be used, WorkspaceError where another party has this id.
     """
     if not data.strip():
         raise UsageError("--data names nothing", hint="Name your rows: a file, a folder, or a hub id.")
@@ -113,6 +116,10 @@ def prepare_join(
     given = read_format(data_format, config.task) if data_format is not None else None
     before = read_party(found)
     kept: list[str] = []
+    old_floors = USUAL_FLOORS if before is None else before.floors
+    own_floors = parse_floors(floors, old_floors)
+    if not floors and old_floors != USUAL_FLOORS:
+        kept.append(describe_floors(old_floors))
     if before is not None:
         share = _kept(kept, "--share", share, before.share if before.share != "full" else None)
         base = _kept(kept, "--base", base, before.base)
@@ -153,6 +160,7 @@ def prepare_join(
         is_format_given=given is not None,
         share=share or "full",
         server=pin,
+        floors=own_floors,
     )
     reader = RowReader(record.format, config.federation.seed)
     if share == "minimal":
@@ -163,7 +171,11 @@ def prepare_join(
         card, rows = _full_card(federation, record, reader, source, observer)
     told = reader if rows is None else rows
     guess = () if choice.guess is None else (choice.guess,)
-    remarks = (*guess, *source.remarks(), *describe_rows(told))
+    refused = [
+        f"with your floors you do not train round {federation.head.number}: it {fault} (--floor {allow} would allow it)"
+        for fault, allow in faults(own_floors, Asked.by(federation.head.manifest, card.num_rows))
+    ]
+    remarks = (*guess, *source.remarks(), *describe_rows(told), *refused)
     return Joining(workspace, found, record, card, remarks, tuple(kept), federation)
 
 

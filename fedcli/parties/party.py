@@ -11,8 +11,10 @@ from fedcli.data.formats import Choice, guess_format
 from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
 from fedcli.workspace.federation_state import Experiment, FederationState
+from fedcli.workspace.floors import USUAL_FLOORS, Asked, Floors, check_floors
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Home, default_home
+from fedcli.workspace.records import Manifest, TrainRecord
 from fedcli.workspace.registrations import PartyRecord, Registration, is_own, own_homes, read_party, read_registration
 from fedcli.workspace.row_files import has_rows, open_rows
 
@@ -25,7 +27,7 @@ class Party:
     """A client and what it trains on; `num_rows` is what a joined one registered, None of a simulated one.
     `guess` says that the format of rows that were written by hand was guessed; nobody has been told of those rows yet.
 
-    `base` and `trust_remote_code` are a joined party's own; None: as fedcli.yaml says.
+    `base` and `trust_remote_code` are a joined party's own; None: as fedcli.yaml says. `floors` bind it alone.
     """
 
     client: int
@@ -37,6 +39,12 @@ class Party:
     is_handwritten: bool = False
     base: str | None = None
     trust_remote_code: bool | None = None
+    floors: Floors = USUAL_FLOORS
+
+    def check_floors(self, manifest: Manifest, train: TrainRecord | None = None, what: str | None = None) -> None:
+        """Raise ConfigError where a joined party's floors refuse what a round, or `train`, asks for."""
+        if self.num_rows is not None:
+            check_floors(self.floors, Asked.by(manifest, self.num_rows, train), self.client, what)
 
     def base_of(self, config: Config) -> str:
         """Return where the party's base model lies."""
@@ -171,6 +179,7 @@ def _joined(experiment: Experiment, registration: Registration, home: Path | Non
         num_rows=registration.data.num_rows,
         base=record.base,
         trust_remote_code=record.trust_remote_code,
+        floors=record.floors,
     )
 
 

@@ -19,6 +19,7 @@ from fedcli.printable import without_credentials
 from fedcli.workspace import scores
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.registrations import require_own
 from fedcli.workspace.scores import Failure, ScoreRecord, Unscored
 from fedcli.workspace.target_name import TargetName
 
@@ -92,6 +93,9 @@ def _score(
 
     workspace, asked = federation.workspace, _asked(federation, note)
     try:
+        if asked.judge_url is not None or asked.allow_code_execution:
+            named = "eval.judge_url" if asked.judge_url is not None else "eval.allow_code_execution"
+            require_own(workspace, named, f"Where you want that, give `fedcli eval {note.benchmark}` the same options.")
         if scores.read_score(workspace, str(TargetName.of_round(note.round)), note.name) is None:
             return prepare(federation, asked, runtimes).run(observer)
         scores.remove_unscored(workspace, str(TargetName.of_round(note.round)), note.name)  # another process was first

@@ -4,13 +4,22 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from datetime import date as Date  # `date` is a key of the protocol
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from fedcli.config import Quantization, TaskName, TemplateChoice
-from fedcli.config.sections import MOST_RATE, BatchSize, MaxLength, Steps
+from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import IntegrityError
 from fedcli.workspace.layout import WORKSPACE_ID
 from fedcli.workspace.refusal import Refusal, RefusalCode
@@ -22,7 +31,7 @@ LARGEST_COUNT = 2**53
 CHANGED = "its contents do not have the checksum that it names"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Natural = Annotated[int, Field(ge=0)]
+Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 RecordT = TypeVar("RecordT", bound="Record")
 
@@ -83,7 +92,7 @@ class Schedule(Record):
     name: Literal["cosine"] = "cosine"
     learning_rate: Finite
     learning_rate_min: Finite
-    rounds: int
+    rounds: Annotated[int, Field(le=LARGEST_COUNT)]
 
 
 class TrainRecord(Record):
@@ -102,9 +111,17 @@ class TrainRecord(Record):
     """Of DPO; None for other tasks."""
     gradient_checkpointing: bool = False
     template: TemplateChoice
-    date: str | None = None
+    date: Annotated[str, Field(max_length=10)] | None = None
     """The day that the base's chat template writes, as 2026-11-29; not written where it writes none."""
-    seed: Natural
+    seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.steps * self.batch_size > MOST_ROWS:
+            raise ValueError(f"steps x batch_size is more than {MOST_ROWS:,}")
+        if self.date is not None:
+            Date.fromisoformat(self.date)
+        return self
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -201,7 +218,7 @@ class Manifest(Record):
     protocol: Literal[1] = 1
     workspace: str
     round: Natural
-    rounds: Annotated[int, Field(ge=1)]
+    rounds: Rounds
     state: Literal["open", "finished"]
     parent: Sha256 | None
     task: TaskName

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from fedcli.config import DataFormat
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
+from fedcli.workspace.floors import USUAL_FLOORS, Floors
 from fedcli.workspace.history import read_record
 from fedcli.workspace.layout import Home, Workspace, default_home, server_home
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
@@ -64,6 +65,7 @@ class PartyRecord(Record):
     share: Literal["full", "minimal"] = "full"
     server: str | None = None
     """The fingerprint of the server's keys when it joined; None where signatures are off."""
+    floors: Floors = USUAL_FLOORS
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:
@@ -79,6 +81,12 @@ def is_own(workspace: Workspace) -> bool:
     """Return whether fedcli.yaml and workspace.json, where they are there, are this user's; links are not followed."""
     files = [path for path in (workspace.config, workspace.identity) if os.path.lexists(path)]
     return all(os.lstat(path).st_uid == os.geteuid() for path in files)
+
+
+def require_own(workspace: Workspace, what: str, instead: str) -> None:
+    """Raise ConfigError where fedcli.yaml is another user's, for what it would do as this user."""
+    if not is_own(workspace):
+        raise ConfigError(f"{workspace.config} is another user's: {what} would run or send things as you", hint=instead)
 
 
 def is_stranger(workspace: Workspace, owner: int | None) -> bool:
@@ -160,6 +168,12 @@ def read_party(home: Home) -> PartyRecord | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
+        where = ".".join(map(str, error.errors(include_url=False, include_input=False)[0]["loc"]))
+        if where.startswith("floors."):
+            raise ConfigError(
+                f"{home.party}: this version of fedcli cannot keep the floor {where.removeprefix('floors.')!r}",
+                hint="Use the version that wrote it, or mend it by hand.",
+            ) from error
         raise ConfigError(f"{home.party} is damaged", hint="Run `fedcli client join` again.") from error
 
 

@@ -1,0 +1,181 @@
+"""A party's floors: the least that a round must ask for before the party trains on it; its home keeps them.
+
+An update of one row tells that row, and so does one of the layers that read or write tokens (Zhu et al. 2019, Deep
+Leakage from Gradients; Fowl et al. 2022). Floors refuse such rounds; they are no guarantee of privacy. Another floor is
+a field of `Floors` and an entry of `_FLOORS`.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
+
+from fedcli.config.sections import ModuleName
+from fedcli.errors import ConfigError, UsageError, did_you_mean
+from fedcli.quantities import plural
+from fedcli.workspace.records import Manifest, TrainRecord
+
+_NUMBERED = re.compile(r"\.\d+\.")
+_LAYER = re.compile(r"(?:base_model\.model\.)?(?P<name>.+?)\.lora_[A-Za-z_]+(?:\.weight)?")
+
+
+def _names(value: Any) -> Any:
+    """Return names that are separated by commas as a list; a single word that has a meaning as it is."""
+    if not isinstance(value, str) or value in ("layers", "any"):
+        return value
+    return [name.strip() for name in value.split(",")]
+
+
+Count: TypeAlias = Annotated[int, Field(ge=1)]
+Targets: TypeAlias = Annotated[
+    Literal["layers", "any"] | Annotated[tuple[ModuleName, ...], Field(min_length=1)], BeforeValidator(_names)
+]
+
+
+class Floors(BaseModel):
+    """What a party insists on. A key that this version does not know is an error: it may be one that protects."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: Count = 2
+    """Different rows that a round learns from: steps x batch_size, or all of the party's where it has fewer."""
+    steps: Count = 1
+    batch_size: Count = 1
+    targets: Targets = "layers"
+    """Where LoRA may lie: in the numbered layers alone (no embedding, no head), those of these names, or anywhere."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if getattr(self, key) != getattr(USUAL_FLOORS, key)}
+
+
+USUAL_FLOORS = Floors()
+"""They are not kept in a home: a later version may ask for more."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A round as a party's floors see it."""
+
+    round: int
+    train: TrainRecord
+    tensors: tuple[str, ...]
+    """The names of the tensors that the party would send."""
+    num_rows: int
+    """The party's."""
+
+    @classmethod
+    def by(cls, manifest: Manifest, num_rows: int, train: TrainRecord | None = None) -> "Asked":
+        """Return what a manifest asks of a party with so many rows; `train` is there where that is not as it says."""
+        return cls(manifest.round, train or manifest.train, tuple(manifest.sent_tensors), num_rows)
+
+
+@dataclass(frozen=True)
+class _Floor:
+    """How a floor is checked: what a round asks for that is not allowed; None where it may."""
+
+    fault: Callable[[Any, Asked], str | None]
+    allow: Callable[[Asked], str]
+    """The value of the option that would allow it."""
+
+
+def _least(what: str, unit: str, value: Callable[[Asked], int]) -> _Floor:
+    def fault(limit: int, asked: Asked) -> str | None:
+        found = value(asked)
+        return None if found >= limit else f"{what} {plural(found, unit)}, and your floor is {limit}"
+
+    return _Floor(fault, lambda asked: str(value(asked)))
+
+
+def _fault_of_targets(allowed: Any, asked: Asked) -> str | None:
+    odd = sorted({name for name in map(_layer, asked.tensors) if not _may(allowed, name)})
+    if not odd:
+        return None
+    shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+    inside = "the numbered layers alone" if allowed == "layers" else ", ".join(allowed)
+    return f"adapts {shown}, and your floor allows {inside}"
+
+
+def _may(allowed: Any, name: str) -> bool:
+    if allowed == "any":
+        return True
+    if _NUMBERED.search(name) is None:
+        return False  # whatever else it is named, it may read or write tokens
+    return allowed == "layers" or f".{name}".endswith(tuple(f".{end}" for end in allowed))
+
+
+def _layer(tensor: str) -> str:
+    match = _LAYER.fullmatch(tensor)
+    return match["name"] if match else tensor
+
+
+_FLOORS = {
+    "rows": _least("learns from", "row", lambda asked: min(asked.num_rows, asked.train.steps * asked.train.batch_size)),
+    "steps": _least("makes", "step", lambda asked: asked.train.steps),
+    "batch_size": _least("has batches of", "row", lambda asked: asked.train.batch_size),
+    "targets": _Floor(
+        _fault_of_targets,
+        lambda asked: "layers" if all(_may("layers", _layer(name)) for name in asked.tensors) else "any",
+    ),
+}
+
+
+_FORM = dict.fromkeys(_FLOORS, "A whole number from 1") | {
+    "targets": "layers, any, or ends of layers' names such as q_proj,v_proj"
+}
+
+
+def faults(floors: Floors, asked: Asked) -> list[tuple[str, str]]:
+    """Return what a round asks for that a party's floors refuse, each with the option's value that would allow it."""
+    found = ((name, floor, floor.fault(getattr(floors, name), asked)) for name, floor in _FLOORS.items())
+    return [(fault, f"{name}={floor.allow(asked)}") for name, floor, fault in found if fault is not None]
+
+
+def check_floors(floors: Floors, asked: Asked, client: int, what: str | None = None) -> None:
+    """Raise ConfigError where a party's floors refuse what a round, or what else is named, asks for."""
+    if found := faults(floors, asked):
+        told = "; ".join(fault for fault, _ in found)
+        allow = " ".join(f"--floor {value}" for _, value in found)
+        raise ConfigError(
+            f"client {client} does not train {what or f'round {asked.round}'}: it {told}",
+            hint="What so little is learnt from can be read from the update. Ask the server's operator why; to allow "
+            f"it, run `fedcli client join --id {client} --data SOURCE {allow}`.",
+        )
+
+
+def parse_floors(given: Iterable[str], before: Floors) -> Floors:
+    """Return floors with `KEY=VALUE` put in the place of what was before; raise UsageError for what is none."""
+    values: dict[str, Any] = dict(before)
+    for text in given:
+        key, equals, value = text.partition("=")
+        if key not in values or not equals:
+            hint = did_you_mean(key, values) if equals else f"Write KEY=VALUE; the keys are {', '.join(values)}."
+            raise UsageError(f"--floor {text}: not a floor", hint=hint)
+        values[key] = value
+    try:
+        return Floors.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        key = str(fault["loc"][0])
+        raise UsageError(
+            f"--floor {key}={str(values[key])[:100]}: not a floor",
+            hint=f"{_FORM[key]} is wanted.",
+        ) from error
+
+
+def describe_floors(floors: Floors) -> str:
+    """Return floors as options, those alone that are not the defaults."""
+    return " ".join(
+        f"--floor {key}={','.join(value) if isinstance(value, tuple) else value}"
+        for key, value in floors.model_dump().items()
+    )
