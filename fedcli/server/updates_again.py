@@ -49,6 +49,14 @@ def check_draw(current: Round, identity: Identity, result: Verification) -> None
         result.report(current.folder, "has its cohort in another order than the federation's seed draws")
 
 
+def is_deserted(current: Round, base: Round) -> bool:
+    """Return whether all of a round's cohort had left or were revoked when it was merged into the current one."""
+    try:
+        return {*base.manifest.cohort} <= gone_clients(current)
+    except IntegrityError:  # of the enrolment, which is reported by itself
+        return False
+
+
 def is_reduced(base: Round) -> bool:
     """Return whether `gc` has removed something: the round's arrays are the first that it does."""
     return not all(map(base.has, prunable(base.manifest)))
@@ -117,7 +125,7 @@ def check_uncounted(current: Round, aggregation: Aggregation, base: Round, resul
             update = read_update(base, refused.client, authenticate=authenticate)
             if update is None:
                 continue
-            check_rows(base, refused.client, update.record)
+            check_rows(base, refused.client, update)
         except Refusal:
             continue
         said = f"was refused ({refused.code}), and is valid"

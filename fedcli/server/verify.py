@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
+from fedcli.server.merge import unchanged_files
 from fedcli.server.merge_by_rule import combine_with
 from fedcli.server.updates_again import (
     ANOTHER,
@@ -18,6 +20,7 @@ from fedcli.server.updates_again import (
     check_record,
     check_uncounted,
     gone_updates,
+    is_deserted,
     is_reduced,
     no_longer_valid,
 )
@@ -267,8 +270,8 @@ def _check_aggregation(
     counted = [entry.client for entry in aggregation.counted]
     refused = [entry.client for entry in aggregation.refused]
     folder = current.folder
-    if not counted:
-        result.report(folder, "counts no update")
+    if not counted and (previous is None or not is_deserted(current, previous)):
+        result.report(folder, "counts no update, and of the cohort before not all had left or were revoked")
     accounts = (counted, refused, aggregation.missing, aggregation.surplus)
     for clients in accounts:
         if clients != sorted(set(clients)):
@@ -314,6 +317,9 @@ def _recompute(
     order = [client for client in previous.draw_order if client in hashes]
     try:
         algorithm = algorithm_from(aggregation.algorithm)
+        if not entries:
+            _check_merged(current, unchanged_files(previous, algorithm), result)
+            return
         if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
@@ -343,6 +349,11 @@ def _recompute(
         return
     if not all(map(_same, again.counted, aggregation.counted)):
         result.report(current.folder, "records other weights, losses or norms than the counted updates give")
+    _check_merged(current, files, result)
+
+
+def _check_merged(current: Round, files: Mapping[str, bytes], result: Verification) -> None:
+    """The round's adapter and state are the ones that were computed again."""
     result.num_recomputed += 1
     stored = prunable(current.manifest)
     for name in sorted(stored.keys() | files.keys()):
