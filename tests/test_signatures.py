@@ -20,7 +20,7 @@ from support.warm import Place, write_rows
 from fedcli import Federation, Observer
 from fedcli.client.due import train_client
 from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError, UsageError
-from fedcli.server.enrol import found_trust
+from fedcli.server.enrol import found_trust, open_trust
 from fedcli.trust.keys import KeyPair, fingerprint, is_signed, parse_fingerprint, statement
 from fedcli.workspace.enrolment import read_enrolment
 from fedcli.workspace.history import publish_round, read_identity, read_start
@@ -525,6 +525,110 @@ def test_scaffold_counts_those_who_are_left(place: Path) -> None:
     stored = read_manifest(place, 2)["files"]["control.safetensors"]["sha256"]
     assert sha256(files["control.safetensors"]) == stored
     assert problems(place) == []
+
+
+def leave_all_but(place: Path, *, algorithm: str = "fedavg", how: str = "leave", answers: bool = False) -> int:
+    """Merge round 0, and let all of round 1's cohort, which is one client, leave; return that one."""
+    configure(place, f"algorithm.name={algorithm}", "federation.per_round=1", "federation.rounds=4")
+    if algorithm == "scaffold":
+        shutil.rmtree(place / "rounds")
+        Federation(Workspace(place)).server.open()
+        federation = Federation.open(place)
+        train(place, *federation.round().manifest.cohort)
+    else:
+        train(place)
+    merge(place)
+    federation = Federation.open(place)
+    (gone,) = federation.round().manifest.cohort
+    if answers:
+        train(place, gone)
+    if how == "leave" and gone != 2:
+        federation.client(gone).leave()
+    else:
+        federation.server.revoke(gone)
+    return gone
+
+
+@slow
+@pytest.mark.parametrize(
+    ("algorithm", "how", "answers"),
+    [
+        ("fedyogi", "revoke", False),
+        ("fedavg", "leave", True),
+        ("fedavgm", "revoke", True),
+        ("fedadam", "leave", False),
+    ],
+)
+def test_a_round_whose_whole_cohort_is_gone_ends_and_the_next_one_draws_those_who_are_left(
+    place: Path, run: Run, algorithm: str, how: str, answers: bool
+) -> None:
+    gone = leave_all_but(place, algorithm=algorithm, how=how, answers=answers)
+    status, shown, _ = run("server", "aggregate", "-w", place)
+    assert status == 0
+    assert "merged no update: all clients of the round have left or were revoked; the adapter stays as it is" in shown
+    before, after = read_manifest(place, 1), read_manifest(place, 2)
+    aggregation = after["aggregation"]
+    assert (aggregation["counted"], aggregation["missing"]) == ([], [] if answers else [gone])
+    assert [entry["code"] for entry in aggregation["refused"]] == ["unenrolled"] * answers
+    assert gone not in after["cohort"]
+    assert after["files"] == before["files"]  # the adapter, and the server's state
+    assert after["cost"]["total_bytes_up"] == before["cost"]["total_bytes_up"]
+    assert problems(place) == []
+    train(place, *after["cohort"])
+    assert [entry.client for entry in merge(place).counted] == after["cohort"]
+    assert problems(place) == []
+    for command in (["status"], ["status", "--json"], ["report"], ["verify"], ["export", place.parent / "E"]):
+        assert run(*command, "-w", place)[0] == 0, command
+
+
+@slow
+def test_a_deserted_round_keeps_scaffolds_controls_and_what_its_clients_keep(place: Path) -> None:
+    gone = leave_all_but(place, algorithm="scaffold")
+    merge(place)
+    assert read_manifest(place, 2)["files"] == read_manifest(place, 1)["files"]
+    assert "control.safetensors" in read_manifest(place, 2)["files"]
+    following = read_manifest(place, 2)["cohort"]
+    assert gone not in following
+    assert problems(place) == []
+
+
+@slow
+def test_where_nobody_is_left_to_draw_the_error_says_what_to_do(place: Path, run: Run) -> None:
+    for client in range(3):
+        Federation.open(place).server.revoke(client)
+    status, _, said = run("server", "aggregate", "-w", place)
+    assert status == 6
+    assert "nobody is left to draw for the next round: all clients have left or were revoked" in said
+    assert "Enrol a party with `fedcli server enrol`, or end here: set federation.rounds to 1" in said
+    assert "fedcli server aggregate" in run("status", "-w", place)[2]
+    configure(place, "federation.rounds=1")
+    assert run("server", "aggregate", "-w", place)[0] == 0
+    head = Federation.open(place).round()
+    assert (head.number, head.manifest.state) == (1, "finished")
+    assert head.manifest.files == Federation.open(place).round(0).manifest.files
+    assert problems(place) == []
+
+
+@slow
+@pytest.mark.parametrize("options", [{"partial": True}, {"dry_run": True}, {"algorithm": "fedyogi"}])
+def test_a_deserted_round_ends_with_every_option(place: Path, options: dict) -> None:
+    leave_all_but(place)
+    result = Federation.open(place).server.aggregate(**options)
+    assert (result.status, result.aggregation.counted) == ("dry_run" if "dry_run" in options else "published", [])
+    assert problems(place) == []
+
+
+@slow
+def test_a_round_without_an_update_whose_cohort_has_not_left_is_named(place: Path, run: Run) -> None:
+    """The server's own keys sign it: only the enrolment tells."""
+    leave_all_but(place)
+    merge(place)
+    path, trust = place / "rounds/00002/manifest.json", open_trust(Workspace(place), read_identity(Workspace(place)))
+    document = json.loads(path.read_bytes()) | {"enrolment": read_manifest(place, 1)["enrolment"]}
+    document.pop("checksum")
+    path.write_text(json.dumps(document))
+    path.with_name("manifest.sig").write_bytes(trust.sign_round(path.read_bytes()))
+    assert any("counts no update, and of the cohort before not all had left" in problem for problem in problems(place))
 
 
 @slow

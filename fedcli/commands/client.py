@@ -156,8 +156,6 @@ def client_train(
     exit code is the first failure's.
     """
     ids = _parse_ids(clients, any_client, home)
-    if refresh and (ids is None or len(ids) > 1):
-        raise UsageError("--refresh is for one client", hint="Name it: --id N --refresh.")
     federation = found_federation(workspace, threads)
     if ids is None and _has_nothing_to_do(federation, wait, json_output):
         return
@@ -166,12 +164,12 @@ def client_train(
         if ids is not None and len(ids) == 1:
             display.client_started(ids[0])
             client = federation.client(ids[0], home=home)
-            if refresh and (changed := client.refresh(observer=display)) is not None:
-                display.say(f"client {ids[0]}: registered anew with {changed[1]} rows, before {changed[0]}")
+            if refresh:
+                client.refresh(observer=display)
             results: Sequence[ClientResult] = [client.train(wait=wait, observer=display)]
         else:
             try:
-                results = federation.train_clients(ids, wait=wait, observer=display)
+                results = federation.train_clients(ids, wait=wait, refresh=refresh, observer=display)
             except FedError as error:
                 if not error.failed:
                     raise

@@ -210,6 +210,8 @@ def _similarities(
     for before, after in reversed(list(pairwise(rounds))):
         done = after.manifest.aggregation
         hashes = {entry.client: entry.update for entry in done.counted[:MOST_CLIENTS]} if done else {}
+        if not hashes:  # all of its clients had left
+            continue
         num_bytes += len(hashes) * before.manifest.files[ADAPTER_NAME].bytes
         if found and num_bytes > COMPARED_BYTES:
             limit = f"{describe_bytes(COMPARED_BYTES)} of updates are read at most"
