@@ -104,6 +104,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         round=head.number,
         rounds=manifest.rounds,
         num_clients=config.federation.clients,
+        is_simulation=federation.is_simulation,
         facts={name: value for name, value in facts.items() if value},
         merged=[_merged(before, after) for before, after in pairwise(rounds)],
         scores=scores,
