@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
-from support.federation import ADAPTER, all_take_part
+from support.federation import ADAPTER, all_take_part, configure
+from support.rewriting import ATTACKS
+from support.rewriting import HEAD as HEAD_NUMBER
 
 from fedcli import Federation
 from fedcli.cli import main
@@ -136,6 +138,30 @@ def test_what_the_seed_and_the_schedule_give_cannot_be_changed_in_the_head(
     code, violations, _ = verified(capsys)
     assert code == 7
     assert any(problem in found for found in violations)
+
+
+@pytest.fixture(scope="module")
+def open_template(small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation without signatures whose round 2 is open; tests must not change it."""
+    folder = Path(shutil.copytree(small_template, tmp_path_factory.mktemp("open") / "workspace"))
+    configure(folder, "federation.rounds=4")
+    for _ in range(HEAD_NUMBER):
+        all_take_part(folder)
+        Federation.open(folder).server.aggregate()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_past_that_is_rewritten_with_consistent_hashes_is_named_where_files_can_tell(
+    open_template: Path, tmp_path: Path, name: str
+) -> None:
+    """What only signatures can tell is listed there, and in docs/PROTOCOL.md."""
+    workspace = Path(shutil.copytree(open_template, tmp_path / "workspace"))
+    attack, problem = ATTACKS[name]
+    attack(workspace)
+    found = [violation.problem for violation in Federation.open(workspace).verify().violations]
+    assert any(problem in each for each in found) if problem else found == [], found
 
 
 def forge_head(workspace: Path) -> None:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.federation import NUM_SAMPLES, Stub, configure, noisy, read_adapter, read_manifest, read_update
 from support.kills import copies_killed_at_every_call
 from support.processes import ENVIRONMENT, SMALL, Run, runner, settings, warm
+from support.rewriting import ATTACKS, rewrite
 from support.warm import Place, write_rows
 
 from fedcli import Federation, Observer
@@ -302,26 +303,6 @@ def test_a_key_of_another_client_signs_nothing(place: Path) -> None:
 # The past
 
 
-def rewrite(workspace: Path, number: int, change, *, key: KeyPair | None = None) -> None:
-    """Change a round's manifest and make all later ones consistent, as whoever may write the folder can."""
-    rounds = sorted(path for path in (workspace / "rounds").iterdir() if path.name >= f"{number:05d}")
-    parent = None
-    for path in rounds:
-        document = json.loads((path / "manifest.json").read_bytes())
-        document.pop("checksum", None)
-        if parent is None:
-            change(document)
-        else:
-            document["parent"] = parent
-        text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        document["checksum"] = hashlib.sha256(text.encode()).hexdigest()
-        contents = json.dumps(document).encode()
-        (path / "manifest.json").write_bytes(contents)
-        parent = hashlib.sha256(contents).hexdigest()
-        if key is not None:
-            (path / "manifest.sig").write_bytes(key.sign("round", document["workspace"], parent))
-
-
 def server_key(workspace: Path) -> KeyPair:
     key = KeyPair.read(server_home(identity_of(workspace)).keys)
     assert key is not None
@@ -331,6 +312,28 @@ def server_key(workspace: Path) -> KeyPair:
 def hide_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let this process be somebody who has no key and no history."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "nobody"))
+
+
+@slow
+def test_each_way_to_rewrite_the_past_is_named_where_rounds_are_signed(
+    enrolled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By somebody who has no key and no history of the federation."""
+    place = used(enrolled, tmp_path, monkeypatch)
+    configure(place, "federation.rounds=4")
+    play(place)
+    hide_private(monkeypatch, tmp_path)
+    assert problems(place) == []
+    unnamed = []
+    for name, (attack, _) in ATTACKS.items():
+        if name in ("all anew", "the last round is gone"):  # of these homes tell (below)
+            continue
+        copy = Path(shutil.copytree(place, tmp_path / "copy/W"))
+        attack(copy)
+        if not problems(copy):
+            unnamed.append(name)
+        shutil.rmtree(copy)
+    assert unnamed == []
 
 
 def test_a_past_rewritten_with_consistent_hashes_is_named(

@@ -208,6 +208,8 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
         result.report(current.folder, error.message)
     if (manifest.state == "finished") != (manifest.cohort == []):
         result.report(current.folder, f"is {manifest.state} with a cohort of {len(manifest.cohort)}")
+    if (manifest.state == "finished") != (manifest.round >= manifest.rounds):
+        result.report(current.folder, f"is {manifest.state}, and it is round {manifest.round} of {manifest.rounds}")
     if manifest.cohort != sorted(set(manifest.cohort)):
         result.report(current.folder, "has a cohort that is not sorted, or names a client twice")
     try:
