@@ -8,8 +8,8 @@ from fedcli.errors import IntegrityError
 from fedcli.randomness import draw_cohort
 from fedcli.server.verification import Verification
 from fedcli.server.verify_signatures import check_of_merge, gone_clients
-from fedcli.workspace.history import Round, arriving_clients, is_hidden, prunable
-from fedcli.workspace.inbox import check_rows, read_update, read_update_record
+from fedcli.workspace.history import Round, is_hidden, prunable
+from fedcli.workspace.inbox import check_rows, opened_update, read_update, read_update_record
 from fedcli.workspace.layout import UPDATE_RECORD
 from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, RefusedUpdate, sha256
 from fedcli.workspace.refusal import Refusal
@@ -19,6 +19,8 @@ _OF_ITS_BYTES = frozenset(
     ("json", "duplicate", "protocol", "workspace", "wrong_round", "wrong_base", "wrong_client", "header", "schema")
 )
 """Codes that the same bytes get whenever they are looked at; others depend on files, owners and registrations."""
+_NO_FILE = frozenset(("not_regular", "symlink"))
+"""Codes of what stands in a file's place: its client, and nobody else, can put it there as it can delete the file."""
 _NOT_TOO_LARGE = 1e15
 """No sum or square of such values is beyond float32: an update of these is not refused as `nonfinite`."""
 
@@ -63,9 +65,20 @@ def is_reduced(base: Round) -> bool:
 
 
 def gone_updates(base: Round, clients: Sequence[int]) -> list[int]:
-    """Return those of some clients of whose update a file, or all, is gone."""
-    present = [client for client in clients if base.has_update(client)]
-    return sorted({*clients} - {*present} | {*arriving_clients(base, present)})
+    """Return those of some clients of whose update a file, or all, is gone, or is nothing that may be read."""
+    return sorted(client for client in clients if _is_gone(base, client))
+
+
+def _is_gone(base: Round, client: int) -> bool:
+    try:
+        with opened_update(base, client) as folder:
+            for name in (UPDATE_RECORD, *base.manifest.update_files):
+                folder.read_part(name, 0, 1)
+    except FileNotFoundError:
+        return True
+    except Refusal as refusal:
+        return refusal.code in _NO_FILE
+    return False
 
 
 def check_record(base: Round, entry: CountedUpdate, result: Verification, *, is_pruned: bool = False) -> None:
@@ -84,8 +97,10 @@ def check_record(base: Round, entry: CountedUpdate, result: Verification, *, is_
     except FileNotFoundError:
         what = f"its {UPDATE_RECORD} is gone" if base.has_update(entry.client) else "is gone"
     except Refusal as refusal:
-        result.report(update, no_longer_valid(refusal))
-        return
+        if refusal.code not in _NO_FILE:
+            result.report(update, no_longer_valid(refusal))
+            return
+        what = "may not be read, or is no file"
     result.num_gone += 1
     result.remark(update, f"was counted, and {what}; its hash is recorded: {entry.update}")
 

@@ -99,7 +99,7 @@ def verify(workspace: Workspace, *, trust: Path | None = None, observer: Observe
             rounds.append(current)
     _check_scores(workspace, result)
     if identity is not None:
-        result.num_signatures = check_signatures(workspace, identity, rounds, pins, result.report)
+        result.num_signatures = check_signatures(workspace, identity, rounds, pins, result.report, result.remark)
     if rounds:
         _check_private(rounds, result)
     if previous is not None and previous.has(PRUNED):
