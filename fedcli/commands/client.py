@@ -215,10 +215,12 @@ def _parse_ids(clients: str | None, any_client: bool, home: Path | None) -> list
         raise UsageError("name clients with --id, or take --any", hint="One of the two: --id 3, --id 3,7,9 or --any.")
     if clients is None:
         ids = None
-    elif all(part.strip().isdecimal() and part.isascii() for part in clients.split(",")):
+    elif all(part.isascii() and part.strip().isdecimal() and len(part) < 20 for part in clients.split(",")):
         ids = list(dict.fromkeys(map(int, clients.split(","))))
     else:
-        raise UsageError(f"--id {clients}: not a client's id", hint="An id is a number from 0: --id 3, or --id 3,7,9.")
+        raise UsageError(
+            f"--id {clients[:80]}: not a client's id", hint="An id is a number from 0: --id 3, or --id 3,7,9."
+        )
     if home is not None and (ids is None or len(ids) > 1):
         raise UsageError("--home is one client's folder", hint="Name that client alone: --id N --home DIR.")
     return ids

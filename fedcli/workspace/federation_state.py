@@ -105,8 +105,8 @@ class FederationState(Experiment):
         if name == "latest":
             return self.head
         text = str(name)
-        if not (text.isascii() and text.isdigit()):
-            raise UsageError(f"--round {name}: no such round", hint="Give a round's number, or latest.")
+        if not (text.isascii() and text.isdigit() and len(text) < 20):
+            raise UsageError(f"--round {text[:80]}: no such round", hint="Give a round's number, or latest.")
         found = self.head if int(text) == self.head.number else read_round(self.workspace, int(text))
         if found is None:
             raise NotReadyError(

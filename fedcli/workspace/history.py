@@ -267,10 +267,8 @@ def is_hidden(workspace: Workspace, client: int) -> bool:
 
 def _last_listed(workspace: Workspace) -> int:
     """Return the last round that a listing shows, 0 for none; an empty folder is no round: the next one replaces it."""
-    number = max(listed_rounds(workspace), default=0)
-    while number and not workspace.store.names(workspace.name(workspace.round(number))):
-        number -= 1
-    return number
+    listed = reversed(listed_rounds(workspace))
+    return next((number for number in listed if workspace.store.names(workspace.name(workspace.round(number)))), 0)
 
 
 def read_record(
