@@ -300,6 +300,86 @@ def test_a_key_of_another_client_signs_nothing(place: Path) -> None:
     assert {entry.client: entry.code for entry in merge(place).refused} == {1: "signature"}
 
 
+ODD_SIGNATURES: dict[str, tuple[object, str]] = {
+    "empty": (lambda path, _: path.write_bytes(b""), "signature"),
+    "a link": (lambda path, _: (path.rename(path.with_name("x")), path.symlink_to("x")), "symlink"),
+    "a FIFO": (lambda path, _: (path.unlink(), os.mkfifo(path)), "not_regular"),
+    "a folder": (lambda path, _: (path.unlink(), path.mkdir()), "not_regular"),
+    "a megabyte": (lambda path, _: path.write_bytes(path.read_bytes() * 8000), "size"),
+    "a terabyte": (lambda path, _: os.truncate(path, 2**40), "size"),
+    "the same twice": (lambda path, _: path.write_bytes(path.read_bytes() * 2), "signature"),
+    "cut": (lambda path, _: path.write_bytes(path.read_bytes()[:100]), "signature"),
+    "no digits": (lambda path, _: path.write_bytes(b"zz" * 64), "signature"),
+    "zeros": (lambda path, _: path.write_bytes(b"00" * 64), "signature"),
+    "gone": (lambda path, _: path.unlink(), "unsigned"),
+    "of a round": (lambda path, said: path.write_bytes(own_signature("round", said)), "signature"),
+    "of a countersignature": (lambda path, said: path.write_bytes(own_signature("ack", said)), "signature"),
+    "of another workspace": (lambda path, said: path.write_bytes(own_signature("update", said, "w")), "signature"),
+    "of another file": (lambda path, said: path.write_bytes(own_signature("update", said + b" ")), "signature"),
+}
+
+
+def own_signature(purpose: str, contents: bytes, workspace: str | None = None) -> bytes:
+    """Return what client 2 signs, in hex."""
+    said = json.loads(contents)["workspace"] if workspace is None else workspace
+    return foreign_key().sign(statement(purpose, said, sha256(contents))).hex().encode()
+
+
+@slow
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_a_signature_of_any_other_kind_is_refused_and_the_round_goes_on(
+    enrolled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    place = used(enrolled, tmp_path, monkeypatch)
+    configure(place, f"aggregation.rule={rule}")
+    train(place)
+    for name, (damage, code) in ODD_SIGNATURES.items():
+        copy = Path(shutil.copytree(place, tmp_path / "copies/W"))
+        update = copy / "inbox/2/round-00000"
+        damage(update / "update.sig", (update / "update.json").read_bytes())
+        merged = merge(copy, dry_run=True)
+        assert {entry.client: entry.code for entry in merged.refused} == {2: code}, name
+        assert [entry.client for entry in merged.counted] == [0, 1], name
+        shutil.rmtree(copy)
+
+
+@slow
+def test_a_word_of_leaving_is_not_obeyed_twice_nor_for_another(place: Path) -> None:
+    federation = Federation.open(place)
+    federation.client(1).leave()
+    shutil.copy(place / "clients/1.leave", place / "clients/0.leave")
+    shutil.copy(place / "clients/1.leave", place / "clients/2.leave")
+    train(place, 0, 2)
+    assert [entry.client for entry in merge(place).counted] == [0, 2]
+    told = federation.client(1).join(place.parent / "rows-1.jsonl").commit()
+    federation.server.enrol(1, told)  # its old word lies there still
+    configure(place, "federation.rounds=3")
+    train(place, 0, 2)
+    merge(place)
+    assert Federation.open(place).round().manifest.cohort == [0, 1, 2]
+    assert Federation.open(place).keys().clients[1].state == "enrolled"
+
+
+@slow
+@pytest.mark.parametrize("garbage", [b"{", b"{}", b"\xff", b"[" * 60_000, b'{"client": ' + b"9" * 5000 + b"}"])
+def test_garbage_as_the_registration_of_who_is_not_enrolled_stops_no_merge(unjoined: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, garbage: bytes) -> None:  # fmt: skip
+    place = used(unjoined, tmp_path, monkeypatch)
+    identity = identity_of(place)
+    join_as_2(place, identity, foreign_key())
+    federation = Federation.open(place)
+    federation.server.enrol(2, federation.keys().clients[2].fingerprint)
+    (place / "clients/1.json").write_bytes(garbage)
+    (place / "clients/0.json").mkdir()
+    train(place, 2)
+    for client in (0, 1):
+        shutil.copytree(place / "inbox/2/round-00000", place / f"inbox/{client}/round-00000")
+    aggregation = merge(place)
+    assert [entry.client for entry in aggregation.counted] == [2]
+    assert [entry.client for entry in aggregation.refused] == [0, 1]
+    assert problems(place) == []
+
+
 # The past
 
 
