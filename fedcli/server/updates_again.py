@@ -1,5 +1,6 @@
 """Updates, counted or not, looked at again by `fedcli verify`; and who had to be asked for them."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -160,3 +161,32 @@ def check_uncounted(current: Round, aggregation: Aggregation, base: Round, resul
 def no_longer_valid(refused: RefusedUpdate | Refusal) -> str:
     """Return what is wrong with an update that was counted."""
     return f"was counted, and is not valid any more: {refused.code}: {refused.reason}"
+
+
+def is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) -> bool:
+    """Return whether no more count than may, and nobody is surplus but behind as many as may."""
+    if not surplus:
+        return len(counted) <= previous.num_counted
+    place = {client: number for number, client in enumerate(previous.draw_order)}
+    behind = max(place.get(client, 0) for client in counted) if counted else 0
+    return len(counted) == previous.num_counted and all(place.get(client, 0) > behind for client in surplus)
+
+
+def is_same_record(again: CountedUpdate, recorded: CountedUpdate) -> bool:
+    """Return whether two records agree; the last digits of norms and products depend on how numpy was built."""
+    close = math.isclose(again.delta_norm, recorded.delta_norm, rel_tol=1e-9)
+    unchecked = {"delta_norm": recorded.delta_norm} | ({"bytes": None} if recorded.bytes is None else {})
+    if recorded.cosine is not None:
+        figures = ("weight", "cosine", "change", "file_weights")
+        close = close and all(_close(getattr(again, name), getattr(recorded, name)) for name in figures)
+        unchecked |= {name: getattr(recorded, name) for name in figures}
+    return close and again.model_copy(update=unchecked) == recorded
+
+
+def _close(again: object, recorded: object) -> bool:
+    """Return whether two figures of an update, or two mappings of such, are the same but for their last digits."""
+    if isinstance(again, dict) and isinstance(recorded, dict):
+        return again.keys() == recorded.keys() and all(_close(again[name], recorded[name]) for name in again)
+    if isinstance(again, float) and isinstance(recorded, float):
+        return math.isclose(again, recorded, rel_tol=1e-6, abs_tol=1e-9)
+    return again == recorded

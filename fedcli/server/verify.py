@@ -1,7 +1,6 @@
 """Checking a workspace against the protocol's invariants (docs/PROTOCOL.md, "What verify checks")."""
 
 import itertools
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,9 @@ from fedcli.server.updates_again import (
     check_uncounted,
     gone_updates,
     is_deserted,
+    is_first_of_draw,
     is_reduced,
+    is_same_record,
     no_longer_valid,
 )
 from fedcli.server.verification import Verification
@@ -50,7 +51,7 @@ from fedcli.workspace.layout import (
     round_name,
 )
 from fedcli.workspace.publish import TEMPORARY_PREFIX
-from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry
+from fedcli.workspace.records import Aggregation, Identity, file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.scores import ScoreRecord, check_items, score_files
 from fedcli.workspace.tensors import decode
@@ -280,21 +281,12 @@ def _check_aggregation(
             result.report(folder, f"lists clients out of order or twice: {clients}")
     if previous is not None and sorted(itertools.chain(*accounts)) != previous.manifest.cohort:
         result.report(folder, f"does not account for each client of round {previous.number}'s cohort exactly once")
-    elif previous is not None and not _is_first_of_draw(counted, aggregation.surplus, previous):
+    elif previous is not None and not is_first_of_draw(counted, aggregation.surplus, previous):
         result.report(folder, f"does not count the first {previous.num_counted} valid updates in draw order")
     for entry in aggregation.counted:
         if entry.update in seen:
             result.report(folder, f"counts client {entry.client}'s update, which round {seen[entry.update]} did")
         seen[entry.update] = current.number
-
-
-def _is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) -> bool:
-    """Return whether no more count than may, and nobody is surplus but behind as many as may."""
-    if not surplus:
-        return len(counted) <= previous.num_counted
-    place = {client: number for number, client in enumerate(previous.draw_order)}
-    behind = max(place.get(client, 0) for client in counted) if counted else 0
-    return len(counted) == previous.num_counted and all(place.get(client, 0) > behind for client in surplus)
 
 
 def _recompute(
@@ -349,7 +341,7 @@ def _recompute(
         result.report(workspace.update(previous.number, client), problem)
     if lost or files is None:
         return
-    if not all(map(_same, again.counted, aggregation.counted)):
+    if not all(map(is_same_record, again.counted, aggregation.counted)):
         result.report(current.folder, "records other weights, losses or norms than the counted updates give")
     _check_merged(current, files, result)
 
@@ -361,23 +353,3 @@ def _check_merged(current: Round, files: Mapping[str, bytes], result: Verificati
     for name in sorted(stored.keys() | files.keys()):
         if stored.get(name) != (file_entry(files[name]) if name in files else None):
             result.report(current.folder / name, "is not what the counted updates give")
-
-
-def _same(again: CountedUpdate, recorded: CountedUpdate) -> bool:
-    """Return whether two records agree; the last digits of norms and products depend on how numpy was built."""
-    close = math.isclose(again.delta_norm, recorded.delta_norm, rel_tol=1e-9)
-    unchecked = {"delta_norm": recorded.delta_norm} | ({"bytes": None} if recorded.bytes is None else {})
-    if recorded.cosine is not None:
-        figures = ("weight", "cosine", "change", "file_weights")
-        close = close and all(_close(getattr(again, name), getattr(recorded, name)) for name in figures)
-        unchecked |= {name: getattr(recorded, name) for name in figures}
-    return close and again.model_copy(update=unchecked) == recorded
-
-
-def _close(again: object, recorded: object) -> bool:
-    """Return whether two figures of an update, or two mappings of such, are the same but for their last digits."""
-    if isinstance(again, dict) and isinstance(recorded, dict):
-        return again.keys() == recorded.keys() and all(_close(again[name], recorded[name]) for name in again)
-    if isinstance(again, float) and isinstance(recorded, float):
-        return math.isclose(again, recorded, rel_tol=1e-6, abs_tol=1e-9)
-    return again == recorded
