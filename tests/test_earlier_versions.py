@@ -99,6 +99,7 @@ def test_a_simulation_of_an_earlier_version_goes_on_under_this_one(tmp_path: Pat
     place = unpacked("simulation", tmp_path)
     before = stored_hashes(place.workspace)
     look(place)
+    assert "\nnext " not in place("status").stdout  # fedcli.yaml's algorithm is the round's
     assert "round-00001" in place("eval", "table").stdout
     place("run")
     after = stored_hashes(place.workspace)
