@@ -143,9 +143,9 @@ EVERY = [(algorithm, rule) for algorithm in NAMES for rule in RULES]
 
 
 def some_kinds(algorithm: str, rule: str) -> list[str]:
-    """Return a third of the kinds, another one for each neighbour, so that each rule and algorithm meets all."""
+    """Return a sixth of the kinds, another one for each neighbour, so that each rule and algorithm meets all."""
     known = [kind for kind in HOSTILE if algorithm == "scaffold" or "control" not in kind]
-    return known[(NAMES.index(algorithm) + RULES.index(rule)) % 3 :: 3]
+    return known[(NAMES.index(algorithm) + RULES.index(rule)) % 6 :: 6]
 
 
 def forget(workspace: Path, *clients: int) -> None:
@@ -240,7 +240,7 @@ class Restless(threading.Thread):
 
 
 @slow
-@pytest.mark.parametrize("rule", ["mean", "multi_krum", "median", "geometric_median"])
+@pytest.mark.parametrize("rule", ["mean", "multi_krum", "median"])
 def test_a_client_that_swaps_its_update_without_end_stops_no_round(five: Path, rule: str) -> None:
     configure(five, f"aggregation.rule={rule}")
     answer(five, "fedavg", {})
@@ -250,7 +250,7 @@ def test_a_client_that_swaps_its_update_without_end_stops_no_round(five: Path, r
     restless = Restless(inbox / "round-00000", inbox / ".first")
     restless.start()
     try:
-        for _ in range(8):
+        for _ in range(4):
             assert Federation.open(five).server.aggregate().published
             aggregation = read_manifest(five, 1)["aggregation"]
             assert {entry["client"] for entry in aggregation["counted"]} >= {0, 2, 3, 4}
