@@ -157,12 +157,20 @@ class Federation:
         )
 
     def train_clients(
-        self, clients: Sequence[int] | None = None, *, wait: float = 0.0, observer: Observer = SILENT
+        self,
+        clients: Sequence[int] | None = None,
+        *,
+        wait: float = 0.0,
+        refresh: bool = False,
+        observer: Observer = SILENT,
     ) -> "list[ClientResult]":
-        """Do what is due for several clients; for None all that are here and that nobody else trains."""
+        """Do what is due for several clients; for None all that are here and that nobody else trains.
+
+        `refresh` registers a party's changed rows anew before its turn.
+        """
         from fedcli.client.due import train_clients
 
-        return train_clients(self.state, clients, self.runtimes, wait=wait, observer=observer)
+        return train_clients(self.state, clients, self.runtimes, wait=wait, refresh=refresh, observer=observer)
 
     def train_pooled(self, *, observer: Observer = SILENT) -> "BaselineResult":
         """Train the baseline of all clients' rows together; only a simulation has them."""
@@ -386,9 +394,9 @@ class Client:
 
     def refresh(self, *, observer: Observer = SILENT) -> tuple[int, int] | None:
         """Register the party's rows anew where their number or card has changed; return how many there were and are."""
-        from fedcli.parties.join import refresh_registration
+        from fedcli.client.due import refresh_rows
 
-        return refresh_registration(self.federation.state, self.id, self.home, observer=observer)
+        return refresh_rows(self.federation.state, self.id, self.home, observer=observer)
 
     def leave(self) -> bool:
         """Sign that the party leaves, which the server obeys when it next merges; return False where it is out."""

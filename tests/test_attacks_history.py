@@ -1,6 +1,7 @@
 """Rewritten histories that need no signature to be seen through; and what a client can do later, which is none."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
-from support.federation import ADAPTER, all_take_part
+from support.federation import ADAPTER, all_take_part, configure
+from support.rewriting import ATTACKS
+from support.rewriting import HEAD as HEAD_NUMBER
 
 from fedcli import Federation
 from fedcli.cli import main
@@ -138,6 +141,30 @@ def test_what_the_seed_and_the_schedule_give_cannot_be_changed_in_the_head(
     assert any(problem in found for found in violations)
 
 
+@pytest.fixture(scope="module")
+def open_template(small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation without signatures whose round 2 is open; tests must not change it."""
+    folder = Path(shutil.copytree(small_template, tmp_path_factory.mktemp("open") / "workspace"))
+    configure(folder, "federation.rounds=4")
+    for _ in range(HEAD_NUMBER):
+        all_take_part(folder)
+        Federation.open(folder).server.aggregate()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_past_that_is_rewritten_with_consistent_hashes_is_named_where_files_can_tell(
+    open_template: Path, tmp_path: Path, name: str
+) -> None:
+    """What only signatures can tell is listed there, and in docs/PROTOCOL.md."""
+    workspace = Path(shutil.copytree(open_template, tmp_path / "workspace"))
+    attack, problem = ATTACKS[name]
+    attack(workspace)
+    found = [violation.problem for violation in Federation.open(workspace).verify().violations]
+    assert any(problem in each for each in found) if problem else found == [], found
+
+
 def forge_head(workspace: Path) -> None:
     """Replace the last round's adapter, with its hash in the manifest."""
     head = "rounds/00002"
@@ -163,6 +190,51 @@ def test_a_forged_head_is_found_though_the_round_before_says_that_it_was_pruned(
     code, _, remarks = verified(capsys)
     assert code == 0
     assert any("files of it are gone; its hash is recorded" in remark for remark in remarks)
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder_for_file(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def file_for_folder(update: Path) -> None:
+    shutil.rmtree(update)
+    update.write_bytes(b"")
+
+
+GONE = {
+    "all of it": shutil.rmtree,
+    "a file in its place": file_for_folder,
+    "a link in its place": lambda update: link(update),
+    "its record": lambda update: (update / "update.json").unlink(),
+    "its adapter": lambda update: (update / ADAPTER).unlink(),
+    "a FIFO as its record": lambda update: fifo(update / "update.json"),
+    "a FIFO as its adapter": lambda update: fifo(update / ADAPTER),
+    "a link as its record": lambda update: link(update / "update.json"),
+    "a link as its adapter": lambda update: link(update / ADAPTER),
+    "a folder as its record": lambda update: folder_for_file(update / "update.json"),
+    "a folder as its adapter": lambda update: folder_for_file(update / ADAPTER),
+}
+
+
+@pytest.mark.parametrize("what", GONE)
+def test_whatever_a_client_makes_of_its_counted_update_but_another_one_is_told_and_no_violation(
+    merged: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    GONE[what](merged / "inbox/0/round-00000")
+    code, violations, remarks = verified(capsys)
+    assert (code, violations) == (0, [])
+    assert any("its hash is recorded: " in remark for remark in remarks)
 
 
 def test_a_party_checks_its_own_counted_update_though_the_others_inboxes_are_closed_to_it(

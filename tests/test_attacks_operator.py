@@ -86,6 +86,58 @@ def test_aliases_of_a_short_file_make_no_long_message(text: str) -> None:
     assert len(caught.value.message) < 200
 
 
+NO_YAML = {
+    "a number of 5,000 digits": f"federation: {{rounds: {'9' * 5000}}}",
+    "a day that is none": "task: 2026-13-45",
+    "brackets without end": f"x: {'[' * 100_000}",
+    "mappings in each other": "x: " + "{a: " * 50_000,
+    "a merge key": "a: &a {x: 1}\nb: {<<: [*a, *a]}",
+    "a tag of Python": "x: !!python/object/apply:os.getcwd []",
+    "NUL": "x: \0",
+    "two documents": "task: sft\n---\ntask: dpo",
+    "a key twice": "task: sft\ntask: dpo",
+    "a list as a key": "? [1, 2]\n: 3",
+    "an alias of nothing": "x: *a",
+}
+
+
+@pytest.mark.parametrize("text", NO_YAML.values(), ids=NO_YAML)
+def test_what_is_no_yaml_is_one_short_error(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_document(text, Path("fedcli.yaml"))
+    assert "fedcli.yaml is not valid YAML: " in caught.value.message
+    assert len(caught.value.message) < 300
+
+
+LONG = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["client", "train", "--id", LONG],
+        ["client", "train", "--id", f"0,{LONG}"],
+        ["client", "status", "--id", LONG],
+        ["server", "discard", "--id", LONG],
+        ["export", "out", "--round", LONG],
+        ["init", "other", "--set", f"federation.rounds={LONG}"],
+        ["init", "other", "--set", "task=2026-13-45"],
+    ],
+)
+def test_a_number_that_no_id_or_round_has_is_a_usage_error(small: Path, run: Run, monkeypatch, command: list) -> None:
+    monkeypatch.chdir(small)
+    code, _, err = run(*command)
+    assert (code, "internal error" in err) == (2, False)
+
+
+def test_a_folder_with_the_name_of_a_round_far_away_keeps_nobody_waiting(small: Path, run: Run) -> None:
+    (small / f"rounds/{'9' * 200}").mkdir()
+    code, out, _ = run("status", "-w", small)
+    assert code == 0
+    assert "round      0 of 2, open" in out
+    assert run("verify", "-w", small)[0] == 7
+
+
 @pytest.mark.parametrize("place", ["train: {{steps: {}}}", "task: {}", "algorithm: {{name: {}}}", "train: {}"])
 @pytest.mark.parametrize("value", ["x" * 20_000, f"[{'x, ' * 500}]", f"{{? {'x' * 900}}}"])
 def test_a_long_value_makes_no_long_message(place: str, value: str) -> None:

@@ -111,7 +111,16 @@ def test_no_control_character_gets_into_a_report() -> None:
     facts = {"base model": text, "algorithm": text, text: text}
     words = {"title": text, "state": text, "task": text, "config": text, "created": text, "versions": {text: text}}
     report = Report(
-        **words, round=0, rounds=1, num_clients=1, facts=facts, merged=[], scores=[], similarities=[], notes=[text]
+        **words,
+        round=0,
+        rounds=1,
+        num_clients=1,
+        is_simulation=False,
+        facts=facts,
+        merged=[],
+        scores=[],
+        similarities=[],
+        notes=[text],
     )
     assert is_harmless(render(report, []))
 

@@ -249,7 +249,7 @@ def test_what_parties_say_of_their_rows_is_no_markup_in_the_card() -> None:
     clients = [ClientData(1, 3, odd, odd, odd)]
     card = Card(
         title="t", task="sft", task_description="tuning",
-        round=1, rounds=1, num_clients=1, algorithm="fedavg", base="b", base_id='a"b',
+        round=1, rounds=1, num_clients=1, is_simulation=False, algorithm="fedavg", base="b", base_id='a"b',
         template="x", datasets=[], facts={}, clients=clients, metrics=[], merged_dtype=None, notes=[], version="0",
     )  # fmt: skip
     text = render_card(card)

@@ -194,6 +194,27 @@ def test_a_party_whose_number_of_rows_changes_is_told_to_join_again(place: Place
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", [["--id", "0,1"], ["--any"]])
+def test_refresh_is_for_several_parties_and_one_that_fails_keeps_no_other_from_its_turn(
+    place: Place, which: list[str]
+) -> None:
+    for client in (0, 1):
+        place.join(client, place.rows(f"rows-{client}.jsonl", 6), "--share", "minimal", at_default=True)
+    place.rows("rows-1.jsonl", 8)
+    (place.folder / "rows-0.jsonl").rename(place.folder / "elsewhere.jsonl")
+    done = place("client", "train", *which, "--refresh", code=3)
+    assert "client 1: registered anew with 8 rows, before 6" in done.stderr
+    assert "client 0 failed in round 0: " in done.stderr
+    assert [place.registration(client)["data"] for client in (0, 1)] == [{"num_rows": 6}, {"num_rows": 8}]
+    assert (place.workspace / "inbox/1/round-00000").exists()
+    assert not (place.workspace / "inbox/0/round-00000").exists()
+    place.rows("rows-0.jsonl", 5)
+    assert "registered anew with 5 rows" in place("client", "train", *which, "--refresh").stderr
+    assert (place.workspace / "inbox/0/round-00000").exists()
+    assert place("client", "train", *which, "--refresh").returncode == 0
+
+
+@pytest.mark.slow
 def test_the_same_number_of_other_rows_trains_on(place: Place) -> None:
     place.join(0, place.rows("rows.jsonl", 6))
     place.rows("rows.jsonl", 6, word="sing")

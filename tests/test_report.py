@@ -310,7 +310,7 @@ def made_up(num_rounds: int, num_clients: int) -> Report:
     ]
     cosines = [Similarity(number, clients, np.eye(num_clients)) for number in range(num_rounds)]
     facts = {"base model": "m", "algorithm": "fedavg"}
-    return Report("t", "open", "sft", 3, 9, num_clients, facts, rounds, scores, cosines, [], "", {}, "now")
+    return Report("t", "open", "sft", 3, 9, num_clients, True, facts, rounds, scores, cosines, [], "", {}, "now")
 
 
 @pytest.mark.slow

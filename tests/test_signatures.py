@@ -15,12 +15,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.federation import NUM_SAMPLES, Stub, configure, noisy, read_adapter, read_manifest, read_update
 from support.kills import copies_killed_at_every_call
 from support.processes import ENVIRONMENT, SMALL, Run, runner, settings, warm
+from support.rewriting import ATTACKS, rewrite
 from support.warm import Place, write_rows
 
 from fedcli import Federation, Observer
 from fedcli.client.due import train_client
 from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError, UsageError
-from fedcli.server.enrol import found_trust
+from fedcli.server.enrol import found_trust, open_trust
 from fedcli.trust.keys import KeyPair, fingerprint, is_signed, parse_fingerprint, statement
 from fedcli.workspace.enrolment import read_enrolment
 from fedcli.workspace.history import publish_round, read_identity, read_start
@@ -299,27 +300,87 @@ def test_a_key_of_another_client_signs_nothing(place: Path) -> None:
     assert {entry.client: entry.code for entry in merge(place).refused} == {1: "signature"}
 
 
+ODD_SIGNATURES: dict[str, tuple[object, str]] = {
+    "empty": (lambda path, _: path.write_bytes(b""), "signature"),
+    "a link": (lambda path, _: (path.rename(path.with_name("x")), path.symlink_to("x")), "symlink"),
+    "a FIFO": (lambda path, _: (path.unlink(), os.mkfifo(path)), "not_regular"),
+    "a folder": (lambda path, _: (path.unlink(), path.mkdir()), "not_regular"),
+    "a megabyte": (lambda path, _: path.write_bytes(path.read_bytes() * 8000), "size"),
+    "a terabyte": (lambda path, _: os.truncate(path, 2**40), "size"),
+    "the same twice": (lambda path, _: path.write_bytes(path.read_bytes() * 2), "signature"),
+    "cut": (lambda path, _: path.write_bytes(path.read_bytes()[:100]), "signature"),
+    "no digits": (lambda path, _: path.write_bytes(b"zz" * 64), "signature"),
+    "zeros": (lambda path, _: path.write_bytes(b"00" * 64), "signature"),
+    "gone": (lambda path, _: path.unlink(), "unsigned"),
+    "of a round": (lambda path, said: path.write_bytes(own_signature("round", said)), "signature"),
+    "of a countersignature": (lambda path, said: path.write_bytes(own_signature("ack", said)), "signature"),
+    "of another workspace": (lambda path, said: path.write_bytes(own_signature("update", said, "w")), "signature"),
+    "of another file": (lambda path, said: path.write_bytes(own_signature("update", said + b" ")), "signature"),
+}
+
+
+def own_signature(purpose: str, contents: bytes, workspace: str | None = None) -> bytes:
+    """Return what client 2 signs, in hex."""
+    said = json.loads(contents)["workspace"] if workspace is None else workspace
+    return foreign_key().sign(statement(purpose, said, sha256(contents))).hex().encode()
+
+
+@slow
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_a_signature_of_any_other_kind_is_refused_and_the_round_goes_on(
+    enrolled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    place = used(enrolled, tmp_path, monkeypatch)
+    configure(place, f"aggregation.rule={rule}")
+    train(place)
+    for name, (damage, code) in ODD_SIGNATURES.items():
+        copy = Path(shutil.copytree(place, tmp_path / "copies/W"))
+        update = copy / "inbox/2/round-00000"
+        damage(update / "update.sig", (update / "update.json").read_bytes())
+        merged = merge(copy, dry_run=True)
+        assert {entry.client: entry.code for entry in merged.refused} == {2: code}, name
+        assert [entry.client for entry in merged.counted] == [0, 1], name
+        shutil.rmtree(copy)
+
+
+@slow
+def test_a_word_of_leaving_is_not_obeyed_twice_nor_for_another(place: Path) -> None:
+    federation = Federation.open(place)
+    federation.client(1).leave()
+    shutil.copy(place / "clients/1.leave", place / "clients/0.leave")
+    shutil.copy(place / "clients/1.leave", place / "clients/2.leave")
+    train(place, 0, 2)
+    assert [entry.client for entry in merge(place).counted] == [0, 2]
+    told = federation.client(1).join(place.parent / "rows-1.jsonl").commit()
+    federation.server.enrol(1, told)  # its old word lies there still
+    configure(place, "federation.rounds=3")
+    train(place, 0, 2)
+    merge(place)
+    assert Federation.open(place).round().manifest.cohort == [0, 1, 2]
+    assert Federation.open(place).keys().clients[1].state == "enrolled"
+
+
+@slow
+@pytest.mark.parametrize("garbage", [b"{", b"{}", b"\xff", b"[" * 60_000, b'{"client": ' + b"9" * 5000 + b"}"])
+def test_garbage_as_the_registration_of_who_is_not_enrolled_stops_no_merge(unjoined: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, garbage: bytes) -> None:  # fmt: skip
+    place = used(unjoined, tmp_path, monkeypatch)
+    identity = identity_of(place)
+    join_as_2(place, identity, foreign_key())
+    federation = Federation.open(place)
+    federation.server.enrol(2, federation.keys().clients[2].fingerprint)
+    (place / "clients/1.json").write_bytes(garbage)
+    (place / "clients/0.json").mkdir()
+    train(place, 2)
+    for client in (0, 1):
+        shutil.copytree(place / "inbox/2/round-00000", place / f"inbox/{client}/round-00000")
+    aggregation = merge(place)
+    assert [entry.client for entry in aggregation.counted] == [2]
+    assert [entry.client for entry in aggregation.refused] == [0, 1]
+    assert problems(place) == []
+
+
 # The past
-
-
-def rewrite(workspace: Path, number: int, change, *, key: KeyPair | None = None) -> None:
-    """Change a round's manifest and make all later ones consistent, as whoever may write the folder can."""
-    rounds = sorted(path for path in (workspace / "rounds").iterdir() if path.name >= f"{number:05d}")
-    parent = None
-    for path in rounds:
-        document = json.loads((path / "manifest.json").read_bytes())
-        document.pop("checksum", None)
-        if parent is None:
-            change(document)
-        else:
-            document["parent"] = parent
-        text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        document["checksum"] = hashlib.sha256(text.encode()).hexdigest()
-        contents = json.dumps(document).encode()
-        (path / "manifest.json").write_bytes(contents)
-        parent = hashlib.sha256(contents).hexdigest()
-        if key is not None:
-            (path / "manifest.sig").write_bytes(key.sign("round", document["workspace"], parent))
 
 
 def server_key(workspace: Path) -> KeyPair:
@@ -331,6 +392,28 @@ def server_key(workspace: Path) -> KeyPair:
 def hide_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let this process be somebody who has no key and no history."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "nobody"))
+
+
+@slow
+def test_each_way_to_rewrite_the_past_is_named_where_rounds_are_signed(
+    enrolled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By somebody who has no key and no history of the federation."""
+    place = used(enrolled, tmp_path, monkeypatch)
+    configure(place, "federation.rounds=4")
+    play(place)
+    hide_private(monkeypatch, tmp_path)
+    assert problems(place) == []
+    unnamed = []
+    for name, (attack, _) in ATTACKS.items():
+        if name in ("all anew", "the last round is gone"):  # of these homes tell (below)
+            continue
+        copy = Path(shutil.copytree(place, tmp_path / "copy/W"))
+        attack(copy)
+        if not problems(copy):
+            unnamed.append(name)
+        shutil.rmtree(copy)
+    assert unnamed == []
 
 
 def test_a_past_rewritten_with_consistent_hashes_is_named(
@@ -525,6 +608,110 @@ def test_scaffold_counts_those_who_are_left(place: Path) -> None:
     stored = read_manifest(place, 2)["files"]["control.safetensors"]["sha256"]
     assert sha256(files["control.safetensors"]) == stored
     assert problems(place) == []
+
+
+def leave_all_but(place: Path, *, algorithm: str = "fedavg", how: str = "leave", answers: bool = False) -> int:
+    """Merge round 0, and let all of round 1's cohort, which is one client, leave; return that one."""
+    configure(place, f"algorithm.name={algorithm}", "federation.per_round=1", "federation.rounds=4")
+    if algorithm == "scaffold":
+        shutil.rmtree(place / "rounds")
+        Federation(Workspace(place)).server.open()
+        federation = Federation.open(place)
+        train(place, *federation.round().manifest.cohort)
+    else:
+        train(place)
+    merge(place)
+    federation = Federation.open(place)
+    (gone,) = federation.round().manifest.cohort
+    if answers:
+        train(place, gone)
+    if how == "leave" and gone != 2:
+        federation.client(gone).leave()
+    else:
+        federation.server.revoke(gone)
+    return gone
+
+
+@slow
+@pytest.mark.parametrize(
+    ("algorithm", "how", "answers"),
+    [
+        ("fedyogi", "revoke", False),
+        ("fedavg", "leave", True),
+        ("fedavgm", "revoke", True),
+        ("fedadam", "leave", False),
+    ],
+)
+def test_a_round_whose_whole_cohort_is_gone_ends_and_the_next_one_draws_those_who_are_left(
+    place: Path, run: Run, algorithm: str, how: str, answers: bool
+) -> None:
+    gone = leave_all_but(place, algorithm=algorithm, how=how, answers=answers)
+    status, shown, _ = run("server", "aggregate", "-w", place)
+    assert status == 0
+    assert "merged no update: all clients of the round have left or were revoked; the adapter stays as it is" in shown
+    before, after = read_manifest(place, 1), read_manifest(place, 2)
+    aggregation = after["aggregation"]
+    assert (aggregation["counted"], aggregation["missing"]) == ([], [] if answers else [gone])
+    assert [entry["code"] for entry in aggregation["refused"]] == ["unenrolled"] * answers
+    assert gone not in after["cohort"]
+    assert after["files"] == before["files"]  # the adapter, and the server's state
+    assert after["cost"]["total_bytes_up"] == before["cost"]["total_bytes_up"]
+    assert problems(place) == []
+    train(place, *after["cohort"])
+    assert [entry.client for entry in merge(place).counted] == after["cohort"]
+    assert problems(place) == []
+    for command in (["status"], ["status", "--json"], ["report"], ["verify"], ["export", place.parent / "E"]):
+        assert run(*command, "-w", place)[0] == 0, command
+
+
+@slow
+def test_a_deserted_round_keeps_scaffolds_controls_and_what_its_clients_keep(place: Path) -> None:
+    gone = leave_all_but(place, algorithm="scaffold")
+    merge(place)
+    assert read_manifest(place, 2)["files"] == read_manifest(place, 1)["files"]
+    assert "control.safetensors" in read_manifest(place, 2)["files"]
+    following = read_manifest(place, 2)["cohort"]
+    assert gone not in following
+    assert problems(place) == []
+
+
+@slow
+def test_where_nobody_is_left_to_draw_the_error_says_what_to_do(place: Path, run: Run) -> None:
+    for client in range(3):
+        Federation.open(place).server.revoke(client)
+    status, _, said = run("server", "aggregate", "-w", place)
+    assert status == 6
+    assert "nobody is left to draw for the next round: all clients have left or were revoked" in said
+    assert "Enrol a party with `fedcli server enrol`, or end here: set federation.rounds to 1" in said
+    assert "fedcli server aggregate" in run("status", "-w", place)[2]
+    configure(place, "federation.rounds=1")
+    assert run("server", "aggregate", "-w", place)[0] == 0
+    head = Federation.open(place).round()
+    assert (head.number, head.manifest.state) == (1, "finished")
+    assert head.manifest.files == Federation.open(place).round(0).manifest.files
+    assert problems(place) == []
+
+
+@slow
+@pytest.mark.parametrize("options", [{"partial": True}, {"dry_run": True}, {"algorithm": "fedyogi"}])
+def test_a_deserted_round_ends_with_every_option(place: Path, options: dict) -> None:
+    leave_all_but(place)
+    result = Federation.open(place).server.aggregate(**options)
+    assert (result.status, result.aggregation.counted) == ("dry_run" if "dry_run" in options else "published", [])
+    assert problems(place) == []
+
+
+@slow
+def test_a_round_without_an_update_whose_cohort_has_not_left_is_named(place: Path, run: Run) -> None:
+    """The server's own keys sign it: only the enrolment tells."""
+    leave_all_but(place)
+    merge(place)
+    path, trust = place / "rounds/00002/manifest.json", open_trust(Workspace(place), read_identity(Workspace(place)))
+    document = json.loads(path.read_bytes()) | {"enrolment": read_manifest(place, 1)["enrolment"]}
+    document.pop("checksum")
+    path.write_text(json.dumps(document))
+    path.with_name("manifest.sig").write_bytes(trust.sign_round(path.read_bytes()))
+    assert any("counts no update, and of the cohort before not all had left" in problem for problem in problems(place))
 
 
 @slow

@@ -509,3 +509,167 @@ def test_with_signatures_nothing_forged_counts_and_nothing_stops_the_honest(worl
     assert refused == {1: "unsigned", 2: "unknown_client"}
     done = world.server("verify", "--json", workspace=workspace)
     assert json.loads(done.stdout)["violations"] == []
+
+
+PROJECT = 30_000
+"""The group that the workspace's folder has, and that the hostile party is in."""
+NOISE = """
+mkdir clients/0.acks && echo garbage > clients/0.acks/round-00000.sig && mkfifo clients/0.acks/round-00001.sig
+ln -s "$1" clients/2.acks
+mkfifo clients/0.leave
+truncate -s 1T clients/2.leave && chmod 000 clients/2.leave
+chmod 000 clients/1.json clients/1.sig
+echo garbage > clients/7.json
+echo '{"protocol": 1}' > clients/99999999999999999999.json
+mkfifo clients/5.json
+ln -s /etc/shadow clients/6.json
+mkdir clients/8.json clients/.hidden
+echo x > "clients/$(printf '\\033[2J\\nname')"
+mkdir inbox/7 inbox/7/round-00000 && mkfifo inbox/9
+ln -s 0 inbox/8
+mkdir inbox/00 inbox/x inbox/-1
+mkdir -p inbox/1/round-00000/x && chmod 000 inbox/1/round-00000
+"""
+"""What a hostile party leaves in the folders that all write in; $1 is another one's home."""
+
+
+def as_thief(world: World, party: Party, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a shell's code as a party's user, who is in the workspace's group, in the workspace."""
+    return subprocess.run(
+        ["sh", "-c", code, "sh", *map(str, arguments)], user=party.user, group=party.user, extra_groups=[PROJECT],
+        cwd=world.folder / "project/W", capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def signed(world: World) -> tuple[World, Path]:
+    """A workspace with signatures in a project's folder, whose group goes to all that is made there; all are in."""
+    project = world.folder / "project"
+    project.mkdir()
+    os.chown(project, SERVER, PROJECT)
+    project.chmod(0o2775)
+    workspace = project / "W"
+    chosen = [setting for setting in SETTINGS if not setting.startswith(("federation.signatures", "algorithm"))]
+    done = world.server("init", workspace, *settings(*chosen), workspace=world.folder / "server")
+    assert done.returncode == 0, done.stderr
+    for party in away(world):
+        assert world.join(party, workspace).returncode == 0
+        told = world.server("server", "enrol", "--id", party.client, workspace=workspace)
+        fingerprint = told.stderr.split("--fingerprint ")[1].split("`")[0]
+        done = world.server("server", "enrol", "--id", party.client, "--fingerprint", fingerprint, workspace=workspace)
+        assert done.returncode == 0, done.stderr
+    return world, workspace
+
+
+def away(world: World) -> list[Party]:
+    """Return the parties with their default homes: the others are of another workspace."""
+    return [replace(party, home=None) for party in world.parties]
+
+
+def forging(party: Party, workspace: Path) -> str:
+    """Return Python that reads a party's keys, for what it signs with them."""
+    identity = json.loads((workspace / "workspace.json").read_bytes())["id"]
+    return f"""
+from pathlib import Path
+from fedcli.trust.chain import acknowledgement
+from fedcli.trust.keys import KeyPair
+from fedcli.workspace.records import sha256
+workspace, identity = Path({str(workspace)!r}), {identity!r}
+own = KeyPair.read(Path({str(party.found_home(workspace))!r}) / "keys.pem")
+"""
+
+
+def test_a_hostile_party_in_the_workspaces_group_stops_nobody_and_learns_and_forges_nothing(
+    signed: tuple[World, Path],
+) -> None:
+    world, workspace = signed
+    honest, thief, other = away(world)
+    identity = json.loads((workspace / "workspace.json").read_bytes())["id"]
+    home = other.found_home(workspace)
+    before = sorted(path.name for path in home.iterdir())
+    done = as_thief(world, thief, f"set -e{NOISE}", home)
+    assert done.returncode == 0, done.stderr
+    for party in (honest, other):
+        done = world.train(party, workspace)
+        assert done.returncode == 0, done.stderr
+        assert "the round is not countersigned" in done.stderr
+    assert {path.name for path in home.iterdir()} - {*before} <= {"history.jsonl", "lock", "control"} | {
+        path.name for path in home.glob("tokens-*")
+    }  # nothing went through the link
+    for what in ("inbox/0/round-00000/update.json", "inbox/0/round-00000/update.sig"):
+        done = as_thief(world, thief, 'cat "$1"', what)
+        assert (done.returncode != 0, done.stdout) == (True, "")
+    server_home = world.folder / f"server/.local/share/fedcli/{identity}/server"
+    for path in (
+        server_home / "history.jsonl",
+        server_home / "keys.pem",
+        honest.found_home(workspace) / "history.jsonl",
+    ):
+        assert path.exists()
+        assert as_thief(world, thief, 'cat "$1"', path).returncode != 0
+        assert as_thief(world, thief, 'echo x >> "$1"', path).returncode != 0
+    for name in ("enrolment/00000.json", "enrolment/00000.sig", "enrolment/00009.json", "rounds/00000/manifest.sig"):
+        assert as_thief(world, thief, 'echo x >> "$1"', name).returncode != 0, name
+    for name in ("clients/0.json", "clients/0.sig"):  # sticky: new keys of another cannot be put there
+        assert as_thief(world, thief, 'rm -f "$1"; echo x >> "$1"', name).returncode != 0, name
+    for command in (["keys", "rotate", "--id", 0], ["client", "leave", "--id", 0]):
+        assert world.run(thief, *command, workspace=workspace).returncode == 2
+    aggregation = closing(world, workspace)
+    assert [entry["client"] for entry in aggregation["counted"]] == [0, 2]
+    assert [(entry["client"], entry["code"]) for entry in aggregation["refused"]] == [(1, "not_regular")]
+    for command in (["status"], ["verify"], ["report"], ["keys", "show"], ["export", world.folder / "server/E"]):
+        done = world.server(*command, workspace=workspace)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    for command in (["status"], ["verify"], ["client", "status", "--id", 0]):
+        done = world.run(honest, *command, workspace=workspace)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+
+    # round 1: what the thief's key signs for others
+    forged = forging(thief, workspace) + (
+        "member = sha256((workspace / 'enrolment/00001.json').read_bytes())\n"
+        "(workspace / 'clients/0.leave').unlink()\n"
+        "(workspace / 'clients/0.leave').write_bytes(own.sign('leave', identity, member))\n"
+        "head = sha256((workspace / 'rounds/00001/manifest.json').read_bytes())\n"
+        "(workspace / 'clients/0.acks/round-00001.sig').unlink()\n"
+        "ack = acknowledgement(own.sign('ack', identity, head), head)\n"
+        "(workspace / 'clients/0.acks/round-00001.sig').write_bytes(ack)\n"
+    )
+    done = world.run(thief, "-c", forged, workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import json, os; os.umask(0o022); from protocol_client import take_part; from pathlib import Path\n"
+        f"W = Path({str(workspace)!r}); take_part(W, 1)\n"
+        "record = json.loads((W / 'inbox/1/round-00001/update.json').read_bytes()) | {'client': 0}\n"
+        "(W / 'inbox/1/round-00001/update.json').write_text(json.dumps(record))\n"
+    )
+    assert world.run(thief, "-c", code, workspace=workspace).returncode == 0
+    for party in (honest, other):
+        assert world.train(party, workspace).returncode == 0
+    done = world.server("server", "aggregate", workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    aggregation = json.loads((workspace / "rounds/00002/manifest.json").read_bytes())["aggregation"]
+    assert [entry["client"] for entry in aggregation["counted"]] == [0, 2]  # 0 has not left
+    assert [(entry["client"], entry["code"]) for entry in aggregation["refused"]] == [(1, "wrong_client")]
+    done = world.server("verify", "--json", workspace=workspace)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["violations"]) == (0, [])
+    assert any("is not client 0's signature" in remark["problem"] for remark in found["remarks"])
+
+    # whose name for leaving is taken: the operator can take it out
+    done = world.run(honest, "client", "leave", "--id", 0, workspace=workspace)
+    assert done.returncode == 4, done.stderr
+    assert "ask the server's operator for `fedcli server revoke --id 0`" in done.stderr
+    assert world.server("server", "revoke", "--id", 0, workspace=workspace).returncode == 0
+
+    # a party that countersigns what nobody published is named: it signed that
+    lies = forging(thief, workspace) + (
+        "acks = workspace / 'clients/1.acks'; acks.mkdir(exist_ok=True)\n"
+        "(acks / 'round-00000.sig').unlink(missing_ok=True)\n"
+        "(acks / 'round-00000.sig').write_bytes(acknowledgement(own.sign('ack', identity, '0' * 64), '0' * 64))\n"
+    )
+    done = world.run(thief, "-c", lies, workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    done = world.server("verify", "--json", workspace=workspace)
+    assert [violation["problem"][:41] for violation in json.loads(done.stdout)["violations"]] == [
+        "client 1 countersigned another round 0, 0"
+    ]

@@ -95,14 +95,17 @@ def train_client(
 
 
 def try_client(
-    federation: FederationState, client: int, runtimes: Runtimes, *, observer: Observer
+    federation: FederationState, client: int, runtimes: Runtimes, *, refresh: bool = False, observer: Observer
 ) -> ClientResult | ClientFailure:
     """Do what is due for one of several clients; return what went wrong, a bug too, so that the others have their turn.
 
-    The observer hears how it ended. Raises BusyError while another process trains this client.
+    With `refresh` a party's changed rows are registered anew before. The observer hears how it ended. Raises BusyError
+    while another process trains this client.
     """
     done: ClientResult | ClientFailure
     try:
+        if refresh:
+            refresh_rows(federation, client, observer=observer)
         done = train_client(federation, client, runtimes, observer=observer)
     except BusyError:
         raise
@@ -113,6 +116,18 @@ def try_client(
         done = failure_of(client, federation.head.number, error)
     tell(done, observer)
     return done
+
+
+def refresh_rows(
+    federation: FederationState, client: int, home: Path | None = None, *, observer: Observer
+) -> tuple[int, int] | None:
+    """Register a party's rows anew where they have changed, and say so; return how many there were and are."""
+    from fedcli.parties.join import refresh_registration
+
+    changed = refresh_registration(federation, client, home, observer=observer)
+    if changed is not None:
+        observer.noted(f"client {client}: registered anew with {changed[1]} rows, before {changed[0]}")
+    return changed
 
 
 def tell(done: ClientResult | ClientFailure, observer: Observer) -> None:
@@ -136,14 +151,16 @@ def train_clients(
     runtimes: Runtimes,
     *,
     wait: float = 0.0,
+    refresh: bool = False,
     observer: Observer,
 ) -> list[ClientResult]:
     """Do what is due for several clients, one after another; return how each of them stands.
 
     For None these are all clients of the open round that are missing, are here, and that nobody else trains now; what
-    is returned is then about those that this call trained. Where nothing is due for any the call looks again for `wait`
-    seconds. A client that fails does not keep the others from their turn: the error that is raised in the end is of the
-    first one's kind, with all of them in `failed` and the results of the others in `done`.
+    is returned is then about those that this call trained. `refresh` is as in `try_client`. Where nothing is due for
+    any the call looks again for `wait` seconds. A client that fails does not keep the others from their turn: the error
+    that is raised in the end is of the first one's kind, with all of them in `failed` and the results of the others in
+    `done`.
     """
     federation.check_clients(clients or ())
     deadline = time.monotonic() + wait
@@ -153,7 +170,7 @@ def train_clients(
         for client in _claimable(federation) if clients is None else clients:
             observer.client_started(client)
             try:
-                done = try_client(federation, client, runtimes, observer=observer)
+                done = try_client(federation, client, runtimes, refresh=refresh, observer=observer)
             except BusyError as error:
                 if clients is None:
                     continue

@@ -166,8 +166,6 @@ def client_train(
     exit code is the first failure's.
     """
     ids = _parse_ids(clients, any_client, home)
-    if refresh and (ids is None or len(ids) > 1):
-        raise UsageError("--refresh is for one client", hint="Name it: --id N --refresh.")
     federation = found_federation(workspace, threads)
     if ids is None and _has_nothing_to_do(federation, wait, json_output):
         return
@@ -176,12 +174,12 @@ def client_train(
         if ids is not None and len(ids) == 1:
             display.client_started(ids[0])
             client = federation.client(ids[0], home=home)
-            if refresh and (changed := client.refresh(observer=display)) is not None:
-                display.say(f"client {ids[0]}: registered anew with {changed[1]} rows, before {changed[0]}")
+            if refresh:
+                client.refresh(observer=display)
             results: Sequence[ClientResult] = [client.train(wait=wait, observer=display)]
         else:
             try:
-                results = federation.train_clients(ids, wait=wait, observer=display)
+                results = federation.train_clients(ids, wait=wait, refresh=refresh, observer=display)
             except FedError as error:
                 if not error.failed:
                     raise
@@ -227,10 +225,12 @@ def _parse_ids(clients: str | None, any_client: bool, home: Path | None) -> list
         raise UsageError("name clients with --id, or take --any", hint="One of the two: --id 3, --id 3,7,9 or --any.")
     if clients is None:
         ids = None
-    elif all(part.strip().isdecimal() and part.isascii() for part in clients.split(",")):
+    elif all(part.isascii() and part.strip().isdecimal() and len(part) < 20 for part in clients.split(",")):
         ids = list(dict.fromkeys(map(int, clients.split(","))))
     else:
-        raise UsageError(f"--id {clients}: not a client's id", hint="An id is a number from 0: --id 3, or --id 3,7,9.")
+        raise UsageError(
+            f"--id {clients[:80]}: not a client's id", hint="An id is a number from 0: --id 3, or --id 3,7,9."
+        )
     if home is not None and (ids is None or len(ids) > 1):
         raise UsageError("--home is one client's folder", hint="Name that client alone: --id N --home DIR.")
     return ids

@@ -81,7 +81,10 @@ def _print(result: "AggregationResult", here: str) -> None:
     clients = ", ".join(str(entry.client) for entry in done.counted)
     verb = {"published": "merged", "overtaken": "another server merged", "dry_run": "would merge"}[result.status]
     who = "client" if len(done.counted) == 1 else "clients"
-    tell(f"{verb} {plural(len(done.counted), 'update')} ({who} {clients})")
+    if done.counted:
+        tell(f"{verb} {plural(len(done.counted), 'update')} ({who} {clients})")
+    else:
+        tell(f"{verb} no update: all clients of the round have left or were revoked; the adapter stays as it is")
     for entry in done.refused:
         tell(f"refused client {entry.client}: {entry.code}: {entry.reason}")
     if done.missing:

@@ -52,11 +52,11 @@ def _print(result: "Status") -> None:
     from fedcli.operations.status import describe_algorithm, describe_rule
     from fedcli.operations.update_figures import describe_unusual
 
-    tell(f"workspace  {result.workspace}")
+    tell(f"workspace  {result.workspace}{', a simulation' if result.simulation else ''}")
     tell(f"round      {result.round} of {result.rounds}, {result.state}")
     now, then = describe_algorithm(result.algorithm), describe_algorithm(result.next_algorithm)
     tell(f"algorithm  {now}, task {result.task}, learning rate {result.learning_rate:.3g}")
-    if then != now and result.state == "open":
+    if result.next_algorithm != result.algorithm and result.state == "open":
         tell(f"next       {then}, from round {result.round + 1} on, as fedcli.yaml has it")
     if result.cohort:
         which = "" if result.num_counted == len(result.cohort) else f", of which the first {result.num_counted} count"

@@ -63,13 +63,17 @@ def read_format(text: str, task: str) -> DataFormat:
         return given
     except ValidationError as error:
         fault = _describe(error.errors()[0], {}).removeprefix("the file: ")
-    except (yaml.YAMLError, ValueError) as error:
+    except YAML_FAULTS as error:
         fault = " ".join(str(error).split()).removeprefix("data.")
     raise UsageError(
         f"--format {text!r}: {fault}",
         hint="Name a format (docs/DATA.md), or columns: "
         "--format '{columns: {instruction: question, response: answer}}'.",
     )
+
+
+YAML_FAULTS = (yaml.YAMLError, RecursionError, ValueError)
+"""What PyYAML raises: ValueError for a number of thousands of digits, and for a day that no calendar has."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -93,7 +97,7 @@ def read_document(text: str, where: Path) -> dict[str, Any]:
     """Parse YAML into its top-level mapping; raise ConfigError with the line."""
     try:
         document = yaml.load(text, _UniqueKeyLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a ValueError is a date's, or a number's
+    except YAML_FAULTS as error:
         raise ConfigError(f"{where} is not valid YAML: {_yaml_fault(error)}", hint="Correct that line.") from error
     if document is None:
         return {}
@@ -152,8 +156,8 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
             target = target[section]
         try:
             target[leaf] = yaml.safe_load(value)
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise UsageError(f"--set {override!r}: the value is not YAML", hint="Quote it.") from error
+        except YAML_FAULTS as error:
+            raise UsageError(f"--set {override[:200]!r}: the value is not YAML", hint="Quote it.") from error
 
 
 def _drop_other_partitions(document: dict[str, Any], path: list[str]) -> None:

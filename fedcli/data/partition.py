@@ -230,4 +230,4 @@ def _length(item: Item) -> int:
 
 def _natural(name: str) -> tuple[Any, ...]:
     """Sort numbers by value, ahead of other names."""
-    return (0, int(name), "") if name.isascii() and name.isdigit() else (1, 0, name)
+    return (0, int(name), "") if name.isascii() and name.isdigit() and len(name) < 20 else (1, 0, name)

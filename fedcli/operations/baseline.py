@@ -23,7 +23,6 @@ from fedcli.workspace.baselines import (
 from fedcli.workspace.federation_state import FederationState, train_record
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, Home
 from fedcli.workspace.locks import hold
-from fedcli.workspace.registrations import joined_clients
 from fedcli.workspace.tensors import encode
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def train_baseline(
     workspace, config = federation.workspace, federation.config
     if client is not None:
         federation.check_clients([client])
-    elif joined := joined_clients(workspace, config.federation.clients):
+    elif joined := federation.joined():
         raise UsageError(
             f"all rows are not at hand: clients {', '.join(map(str, joined))} have joined and keep theirs",
             hint="Only a simulation can pool its rows; `fedcli train-alone --id N` trains a party alone.",

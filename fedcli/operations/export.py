@@ -25,7 +25,6 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, check_outside
 from fedcli.workspace.publish import check_free, is_free, new_folder
-from fedcli.workspace.registrations import joined_clients
 
 CARD_NAME = "README.md"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -164,6 +163,7 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
         round=found.number,
         rounds=manifest.rounds,
         num_clients=config.federation.clients,
+        is_simulation=federation.is_simulation,
         algorithm=str((last.algorithm if last else manifest.algorithm)["name"]),
         base=model.base,
         base_id=adapter_config["base_model_name_or_path"],
@@ -183,7 +183,7 @@ def _clients(federation: FederationState, summary: DataSummary | None) -> list[C
     known = {}
     for client, (size, format_) in enumerate(zip(summary.sizes, summary.formats, strict=False) if summary else ()):
         known[client] = ClientData(client, size, format_ if isinstance(format_, str) else "columns of its own")
-    for client, registration in joined_clients(federation.workspace, federation.config.federation.clients).items():
+    for client, registration in federation.joined().items():
         told = registration.data
         left_out = describe_counts(told.left_out) if told.left_out else ""
         tokens = str((told.token_quantiles or {}).get("0.5", ""))

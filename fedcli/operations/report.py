@@ -104,6 +104,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         round=head.number,
         rounds=manifest.rounds,
         num_clients=config.federation.clients,
+        is_simulation=federation.is_simulation,
         facts={name: value for name, value in facts.items() if value},
         merged=[_merged(before, after) for before, after in pairwise(rounds)],
         scores=scores,
@@ -210,6 +211,8 @@ def _similarities(
     for before, after in reversed(list(pairwise(rounds))):
         done = after.manifest.aggregation
         hashes = {entry.client: entry.update for entry in done.counted[:MOST_CLIENTS]} if done else {}
+        if not hashes:  # all of its clients had left
+            continue
         num_bytes += len(hashes) * before.manifest.files[ADAPTER_NAME].bytes
         if found and num_bytes > COMPARED_BYTES:
             limit = f"{describe_bytes(COMPARED_BYTES)} of updates are read at most"

@@ -105,7 +105,8 @@ def run_federation(
                 elsewhere += arriving_clients(head, head.manifest.cohort)
                 if elsewhere and told != head.number:
                     names = ", ".join(map(str, elsewhere))
-                    observer.waiting(f"round {head.number} waits for parties that are not here: {names}")
+                    who = "clients" if federation.is_simulation else "parties"
+                    observer.waiting(f"round {head.number} waits for {who} that are not here: {names}")
                     told = head.number
                     score()
                 time.sleep(POLL_SECONDS)

@@ -12,7 +12,7 @@ from fedcli.workspace.file_system_check import describe_clock
 from fedcli.workspace.history import Round, arriving_clients, is_hidden
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
-from fedcli.workspace.registrations import foreign_clients, joined_clients
+from fedcli.workspace.registrations import foreign_clients
 from fedcli.workspace.row_files import has_rows
 from fedcli.workspace.scores import Unscored, read_unscored
 
@@ -22,6 +22,8 @@ class Status:
     """The open round, who has answered it, and how the round before it was merged."""
 
     workspace: str
+    simulation: bool
+    """Whether one machine plays all clients, on rows that were split among them: then there are no parties."""
     round: int
     rounds: int
     state: str
@@ -100,6 +102,7 @@ def read_status(federation: FederationState) -> Status:
         next_command = f"fedcli server enrol --id {unenrolled[0]}"
     return Status(
         workspace=str(workspace.root),
+        simulation=federation.is_simulation,
         round=head.number,
         rounds=manifest.rounds,
         state=manifest.state,
@@ -112,7 +115,7 @@ def read_status(federation: FederationState) -> Status:
         missing=missing,
         arriving=arriving,
         hidden=hidden,
-        joined=[*joined_clients(workspace, config.federation.clients)],
+        joined=[*federation.joined()],
         needed=needed,
         num_counted=head.num_counted,
         deadline=deadline_of(federation),

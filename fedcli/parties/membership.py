@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from fedcli.errors import ConfigError, NotReadyError, UsageError
+from fedcli.errors import ConfigError, DeniedError, NotReadyError, UsageError
 from fedcli.parties.party import find_home
 from fedcli.trust.chain import read_chain, read_small
 from fedcli.trust.history import note
@@ -99,7 +99,11 @@ def leave(federation: FederationState, client: int, home: Path | None = None) ->
         word = own_key(found, client, enrolment).sign("leave", federation.identity.id, member.entry)
         note(found.history, "left", workspace=federation.identity.id)
         workspace = federation.workspace
-        workspace.store.put(workspace.name(workspace.leaving(client)), word)
+        try:
+            workspace.store.put(workspace.name(workspace.leaving(client)), word)
+        except DeniedError as error:  # another user of a shared folder took the name
+            error.hint = f"Stop training, and ask the server's operator for `fedcli server revoke --id {client}`."
+            raise
     return True
 
 

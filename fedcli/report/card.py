@@ -33,6 +33,7 @@ class Card:
     round: int
     rounds: int
     num_clients: int
+    is_simulation: bool
     algorithm: str
     base: str
     base_id: str | None

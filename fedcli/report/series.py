@@ -142,6 +142,7 @@ class Report:
     round: int
     rounds: int
     num_clients: int
+    is_simulation: bool
     facts: Mapping[str, str]
     merged: Sequence[MergedRound]
     scores: Sequence[MetricScores]

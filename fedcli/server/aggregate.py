@@ -12,6 +12,7 @@ from fedcli.config import algorithm_from
 from fedcli.errors import BusyError, NotReadyError, UsageError, did_you_mean
 from fedcli.observer import Observer
 from fedcli.quantities import describe_seconds
+from fedcli.server.merge import unchanged_files
 from fedcli.server.merge_by_rule import combine_with
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
@@ -119,7 +120,7 @@ def _aggregate(
         return AggregationResult("finished", head.number, "finished", None)
     algorithm = _algorithm(federation, algorithm_name)
     trust = _trust(federation)
-    needed = 1 if partial else needed_answers(federation)
+    needed = min(1, needed_answers(federation)) if partial else needed_answers(federation)
     missing = head.missing_clients()
     answered = [client for client in head.awaited_clients() if client not in missing]
     unenrolled = {} if trust is None else trust.unenrolled(answered)
@@ -138,6 +139,8 @@ def _aggregate(
         authenticate=None if trust is None else trust.check_update,
     )
     _check_answers(federation, aggregation.missing, needed)
+    if files is None and not head.awaited_clients():
+        files = unchanged_files(head, algorithm)
     if files is None:
         faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)
         raise NotReadyError(

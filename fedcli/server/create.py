@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fedcli.config import Config, apply_overrides, describe_overrides, parse_config, read_document
+from fedcli.config.parsing import YAML_FAULTS
 from fedcli.data.source import absolute_path
 from fedcli.errors import ConfigError, UsageError, WorkspaceError, did_you_mean
 from fedcli.observer import Observer
@@ -209,7 +210,7 @@ def _absolute(override: str) -> str:
         return f"{key}={json.dumps(absolute_path(text))}"
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except YAML_FAULTS:
         return override  # the error is told where the value is read
     if isinstance(value, str):
         value = absolute_path(value)

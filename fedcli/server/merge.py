@@ -62,6 +62,12 @@ def files_of(algorithm: Algorithm, adapter: Arrays, state: Arrays) -> dict[str, 
     return files
 
 
+def unchanged_files(base: Round, algorithm: Algorithm) -> dict[str, bytes]:
+    """Return the files of the round behind one that ends without an update: the same adapter, the same state."""
+    names = [ADAPTER_NAME, *([algorithm.state_file] if base.state(algorithm) else [])]
+    return {name: base.read(name) for name in names}
+
+
 def weight_of(algorithm: Algorithm, client: int, record: UpdateRecord) -> float:
     """Return an update's weight before normalisation; raise ConfigError where it is no finite number above 0."""
     weight = algorithm.weight(record.num_samples)
@@ -165,15 +171,13 @@ def _read_all(
                 merge.missing.append(client)
             else:
                 if not refuses_incomplete:  # what was counted once stays: a party may register fewer rows later
-                    check_rows(base, client, update.record)
+                    check_rows(base, client, update)
                 merge.add(client, update)
         except Refusal as refusal:
             if isinstance(refusal, Arriving) and not refuses_incomplete:
                 merge.missing.append(client)
                 continue
-            merge.refused.append(
-                RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason, update=refusal.update)
-            )
+            merge.refused.append(RefusedUpdate.of(client, refusal))
         observer.update_read(base.number, client)
         if len(merge.counted) == count:
             break

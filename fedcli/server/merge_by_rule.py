@@ -18,11 +18,11 @@ from fedcli.errors import ConfigError, NotReadyError
 from fedcli.observer import Observer
 from fedcli.server.merge import check_finite, combine, files_of, read_pairs, weight_of
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import Authenticate, Submission, check_rows, look_at_update, read_update
+from fedcli.workspace.inbox import Authenticate, ChangedUpdate, Submission, check_rows, look_at_update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.refusal import Arriving, Refusal
-from fedcli.workspace.side_by_side import SideBySide, changed
+from fedcli.workspace.side_by_side import SideBySide
 
 
 def combine_with(
@@ -56,8 +56,23 @@ def combine_with(
             authenticate=authenticate,
         )
     _check_algorithm(algorithm, rule)
-    survey = _Survey(base, observer, recorded is not None, authenticate)
-    survey.read(order, count)
+    changed: list[int] = []
+    while True:
+        survey = _Survey(base, observer, recorded, authenticate, {each for each in changed if changed.count(each) > 1})
+        try:
+            survey.read(order, count)
+            return _combine(rule, base, algorithm, num_clients, survey)
+        except ChangedUpdate as error:  # once is chance; who does it again does not keep the round from going on
+            if recorded is not None:
+                raise
+            changed.append(error.client)
+
+
+def _combine(
+    rule: Rule, base: Round, algorithm: Algorithm, num_clients: int, survey: "_Survey"
+) -> tuple[dict[str, bytes] | None, Aggregation]:
+    """Merge the updates of a first pass."""
+    recorded = survey.recorded
     if not survey.found or (recorded is not None and len(survey.found) < len(recorded)):
         return None, survey.aggregation(algorithm, rule, [])
     if recorded is None:
@@ -104,9 +119,11 @@ class _Survey:
 
     base: Round
     observer: Observer
-    is_again: bool
-    """Whether a round that was merged is computed again: then what it counted is not asked how many rows it has."""
+    recorded: Mapping[int, CountedUpdate] | None = None
+    """Where a round that was merged is computed again: what it counted, which is not asked how many rows it has."""
     authenticate: Authenticate | None = None
+    restless: "set[int]" = field(default_factory=set)
+    """Whose updates change while they are read: they are refused."""
     found: list[Submission] = field(default_factory=list)
     products: dict[str, Array] = field(default_factory=dict)
     refused: list[RefusedUpdate] = field(default_factory=list)
@@ -130,13 +147,18 @@ class _Survey:
             (self.surplus if self.base.has_update(client) else self.missing).append(client)
 
     def _look(self, client: int) -> None:
+        if client in self.restless:
+            self._note(
+                client, Refusal("hash", "its files changed while they were read and merged, and again after that")
+            )
+            return
         try:
             submission = look_at_update(self.base, client, self.authenticate)
             if submission is None:
                 self.missing.append(client)
                 return
-            if not self.is_again:
-                check_rows(self.base, client, submission.record)
+            if self.recorded is None:
+                check_rows(self.base, client, submission)
         except Refusal as refusal:
             if refusal.code == "samples":
                 self._note(client, refusal)
@@ -164,14 +186,14 @@ class _Survey:
             self._note(client, refusal)
             return
         if update is not None:
-            raise changed(client)
+            raise ChangedUpdate(client)
         self.missing.append(client)
 
     def _note(self, client: int, refusal: Refusal) -> None:
-        if isinstance(refusal, Arriving) and not self.is_again:
+        if isinstance(refusal, Arriving) and self.recorded is None:
             self.missing.append(client)
         else:
-            self.refused.append(RefusedUpdate(client=client, code=refusal.code, reason=refusal.reason))
+            self.refused.append(RefusedUpdate.of(client, refusal))
 
     def aggregation(self, algorithm: Algorithm, rule: Rule, counted: Sequence[CountedUpdate]) -> Aggregation:
         """Return the record of the merge, every list sorted by client."""
@@ -247,9 +269,9 @@ class _Merge:
             try:
                 update = reading.result()
             except Refusal as refusal:
-                raise changed(client) from refusal
+                raise ChangedUpdate(client) from refusal
             if update is None or update.sha256 != hashes[client]:
-                raise changed(client)
+                raise ChangedUpdate(client)
             for name, reducer in sums.items():
                 reducer.add(update.files[name], weights[client][name], origins[name])
         return {name: reducer.sums() for name, reducer in sums.items()}
@@ -260,7 +282,7 @@ class _Merge:
         reading = SideBySide(self.base, self.survey.found, name, _origin(self.base, name, self.adapter))
         found = reading.stacks.reduce(lambda rows: self.rule.combine(rows, mixing))
         if faulty := reading.faulty():
-            raise changed(self.survey.found[faulty[0]].client)
+            raise ChangedUpdate(self.survey.found[faulty[0]].client)
         return found
 
 

@@ -6,9 +6,14 @@ from fedcli.workspace.federation_state import FederationState
 
 
 def needed_answers(federation: FederationState) -> int:
-    """Return how many clients must have answered the open round: one is enough past its deadline."""
-    left = seconds_left(federation)
-    num_counted = max(1, min(federation.head.num_counted, len(federation.head.awaited_clients())))
+    """Return how many clients must have answered the open round: one is enough past its deadline.
+
+    Where all of its cohort have left or were revoked nobody can, and the round is over.
+    """
+    left, awaited = seconds_left(federation), federation.head.awaited_clients()
+    if not awaited:
+        return 0
+    num_counted = min(federation.head.num_counted, len(awaited))
     return federation.config.federation.needed_answers(num_counted) if left is None or left > 0 else 1
 
 

@@ -1,5 +1,6 @@
 """Updates, counted or not, looked at again by `fedcli verify`; and who had to be asked for them."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,8 +9,8 @@ from fedcli.errors import IntegrityError
 from fedcli.randomness import draw_cohort
 from fedcli.server.verification import Verification
 from fedcli.server.verify_signatures import check_of_merge, gone_clients
-from fedcli.workspace.history import Round, arriving_clients, is_hidden, prunable
-from fedcli.workspace.inbox import check_rows, read_update, read_update_record
+from fedcli.workspace.history import Round, is_hidden, prunable
+from fedcli.workspace.inbox import check_rows, opened_update, read_update, read_update_record
 from fedcli.workspace.layout import UPDATE_RECORD
 from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, RefusedUpdate, sha256
 from fedcli.workspace.refusal import Refusal
@@ -19,6 +20,8 @@ _OF_ITS_BYTES = frozenset(
     ("json", "duplicate", "protocol", "workspace", "wrong_round", "wrong_base", "wrong_client", "header", "schema")
 )
 """Codes that the same bytes get whenever they are looked at; others depend on files, owners and registrations."""
+_NO_FILE = frozenset(("not_regular", "symlink"))
+"""Codes of what stands in a file's place: its client, and nobody else, can put it there as it can delete the file."""
 _NOT_TOO_LARGE = 1e15
 """No sum or square of such values is beyond float32: an update of these is not refused as `nonfinite`."""
 
@@ -49,15 +52,34 @@ def check_draw(current: Round, identity: Identity, result: Verification) -> None
         result.report(current.folder, "has its cohort in another order than the federation's seed draws")
 
 
+def is_deserted(current: Round, base: Round) -> bool:
+    """Return whether all of a round's cohort had left or were revoked when it was merged into the current one."""
+    try:
+        return {*base.manifest.cohort} <= gone_clients(current)
+    except IntegrityError:  # of the enrolment, which is reported by itself
+        return False
+
+
 def is_reduced(base: Round) -> bool:
     """Return whether `gc` has removed something: the round's arrays are the first that it does."""
     return not all(map(base.has, prunable(base.manifest)))
 
 
 def gone_updates(base: Round, clients: Sequence[int]) -> list[int]:
-    """Return those of some clients of whose update a file, or all, is gone."""
-    present = [client for client in clients if base.has_update(client)]
-    return sorted({*clients} - {*present} | {*arriving_clients(base, present)})
+    """Return those of some clients of whose update a file, or all, is gone, or is nothing that may be read."""
+    return sorted(client for client in clients if _is_gone(base, client))
+
+
+def _is_gone(base: Round, client: int) -> bool:
+    try:
+        with opened_update(base, client) as folder:
+            for name in (UPDATE_RECORD, *base.manifest.update_files):
+                folder.read_part(name, 0, 1)
+    except FileNotFoundError:
+        return True
+    except Refusal as refusal:
+        return refusal.code in _NO_FILE
+    return False
 
 
 def check_record(base: Round, entry: CountedUpdate, result: Verification, *, is_pruned: bool = False) -> None:
@@ -76,8 +98,10 @@ def check_record(base: Round, entry: CountedUpdate, result: Verification, *, is_
     except FileNotFoundError:
         what = f"its {UPDATE_RECORD} is gone" if base.has_update(entry.client) else "is gone"
     except Refusal as refusal:
-        result.report(update, no_longer_valid(refusal))
-        return
+        if refusal.code not in _NO_FILE:
+            result.report(update, no_longer_valid(refusal))
+            return
+        what = "may not be read, or is no file"
     result.num_gone += 1
     result.remark(update, f"was counted, and {what}; its hash is recorded: {entry.update}")
 
@@ -117,7 +141,7 @@ def check_uncounted(current: Round, aggregation: Aggregation, base: Round, resul
             update = read_update(base, refused.client, authenticate=authenticate)
             if update is None:
                 continue
-            check_rows(base, refused.client, update.record)
+            check_rows(base, refused.client, update)
         except Refusal:
             continue
         said = f"was refused ({refused.code}), and is valid"
@@ -137,3 +161,32 @@ def check_uncounted(current: Round, aggregation: Aggregation, base: Round, resul
 def no_longer_valid(refused: RefusedUpdate | Refusal) -> str:
     """Return what is wrong with an update that was counted."""
     return f"was counted, and is not valid any more: {refused.code}: {refused.reason}"
+
+
+def is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) -> bool:
+    """Return whether no more count than may, and nobody is surplus but behind as many as may."""
+    if not surplus:
+        return len(counted) <= previous.num_counted
+    place = {client: number for number, client in enumerate(previous.draw_order)}
+    behind = max(place.get(client, 0) for client in counted) if counted else 0
+    return len(counted) == previous.num_counted and all(place.get(client, 0) > behind for client in surplus)
+
+
+def is_same_record(again: CountedUpdate, recorded: CountedUpdate) -> bool:
+    """Return whether two records agree; the last digits of norms and products depend on how numpy was built."""
+    close = math.isclose(again.delta_norm, recorded.delta_norm, rel_tol=1e-9)
+    unchecked = {"delta_norm": recorded.delta_norm} | ({"bytes": None} if recorded.bytes is None else {})
+    if recorded.cosine is not None:
+        figures = ("weight", "cosine", "change", "file_weights")
+        close = close and all(_close(getattr(again, name), getattr(recorded, name)) for name in figures)
+        unchecked |= {name: getattr(recorded, name) for name in figures}
+    return close and again.model_copy(update=unchecked) == recorded
+
+
+def _close(again: object, recorded: object) -> bool:
+    """Return whether two figures of an update, or two mappings of such, are the same but for their last digits."""
+    if isinstance(again, dict) and isinstance(recorded, dict):
+        return again.keys() == recorded.keys() and all(_close(again[name], recorded[name]) for name in again)
+    if isinstance(again, float) and isinstance(recorded, float):
+        return math.isclose(again, recorded, rel_tol=1e-6, abs_tol=1e-9)
+    return again == recorded

@@ -1,7 +1,7 @@
 """Checking a workspace against the protocol's invariants (docs/PROTOCOL.md, "What verify checks")."""
 
 import itertools
-import math
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
+from fedcli.server.merge import unchanged_files
 from fedcli.server.merge_by_rule import combine_with
 from fedcli.server.updates_again import (
     ANOTHER,
@@ -18,7 +19,10 @@ from fedcli.server.updates_again import (
     check_record,
     check_uncounted,
     gone_updates,
+    is_deserted,
+    is_first_of_draw,
     is_reduced,
+    is_same_record,
     no_longer_valid,
 )
 from fedcli.server.verification import Verification
@@ -47,7 +51,7 @@ from fedcli.workspace.layout import (
     round_name,
 )
 from fedcli.workspace.publish import TEMPORARY_PREFIX
-from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, file_entry
+from fedcli.workspace.records import Aggregation, Identity, file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.scores import ScoreRecord, check_items, score_files
 from fedcli.workspace.tensors import decode
@@ -96,7 +100,7 @@ def verify(workspace: Workspace, *, trust: Path | None = None, observer: Observe
             rounds.append(current)
     _check_scores(workspace, result)
     if identity is not None:
-        result.num_signatures = check_signatures(workspace, identity, rounds, pins, result.report)
+        result.num_signatures = check_signatures(workspace, identity, rounds, pins, result.report, result.remark)
     if rounds:
         _check_private(rounds, result)
     if previous is not None and previous.has(PRUNED):
@@ -205,6 +209,8 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
         result.report(current.folder, error.message)
     if (manifest.state == "finished") != (manifest.cohort == []):
         result.report(current.folder, f"is {manifest.state} with a cohort of {len(manifest.cohort)}")
+    if (manifest.state == "finished") != (manifest.round >= manifest.rounds):
+        result.report(current.folder, f"is {manifest.state}, and it is round {manifest.round} of {manifest.rounds}")
     if manifest.cohort != sorted(set(manifest.cohort)):
         result.report(current.folder, "has a cohort that is not sorted, or names a client twice")
     try:
@@ -267,29 +273,20 @@ def _check_aggregation(
     counted = [entry.client for entry in aggregation.counted]
     refused = [entry.client for entry in aggregation.refused]
     folder = current.folder
-    if not counted:
-        result.report(folder, "counts no update")
+    if not counted and (previous is None or not is_deserted(current, previous)):
+        result.report(folder, "counts no update, and of the cohort before not all had left or were revoked")
     accounts = (counted, refused, aggregation.missing, aggregation.surplus)
     for clients in accounts:
         if clients != sorted(set(clients)):
             result.report(folder, f"lists clients out of order or twice: {clients}")
     if previous is not None and sorted(itertools.chain(*accounts)) != previous.manifest.cohort:
         result.report(folder, f"does not account for each client of round {previous.number}'s cohort exactly once")
-    elif previous is not None and not _is_first_of_draw(counted, aggregation.surplus, previous):
+    elif previous is not None and not is_first_of_draw(counted, aggregation.surplus, previous):
         result.report(folder, f"does not count the first {previous.num_counted} valid updates in draw order")
     for entry in aggregation.counted:
         if entry.update in seen:
             result.report(folder, f"counts client {entry.client}'s update, which round {seen[entry.update]} did")
         seen[entry.update] = current.number
-
-
-def _is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) -> bool:
-    """Return whether no more count than may, and nobody is surplus but behind as many as may."""
-    if not surplus:
-        return len(counted) <= previous.num_counted
-    place = {client: number for number, client in enumerate(previous.draw_order)}
-    behind = max(place.get(client, 0) for client in counted) if counted else 0
-    return len(counted) == previous.num_counted and all(place.get(client, 0) > behind for client in surplus)
 
 
 def _recompute(
@@ -314,6 +311,9 @@ def _recompute(
     order = [client for client in previous.draw_order if client in hashes]
     try:
         algorithm = algorithm_from(aggregation.algorithm)
+        if not entries:
+            _check_merged(current, unchanged_files(previous, algorithm), result)
+            return
         if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
@@ -341,30 +341,15 @@ def _recompute(
         result.report(workspace.update(previous.number, client), problem)
     if lost or files is None:
         return
-    if not all(map(_same, again.counted, aggregation.counted)):
+    if not all(map(is_same_record, again.counted, aggregation.counted)):
         result.report(current.folder, "records other weights, losses or norms than the counted updates give")
+    _check_merged(current, files, result)
+
+
+def _check_merged(current: Round, files: Mapping[str, bytes], result: Verification) -> None:
+    """The round's adapter and state are the ones that were computed again."""
     result.num_recomputed += 1
     stored = prunable(current.manifest)
     for name in sorted(stored.keys() | files.keys()):
         if stored.get(name) != (file_entry(files[name]) if name in files else None):
             result.report(current.folder / name, "is not what the counted updates give")
-
-
-def _same(again: CountedUpdate, recorded: CountedUpdate) -> bool:
-    """Return whether two records agree; the last digits of norms and products depend on how numpy was built."""
-    close = math.isclose(again.delta_norm, recorded.delta_norm, rel_tol=1e-9)
-    unchecked = {"delta_norm": recorded.delta_norm} | ({"bytes": None} if recorded.bytes is None else {})
-    if recorded.cosine is not None:
-        figures = ("weight", "cosine", "change", "file_weights")
-        close = close and all(_close(getattr(again, name), getattr(recorded, name)) for name in figures)
-        unchecked |= {name: getattr(recorded, name) for name in figures}
-    return close and again.model_copy(update=unchecked) == recorded
-
-
-def _close(again: object, recorded: object) -> bool:
-    """Return whether two figures of an update, or two mappings of such, are the same but for their last digits."""
-    if isinstance(again, dict) and isinstance(recorded, dict):
-        return again.keys() == recorded.keys() and all(_close(again[name], recorded[name]) for name in again)
-    if isinstance(again, float) and isinstance(recorded, float):
-        return math.isclose(again, recorded, rel_tol=1e-6, abs_tol=1e-9)
-    return again == recorded

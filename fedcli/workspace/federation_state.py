@@ -12,6 +12,7 @@ from fedcli.workspace.history import Round, is_initialised, read_head, read_iden
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
 from fedcli.workspace.records import Identity, Schedule, TrainRecord
 from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.registrations import Registration, any_registered, joined_clients
 
 MAX_CONFIG_BYTES = 2**20
 POLL_SECONDS = 0.5
@@ -82,6 +83,16 @@ class FederationState(Experiment):
         """Round 0."""
         return self.head if self.head.number == 0 else read_start(self.workspace)
 
+    @property
+    def is_simulation(self) -> bool:
+        """Whether its clients are simulated; where workspace.json does not say, as in early ones, nobody has joined."""
+        said = self.identity.simulation
+        return not any_registered(self.workspace) if said is None else said
+
+    def joined(self) -> dict[int, Registration]:
+        """Return the parties that have joined, by id; a simulation has none, whatever lies in clients/."""
+        return {} if self.identity.simulation else joined_clients(self.workspace, self.config.federation.clients)
+
     def past(self) -> list[Round]:
         """Return all rounds before the latest; raise IntegrityError where one is missing."""
         return [read_past(self.workspace, number) for number in range(self.head.number)]
@@ -94,8 +105,8 @@ class FederationState(Experiment):
         if name == "latest":
             return self.head
         text = str(name)
-        if not (text.isascii() and text.isdigit()):
-            raise UsageError(f"--round {name}: no such round", hint="Give a round's number, or latest.")
+        if not (text.isascii() and text.isdigit() and len(text) < 20):
+            raise UsageError(f"--round {text[:80]}: no such round", hint="Give a round's number, or latest.")
         found = self.head if int(text) == self.head.number else read_round(self.workspace, int(text))
         if found is None:
             raise NotReadyError(

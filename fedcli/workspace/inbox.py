@@ -53,6 +53,17 @@ class Submission:
     num_bytes: int
 
 
+class ChangedUpdate(WorkspaceError):
+    """A client's update is not what it was a moment ago, when it was checked."""
+
+    def __init__(self, client: int) -> None:
+        super().__init__(
+            f"client {client}'s update changed while it was merged",
+            hint=f"Merge again; or set it aside with `fedcli server discard --id {client}`.",
+        )
+        self.client = client
+
+
 @dataclass(frozen=True)
 class StoredFile:
     """A checked update's file: it may be read again piece by piece, and each piece must be the one that was checked."""
@@ -78,10 +89,7 @@ class StoredFile:
             data = b""
         whole = Span(span.dtype, 0, span.end - span.start)
         if _digests(data, whole) != self.digests[tensor][part.start // PIECE : -(-part.stop // PIECE)]:
-            raise WorkspaceError(
-                f"client {self.client}'s update changed while it was merged",
-                hint=f"Merge again; or set it aside with `fedcli server discard --id {self.client}`.",
-            )
+            raise ChangedUpdate(self.client)
         return numbers(data, whole)
 
 
@@ -182,18 +190,22 @@ def opened_update(base: Round, client: int) -> Iterator[Folder]:
         yield folder
 
 
-def check_rows(base: Round, client: int, record: UpdateRecord) -> None:
+def check_rows(base: Round, client: int, update: Update | Submission) -> None:
     """Raise Refusal(samples) where an update claims more rows than its party has registered; a simulation has not."""
+    num_samples, problem = update.record.num_samples, None
     try:
         registration = read_registration(base.workspace, client)
+        if registration is not None and num_samples > registration.data.num_rows:
+            problem = (
+                f"num_samples is {num_samples}, and the client registered {registration.data.num_rows} rows: "
+                "it joins again to register more"
+            )
     except IntegrityError as error:
-        raise Refusal("samples", f"it claims {record.num_samples} rows, and {error.message}") from error
-    if registration is not None and record.num_samples > registration.data.num_rows:
-        raise Refusal(
-            "samples",
-            f"num_samples is {record.num_samples}, and the client registered {registration.data.num_rows} rows: "
-            "it joins again to register more",
-        )
+        problem = f"it claims {num_samples} rows, and {error.message}"
+    if problem is not None:
+        refusal = Refusal("samples", problem)
+        refusal.update = update.sha256
+        raise refusal
 
 
 def look_at_update(base: Round, client: int, authenticate: Authenticate | None = None) -> Submission | None:

@@ -161,6 +161,11 @@ class RefusedUpdate(Record):
     update: Sha256 | None = None
     """The hash of its update.json; None, and not written, where that could not be read."""
 
+    @classmethod
+    def of(cls, client: int, refusal: Refusal) -> "RefusedUpdate":
+        """Return the record of a refusal."""
+        return cls(client=client, code=refusal.code, reason=refusal.reason, update=refusal.update)
+
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in write(self).items() if key != "update" or value is not None}

@@ -7,7 +7,6 @@ import numpy as np
 
 from fedcli.algos import Array, Arrays
 from fedcli.algos.reducer import Stacks
-from fedcli.errors import WorkspaceError
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import StoredFile, Submission, read_update
 from fedcli.workspace.refusal import Refusal
@@ -30,14 +29,6 @@ class SideBySide:
     def faulty(self) -> list[int]:
         """Return the positions of the updates that are not whole, after a pass."""
         return [position for position, member in enumerate(self._members) if not member.is_whole()]
-
-
-def changed(client: int) -> WorkspaceError:
-    """Return the error of an update that is not what it was a moment ago."""
-    return WorkspaceError(
-        f"client {client}'s update changed while it was merged",
-        hint=f"Merge again; or set it aside with `fedcli server discard --id {client}`.",
-    )
 
 
 class _OnePass:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-from fedcli.errors import WorkspaceError
+from fedcli.errors import DeniedError, WorkspaceError
 from fedcli.workspace import publish
 from fedcli.workspace.read import opened_folder, owner_of, read_file, read_hashed, read_part
 from fedcli.workspace.refusal import Refusal
 
 _OPEN_FOLDER_MODE = 0o3777
 """Everybody may make an entry and nobody another's away; entries get the server's group, which may read them."""
+_OTHERS = ("clients", "inbox")
+"""Where other users write: what they let nobody read is theirs, and no trouble of this machine."""
 _FOLDER_MODES = {"rounds": publish.SHARED_FOLDER_MODE, "inbox": publish.DROPPED_FOLDER_MODE}
 """Of the folders that are published in; others are as the umask has it."""
 
@@ -157,7 +159,12 @@ class DirectoryStore(Store):
     root: Path
 
     def read(self, name: str, limit: int) -> bytes:
-        return read_file(self.root / name, limit=limit)
+        try:
+            return read_file(self.root / name, limit=limit)
+        except PermissionError as error:
+            if PurePosixPath(name).parts[0] not in _OTHERS:
+                raise
+            raise Refusal("not_regular", f"{name} cannot be opened: {error.strerror}") from error
 
     def names(self, folder: str) -> list[str]:
         """List a folder; over NFS the listing may be old."""
@@ -202,6 +209,8 @@ class DirectoryStore(Store):
 
     def put(self, name: str, contents: bytes) -> None:
         path = self.root / name
+        if PurePosixPath(name).parts[0] in _OTHERS and (link := self.link_to(name)) is not None:
+            raise DeniedError(f"{link} is a symbolic link", hint="Ask the server's operator to remove it.")
         publish.make_folder(path.parent, _WRITTEN_FOLDER_MODES.get(PurePosixPath(name).parts[0]))
         publish.publish_file(path, contents)
 
@@ -274,10 +283,13 @@ class DirectoryStore(Store):
         return True
 
     def share(self, folder: str, *, multi_user: bool) -> None:
-        """Make a folder; a shared one is sticky, and gives its group to what is made in it."""
-        publish.make_folder(self.root / folder)
+        """Make a folder; a shared one is sticky, and gives the server's own group to what is made in it."""
+        path = self.root / folder
+        publish.make_folder(path)
         if multi_user and self.owner(folder) == os.geteuid():
-            os.chmod(self.root / folder, _OPEN_FOLDER_MODE)
+            with publish.explained(path):
+                os.chown(path, -1, os.getegid())  # in a project's folder it has the group that all parties are in
+                os.chmod(path, _OPEN_FOLDER_MODE)
 
     def link_to(self, name: str) -> Path | None:
         between = PurePosixPath(name).parents
