@@ -10,6 +10,7 @@ Without `Tests` a program carries its own, as those of DS-1000 do, and a program
 process can find it; ending early is no way to pass.
 """
 
+import inspect
 import json
 import os
 import secrets
@@ -123,9 +124,7 @@ class Sandbox:
         if sys.platform != "linux" or bubblewrap is None:
             raise _refused("bubblewrap (bwrap) is not installed")
         self._bubblewrap = bubblewrap
-        self._child, self._runner = (
-            Path(module.__file__).read_text(encoding="utf-8") for module in (sandbox_child, sandbox_runner)
-        )
+        self._child, self._runner = map(inspect.getsource, (sandbox_child, sandbox_runner))
         self._workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
         self._lock = Lock()
         self._running: set[subprocess.Popen[bytes]] | None = set()

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, BinaryIO, NoReturn
 
@@ -27,7 +27,12 @@ MOST_ITEMS = 10**6
 _SHOWN = 500
 """Characters of an exception's text."""
 _PLAIN = (int, float, str)
-_MANY: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+_MANY: dict[str, type[list[Any] | tuple[Any, ...] | set[Any] | frozenset[Any]]] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+}
 
 
 def main() -> None:
