@@ -4,10 +4,10 @@ bubblewrap (bwrap) gives each program its own user, mount, process, network and 
 installation and the system's libraries, read-only, and one empty folder; no home, no workspace, no network, no other
 process. Its environment is `ENVIRONMENT`; `sandbox_child` limits its memory, processes, files, output and time.
 
-Tests run in a second sandbox of the same kind (`Tests`). The program sees neither them nor what they compare with, and
-only plain values come out of it. Whether the tests got to their end is told by a token that only their side knows.
-Without `Tests` a program carries its own, as those of DS-1000 do, and a program that looks for the token in its own
-process can find it; ending early is no way to pass.
+Tests run in a second sandbox of the same kind (`Checks`). The program sees neither them nor what they compare with, and
+only plain values come out of it. Whether the tests got to their end is told by a token that only their side knows. A
+program without `Checks` carries its own tests, as those of DS-1000 do; one that looks for the token in its own process
+can find it. Ending early is no way to pass.
 """
 
 import inspect
@@ -72,7 +72,7 @@ else:
 
 
 @dataclass(frozen=True)
-class Tests:
+class Checks:
     """What judges a program from outside: `source` runs behind `setup`, with these `names` of the program's."""
 
     source: str
@@ -86,7 +86,7 @@ class Program:
 
     source: str
     seconds: float = 10.0
-    tests: Tests | None = None
+    tests: Checks | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, BinaryIO, NoReturn
 
@@ -102,7 +102,7 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
     """
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()
-    if value is None or isinstance(value, bool):
+    if value is None or value is True or value is False:
         return value
     for plain in _PLAIN:
         if isinstance(value, plain):
@@ -111,7 +111,7 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
         return ["complex", value.real, value.imag]
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", value.hex()]
-    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+    if isinstance(value, type) and value in vars(builtins).values():
         return ["type", value.__name__]
     if isinstance(value, dict):
         return ["dict", *([encode(key, refer), encode(item, refer)] for key, item in value.items())]

@@ -7,7 +7,7 @@ from fedcli.eval import releases
 from fedcli.eval.benchmark import Session
 from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, helpers, solve, text_of
 from fedcli.eval.data import DataSource
-from fedcli.eval.sandbox import Program, Tests
+from fedcli.eval.sandbox import Checks, Program
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 """The paper's stop sequences (section 3.1), and the end of a fenced block."""
@@ -21,7 +21,7 @@ def _problems(session: Session) -> Iterator[Problem]:
 
 
 def _program(prompt: str, entry_point: str, test: str, answer: str) -> Program:
-    tests = Tests(f"{test}\ncheck({entry_point})\n", (entry_point,), helpers(prompt))
+    tests = Checks(f"{test}\ncheck({entry_point})\n", (entry_point,), helpers(prompt))
     return Program(complete(prompt, entry_point, answer), tests=tests)
 
 

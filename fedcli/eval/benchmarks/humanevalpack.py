@@ -7,7 +7,7 @@ from fedcli.eval import releases
 from fedcli.eval.benchmark import Session
 from fedcli.eval.benchmarks.code import Problem, code_benchmark, complete, helpers, solve, text_of
 from fedcli.eval.data import DataSource
-from fedcli.eval.sandbox import Program, Tests
+from fedcli.eval.sandbox import Checks, Program
 from fedcli.tasks.conversation import Turn
 
 MAX_NEW_TOKENS = 1024
@@ -36,7 +36,7 @@ def _ask_fix(row: Mapping[str, str]) -> str:
 def _program(row: Mapping[str, str], answer: str) -> Program:
     before = "\n".join([IMPORTS, row["import"], row["test_setup"], ""])
     code = complete(row["prompt"], row["entry_point"], answer)
-    return Program(before + code, tests=Tests(row["test"], (row["entry_point"],), before + helpers(row["prompt"])))
+    return Program(before + code, tests=Checks(row["test"], (row["entry_point"],), before + helpers(row["prompt"])))
 
 
 _of_pack = partial(

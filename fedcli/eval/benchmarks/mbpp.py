@@ -9,7 +9,7 @@ from fedcli.eval import releases
 from fedcli.eval.benchmark import Session
 from fedcli.eval.benchmarks.code import Problem, code_benchmark, extract_code, outline, solve, text_of
 from fedcli.eval.data import DataSource
-from fedcli.eval.sandbox import Program, Tests
+from fedcli.eval.sandbox import Checks, Program
 
 EXAMPLES = (2, 3, 4, 1, 5, 6, 7, 8, 9, 10)
 """Tasks that are set apart for prompts; the paper takes the first three (section 3.1)."""
@@ -31,17 +31,17 @@ def _problems(session: Session) -> Iterator[Problem]:
             yield Problem(f"MBPP/{task}", examples + _question(rows[task]), partial(_program, checks(rows[task])))
 
 
-def _program(tests: Tests, answer: str) -> Program:
+def _program(tests: Checks, answer: str) -> Program:
     return Program(extract_code(answer), tests=tests)
 
 
-def checks(row: Row) -> Tests:
+def checks(row: Row) -> Checks:
     """Return a row's tests behind their setup, which uses the answer's classes.
 
     What the reference imports is there for them, and of an answer the names that the reference defines.
     """
     imports, names = outline(text_of(row, "code"))
-    return Tests("\n".join([text_of(row, "test_setup_code"), *_tests(row)]), names, imports)
+    return Checks("\n".join([text_of(row, "test_setup_code"), *_tests(row)]), names, imports)
 
 
 def _question(row: Row) -> str:
