@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from fedcli.errors import IntegrityError, NotReadyError, UsageError, WorkspaceError
+from fedcli.quantities import plural
 from fedcli.trust.chain import MAX_SIGNATURE_BYTES, read_chain, read_small, update_check
 from fedcli.trust.history import note, read_history
 from fedcli.trust.keys import KeyPair, digest_of, fingerprint, is_signed, keys_named, latest_keys, parse_fingerprint
@@ -158,8 +159,8 @@ def _required(trust: ServerTrust | None, federation: FederationState) -> ServerT
     return trust
 
 
-def read_applicant(federation: FederationState, client: int) -> tuple[PublicKeys, str]:
-    """Return the keys that a joined party asks to be enrolled under, and the old key's signature of them, or "".
+def read_applicant(federation: FederationState, client: int) -> tuple[PublicKeys, str, int]:
+    """Return the keys that a joined party asks to be enrolled under, the old key's signature of them or "", its rows.
 
     Raises NotReadyError where it has not joined, IntegrityError where it has not signed its registration.
     """
@@ -176,7 +177,8 @@ def read_applicant(federation: FederationState, client: int) -> tuple[PublicKeys
     lines = (read_if_there(workspace, workspace.registration_signature(client), MAX_SIGNATURE_BYTES) or b"").split()
     if not lines or not is_signed(registration.keys, lines[0], "client", federation.identity.id, sha256(contents)):
         raise IntegrityError(f"{workspace.registration(client)} is not signed by the keys that it names", hint=again)
-    return registration.keys, lines[1].decode("ascii", "replace") if len(lines) > 1 else ""
+    proof = lines[1].decode("ascii", "replace") if len(lines) > 1 else ""
+    return registration.keys, proof, registration.data.num_rows
 
 
 def enrol(federation: FederationState, client: int, given: str | None = None) -> tuple[str, bool]:
@@ -188,7 +190,7 @@ def enrol(federation: FederationState, client: int, given: str | None = None) ->
     with hold(federation.workspace.server_lock, "the server's work"):
         federation.refresh()
         trust = _required(current_trust(federation), federation)
-        keys, proof = read_applicant(federation, client)
+        keys, proof, num_rows = read_applicant(federation, client)
         told, member = fingerprint(keys), trust.enrolment.members.get(client)
         if given is not None and parse_fingerprint(given) != told:
             raise IntegrityError(
@@ -202,7 +204,7 @@ def enrol(federation: FederationState, client: int, given: str | None = None) ->
         )
         if given is None and not is_proven:
             raise UsageError(
-                f"client {client}'s keys have the fingerprint {told}",
+                f"client {client} registers {plural(num_rows, 'row')}; its keys have the fingerprint {told}",
                 hint="Compare it with the party by telephone, then run "
                 f"`fedcli server enrol --id {client} --fingerprint {told}`.",
             )
