@@ -92,6 +92,8 @@ def test_a_right_program_passes_and_a_wrong_one_shows_the_test_that_it_fails(san
             id="an answer that is deep",
         ),
         pytest.param("answer = lambda n: 'x' * 10**7\n" + REST, id="an answer that is long"),
+        pytest.param("answer = number = many = [print]", id="functions in a list"),
+        pytest.param("import os\nos._exit(0)\n" + HONEST, id="the end before it begins"),
         pytest.param("import os\nanswer = lambda n: os._exit(0)\n" + REST, id="the end while it is asked"),
         pytest.param("import os; os._exit(0)", id="the end before it is asked"),
         pytest.param("def answer(n): raise SystemExit(0)\n" + REST, id="an exit"),
@@ -112,6 +114,57 @@ def test_a_right_program_passes_and_a_wrong_one_shows_the_test_that_it_fails(san
 )
 def test_nothing_but_the_right_values_passes(sandbox: Sandbox, source: str) -> None:
     assert judged(sandbox, source).outcome == "failed"
+
+
+OWN_ANSWERS = """
+import json, os, sys
+incoming, outgoing = map(int, sys.argv[-2:])
+for line in os.fdopen(incoming, "rb"):
+    act, *asked = json.loads(line)
+    answer = {named} if act == "name" else {called}
+    reply = ["value", answer, None if act == "name" else asked[1]]
+    os.write(outgoing, json.dumps(reply).encode() + b"\\n")
+"""
+WRITE_TOKEN = (
+    'exec(\'import sys, os\\nx = sys._getframe()\\nwhile x:\\n if "token" in x.f_locals: '
+    'os.write(x.f_locals["output"], x.f_locals["token"]); os._exit(0)\\n x = x.f_back\')'
+)
+
+
+@pytest.mark.parametrize(
+    "named", [["type", name] for name in ("eval", "exec", "print", "getattr", "__import__", "type", "object")]
+)
+def test_no_function_of_python_is_an_answer(sandbox: Sandbox, named: list[str]) -> None:
+    source = OWN_ANSWERS.format(named=f'{named!r} if asked[0] == "f" else ["object", 7]', called=repr(WRITE_TOKEN))
+    tests = Checks("try: assert f(g(1)) == 'nothing that is answered'\nexcept NameError: assert False", ("f", "g"))
+    assert judged(sandbox, source, tests, seconds=20).outcome == "failed"
+
+
+@pytest.mark.parametrize(
+    "called",
+    ['["object", "x"]', '["object"]', '["dict", [[], 1]]', '["list"] * 3', '["bytes", 5]', '["complex"]', '["x", []]'],
+)
+def test_what_is_no_answer_fails_the_tests(sandbox: Sandbox, called: str) -> None:
+    source = OWN_ANSWERS.format(named='["object", 7]', called=called)
+    assert judged(sandbox, source, Checks("assert f(1) == 1", ("f",)), seconds=20).outcome == "failed"
+
+
+def test_what_a_program_changes_in_place_is_changed_in_its_tests(sandbox: Sandbox) -> None:
+    source = "def sort(l, d, s): l.sort(); d['b'] = [2]; s.discard(1); l.append(l[0])"
+    tests = "l, d, s = [2, 1], {'a': [1]}, {1, 2}\nsort(l, d, s)\nassert (l, s) == ([1, 2, 1], {2}) and d['b'] == [2]"
+    assert judged(sandbox, source, Checks(tests, ("sort",))).outcome == "passed"
+
+
+def test_of_a_subclass_the_plain_value_counts(sandbox: Sandbox) -> None:
+    source = """
+from collections import Counter, OrderedDict, namedtuple
+from enum import Enum, IntEnum
+class Colour(str, Enum): RED = "red"
+class Size(IntEnum): BIG = 9
+def values(): return [Colour.RED, Size.BIG, Counter("aa"), OrderedDict(a=1), namedtuple("P", "x y")(1, 2), True]
+"""
+    tests = Checks("assert values() == ['red', 9, {'a': 2}, {'a': 1}, (1, 2), True]", ("values",))
+    assert judged(sandbox, source, tests).outcome == "passed"
 
 
 def test_a_program_that_never_answers_is_timed_out(sandbox: Sandbox) -> None:

@@ -683,8 +683,9 @@ def test_where_nobody_is_left_to_draw_the_error_says_what_to_do(place: Path, run
     assert status == 6
     assert "nobody is left to draw for the next round: all clients have left or were revoked" in said
     assert "Enrol a party with `fedcli server enrol`, or end here: set federation.rounds to 1" in said
-    assert "fedcli server aggregate" in run("status", "-w", place)[2]
+    assert "fedcli server enrol --id N" in run("status", "-w", place)[2]
     configure(place, "federation.rounds=1")
+    assert "fedcli server aggregate" in run("status", "-w", place)[2]
     assert run("server", "aggregate", "-w", place)[0] == 0
     head = Federation.open(place).round()
     assert (head.number, head.manifest.state) == (1, "finished")
@@ -865,6 +866,9 @@ def test_two_parties_join_are_enrolled_and_train_by_commands(tmp_path: Path) -> 
     assert [line.split()[-1] for line in shown.splitlines()] == ["here", "enrolled", "enrolled"]
     (tmp_path / "trust.json").write_text(place("keys", "show", "--json").stdout)
     assert "9 signatures" in place("verify", "--trust", "trust.json").stdout
+    again = place.join(0, tmp_path / "rows-0.jsonl", "--yes").stderr
+    assert "client train --id 0" in again
+    assert "enrol" not in again, "it is enrolled under these keys"
     place.rows("rows-0.jsonl", 9)
     assert "client train --id 0 --refresh" in place.train(0, code=3).stderr
     done = place("client", "train", "--id", 0, "--refresh", "--home", "H0")

@@ -120,10 +120,12 @@ def client_join(
     if told is not None:
         document |= {"fingerprint": told, "server_fingerprint": joining.record.server}
         lines += [f"your keys:         {told}", f"the server's keys: {joining.record.server}"]
-        hint = (
-            "compare both fingerprints with the server's operator by telephone, who then runs:\n"
-            f"  fedcli server enrol --id {client} --fingerprint {told}\n{hint}"
-        )
+        standing = federation.keys().clients.get(client)
+        if standing is None or (standing.state, standing.fingerprint) != ("enrolled", told):
+            hint = (
+                "compare both fingerprints with the server's operator by telephone, who then runs:\n"
+                f"  fedcli server enrol --id {client} --fingerprint {told}\n{hint}"
+            )
     print_result(json_output, document | {"remarks": [*joining.remarks], "kept": [*joining.kept]}, lines, hint)
 
 

@@ -80,7 +80,7 @@ def _look() -> None:
                 return
             for own in _looks:
                 _looks[own] += 1
-                if _looks[own] == LOOKS + 1:
+                if _looks[own] % LOOKS == 1 and _looks[own] > LOOKS:  # again where something swallowed it
                     _raise_in(own, _EndlessError)
 
 

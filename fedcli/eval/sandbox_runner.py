@@ -6,7 +6,8 @@
 * `serve` runs a program and then does what the judge asks: it calls a function of the program, or reads an attribute.
 * `judge` runs the tests. The program's functions and classes stand there as `Remote`.
 
-Between the last two only plain values travel, one JSON text a line, so what compares them is none of the program's.
+Between the last two only plain values travel, one JSON text a line, so what compares them is none of the program's. No
+answer of a program is trusted: whatever it says becomes a plain value, one of `_TYPES`, or a `Remote`.
 """
 
 import builtins
@@ -26,7 +27,8 @@ MOST_ITEMS = 10**6
 """Of what the tests iterate over."""
 _SHOWN = 500
 """Characters of an exception's text."""
-_PLAIN = (int, float, str)
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)}
+"""The only types that are values: of what the other side names, nothing else of Python's is ever looked up."""
 _MANY: dict[str, type[list[Any] | tuple[Any, ...] | set[Any] | frozenset[Any]]] = {
     "list": list,
     "tuple": tuple,
@@ -104,15 +106,19 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
         value = value.item()
     if value is None or value is True or value is False:
         return value
-    for plain in _PLAIN:
-        if isinstance(value, plain):
-            return plain(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, complex):
         return ["complex", value.real, value.imag]
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", value.hex()]
-    if isinstance(value, type) and value in vars(builtins).values():
-        return ["type", value.__name__]
+    if isinstance(value, type):
+        name = str(value.__name__)
+        return ["type", name] if _TYPES.get(name) is value else ["object", refer(value)]
     if isinstance(value, dict):
         return ["dict", *([encode(key, refer), encode(item, refer)] for key, item in value.items())]
     for kind, many in _MANY.items():
@@ -135,8 +141,8 @@ def decode(value: Any, found: Callable[[int], Any]) -> Any:
     if kind == "bytes":
         return bytes.fromhex(*items)
     if kind == "type":
-        return getattr(builtins, *items)
-    return found(*items)
+        return _TYPES[items[0]]
+    return found(int(items[0]))
 
 
 def _serve(source: bytes, line: _Line) -> None:
@@ -173,8 +179,9 @@ def _serve(source: bytes, line: _Line) -> None:
         except EOFError:
             return
         try:
-            result = encode(acts[act](*(decode(argument, held.__getitem__) for argument in arguments)), refer)
-            line.send(["value", result])
+            given = [decode(argument, held.__getitem__) for argument in arguments]
+            result = encode(acts[act](*given), refer)
+            line.send(["value", result, encode(given[1], refer) if act == "call" else None])
         except Exception as error:
             traceback.print_exc()
             line.send(["raise", type(error).__name__, str(error)[:_SHOWN]])
@@ -226,14 +233,19 @@ def _judge(setup: str, names: list[str], tests: str, line: _Line) -> None:
         return int(vars(value)["_number"])
 
     def ask(*message: Any) -> Any:
-        line.send([encode(part, refer) for part in message])
+        contents = [encode(part, refer) for part in message]
         try:
+            line.send(contents)
             kind, *reply = line.receive()
-        except EOFError:
+        except (EOFError, BrokenPipeError):
             _end(GONE)
-        if kind == "value":
-            return decode(reply[0], lambda number: Remote(number, ask))
-        raise _exception(*reply)
+        if kind != "value":
+            raise _exception(*reply)
+        result, changed = (decode(part, lambda number: Remote(number, ask)) for part in reply)
+        if message[0] == "call":
+            for before, after in zip(message[2], changed, strict=True):
+                _take_over(before, after)
+        return result
 
     namespace = _as_main()
     _execute(setup.encode(errors="replace"), "setup.py", namespace)
@@ -243,6 +255,15 @@ def _judge(setup: str, names: list[str], tests: str, line: _Line) -> None:
         except NameError:
             namespace.pop(name, None)
     _execute(tests.encode(errors="replace"), "tests.py", namespace)
+
+
+def _take_over(before: Any, after: Any) -> None:
+    """Let an argument be what the program has made of it in place."""
+    if isinstance(before, list) and isinstance(after, list):
+        before[:] = after
+    elif isinstance(before, set | dict) and type(before) is type(after):
+        before.clear()
+        before.update(after)
 
 
 def _exception(name: str, text: str) -> Exception:

@@ -100,6 +100,8 @@ def read_status(federation: FederationState) -> Status:
     next_command = _next_command(head, slurm, missing, num_ready >= needed)
     if unenrolled and num_ready < needed:
         next_command = f"fedcli server enrol --id {unenrolled[0]}"
+    elif len(membership["gone"]) == config.federation.clients and manifest.round + 1 < config.federation.rounds:
+        next_command = "fedcli server enrol --id N"
     return Status(
         workspace=str(workspace.root),
         simulation=federation.is_simulation,

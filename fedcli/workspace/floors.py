@@ -85,8 +85,8 @@ class _Floor:
     """How a floor is checked: what a round asks for that is not allowed; None where it may."""
 
     fault: Callable[[Any, Asked], str | None]
-    allow: Callable[[Asked], str]
-    """The value of the option that would allow it."""
+    allow: Callable[[Any, Asked], str]
+    """The value of the option that would allow it, and what was allowed before."""
 
 
 def _least(what: str, unit: str, value: Callable[[Asked], int]) -> _Floor:
@@ -94,16 +94,26 @@ def _least(what: str, unit: str, value: Callable[[Asked], int]) -> _Floor:
         found = value(asked)
         return None if found >= limit else f"{what} {plural(found, unit)}, and your floor is {limit}"
 
-    return _Floor(fault, lambda asked: str(value(asked)))
+    return _Floor(fault, lambda _, asked: str(value(asked)))
+
+
+def _odd(allowed: Any, asked: Asked) -> list[str]:
+    return sorted({name for name in map(_layer, asked.tensors) if not _may(allowed, name)})
 
 
 def _fault_of_targets(allowed: Any, asked: Asked) -> str | None:
-    odd = sorted({name for name in map(_layer, asked.tensors) if not _may(allowed, name)})
-    if not odd:
+    if not (odd := _odd(allowed, asked)):
         return None
     shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
     inside = "the numbered layers alone" if allowed == "layers" else ", ".join(allowed)
     return f"adapts {shown}, and your floor allows {inside}"
+
+
+def _allow_targets(allowed: Any, asked: Asked) -> str:
+    if _odd("layers", asked):
+        return "any"
+    ends = [name.rpartition(".")[2] for name in _odd(allowed, asked)]
+    return ",".join(dict.fromkeys([*allowed, *ends]))
 
 
 def _may(allowed: Any, name: str) -> bool:
@@ -123,10 +133,7 @@ _FLOORS = {
     "rows": _least("learns from", "row", lambda asked: min(asked.num_rows, asked.train.steps * asked.train.batch_size)),
     "steps": _least("makes", "step", lambda asked: asked.train.steps),
     "batch_size": _least("has batches of", "row", lambda asked: asked.train.batch_size),
-    "targets": _Floor(
-        _fault_of_targets,
-        lambda asked: "layers" if all(_may("layers", _layer(name)) for name in asked.tensors) else "any",
-    ),
+    "targets": _Floor(_fault_of_targets, _allow_targets),
 }
 
 
@@ -138,7 +145,11 @@ _FORM = dict.fromkeys(_FLOORS, "A whole number from 1") | {
 def faults(floors: Floors, asked: Asked) -> list[tuple[str, str]]:
     """Return what a round asks for that a party's floors refuse, each with the option's value that would allow it."""
     found = ((name, floor, floor.fault(getattr(floors, name), asked)) for name, floor in _FLOORS.items())
-    return [(fault, f"{name}={floor.allow(asked)}") for name, floor, fault in found if fault is not None]
+    return [
+        (fault, f"{name}={floor.allow(getattr(floors, name), asked)}")
+        for name, floor, fault in found
+        if fault is not None
+    ]
 
 
 def check_floors(floors: Floors, asked: Asked, client: int, what: str | None = None) -> None:
