@@ -75,9 +75,11 @@ class World:
     warm: Warm
 
     def copy(self, name: str, source: str = "workspace") -> Path:
-        """Return a copy of a workspace, owners and modes too."""
+        """Return a copy of a workspace, owners and modes too; of one without rounds no party has seen a later round."""
         target = self.workspace.with_name(name)
         subprocess.run(["cp", "-a", self.workspace.with_name(source), target], check=True)
+        for party in self.parties if source == "fresh" else ():
+            (party.found_home(self.workspace) / "history.jsonl").unlink(missing_ok=True)
         return target
 
     def server(self, *arguments: object, workspace: Path | None = None) -> subprocess.CompletedProcess[str]:
