@@ -169,11 +169,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_limits, "LOOKS", 3)
 
 
+@pytest.mark.slow  # coverage, which measures the default suite, keeps the exception from the thread that it traces
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(
-    "name",
-    ["loops", "a block", *(pytest.param(name, marks=pytest.mark.slow) for name in ("macros", "filters", "words"))],
-)
+@pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_that_does_not_end_is_stopped_and_the_next_one_is_rendered(
     tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
@@ -186,6 +184,7 @@ def test_a_template_that_does_not_end_is_stopped_and_the_next_one_is_rendered(
     ChatTemplate(tokenizer)
 
 
+@pytest.mark.slow  # as above
 @pytest.mark.usefixtures("impatient")
 def test_a_template_is_stopped_in_any_thread_and_only_there(tokenizer: PreTrainedTokenizerBase) -> None:
     found: list[BaseException] = []
