@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -169,9 +170,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_limits, "LOOKS", 3)
 
 
-@pytest.mark.slow  # coverage, which measures the default suite, keeps the exception from the thread that it traces
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize(
+    "name",
+    ["loops", "a block", *(pytest.param(name, marks=pytest.mark.slow) for name in ("macros", "filters", "words"))],
+)
 def test_a_template_that_does_not_end_is_stopped_and_the_next_one_is_rendered(
     tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
@@ -184,7 +187,6 @@ def test_a_template_that_does_not_end_is_stopped_and_the_next_one_is_rendered(
     ChatTemplate(tokenizer)
 
 
-@pytest.mark.slow  # as above
 @pytest.mark.usefixtures("impatient")
 def test_a_template_is_stopped_in_any_thread_and_only_there(tokenizer: PreTrainedTokenizerBase) -> None:
     found: list[BaseException] = []
@@ -200,6 +202,51 @@ def test_a_template_is_stopped_in_any_thread_and_only_there(tokenizer: PreTraine
     thread.start()
     thread.join()
     assert [type(error) for error in found] == [ConfigError]
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_whenever_a_template_is_stopped_nothing_is_raised_later_or_waits(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, is_traced: bool
+) -> None:
+    """Templates that end at about the limit, also under a tracer, which lets exceptions come at every line."""
+    monkeypatch.setattr(template_limits, "PAUSE", 0.001)
+    monkeypatch.setattr(template_limits, "LOOKS", 1)
+    found: list[str] = []
+
+    def trace(frame: object, event: str, argument: object) -> Callable[..., object]:
+        return trace
+
+    def render(seconds: float, error: Exception | None) -> str:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            pass
+        if error is not None:
+            raise error
+        return "ended"
+
+    def render_many() -> None:
+        before = sys.gettrace()
+        if is_traced:
+            sys.settrace(trace)
+        for number in range(150):
+            error = ValueError("its own") if number % 3 == 0 else None
+            try:
+                found.append(template_limits.limited(tokenizer, partial(render, number % 50 / 10_000, error)))
+            except (ConfigError, ValueError) as raised:
+                found.append(type(raised).__name__)
+        for _ in range(10_000):  # what came late would come here, and nobody would count
+            pass
+        found.append("all")
+        sys.settrace(before)
+
+    threads = [threading.Thread(target=render_many) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert len(found) == 302
+    assert found.count("all") == 2
+    assert {*found} <= {"all", "ended", "ConfigError", "ValueError"}
 
 
 @pytest.mark.parametrize("name", LARGE)

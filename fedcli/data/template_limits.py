@@ -28,24 +28,64 @@ class _EndlessError(BaseException):
     """Raised in a thread whose template does not end; no `except Exception` of a template's functions catches it."""
 
 
-_lock = threading.Lock()
-_looks: dict[int, int] = {}
-"""How often a thread was seen with its present template."""
+class _Rendering:
+    """A template that a thread renders now.
+
+    The exception may come between any two bytecodes, so whoever renders holds no lock: a flag of each side tells the
+    other what it does, and of two that are set one is seen.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._looks = 0
+        self._is_over = self._is_looked_at = self._is_raised = False
+
+    def look(self) -> None:
+        """Count a look, by the watching thread; raise in the rendering one, once, after too many."""
+        self._is_looked_at = True
+        self._looks += 1
+        if self._looks > LOOKS and not self._is_raised and not self._is_over:
+            self._is_raised = True
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(_EndlessError))
+        self._is_looked_at = False
+
+    def close(self) -> None:
+        """Let nothing be raised from now on, by the rendering thread."""
+        self._is_over = True
+        _renderings.pop(id(self), None)
+        while self._is_looked_at:
+            time.sleep(0)
+
+    def end(self) -> None:
+        """Close it where nothing has come; what was raised meanwhile comes here."""
+        self.close()
+        while self._is_raised:  # to take it back would leave the interpreter looking for it (CPython 3.11)
+            time.sleep(0)
+
+
+_renderings: dict[int, _Rendering] = {}
+_start = threading.Lock()
 _watch: threading.Thread | None = None
 
 
 def limited(tokenizer: "PreTrainedTokenizerBase", render: Callable[[], T]) -> T:
     """Return what rendering gives; raise ConfigError where it does not end."""
     _bound_jinja()
-    own = threading.get_ident()
+    _start_watch()
+    rendering = _Rendering()
     try:
         try:
-            _begin(own)
-            return render()
-        finally:
-            _end(own)
+            _renderings[id(rendering)] = rendering
+            result = render()
+        except _EndlessError:
+            raise
+        except BaseException:
+            rendering.end()
+            raise
+        rendering.end()
+        return result
     except _EndlessError:
-        _end(own)  # it may have come while the first call of it was at work
+        rendering.close()
     raise ConfigError(
         f"the chat template of the base model {tokenizer.name_or_path} does not end: it was stopped after "
         f"{LOOKS * PAUSE:g} s",
@@ -54,40 +94,21 @@ def limited(tokenizer: "PreTrainedTokenizerBase", render: Callable[[], T]) -> T:
     )
 
 
-def _begin(own: int) -> None:
+def _start_watch() -> None:
+    """Start the thread that looks, once a process; nothing is rendered yet by the thread that calls this."""
     global _watch
-    with _lock:
-        _looks[own] = 0
-        if _watch is None or not _watch.is_alive():  # a forked process has none
-            _watch = threading.Thread(target=_look, name="fedcli-templates", daemon=True)
-            _watch.start()
-
-
-def _end(own: int) -> None:
-    with _lock:
-        if _looks.pop(own, 0) > LOOKS:
-            _raise_in(own, None)  # where it has not been raised yet it never is
+    if _watch is None or not _watch.is_alive():  # a forked process has none
+        with _start:
+            if _watch is None or not _watch.is_alive():
+                _watch = threading.Thread(target=_look, name="fedcli-templates", daemon=True)
+                _watch.start()
 
 
 def _look() -> None:
-    """Count looks, and raise once in each thread that has had too many; end where nothing renders."""
-    global _watch
     while True:
         time.sleep(PAUSE)
-        with _lock:
-            if not _looks:
-                _watch = None
-                return
-            for own in _looks:
-                _looks[own] += 1
-                if _looks[own] % LOOKS == 1 and _looks[own] > LOOKS:  # again where something swallowed it
-                    _raise_in(own, _EndlessError)
-
-
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread), None if error is None else ctypes.py_object(error)
-    )
+        for rendering in list(_renderings.values()):
+            rendering.look()
 
 
 @functools.cache
