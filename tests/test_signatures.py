@@ -749,6 +749,37 @@ def test_a_party_s_new_keys_are_signed_by_the_old_ones_and_used_once_enrolled(pl
 
 
 @slow
+def test_what_a_party_signed_before_it_went_on_to_new_keys_counts_in_that_round_alone(place: Path) -> None:
+    home = default_home(identity_of(place), 0)
+    train(place)
+    oldest = KeyPair.read(home.keys)
+    assert oldest is not None
+    for _ in range(2):
+        Federation.open(place).client(0).rotate_keys()
+        assert Federation.open(place).server.enrol(0)[1]
+    assert [entry.client for entry in merge(place).counted] == [0, 1, 2]
+    train(place)
+    record = (place / "inbox/0/round-00001/update.json").read_bytes()
+    signature = oldest.sign("update", identity_of(place), sha256(record))
+    (place / "inbox/0/round-00001/update.sig").write_bytes(signature)
+    merged = merge(place)
+    assert [entry.client for entry in merged.counted] == [1, 2]
+    assert {entry.client: entry.code for entry in merged.refused} == {0: "signature"}
+    assert problems(place) == []
+
+
+@slow
+def test_what_was_signed_with_keys_that_the_operator_replaced_does_not_count(place: Path) -> None:
+    train(place)
+    join_as_2(place, identity_of(place), Ed25519PrivateKey.generate())
+    federation = Federation.open(place)
+    federation.server.enrol(2, federation.keys().following[2])
+    merged = merge(place)
+    assert {entry.client: entry.code for entry in merged.refused} == {2: "signature"}
+    assert problems(place) == []
+
+
+@slow
 def test_the_server_s_new_keys_are_followed_by_parties_that_know_the_old_ones(place: Path) -> None:
     play(place, 1)
     old = Federation.open(place).keys().server.fingerprint

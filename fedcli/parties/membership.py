@@ -112,12 +112,14 @@ def rotate(federation: FederationState, client: int, home: Path | None = None) -
 
     It goes on signing with the old ones until the server has enrolled the new ones.
     """
-    found, _ = _own(federation, client, home)
+    found, enrolment = _own(federation, client, home)
     registration = read_registration(federation.workspace, client)
     if registration is None:
         hint = f"Run `fedcli client join --id {client} --data SOURCE`."
         raise NotReadyError(f"client {client} is not registered", hint=hint)
     with hold(found.lock, f"client {client}"):
+        if (member := enrolment.members.get(client)) is not None:
+            keys_named(found, member.keys)  # new keys that are enrolled are new no more
         if KeyPair.read(found.next_keys) is None:
             KeyPair.make().write(found.next_keys)
         return fingerprint(register_signed(federation, found, registration))

@@ -136,7 +136,7 @@ def _aggregate(
         head.draw_order,
         head.num_counted,
         observer,
-        authenticate=None if trust is None else trust.check_update,
+        authenticate=None if trust is None else trust.check_updates(head),
     )
     _check_answers(federation, aggregation.missing, needed)
     if files is None and not head.awaited_clients():

@@ -30,10 +30,9 @@ class ServerTrust:
     key: KeyPair
     enrolment: Enrolment
 
-    @property
-    def check_update(self) -> Authenticate:
-        """What refuses updates that nobody of the enrolment signed."""
-        return update_check(self.identity.id, self.enrolment)
+    def check_updates(self, base: Round) -> Authenticate:
+        """Return what refuses a round's updates that nobody of the enrolment signed."""
+        return update_check(base, self.enrolment)
 
     def sign_round(self, record: bytes) -> bytes:
         """Return manifest.sig of a manifest.json."""

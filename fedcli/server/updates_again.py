@@ -130,7 +130,7 @@ def check_uncounted(current: Round, aggregation: Aggregation, base: Round, resul
     get at any time is one.
     """
     try:
-        authenticate = check_of_merge(current) if aggregation.refused else None
+        authenticate = check_of_merge(current, base) if aggregation.refused else None
     except IntegrityError:  # of the enrolment, which is reported by itself
         return
     for refused in aggregation.refused:

@@ -326,7 +326,7 @@ def _recompute(
             len(order),
             Observer(),
             recorded=entries,
-            authenticate=check_of_merge(current),
+            authenticate=check_of_merge(current, previous),
         )
     except FedError as error:
         if isinstance(error.__cause__, OSError):

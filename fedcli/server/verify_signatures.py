@@ -48,13 +48,13 @@ def _keys(document: Mapping[str, str]) -> PublicKeys:
     return PublicKeys(sign=document["sign"], seal=document["seal"])
 
 
-def check_of_merge(current: Round) -> Authenticate | None:
-    """Return what looked at the signatures of the updates that a round was merged of; None where none was needed."""
+def check_of_merge(current: Round, base: Round) -> Authenticate | None:
+    """Return what looked at the signatures of the updates of `base` that a round was merged of; None: nothing did."""
     if current.manifest.enrolment is None:
         return None
     from fedcli.trust.chain import update_check
 
-    return update_check(current.manifest.workspace, _enrolment_of(current))
+    return update_check(base, _enrolment_of(current))
 
 
 def gone_clients(current: Round) -> set[int]:
@@ -143,7 +143,7 @@ def _check_pruned(rounds: Sequence[Round], enrolment: Enrolment, report: Report)
         merge, head = current.manifest.aggregation, current.manifest.enrolment
         if merge is None or head is None:
             continue
-        check = update_check(current.manifest.workspace, enrolment.up_to(head) or Enrolment())
+        check = update_check(before, enrolment.up_to(head) or Enrolment())
         for entry in merge.counted:
             workspace, path = current.workspace, current.workspace.update(before.number, entry.client)
             try:

@@ -88,19 +88,26 @@ def round_fault(current: Round, enrolment: Enrolment) -> str:
     return ""
 
 
-def update_check(workspace: str, enrolment: Enrolment) -> Authenticate:
-    """Return what refuses the updates that nobody of the enrolment signed: unenrolled, unsigned, signature."""
+def update_check(base: Round, enrolment: Enrolment) -> Authenticate:
+    """Return what refuses the updates of a round that nobody of the enrolment signed: unenrolled, unsigned, signature.
+
+    Who went on to new keys since the round was opened may have signed with either.
+    """
+    workspace, opened = base.manifest.workspace, base.manifest.enrolment
 
     def check(client: int, record: bytes, folder: Folder) -> None:
         if (gone := enrolment.gone.get(client)) is not None:
             raise Refusal("unenrolled", f"client {client} {'has left' if gone == 'leave' else 'was revoked'}")
-        if (member := enrolment.members.get(client)) is None:
+        if client not in enrolment.members:
             raise Refusal("unenrolled", f"client {client} is not enrolled")
         try:
             signature = read_beside(folder, UPDATE_SIGNATURE, MAX_SIGNATURE_BYTES)
         except FileNotFoundError:
             raise Refusal("unsigned", f"{UPDATE_SIGNATURE} is missing") from None
-        if not is_signed(member.keys, signature, "update", workspace, sha256(record)):
+        digest = sha256(record)
+        if not any(
+            is_signed(keys, signature, "update", workspace, digest) for keys in enrolment.keys_since(client, opened)
+        ):
             raise Refusal("signature", f"{UPDATE_SIGNATURE} is not client {client}'s of this update.json")
 
     return check

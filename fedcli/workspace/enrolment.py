@@ -98,6 +98,20 @@ class Enrolment:
         """Who takes part no more, and why."""
         return {client: action for client, action in self._clients.items() if not isinstance(action, Member)}
 
+    def keys_since(self, client: int, head: EnrolmentHead | None) -> list[PublicKeys]:
+        """Return the keys of one that takes part, and those from which it went on to them since an entry, newest first.
+
+        New keys of a revoked one that an operator enrolled, which no old key signed, have none before them.
+        """
+        found: list[PublicKeys] = []
+        for entry in (stored.entry for stored in reversed(self.entries) if stored.entry.client == client):
+            if entry.keys is None:
+                break
+            found.append(entry.keys)
+            if entry.proof is None or head is None or entry.number <= head.number:
+                break
+        return found
+
     @cached_property
     def _clients(self) -> "dict[int, Member | Action]":
         found: dict[int, Member | Action] = {}
