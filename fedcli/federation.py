@@ -357,7 +357,7 @@ class Client:
         """Read a party's rows, which stay where they are; `commit()` of what is returned writes the registration.
 
         `server` is the fingerprint that the server must have; None: the one that it has now, or had before. `floors`
-        are the least that a round must ask for, such as "rows=32" (docs/OPERATIONS.md).
+        are the least that a round must ask for, such as "rows=32" (docs/DATA.md).
         """
         from fedcli.parties.join import prepare_join
 
