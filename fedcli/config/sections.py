@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from fedcli.algos import ALGORITHMS, Algorithm, FedAvg
 from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.data import DataConfig, TaskName, check_format
+from fedcli.config.privacy import PrivacyConfig
 from fedcli.config.section import Count, Section
 from fedcli.config.slurm import SlurmConfig
 
@@ -224,6 +225,7 @@ class Config(Section):
     algorithm: AlgorithmSection = FedAvg()
     aggregation: AggregationConfig = AggregationConfig.model_construct()
     federation: FederationConfig = FederationConfig.model_construct()
+    privacy: PrivacyConfig = PrivacyConfig.model_construct()
     eval: EvalConfig = EvalConfig.model_construct()
     retention: RetentionConfig = RetentionConfig.model_construct()
     slurm: SlurmConfig = SlurmConfig.model_construct()
@@ -234,6 +236,7 @@ class Config(Section):
             if given is not None:
                 check_format(given, self.task)
         self.aggregation.check_enough(self.federation.num_counted)
+        self.privacy.check_against(self.aggregation, self.federation.signatures, self.federation.num_counted)
         return self
 
     def fixed(self) -> dict[str, Any]:

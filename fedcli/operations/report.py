@@ -137,7 +137,7 @@ def _merged(before: Round, after: Round) -> MergedRound:
         learning_rate=before.manifest.train.learning_rate,
         cohort=before.manifest.cohort,
         losses={entry.client: None if _is_beyond(entry) else entry.train_loss for entry in done.counted},
-        norms={entry.client: entry.delta_norm for entry in done.counted},
+        norms={entry.client: entry.delta_norm for entry in done.counted if entry.delta_norm is not None},
         refused={entry.client: (entry.code, entry.reason) for entry in done.refused},
         missing=done.missing,
         total_bytes_up=cost.total_bytes_up if cost else None,

@@ -16,8 +16,9 @@ class UpdateFigures:
 
     client: int
     weight: float
-    num_samples: int
-    norm: float
+    num_samples: int | None
+    """None, as the norm, where privacy withholds it."""
+    norm: float | None
     cosine: float | None
     """Of its difference to the mean's."""
     change: float | None
@@ -33,7 +34,7 @@ def figures_of(counted: Sequence[CountedUpdate], found: Mapping[int, Diagnosis] 
     changes = [entry.change if entry.client not in given else given[entry.client].change for entry in counted]
     norms = [entry.delta_norm for entry in counted]
     marks = outliers({"norm": norms, "cosine": cosines, "change": changes})
-    ordered = sorted(entry.num_samples for entry in counted)
+    ordered = sorted(entry.num_samples for entry in counted if entry.num_samples is not None)
     most = MANY_ROWS * ordered[(len(ordered) - 1) // 2] if ordered else 0.0
     return [
         UpdateFigures(
@@ -43,7 +44,7 @@ def figures_of(counted: Sequence[CountedUpdate], found: Mapping[int, Diagnosis] 
             entry.delta_norm,
             cosine,
             change,
-            [*mark, *(["rows"] if entry.num_samples > most else [])],
+            [*mark, *(["rows"] if (entry.num_samples or 0) > most else [])],
         )
         for entry, cosine, change, mark in zip(counted, cosines, changes, marks, strict=True)
     ]

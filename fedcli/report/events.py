@@ -45,7 +45,8 @@ def _runs(report: Report) -> dict[str, list[Value]]:
     for merged in report.merged:
         for client, loss in merged.losses.items():
             values = runs.setdefault(f"client-{client}", [])
-            values.append(("update_norm", merged.number, merged.norms[client], merged.closed))
+            if (norm := merged.norms.get(client)) is not None:
+                values.append(("update_norm", merged.number, norm, merged.closed))
             if loss is not None:
                 values.append(("loss", merged.number, loss, merged.closed))
     rounds = [merged.number for merged in report.merged]

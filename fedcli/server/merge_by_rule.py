@@ -83,7 +83,7 @@ def _combine(
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
         merged = merge.result(counted if before is None else before, num_clients)
         following, state = algorithm.apply(merge.adapter, merged, base.state(algorithm))
-    check_finite(base, following, state, {entry.client: entry.delta_norm for entry in counted})
+    check_finite(base, following, state, {entry.client: entry.delta_norm or 0.0 for entry in counted})
     return files_of(algorithm, following, state), survey.aggregation(algorithm, rule, counted)
 
 

@@ -174,7 +174,7 @@ def is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) ->
 
 def is_same_record(again: CountedUpdate, recorded: CountedUpdate) -> bool:
     """Return whether two records agree; the last digits of norms and products depend on how numpy was built."""
-    close = math.isclose(again.delta_norm, recorded.delta_norm, rel_tol=1e-9)
+    close = math.isclose(again.delta_norm or 0.0, recorded.delta_norm or 0.0, rel_tol=1e-9)
     unchecked = {"delta_norm": recorded.delta_norm} | ({"bytes": None} if recorded.bytes is None else {})
     if recorded.cosine is not None:
         figures = ("weight", "cosine", "change", "file_weights")

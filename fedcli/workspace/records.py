@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -22,6 +20,11 @@ from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import IntegrityError
 from fedcli.workspace.layout import WORKSPACE_ID
+from fedcli.workspace.privacy_records import PrivacyClaim, PrivacyRecord
+from fedcli.workspace.record import Finite as Finite
+from fedcli.workspace.record import Natural as Natural
+from fedcli.workspace.record import Record as Record
+from fedcli.workspace.record import Sha256 as Sha256
 from fedcli.workspace.refusal import Refusal, RefusalCode
 
 PROTOCOL = 1
@@ -30,21 +33,7 @@ LARGEST_COUNT = 2**53
 
 CHANGED = "its contents do not have the checksum that it names"
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 RecordT = TypeVar("RecordT", bound="Record")
-
-
-class Record(BaseModel):
-    """A record read from disk: types are strict, keys that this version does not know are ignored."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", defer_build=True)
-
-    def to_bytes(self) -> bytes:
-        """Return UTF-8 JSON with sorted keys."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-        return text.encode() + b"\n"
 
 
 class PublicKeys(Record):
@@ -134,9 +123,10 @@ class CountedUpdate(Record):
     client: Natural
     update: Sha256
     weight: Finite
-    num_samples: int
+    num_samples: int | None
+    """None, as the two below, where privacy withholds it."""
     train_loss: Finite | None
-    delta_norm: Finite
+    delta_norm: Finite | None
     bytes: Natural | None = None
     """Of the files that the client sent; None where the server did not count them."""
     cosine: Finite | None = None
@@ -247,6 +237,8 @@ class Manifest(Record):
     """Who took part when the round was opened; None, and not written, where signatures are off."""
     fedcli: str | None = None
     """The version that opened the round; None, and not written, where signatures are off."""
+    privacy: PrivacyRecord | None = None
+    """What the round guarantees; None, and not written, where nothing is asked for."""
 
     @property
     def sent_tensors(self) -> dict[str, TensorEntry]:
@@ -264,7 +256,7 @@ class Manifest(Record):
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("update_tensors", "enrolment", "fedcli")
+        optional = ("update_tensors", "enrolment", "fedcli", "privacy")
         return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
@@ -304,6 +296,12 @@ class UpdateRecord(Record):
     steps: Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
     train_loss: Finite | None
     files: dict[str, FileEntry]
+    privacy: PrivacyClaim | None = None
+    """What a client of row or group level claims; None, and not written, for others."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "privacy" or value is not None}
 
 
 def file_entry(contents: bytes) -> FileEntry:

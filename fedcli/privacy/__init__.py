@@ -1,0 +1,1 @@
+"""Differential privacy: what noise guarantees, and where it comes from."""
