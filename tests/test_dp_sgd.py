@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import adapter_parameters, examples_of, farthest, make_model, preference, sides
-from support.models import make_config as usual_config
+from support.models import examples_of, farthest, make_model, preference
 
 from fedcli.algos import Array
 from fedcli.data.demo import demo_rows
@@ -17,9 +16,9 @@ from fedcli.data.encoding import Encoder
 from fedcli.model.lora import AdaptedModel, lora_config
 from fedcli.tasks import DPO, SFT, Task
 from fedcli.tasks.conversation import instruct
-from fedcli.training import dp_sgd, row_gradients
-from fedcli.training.dp_sgd import Protection, draw_units, fit_privately
-from fedcli.training.reports import StepReport, TrainSettings
+from fedcli.training import dp_sgd
+from fedcli.training.dp_sgd import Protection
+from fedcli.training.reports import TrainSettings
 from fedcli.training.trainer import loss_of
 
 SHORT = ("Name it", "Say no", "Which one?", "Red or green?", "Tell the colour of the long wet harbour, please, now.")

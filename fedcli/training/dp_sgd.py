@@ -54,7 +54,7 @@ def check_task(task: Task) -> None:
     """Raise ConfigError for a task whose loss mixes the rows of a batch: no row's share of it is bounded."""
     if task.batch_terms is not None or task.batch_rows is not None:
         raise ConfigError(
-            f"task {task.name} computes terms of a whole batch, and privacy.unit row or group bounds each row by itself",
+            f"task {task.name} computes terms of a whole batch, and privacy.unit row or group bounds each by itself",
             hint="Set privacy.unit to client or null, or choose a task whose loss is a sum over rows: sft, dpo.",
         )
 

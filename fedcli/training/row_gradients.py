@@ -31,7 +31,7 @@ class _Whole:
         return self.gradients.flatten(1).square().sum(1)
 
     def summed(self, factors: torch.Tensor) -> torch.Tensor:
-        return torch.tensordot(factors, self.gradients, 1)
+        return torch.einsum("u,uoi->oi", factors, self.gradients)
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,13 @@ def recording(adapted: AdaptedModel) -> Iterator[Recorder]:
 
 
 def _factors(adapted: AdaptedModel) -> dict[str, nn.Linear]:
-    """Return the linear layers without a bias whose weights are the adapter's parameters, by these parameters' names."""
+    """Return the linear layers without a bias whose weights are the adapter's, by the names of these."""
     names = {id(parameter): name for name, parameter in adapted.parameters.items()}
-    return {
-        names[id(module.weight)]: module
-        for module in adapted.model.modules()
-        if isinstance(module, nn.Linear) and module.bias is None and id(module.weight) in names
-    }
+    found: dict[str, nn.Linear] = {}
+    for module in adapted.model.modules():
+        if isinstance(module, nn.Linear) and module.bias is None and id(module.weight) in names:
+            found[names[id(module.weight)]] = module
+    return found
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from fedcli.algos.reducer import PIECE
 from fedcli.errors import IntegrityError, WorkspaceError
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, is_round_name
+from fedcli.workspace.privacy_records import claim_fault
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.registrations import inbox_owner, is_server, is_stranger, read_registration
@@ -346,3 +347,5 @@ def _check_record(record: UpdateRecord, base: Round, client: int) -> None:
         raise Refusal("wrong_base", "made from another manifest of this round")
     if record.client != client:
         raise Refusal("wrong_client", f"made by client {record.client}, dropped by client {client}")
+    if fault := claim_fault(base.manifest.privacy, record.privacy, record.num_samples, record.train_loss):
+        raise Refusal("privacy", fault)

@@ -74,6 +74,28 @@ class PrivacyClaim(Record):
     delta: Delta
 
 
+def claim_fault(
+    asked: PrivacyRecord | None, claim: PrivacyClaim | None, num_samples: int, train_loss: float | None
+) -> str | None:
+    """Return what is wrong with an update's claim in a round that asks parties for privacy; None where nothing is.
+
+    The claim is the party's word: what can be checked is that it is what the round asks for.
+    """
+    if asked is None or not asked.is_at_party:
+        return None
+    wanted = f"its round asks for unit {asked.unit} at delta {asked.delta}"
+    if claim is None:
+        return f"it claims no privacy, and {wanted}"
+    if (claim.unit, claim.delta) != (asked.unit, asked.delta):
+        return f"it claims unit {claim.unit} at delta {claim.delta}, and {wanted}"
+    limits = (asked.max_epsilon, None if asked.target is None else asked.target.epsilon)
+    if passed := [limit for limit in limits if limit is not None and claim.epsilon > limit]:
+        return f"it claims epsilon {claim.epsilon}, and its round allows {min(passed)}"
+    if num_samples != 1 or train_loss is not None:
+        return "it tells how many rows it has, or its loss: in its round num_samples is 1 and train_loss null"
+    return None
+
+
 def privacy_record(config: PrivacyConfig, *, num_counted: int, rounds: int, clip: float | None) -> PrivacyRecord | None:
     """Return what a round asks for, as fedcli.yaml has it now; `clip` is the one that adaptive clipping has reached."""
     if config.is_off:
