@@ -256,14 +256,21 @@ class Federation:
 
         return read_keys(self.state)
 
-    def verify(self, *, trust: Path | str | None = None, observer: Observer = SILENT) -> "Verification":
+    def verify(
+        self,
+        *,
+        trust: Path | str | None = None,
+        noise_keys: Sequence[Path | str] = (),
+        observer: Observer = SILENT,
+    ) -> "Verification":
         """Check every round and counted update; what is wrong is collected, not raised.
 
-        `trust` is a file of pinned keys, as `fedcli keys show --json` prints them.
+        `trust` is a file of pinned keys, as `fedcli keys show --json` prints them; `noise_keys` are the server's keys
+        of the noise that rounds were merged with, or folders of them.
         """
         from fedcli.server.verify import verify
 
-        return verify(self.workspace, trust=_path(trust), observer=observer)
+        return verify(self.workspace, trust=_path(trust), noise_keys=[*map(Path, noise_keys)], observer=observer)
 
     def report(
         self, *, output: Path | str | None = None, tensorboard: Path | str | None = None, observer: Observer = SILENT

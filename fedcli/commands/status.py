@@ -87,11 +87,11 @@ def _print(result: "Status") -> None:
         if any(value is not None for value in known.values()):
             values = (f"{client}: {value:.3g}" for client, value in known.items() if value is not None)
             tell(f"{_FIGURES[name]:<10} {', '.join(values)} (by client, round {result.round - 1})")
-    if result.last_losses:
+    if result.last_losses and not result.is_withheld:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
         tell(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
     if result.last_rule is not None:
-        weights = ", ".join(f"{update.client}: {update.weight:.3f}" for update in result.last_updates)
+        weights = ", ".join(f"{update.client}: {update.weight or 0.0:.3f}" for update in result.last_updates)
         tell(f"rule       {describe_rule(result.last_rule)}; weights {weights} (by client, round {result.round - 1})")
     for update in result.last_updates:
         if update.unusual:

@@ -19,7 +19,7 @@ from fedcli.observer import Observer
 from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.operations.update_figures import figures_of
 from fedcli.printable import without_credentials
-from fedcli.quantities import describe_bytes
+from fedcli.quantities import describe_bytes, plural
 from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
 from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity, UpdateRow
@@ -206,12 +206,15 @@ def _similarities(
     """
     found: list[Similarity] = []
     figures: dict[int, dict[int, Diagnosis]] = {}
-    notes = []
+    notes, withheld = [], list[int]()
     num_bytes = 0
     for before, after in reversed(list(pairwise(rounds))):
         done = after.manifest.aggregation
         hashes = {entry.client: entry.update for entry in done.counted[:MOST_CLIENTS]} if done else {}
         if not hashes:  # all of its clients had left
+            continue
+        if before.manifest.withholds:
+            withheld.append(before.number)
             continue
         num_bytes += len(hashes) * before.manifest.files[ADAPTER_NAME].bytes
         if found and num_bytes > COMPARED_BYTES:
@@ -239,6 +242,8 @@ def _similarities(
                 figures[before.number] = {
                     entry.client: each for entry, each in zip(done.counted, shares, strict=True) if entry.cosine is None
                 }
+    if withheld:
+        notes.append(f"cosines: privacy withholds those of {plural(len(withheld), 'round')}")
     return found[::-1], figures, notes
 
 

@@ -56,6 +56,8 @@ class Status:
     """To the deadline by this machine's clock; negative past it."""
     last_losses: dict[int, float | None]
     """By client, of the updates that went into the open round's adapter."""
+    is_withheld: bool
+    """Whether privacy keeps losses, norms and numbers of rows of the last round to the server."""
     last_updates: list[UpdateFigures]
     """Of the updates that went into the open round's adapter, what tells unusual ones."""
     last_rule: dict[str, Any] | None
@@ -123,6 +125,7 @@ def read_status(federation: FederationState) -> Status:
         deadline=deadline_of(federation),
         seconds_left=seconds_left(federation),
         last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
+        is_withheld=last is not None and any(entry.num_samples is None for entry in last.counted),
         last_updates=figures_of(last.counted) if last else [],
         last_rule=last.rule if last else None,
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
