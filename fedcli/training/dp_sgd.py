@@ -146,6 +146,8 @@ class _Adder:
         """Add units by a backward pass for each row: it holds for whatever is trained."""
         trained = {name: self._adapted.parameters[name] for name in self._total}
         for unit in units:
+            for parameter in trained.values():
+                parameter.grad = None
             for row in unit:
                 loss = loss_of(self._adapted, [row], self._task, self._settings.hyperparameters)
                 (loss * self._scale(row)).backward()  # type: ignore[no-untyped-call]  # torch's annotations
@@ -155,8 +157,6 @@ class _Adder:
             if norm.isfinite():
                 for name, gradient in gradients.items():
                     self._total[name].add_(gradient, alpha=min(1.0, self._clip / max(norm.item(), 1e-300)))
-            for parameter in trained.values():
-                parameter.grad = None
 
     def _num_parts(self, row: EncodedRow) -> int:
         return 1 if self._task.mean_over == "rows" else max(1, row.num_supervised)
