@@ -15,6 +15,7 @@ from fedcli.data.demo import demo_rows
 from fedcli.data.encoded import EncodedRow
 from fedcli.data.encoding import Encoder
 from fedcli.errors import ConfigError
+from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.lora import AdaptedModel, lora_config
 from fedcli.tasks import DPO, SFT, Task
 from fedcli.tasks.conversation import instruct
@@ -104,7 +105,7 @@ def dp_sgd_steps(
 ) -> Iterator[StepGradient]:
     """Yield after each step's gradient, in the state that training has."""
     adapted.start_training(has_dropout=False, has_checkpointing=settings.gradient_checkpointing)
-    with trainer._checkpointing(adapted.base, settings.gradient_checkpointing):
+    with quiet_libraries(), trainer._checkpointing(adapted.base, settings.gradient_checkpointing):
         yield from dp_sgd._private_steps(adapted, iter(batches), task, settings, protection)
 
 
@@ -132,8 +133,8 @@ def test_the_clipped_sum_is_that_of_one_row_at_a_time(adapted: AdaptedModel, tas
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [SFT, DPO], ids=["sft", "dpo"])
-@pytest.mark.parametrize("rank", [1, 16, 64])
-@pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
+@pytest.mark.parametrize("rank", [1, 64])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("grouping", [[1] * 5, [3, 1, 1], [5]], ids=str)
 def test_the_clipped_sum_holds_for(
