@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fedcli.client.runtimes import Runtimes
-from fedcli.errors import UsageError
+from fedcli.errors import ConfigError, UsageError
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, find_party
 from fedcli.workspace.baselines import (
@@ -71,6 +71,7 @@ def train_baseline(
     train = train_record(config, 0, config.federation.rounds)
     if party is not None:
         party.check_floors(start.manifest, train, "alone")
+        _check_not_private(federation, party)
     plan = BaselineRecord(name=baseline_name(client), start=start.sha256, train=train, last_loss=0.0, files={})
     with hold(own.baseline_lock, f"the baseline {plan.name}"):
         standing = read_baseline_record(workspace, plan.name)
@@ -85,6 +86,16 @@ def train_baseline(
         publish_baseline(workspace, plan.model_copy(update={"last_loss": progress.last_loss}), files)
         clear_progress(own)
     return BaselineResult("trained", plan.name, progress.last_loss)
+
+
+def _check_not_private(federation: FederationState, party: Party) -> None:
+    """Raise ConfigError where a party would publish an adapter of its rows that no noise hides."""
+    if party.num_rows is not None and federation.head.manifest.withholds:
+        raise ConfigError(
+            f"client {party.client} does not train alone: its adapter would be published in baselines/ without noise, "
+            "and the federation asks for privacy",
+            hint="Compare with others' rows, in a workspace of your own.",
+        )
 
 
 def _train_rounds(
