@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedcli.operations.gc import Collection
     from fedcli.operations.keys import KeyRing
     from fedcli.operations.preview import Preview
+    from fedcli.operations.privacy import PrivacyReport
     from fedcli.operations.report import WrittenReport
     from fedcli.operations.run import FederationResult
     from fedcli.operations.slurm_submit import Submission
@@ -255,6 +256,12 @@ class Federation:
         from fedcli.operations.keys import read_keys
 
         return read_keys(self.state)
+
+    def privacy(self, client: int | None = None) -> "PrivacyReport":
+        """Return what the rounds so far have spent of each client's privacy, or of one client's."""
+        from fedcli.operations.privacy import read_privacy
+
+        return read_privacy(self.state, client)
 
     def verify(
         self,

@@ -1,6 +1,7 @@
 """One client's work in the open round: train, and drop the update."""
 
 import math
+import os
 import time
 from dataclasses import dataclass
 
@@ -64,6 +65,8 @@ def train_and_drop(
     manifest, past = head.manifest, federation.past()
     check_past(federation, party, past, observer)
     party.check_floors(manifest)
+    if manifest.privacy is not None:
+        party.check_spending([*past, head])
     adapter = head.adapter()
     first_draw = sum(
         earlier.manifest.train.steps * earlier.manifest.train.batch_size
@@ -126,6 +129,7 @@ def train_and_drop(
         train_loss=training.mean_loss if private is None else None,
         files={name: file_entry(contents) for name, contents in files.items()},
         privacy=training.spent,
+        salt=os.urandom(32).hex() if manifest.withholds else None,
     )
     record = sealed(update)
     if algorithm.private_state:

@@ -72,6 +72,7 @@ def train_baseline(
     train = train_record(config, 0, config.federation.rounds)
     if party is not None:
         party.check_floors(start.manifest, train, "alone")
+        _check_not_private(federation, party)
     plan = BaselineRecord(name=baseline_name(client), start=start.sha256, train=train, last_loss=0.0, files={})
     with hold(own.baseline_lock, f"the baseline {plan.name}"):
         standing = read_baseline_record(workspace, plan.name)
@@ -89,14 +90,14 @@ def train_baseline(
 
 
 def _check_privacy(federation: FederationState, party: Party | None, observer: Observer) -> None:
-    """Raise ConfigError for a party whose rows are to be hidden; say that a simulation's baseline hides none."""
-    if federation.config.privacy.is_off:
+    """Raise ConfigError where a party would publish an adapter of its rows that no noise hides; say so of simulated."""
+    if federation.config.privacy.is_off and federation.head.manifest.privacy is None:
         return
     if party is not None and party.num_rows is not None:
         raise ConfigError(
-            f"client {party.client} trains no baseline: it is made without noise and published in baselines/, and "
-            "fedcli.yaml's section privacy is to hide the party's rows",
-            hint="Train one outside of the federation: a workspace of your own, with your rows as its only client's.",
+            f"client {party.client} does not train alone: its adapter would be published in baselines/ without noise, "
+            "and the federation asks for privacy",
+            hint="Compare with others' rows, in a workspace of your own.",
         )
     observer.noted("a baseline is trained without privacy: whoever reads it may learn of the rows that it was made of")
 

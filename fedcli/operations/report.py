@@ -16,6 +16,7 @@ from fedcli.algos.diagnostics import Diagnosis, diagnose
 from fedcli.errors import IntegrityError, require_packages
 from fedcli.eval.registry import BENCHMARKS
 from fedcli.observer import Observer
+from fedcli.operations.privacy import privacy_of
 from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.operations.update_figures import figures_of
 from fedcli.printable import without_credentials
@@ -109,7 +110,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         merged=[_merged(before, after) for before, after in pairwise(rounds)],
         scores=scores,
         similarities=similarities,
-        notes=[*notes, *more_notes, *_losses_beyond(rounds)],
+        notes=[*notes, *more_notes, *_losses_beyond(rounds), *_privacy(rounds)],
         config=without_credentials(config_text(workspace)),
         versions=versions_here(),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -145,6 +146,11 @@ def _merged(before: Round, after: Round) -> MergedRound:
         opened=before.published,
         closed=after.published,
     )
+
+
+def _privacy(rounds: Sequence[Round]) -> list[str]:
+    """Return what is guaranteed, where any round asked for privacy."""
+    return [privacy_of(rounds).sentence] if any(each.manifest.withholds for each in rounds) else []
 
 
 def _is_beyond(entry: CountedUpdate) -> bool:

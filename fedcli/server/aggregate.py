@@ -25,7 +25,7 @@ from fedcli.workspace.registrations import check_still_unsigned, foreign_clients
 
 if TYPE_CHECKING:
     from fedcli.server.enrol import ServerTrust
-    from fedcli.server.noise_keys import NoiseKey, NoiseSource
+    from fedcli.workspace.noise_keys import NoiseKey, NoiseSource
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _noise(federation: FederationState, needed: int, dry_run: bool) -> "NoiseSou
     head, privacy = federation.head, federation.head.manifest.privacy
     if privacy is None or not privacy.is_at_server:
         return None
-    from fedcli.server.noise_keys import key_for, keys_home
+    from fedcli.workspace.noise_keys import key_for, keys_home
     from fedcli.workspace.privacy_ledger import check_budget
 
     home = keys_home(federation.workspace, federation.identity)

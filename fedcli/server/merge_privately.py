@@ -17,10 +17,10 @@ from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.privacy.noise import NoiseStream, hash_of
 from fedcli.server.merge import Merge, files_of, read_all
-from fedcli.server.noise_keys import NoiseKey, NoiseSource
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate, Update
 from fedcli.workspace.layout import ADAPTER_FILE
+from fedcli.workspace.noise_keys import NoiseKey, NoiseSource
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyRecord, noise_multiplier
 from fedcli.workspace.records import Aggregation
 

@@ -14,7 +14,7 @@ from fedcli.workspace.inbox import Authenticate
 from fedcli.workspace.records import Aggregation, CountedUpdate
 
 if TYPE_CHECKING:
-    from fedcli.server.noise_keys import NoiseSource
+    from fedcli.workspace.noise_keys import NoiseSource
 
 
 def merge_round(

@@ -323,7 +323,7 @@ def _recompute(
 def _read_noise_keys(paths: Sequence[Path]) -> dict[str, bytes]:
     if not paths:
         return {}
-    from fedcli.server.noise_keys import read_keys  # only who has keys needs them
+    from fedcli.workspace.noise_keys import read_keys  # only who has keys needs them
 
     return read_keys(paths)
 

@@ -10,7 +10,7 @@ from fedcli.workspace.privacy_records import MergeNoise, next_clip, noise_multip
 from fedcli.workspace.records import Aggregation
 
 if TYPE_CHECKING:
-    from fedcli.server.noise_keys import NoiseKey, NoiseSource
+    from fedcli.workspace.noise_keys import NoiseKey, NoiseSource
 
 
 def check_privacy(current: Round, aggregation: Aggregation, base: Round, result: Verification) -> None:
@@ -58,7 +58,7 @@ def noise_again(aggregation: Aggregation, keys: Mapping[str, bytes]) -> "NoiseSo
     key = None if noise is None else keys.get(noise.noise_sha256)
     if noise is None or key is None:
         return None
-    from fedcli.server.noise_keys import NoiseKey
+    from fedcli.workspace.noise_keys import NoiseKey
 
     def source(_: Aggregation) -> "NoiseKey | None":
         return NoiseKey(key, noise.releases or 1)

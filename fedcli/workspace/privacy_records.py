@@ -146,19 +146,16 @@ def privacy_record(config: PrivacyConfig, *, num_counted: int, rounds: int, clip
     secure = None if config.secure_aggregation == "off" else config.secure_aggregation
     if config.unit is None:
         return PrivacyRecord(secure_aggregation=secure)
-    is_client, adaptive, noise = config.unit == "client", config.adaptive, config.noise
-    if is_client and config.target is not None:
-        from fedcli.privacy.accounting import gaussian_noise
-
-        noise = gaussian_noise(config.target.epsilon, config.target.delta, rounds)
+    is_client, adaptive, target = config.unit == "client", config.adaptive, config.target
+    limit = target.epsilon if is_client and target is not None and config.max_epsilon is None else config.max_epsilon
     return PrivacyRecord(
         unit=config.unit,
         relation="add_or_remove_one",
         clip=config.clip if clip is None or adaptive is None else clip,
-        noise=noise,
+        noise=config.noise_of_clients(rounds) if is_client else config.noise,
         delta=config.accounted_delta,
-        target=None if is_client else _target(config.target),
-        max_epsilon=config.max_epsilon,
+        target=None if is_client else _target(target),
+        max_epsilon=limit,
         group_by=config.group_by,
         expected=num_counted if is_client else None,
         row_cap=config.row_cap,

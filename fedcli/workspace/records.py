@@ -307,10 +307,16 @@ class UpdateRecord(Record):
     files: dict[str, FileEntry]
     privacy: PrivacyClaim | None = None
     """What a client of row or group level claims; None, and not written, for others."""
+    salt: Sha256 | None = None
+    """Random: the manifest tells this record's hash, by which who guesses its rows could else try them.
+
+    None, and not written, where privacy has no unit.
+    """
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "privacy" or value is not None}
+        optional = ("privacy", "salt")
+        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 def file_entry(contents: bytes) -> FileEntry:
