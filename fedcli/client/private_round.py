@@ -82,6 +82,7 @@ def plan_private(party: Party, head: Round, past: Sequence[Round], rows: "Encode
     if noise is None:
         assert privacy.target is not None
         noise = _calibrated(before, made, privacy.target, q, steps * (manifest.rounds - head.number))
+    _check_noise(party, head, noise)
     budget = _budget(party, privacy)
     after = _epsilon([*before, (q, noise, steps)], privacy.delta)
     if after > budget:
@@ -113,9 +114,22 @@ def _at_party(manifest: Manifest) -> PrivacyRecord | None:
     return privacy if privacy is not None and privacy.is_at_party else None
 
 
+def _check_noise(party: Party, head: Round, noise: float) -> None:
+    """Raise ConfigError where a party's floor wants more noise than its target does."""
+    floor = party.floors.noise
+    if floor is not None and noise < floor:
+        raise ConfigError(
+            f"client {party.client} does not train round {head.number}: noise {noise:.4g} is enough for its target, and "
+            f"your floor is noise at least {floor:g}",
+            hint=f"Ask the server's operator for privacy.noise {floor:g} or more in the place of privacy.target; or "
+            f"lower your floor with `fedcli client join --id {party.client} --data SOURCE --floor noise=none`.",
+        )
+
+
 def _budget(party: Party, privacy: PrivacyRecord) -> float:
     """Return the least of the epsilons that may not be passed; infinity where there is none."""
-    limits = (privacy.max_epsilon, None if privacy.target is None else privacy.target.epsilon)
+    target = None if privacy.target is None else privacy.target.epsilon
+    limits = (privacy.max_epsilon, party.floors.max_epsilon, target)
     return min((limit for limit in limits if limit is not None), default=math.inf)
 
 
