@@ -1,14 +1,22 @@
 """Privacy of rows and groups at the party, in real rounds: the ledger of steps, the budget, the claim, refusals."""
 
 import json
+import math
+import os
 import shutil
+import signal
 import stat
+import subprocess
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from protocol_client import take_part
+from support import processes
 from support.federation import NUM_SAMPLES, configure, read_manifest, train_as
-from support.processes import SMALL, fedcli, settings
+from support.processes import ENVIRONMENT, SMALL, command, fedcli, run_ok, settings
+from support.warm import Place, Warm, write_rows
 
 from fedcli import Federation
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError
