@@ -5,14 +5,13 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from protocol_client import take_part
 from safetensors.numpy import load_file, save
-from support.damage import edited
 from support.federation import (
     ADAPTER,
     CONTROL_DELTA,
@@ -25,6 +24,7 @@ from support.federation import (
     read_manifest,
     read_update,
     restart,
+    train_as,
 )
 from support.kills import copies_killed_at_every_call
 from support.processes import Run, runner
@@ -68,6 +68,14 @@ def run(capsys: pytest.CaptureFixture) -> Run:
 
 def aggregate(workspace: Path, **options: bool) -> None:
     assert Federation.open(workspace).server.aggregate(**options).published
+
+
+def edited(workspace: Path, edit: Callable[[dict], object]) -> None:
+    """Edit round 1's manifest, which no other names as its parent."""
+    path = workspace / "rounds/00001/manifest.json"
+    manifest = json.loads(path.read_bytes())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
 
 
 def keys(workspace: Path) -> list[Path]:
@@ -192,7 +200,7 @@ def test_clipping_follows_the_noisy_quantile_of_the_norms(workspace: Path) -> No
     assert done["aggregation"]["privacy"]["below"] == pytest.approx(below, rel=1e-12)
     assert done["privacy"]["clip"] == pytest.approx(2.0 * math.exp(-0.2 * (below / 3 - 0.5)), rel=1e-12)
     assert Federation.open(workspace).verify(noise_keys=keys(workspace)).violations == []
-    edited(workspace / "rounds/00001/manifest.json", lambda manifest: manifest["privacy"].update(clip=0.01))
+    edited(workspace, lambda manifest: manifest["privacy"].update(clip=0.01))
     assert any("adaptive clipping has reached" in found.problem for found in verify(workspace).violations)
 
 
@@ -279,7 +287,7 @@ def test_verify_without_the_key_names_the_round_and_checks_the_rest(workspace: P
 def test_verify_finds_a_round_that_was_not_merged_as_it_promised(workspace: Path, edit, problem: str) -> None:
     all_take_part(workspace)
     aggregate(workspace)
-    edited(workspace / "rounds/00001/manifest.json", lambda manifest: edit(manifest["aggregation"]))
+    edited(workspace, lambda manifest: edit(manifest["aggregation"]))
     assert any(problem in found.problem for found in verify(workspace).violations)
 
 
@@ -346,7 +354,6 @@ def test_the_ledger_tells_of_each_client_what_its_own_rounds_spent(workspace: Pa
 
 
 def test_a_round_without_noise_is_said_plainly(workspace: Path, run: Run) -> None:
-    shutil.copytree(workspace / "rounds", workspace / "kept")
     configure(workspace, "privacy={}")
     restart(workspace, "fedavg")
     all_take_part(workspace)
@@ -355,7 +362,7 @@ def test_a_round_without_noise_is_said_plainly(workspace: Path, run: Run) -> Non
     all_take_part(workspace)
     aggregate(workspace)
     out = run("privacy")[1]
-    assert out.count("no guarantee: round 0 was merged without noise") == 4
+    assert out.count("no guarantee: round 0 was merged without noise") == 4  # of three clients, and for everyone
     assert all(entry["epsilon"] is None for entry in json.loads(run("privacy", "--json")[1])["clients"])
 
 
@@ -378,10 +385,10 @@ def test_a_budget_stops_before_it_is_passed_with_exit_6(workspace: Path, run: Ru
 
 
 def test_a_client_is_not_trained_for_a_round_that_may_not_be_merged(workspace: Path) -> None:
-    from support.federation import train_as
-
+    (workspace / "data").mkdir()
+    (workspace / "data/client-0.jsonl").write_text('{"instruction": "say a", "output": "a"}\n')
     private(workspace, "max_epsilon: 0.01")
-    with pytest.raises(NotReadyError, match="would pass privacy.max_epsilon"):
+    with pytest.raises(NotReadyError, match=r"would pass privacy\.max_epsilon"):
         train_as(0, workspace)
 
 
