@@ -268,7 +268,7 @@ def test_a_party_trains_no_baseline_alone_where_privacy_is_asked_for(place: Plac
 
 @pytest.mark.slow
 def test_a_partys_floors_bound_its_noise_and_its_epsilon(tmp_path: Path, warm: Warm) -> None:
-    target = "privacy.target={epsilon: 8.0, delta: 1e-4}"
+    target = "privacy.target={epsilon: 1.0, delta: 1e-3}"
     place = made(tmp_path, warm, "privacy.noise=null", target)
     place.join(0, patients(place, 0), "--yes", "--floor", "noise=3.0")
     place.join(1, patients(place, 1), "--yes", "--floor", "max_epsilon=0.01")
@@ -277,7 +277,7 @@ def test_a_partys_floors_bound_its_noise_and_its_epsilon(tmp_path: Path, warm: W
     place.train(2)
     assert [line.noise for line in read_steps(Home(place.folder / "H0"))] == [3.0]
     (line,) = read_steps(Home(place.folder / "H2"))
-    assert poisson_epsilon([(line.q, line.noise, 4)], 1e-4) == pytest.approx(8.0, rel=0.01)  # of both rounds
+    assert poisson_epsilon([(line.q, line.noise, 4)], 1e-3) == pytest.approx(1.0, rel=0.01)  # of both rounds
     assert "of 0.01" in place.train(1, code=6).stderr
     assert not (place.folder / "H1/steps.jsonl").exists()
     place("server", "aggregate", "--partial")
