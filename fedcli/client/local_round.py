@@ -14,6 +14,7 @@ from fedcli.training.reports import StepReport
 from fedcli.workspace.client_state import read_state, remove_old_candidates, save_candidate
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import ADAPTER_FILE
+from fedcli.workspace.privacy_ledger import check_budget
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sealed, sha256
 from fedcli.workspace.tensors import encode
 
@@ -59,7 +60,7 @@ def train_and_drop(
     check_past(federation, party, past, observer)
     party.check_floors(manifest)
     if manifest.privacy is not None:
-        party.check_spending([*past, head])
+        check_budget([*past, head], [client])
     adapter = head.adapter()
     first_draw = sum(
         earlier.manifest.train.steps * earlier.manifest.train.batch_size
