@@ -26,10 +26,7 @@ def test_init_prints_the_noise_of_a_target_and_warns_of_noise_that_drowns_everyt
     assert f"epsilon 8 at delta 1e-05 for a client of all 2 rounds takes noise {noise:.6g}" in out
     assert "times as long as the mean of the updates can be" in out
     assert "privacy.unit: row or group works with few clients" in out
-    assert (
-        "unit is client, and clip is null"
-        in run("init", tmp_path / "X", *settings("privacy={unit: client}"))[2]
-    )
+    assert "unit is client, and clip is null" in run("init", tmp_path / "X", *settings("privacy={unit: client}"))[2]
 
 
 @pytest.mark.parametrize(("noise", "state"), [(1.0, "warning"), (0.01, "ok")])

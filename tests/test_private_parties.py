@@ -19,6 +19,7 @@ from fedcli.workspace.layout import Workspace, default_home
 from fedcli.workspace.privacy_records import PrivacyRecord, TargetRecord
 from fedcli.workspace.records import UpdateRecord, parse_update_record
 
+slow = pytest.mark.slow
 CLIENT = "privacy={unit: client, clip: 0.5, noise: 1.5}"
 
 
@@ -80,6 +81,7 @@ def test_more_rows_change_nothing_that_others_see(workspace: Path) -> None:
     assert Federation.open(workspace).client(0).refresh() is None
 
 
+@slow
 def test_two_updates_of_the_same_rows_have_unlike_hashes(workspace: Path) -> None:
     join(workspace, 0, NUM_SAMPLES[0])
     train_as(0, workspace)
@@ -91,6 +93,7 @@ def test_two_updates_of_the_same_rows_have_unlike_hashes(workspace: Path) -> Non
     assert len(salts) == 2
 
 
+@slow
 def test_a_card_without_a_number_weighs_nothing_where_rows_weigh(workspace: Path) -> None:
     join(workspace, 0, 3)
     configure(workspace, "privacy={}")
@@ -100,6 +103,7 @@ def test_a_card_without_a_number_weighs_nothing_where_rows_weigh(workspace: Path
         Federation.open(workspace).server.aggregate(partial=True)
 
 
+@slow
 def test_a_party_whose_number_is_nowhere_is_not_taken_for_a_simulated_one(workspace: Path) -> None:
     join(workspace, 0, 3)
     party = default_home(json.loads((workspace / "workspace.json").read_bytes())["id"], 0).party
@@ -161,6 +165,7 @@ def test_a_server_that_drops_its_promise_gets_no_update(workspace: Path, run: Ru
     assert not (workspace / "inbox/0/round-00001").exists()
 
 
+@slow
 def test_a_party_counts_the_rounds_itself_and_stops(workspace: Path, run: Run) -> None:
     limit = gaussian_epsilon(1.5, 1e-5, 1) * 1.05
     configure(workspace, f"privacy={{unit: client, clip: 0.5, noise: 1.5, max_epsilon: {limit}}}")
@@ -179,6 +184,7 @@ def test_a_party_counts_the_rounds_itself_and_stops(workspace: Path, run: Run) -
     assert (code, "asks for delta 0.9, and your floor is at most 1e-05" in err) == (3, True)
 
 
+@slow
 def test_what_would_publish_figures_of_own_rows_is_refused_with_the_reason(workspace: Path, run: Run) -> None:
     join(workspace, 0, 3)
     code, _, err = run("train-alone", "--id", 0)
@@ -187,6 +193,7 @@ def test_what_would_publish_figures_of_own_rows_is_refused_with_the_reason(works
     assert (code, "eval/ would tell everybody of them exactly" in err) == (3, True)
 
 
+@slow
 def test_the_keys_of_the_noise_lie_outside_of_the_workspace(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     join(workspace, 0, 3)
     train_as(0, workspace)

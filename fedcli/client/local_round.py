@@ -36,6 +36,8 @@ class Training:
     """The first row left out for each reason: where it is, and what was found."""
     unused: dict[str, int]
     """Rows that have a column, or a key inside one, which is not used; none where a split or joining has said so."""
+    withholds: bool = False
+    """Whether figures of it are for its own party's eyes alone."""
 
     @property
     def num_unusable(self) -> int:
@@ -96,6 +98,7 @@ def train_and_drop(
         losses=losses,
         seconds=time.monotonic() - started,
         num_tokens=num_tokens,
+        withholds=manifest.withholds,
         **rows.counts() | ({} if party.is_handwritten else {"unused": {}}),
     )
     sent, kept = algorithm.client_step(
