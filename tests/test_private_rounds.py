@@ -84,12 +84,21 @@ def keys(workspace: Path) -> list[Path]:
 
 def clipped(differences: list[dict[str, np.ndarray]], clip: float) -> tuple[list[dict[str, np.ndarray]], int]:
     """Return vectors scaled to a norm of `clip` at most, and how many were not changed."""
-    found, below = [], 0
-    for difference in differences:
-        norm = math.sqrt(sum(float((array**2).sum()) for array in difference.values()))
-        below += norm <= clip
-        found.append({name: array * min(1.0, clip / norm if norm else 1.0) for name, array in difference.items()})
-    return found, below
+    factors = [factor_of(difference, clip) for difference in differences]
+    scaled = [
+        {name: array * factor for name, array in difference.items()}
+        for difference, factor in zip(differences, factors, strict=True)
+    ]
+    return scaled, factors.count(1.0)
+
+
+def factor_of(difference: dict[str, np.ndarray], clip: float) -> float:
+    """Return min(1, C / n), with all but 40 bits of its mantissa cut off."""
+    norm = math.sqrt(sum(float((array**2).sum()) for array in difference.values()))
+    if norm <= clip:
+        return 1.0
+    scale = 2.0 ** (40 - math.frexp(clip / norm)[1])
+    return int(clip / norm * scale) / scale
 
 
 def expected_mean(
@@ -101,11 +110,11 @@ def expected_mean(
     differences = [{name: update[name] - x[name] for name in x} for update in updates.values()]
     stream = NoiseStream(key)
     following = {}
-    vectors, _ = clipped(differences, clip)
+    factors = [factor_of(difference, clip) for difference in differences]
     for name in x:
         total = np.zeros_like(x[name])
-        for vector, weight in zip(vectors, weights.values(), strict=True):
-            total = total + vector[name] * weight
+        for difference, factor, weight in zip(differences, factors, weights.values(), strict=True):
+            total = total + difference[name] * (weight * factor)
         drawn = stream.normal(total.shape, name=f"{ADAPTER}/{name}")
         following[name] = (x[name] + (total + drawn * (noise * clip)) / divisor).astype(np.float32)
     return following
@@ -115,8 +124,8 @@ def expected_mean(
     ("more", "weights"),
     [
         ((), {0: 1.0, 1: 1.0, 2: 1.0}),
-        (("row_cap: 100",), {0: 0.03, 1: 0.5, 2: 1.0}),
-        (("clip: 1000000.0",), {0: 1.0, 1: 1.0, 2: 1.0}),
+        pytest.param(("row_cap: 100",), {0: 0.03, 1: 0.5, 2: 1.0}, marks=slow),
+        pytest.param(("clip: 1000000.0",), {0: 1.0, 1: 1.0, 2: 1.0}, marks=slow),
     ],
 )
 def test_the_next_round_is_the_noisy_mean_of_clipped_updates_over_a_fixed_number(
@@ -130,15 +139,15 @@ def test_the_next_round_is_the_noisy_mean_of_clipped_updates_over_a_fixed_number
     key = bytes.fromhex(keys(workspace)[0].read_text())
     assert done["aggregation"]["privacy"] == {"noise": 1.5, "noise_sha256": hash_of(key)}
     assert (asked["privacy"]["expected"], asked["privacy"]["relation"]) == (3, "add_or_remove_one")
-    clip = asked["privacy"]["clip"]
-    expected = expected_mean(workspace, key, clip=clip, noise=1.5, weights=weights)
-    found = read_adapter(workspace, 1)
-    for name, array in found.items():
-        assert np.abs(array - expected[name]).max() <= 2e-6 * max(1.0, clip), name  # the order of a sum of squares
+    expected = expected_mean(workspace, key, clip=asked["privacy"]["clip"], noise=1.5, weights=weights)
+    assert {name: array.tobytes() for name, array in read_adapter(workspace, 1).items()} == {
+        name: array.tobytes() for name, array in expected.items()
+    }
     result = Federation.open(workspace).verify(noise_keys=keys(workspace))
     assert (result.violations, result.num_recomputed, result.noisy_rounds) == ([], 1, [])
 
 
+@slow
 def test_whoever_answers_the_divisor_is_the_number_that_was_expected(workspace: Path) -> None:
     take_part(workspace, 1, noisy(1), NUM_SAMPLES[1])
     aggregate(workspace, partial=True)
@@ -148,12 +157,23 @@ def test_whoever_answers_the_divisor_is_the_number_that_was_expected(workspace: 
     assert read_manifest(workspace, 1)["aggregation"]["counted"][0]["weight"] == 1.0
 
 
+@slow
+def test_an_update_of_any_size_moves_the_sum_by_the_clip(workspace: Path) -> None:
+    private(workspace, "noise: 1.0e-9")
+    take_part(workspace, 0, lambda array: array + 1e12, 2**53)
+    aggregate(workspace, partial=True)
+    moved = [read_adapter(workspace, 1)[name] - array for name, array in read_adapter(workspace, 0).items()]
+    assert math.sqrt(sum(float((array**2).sum()) for array in moved)) == pytest.approx(0.5 / 3, rel=1e-4)
+
+
+@slow
 def test_an_update_that_changes_nothing_is_summed_as_zero(workspace: Path) -> None:
     take_part(workspace, 0, lambda array: array)
     aggregate(workspace, partial=True)
     assert all(np.isfinite(array).all() for array in read_adapter(workspace, 1).values())
 
 
+@slow
 def test_scaffolds_control_is_clipped_and_hidden_with_the_adapter(workspace: Path) -> None:
     private(workspace, algorithm="scaffold")
     cohort = answer(workspace, 0)
@@ -176,6 +196,7 @@ def test_scaffolds_control_is_clipped_and_hidden_with_the_adapter(workspace: Pat
         assert np.abs(control[name] - sums[f"{CONTROL_DELTA}/{name}"] / 3).max() <= 1e-6
 
 
+@slow
 def test_the_servers_step_comes_behind_the_noise(workspace: Path) -> None:
     private(workspace, algorithm="fedadam")
     all_take_part(workspace)
@@ -238,6 +259,7 @@ def test_an_algorithm_that_merges_in_its_own_way_is_refused_with_both_names() ->
         check_algorithm(Median())
 
 
+@slow
 def test_a_rule_of_fedcli_yaml_is_not_obeyed_in_a_round_that_promised_noise(workspace: Path, run: Run) -> None:
     all_take_part(workspace)
     configure(workspace, "privacy={}", "aggregation.rule=median", "aggregation.tolerate=1")
@@ -274,6 +296,7 @@ def test_verify_without_the_key_names_the_round_and_checks_the_rest(workspace: P
     assert run("verify", "--noise-key", workspace / "private/server/noise")[0] == 7
 
 
+@slow
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
@@ -353,6 +376,7 @@ def test_the_ledger_tells_of_each_client_what_its_own_rounds_spent(workspace: Pa
     assert f"client 1: epsilon {most:.4g} at delta 1e-05, unit client, of 2 rounds" in run("privacy")[1]
 
 
+@slow
 def test_a_round_without_noise_is_said_plainly(workspace: Path, run: Run) -> None:
     configure(workspace, "privacy={}")
     restart(workspace, "fedavg")
@@ -384,6 +408,7 @@ def test_a_budget_stops_before_it_is_passed_with_exit_6(workspace: Path, run: Ru
     assert not json.loads(run("status", "--json")[1])["budget"]["next"] <= (first + second) / 2
 
 
+@slow
 def test_a_client_is_not_trained_for_a_round_that_may_not_be_merged(workspace: Path) -> None:
     (workspace / "data").mkdir()
     (workspace / "data/client-0.jsonl").write_text('{"instruction": "say a", "output": "a"}\n')
@@ -392,6 +417,7 @@ def test_a_client_is_not_trained_for_a_round_that_may_not_be_merged(workspace: P
         train_as(0, workspace)
 
 
+@slow
 def test_a_target_is_spent_by_all_rounds_together_and_no_more(workspace: Path) -> None:
     configure(workspace, "privacy={unit: client, clip: 0.5, target: {epsilon: 2.0, delta: 1.0e-6}}")
     restart(workspace, "fedavg")

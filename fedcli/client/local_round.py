@@ -15,6 +15,7 @@ from fedcli.training.reports import StepReport
 from fedcli.workspace.client_state import read_state, remove_old_candidates, save_candidate
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import ADAPTER_FILE
+from fedcli.workspace.privacy_ledger import check_budget
 from fedcli.workspace.privacy_records import PrivacyClaim
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sealed, sha256
 from fedcli.workspace.step_ledger import charge
@@ -42,6 +43,8 @@ class Training:
     steps: int
     spent: PrivacyClaim | None = None
     """What all steps so far have spent, as the update claims it; None without privacy at the party."""
+    withholds: bool = False
+    """Whether figures of it are for its own party's eyes alone."""
 
     @property
     def num_unusable(self) -> int:
@@ -66,7 +69,7 @@ def train_and_drop(
     check_past(federation, party, past, observer)
     party.check_floors(manifest)
     if manifest.privacy is not None:
-        party.check_spending([*past, head])
+        check_budget([*past, head], [client])
     adapter = head.adapter()
     first_draw = sum(
         earlier.manifest.train.steps * earlier.manifest.train.batch_size
@@ -109,6 +112,7 @@ def train_and_drop(
         num_tokens=num_tokens,
         steps=manifest.train.steps,
         spent=None if private is None else private.claim,
+        withholds=manifest.withholds,
         **rows.counts() | ({} if party.is_handwritten else {"unused": {}}),
     )
     sent, kept = algorithm.client_step(

@@ -291,6 +291,9 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     training = result.training
     if training is None:
         return
+    if training.withholds and not sys.stdout.isatty():
+        yield "losses and rows are not told in what may be a log: the federation asks for privacy (--json tells them)"
+        return
     from fedcli.data.row_report import describe_counts, describe_rows
 
     speed = training.num_tokens / training.seconds

@@ -84,6 +84,12 @@ def check_algorithm(algorithm: Algorithm) -> None:
             )
 
 
+def _cut(ratio: float) -> float:
+    """Return a ratio cut to 40 bits: what is scaled by it is never longer, and last digits of a norm change nothing."""
+    mantissa, exponent = math.frexp(ratio)
+    return math.ldexp(math.floor(math.ldexp(mantissa, 40)), exponent - 40)
+
+
 class _Norm(Reducer):
     """Measures an update, and keeps nothing."""
 
@@ -108,7 +114,7 @@ class _PrivateMerge(Merge):
             *(_Norm().add(update.files[name], 0.0) for name in self.files),
         )
         self.num_below += norm <= clip
-        factor = 1.0 if norm <= clip else clip / norm
+        factor = 1.0 if norm <= clip else _cut(clip / norm)
         weight = self._weight(update.record.num_samples)
         assert isinstance(self.differences, WeightedMean)
         self.differences.add(update.files[ADAPTER_FILE], weight * factor, self.adapter)

@@ -28,6 +28,7 @@ from fedcli.workspace.privacy_records import PrivacyRecord
 from fedcli.workspace.records import Manifest, TrainRecord
 
 _NUMBERED = re.compile(r"\.\d+\.")
+USUAL_DELTA = 1e-5
 _LAYER = re.compile(r"(?:base_model\.model\.)?(?P<name>.+?)\.lora_[A-Za-z_]+(?:\.weight)?")
 
 
@@ -64,7 +65,9 @@ class Floors(BaseModel):
     clip: Number = None
     """The most that one unit may move a sum."""
     max_epsilon: Number = None
-    """The most that a round's privacy may let the party spend; of unit client its own count of the rounds, too."""
+    """The most that a round's privacy may let the party spend; of unit client it counts the rounds itself."""
+    delta: Number = None
+    """The most that epsilon is told for; None: USUAL_DELTA where there is a floor max_epsilon."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -184,24 +187,24 @@ _FLOORS = {
     "noise": _limited("noise", _noise, is_least=True),
     "clip": _limited("clip", lambda privacy: privacy.clip, is_least=False),
     "max_epsilon": _limited("max_epsilon", _most_epsilon, is_least=False),
+    "delta": _limited("delta", lambda privacy: privacy.delta, is_least=False),
 }
 
 
-_OF_PRIVACY = frozenset(("noise", "clip", "max_epsilon"))
+_OF_PRIVACY = frozenset(("noise", "clip", "max_epsilon", "delta"))
 _FORM = dict.fromkeys(_FLOORS, "A whole number from 1") | {
     "targets": "layers, any, or ends of layers' names such as q_proj,v_proj",
-    **dict.fromkeys(("noise", "clip", "max_epsilon"), "A number above 0, or none"),
+    **dict.fromkeys(_OF_PRIVACY, "A number above 0, or none"),
 }
 
 
 def faults(floors: Floors, asked: Asked) -> list[tuple[str, str]]:
     """Return what a round asks for that a party's floors refuse, each with the option's value that would allow it."""
-    found = ((name, floor, floor.fault(getattr(floors, name), asked)) for name, floor in _FLOORS.items())
-    return [
-        (fault, f"{name}={floor.allow(getattr(floors, name), asked)}")
-        for name, floor, fault in found
-        if fault is not None
-    ]
+    limits = dict(floors)
+    if floors.max_epsilon is not None and floors.delta is None:
+        limits["delta"] = USUAL_DELTA  # at a delta of 1 every epsilon is 0
+    found = ((name, floor, floor.fault(limits[name], asked)) for name, floor in _FLOORS.items())
+    return [(fault, f"{name}={floor.allow(limits[name], asked)}") for name, floor, fault in found if fault is not None]
 
 
 def check_floors(floors: Floors, asked: Asked, client: int, what: str | None = None) -> None:

@@ -81,6 +81,7 @@ def read_keys(paths: Iterable[Path]) -> dict[str, bytes]:
 
 
 def _digest(base: Round, aggregation: Aggregation) -> str:
-    """Return what tells a sum: the round's manifest, and whose updates are in it."""
+    """Return what tells a sum: the round's manifest, whose updates are in it, and which of their files are clipped."""
     updates = {str(entry.client): entry.update for entry in aggregation.counted}
-    return hashlib.sha256(json.dumps([base.sha256, updates]).encode()).hexdigest()
+    text = json.dumps([base.sha256, aggregation.algorithm["name"], updates])
+    return hashlib.sha256(text.encode()).hexdigest()

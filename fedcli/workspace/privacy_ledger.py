@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from fedcli.errors import ConfigError, NotReadyError
+from fedcli.errors import NotReadyError
 from fedcli.privacy.accounting import gaussian_epsilon
 from fedcli.quantities import plural
 from fedcli.workspace.history import Round
@@ -80,26 +80,21 @@ class Budget:
         return self.next <= self.max_epsilon * (1 + SLACK)
 
 
-def read_budget(
-    rounds: Sequence[Round], clients: Iterable[int], releases: int = 1, limit: float | None = None
-) -> Budget | None:
+def read_budget(rounds: Sequence[Round], clients: Iterable[int], releases: int = 1) -> Budget | None:
     """Return how the last of some rounds, which is open, stands to its budget where it counts these clients.
 
-    `limit` takes the place of the round's max_epsilon. None where it has none, or counts nobody. A round without noise
-    before counts for nothing here: what has no guarantee cannot lose it.
+    None where it has none, or counts nobody. A round without noise before counts for nothing here: what has no
+    guarantee cannot lose it.
     """
     privacy = rounds[-1].manifest.privacy
     clients = list(clients)
-    if privacy is None or not privacy.is_at_server or not clients:
-        return None
-    most = privacy.max_epsilon if limit is None else limit
-    if most is None:
+    if privacy is None or not privacy.is_at_server or privacy.max_epsilon is None or not clients:
         return None
     delta, ledger = privacy.delta or 1e-5, read_ledger(rounds)
     spent = {client: ledger.get(client, Spending()).precision for client in clients}
     client = max(spent, key=lambda each: spent[each])
     following = spent[client] + precision_of(privacy, releases)
-    return Budget(client, most, delta, epsilon_of(spent[client], delta), epsilon_of(following, delta))
+    return Budget(client, privacy.max_epsilon, delta, epsilon_of(spent[client], delta), epsilon_of(following, delta))
 
 
 def check_budget(rounds: Sequence[Round], clients: Iterable[int], releases: int = 1) -> None:
@@ -112,18 +107,6 @@ def check_budget(rounds: Sequence[Round], clients: Iterable[int], releases: int 
         hint="The federation ends here: set federation.rounds to the rounds that are merged, or leave those clients "
         "out. A larger max_epsilon in fedcli.yaml is of rounds that are opened after this one.",
     )
-
-
-def check_own_limit(rounds: Sequence[Round], client: int, limit: float | None) -> None:
-    """Raise ConfigError where the open round would spend more than a party's floor max_epsilon, of unit client."""
-    budget = None if limit is None else read_budget(rounds, [client], limit=limit)
-    if budget is not None and not budget.is_enough:
-        raise ConfigError(
-            f"client {client} does not train round {rounds[-1].number}: its floor max_epsilon would be passed; "
-            f"{describe_budget(budget)}",
-            hint="Your part of the federation ends here; `fedcli privacy` shows what was spent. To allow more, run "
-            f"`fedcli client join --id {client} --data SOURCE --floor max_epsilon={budget.next:.4g}`.",
-        )
 
 
 def describe_budget(budget: Budget) -> str:
