@@ -271,7 +271,7 @@ def test_a_partys_floors_bound_its_noise_and_its_epsilon(tmp_path: Path, warm: W
     target = "privacy.target={epsilon: 1.0, delta: 1e-3}"
     place = made(tmp_path, warm, "privacy.noise=null", target)
     place.join(0, patients(place, 0), "--yes", "--floor", "noise=3.0")
-    place.join(1, patients(place, 1), "--yes", "--floor", "max_epsilon=0.01")
+    place.join(1, patients(place, 1), "--yes", "--floor", "max_epsilon=0.01", "--floor", "delta=0.001")
     place.join(2, patients(place, 2), "--yes")
     place.train(0)
     place.train(2)
