@@ -159,6 +159,13 @@ def _joined(experiment: Experiment, registration: Registration, home: Path | Non
             hint=f"Run this as the user who joined, or name the home: --home DIR. To join anew: "
             f"`fedcli client join --id {client} --data SOURCE`.",
         )
+    num_rows = registration.data.num_rows if record.num_rows is None else record.num_rows
+    if num_rows is None:
+        raise IntegrityError(
+            f"{experiment.workspace.registration(client)} does not tell how many rows client {client} has, nor does "
+            f"{found.party}",
+            hint=f"Run `fedcli client join --id {client} --data SOURCE` again.",
+        )
     try:
         source = find_source(
             record.source,
@@ -176,7 +183,7 @@ def _joined(experiment: Experiment, registration: Registration, home: Path | Non
         home=found,
         source=source,
         format=record.format,
-        num_rows=registration.data.num_rows,
+        num_rows=num_rows,
         base=record.base,
         trust_remote_code=record.trust_remote_code,
         floors=record.floors,
