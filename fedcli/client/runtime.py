@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedcli.algos import Array, Arrays, ClientRule
+from fedcli.client.canaries import plant
 from fedcli.client.row_tokens import read_encoded
 from fedcli.config import TemplateChoice
 from fedcli.config.adapter_config import parse_adapter_config
@@ -26,6 +27,7 @@ from fedcli.randomness import stream_seed
 from fedcli.tasks import TASKS
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.workspace.caches import read_reference, reference_key, save_reference
+from fedcli.workspace.canaries import Planted, read_canaries
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home
@@ -80,7 +82,7 @@ class Runtime:
             key = (self._fingerprint, folder, contents, trusts, quantization)
             self.adapted = load() if kept is None else kept.get(key, load)
         self._encoders: dict[TemplateChoice, Encoder] = {}
-        self._rows: dict[tuple[int | None, int, TemplateChoice], EncodedRows] = {}
+        self._rows: dict[tuple[object, ...], EncodedRows] = {}
         self._start: Round | None = None
 
     def encoder(self, template: TemplateChoice) -> "Encoder":
@@ -93,21 +95,24 @@ class Runtime:
         return self._encoders[template]
 
     def rows(self, party: Party | None, train: TrainRecord) -> "EncodedRows":
-        """Return a party's rows, or all simulated clients' for None, as token ids.
+        """Return a party's rows, or all simulated clients' for None, as token ids; an audit's canaries are the last.
 
         Raises ConfigError where there is no usable row, or where a joined party has not as many as it registered.
         """
-        key = (party.client if party else None, train.max_length, train.template)
+        workspace, clients = self._federation.workspace, range(self._federation.config.federation.clients)
+        homes = [workspace.private(client) for client in clients] if party is None else [party.home]
+        planted = tuple(map(read_canaries, homes))  # at every call: they come and go while a process goes on
+        key = (party.client if party else None, train.max_length, train.template, planted)
         if key not in self._rows:
-            clients = range(self._federation.config.federation.clients)
             parties = [find_party(self._federation, client) for client in clients] if party is None else [party]
-            rows, *others = [self._read(each, train) for each in parties]
+            found = [self._read(each, train, canaries) for each, canaries in zip(parties, planted, strict=True)]
+            rows, *others = found
             for other in others:
                 rows.extend(other)
             self._rows[key] = rows
         return self._rows[key]
 
-    def _read(self, party: Party, train: TrainRecord) -> "EncodedRows":
+    def _read(self, party: Party, train: TrainRecord, planted: Planted | None) -> "EncodedRows":
         num_read = 0
 
         def count(more: int) -> None:
@@ -118,6 +123,13 @@ class Runtime:
         rows, num_usable = read_encoded(
             party, self.encoder(train.template), self._task.name, train, fingerprint=self._fingerprint, on_rows=count
         )
+        if planted is not None:
+            plant(planted, rows, self.encoder(train.template), train.max_length)
+            self.observer.noted(
+                f"client {party.client} trains on canaries: {rows.num_planted} of {len(rows)} rows are made up for "
+                f"`fedcli audit`, which this adapter will know; `fedcli audit plant --id {party.client} --remove` "
+                "takes them out"
+            )
         limit = self._base.position_limit
         if limit is not None and (longest := int(rows.lengths().max(initial=0))) > limit:
             raise ConfigError(
