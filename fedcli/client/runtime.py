@@ -125,11 +125,6 @@ class Runtime:
         )
         if planted is not None:
             plant(planted, rows, self.encoder(train.template), train.max_length)
-            self.observer.noted(
-                f"client {party.client} trains on canaries: {rows.num_planted} of {len(rows)} rows are made up for "
-                f"`fedcli audit`, which this adapter will know; `fedcli audit plant --id {party.client} --remove` "
-                "takes them out"
-            )
         limit = self._base.position_limit
         if limit is not None and (longest := int(rows.lengths().max(initial=0))) > limit:
             raise ConfigError(
@@ -164,6 +159,12 @@ class Runtime:
         from fedcli.training.trainer import fit
 
         usable = self.rows(party, train)
+        if usable.num_planted:
+            who = "all rows" if party is None else f"client {party.client}"
+            self.observer.noted(
+                f"{who}: trained on canaries, too: {usable.num_planted} of {len(usable)} rows are made up for `fedcli audit`, "
+                "and adapters learn them; `fedcli audit plant --remove` takes them out"
+            )
         stream_client = self._federation.config.federation.clients if party is None else party.client
         count = train.steps * train.batch_size
         order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
