@@ -162,8 +162,8 @@ class Runtime:
         if usable.num_planted:
             who = "all rows" if party is None else f"client {party.client}"
             self.observer.noted(
-                f"{who}: trained on canaries, too: {usable.num_planted} of {len(usable)} rows are made up for `fedcli audit`, "
-                "and adapters learn them; `fedcli audit plant --remove` takes them out"
+                f"{who}: {usable.num_planted} of {len(usable)} rows are canaries, made up for `fedcli audit`, and the "
+                "adapters learn them; `fedcli audit plant --remove` takes them out"
             )
         stream_client = self._federation.config.federation.clients if party is None else party.client
         count = train.steps * train.batch_size

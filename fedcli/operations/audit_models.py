@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fedcli.algos import Arrays
 from fedcli.errors import NotReadyError
@@ -161,7 +162,7 @@ def promised(federation: FederationState, client: int, number: int) -> Promise |
 def _counted(federation: FederationState, client: int, number: int) -> Iterator[tuple[Round, str]]:
     """Yield the rounds in which an update of a client counted for round `number`, and the hash of its update.json."""
     rounds = [*federation.past(), federation.head][: number + 1]
-    for opened, closing in zip(rounds, rounds[1:], strict=False):
+    for opened, closing in pairwise(rounds):
         if (merge := closing.manifest.aggregation) is not None:
             for entry in merge.counted:
                 if entry.client == client:
