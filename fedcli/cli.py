@@ -51,8 +51,8 @@ COMMANDS = {
     "must beat.",
     "train-pooled": "Train on all clients' rows together, with the federation's steps and schedule (in a simulation "
     "only).",
-    "audit plant": "Plant canaries, made-up rows with secrets, among a client's rows; nothing in the workspace tells of "
-    "them.",
+    "audit plant": "Plant canaries, made-up rows with secrets, among a client's rows; nothing in the workspace tells "
+    "of them.",
     "audit measure": "Measure what the base, the client's update, the aggregate and its baseline know of its canaries "
     "and rows.",
     "client join": "Join as a real party: your rows stay where they are, and the workspace gets a data card that you "

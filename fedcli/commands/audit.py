@@ -1,6 +1,6 @@
 """fedcli audit: what models know of a party's rows, measured at the party."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +20,7 @@ from fedcli.errors import UsageError
 if TYPE_CHECKING:
     from fedcli.operations.audit import Measurement
     from fedcli.operations.audit_figures import CanaryFigures
-    from fedcli.privacy.audit_statistics import Estimate
+    from fedcli.privacy.audit_statistics import Estimate, Separation
 
 
 def audit_plant(
@@ -161,16 +161,10 @@ def _print(measured: "Measurement") -> None:
     for model in measured.models:
         for figures in model.canaries:
             grid.add_row(model.what, *_cells(figures))
-        if model.rows.separation or model.rows.extracted:
-            grid.add_row(
-                model.what,
-                "rows",
-                str(model.rows.num_rows),
-                "",
-                "",
-                _estimate(model.rows.extracted),
-                *_apart(model.rows.separation),
-            )
+        rows = model.rows
+        if rows.separation or rows.extracted:
+            told = (_estimate(rows.extracted), *_apart(rows.separation or {}))
+            grid.add_row(model.what, "rows", str(rows.num_rows), "", "", *told)
     console.print(grid, markup=False, highlight=False)
 
 
@@ -190,8 +184,8 @@ def _cells(figures: "CanaryFigures") -> Iterator[str]:
     yield "-" if figures.promised is None else f"{figures.promised[0]:.2f} ({figures.promised[1]:.0e})"
 
 
-def _apart(separation: "dict | None") -> list[str]:
-    found = (separation or {}).get("min_k")
+def _apart(separation: "Mapping[str, Separation]") -> list[str]:
+    found = separation.get("min_k")
     return ["-", "-"] if found is None else [_estimate(found.auc), _estimate(found.true_positives)]
 
 
@@ -213,4 +207,4 @@ def _remarks(measured: "Measurement") -> Iterator[str]:
         for figures in model.canaries:
             if figures.is_contradicted:
                 copies = "all canaries" if figures.repeat is None else f"canaries of {figures.repeat} copies"
-                yield f"CONTRADICTION: {model.what} knows more of {copies} than is promised: report it, and stop training"
+                yield f"CONTRADICTION: {model.what} knows more of {copies} than is promised: stop training, and say so"

@@ -1,10 +1,10 @@
 """`fedcli audit measure`: what models know of a client's canaries and rows; at the client, and only numbers leave."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
 from fedcli.data.formats import RowReader
 from fedcli.data.source import find_source
 from fedcli.errors import NotReadyError, UsageError, require_packages
-from fedcli.eval.requests import Likelihood
+from fedcli.eval.requests import Likelihood, LogLikelihood
 from fedcli.observer import Observer
 from fedcli.operations.audit_figures import (
     CanaryReading,
@@ -184,9 +184,9 @@ class _Audit:
             )
         self._others = self._add(fresh[int(place)] for place in np.sort(generator.permutation(len(fresh))[:most]))
 
-    def _add(self, rows: "object") -> range:
+    def _add(self, rows: Iterable[EncodedRow]) -> range:
         start = len(self._rows)
-        self._rows.extend(rows)  # type: ignore[arg-type]
+        self._rows.extend(rows)
         return range(start, len(self._rows))
 
     def read(self, model: AuditedModel) -> _Readings:
@@ -194,7 +194,7 @@ class _Audit:
         from fedcli.model.finite import check_answers
         from fedcli.model.token_figures import token_figures
 
-        adapted = self._runtime.adapted
+        adapted: Any = self._runtime.adapted
         adapted.load(model.arrays)
         check_answers(adapted.model)
         sides: list[EncodedExample] = [side for row in self._rows for side in row.sides]
@@ -224,8 +224,8 @@ class _Audit:
         answers: dict[int, tuple[float, bool]] = {}
         self._observer.target_started(name, "exposure")
 
-        def keep(index: int, answer: object) -> None:
-            answers[index] = (answer.log_prob, answer.is_greedy)  # type: ignore[attr-defined]
+        def keep(index: int, answer: LogLikelihood) -> None:
+            answers[index] = (answer.log_prob, answer.is_greedy)
             self._observer.answered(len(answers), len(asked))
 
         engine.log_likelihoods([request for _, request in asked], keep)
