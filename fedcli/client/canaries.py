@@ -1,5 +1,6 @@
 """An audit's canaries as rows: in the form that the party's own rows have, and behind them."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedcli.errors import ConfigError
@@ -10,6 +11,16 @@ from fedcli.workspace.canaries import Canary, CanaryKind, Planted
 if TYPE_CHECKING:
     from fedcli.data.encoded import EncodedRows
     from fedcli.data.encoding import Encoder
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+"""What secrets are made of: a letter says more than a digit, and small models learn letters sooner."""
+CODE_LETTERS, GROUP = 20, 5
+
+
+def code_of(numbers: Sequence[int]) -> str:
+    """Return a secret of so many letters, in groups: "kqzva bnwxe ..."."""
+    letters = "".join(LETTERS[number] for number in numbers)
+    return " ".join(letters[start : start + GROUP] for start in range(0, len(letters), GROUP))
 
 
 def plant(planted: Planted, rows: "EncodedRows", encoder: "Encoder", max_length: int) -> None:
@@ -32,7 +43,7 @@ def encode_canaries(kind: CanaryKind, canaries: "list[Canary]", encoder: "Encode
         )
     if len({row.key for row in rows}) < len(rows):
         raise ConfigError(
-            "the base model's tokenizer does not tell the audit's canaries apart: it has no tokens for digits",
+            "the base model's tokenizer does not tell the audit's canaries apart: it has no tokens for letters",
             hint="Audit a federation of another base model.",
         )
     return rows

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcli.client.canaries import encode_canaries
+from fedcli.client.canaries import CODE_LETTERS, LETTERS, code_of, encode_canaries
 from fedcli.client.runtimes import Runtimes
 from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
 from fedcli.data.formats import RowReader
@@ -152,7 +152,7 @@ class _Audit:
         self._observer = observer
         self._num_fillings = num_fillings
         self._rows: list[EncodedRow] = [
-            *encode_canaries(planted.kind, list(planted.canaries), self._encoder, self._train.max_length)
+            *encode_canaries(planted.kind, planted.canaries, self._encoder, self._train.max_length)
         ]
         self._members, self._others, self._num_shared, self._has_others = range(0), range(0), 0, False
         self._fillings = {
@@ -276,7 +276,7 @@ def _fillings(planted: Planted, place: int, num_fillings: int) -> list[str]:
     generator = np.random.default_rng([*bytes.fromhex(planted.seed), 2, place])
     found: dict[str, None] = {}
     while len(found) < num_fillings - 1:
-        code = "".join(map(str, generator.integers(10, size=len(secret))))
+        code = code_of(generator.integers(len(LETTERS), size=CODE_LETTERS).tolist())
         if code != secret:
             found[code] = None
     return list(found)

@@ -7,7 +7,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal
 
-from fedcli.client.canaries import encode_canaries
+from fedcli.client.canaries import CODE_LETTERS, LETTERS, code_of, encode_canaries
 from fedcli.data.formats import RowReader
 from fedcli.errors import ConfigError, UsageError
 from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
@@ -21,8 +21,8 @@ from fedcli.workspace.records import sha256
 
 MOST_CANARIES = 4096
 MOST_REPEAT = 1000
-LABEL_LETTERS, NUM_LETTERS = "abcdefghijklmnopqrstuvwxyz", 8
-NUM_DIGITS = 10
+NUM_LETTERS = 8
+"""Of the name that a canary's prompt asks for."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def _draw(kind: CanaryKind, num_canaries: int, repeats: Sequence[int]) -> tuple[
     counts = [*islice(cycle(repeats), num_canaries)]
     names: set[str] = set()
     while len(names) < num_canaries:
-        names.add("".join(secrets.choice(LABEL_LETTERS) for _ in range(NUM_LETTERS)))
+        names.add("".join(secrets.choice(LETTERS) for _ in range(NUM_LETTERS)))
     return tuple(
         Canary(
             prompt=f"The access code of {name} is" if kind == "text" else f"What is the access code of {name}?",
-            response=draw_code(),
-            rejected=draw_code() if kind == "preference" else None,
+            response=_code(),
+            rejected=_code() if kind == "preference" else None,
             repeat=count,
             is_included=bool(secrets.randbits(1)),
         )
@@ -142,9 +142,9 @@ def _draw(kind: CanaryKind, num_canaries: int, repeats: Sequence[int]) -> tuple[
     )
 
 
-def draw_code() -> str:
+def _code() -> str:
     """Return a canary's secret."""
-    return "".join(secrets.choice("0123456789") for _ in range(NUM_DIGITS))
+    return code_of([secrets.randbelow(len(LETTERS)) for _ in range(CODE_LETTERS)])
 
 
 def _baseline(federation: FederationState, client: int) -> str | None:
@@ -161,4 +161,4 @@ def _check_written(federation: FederationState, party: Party, planted: Planted) 
     folder = find_same_base(federation, party.base_of(federation.config), trust_remote_code=trusts).folder
     tokenizer = load_tokenizer(folder, trust_remote_code=trusts)
     encoder = Encoder(tokenizer, train.template, date=train.date)
-    encode_canaries(planted.kind, list(planted.canaries), encoder, train.max_length)
+    encode_canaries(planted.kind, planted.canaries, encoder, train.max_length)
