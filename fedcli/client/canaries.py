@@ -32,7 +32,7 @@ def plant(planted: Planted, rows: "EncodedRows", encoder: "Encoder", max_length:
     rows.num_planted += planted.num_copies
 
 
-def encode_canaries(kind: CanaryKind, canaries: "list[Canary]", encoder: "Encoder", max_length: int) -> "EncodedRows":
+def encode_canaries(kind: CanaryKind, canaries: Sequence[Canary], encoder: "Encoder", max_length: int) -> "EncodedRows":
     """Return canaries as token ids; raise ConfigError where one is not whole at `max_length`, or not told apart."""
     rows = encoder.encode((item_of(kind, canary) for canary in canaries), max_length)
     if rows.left_out or rows.num_truncated:
