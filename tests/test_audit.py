@@ -173,17 +173,16 @@ def test_a_process_that_goes_on_sees_canaries_come_and_go(small: Path) -> None:
     assert counts() == (0, 1200)
 
 
-@pytest.fixture(scope="module")
-def parties(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("audited")
-    done = fedcli("init", "W", *settings(*SMALL, "data.source=null"), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return Place(folder, warm())
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    """A workspace that waits for parties, whose updates are signed."""
+    made = Place(tmp_path, warm())
+    made("init", "W", *settings(*SMALL, "data.source=null"))
+    return made
 
 
 @pytest.mark.slow
-def test_a_joined_party_plants_for_itself_alone_and_honest_rounds_go_on(parties: Place) -> None:
-    place = parties
+def test_a_joined_party_plants_for_itself_alone_and_honest_rounds_go_on(place: Place) -> None:
     for client in range(3):
         place.join(client, place.rows(f"rows{client}.jsonl", 20, "say" * (client + 1)), "--home", f"H{client}", "--yes")
         fingerprint = json.loads(place("keys", "show", "--json").stdout)["clients"][str(client)]["fingerprint"]
