@@ -27,6 +27,7 @@ TERMINATED = 128 + signal.SIGTERM
 PIPE_CLOSED = 128 + signal.SIGPIPE
 
 GROUPS = {
+    "audit": "What models know of a party's rows, measured at the party.",
     "client": "What a party does.",
     "data": "Rows: how they look, and how they are split among simulated clients.",
     "eval": "Scores: benchmarks, tables, the best round.",
@@ -51,6 +52,10 @@ COMMANDS = {
     "must beat.",
     "train-pooled": "Train on all clients' rows together, with the federation's steps and schedule (in a simulation "
     "only).",
+    "audit plant": "Plant canaries, made-up rows with secrets, among a client's rows; nothing in the workspace tells "
+    "of them.",
+    "audit measure": "Measure what the base, the client's update, the aggregate and its baseline know of its canaries "
+    "and rows.",
     "client join": "Join as a real party: your rows stay where they are, and the workspace gets a data card that you "
     "see first.",
     "client leave": "Leave for good: sign that you are drawn no more, and not waited for.",

@@ -105,7 +105,7 @@ def train_and_drop(
         private=private,
     )
     training = Training(
-        num_samples=len(rows),
+        num_samples=rows.num_own,
         num_truncated=rows.num_truncated,
         losses=losses,
         seconds=time.monotonic() - started,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedcli.algos import Array, Arrays, ClientRule
+from fedcli.client.canaries import plant
 from fedcli.client.row_tokens import read_encoded
 from fedcli.config import TemplateChoice
 from fedcli.config.adapter_config import parse_adapter_config
@@ -26,6 +27,7 @@ from fedcli.randomness import stream_seed
 from fedcli.tasks import TASKS
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.workspace.caches import read_reference, reference_key, save_reference
+from fedcli.workspace.canaries import Planted, read_canaries
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home
@@ -81,7 +83,7 @@ class Runtime:
             key = (self._fingerprint, folder, contents, trusts, quantization)
             self.adapted = load() if kept is None else kept.get(key, load)
         self._encoders: dict[TemplateChoice, Encoder] = {}
-        self._rows: dict[tuple[int | None, int, TemplateChoice, str | None], EncodedRows] = {}
+        self._rows: dict[tuple[object, ...], EncodedRows] = {}
         self._start: Round | None = None
 
     def encoder(self, template: TemplateChoice) -> "Encoder":
@@ -96,20 +98,25 @@ class Runtime:
     def rows(self, party: Party | None, train: TrainRecord, *, group_by: str | None = None) -> "EncodedRows":
         """Return a party's rows, or all simulated clients' for None, as token ids, with groups by a column.
 
-        Raises ConfigError where there is no usable row, or one without a group, or where a joined party has not as many
-        as it registered.
+        An audit's canaries are the last rows. Raises ConfigError where there is no usable row, or one without a group,
+        or where a joined party has not as many as it registered.
         """
-        key = (party.client if party else None, train.max_length, train.template, group_by)
+        workspace, clients = self._federation.workspace, range(self._federation.config.federation.clients)
+        homes = [workspace.private(client) for client in clients] if party is None else [party.home]
+        planted = tuple(map(read_canaries, homes))  # at every call: they come and go while a process goes on
+        key = (party.client if party else None, train.max_length, train.template, group_by, planted)
         if key not in self._rows:
-            clients = range(self._federation.config.federation.clients)
             parties = [find_party(self._federation, client) for client in clients] if party is None else [party]
-            rows, *others = [self._read(each, train, group_by) for each in parties]
+            found = [
+                self._read(each, train, group_by, canaries) for each, canaries in zip(parties, planted, strict=True)
+            ]
+            rows, *others = found
             for other in others:
                 rows.extend(other)
             self._rows[key] = rows
         return self._rows[key]
 
-    def _read(self, party: Party, train: TrainRecord, group_by: str | None) -> "EncodedRows":
+    def _read(self, party: Party, train: TrainRecord, group_by: str | None, planted: Planted | None) -> "EncodedRows":
         num_read = 0
 
         def count(more: int) -> None:
@@ -126,6 +133,8 @@ class Runtime:
             group_by=group_by,
             on_rows=count,
         )
+        if planted is not None:
+            plant(planted, rows, self.encoder(train.template), train.max_length)
         limit = self._base.position_limit
         if limit is not None and (longest := int(rows.lengths().max(initial=0))) > limit:
             raise ConfigError(
@@ -175,7 +184,7 @@ class Runtime:
         with _enough_memory():
             if private is None:
                 count = train.steps * train.batch_size
-                usable = self.rows(party, train)
+                usable = self._told(self.rows(party, train), party)
                 order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
                 losses = self._fit(adapter, [usable[index] for index in order], settings, party, rule, stepped)
             else:
@@ -191,6 +200,16 @@ class Runtime:
                 hint="Lower train.learning_rate in fedcli.yaml; it takes effect with the next round that is opened.",
             )
         return values, losses
+
+    def _told(self, rows: "EncodedRows", party: Party | None) -> "EncodedRows":
+        """Return rows, once the observer has heard of canaries among them."""
+        if rows.num_planted:
+            who = "all rows" if party is None else f"client {party.client}"
+            self.observer.noted(
+                f"{who}: {rows.num_planted} of {len(rows)} rows are canaries, made up for `fedcli audit`, and the "
+                "adapters learn them; `fedcli audit plant --remove` takes them out"
+            )
+        return rows
 
     def _fit(
         self,
@@ -225,7 +244,7 @@ class Runtime:
     ) -> list[float]:
         from fedcli.training.dp_sgd import draw_units, fit_privately
 
-        usable = self.rows(party, train, group_by=private.group_by)
+        usable = self._told(self.rows(party, train, group_by=private.group_by), party)
         units = private.units(usable)
         drawn = [[units[number] for number in draw_units(len(units), private.q)] for _ in range(train.steps)]
         places = sorted({place for batch in drawn for unit in batch for place in unit})

@@ -9,7 +9,7 @@ PANELS = {
     "Begin": ("init", "doctor"),
     "Train": ("run", "client", "server", "slurm", "train-alone", "train-pooled", "study"),
     "Look at what came of it": ("status", "chat", "eval", "report", "data"),
-    "Keep it": ("verify", "privacy", "keys", "export", "gc"),
+    "Keep it": ("verify", "privacy", "audit", "keys", "export", "gc"),
 }
 """The commands of `fedcli --help`, by what they are for."""
 
@@ -37,6 +37,14 @@ EXAMPLES = {
     "privacy": (("fedcli privacy --id 2", "what client 2's rounds have spent"),),
     "verify": (("fedcli verify --json", "every fault, as one document"),),
     "doctor": (("fedcli doctor --model /models/llama", "what a base model is, and whether it will do"),),
+    "audit plant": (
+        ("fedcli audit plant --id 3 --canaries 64 --repeat 1,4,16", "then train rounds, of a federation for the audit"),
+        ("fedcli audit plant --id 3 --remove", "what is trained from then on knows them no more"),
+    ),
+    "audit measure": (
+        ("fedcli audit measure --id 3", "client 3's last update and the latest round, a table and a picture"),
+        ("fedcli audit measure --id 3 --held-out data/held-out-test.jsonl --json", "its rows, too, as one document"),
+    ),
     "gc": (("fedcli gc --dry-run", "what would be removed"),),
     "train-alone": (("fedcli train-alone --id 0", "what client 0 reaches without the others"),),
     "train-pooled": (("fedcli train-pooled", "what all rows reach in one place"),),

@@ -69,12 +69,24 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         super().__init__()
         self.num_truncated = 0
         """Rows whose response was cut to fit max_length."""
+        self.num_planted = 0
+        """Rows, the last ones, that are an audit's canaries: nobody is told of them."""
         self._num_sides = 1
         self._ids = array("i")
         self._supervised = bytearray()
         self._ends = array("q", [0])
         self._numbers = array("d")
         self._groups = array("q")
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether each row belongs to a group."""
+        return bool(self._groups)
+
+    @property
+    def num_own(self) -> int:
+        """The rows without an audit's canaries: how many a client says that it has."""
+        return len(self) - self.num_planted
 
     def append(self, row: EncodedRow) -> None:
         """Add a row."""
@@ -97,6 +109,7 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         self._ends.extend(start + end for end in other._ends[1:])
         self._numbers.extend(other._numbers)
         self.num_truncated += other.num_truncated
+        self.num_planted += other.num_planted
         self.include(other)
 
     def arrays(self) -> dict[str, NDArray[Any]]:

@@ -178,6 +178,8 @@ class Home:
         self.lock = folder / "lock"  # held by the process that trains the client
         self.baseline_lock = folder / "baseline.lock"
         self.baseline_progress = folder / "baseline.safetensors"
+        self.canaries = folder / "canaries.json"  # what its audit has planted among its rows
+        self.audits = folder / "audits"  # what its audits have measured
 
     def candidate(self, kind: str, round_number: int, update: str) -> Path:
         """The state that the client will have once its update (the hash of update.json) is counted."""
