@@ -47,6 +47,5 @@ def disagreements(commitments: Mapping[int, Mapping[str, str]]) -> list[tuple[in
     return [
         (low, high)
         for low, high in combinations(sorted(commitments), 2)
-        if commitments[low].get(str(high)) is None
-        or commitments[low].get(str(high)) != commitments[high].get(str(low))
+        if commitments[low].get(str(high)) is None or commitments[low].get(str(high)) != commitments[high].get(str(low))
     ]

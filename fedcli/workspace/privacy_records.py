@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from fedcli.config.privacy import AdaptiveClip, PrivacyConfig, PrivacyTarget, Unit
-from fedcli.workspace.record import Record
+from fedcli.workspace.record import Record, Sha256
 
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delta: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
@@ -64,6 +64,19 @@ class PrivacyRecord(_Sparse):
     def is_at_party(self) -> bool:
         """Whether parties make the noise, in every step of their training."""
         return self.unit in ("row", "group")
+
+
+class SecureSum(Record):
+    """aggregation.secure: whose answers gave the sum of masked updates, and what their weights add up to."""
+
+    mode: Literal["pairwise", "double"]
+    attempt: Sha256
+    """Of attempts/round-n-a.json."""
+    repair: Sha256 | None
+    """Of repair/round-n-a.json; None where all had sent their updates, and no mask was left in the sum."""
+    answers: dict[str, Sha256]
+    """By client, the hashes of the answer.json that were used."""
+    weight: Annotated[float, Field(allow_inf_nan=False)]
 
 
 class PrivacyClaim(Record):

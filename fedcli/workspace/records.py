@@ -20,7 +20,7 @@ from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import IntegrityError
 from fedcli.workspace.layout import WORKSPACE_ID
-from fedcli.workspace.privacy_records import PrivacyClaim, PrivacyRecord
+from fedcli.workspace.privacy_records import PrivacyClaim, PrivacyRecord, SecureSum
 from fedcli.workspace.record import Finite as Finite
 from fedcli.workspace.record import Natural as Natural
 from fedcli.workspace.record import Record as Record
@@ -122,7 +122,8 @@ class CountedUpdate(Record):
 
     client: Natural
     update: Sha256
-    weight: Finite
+    weight: Finite | None
+    """None where only the sum of all weights is known."""
     num_samples: int | None
     """None, as the two below, where privacy withholds it."""
     train_loss: Finite | None
@@ -172,10 +173,12 @@ class Aggregation(Record):
     """Who answered, and was not needed: enough of those drawn before had."""
     rule: dict[str, Any] | None = None
     """What took the place of the weighted mean; None for that itself, and then it is not written."""
+    secure: SecureSum | None = None
+    """How the sum of masked updates was had; None, and not written, where they were not masked."""
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "rule" or value is not None}
+        return {key: value for key, value in write(self).items() if key not in ("rule", "secure") or value is not None}
 
 
 class Selection(Record):
@@ -246,6 +249,11 @@ class Manifest(Record):
         if (names := self.update_tensors) is None:
             return self.tensors
         return {name: entry for name, entry in self.tensors.items() if name in names}
+
+    @property
+    def secure_aggregation(self) -> Literal["pairwise", "double"] | None:
+        """How updates are masked; None where they are not."""
+        return None if self.privacy is None else self.privacy.secure_aggregation
 
     @property
     def scheduled_rate(self) -> float:
