@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
@@ -15,6 +16,9 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sealed, sha256
 from fedcli.workspace.tensors import encode
+
+if TYPE_CHECKING:
+    from fedcli.client.secure_round import SecureRound
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,21 @@ class Training:
 
 
 def train_and_drop(
-    federation: FederationState, party: Party, runtimes: Runtimes, observer: Observer
+    federation: FederationState,
+    party: Party,
+    runtimes: Runtimes,
+    observer: Observer,
+    masked: "SecureRound | None" = None,
 ) -> tuple[Training, bool]:
     """Train a client on the open round and drop its update; return what it did, and whether its update was the first.
 
-    Whoever calls this holds the client's lock.
+    Whoever calls this holds the client's lock. In a `masked` round, which was checked already, nothing is sent in the
+    clear.
     """
     client, head = party.client, federation.head
     manifest, past = head.manifest, federation.past()
-    check_past(federation, party, past, observer)
+    if masked is None:
+        check_past(federation, party, past, observer)
     party.check_floors(manifest)
     adapter = head.adapter()
     first_draw = sum(
@@ -97,6 +107,12 @@ def train_and_drop(
     sent, kept = algorithm.client_step(
         adapter, values, state, own, steps=len(losses), learning_rate=manifest.train.learning_rate
     )
+    if masked is not None:
+        from fedcli.client.secure_round import mask_and_drop
+
+        trained = {ADAPTER_FILE: values} | sent
+        dropped = mask_and_drop(masked, algorithm, adapter, trained, kept, training.num_samples, observer)
+        return training, dropped
     files = {
         name: encode({tensor: arrays[tensor] for tensor in manifest.sent_tensors})
         for name, arrays in ({ADAPTER_FILE: values} | sent).items()

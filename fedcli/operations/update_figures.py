@@ -15,7 +15,8 @@ class UpdateFigures:
     """A counted update; `cosine` and `change` are None where only a report, which reads the updates, can tell them."""
 
     client: int
-    weight: float
+    weight: float | None
+    """None where only the sum of all weights is known."""
     num_samples: int | None
     """None, as the norm, where privacy withholds it."""
     norm: float | None

@@ -48,7 +48,8 @@ def mask(numbers: Ring, client: int, secrets: Secrets) -> None:
     """Add a client's masks to its numbers, in place: those of two clients cancel in their sum, its own does not."""
     add_masks(
         numbers,
-        [seed for other, seed in secrets.seeds.items() if other > client] + [secrets.own] * (secrets.own is not None),
+        [seed for other, seed in secrets.seeds.items() if other > client]
+        + ([] if secrets.own is None else [secrets.own]),
         [seed for other, seed in secrets.seeds.items() if other < client],
     )
 
@@ -80,8 +81,13 @@ def reveal_seeds(secrets: Secrets, dropped: list[int]) -> Revealed:
     return Revealed(seeds={other: secrets.seeds[other] for other in dropped})
 
 
+def unlocking_keys(terms: Terms, key: "X25519PrivateKey", client: int) -> dict[int, bytes]:
+    """Return what opens the shares that others, and the client itself, seal for it, by the one who sealed them."""
+    return {sender: terms.sealing_key(key, sender, sender=sender, receiver=client) for sender in terms.cohort}
+
+
 def reveal_shares(
-    terms: Terms, key: "X25519PrivateKey", client: int, dropped: list[int], sealed: Mapping[int, Mapping[str, bytes]]
+    unlock: Mapping[int, bytes], dropped: list[int], sealed: Mapping[int, Mapping[str, bytes]]
 ) -> Revealed:
     """Open the shares that were sealed for a client by those counted; what is not theirs is left out.
 
@@ -90,10 +96,11 @@ def reveal_shares(
     """
     revealed = Revealed()
     for sender, packets in sealed.items():
-        unlock = terms.sealing_key(key, sender, sender=sender, receiver=client)
         for name in (SELF, *map(str, dropped)):
             try:
-                revealed.shares.setdefault(sender, {})[name] = unseal(unlock, packets.get(name, b""), what_is(name))
+                revealed.shares.setdefault(sender, {})[name] = unseal(
+                    unlock[sender], packets.get(name, b""), what_is(name)
+                )
             except Unsealable:
                 continue
     return revealed

@@ -141,8 +141,8 @@ class _Merge:
         """Return the record of the merge, every list sorted by client; weights add up to 1."""
         total = 0.0
         for entry in self.counted:
-            total += entry.weight
-        shares = [entry.model_copy(update={"weight": entry.weight / total}) for entry in self.counted]
+            total += entry.weight or 0.0
+        shares = [entry.model_copy(update={"weight": (entry.weight or 0.0) / total}) for entry in self.counted]
         return Aggregation(
             algorithm=asdict(self.algorithm),
             counted=sorted(shares, key=lambda entry: entry.client),

@@ -260,7 +260,7 @@ class _Merge:
 
     def _weighted(self, entries: Sequence[CountedUpdate]) -> dict[str, dict[str, Array]]:
         """Return the weighted sum of each file; an update that weighs nothing is not read again."""
-        weights = {entry.client: {ADAPTER_FILE: entry.weight} | (entry.file_weights or {}) for entry in entries}
+        weights = {entry.client: {ADAPTER_FILE: entry.weight or 0.0} | (entry.file_weights or {}) for entry in entries}
         hashes = {submission.client: submission.sha256 for submission in self.survey.found}
         sums = {name: WeightedMean(divisor=1.0) for name in self.base.manifest.update_files}
         origins = {name: _origin(self.base, name, self.adapter) for name in sums}

@@ -261,9 +261,8 @@ def attempt_name(number: int) -> str:
 
 def check_outside(workspace: Workspace, output: Path) -> None:
     """Raise WorkspaceError for a place in a folder that the workspace keeps for itself."""
-    kept = ("rounds", "inbox", "discarded", "clients", "enrolment", "attempts", "repair")
-    kept += ("eval", "data", "baselines", "private", "slurm")
-    for name in kept:
+    own = ("rounds", "inbox", "discarded", "clients", "enrolment", "attempts", "repair")
+    for name in (*own, "eval", "data", "baselines", "private", "slurm"):
         if output.resolve().is_relative_to((workspace.root / name).resolve()):
             problem = f"{output} lies in {name}/ of the workspace, where nothing else belongs"
             raise WorkspaceError(problem, hint="Name another folder.")
