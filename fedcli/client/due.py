@@ -241,14 +241,17 @@ def _take_part_masked(
     federation: FederationState, party: Party, due: ClientStatus, runtimes: Runtimes, observer: Observer
 ) -> ClientResult:
     """Do what is due in a round of secure aggregation: train and drop, drop again what was trained, or answer."""
-    from fedcli.client.secure_round import answer_repair, drop_again, enter
-    from fedcli.workspace.inbox import clear_discarded
+    from fedcli.client.secure_round import answer_repair, drop_again, enter, withdraw
+    from fedcli.workspace.secure_files import remove_update
 
     workspace, head, client = federation.workspace, federation.head, party.client
     workspace.store.sweep(workspace.name(workspace.client_inbox(client)))
-    clear_discarded(head, client)
+    if workspace.is_discarded(head.number, client):
+        remove_update(head, client)
     entered = enter(federation, party, observer)
     if due == "repair_due":
+        if withdraw(entered):
+            return ClientResult("too_late", client, head.number)
         is_first = answer_repair(entered)
         return ClientResult("answered" if is_first else "already_answered", client, head.number)
     training = None

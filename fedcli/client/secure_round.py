@@ -195,13 +195,21 @@ def _drop(round_: SecureRound, contents: Mapping[str, bytes], record: bytes, obs
     """Publish an update; what a repair names as missing is taken back."""
     party, base = round_.party, round_.base
     is_first = commit_update(round_.federation, party, [*contents.items()], record, observer)
-    repair = read_repair(base)
-    if repair is not None and party.client in repair.record.dropped:
-        remove_update(base, party.client)
-        note(party.home.history, "withdrawn", round=base.number, update=sha256(record))
+    if withdraw(round_):
         return False
     forget_rounds(party.home, base.number)
     return is_first
+
+
+def withdraw(round_: SecureRound) -> bool:
+    """Take an update back that came too late: a repair names it as missing, and the others reveal its masks."""
+    party, base = round_.party, round_.base
+    repair = read_repair(base)
+    if repair is None or party.client not in repair.record.dropped:
+        return False
+    remove_update(base, party.client)
+    note(party.home.history, "withdrawn", round=base.number)
+    return True
 
 
 def _secrets(journal: Journal) -> Secrets:

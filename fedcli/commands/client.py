@@ -316,9 +316,6 @@ def client_status(client: ClientOption, workspace: WorkspaceOption = None, json_
 
     federation = found_federation(workspace)
     result = federation.client(client).status()
-    hint = (
-        f"next: {next_of_client(federation.workspace, client)}{at(workspace)}"
-        if result.status in ("due", "repair_due")
-        else ""
-    )
+    is_due = result.status in ("due", "repair_due")
+    hint = f"next: {next_of_client(federation.workspace, client)}{at(workspace)}" if is_due else ""
     print_result(json_output, _document(result), _describe_status(result), hint)

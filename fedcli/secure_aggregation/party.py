@@ -98,9 +98,8 @@ def reveal_shares(
     for sender, packets in sealed.items():
         for name in (SELF, *map(str, dropped)):
             try:
-                revealed.shares.setdefault(sender, {})[name] = unseal(
-                    unlock[sender], packets.get(name, b""), what_is(name)
-                )
+                part = unseal(unlock[sender], packets.get(name, b""), what_is(name))
+                revealed.shares.setdefault(sender, {})[name] = part
             except Unsealable:
                 continue
     return revealed

@@ -63,15 +63,14 @@ def terms_of(base: Round, attempt: Stored[AttemptRecord], enrolment: Enrolment) 
     raise IntegrityError(f"{attempt.path}: {problem}", hint=_ASK)
 
 
-def masked_check(attempt: Stored[AttemptRecord], enrolment: Enrolment) -> Authenticate:
+def masked_check(attempt: Stored[AttemptRecord], enrolment: Enrolment, *, is_counted: bool = False) -> Authenticate:
     """Return what refuses masked updates that are not signed under the attempt's keys, or later ones of the client.
 
-    Who has left or was revoked since counts no more.
+    Who has left or was revoked since counts no more, but where a repair `is_counted` on.
     """
-    head = attempt.record.enrolment
 
     def check(client: int, record: bytes, folder: Folder) -> None:
-        if (gone := enrolment.gone.get(client)) is not None:
+        if not is_counted and (gone := enrolment.gone.get(client)) is not None:
             raise Refusal("unenrolled", f"client {client} {'has left' if gone == 'leave' else 'was revoked'}")
         try:
             signature = read_beside(folder, UPDATE_SIGNATURE, MAX_SIGNATURE_BYTES)
@@ -80,7 +79,6 @@ def masked_check(attempt: Stored[AttemptRecord], enrolment: Enrolment) -> Authen
         if not is_signed_since(enrolment, client, attempt, signature, "update", sha256(record)):
             raise Refusal("signature", f"{UPDATE_SIGNATURE} is not client {client}'s of this update.json")
 
-    assert head is not None
     return check
 
 
@@ -93,5 +91,8 @@ def is_signed_since(
     digest: str,
 ) -> bool:
     """Return whether a client signed, under the keys that it had when an attempt began, or later ones."""
-    keys = enrolment.keys_since(client, attempt.record.enrolment)
+    number = attempt.record.enrolment.number
+    entries = [stored.entry for stored in enrolment.entries if stored.entry.client == client and stored.entry.keys]
+    first = max((place for place, entry in enumerate(entries) if entry.number <= number), default=0)
+    keys = [entry.keys for entry in entries[first:] if entry.keys is not None]
     return any(is_signed(each, signature, purpose, attempt.record.workspace, digest) for each in keys)

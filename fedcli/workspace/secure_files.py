@@ -92,8 +92,11 @@ def standing(base: Round, client: int) -> Standing:
     attempt, repair = read_attempt(base), read_repair(base)
     if attempt is None:
         return "waiting"
-    if client not in attempt.record.cohort or (repair is not None and client in repair.record.dropped):
+    if client not in attempt.record.cohort:
         return "too_late"
+    if repair is not None and client in repair.record.dropped:
+        is_bare = attempt.record.mode == "pairwise" and base.has_update(client)  # the others reveal its masks
+        return "repair_due" if is_bare else "too_late"
     if repair is None:
         return "already_submitted" if base.has_update(client) else "due"
     return "already_answered" if has_answered(base, client) else "repair_due"
