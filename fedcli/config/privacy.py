@@ -97,7 +97,9 @@ class PrivacyConfig(Section):
         """The delta that epsilon is told for."""
         return self.delta if self.target is None else self.target.delta
 
-    def check_against(self, aggregation: AggregationConfig, signatures: str | None, num_counted: int) -> None:
+    def check_against(
+        self, aggregation: AggregationConfig, signatures: str | None, num_counted: int, num_drawn: int | None = None
+    ) -> None:
         """Raise ValueError where the section and another one cannot both hold; the message names both."""
         ways = {
             "privacy.unit: client": self.unit == "client",
@@ -121,4 +123,9 @@ class PrivacyConfig(Section):
             raise ValueError(
                 f"{way} needs {FEWEST_SECURE} or more clients a round, and {num_counted} count (federation.per_round): "
                 "the sum of fewer tells each one's update"
+            )
+        if num_drawn is not None and num_drawn > num_counted:
+            raise ValueError(
+                f"{way} and federation.select exclude each other: whoever is masked with others is summed with them. "
+                "Draw more with per_round, and let quorum or deadline say how many are enough"
             )

@@ -139,7 +139,7 @@ def _aggregate(
     if trust is not None and published:
         trust.note_round(following)
         if following.manifest.secure_aggregation is not None:
-            from fedcli.server.secure_round import start_attempt
+            from fedcli.server.attempts import start_attempt
 
             start_attempt(federation, trust)
     return AggregationResult(

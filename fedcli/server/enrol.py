@@ -220,7 +220,11 @@ def enrol(federation: FederationState, client: int, given: str | None = None) ->
                 hint="Compare it with the party by telephone, then run "
                 f"`fedcli server enrol --id {client} --fingerprint {told}`.",
             )
-        trust.append("enrol", client, keys=keys, proof=proof if is_proven else None)
+        trust = trust.append("enrol", client, keys=keys, proof=proof if is_proven else None)
+        if federation.head.manifest.secure_aggregation is not None:
+            from fedcli.server.attempts import start_attempt
+
+            start_attempt(federation, trust)
         return told, True
 
 

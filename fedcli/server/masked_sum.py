@@ -222,7 +222,7 @@ def _check_weight(reading: Reading, algorithm: Algorithm, weight: float) -> None
         least, most = least + ends[0], most + ends[1]
     if not least * (1 - 1e-9) <= weight <= most * (1 + 1e-9):
         raise IntegrityError(
-            f"the weights of round {reading.base.number}'s updates add up to {weight:.6g}, and by their parties' rows to "
+            f"the weights of round {reading.base.number}'s updates add up to {weight:.6g}, and their rows give "
             f"{least:g} to {most:g}: masks are left in the sum, or somebody sent what is no update",
             hint=f"Nobody can tell who it was: ask the parties. {_ABANDON}",
         )

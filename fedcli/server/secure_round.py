@@ -11,7 +11,8 @@ from fedcli.config import algorithm_from
 from fedcli.errors import IntegrityError, NotReadyError, UsageError
 from fedcli.observer import Observer
 from fedcli.quantities import describe_seconds, name_clients
-from fedcli.secure_aggregation.terms import Terms, fewest_of
+from fedcli.secure_aggregation.terms import Terms
+from fedcli.server.attempts import fewest_in, start_attempt
 from fedcli.server.enrol import ServerTrust, hint_to_enrol
 from fedcli.server.masked_sum import (
     Reading,
@@ -44,41 +45,6 @@ from fedcli.workspace.secure_files import (
 from fedcli.workspace.secure_records import AnswerRecord, AttemptRecord, MaskedUpdate, RepairRecord, RepairShares
 
 _ABANDON = "`fedcli server aggregate --abandon` ends the round without its updates"
-
-
-def start_attempt(federation: FederationState, trust: ServerTrust, *, goes_on: bool = False) -> bool:
-    """Fix who takes part in the open round, once all of its cohort are enrolled; return whether that is fixed.
-
-    With `goes_on` it is those who are enrolled, if they are enough. Whoever calls this holds the server's lock.
-    """
-    base = federation.head
-    if base.manifest.secure_aggregation is None or base.manifest.state == "finished":
-        return False
-    if read_attempt(base) is not None:
-        return True
-    members, gone = trust.enrolment.members, trust.enrolment.gone
-    cohort = [client for client in base.manifest.cohort if client in members]
-    absent = [client for client in base.manifest.cohort if client not in members and client not in gone]
-    if len(cohort) < _fewest(base) or (absent and not goes_on):
-        return False
-    assert trust.enrolment.head is not None
-    record = AttemptRecord(
-        workspace=base.manifest.workspace,
-        round=base.number,
-        attempt=ATTEMPT,
-        base=base.sha256,
-        mode=base.manifest.secure_aggregation,
-        cohort=cohort,
-        enrolment=trust.enrolment.head,
-    )
-    contents = sealed(record)
-    publish_signed(base, base.workspace.attempt(base.number), contents, trust.sign("attempt", contents))
-    return True
-
-
-def _fewest(base: Round) -> int:
-    assert base.manifest.secure_aggregation is not None
-    return fewest_of(base.manifest.secure_aggregation, len(base.manifest.cohort))
 
 
 def merge_masked(
@@ -145,13 +111,13 @@ def _waits_for_enrolment(federation: FederationState, trust: ServerTrust) -> Not
     enrolled = [client for client in base.manifest.cohort if client in members]
     applicants = trust.unenrolled(absent)
     hint = hint_to_enrol(applicants) if applicants else "The others join, and are enrolled"
-    if len(enrolled) >= _fewest(base):
+    if len(enrolled) >= fewest_in(base):
         hint += ", or go on without them: `server aggregate --partial`"
     elif not absent:
         hint = f"Too few of the cohort are left: {_ABANDON}"
     return NotReadyError(
         f"round {base.number} cannot be masked yet: {len(enrolled)} of its {len(base.manifest.cohort)} clients are "
-        f"enrolled, not {_names(absent) or 'those who left'}; at least {_fewest(base)} must be",
+        f"enrolled, not {_names(absent) or 'those who left'}; at least {fewest_in(base)} must be",
         hint=f"{hint}.",
     )
 
