@@ -31,7 +31,7 @@ from fedcli.trust.keys import KeyPair
 from fedcli.workspace.client_state import remove_old_candidates, save_candidate
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import ADAPTER_FILE, ATTEMPT
+from fedcli.workspace.layout import ADAPTER_FILE, ATTEMPT, MASKED_FILE, SHARES_FILE
 from fedcli.workspace.privacy_records import PrivacyClaim
 from fedcli.workspace.records import PROTOCOL, file_entry, sealed, sha256
 from fedcli.workspace.registrations import read_party
@@ -52,8 +52,6 @@ from fedcli.workspace.secure_journal import (
     write_journal,
 )
 from fedcli.workspace.secure_records import (
-    MASKED_FILE,
-    SHARES_FILE,
     WEIGHT,
     AnswerRecord,
     AttemptRecord,

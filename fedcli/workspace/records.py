@@ -19,7 +19,7 @@ from pydantic import (
 from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import IntegrityError
-from fedcli.workspace.layout import WORKSPACE_ID
+from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.privacy_records import PrivacyClaim, PrivacyRecord, SecureSum
 from fedcli.workspace.record import Finite as Finite
 from fedcli.workspace.record import Natural as Natural
@@ -249,6 +249,13 @@ class Manifest(Record):
         if (names := self.update_tensors) is None:
             return self.tensors
         return {name: entry for name, entry in self.tensors.items() if name in names}
+
+    @property
+    def dropped_files(self) -> list[str]:
+        """The files that lie in an update beside update.json and its signature."""
+        if self.secure_aggregation is None:
+            return self.update_files
+        return [MASKED_FILE, *([SHARES_FILE] if self.secure_aggregation == "double" else [])]
 
     @property
     def secure_aggregation(self) -> Literal["pairwise", "double"] | None:

@@ -20,7 +20,7 @@ from fedcli.workspace.inbox import (
     opened_update,
     read_beside,
 )
-from fedcli.workspace.layout import ATTEMPT, UPDATE_RECORD, update_name
+from fedcli.workspace.layout import ATTEMPT, MASKED_FILE, SHARES_FILE, UPDATE_RECORD, update_name
 from fedcli.workspace.publish import DISCARDED_PREFIX, TEMPORARY_PREFIX
 from fedcli.workspace.record import Record
 from fedcli.workspace.records import PROTOCOL, is_unchanged, parse_object, parse_record, sha256
@@ -28,8 +28,6 @@ from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.secure_records import (
     ANSWER_RECORD,
     ANSWER_SIGNATURE,
-    MASKED_FILE,
-    SHARES_FILE,
     AnswerRecord,
     AttemptRecord,
     MaskedUpdate,

@@ -11,8 +11,6 @@ from fedcli.workspace.record import Natural, Record, Sha256
 from fedcli.workspace.records import EnrolmentHead, FileEntry, Manifest, TensorEntry
 from fedcli.workspace.tensors import header_of
 
-MASKED_FILE = "masked.safetensors"
-SHARES_FILE = "shares.json"
 ANSWER_RECORD = "answer.json"
 ANSWER_SIGNATURE = "answer.sig"
 WEIGHT = "weight"
