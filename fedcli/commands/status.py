@@ -65,6 +65,8 @@ def _print(result: "Status") -> None:
         tell(f"missing    {name_clients(result.missing)}")
     if result.arriving:
         tell(f"arriving   {name_clients(result.arriving)}: not all files are there yet; they are waited for")
+    if result.secure is not None:
+        tell(f"masked     {result.secure.mode}: {result.secure.waits}")
     if result.seconds_left is not None:
         left = describe_seconds(abs(result.seconds_left))
         tell(f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} one answer is enough")
@@ -91,7 +93,7 @@ def _print(result: "Status") -> None:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
         tell(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
     if result.last_rule is not None:
-        weights = ", ".join(f"{update.client}: {update.weight:.3f}" for update in result.last_updates)
+        weights = ", ".join(f"{update.client}: {update.weight or 0.0:.3f}" for update in result.last_updates)
         tell(f"rule       {describe_rule(result.last_rule)}; weights {weights} (by client, round {result.round - 1})")
     for update in result.last_updates:
         if update.unusual:

@@ -96,6 +96,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         "adapter": f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, of {layers}",
         "algorithm": describe_algorithm(manifest.algorithm),
         "algorithms so far": describe_history(manifest, ", "),
+        "secure aggregation": manifest.secure_aggregation or "",
     }
     return Report(
         title=workspace.root.name,
@@ -207,11 +208,14 @@ def _similarities(
     found: list[Similarity] = []
     figures: dict[int, dict[int, Diagnosis]] = {}
     notes = []
-    num_bytes = 0
+    num_bytes, masked = 0, []
     for before, after in reversed(list(pairwise(rounds))):
         done = after.manifest.aggregation
         hashes = {entry.client: entry.update for entry in done.counted[:MOST_CLIENTS]} if done else {}
         if not hashes:  # all of its clients had left
+            continue
+        if before.manifest.secure_aggregation is not None:
+            masked.append(before.number)
             continue
         num_bytes += len(hashes) * before.manifest.files[ADAPTER_NAME].bytes
         if found and num_bytes > COMPARED_BYTES:
@@ -233,12 +237,14 @@ def _similarities(
             break
         found.append(similarity)
         if done and len(products) == len(done.counted):
-            weights = np.array([entry.weight for entry in done.counted])
+            weights = np.array([entry.weight or 0.0 for entry in done.counted])
             if weights.sum() > 0:
                 shares = diagnose(products, weights / weights.sum())
                 figures[before.number] = {
                     entry.client: each for entry, each in zip(done.counted, shares, strict=True) if entry.cosine is None
                 }
+    if masked:
+        notes.append(f"cosines: updates of rounds {masked[-1]} to {masked[0]} are masked, and nobody can compare them")
     return found[::-1], figures, notes
 
 

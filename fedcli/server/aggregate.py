@@ -109,7 +109,12 @@ def discard(federation: FederationState, client: int) -> bool:
     workspace = federation.workspace
     with hold(workspace.server_lock, "the server's work") if is_server(workspace) else nullcontext():
         federation.refresh()
-        return discard_update(federation.head, client)
+        head = federation.head
+        if head.manifest.secure_aggregation is not None and head.has_update(client):
+            from fedcli.workspace.secure_files import discard_masked
+
+            return discard_masked(head, client)
+        return discard_update(head, client)
 
 
 def _aggregate(

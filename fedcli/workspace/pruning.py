@@ -47,13 +47,17 @@ class Pruning:
         counted = {entry.client for entry in closing.manifest.aggregation.counted}
         for client in closed.manifest.cohort:
             self._prune_inbox(closed, client, client in counted)
+        if closed.manifest.secure_aggregation is not None:
+            self._remove(self.workspace.repair_shares(closed.number))
 
     def _prune_inbox(self, closed: Round, client: int, is_counted: bool) -> None:
         own, name = self.workspace.client_inbox(client), update_name(closed.number)
         if client not in self._listings:
             self._listings[client] = self._names(own)
         set_aside = f"{DISCARDED_PREFIX}{name}-"
-        doomed = [own / found for found in self._listings[client] if found == name or found.startswith(set_aside)]
+        answer = self.workspace.answer(closed.number, client).name
+        names = (found for found in self._listings[client] if found in (name, answer) or found.startswith(set_aside))
+        doomed = [own / found for found in names]
         for path in doomed:
             is_record_kept = path.name == name and is_counted
             kept = (UPDATE_RECORD, UPDATE_SIGNATURE)

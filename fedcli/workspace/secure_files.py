@@ -8,12 +8,13 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from fedcli.errors import IntegrityError
+from fedcli.errors import IntegrityError, UsageError, WorkspaceError
 from fedcli.secure_aggregation.fixed_point import Ring
 from fedcli.workspace.history import Round, read_checked, read_if_there
 from fedcli.workspace.inbox import (
     MAX_UPDATE_RECORD_BYTES,
     Authenticate,
+    discard_update,
     expected,
     new_buffer,
     opened_drop,
@@ -138,6 +139,26 @@ def remove_update(base: Round, client: int) -> None:
     for name in traces(base, client):
         if not name.startswith(TEMPORARY_PREFIX):
             workspace.store.delete(workspace.name(own / name))
+
+
+def discard_masked(base: Round, client: int) -> bool:
+    """Remove a client's update, which then sends the same once more; return whether there was one.
+
+    Raises UsageError where a repair has been asked for: whose sum may be revealed is fixed. What belongs to another
+    user is noted as discarded, and removed by that one.
+    """
+    if read_repair(base) is not None:
+        raise UsageError(
+            f"round {base.number} has a repair: whose updates are summed is fixed, and nothing can be set aside",
+            hint="`fedcli server aggregate --abandon` ends the round without its updates.",
+        )
+    try:
+        remove_update(base, client)
+    except WorkspaceError as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        return discard_update(base, client)
+    return True
 
 
 def has_answered(base: Round, client: int) -> bool:
