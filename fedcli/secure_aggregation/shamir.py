@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 PRIME = 2**255 - 19
 SECRET_BYTES = 32
@@ -23,15 +24,21 @@ def evaluate(coefficients: Sequence[int], point: int) -> int:
 
 def interpolate_at_zero(points: Mapping[int, int]) -> int:
     """Return the constant of the polynomial of least degree through these points."""
-    total = 0
-    for x, y in points.items():
+    return sum(y * weight for y, weight in zip(points.values(), _weights(tuple(points)), strict=True)) % PRIME
+
+
+@lru_cache(maxsize=256)
+def _weights(points: tuple[int, ...]) -> list[int]:
+    """Return what Lagrange's formula weighs the values at these points with, at zero."""
+    weights = []
+    for x in points:
         over, under = 1, 1
         for other in points:
             if other != x:
                 over = over * other % PRIME
                 under = under * (other - x) % PRIME
-        total = (total + y * over * pow(under, -1, PRIME)) % PRIME
-    return total
+        weights.append(over * pow(under, -1, PRIME) % PRIME)
+    return weights
 
 
 def split(secret: bytes, threshold: int, points: Sequence[int]) -> dict[int, bytes]:

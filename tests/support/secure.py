@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.federation import Stub, configure
-from support.warm import write_rows
 
 from fedcli import Federation, Observer
 from fedcli.client.due import ClientResult, train_client
@@ -15,6 +13,8 @@ from fedcli.server.enrol import found_trust
 from fedcli.workspace.history import publish_round, read_identity, read_start
 from fedcli.workspace.layout import Workspace, default_home
 from fedcli.workspace.privacy_records import PrivacyRecord
+from support.federation import Stub, configure
+from support.warm import write_rows
 
 ROWS = {client: client + 2 for client in range(12)}
 
