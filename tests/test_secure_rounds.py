@@ -1,23 +1,46 @@
 """Rounds of secure aggregation: the sum is the plain one, and nothing else is ever known to the server."""
 
+import json
+import shutil
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.secure import ROWS, differences, make, merge, used, visit
+from support.secure import ROWS, Party, differences, journal, make, merge, used, visit
 
 from fedcli import Federation
-from fedcli.errors import NotReadyError
+from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError
+from fedcli.secure_aggregation.fixed_point import to_ring
+from fedcli.server.enrol import open_trust
+from fedcli.workspace.history import read_identity
+from fedcli.workspace.layout import Workspace, server_home
+from fedcli.workspace.records import sha256
+
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
 def pairwise(small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(small_template, tmp_path_factory.mktemp("pairwise"), "pairwise")
+    """Four parties whose updates have pairwise masks; never changed."""
+    return make(small_template, tmp_path_factory.mktemp("pairwise"), "pairwise", 4)
 
 
 @pytest.fixture(scope="session")
 def double(small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four parties whose updates have a mask of their own, too; never changed."""
     return make(small_template, tmp_path_factory.mktemp("double"), "double", 4)
+
+
+@pytest.fixture(params=["pairwise", "double"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of either."""
+    return used(request.getfixturevalue(request.param), tmp_path, monkeypatch)
+
+
+def mode_of(workspace: Path) -> str:
+    return Federation.open(workspace).round(0).manifest.secure_aggregation
 
 
 def weighted_mean(workspace: Path, clients) -> dict[str, np.ndarray]:
@@ -28,34 +51,317 @@ def weighted_mean(workspace: Path, clients) -> dict[str, np.ndarray]:
 
 
 def check_mean(workspace: Path, number: int, mean: dict[str, np.ndarray]) -> None:
+    """The round is the one before with this mean added, to half a unit of the ring for each client, and float32's."""
     federation = Federation.open(workspace)
     before, after = federation.round(number - 1).adapter(), federation.round(number).adapter()
     for name, array in mean.items():
-        assert np.array_equal(after[name], (before[name] + array).astype(np.float32)) or (
-            abs(after[name] - before[name] - array).max() < 2**-22
-        )
+        exact = before[name].astype(np.float64) + array
+        assert (abs(after[name] - exact) <= 2.0**-32 + np.spacing(abs(exact).astype(np.float32)) / 2).all()
 
 
-def test_without_drop_outs_a_pairwise_round_takes_one_visit(pairwise: Path, tmp_path: Path, monkeypatch) -> None:
+def problems(workspace: Path) -> list[str]:
+    return [f"{each.path}: {each.problem}" for each in Federation.open(workspace).verify().violations]
+
+
+def test_without_drop_outs_a_pairwise_round_takes_one_visit(
+    pairwise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = used(pairwise, tmp_path, monkeypatch)
-    mean = weighted_mean(place, range(3))
-    assert visit(place, 0, 1, 2) == ["submitted"] * 3
-    assert visit(place, 0) == ["already_submitted"]
-    assert merge(place).status == "published"
+    mean = weighted_mean(place, range(4))
+    assert visit(place, 0, 1, 2, 3, 0) == ["submitted"] * 4 + ["already_submitted"]
+    done = merge(place)
     check_mean(place, 1, mean)
-    assert visit(place, 0, 1, 2) == ["submitted"] * 3
-    assert merge(place).state == "finished"
-    done = Federation.open(place).verify()
-    assert done.violations == []
+    assert (done.status, done.aggregation.secure.weight) == ("published", float(sum(ROWS[each] for each in range(4))))
+    withheld = [(each.weight, each.num_samples, each.train_loss, each.delta_norm) for each in done.aggregation.counted]
+    assert withheld == [(None,) * 4] * 4
+    assert not (place / "repair").exists()
+    assert Federation.open(place).verify().num_recomputed == 1
+    assert problems(place) == []
 
 
-def test_a_double_round(double: Path, tmp_path: Path, monkeypatch) -> None:
-    place = used(double, tmp_path, monkeypatch)
+def test_with_a_drop_out_the_others_answer_and_the_sum_is_that_of_those_counted(place: Path) -> None:
     mean = weighted_mean(place, (0, 1, 3))
     assert visit(place, 0, 1, 3) == ["submitted"] * 3
-    with pytest.raises(NotReadyError, match="answers"):
+    with pytest.raises(NotReadyError, match="missing: 2"):
+        merge(place)
+    with pytest.raises(NotReadyError, match=r"waits for their clients' answers .*: 0, 1, 3"):
         merge(place, partial=True)
-    assert visit(place, 2) == ["too_late"]
-    assert visit(place, 0, 1, 3) == ["answered"] * 3
-    assert merge(place).status == "published"
+    assert visit(place, 2, 0, 1) == ["too_late", "answered", "answered"]
+    assert Federation.open(place).status().next_command == "fedcli client train --id 3"
+    with pytest.raises(NotReadyError, match="1 more answers"):
+        merge(place)
+    assert visit(place, 3, 3) == ["answered", "already_answered"]
+    assert merge(place).aggregation.missing == [2]
     check_mean(place, 1, mean)
+    assert problems(place) == []
+    assert Federation.open(place).verify().num_recomputed == 1
+    assert visit(place, 0, 1, 2, 3) == ["submitted"] * 4, "the next round has an attempt of its own"
+
+
+@slow
+def test_double_needs_no_more_answers_than_its_threshold(
+    double: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = used(double, tmp_path, monkeypatch)
+    mean = weighted_mean(place, range(4))
+    visit(place, 0, 1, 2, 3)
+    with pytest.raises(NotReadyError, match="answers"):
+        merge(place)
+    assert visit(place, 3, 1) == ["answered"] * 2
+    with pytest.raises(NotReadyError, match="1 more answers to its repair, of: 0, 2"):
+        merge(place)
+    visit(place, 0)
+    assert sorted(merge(place).aggregation.secure.answers) == ["0", "1", "3"]
+    check_mean(place, 1, mean)
+    assert problems(place) == []
+
+
+@slow
+@pytest.mark.parametrize("mode", ["pairwise", "double"])
+@pytest.mark.parametrize("algorithm", ["scaffold", "fedadam"])
+def test_control_variates_travel_inside_and_unweighted_algorithms_weigh_the_same(
+    small_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, algorithm: str
+) -> None:
+    folder = make(small_template, tmp_path, mode, 3, algorithm=algorithm, rounds=3)
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder / "data"))
+    workspace = folder / "W"
+    for number in range(2):
+        visit(workspace, 0, 1, 2)
+        if mode == "double":
+            with pytest.raises(NotReadyError, match="answers"):
+                merge(workspace)
+            visit(workspace, 0, 1, 2)
+        found = [differences(workspace, client) for client in range(3)]
+        manifest = Federation.open(workspace).round(number).manifest
+        done = merge(workspace).aggregation
+        assert done.secure.weight == (9.0 if algorithm == "scaffold" else 3.0)
+        if algorithm == "scaffold" and number == 0:
+            scale = manifest.train.steps * manifest.train.learning_rate
+            control = Federation.open(workspace).round(1)
+            stored = control.arrays("control.safetensors", manifest.tensors)
+            for name, array in stored.items():
+                exact = -sum(each[name] for each in found) / scale / 3
+                assert np.allclose(array, exact, rtol=1e-6, atol=1e-6)
+    assert problems(workspace) == []
+
+
+@slow
+def test_an_update_that_does_not_fit_is_not_sent(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROWS, 1, 3)
+    honest = Party.train
+    monkeypatch.setattr(
+        Party, "train", lambda self, adapter, train, **rest: ({n: a + 1e6 for n, a in adapter.items()}, [1.0])
+    )
+    with pytest.raises(ConfigError, match=r"client 1's update does not fit .* 3e\+06 is not between"):
+        visit(place, 1)
+    monkeypatch.setattr(Party, "train", honest)
+    assert visit(place, 1) == ["submitted"]
+
+
+# What the server can read
+
+
+def readable(workspace: Path) -> Iterator[tuple[Path, bytes]]:
+    """Yield every file of the workspace and of the server's own home, but for what it publishes of rounds."""
+    identity = read_identity(Workspace(workspace)).id
+    for folder in (workspace, server_home(identity).folder):
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_relative_to(workspace / "rounds"):
+                yield path, path.read_bytes()
+
+
+def forms_of(values: np.ndarray, origin: np.ndarray, weight: float) -> dict[str, bytes]:
+    """Return some numbers of an update in every form that they might stand in."""
+    change = values.astype(np.float64) - origin
+    return {
+        "values": values.astype("<f4").tobytes(),
+        "changes": change.astype("<f4").tobytes(),
+        "changes in float64": change.tobytes(),
+        "weighted changes": (weight * change).tobytes(),
+        "fixed point": to_ring(change, weight).tobytes(),
+        "fixed point, unweighted": to_ring(change).tobytes(),
+        "half": values.astype("<f2").tobytes(),
+    }
+
+
+def check_nothing_is_readable(workspace: Path, number: int = 0) -> None:
+    """No byte that the server can read holds two numbers in a row of any update, nor a weight, a loss or a seed."""
+    federation = Federation.open(workspace)
+    base = federation.round(number)
+    adapter = base.adapter()
+    answered = Federation.open(workspace).round().number > number or (workspace / "repair").exists()
+    for client in [client for client in base.manifest.cohort if client != 2]:  # who never came
+        wanted: dict[str, bytes] = {}
+        values, losses = Party().train(adapter, base.manifest.train, party=type("P", (), {"client": client}), rule=None)
+        for name, array in values.items():
+            flat, origin = array.reshape(-1), adapter[name].reshape(-1)
+            for begin in (0, array.size // 2, array.size - 2):
+                for form, data in forms_of(flat[begin : begin + 2], origin[begin : begin + 2], ROWS[client]).items():
+                    wanted[f"{form} of {name} at {begin}"] = data
+        wanted["loss"] = f"{losses[0]}".encode()
+        wanted["packed loss"] = struct.pack("<d", losses[0])
+        wanted["num_samples"] = b"num_samples"
+        kept = journal(workspace, client, number)
+        secret = {} if answered else {**kept["seeds"], "own": kept["own"]}
+        wanted |= {f"secret {key}": value.encode() for key, value in secret.items() if value}
+        wanted |= {f"raw secret {key}": bytes.fromhex(value) for key, value in secret.items() if value}
+        for path, contents in readable(workspace):
+            for what, data in wanted.items():
+                assert data not in contents, f"{path} holds client {client}'s {what}"
+
+
+@slow
+def test_no_byte_that_the_server_can_read_is_of_an_unmasked_update(place: Path) -> None:
+    visit(place, 0, 1, 3)
+    check_nothing_is_readable(place)
+    with pytest.raises(NotReadyError):
+        merge(place, partial=True)
+    visit(place, 0, 1, 3)
+    check_nothing_is_readable(place)
+    merge(place)
+    check_nothing_is_readable(place)
+
+
+# A server that lies
+
+
+class Lying:
+    """A server with the keys of the true one, which signs what it likes."""
+
+    def __init__(self, workspace: Path) -> None:
+        self.workspace = workspace
+        self.trust = open_trust(Workspace(workspace), read_identity(Workspace(workspace)))
+        assert self.trust is not None
+
+    def rewrite(self, name: str, purpose: str, **changes: object) -> None:
+        """Put another record in the place of a signed one, and sign it."""
+        path = self.workspace / name
+        document = json.loads(path.read_bytes()) | changes
+        document.pop("checksum", None)
+        contents = json.dumps({key: value for key, value in document.items() if value is not ...}).encode()
+        path.write_bytes(contents)
+        path.with_suffix(".sig").write_bytes(self.trust.sign(purpose, contents))
+
+    def repair(self, **changes: object) -> None:
+        """Ask for another repair."""
+        self.rewrite("repair/round-00000-0.json", "repair", **changes)
+
+    def updates(self, *clients: int) -> dict[str, str]:
+        """Return the hashes of updates that lie in the inbox."""
+        found = {str(client): self.workspace / f"inbox/{client}/round-00000/update.json" for client in clients}
+        return {client: sha256(path.read_bytes()) for client, path in found.items()}
+
+
+@pytest.fixture
+def repaired(place: Path) -> Path:
+    """A place where clients 0, 1 and 3 are asked, and none has answered."""
+    visit(place, 0, 1, 3)
+    with pytest.raises(NotReadyError):
+        merge(place, partial=True)
+    return place
+
+
+def refuses(workspace: Path, client: int, match: str) -> None:
+    """A client refuses, and nothing of it lies there afterwards."""
+    with pytest.raises(IntegrityError, match=match):
+        visit(workspace, client)
+    assert not (workspace / f"inbox/{client}/repair-00000-0").exists()
+
+
+@slow
+def test_a_client_answers_one_repair_of_a_round_and_no_other(repaired: Path) -> None:
+    visit(repaired, 0)
+    (kept,) = [path.read_bytes() for path in repaired.glob("inbox/0/repair-*/answer.json")]
+    shutil.rmtree(repaired / "inbox/0/repair-00000-0")
+    assert visit(repaired, 0) == ["answered"], "the same once more"
+    assert [path.read_bytes() for path in repaired.glob("inbox/0/repair-*/answer.json")] == [kept]
+    visit(repaired, 2)
+    shutil.rmtree(repaired / "inbox/0/repair-00000-0")
+    lying = Lying(repaired)
+    lying.repair(counted=lying.updates(0, 1, 3), dropped=[2], note="another")
+    refuses(repaired, 0, "has answered another repair of this round")
+
+
+@slow
+def test_a_client_refuses_every_other_question(repaired: Path) -> None:
+    lying, path = Lying(repaired), repaired / "repair/round-00000-0.json"
+    kept, signature = path.read_bytes(), path.with_suffix(".sig").read_bytes()
+    updates = lying.updates(0, 1, 3)
+    asked: dict[str, dict[str, object]] = {
+        "it sums 2 of 4 clients, and 3 are needed": {"counted": lying.updates(0, 1), "dropped": [2, 3]},
+        "it sums 1 of 4": {"counted": lying.updates(0), "dropped": [1, 2, 3]},
+        "it counts clients that it says are missing": {"counted": updates, "dropped": [1, 2]},
+        "exactly once": {"counted": updates, "dropped": []},
+        "it counts another update of client 0": {"counted": updates | {"0": "0" * 64}},
+        "of another workspace, round or attempt": {"attempt": 1},
+        "of another workspace, round": {"round": 1},
+        "of another workspace": {"workspace": "elsewhere"},
+        "of another manifest": {"base": "0" * 64},
+        "it is of another attempt": {"started": "0" * 64},
+        "is damaged": {"counted": {"-1": "0" * 64}},
+    }
+    for told, changes in asked.items():
+        path.write_bytes(kept)
+        lying.repair(**changes)
+        refuses(repaired, 0, told)
+    path.write_bytes(kept)
+    path.with_suffix(".sig").write_bytes(signature[:20])
+    refuses(repaired, 0, "is not signed by the server")
+    path.with_suffix(".sig").write_bytes(lying.trust.sign("round", kept))
+    refuses(repaired, 0, "is not signed by the server")
+    path.with_suffix(".sig").write_bytes(signature)
+    assert visit(repaired, 0) == ["answered"]
+
+
+@slow
+def test_a_second_attempt_of_a_round_is_refused(place: Path) -> None:
+    visit(place, 0, 1, 3)
+    lying = Lying(place)
+    lying.rewrite("attempts/round-00000-0.json", "attempt", cohort=[0, 1, 3])
+    shutil.rmtree(place / "inbox/0/round-00000")
+    with pytest.raises(IntegrityError, match="is not the attempt that client 0 has masked its update for"):
+        visit(place, 0)
+    assert visit(place, 2) == ["too_late"]
+    for changes, told in (
+        ({"cohort": [1, 2]}, "2 of 4 clients take part, and 3 are needed"),
+        ({"cohort": [0, 1, 2, 3], "mode": "pairwise" if mode_of(place) == "double" else "double"}, "of another kind"),
+        ({"mode": mode_of(place), "cohort": [0, 1, 2, 7]}, "not of the round's cohort"),
+        ({"cohort": [0, 1, 2, 3], "enrolment": {"number": 0, "sha256": "0" * 64}}, "an enrolment that is not"),
+        ({"attempt": 1}, "of another workspace, round or attempt"),
+    ):
+        lying.rewrite("attempts/round-00000-0.json", "attempt", **changes)
+        with pytest.raises(IntegrityError, match=told):
+            visit(place, 2)
+    assert not (place / "inbox/2/round-00000").exists()
+
+
+@slow
+def test_what_the_two_sums_of_one_round_would_tell_is_never_known(place: Path) -> None:
+    """Whatever is asked in whatever order: each client answers at most once, so no set but one is summed."""
+    visit(place, 0, 1, 2, 3)
+    lying = Lying(place)
+    if mode_of(place) == "double":
+        with pytest.raises(NotReadyError):
+            merge(place)
+    else:
+        (place / "repair").mkdir()
+        (place / "repair/round-00000-0.json").write_text("{}")
+        record = json.loads((place / "attempts/round-00000-0.json").read_bytes())
+        facts = {key: record[key] for key in ("protocol", "workspace", "round", "attempt", "base")}
+        facts |= {"started": sha256((place / "attempts/round-00000-0.json").read_bytes()), "shares": None}
+        lying.repair(**facts, counted=lying.updates(0, 1, 2, 3), dropped=[])
+        refuses(place, 0, "nobody is missing")
+        return
+    kept = (place / "repair/round-00000-0.json").read_bytes()
+    visit(place, 0, 1)
+    lying.repair(counted=lying.updates(0, 1, 2), dropped=[3])
+    for client in (0, 1):
+        shutil.rmtree(place / f"inbox/{client}/repair-00000-0")
+        refuses(place, client, "has answered another repair")
+    assert visit(place, 2, 3) == ["answered", "too_late"]
+    with pytest.raises(NotReadyError, match="2 more answers"):
+        merge(place)
+    (place / "repair/round-00000-0.json").write_bytes(kept)
+    lying.repair()
+    with pytest.raises(FedError):
+        merge(place)

@@ -140,7 +140,12 @@ def try_client(
 def refresh_rows(
     federation: FederationState, client: int, home: Path | None = None, *, observer: Observer
 ) -> tuple[int, int] | None:
-    """Register a party's rows anew where they have changed, and say so; return how many there were and are."""
+    """Register a party's rows anew where they have changed, and say so; return how many there were and are.
+
+    While a masked update waits for the others it holds that the party has registered as many rows as went into it.
+    """
+    if federation.head.manifest.secure_aggregation is not None and federation.head.has_update(client):
+        return None
     from fedcli.parties.join import refresh_registration
 
     changed = refresh_registration(federation, client, home, observer=observer)

@@ -124,6 +124,9 @@ class PrivacyConfig(Section):
                 f"{way} needs {FEWEST_SECURE} or more clients a round, and {num_counted} count (federation.per_round): "
                 "the sum of fewer tells each one's update"
             )
+        most = {"pairwise": 512, "double": 128}[self.secure_aggregation]
+        if num_counted > most:
+            raise ValueError(f"{way} is for {most} clients a round or fewer, and {num_counted} count")
         if num_drawn is not None and num_drawn > num_counted:
             raise ValueError(
                 f"{way} and federation.select exclude each other: whoever is masked with others is summed with them. "

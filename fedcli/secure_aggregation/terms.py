@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fedcli.secure_aggregation.agreement import derive, label
-from fedcli.secure_aggregation.fixed_point import MOST_CLIENTS
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 Mode = Literal["pairwise", "double"]
+MOST = {"pairwise": 512, "double": 128}
+"""Clients of an attempt: what each says of the others, and shares for them, must stay small beside an update."""
 FEWEST = 3
 """Clients: from the sum of two each knows the other's update."""
 
@@ -51,8 +52,8 @@ class Terms:
         """Return why nobody may take part in such an attempt; None where they may."""
         if len(self.keys) < self.fewest:
             return f"{len(self.keys)} of {self.size} clients take part, and {self.fewest} are needed"
-        if len(self.keys) > MOST_CLIENTS:
-            return f"{len(self.keys)} clients take part, and their sum would not fit: at most {MOST_CLIENTS} may"
+        if len(self.keys) > MOST[self.mode]:
+            return f"{len(self.keys)} clients take part, and with {self.mode} at most {MOST[self.mode]} may"
         if len({*self.keys.values()}) < len(self.keys):
             return "two clients have the same key"
         return None

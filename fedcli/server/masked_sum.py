@@ -12,7 +12,7 @@ from fedcli.algos.reducer import WeightedMean
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.secure_aggregation.agreement import commitment
-from fedcli.secure_aggregation.fixed_point import from_ring
+from fedcli.secure_aggregation.fixed_point import LARGEST, from_ring
 from fedcli.secure_aggregation.party import SELF
 from fedcli.secure_aggregation.summation import disagreements, recover, unmask
 from fedcli.secure_aggregation.terms import Terms
@@ -151,16 +151,20 @@ def finish(
     repair: Stored[RepairRecord] | None = None,
     revelation: Revelation | None = None,
     answers: Mapping[int, str] | None = None,
+    *,
+    is_again: bool = False,
 ) -> tuple[dict[str, bytes], Aggregation]:
     """Take what is left of masks out of a sum, and return the next round's files with the record of the merge.
 
+    Where it `is_again`, what parties register by now says nothing of the sum.
     Raises IntegrityError where the sum is none of such updates.
     """
     base = reading.base
     if revelation is not None:
         unmask(reading.total, revelation.seeds, revelation.own)
     arrays, weight = _arrays(reading)
-    _check_weight(reading, algorithm, weight)
+    if not is_again:
+        _check_sum(reading, algorithm, arrays, weight)
     adapter = base.adapter()
     differences = {name: array / weight for name, array in arrays[ADAPTER_FILE].items()}
     files = {
@@ -212,18 +216,28 @@ def weight_of(base: Round, algorithm: Algorithm, rows: int) -> float:
     return 1.0 if base.manifest.privacy is None or base.manifest.privacy.unit else algorithm.weight(rows)
 
 
-def _check_weight(reading: Reading, algorithm: Algorithm, weight: float) -> None:
-    """Raise IntegrityError where weights add up to what the parties' rows cannot: then the numbers are noise, too."""
+def _check_sum(
+    reading: Reading, algorithm: Algorithm, arrays: "Mapping[str, Mapping[str, Array]]", weight: float
+) -> None:
+    """Raise IntegrityError where a sum is none of updates of these parties: then masks are left in it, or worse."""
+    base, clients = reading.base, reading.clients
     least = most = 0.0
-    for client in reading.clients:
-        registration = read_registration(reading.base.workspace, client)
-        rows = registration.data.num_rows if registration is not None else 2**20
-        ends = sorted(weight_of(reading.base, algorithm, number) for number in (1, max(1, rows)))
+    for client in clients:
+        registration = read_registration(base.workspace, client)
+        rows = registration.data.num_rows if registration is not None else int(LARGEST)
+        ends = sorted(weight_of(base, algorithm, number) for number in (1, max(1, rows)))
         least, most = least + ends[0], most + ends[1]
+    problem = None
     if not least * (1 - 1e-9) <= weight <= most * (1 + 1e-9):
+        problem = f"its weights add up to {weight:.6g}, and what its parties registered gives {least:g} to {most:g}"
+    elif any(
+        np.abs(array).max(initial=0) > len(clients) * LARGEST for found in arrays.values() for array in found.values()
+    ):
+        problem = f"it has numbers beyond {len(clients) * LARGEST:,.0f}"
+    if problem is not None:
         raise IntegrityError(
-            f"the weights of round {reading.base.number}'s updates add up to {weight:.6g}, and their rows give "
-            f"{least:g} to {most:g}: masks are left in the sum, or somebody sent what is no update",
+            f"the sum of round {base.number} is none of updates: {problem}. Masks are left in it, or somebody sent "
+            "something else",
             hint=f"Nobody can tell who it was: ask the parties. {_ABANDON}",
         )
 

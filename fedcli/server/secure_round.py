@@ -64,7 +64,7 @@ def merge_masked(
     check_algorithm(base, algorithm, algorithm_from(base.manifest.algorithm))
     left = seconds_left(federation)
     goes_on = partial or (left is not None and left <= 0)
-    if not start_attempt(federation, trust, goes_on=goes_on and not dry_run):
+    if (dry_run and read_attempt(base) is None) or not start_attempt(federation, trust, goes_on=goes_on):
         raise _waits_for_enrolment(federation, trust)
     attempt = read_attempt(base)
     assert attempt is not None

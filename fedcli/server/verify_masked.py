@@ -70,7 +70,9 @@ def recompute_masked(
                 result.report(current.folder, f"does not have the answers for the masks of {revelation.lacking}")
                 return None
         num_left = num_clients - len(gone_clients(current))
-        files, again = finish(reading, terms, algorithm, num_left, attempt.sha256, repair, revelation, answers)
+        files, again = finish(
+            reading, terms, algorithm, num_left, attempt.sha256, repair, revelation, answers, is_again=True
+        )
     except FedError as error:
         if isinstance(error.__cause__, OSError):
             raise

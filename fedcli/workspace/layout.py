@@ -138,9 +138,9 @@ class Workspace:
         """The record of whose updates of a round are summed; its signature has the suffix .sig."""
         return self.repair / f"{attempt_name(number)}.json"
 
-    def repair_shares(self, number: int) -> Path:
-        """The sealed shares of a repair, for the clients that open them."""
-        return self.repair / f"{attempt_name(number)}.shares.json"
+    def repair_shares(self, number: int, digest: str) -> Path:
+        """The sealed shares of a repair, for the clients that open them: the repair names their hash."""
+        return self.repair / f"{attempt_name(number)}-shares-{digest}.json"
 
     def answer(self, number: int, client: int) -> Path:
         """The directory of a client's answer to a repair."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.history import Round, prunable
-from fedcli.workspace.layout import PRUNED, UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, update_name
+from fedcli.workspace.layout import PRUNED, UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, attempt_name, update_name
 from fedcli.workspace.publish import DISCARDED_PREFIX
 from fedcli.workspace.records import PrunedRecord
 from fedcli.workspace.refusal import Refusal
@@ -48,7 +48,8 @@ class Pruning:
         for client in closed.manifest.cohort:
             self._prune_inbox(closed, client, client in counted)
         if closed.manifest.secure_aggregation is not None:
-            self._remove(self.workspace.repair_shares(closed.number))
+            for path in repair_shares_of(self.workspace, closed.number):
+                self._remove(path)
 
     def _prune_inbox(self, closed: Round, client: int, is_counted: bool) -> None:
         own, name = self.workspace.client_inbox(client), update_name(closed.number)
@@ -85,3 +86,9 @@ class Pruning:
                 return folder.names()
         except (FileNotFoundError, Refusal):
             return []
+
+
+def repair_shares_of(workspace: Workspace, number: int) -> list[Path]:
+    """Return the files of sealed shares of a round's repair: one, but where a killed server chose others before."""
+    prefix = f"{attempt_name(number)}-shares-"
+    return [workspace.repair / name for name in workspace.store.names("repair") if name.startswith(prefix)]

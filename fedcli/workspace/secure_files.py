@@ -112,14 +112,15 @@ def publish_signed(base: Round, path: Path, contents: bytes, signature: bytes) -
 
 def put_shares(base: Round, contents: bytes) -> None:
     """Write a repair's sealed shares; the repair that names their hash comes after."""
-    base.workspace.store.put(base.workspace.name(base.workspace.repair_shares(base.number)), contents)
+    path = base.workspace.repair_shares(base.number, sha256(contents))
+    base.workspace.store.put(base.workspace.name(path), contents)
 
 
 def read_shares(base: Round, repair: RepairRecord) -> RepairShares:
     """Read a repair's sealed shares; raise IntegrityError where they are not those that it names."""
-    path = base.workspace.repair_shares(base.number)
     if repair.shares is None:
         raise IntegrityError(f"{base.workspace.repair_of(base.number)} names no shares", hint="Ask the operator.")
+    path = base.workspace.repair_shares(base.number, repair.shares.sha256)
     return parse_record(RepairShares, read_checked(base.workspace, path, repair.shares), path)
 
 
