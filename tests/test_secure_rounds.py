@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import secure_client
 from support.secure import ROWS, Party, differences, journal, make, merge, used, visit
 
 from fedcli import Federation
 from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError
 from fedcli.secure_aggregation.fixed_point import to_ring
 from fedcli.server.enrol import open_trust
+from fedcli.trust.keys import KeyPair
 from fedcli.workspace.history import read_identity
-from fedcli.workspace.layout import Workspace, server_home
+from fedcli.workspace.layout import Workspace, default_home, server_home
 from fedcli.workspace.records import sha256
 
 slow = pytest.mark.slow
@@ -365,3 +367,36 @@ def test_what_the_two_sums_of_one_round_would_tell_is_never_known(place: Path) -
     lying.repair()
     with pytest.raises(FedError):
         merge(place)
+
+
+# Another implementation
+
+
+def test_the_page_s_client_is_summed_with_fedcli_s(place: Path) -> None:
+    folder, identity = place.parent, read_identity(Workspace(place)).id
+    keys = KeyPair.read(default_home(identity, 1).keys)
+    add = {1: 0.25}
+    mean = {
+        name: sum(ROWS[each] * (add[each] if each in add else own[name]) for each, own in found.items()) / 10
+        for found in [{each: differences(place, each) for each in (0, 1, 3)}]
+        for name in found[0]
+    }
+    party = secure_client.Party(str(place), str(folder / "home-1"), 1, keys.signing, keys.sealing)
+    party.drop(lambda array: array + np.float32(0.25), ROWS[1])
+    visit(place, 0, 3)
+    with pytest.raises(NotReadyError, match="answers"):
+        merge(place, partial=True)
+    visit(place, 0, 3)
+    party.answer()
+    assert merge(place).aggregation.missing == [2]
+    before, after = (Federation.open(place).round(number).adapter() for number in (0, 1))
+    for name, array in mean.items():
+        assert abs(after[name].astype(np.float64) - before[name] - array).max() < 2.0**-20
+    assert problems(place) == []
+
+
+def test_the_page_s_client_needs_few_lines_and_no_fedcli() -> None:
+    text = Path(secure_client.__file__).read_text()
+    assert len(text.splitlines()) <= 120
+    assert "import fedcli" not in text
+    assert "from fedcli" not in text
