@@ -66,8 +66,8 @@ class Party:
     def drop(self, train, num_samples):
         """Train, mask, keep what was masked, and drop it."""
         before = load(read(f"{self.folder}/adapter/adapter_model.safetensors"))
-        values = {f"adapter_model.safetensors/{name}": array for name, array in before.items()}
-        changes = {name: num_samples * (np.float64(train(array)) - array) for name, array in values.items()}
+        changes = {name: num_samples * (np.float64(train(array)) - array) for name, array in before.items()}
+        changes = {f"adapter_model.safetensors/{name}": array for name, array in changes.items()}
         changes["weight"] = np.array([float(num_samples)])
         numbers = {name: np.rint(array * 2.0**32).astype(np.int64).view(np.uint64) for name, array in changes.items()}
         seeds = {str(other): self.key("pair", *sorted((self.me, other))) for other in self.cohort if other != self.me}
@@ -85,8 +85,8 @@ class Party:
         update["commitments"] = {other: sha(b"fedcli/secagg/v1|commit|" + seed) for other, seed in kept.items()}
         update["files"] = {name: {"sha256": sha(data), "bytes": len(data)} for name, data in files.items()}
         files["update.json"] = json.dumps(update).encode()
-        seeds = {other: seed.hex() for other, seed in seeds.items()}
-        write(self.journal, json.dumps({"update": sha(files["update.json"]), "seeds": seeds}).encode())
+        secret = {"update": sha(files["update.json"]), "seeds": {other: seed.hex() for other, seed in seeds.items()}}
+        write(self.journal, json.dumps(secret).encode())
         files["update.sig"] = sign(self.signing, "update", self.manifest["workspace"], files["update.json"])
         self.publish(self.name, files)
 
@@ -97,10 +97,9 @@ class Party:
         counted, dropped = [*map(int, repair["counted"])], repair["dropped"]
         checks = [sorted(counted + dropped) == self.cohort, len(counted) >= self.threshold]
         checks += [repair["started"] == sha(self.started), repair["counted"][str(self.me)] == kept["update"]]
-        checks += [kept.get("answered", sha(contents)) == sha(contents), dropped or self.mode == "double"]
-        assert all(checks)
+        assert all([*checks, kept.get("answered", sha(contents)) == sha(contents), dropped or self.mode == "double"])
         write(self.journal, json.dumps(kept | {"answered": sha(contents)}).encode())
-        said = self.common | {"client": self.me, "repair": sha(contents), "seeds": {}, "shares": {}}
+        said = self.common | {"client": self.me, "repair": sha(contents), "shares": {}}
         if self.mode == "pairwise":
             said["seeds"] = {str(other): kept["seeds"][str(other)] for other in dropped}
         else:

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import secure_client
+from support.federation import configure
+from support.processes import SMALL, settings, warm
 from support.secure import ROWS, Party, differences, journal, make, merge, used, visit
+from support.warm import Place
 
 from fedcli import Federation
 from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError
@@ -400,3 +403,45 @@ def test_the_page_s_client_needs_few_lines_and_no_fedcli() -> None:
     assert len(text.splitlines()) <= 120
     assert "import fedcli" not in text
     assert "from fedcli" not in text
+
+
+# By commands
+
+
+@slow
+def test_three_parties_join_and_two_rounds_are_masked_by_commands_pairwise_and_then_double(tmp_path: Path) -> None:
+    place = Place(tmp_path, warm())
+    place("init", "W", *settings(*SMALL, "data.source=null", "privacy.secure_aggregation=pairwise"))
+    assert "cannot be masked yet: 0 of its 3" in place("server", "aggregate", code=6).stderr
+    told = {}
+    for client in range(3):
+        floors = ("--floor", "secure=required") if client else ()
+        rows = place.rows(f"rows-{client}.jsonl", 6 + client)
+        told[client] = json.loads(place.join(client, rows, "--share", "minimal", *floors, "--json").stdout)[
+            "fingerprint"
+        ]
+    assert "waits until its clients are enrolled" in place.train(0).stdout
+    for client in range(3):
+        place("server", "enrol", "--id", client, "--fingerprint", told[client])
+    assert "pairwise: waits for masked updates, 3 or more" in place("status").stdout
+    for client in range(3):
+        assert "dropped its update" in place.train(client).stdout
+        assert "has been sent" in place.train(client).stdout
+    configure(tmp_path / "W", "privacy.secure_aggregation=double")
+    assert "round 1 is open" in place("server", "aggregate").stdout
+    for client in range(3):
+        place.train(client)
+    waits = place("server", "aggregate", code=6).stderr
+    assert "waits for their clients' answers" in waits
+    assert "fedcli client train --id 0" in place("status").stderr
+    for client in range(3):
+        assert "answered the repair of round 1" in place.train(client).stdout
+    assert "round 2 is finished" in place("server", "aggregate").stdout
+    place("verify")
+    place("report")
+    place("gc")
+    first = json.loads((tmp_path / "W/rounds/00001/manifest.json").read_bytes())
+    assert first["aggregation"]["secure"]["weight"] == 21.0
+    assert "masked: nobody but the client" in place("eval", "run", "demo", "--client", 0, "--limit", 1, code=6).stderr
+    refused = place("client", "train", "--id", 0, "--home", "H0")
+    assert "finished" in refused.stdout

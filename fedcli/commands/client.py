@@ -65,7 +65,8 @@ def client_join(
         Option(
             "--floor",
             metavar="KEY=VALUE",
-            help="The least that a round must ask for: rows, steps, batch_size; targets, where LoRA may lie. "
+            help="The least that a round must ask for: rows, steps, batch_size; targets, where LoRA may lie; "
+            "secure, whether what you send must be masked. "
             "Default: as before, else rows=2 and targets=layers.",
         ),
     ] = None,
