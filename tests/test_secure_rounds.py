@@ -4,26 +4,33 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import secure_client
+import yaml
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from support.federation import configure
 from support.processes import SMALL, settings, warm
 from support.secure import ROWS, Party, differences, journal, make, merge, used, visit
 from support.warm import Place
 
+import fedcli.client.secure_round
 from fedcli import Federation
 from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError
+from fedcli.parties.membership import rotate
 from fedcli.secure_aggregation.fixed_point import to_ring
 from fedcli.server.enrol import open_trust
 from fedcli.trust.keys import KeyPair
+from fedcli.workspace.floors import Asked, Floors, faults
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Workspace, default_home, server_home
 from fedcli.workspace.records import sha256
 
 slow = pytest.mark.slow
+OTHER = X25519PrivateKey.generate()
 
 
 @pytest.fixture(scope="session")
@@ -445,3 +452,277 @@ def test_three_parties_join_and_two_rounds_are_masked_by_commands_pairwise_and_t
     assert "masked: nobody but the client" in place("eval", "run", "demo", "--client", 0, "--limit", 1, code=6).stderr
     refused = place("client", "train", "--id", 0, "--home", "H0")
     assert "finished" in refused.stdout
+
+
+# What goes wrong
+
+
+@slow
+def test_a_party_s_floor_wins_over_what_the_round_has(
+    pairwise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = used(pairwise, tmp_path, monkeypatch)
+    client = Federation.open(place).client(0)
+    client.join(place.parent / "rows-0.jsonl", floors=["secure=double"]).commit()
+    with pytest.raises(ConfigError, match="sends what was learnt masked pairwise, and your floor is secure=double"):
+        visit(place, 0)
+    client.join(place.parent / "rows-0.jsonl", floors=["secure=required"]).commit()
+    assert visit(place, 0) == ["submitted"]
+    asked = Asked.by(Federation.open(place).round(0).manifest, 5)
+    assert faults(Floors(secure="required"), replace(asked, secure=None))[0][1] == "secure=any"
+    baseline = Asked.by(Federation.open(place).round(0).manifest, 5, Federation.open(place).round(0).manifest.train)
+    assert faults(Floors(secure="required"), baseline), "a baseline is published as it is"
+
+
+CONFLICTS = {
+    "aggregation.rule=median": r"secure_aggregation: pairwise and aggregation\.rule: median exclude",
+    "aggregation.weight_cap=3.0": r"secure_aggregation: pairwise and aggregation\.weight_cap exclude",
+    "federation.signatures=off": r"secure_aggregation: pairwise and federation\.signatures: off exclude",
+    "federation.per_round=2": r"needs 3 or more clients a round, and 2 count",
+    "federation.per_round=3 federation.select=4": r"secure_aggregation: pairwise and federation\.select exclude",
+    "federation.clients=600": r"is for 512 clients a round or fewer, and 600 count",
+    "privacy.unit=client privacy.clip=1 privacy.noise=1": "unit is client and secure_aggregation is pairwise",
+}
+
+
+@pytest.mark.parametrize("settings", CONFLICTS)
+def test_what_excludes_secure_aggregation_is_named_with_it(settings: str, tmp_path: Path) -> None:
+    given = dict(part.split("=") for part in settings.split())
+    chosen = {key: yaml.safe_load(value) for key, value in given.items()}
+    with pytest.raises(ConfigError, match=CONFLICTS[settings]):
+        Federation.create(
+            tmp_path / "W", settings={"privacy.secure_aggregation": "pairwise", "data.source": None} | chosen
+        )
+    assert not (tmp_path / "W").exists()
+
+
+def test_a_simulation_has_no_keys_and_so_no_masks(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the clients of a simulation have no keys"):
+        Federation.create(tmp_path / "W", settings={"privacy.secure_aggregation": "double"})
+    assert not (tmp_path / "W").exists()
+
+
+@slow
+def test_what_was_set_aside_is_sent_again_as_it_was_and_after_a_repair_nothing_is(place: Path) -> None:
+    visit(place, 0, 1, 3)
+    sent = {path.name: path.read_bytes() for path in (place / "inbox/0/round-00000").iterdir()}
+    assert Federation.open(place).server.discard(0)
+    assert not list(place.glob("inbox/0/*")) and not list(place.glob("inbox/0/.d*"))
+    Party.trained = 0
+    assert visit(place, 0) == ["submitted"]
+    assert Party.trained == 0
+    assert {path.name: path.read_bytes() for path in (place / "inbox/0/round-00000").iterdir()} == sent
+    with pytest.raises(NotReadyError):
+        merge(place, partial=True)
+    with pytest.raises(UsageError, match="has a repair"):
+        Federation.open(place).server.discard(0)
+
+
+@slow
+def test_who_left_after_it_sent_is_not_unmasked(place: Path) -> None:
+    visit(place, 0, 1, 2, 3)
+    Federation.open(place).client(2).leave()
+    if mode_of(place) == "pairwise":
+        with pytest.raises(NotReadyError, match=r"cannot go on without client 2: inbox/2/round-00000 lies there"):
+            merge(place, partial=True)
+        assert not (place / "repair").exists()
+        Federation.open(place).server.discard(2)
+    with pytest.raises(NotReadyError, match="waits for their clients' answers"):
+        merge(place, partial=True)
+    assert visit(place, 0, 1, 3) == ["answered"] * 3
+    assert merge(place).aggregation.missing == ([2] if mode_of(place) == "pairwise" else [2])
+    assert problems(place) == []
+
+
+@slow
+def test_an_update_that_comes_after_the_repair_is_taken_back(place: Path) -> None:
+    beside = Path(shutil.copytree(place.parent, place.parent.with_name("beside")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(beside / "data"))
+        visit(beside / "W", 2)
+    visit(place, 0, 1, 3)
+    with pytest.raises(NotReadyError):
+        merge(place, partial=True)
+    shutil.copytree(beside / "W/inbox/2", place / "inbox/2")
+    assert visit(place, 2) == ["too_late"]
+    assert (place / "inbox/2/round-00000").exists() == (mode_of(place) == "double")
+    visit(place, 0, 1, 3)
+    assert merge(place).aggregation.missing == [2]
+    assert problems(place) == []
+
+
+@slow
+def test_pairwise_asks_for_no_repair_while_anything_of_a_missing_client_lies_there(
+    pairwise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = used(pairwise, tmp_path, monkeypatch)
+    visit(place, 0, 1, 2, 3)
+    own = place / "inbox/2"
+    for name in (".discarded-round-00000-abc", ".tmp-of-another-program"):
+        (own / "round-00000").rename(own / name)
+        with pytest.raises(NotReadyError, match=rf"inbox/2/{name} lies there"):
+            merge(place, partial=True)
+        (own / name).rename(own / "round-00000")
+    (own / "round-00000/masked.safetensors").write_bytes(b"x")
+    with pytest.raises(NotReadyError, match=r"would tell the server what is in it \(size\)"):
+        merge(place, partial=True)
+    assert not (place / "repair").exists()
+
+
+@slow
+def test_a_round_without_its_sum_is_ended_and_the_next_one_goes_on(place: Path) -> None:
+    visit(place, 0, 1, 3)
+    with pytest.raises(NotReadyError):
+        merge(place, partial=True)
+    visit(place, 0)
+    before = Federation.open(place).round().adapter()
+    assert merge(place, abandon=True).aggregation.counted == []
+    after = Federation.open(place).round().adapter()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    found = Federation.open(place).verify()
+    assert found.violations == []
+    assert any("was abandoned" in remark.problem for remark in found.remarks)
+    assert visit(place, 0, 1, 2, 3) == ["submitted"] * 4
+
+
+@slow
+def test_a_plain_round_is_not_abandoned(small: Path) -> None:
+    with pytest.raises(UsageError, match="has no secure aggregation"):
+        merge(small, abandon=True)
+
+
+@slow
+def test_with_fewer_than_three_enrolled_no_round_is_opened(place: Path) -> None:
+    visit(place, 0, 1, 2, 3)
+    if mode_of(place) == "double":
+        with pytest.raises(NotReadyError):
+            merge(place)
+        visit(place, 0, 1, 2, 3)
+    else:
+        (place / "inbox/3/round-00000").rename(place.parent / "kept")
+        with pytest.raises(NotReadyError):
+            merge(place, partial=True)
+        visit(place, 0, 1, 2)
+    for client in (1, 2):
+        Federation.open(place).server.revoke(client)
+    with pytest.raises(NotReadyError, match="round 1 cannot be opened: 2 clients are enrolled"):
+        merge(place)
+
+
+@slow
+def test_masks_of_other_keys_and_sums_that_are_none_stop_the_merge(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = fedcli.client.secure_round.make_secrets
+    monkeypatch.setattr(
+        fedcli.client.secure_round, "make_secrets", lambda terms, key, client: honest(terms, OTHER, client)
+    )
+    visit(place, 1)
+    monkeypatch.setattr(fedcli.client.secure_round, "make_secrets", honest)
+    visit(place, 0, 2, 3)
+    with pytest.raises(IntegrityError, match="the masks of clients 0 and 1, 1 and 2, 1 and 3 do not cancel"):
+        merge(place)
+    shutil.rmtree(place / "inbox/1/round-00000")
+    shutil.rmtree(default_home(read_identity(Workspace(place)).id, 1).masked(0).parent)
+    monkeypatch.setattr(fedcli.client.secure_round, "mask", lambda numbers, client, secrets: None)
+    visit(place, 1)
+    if mode_of(place) == "double":
+        with pytest.raises(NotReadyError):
+            merge(place)
+        visit(place, 0, 1, 2, 3)
+    with pytest.raises(IntegrityError, match="the sum of round 0 is none of updates"):
+        merge(place)
+
+
+@slow
+def test_answers_that_are_wrong_or_another_s_are_not_used(repaired: Path) -> None:
+    visit(repaired, 0, 1, 3)
+    path = repaired / "inbox/0/repair-00000-0/answer.json"
+    kept = path.read_bytes()
+    key = KeyPair.read(default_home(read_identity(Workspace(repaired)).id, 0).keys)
+    document = json.loads(kept)
+    for changes, told in (
+        ({"repair": "0" * 64}, "wrong_round"),
+        ({"client": 1}, "wrong_round"),
+        ({"workspace": "w"}, "wrong_round"),
+        ({"seeds": {"2": "00"}, "shares": {}}, "waits for|cannot be had"),
+        (
+            {"seeds": {"2": "ab" * 32}, "shares": {str(n): {"self": "00" * 64, "2": "00" * 64} for n in (0, 1, 3)}},
+            "cannot be had",
+        ),
+    ):
+        changed = {name: value for name, value in (document | changes).items() if name != "checksum"}
+        path.write_text(json.dumps(changed))
+        path.with_name("answer.sig").write_bytes(key.sign("answer", document["workspace"], sha256(path.read_bytes())))
+        with pytest.raises(FedError, match=told):
+            merge(repaired)
+    path.write_bytes(kept)
+    with pytest.raises(NotReadyError, match="client 0: signature"):
+        merge(repaired)
+    path.with_name("answer.sig").write_bytes(key.sign("answer", document["workspace"], sha256(kept)))
+    assert merge(repaired).status == "published"
+
+
+@slow
+def test_what_was_summed_is_checked_again_and_what_was_changed_is_named(repaired: Path) -> None:
+    visit(repaired, 0, 1, 3)
+    merge(repaired)
+    assert problems(repaired) == []
+    changed = {
+        "attempts/round-00000-0.json": lambda data: data.replace(b"3", b"2"),
+        "attempts/round-00000-0.sig": lambda data: data[::-1],
+        "repair/round-00000-0.json": lambda data: data.replace(b'"dropped"', b'"doubled"'),
+        "inbox/0/round-00000/masked.safetensors": lambda data: data[:-8] + bytes(8),
+        "inbox/0/round-00000/update.json": lambda data: data + b" ",
+        "inbox/0/round-00000/update.sig": lambda data: data[::-1],
+    }
+    for name, change in changed.items():
+        path = repaired / name
+        kept = path.read_bytes()
+        path.write_bytes(change(kept))
+        assert problems(repaired), name
+        path.write_bytes(kept)
+    (repaired / "inbox/1/repair-00000-0/answer.json").write_text("{}")
+    found = Federation.open(repaired).verify()
+    assert (found.violations, found.num_recomputed) == ([], 0)
+    assert any("is not the answer that was used" in remark.problem for remark in found.remarks)
+
+
+@slow
+def test_old_rounds_lose_their_masked_numbers_answers_and_shares_and_stay_checkable(place: Path) -> None:
+    for _ in range(2):
+        visit(place, 0, 1, 3)
+        with pytest.raises(NotReadyError):
+            merge(place, partial=True)
+        visit(place, 0, 1, 3)
+        merge(place)
+    configure(place, "retention.keep_last=1")
+    Federation.open(place).gc()
+    assert sorted(path.name for path in (place / "inbox/0/round-00001").iterdir()) == ["update.json", "update.sig"]
+    assert not (place / "inbox/0/repair-00001-0").exists()
+    assert (place / "inbox/0/repair-00000-0").exists(), "round 0 stays whole"
+    assert sorted(path.name for path in (place / "repair").glob("*1-0*")) == ["round-00001-0.json", "round-00001-0.sig"]
+    assert problems(place) == []
+
+
+@slow
+def test_a_party_without_its_journal_reveals_nothing(repaired: Path) -> None:
+    shutil.rmtree(default_home(read_identity(Workspace(repaired)).id, 0).masked(0).parent)
+    refuses(repaired, 0, "it counts another update of client 0")
+
+
+@slow
+def test_keys_that_were_rotated_in_an_open_round_count_from_the_next_on(place: Path) -> None:
+    visit(place, 0, 1, 3)
+    for client in (0, 2):
+        Federation.open(place).keys  # noqa: B018
+        rotate(Federation.open(place).state, client)
+        Federation.open(place).server.enrol(client)
+    with pytest.raises(ConfigError, match="counts on other keys of client 2"):
+        visit(place, 2)
+    with pytest.raises(NotReadyError):
+        merge(place, partial=True)
+    assert visit(place, 0, 1, 3) == ["answered"] * 3
+    merge(place)
+    assert problems(place) == []
+    assert visit(place, 0, 1, 2, 3) == ["submitted"] * 4

@@ -24,7 +24,7 @@ from fedcli.secure_aggregation.party import (
     unlocking_keys,
 )
 from fedcli.secure_aggregation.terms import Terms
-from fedcli.trust.attempts import check_server, terms_of
+from fedcli.trust.attempts import check_server, terms_of, unproven
 from fedcli.trust.chain import read_chain
 from fedcli.trust.history import note
 from fedcli.trust.keys import KeyPair
@@ -103,6 +103,11 @@ def enter(federation: FederationState, party: Party, observer: Observer) -> Secu
     enrolment = read_chain(federation.workspace, federation.identity, pins)
     check_server(base, enrolment, "attempt", attempt)
     terms = terms_of(base, attempt, enrolment)
+    for other in unproven(enrolment, terms.cohort):
+        observer.noted(
+            f"client {other} has new keys that its old ones did not sign: ask it by telephone whether they are its own; "
+            "a server that gives itself a party's place can take that party's part out of the sum"
+        )
     key = own_key(party.home, client, enrolment)
     journal = read_journal(party.home, base.number, base.manifest.workspace)
     if journal is not None and journal.attempt != attempt.sha256:

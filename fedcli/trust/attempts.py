@@ -1,5 +1,7 @@
 """Whether an attempt at secure aggregation, a repair and an answer to it are by who must have made them."""
 
+from collections.abc import Collection
+
 from fedcli.errors import IntegrityError
 from fedcli.secure_aggregation.terms import Terms
 from fedcli.trust.keys import Purpose, is_signed
@@ -7,7 +9,7 @@ from fedcli.workspace.enrolment import Enrolment
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate, read_beside
 from fedcli.workspace.layout import ATTEMPT, UPDATE_SIGNATURE
-from fedcli.workspace.records import sha256
+from fedcli.workspace.records import PublicKeys, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.secure_files import MAX_SIGNATURE_BYTES, Stored
 from fedcli.workspace.secure_records import AttemptRecord
@@ -96,3 +98,16 @@ def is_signed_since(
     first = max((place for place, entry in enumerate(entries) if entry.number <= number), default=0)
     keys = [entry.keys for entry in entries[first:] if entry.keys is not None]
     return any(is_signed(each, signature, purpose, attempt.record.workspace, digest) for each in keys)
+
+
+def unproven(enrolment: Enrolment, clients: Collection[int]) -> list[int]:
+    """Return those of some clients that were enrolled under new keys which their old ones did not sign."""
+    entries = [stored.entry for stored in enrolment.entries if stored.entry.keys is not None]
+    known: dict[int, PublicKeys] = {}
+    found = set()
+    for entry in entries:
+        if entry.client is not None and entry.keys is not None:
+            if entry.proof is None and known.get(entry.client) not in (None, entry.keys):
+                found.add(entry.client)
+            known[entry.client] = entry.keys
+    return sorted(found & {*clients})
