@@ -449,20 +449,28 @@ class Server:
         *,
         algorithm: str | None = None,
         partial: bool = False,
+        abandon: bool = False,
         dry_run: bool = False,
         wait: float = 0.0,
         observer: Observer = SILENT,
     ) -> "AggregationResult":
         """Merge the open round's updates and publish the next round; raise NotReadyError while too few are there.
 
-        What eval.every asks for is noted, and `score` makes the scores.
+        `abandon` ends a round of secure aggregation without its updates. What eval.every asks for is noted, and `score`
+        makes the scores.
         """
         from fedcli.server.aggregate import aggregate
 
         if not dry_run:
             self.note_scores()  # an earlier call may have been interrupted before it did
         result = aggregate(
-            self.federation.state, algorithm=algorithm, partial=partial, dry_run=dry_run, wait=wait, observer=observer
+            self.federation.state,
+            algorithm=algorithm,
+            partial=partial,
+            abandon=abandon,
+            dry_run=dry_run,
+            wait=wait,
+            observer=observer,
         )
         if result.published:
             self.note_scores()

@@ -17,7 +17,20 @@ from fedcli.workspace.locks import hold
 if TYPE_CHECKING:
     from fedcli.client.local_round import Training
 
-ClientStatus = Literal["not_selected", "gone", "already_submitted", "submitted", "finished", "due"]
+ClientStatus = Literal[
+    "not_selected",
+    "gone",
+    "already_submitted",
+    "submitted",
+    "finished",
+    "due",
+    "waiting",
+    "too_late",
+    "repair_due",
+    "answered",
+    "already_answered",
+]
+_TO_DO = ("due", "repair_due")
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,10 @@ def client_status(federation: FederationState, client: int) -> ClientResult:
         status = "not_selected"
     elif federation.identity.signatures is not None and _is_gone(federation, client):
         status = "gone"
+    elif head.manifest.secure_aggregation is not None:
+        from fedcli.workspace.secure_files import standing  # of no other federation: it loads numpy
+
+        status = standing(head, client)
     elif head.has_update(client):
         status = "already_submitted"
     return ClientResult(status, client, head.number)
@@ -76,14 +93,16 @@ def train_client(
     deadline = time.monotonic() + wait
     while True:
         result = client_status(federation, client)
-        if result.status == "due":
+        if result.status in _TO_DO:
             party = find_party(federation, client, home)
             try:
                 with hold(party.home.lock, f"client {client}"):
                     federation.refresh()
                     result = client_status(federation, client)
-                    if result.status != "due":  # another process did it while this one came to the lock
+                    if result.status not in _TO_DO:  # another process did it while this one came to the lock
                         return result
+                    if federation.head.manifest.secure_aggregation is not None:
+                        return _take_part_masked(federation, party, result.status, runtimes, observer)
                     return _train(federation, party, runtimes, observer)
             except BusyError:
                 if time.monotonic() + POLL_SECONDS > deadline:
@@ -121,7 +140,12 @@ def try_client(
 def refresh_rows(
     federation: FederationState, client: int, home: Path | None = None, *, observer: Observer
 ) -> tuple[int, int] | None:
-    """Register a party's rows anew where they have changed, and say so; return how many there were and are."""
+    """Register a party's rows anew where they have changed, and say so; return how many there were and are.
+
+    While a masked update waits for the others it holds that the party has registered as many rows as went into it.
+    """
+    if federation.head.manifest.secure_aggregation is not None and federation.head.has_update(client):
+        return None
     from fedcli.parties.join import refresh_registration
 
     changed = refresh_registration(federation, client, home, observer=observer)
@@ -198,7 +222,10 @@ def _claimable(federation: FederationState) -> Iterator[int]:
 
     One of a simulation whose file of rows is gone is among them: it fails, and is not passed over for ever.
     """
-    missing = set(federation.head.missing_clients())
+    head = federation.head
+    missing = set(head.missing_clients())
+    if head.manifest.secure_aggregation is not None:
+        missing = {client for client in head.awaited_clients() if client_status(federation, client).status in _TO_DO}
     here = is_here if federation.identity.simulation else can_train
     return (client for client in federation.head.draw_order if client in missing and here(federation, client))
 
@@ -213,3 +240,31 @@ def _train(federation: FederationState, party: Party, runtimes: Runtimes, observ
     training, is_first = train_and_drop(federation, party, runtimes, observer)
     status: ClientStatus = "submitted" if is_first else "already_submitted"
     return ClientResult(status, party.client, federation.head.number, training)
+
+
+def _take_part_masked(
+    federation: FederationState, party: Party, due: ClientStatus, runtimes: Runtimes, observer: Observer
+) -> ClientResult:
+    """Do what is due in a round of secure aggregation: train and drop, drop again what was trained, or answer."""
+    from fedcli.client.secure_round import answer_repair, drop_again, enter, withdraw
+    from fedcli.workspace.secure_files import remove_update
+
+    workspace, head, client = federation.workspace, federation.head, party.client
+    workspace.store.sweep(workspace.name(workspace.client_inbox(client)))
+    if workspace.is_discarded(head.number, client):
+        remove_update(head, client)
+    entered = enter(federation, party, observer)
+    if due == "repair_due":
+        if withdraw(entered):
+            return ClientResult("too_late", client, head.number)
+        is_first = answer_repair(entered)
+        return ClientResult("answered" if is_first else "already_answered", client, head.number)
+    training = None
+    if entered.journal is not None:
+        is_first = drop_again(entered, observer)
+    else:
+        from fedcli.client.local_round import train_and_drop
+
+        training, is_first = train_and_drop(federation, party, runtimes, observer, entered)
+    status: ClientStatus = "submitted" if is_first else client_status(federation, client).status
+    return ClientResult(status, client, head.number, training)

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
@@ -20,6 +21,9 @@ from fedcli.workspace.privacy_records import PrivacyClaim
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sealed, sha256
 from fedcli.workspace.step_ledger import charge
 from fedcli.workspace.tensors import encode
+
+if TYPE_CHECKING:
+    from fedcli.client.secure_round import SecureRound
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,21 @@ class Training:
 
 
 def train_and_drop(
-    federation: FederationState, party: Party, runtimes: Runtimes, observer: Observer
+    federation: FederationState,
+    party: Party,
+    runtimes: Runtimes,
+    observer: Observer,
+    masked: "SecureRound | None" = None,
 ) -> tuple[Training, bool]:
     """Train a client on the open round and drop its update; return what it did, and whether its update was the first.
 
-    Whoever calls this holds the client's lock.
+    Whoever calls this holds the client's lock. In a `masked` round, which was checked already, nothing is sent in the
+    clear.
     """
     client, head = party.client, federation.head
     manifest, past = head.manifest, federation.past()
-    check_past(federation, party, past, observer)
+    if masked is None:
+        check_past(federation, party, past, observer)
     party.check_floors(manifest)
     if manifest.privacy is not None:
         check_budget([*past, head], [client])
@@ -118,6 +128,14 @@ def train_and_drop(
     sent, kept = algorithm.client_step(
         adapter, values, state, own, steps=training.steps, learning_rate=manifest.train.learning_rate
     )
+    if masked is not None:
+        from fedcli.client.secure_round import mask_and_drop
+
+        trained = {ADAPTER_FILE: values} | sent
+        dropped = mask_and_drop(
+            masked, algorithm, adapter, trained, kept, training.num_samples, observer, training.spent
+        )
+        return training, dropped
     files = {
         name: encode({tensor: arrays[tensor] for tensor in manifest.sent_tensors})
         for name, arrays in ({ADAPTER_FILE: values} | sent).items()

@@ -65,7 +65,8 @@ def client_join(
         Option(
             "--floor",
             metavar="KEY=VALUE",
-            help="The least that a round must ask for: rows, steps, batch_size; targets, where LoRA may lie. "
+            help="The least that a round must ask for: rows, steps, batch_size; targets, where LoRA may lie; "
+            "secure, whether what you send must be masked. "
             "Default: as before, else rows=2 and targets=layers.",
         ),
     ] = None,
@@ -281,8 +282,14 @@ def _describe_status(result: "ClientResult") -> str:
         "gone": f"{who}: nothing to do, it has left, or was revoked",
         "not_selected": f"{who}: nothing to do, it is not in the cohort of round {result.round}",
         "already_submitted": f"{who}: nothing to do, its update of round {result.round} has been sent",
-        "submitted": f"{who}: trained in round {result.round} and dropped its update",
+        "submitted": f"{who}: {'trained in' if result.training else 'has trained in'} round {result.round} and "
+        f"dropped its update{'' if result.training else ' again'}",
         "due": f"{who}: round {result.round} waits for its update",
+        "waiting": f"{who}: nothing to do yet, round {result.round} waits until its clients are enrolled",
+        "too_late": f"{who}: nothing to do, round {result.round} goes on without it",
+        "repair_due": f"{who}: round {result.round} waits for its answer, without which no sum is known",
+        "answered": f"{who}: answered the repair of round {result.round}",
+        "already_answered": f"{who}: nothing to do, it has answered the repair of round {result.round}",
     }[result.status]
 
 
@@ -317,5 +324,6 @@ def client_status(client: ClientOption, workspace: WorkspaceOption = None, json_
 
     federation = found_federation(workspace)
     result = federation.client(client).status()
-    hint = f"next: {next_of_client(federation.workspace, client)}{at(workspace)}" if result.status == "due" else ""
+    is_due = result.status in ("due", "repair_due")
+    hint = f"next: {next_of_client(federation.workspace, client)}{at(workspace)}" if is_due else ""
     print_result(json_output, _document(result), _describe_status(result), hint)

@@ -40,6 +40,9 @@ def server_aggregate(
         str | None, Option("--algo", metavar="NAME", help="Merge with this algorithm, this time only.")
     ] = None,
     partial: Annotated[bool, Option("--partial", help="Go ahead with one valid update or more.")] = False,
+    abandon: Annotated[
+        bool, Option("--abandon", help="End a round of secure aggregation without its updates.")
+    ] = False,
     wait: Annotated[float, Option(min=0, metavar="SECONDS", help="Wait so long for missing updates.")] = 0.0,
     dry_run: Annotated[bool, Option("--dry-run", help="Read and check all updates; publish nothing.")] = False,
     no_score: Annotated[
@@ -59,21 +62,21 @@ def server_aggregate(
     try:
         with StepDisplay(json_output, "updates") as observer:
             result = server.aggregate(
-                algorithm=algorithm, partial=partial, dry_run=dry_run, wait=wait, observer=observer
+                algorithm=algorithm, partial=partial, abandon=abandon, dry_run=dry_run, wait=wait, observer=observer
             )
     except NotReadyError:
         if scores:
             _scores(server)
         raise
     if not json_output:
-        _print(result, at(workspace))
+        _print(result, at(workspace), abandon=abandon)
     scored = _scores(server) if scores else []
     if json_output:
         document = {name: getattr(result, name) for name in ("status", "round", "state", "aggregation")}
         print_json(document | ({"scored": scored} if scored else {}))
 
 
-def _print(result: "AggregationResult", here: str) -> None:
+def _print(result: "AggregationResult", here: str, *, abandon: bool = False) -> None:
     if result.aggregation is None:
         tell(f"nothing to do: the federation has finished at round {result.round}")
         return
@@ -84,7 +87,8 @@ def _print(result: "AggregationResult", here: str) -> None:
     if done.counted:
         tell(f"{verb} {plural(len(done.counted), 'update')} ({who} {clients})")
     else:
-        tell(f"{verb} no update: all clients of the round have left or were revoked; the adapter stays as it is")
+        why = "the round was abandoned" if abandon else "all clients of the round have left or were revoked"
+        tell(f"{verb} no update: {why}; the adapter stays as it is")
     for entry in done.refused:
         tell(f"refused client {entry.client}: {entry.code}: {entry.reason}")
     if done.missing:

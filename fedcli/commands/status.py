@@ -73,6 +73,8 @@ def _print(result: "Status") -> None:
         tell(f"budget     {is_spent}{describe_budget(result.budget)}")
     if result.arriving:
         tell(f"arriving   {name_clients(result.arriving)}: not all files are there yet; they are waited for")
+    if result.secure is not None:
+        tell(f"masked     {result.secure.mode}: {result.secure.waits}")
     if result.seconds_left is not None:
         left = describe_seconds(abs(result.seconds_left))
         tell(f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} one answer is enough")

@@ -118,7 +118,9 @@ class PrivacyConfig(Section):
                 f"{noise:g}. Leave adaptive out, and set clip from public data; or let more clients count"
             )
 
-    def check_against(self, aggregation: AggregationConfig, signatures: str | None, num_counted: int) -> None:
+    def check_against(
+        self, aggregation: AggregationConfig, signatures: str | None, num_counted: int, num_drawn: int | None = None
+    ) -> None:
         """Raise ValueError where the section and another one cannot both hold; the message names both."""
         ways = {
             "privacy.unit: client": self.unit == "client",
@@ -142,4 +144,12 @@ class PrivacyConfig(Section):
             raise ValueError(
                 f"{way} needs {FEWEST_SECURE} or more clients a round, and {num_counted} count (federation.per_round): "
                 "the sum of fewer tells each one's update"
+            )
+        most = {"pairwise": 512, "double": 128}[self.secure_aggregation]
+        if num_counted > most:
+            raise ValueError(f"{way} is for {most} clients a round or fewer, and {num_counted} count")
+        if num_drawn is not None and num_drawn > num_counted:
+            raise ValueError(
+                f"{way} and federation.select exclude each other: whoever is masked with others is summed with them. "
+                "Draw more with per_round, and let quorum or deadline say how many are enough"
             )

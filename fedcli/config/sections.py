@@ -236,8 +236,11 @@ class Config(Section):
             if given is not None:
                 check_format(given, self.task)
         self.aggregation.check_enough(self.federation.num_counted)
-        self.privacy.check_adaptive(self.federation.num_counted, self.federation.rounds)
-        self.privacy.check_against(self.aggregation, self.federation.signatures, self.federation.num_counted)
+        federation = self.federation
+        self.privacy.check_adaptive(federation.num_counted, federation.rounds)
+        self.privacy.check_against(
+            self.aggregation, federation.signatures, federation.num_counted, federation.cohort_size
+        )
         return self
 
     def fixed(self) -> dict[str, Any]:

@@ -97,6 +97,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         "adapter": f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, of {layers}",
         "algorithm": describe_algorithm(manifest.algorithm),
         "algorithms so far": describe_history(manifest, ", "),
+        "secure aggregation": manifest.secure_aggregation or "",
     }
     return Report(
         title=workspace.root.name,
@@ -212,12 +213,15 @@ def _similarities(
     """
     found: list[Similarity] = []
     figures: dict[int, dict[int, Diagnosis]] = {}
-    notes, withheld = [], list[int]()
+    notes, withheld, masked = [], list[int](), list[int]()
     num_bytes = 0
     for before, after in reversed(list(pairwise(rounds))):
         done = after.manifest.aggregation
         hashes = {entry.client: entry.update for entry in done.counted[:MOST_CLIENTS]} if done else {}
         if not hashes:  # all of its clients had left
+            continue
+        if before.manifest.secure_aggregation is not None:
+            masked.append(before.number)
             continue
         if before.manifest.withholds:
             withheld.append(before.number)
@@ -242,7 +246,7 @@ def _similarities(
             break
         found.append(similarity)
         if done and len(products) == len(done.counted):
-            weights = np.array([entry.weight for entry in done.counted])
+            weights = np.array([entry.weight or 0.0 for entry in done.counted])
             if weights.sum() > 0:
                 shares = diagnose(products, weights / weights.sum())
                 figures[before.number] = {
@@ -250,6 +254,8 @@ def _similarities(
                 }
     if withheld:
         notes.append(f"cosines: privacy withholds those of {plural(len(withheld), 'round')}")
+    if masked:
+        notes.append(f"cosines: updates of rounds {masked[-1]} to {masked[0]} are masked, and nobody can compare them")
     return found[::-1], figures, notes
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedcli.errors import IntegrityError
+from fedcli.operations.secure_status import SecureStatus, secure_status
 from fedcli.operations.slurm_state import JobStates, read_job_states
 from fedcli.operations.update_figures import UpdateFigures, figures_of
 from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
@@ -80,6 +81,8 @@ class Status:
     """Which algorithm merged which rounds."""
     unscored: list[Unscored]
     """What rounds are still to be scored on, and what failed."""
+    secure: SecureStatus | None
+    """Of a round of secure aggregation: what it waits for."""
     slurm: JobStates | None
     """None where no jobs were sent for the open round."""
     clock: str | None
@@ -105,12 +108,16 @@ def read_status(federation: FederationState) -> Status:
     membership = _membership(federation)
     unenrolled = [client for client in answered if client in membership["unenrolled"]]
     num_ready = len(answered) - len(unenrolled)
+    secure = secure_status(head) if manifest.secure_aggregation is not None else None
+    needed = needed if secure is None else max(needed, secure.fewest)
     next_command = _next_command(head, slurm, missing, num_ready >= needed)
     budget = _budget(federation)
     if budget is not None and not budget.is_enough:
         next_command = "fedcli privacy"
     if unenrolled and num_ready < needed:
         next_command = f"fedcli server enrol --id {unenrolled[0]}"
+    elif secure is not None and secure.next_command is not None:
+        next_command = secure.next_command
     elif len(membership["gone"]) == config.federation.clients and manifest.round + 1 < config.federation.rounds:
         next_command = "fedcli server enrol --id N"
     return Status(
@@ -146,6 +153,7 @@ def read_status(federation: FederationState) -> Status:
         cost=manifest.cost,
         history=manifest.history,
         unscored=read_unscored(workspace),
+        secure=secure,
         slurm=slurm,
         clock=describe_clock(head),
         next_command=next_command,

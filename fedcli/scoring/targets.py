@@ -144,6 +144,11 @@ def _last_update(workspace: Workspace, client: int) -> tuple[Round, Update]:
     """Return a client's last update that is valid, and the round that it answers."""
     for number in submitted_rounds(workspace, client):
         base = read_round(workspace, number)
+        if base is not None and base.manifest.secure_aggregation is not None:
+            raise NotReadyError(
+                f"client {client}'s update of round {number} is masked: nobody but the client knows it",
+                hint="Score rounds, or the party's own baseline (`fedcli train-alone`).",
+            )
         with suppress(Refusal):
             update = read_update(base, client) if base is not None else None
             if base is not None and update is not None:

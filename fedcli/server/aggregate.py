@@ -51,6 +51,7 @@ def aggregate(
     *,
     algorithm: str | None = None,
     partial: bool = False,
+    abandon: bool = False,
     dry_run: bool = False,
     wait: float = 0.0,
     observer: Observer,
@@ -58,7 +59,8 @@ def aggregate(
     """Merge the open round's updates and publish the next round, as soon as enough of the cohort has answered.
 
     `algorithm` names another than the round's own for this aggregation, with the hyperparameters of fedcli.yaml where
-    that has the same name, else the defaults; `partial` asks for one valid update only; `dry_run` publishes nothing;
+    that has the same name, else the defaults; `partial` asks for one valid update only; `abandon` ends a round of
+    secure aggregation without its updates; `dry_run` publishes nothing;
     `wait` is how many seconds to wait for updates or the lock. Raises NotReadyError with the missing clients, BusyError
     while another process aggregates, UsageError for an algorithm that is unknown or needs what the round's clients did
     not do.
@@ -68,7 +70,7 @@ def aggregate(
         try:
             with hold(federation.workspace.server_lock, "the server's work"):
                 federation.refresh()
-                return _aggregate(federation, algorithm, partial, dry_run, observer)
+                return _aggregate(federation, algorithm, partial, abandon, dry_run, observer)
         except (NotReadyError, BusyError):
             if time.monotonic() + POLL_SECONDS > deadline:
                 raise
@@ -108,11 +110,21 @@ def discard(federation: FederationState, client: int) -> bool:
     workspace = federation.workspace
     with hold(workspace.server_lock, "the server's work") if is_server(workspace) else nullcontext():
         federation.refresh()
-        return discard_update(federation.head, client)
+        head = federation.head
+        if head.manifest.secure_aggregation is not None and head.has_update(client):
+            from fedcli.workspace.secure_files import discard_masked
+
+            return discard_masked(head, client)
+        return discard_update(head, client)
 
 
 def _aggregate(
-    federation: FederationState, algorithm_name: str | None, partial: bool, dry_run: bool, observer: Observer
+    federation: FederationState,
+    algorithm_name: str | None,
+    partial: bool,
+    abandon: bool,
+    dry_run: bool,
+    observer: Observer,
 ) -> AggregationResult:
     if algorithm_name is not None and algorithm_name not in ALGORITHMS:
         raise UsageError(f"unknown algorithm {algorithm_name!r}", hint=did_you_mean(algorithm_name, ALGORITHMS))
@@ -121,6 +133,63 @@ def _aggregate(
         return AggregationResult("finished", head.number, "finished", None)
     algorithm = _algorithm(federation, algorithm_name)
     trust = _trust(federation)
+    files: dict[str, bytes] | None
+    if head.manifest.secure_aggregation is not None or abandon:
+        files, aggregation = _merge_masked(federation, algorithm, trust, partial, abandon, dry_run, observer)
+    else:
+        files, aggregation = _merge_plain(federation, algorithm, trust, partial, dry_run, observer)
+    if dry_run:
+        return AggregationResult("dry_run", head.number, "open", aggregation)
+    assert files is not None
+    published = open_next_round(federation, files, aggregation, trust)
+    federation.refresh()
+    following = federation.head
+    if trust is not None and published:
+        trust.note_round(following)
+        if following.manifest.secure_aggregation is not None:
+            from fedcli.server.attempts import start_attempt
+
+            start_attempt(federation, trust)
+    return AggregationResult(
+        "published" if published else "overtaken",
+        following.number,
+        following.manifest.state,
+        following.manifest.aggregation,
+    )
+
+
+def _merge_masked(
+    federation: FederationState,
+    algorithm: Algorithm,
+    trust: "ServerTrust | None",
+    partial: bool,
+    abandon: bool,
+    dry_run: bool,
+    observer: Observer,
+) -> tuple[dict[str, bytes], Aggregation]:
+    """Return the next round's files of a round of secure aggregation; `abandon` and deserted ones change nothing."""
+    from fedcli.server import secure_round  # of no other federation: it needs cryptography
+
+    federation.workspace.store.sweep("rounds")
+    if abandon or not federation.head.awaited_clients():
+        return secure_round.abandon(federation, algorithm)
+    assert trust is not None
+    return secure_round.merge_masked(federation, algorithm, trust, partial=partial, dry_run=dry_run, observer=observer)
+
+
+def _merge_plain(
+    federation: FederationState,
+    algorithm: Algorithm,
+    trust: "ServerTrust | None",
+    partial: bool,
+    dry_run: bool,
+    observer: Observer,
+) -> tuple[dict[str, bytes] | None, Aggregation]:
+    """Return the next round's files of the updates that are there; raise NotReadyError where they are too few.
+
+    A dry run of a round that gets noise has no files.
+    """
+    head = federation.head
     needed = min(1, needed_answers(federation)) if partial else needed_answers(federation)
     missing = head.missing_clients()
     answered = [client for client in head.awaited_clients() if client not in missing]
@@ -149,20 +218,7 @@ def _aggregate(
             f"round {head.number} has no valid update:{faults}",
             hint="Set a refused update aside with `fedcli server discard --id N`; its client then sends another.",
         )
-    if dry_run:
-        return AggregationResult("dry_run", head.number, "open", aggregation)
-    assert files is not None
-    published = open_next_round(federation, files, aggregation, trust)
-    federation.refresh()
-    following = federation.head
-    if trust is not None and published:
-        trust.note_round(following)
-    return AggregationResult(
-        "published" if published else "overtaken",
-        following.number,
-        following.manifest.state,
-        following.manifest.aggregation,
-    )
+    return files, aggregation
 
 
 def _noise(federation: FederationState, needed: int, dry_run: bool) -> "NoiseSource | None":

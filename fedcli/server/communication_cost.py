@@ -31,7 +31,7 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
         trainable_parameters=trainable,
         communicated_parameters=sent * num_files,
         client_bytes_down=sum(entry.bytes for name, entry in manifest.files.items() if name in read),
-        client_bytes_up=num_files * encoded_size(manifest.sent_tensors),
+        client_bytes_up=_bytes_up(manifest, num_files),
         total_bytes_down=down,
         total_bytes_up=up,
     )
@@ -45,3 +45,12 @@ def history_of(manifest: Manifest, previous: Manifest | None) -> list[AlgorithmR
     if history and history[-1].algorithm == manifest.aggregation.algorithm:
         return history
     return [*history, AlgorithmRun(round=previous.round, algorithm=manifest.aggregation.algorithm)]
+
+
+def _bytes_up(manifest: Manifest, num_files: int) -> int:
+    """Return the bytes that a client sends: masked, eight a number, and its weight with them."""
+    if manifest.secure_aggregation is None:
+        return num_files * encoded_size(manifest.sent_tensors)
+    from fedcli.workspace.secure_records import masked_header, num_masked
+
+    return len(masked_header(manifest)) + 8 * num_masked(manifest)

@@ -182,6 +182,11 @@ def _signs(experiment: Experiment, *, has_rows: bool) -> bool:
             "federation.signatures: required is for parties that join; the clients of a simulation have no keys",
             hint="Set it to null or off, or data.source to null.",
         )
+    if has_rows and (secure := experiment.config.privacy.secure_aggregation) != "off":
+        raise ConfigError(
+            f"privacy.secure_aggregation: {secure} is for parties that join; the clients of a simulation have no keys",
+            hint="Set it to off, or data.source to null.",
+        )
     return not has_rows and wanted != "off"
 
 

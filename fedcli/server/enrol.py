@@ -9,7 +9,16 @@ from fedcli.errors import IntegrityError, NotReadyError, UsageError, WorkspaceEr
 from fedcli.quantities import plural
 from fedcli.trust.chain import MAX_SIGNATURE_BYTES, read_chain, read_small, update_check
 from fedcli.trust.history import note, read_history
-from fedcli.trust.keys import KeyPair, digest_of, fingerprint, is_signed, keys_named, latest_keys, parse_fingerprint
+from fedcli.trust.keys import (
+    KeyPair,
+    Purpose,
+    digest_of,
+    fingerprint,
+    is_signed,
+    keys_named,
+    latest_keys,
+    parse_fingerprint,
+)
 from fedcli.workspace.enrolment import Action, Enrolment, EnrolmentEntry, entry_bytes, read_enrolment, write_entry
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_if_there
@@ -37,6 +46,10 @@ class ServerTrust:
     def sign_round(self, record: bytes) -> bytes:
         """Return manifest.sig of a manifest.json."""
         return self.key.sign("round", self.identity.id, sha256(record))
+
+    def sign(self, purpose: Purpose, record: bytes) -> bytes:
+        """Return the signature of a record's bytes."""
+        return self.key.sign(purpose, self.identity.id, sha256(record))
 
     def note_round(self, current: Round) -> None:
         """Keep which round this server published, and of which updates."""
@@ -208,7 +221,11 @@ def enrol(federation: FederationState, client: int, given: str | None = None) ->
                 hint="Compare it with the party by telephone, then run "
                 f"`fedcli server enrol --id {client} --fingerprint {told}`.",
             )
-        trust.append("enrol", client, keys=keys, proof=proof if is_proven else None)
+        trust = trust.append("enrol", client, keys=keys, proof=proof if is_proven else None)
+        if federation.head.manifest.secure_aggregation is not None:
+            from fedcli.server.attempts import start_attempt
+
+            start_attempt(federation, trust)
         return told, True
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from fedcli import __version__
 from fedcli.config import Config
-from fedcli.errors import NotReadyError
+from fedcli.config.privacy import FEWEST_SECURE
+from fedcli.errors import ConfigError, NotReadyError
 from fedcli.randomness import draw_cohort
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.workspace.federation_state import Experiment, FederationState, train_record
@@ -71,6 +72,8 @@ def _manifest(
     is_open = number < federation.rounds
     gone = {} if trust is None else trust.enrolment.gone
     everybody = [client for client in range(federation.clients) if client not in gone]
+    if (secure := config.privacy.secure_aggregation) != "off" and is_open:
+        everybody = _maskable(everybody, number, secure, trust)
     if is_open and not everybody:
         raise NotReadyError(
             "nobody is left to draw for the next round: all clients have left or were revoked",
@@ -114,3 +117,27 @@ def _clip(previous: Round | None, aggregation: Aggregation | None) -> float | No
     """Return the clip that adaptive clipping has reached; None where it has not begun."""
     privacy = None if previous is None else previous.manifest.privacy
     return None if privacy is None or aggregation is None else next_clip(privacy, aggregation.privacy)
+
+
+def _maskable(everybody: list[int], number: int, mode: str, trust: "ServerTrust | None") -> list[int]:
+    """Return the clients that a round of secure aggregation is drawn from: those enrolled, but for the first round.
+
+    That one is opened before anybody can be; who of it takes part is fixed once they are. Raises ConfigError where
+    there are no keys, NotReadyError where too few are enrolled.
+    """
+    if trust is None:
+        raise ConfigError(
+            f"privacy.secure_aggregation: {mode} is for parties that join: the clients of a simulation have no keys",
+            hint="Set it to off, or data.source to null.",
+        )
+    if number == 0:
+        return everybody
+    enrolled = [client for client in everybody if client in trust.enrolment.members]
+    if len(enrolled) < FEWEST_SECURE:
+        raise NotReadyError(
+            f"round {number} cannot be opened: {len(enrolled)} clients are enrolled, and privacy.secure_aggregation: "
+            f"{mode} needs {FEWEST_SECURE}: the sum of fewer tells each one's update",
+            hint="Enrol more with `fedcli server enrol`; or set privacy.secure_aggregation to off, which tells the "
+            "server each update from the next round on.",
+        )
+    return enrolled

@@ -8,7 +8,7 @@ import numpy as np
 from fedcli.errors import IntegrityError
 from fedcli.randomness import draw_cohort
 from fedcli.server.verification import Verification
-from fedcli.server.verify_signatures import check_of_merge, gone_clients
+from fedcli.server.verify_signatures import check_of_merge, enrolled_clients, gone_clients
 from fedcli.workspace.history import Round, is_hidden, prunable
 from fedcli.workspace.inbox import check_rows, opened_update, read_update, read_update_record
 from fedcli.workspace.layout import UPDATE_RECORD
@@ -43,6 +43,8 @@ def check_draw(current: Round, identity: Identity, result: Verification) -> None
     except IntegrityError:  # of the enrolment, which is reported by itself
         return
     everybody = [client for client in range(num_clients) if client not in gone]
+    if manifest.secure_aggregation is not None and current.number > 0:
+        everybody = [client for client in everybody if client in enrolled_clients(current)]
     if len(manifest.cohort) > len(everybody):
         return  # it draws some who are gone: whoever checks the enrolment names them
     drawn = draw_cohort(seed, current.number, everybody, len(manifest.cohort))
@@ -73,7 +75,7 @@ def gone_updates(base: Round, clients: Sequence[int]) -> list[int]:
 def _is_gone(base: Round, client: int) -> bool:
     try:
         with opened_update(base, client) as folder:
-            for name in (UPDATE_RECORD, *base.manifest.update_files):
+            for name in (UPDATE_RECORD, *base.manifest.dropped_files):
                 folder.read_part(name, 0, 1)
     except FileNotFoundError:
         return True

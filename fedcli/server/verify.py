@@ -93,7 +93,8 @@ def verify(
             if current.manifest.aggregation is not None:
                 _check_aggregation(current, current.manifest.aggregation, previous, seen, result)
                 if previous is not None and identity is not None:
-                    check_uncounted(current, current.manifest.aggregation, previous, result)
+                    if previous.manifest.secure_aggregation is None:
+                        check_uncounted(current, current.manifest.aggregation, previous, result)
                     num_clients = int(identity.fixed.get("federation.clients", 0)) or len(previous.manifest.cohort)
                     check_privacy(current, current.manifest.aggregation, previous, result)
                     _recompute(current, current.manifest.aggregation, previous, num_clients, keys, result)
@@ -236,7 +237,9 @@ def _check_aggregation(
     counted = [entry.client for entry in aggregation.counted]
     refused = [entry.client for entry in aggregation.refused]
     folder = current.folder
-    if not counted and (previous is None or not is_deserted(current, previous)):
+    if not counted and previous is not None and previous.manifest.secure_aggregation is not None:
+        result.remark(folder, "counts no update: secure aggregation was abandoned, or all had left or were revoked")
+    elif not counted and (previous is None or not is_deserted(current, previous)):
         result.report(folder, "counts no update, and of the cohort before not all had left or were revoked")
     accounts = (counted, refused, aggregation.missing, aggregation.surplus)
     for clients in accounts:
@@ -262,6 +265,12 @@ def _recompute(
 ) -> None:
     """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
     entries = {entry.client: entry for entry in aggregation.counted}
+    if entries and (previous.manifest.secure_aggregation is not None or aggregation.secure is not None):
+        from fedcli.server.verify_masked import recompute_masked  # of no other federation: it needs cryptography
+
+        if (files := recompute_masked(current, aggregation, previous, num_clients, result)) is not None:
+            _check_merged(current, files, result)
+        return
     hidden = [client for client in entries if is_hidden(current.workspace, client)]
     if previous.has(PRUNED) and is_reduced(previous):
         result.num_hidden += len(hidden)

@@ -62,6 +62,11 @@ def gone_clients(current: Round) -> set[int]:
     return set() if current.manifest.enrolment is None else {*_enrolment_of(current).gone}
 
 
+def enrolled_clients(current: Round) -> set[int]:
+    """Return the clients that were enrolled when a round was made; raise IntegrityError for damage."""
+    return set() if current.manifest.enrolment is None else {*_enrolment_of(current).members}
+
+
 def _enrolment_of(current: Round) -> Enrolment:
     return read_enrolment(current.workspace).up_to(current.manifest.enrolment) or Enrolment()
 
@@ -144,6 +149,8 @@ def _check_pruned(rounds: Sequence[Round], enrolment: Enrolment, report: Report)
         if merge is None or head is None:
             continue
         check = update_check(before, enrolment.up_to(head) or Enrolment())
+        if before.manifest.secure_aggregation is not None and merge.counted:
+            check = _masked_check(before, enrolment)
         for entry in merge.counted:
             workspace, path = current.workspace, current.workspace.update(before.number, entry.client)
             try:
@@ -156,6 +163,17 @@ def _check_pruned(rounds: Sequence[Round], enrolment: Enrolment, report: Report)
             except (OSError, FedError):  # hidden or gone: what counts updates again tells it
                 continue
     return num_right
+
+
+def _masked_check(before: Round, enrolment: Enrolment) -> Authenticate:
+    """Return what looks at the signatures of masked updates; what is wrong with the attempt is told elsewhere."""
+    from fedcli.trust.attempts import masked_check
+    from fedcli.workspace.secure_files import read_attempt
+
+    attempt = read_attempt(before)
+    if attempt is None:
+        raise IntegrityError(f"{before.workspace.attempt(before.number)} is missing", hint="Restore it from a backup.")
+    return masked_check(attempt, enrolment, is_counted=True)
 
 
 def _check_acknowledgements(

@@ -58,6 +58,8 @@ class Floors(BaseModel):
     """Different rows that a round learns from: steps x batch_size, or all of the party's where it has fewer."""
     steps: Count = 1
     batch_size: Count = 1
+    secure: Literal["any", "required", "double"] = "any"
+    """Whether what it sends must be masked: any way, or so that a server that lies learns nothing either."""
     targets: Targets = "layers"
     """Where LoRA may lie: in the numbered layers alone (no embedding, no head), those of these names, or anywhere."""
     noise: Number = None
@@ -89,11 +91,15 @@ class Asked:
     num_rows: int
     """The party's."""
     privacy: PrivacyRecord | None = None
+    secure: str | None = None
+    """How what it sends is masked; None where it is not."""
 
     @classmethod
     def by(cls, manifest: Manifest, num_rows: int, train: TrainRecord | None = None) -> "Asked":
         """Return what a manifest asks of a party with so many rows; `train` is there where that is not as it says."""
-        return cls(manifest.round, train or manifest.train, tuple(manifest.sent_tensors), num_rows, manifest.privacy)
+        secure = manifest.secure_aggregation if train is None else None  # a baseline is sent as it is
+        tensors = tuple(manifest.sent_tensors)
+        return cls(manifest.round, train or manifest.train, tensors, num_rows, manifest.privacy, secure)
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,16 @@ def _may(allowed: Any, name: str) -> bool:
     return allowed == "layers" or f".{name}".endswith(tuple(f".{end}" for end in allowed))
 
 
+_MASKED = {"any": (None, "pairwise", "double"), "required": ("pairwise", "double"), "double": ("double",)}
+
+
+def _fault_of_secure(wanted: str, asked: Asked) -> str | None:
+    if asked.secure in _MASKED[wanted]:
+        return None
+    how = "unmasked" if asked.secure is None else f"masked {asked.secure}"
+    return f"sends what was learnt {how}, and your floor is secure={wanted}"
+
+
 def _layer(tensor: str) -> str:
     match = _LAYER.fullmatch(tensor)
     return match["name"] if match else tensor
@@ -183,6 +199,7 @@ _FLOORS = {
     "rows": _least("learns from", "row", lambda asked: min(asked.num_rows, asked.train.steps * asked.train.batch_size)),
     "steps": _least("makes", "step", lambda asked: asked.train.steps),
     "batch_size": _least("has batches of", "row", lambda asked: asked.train.batch_size),
+    "secure": _Floor(_fault_of_secure, lambda _, asked: "any" if asked.secure is None else "required"),
     "targets": _Floor(_fault_of_targets, _allow_targets),
     "noise": _limited("noise", _noise, is_least=True),
     "clip": _limited("clip", lambda privacy: privacy.clip, is_least=False),
@@ -193,6 +210,7 @@ _FLOORS = {
 
 _OF_PRIVACY = frozenset(("noise", "clip", "max_epsilon", "delta"))
 _FORM = dict.fromkeys(_FLOORS, "A whole number from 1") | {
+    "secure": "any, required or double",
     "targets": "layers, any, or ends of layers' names such as q_proj,v_proj",
     **dict.fromkeys(_OF_PRIVACY, "A number above 0, or none"),
 }

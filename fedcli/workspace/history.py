@@ -318,6 +318,6 @@ def _lacks_a_file(base: Round, client: int) -> bool:
     workspace = base.workspace
     try:
         with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
-            return not {UPDATE_RECORD, *base.manifest.update_files} <= {*folder.names()}
+            return not {UPDATE_RECORD, *base.manifest.dropped_files} <= {*folder.names()}
     except (FileNotFoundError, Refusal):  # there is none, or it is looked at when it is merged
         return False

@@ -44,6 +44,8 @@ def glance(workspace: Workspace) -> Glance | None:
         manifest = json.loads(store.read(name(workspace.round(number) / MANIFEST), MAX_BYTES))
         if manifest["workspace"] != identity:
             return None
+        if isinstance(privacy := manifest.get("privacy"), dict) and privacy.get("secure_aggregation") is not None:
+            return None  # an answer may be due where an update stands
         missing = [client for client in manifest["cohort"] if not workspace.has_update(number, client)]
         may_train = any(_may_train(workspace, identity, is_simulation, client) for client in missing)
         return Glance(number, manifest["state"] == "finished", missing, may_train, contents)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fedcli.algos import Array
 from fedcli.algos.reducer import PIECE
@@ -162,7 +163,7 @@ def read_update(
     buffers = {} if buffers is None else buffers
     try:
         with opened_update(base, client) as folder:
-            with _expected(UPDATE_RECORD):
+            with expected(UPDATE_RECORD):
                 contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
             try:
                 update = _read_folder(folder, contents, base, client, buffers, reads_again, authenticate)
@@ -179,10 +180,17 @@ def read_update(
 @contextmanager
 def opened_update(base: Round, client: int) -> Iterator[Folder]:
     """Open an update's folder; raise FileNotFoundError, or Refusal where it is not of the user who joined."""
-    workspace = base.workspace
-    if workspace.is_discarded(base.number, client):
-        raise FileNotFoundError(workspace.update(base.number, client))
-    with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
+    path = base.workspace.update(base.number, client)
+    if base.workspace.is_discarded(base.number, client):
+        raise FileNotFoundError(path)
+    with opened_drop(base.workspace, client, path) as folder:
+        yield folder
+
+
+@contextmanager
+def opened_drop(workspace: Workspace, client: int, path: Path) -> Iterator[Folder]:
+    """Open what a client has dropped; raise FileNotFoundError, or Refusal where it is not of the user who joined."""
+    with workspace.store.opened(workspace.name(path)) as folder:
         registered = workspace.store.owner(workspace.name(workspace.registration(client)))
         if registered is None and is_stranger(workspace, folder.owner):
             raise Refusal("unknown_client", f"nobody has joined as client {client}")
@@ -291,8 +299,8 @@ def _read_folder(
         if entry is None:
             raise Refusal("json", f"update.json does not list {name}")
         if name not in buffers:
-            buffers[name] = _new_buffer(largest_file(tensors) + 1)
-        with _expected(name):
+            buffers[name] = new_buffer(largest_file(tensors) + 1)
+        with expected(name):
             data, digest = folder.read_hashed(name, buffers[name])
         if len(data) < entry.bytes:
             _check_growth(folder, base, name, len(data))
@@ -315,13 +323,13 @@ def _digests(data: bytes | memoryview, span: Span) -> list[bytes]:
     return [hashlib.sha256(tensor[begin : begin + step]).digest() for begin in range(0, len(tensor), step)]
 
 
-def _new_buffer(num_bytes: int) -> memoryview:
+def new_buffer(num_bytes: int) -> memoryview:
     """Return memory that begins with a page: into any other the kernel copies a file three times as slowly."""
     return memoryview(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE))
 
 
 @contextmanager
-def _expected(name: str) -> Iterator[None]:
+def expected(name: str) -> Iterator[None]:
     """Wait for the update where the block finds no such file."""
     try:
         yield

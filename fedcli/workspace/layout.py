@@ -21,9 +21,14 @@ ADAPTER_NAME = f"adapter/{ADAPTER_FILE}"
 ADAPTER_CONFIG_NAME = f"adapter/{ADAPTER_CONFIG_FILE}"
 UPDATE_RECORD = "update.json"
 UPDATE_SIGNATURE = "update.sig"
+MASKED_FILE = "masked.safetensors"
+SHARES_FILE = "shares.json"
+"""Of masked updates; what is shared is there with `double` alone."""
 MANIFEST = "manifest.json"
 MANIFEST_SIGNATURE = "manifest.sig"
 PRUNED = "PRUNED.json"
+ATTEMPT = 0
+"""Of a round's secure aggregation: names and labels tell attempts apart, and there is one (docs/PROTOCOL.md)."""
 WORKSPACE_ID = "^[a-z0-9-]{1,64}$"
 """What a workspace's id may be: a part of the path of parties' homes, and never a path itself."""
 
@@ -41,6 +46,8 @@ class Workspace:
         self.inbox = root / "inbox"
         self.clients = root / "clients"  # what joined parties say of their rows
         self.enrolment = root / "enrolment"  # who takes part, under which keys
+        self.attempts = root / "attempts"  # who takes part in a round of secure aggregation, under which keys
+        self.repair = root / "repair"  # whose sum of a round may be revealed
         self.data = root / "data"  # a simulation's rows
         self.data_card = self.data / "card.json"  # what a split gave to each client
         self.baselines = root / "baselines"
@@ -123,6 +130,22 @@ class Workspace:
         """A party's countersignature of a round that it trained on."""
         return self.clients / f"{client}.acks" / f"{update_name(number)}.sig"
 
+    def attempt(self, number: int) -> Path:
+        """The record of who takes part in a round of secure aggregation; its signature has the suffix .sig."""
+        return self.attempts / f"{attempt_name(number)}.json"
+
+    def repair_of(self, number: int) -> Path:
+        """The record of whose updates of a round are summed; its signature has the suffix .sig."""
+        return self.repair / f"{attempt_name(number)}.json"
+
+    def repair_shares(self, number: int, digest: str) -> Path:
+        """The sealed shares of a repair, for the clients that open them: the repair names their hash."""
+        return self.repair / f"{attempt_name(number)}-shares-{digest}.json"
+
+    def answer(self, number: int, client: int) -> Path:
+        """The directory of a client's answer to a repair."""
+        return self.client_inbox(client) / f"repair-{attempt_name(number).removeprefix('round-')}"
+
     def private(self, client: int) -> "Home":
         """A simulated client's private state."""
         return Home(self.root / "private" / str(client))
@@ -185,6 +208,14 @@ class Home:
         """The state that the client will have once its update (the hash of update.json) is counted."""
         return self.folder / kind / f"{update_name(round_number)}-{update}.safetensors"
 
+    def masked(self, round_number: int) -> Path:
+        """What the client did in a round of secure aggregation, and must not do again."""
+        return self.folder / "secure" / f"{update_name(round_number)}.json"
+
+    def values(self, round_number: int) -> Path:
+        """The numbers that the client masks in a round of secure aggregation."""
+        return self.masked(round_number).with_suffix(".safetensors")
+
     def reference(self, key: str) -> Path:
         """A cache of the reference model's log-probabilities."""
         return self.folder / f"reference-{key}.safetensors"
@@ -230,10 +261,15 @@ def update_name(number: int) -> str:
     return f"round-{number:05d}"
 
 
+def attempt_name(number: int) -> str:
+    """The name of what belongs to a round's only attempt at secure aggregation."""
+    return f"{update_name(number)}-{ATTEMPT}"
+
+
 def check_outside(workspace: Workspace, output: Path) -> None:
     """Raise WorkspaceError for a place in a folder that the workspace keeps for itself."""
-    kept = ("rounds", "inbox", "discarded", "clients", "enrolment", "eval", "data", "baselines", "private", "slurm")
-    for name in kept:
+    own = ("rounds", "inbox", "discarded", "clients", "enrolment", "attempts", "repair")
+    for name in (*own, "eval", "data", "baselines", "private", "slurm"):
         if output.resolve().is_relative_to((workspace.root / name).resolve()):
             problem = f"{output} lies in {name}/ of the workspace, where nothing else belongs"
             raise WorkspaceError(problem, hint="Name another folder.")

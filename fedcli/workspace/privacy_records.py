@@ -75,6 +75,19 @@ class PrivacyRecord(_Sparse):
         return self.unit in ("row", "group")
 
 
+class SecureSum(Record):
+    """aggregation.secure: whose answers gave the sum of masked updates, and what their weights add up to."""
+
+    mode: Literal["pairwise", "double"]
+    attempt: Sha256
+    """Of attempts/round-n-a.json."""
+    repair: Sha256 | None
+    """Of repair/round-n-a.json; None where all had sent their updates, and no mask was left in the sum."""
+    answers: dict[str, Sha256]
+    """By client, the hashes of the answer.json that were used."""
+    weight: Annotated[float, Field(allow_inf_nan=False)]
+
+
 class PrivacyClaim(Record):
     """update.json's privacy: what a client says that all its steps so far have spent."""
 
@@ -84,7 +97,7 @@ class PrivacyClaim(Record):
 
 
 def claim_fault(
-    asked: PrivacyRecord | None, claim: PrivacyClaim | None, num_samples: int, train_loss: float | None
+    asked: PrivacyRecord | None, claim: PrivacyClaim | None, num_samples: int = 1, train_loss: float | None = None
 ) -> str | None:
     """Return what is wrong with an update's claim in a round that asks parties for privacy; None where nothing is.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.history import Round, prunable
-from fedcli.workspace.layout import PRUNED, UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, update_name
+from fedcli.workspace.layout import PRUNED, UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, attempt_name, update_name
 from fedcli.workspace.publish import DISCARDED_PREFIX
 from fedcli.workspace.records import PrunedRecord
 from fedcli.workspace.refusal import Refusal
@@ -47,13 +47,18 @@ class Pruning:
         counted = {entry.client for entry in closing.manifest.aggregation.counted}
         for client in closed.manifest.cohort:
             self._prune_inbox(closed, client, client in counted)
+        if closed.manifest.secure_aggregation is not None:
+            for path in repair_shares_of(self.workspace, closed.number):
+                self._remove(path)
 
     def _prune_inbox(self, closed: Round, client: int, is_counted: bool) -> None:
         own, name = self.workspace.client_inbox(client), update_name(closed.number)
         if client not in self._listings:
             self._listings[client] = self._names(own)
         set_aside = f"{DISCARDED_PREFIX}{name}-"
-        doomed = [own / found for found in self._listings[client] if found == name or found.startswith(set_aside)]
+        answer = self.workspace.answer(closed.number, client).name
+        names = (found for found in self._listings[client] if found in (name, answer) or found.startswith(set_aside))
+        doomed = [own / found for found in names]
         for path in doomed:
             is_record_kept = path.name == name and is_counted
             kept = (UPDATE_RECORD, UPDATE_SIGNATURE)
@@ -81,3 +86,9 @@ class Pruning:
                 return folder.names()
         except (FileNotFoundError, Refusal):
             return []
+
+
+def repair_shares_of(workspace: Workspace, number: int) -> list[Path]:
+    """Return the files of sealed shares of a round's repair: one, but where a killed server chose others before."""
+    prefix = f"{attempt_name(number)}-shares-"
+    return [workspace.repair / name for name in workspace.store.names("repair") if name.startswith(prefix)]

@@ -19,8 +19,8 @@ from pydantic import (
 from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import IntegrityError
-from fedcli.workspace.layout import WORKSPACE_ID
-from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord
+from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
+from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
 from fedcli.workspace.record import Finite as Finite
 from fedcli.workspace.record import Natural as Natural
 from fedcli.workspace.record import Record as Record
@@ -123,7 +123,7 @@ class CountedUpdate(Record):
     client: Natural
     update: Sha256
     weight: Finite | None
-    """None, as the three below, where privacy withholds it."""
+    """None, as the three below, where privacy withholds it, or where only the sum of all weights is known."""
     num_samples: int | None
     train_loss: Finite | None
     delta_norm: Finite | None
@@ -176,10 +176,13 @@ class Aggregation(Record):
     """What took the place of the weighted mean; None for that itself, and then it is not written."""
     privacy: MergeNoise | None = None
     """The noise of a round of unit client; None for others, and then it is not written."""
+    secure: SecureSum | None = None
+    """How the sum of masked updates was had; None, and not written, where they were not masked."""
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key not in ("rule", "privacy") or value is not None}
+        optional = ("rule", "privacy", "secure")
+        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 class Selection(Record):
@@ -255,6 +258,18 @@ class Manifest(Record):
         if (names := self.update_tensors) is None:
             return self.tensors
         return {name: entry for name, entry in self.tensors.items() if name in names}
+
+    @property
+    def dropped_files(self) -> list[str]:
+        """The files that lie in an update beside update.json and its signature."""
+        if self.secure_aggregation is None:
+            return self.update_files
+        return [MASKED_FILE, *([SHARES_FILE] if self.secure_aggregation == "double" else [])]
+
+    @property
+    def secure_aggregation(self) -> Literal["pairwise", "double"] | None:
+        """How updates are masked; None where they are not."""
+        return None if self.privacy is None else self.privacy.secure_aggregation
 
     @property
     def scheduled_rate(self) -> float:

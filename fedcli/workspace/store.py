@@ -24,7 +24,7 @@ _OTHERS = ("clients", "inbox")
 _FOLDER_MODES = {"rounds": publish.SHARED_FOLDER_MODE, "inbox": publish.DROPPED_FOLDER_MODE}
 """Of the folders that are published in; others are as the umask has it."""
 
-_WRITTEN_FOLDER_MODES = dict.fromkeys(("clients", "enrolment"), publish.SHARED_FOLDER_MODE)
+_WRITTEN_FOLDER_MODES = dict.fromkeys(("clients", "enrolment", "attempts", "repair"), publish.SHARED_FOLDER_MODE)
 """Of the folders of signatures, which all may read, whatever the umask."""
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,15 @@ from fedcli.algos import Array, Arrays
 from fedcli.workspace.records import TensorEntry, parse_object
 from fedcli.workspace.refusal import Refusal
 
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "U64": np.dtype("<u8"),
+}
+FLOATS = ("F32", "F16", "BF16")
+RING = ("U64",)
+"""Of masked updates: numbers of the ring of 2^64."""
 _MINIMUM_HEADER_LIMIT = 2**20
 LARGEST_VALUE = 2.0**32
 """Of an adapter's numbers: far beyond any that trained, and what is made of such in float32 stays finite."""
@@ -57,13 +65,18 @@ def encoded_size(schema: Mapping[str, TensorEntry]) -> int:
     )
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> bytes:
-    """Return what stands before the numbers of float32 tensors, which lie in the order of their names."""
+def header_of(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """Return what stands before the numbers of tensors of the ring, which lie in the order of their names."""
+    return _header(shapes, {}, "U64")
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], dtype: str = "F32") -> bytes:
+    """Return what stands before the numbers of tensors of one type, which lie in the order of their names."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, shape in sorted(shapes.items()):
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
+        start, end = end, end + _DTYPES[dtype].itemsize * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
@@ -74,9 +87,9 @@ def schema_of(arrays: Arrays) -> dict[str, TensorEntry]:
     return {name: TensorEntry(shape=array.shape, dtype="F32") for name, array in arrays.items()}
 
 
-def largest_file(schema: Mapping[str, TensorEntry]) -> int:
-    """Return the most bytes that a file with these tensors may have: float32 and the largest header."""
-    return 8 + _header_limit(schema) + sum(4 * math.prod(entry.shape) for entry in schema.values())
+def largest_file(schema: Mapping[str, TensorEntry], itemsize: int = 4) -> int:
+    """Return the most bytes that a file with these tensors may have: float32, or so many a number, and a header."""
+    return 8 + _header_limit(schema) + sum(itemsize * math.prod(entry.shape) for entry in schema.values())
 
 
 def decode(data: bytes | memoryview, schema: Mapping[str, TensorEntry]) -> dict[str, Array]:
@@ -123,12 +136,15 @@ def are_values(array: Array) -> bool:
 
 
 def locate(
-    data: bytes | memoryview, schema: Mapping[str, TensorEntry], num_bytes: int | None = None
+    data: bytes | memoryview,
+    schema: Mapping[str, TensorEntry],
+    num_bytes: int | None = None,
+    dtypes: Sequence[str] = FLOATS,
 ) -> dict[str, Span]:
     """Return where a safetensors file with exactly the schema's names and shapes has its tensors, in the file's order.
 
-    `num_bytes` is the file's size where `data` is only its beginning, as far as the header goes. Raises Refusal with
-    code header, duplicate or schema.
+    `num_bytes` is the file's size where `data` is only its beginning, as far as the header goes; `dtypes` are the types
+    that may be. Raises Refusal with code header, duplicate or schema.
     """
     header, begin = _read_header(memoryview(data), _header_limit(schema))
     header.pop("__metadata__", None)
@@ -138,7 +154,7 @@ def locate(
     spans: dict[str, Span] = {}
     position, size = 0, (len(data) if num_bytes is None else num_bytes) - begin
     for name, entry in sorted(header.items(), key=lambda item: _offsets(item)[0]):
-        dtype, start, end = _check_entry(name, entry, schema[name])
+        dtype, start, end = _check_entry(name, entry, schema[name], dtypes)
         if start != position:
             raise Refusal("header", f"tensor {name!r} begins at byte {start}, not {position}: an overlap or a hole")
         if end > size:
@@ -188,11 +204,13 @@ def _offsets(item: tuple[str, Any]) -> tuple[int, int]:
     raise Refusal("header", f"tensor {name!r} has no proper data_offsets")
 
 
-def _check_entry(name: str, entry: dict[str, Any], expected: TensorEntry) -> tuple[str, int, int]:
+def _check_entry(
+    name: str, entry: dict[str, Any], expected: TensorEntry, dtypes: Sequence[str]
+) -> tuple[str, int, int]:
     """Return dtype and offsets of a tensor whose shape is the expected one."""
     dtype, shape = entry.get("dtype"), entry.get("shape")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise Refusal("schema", f"tensor {name!r} has dtype {dtype!r}, not one of {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise Refusal("schema", f"tensor {name!r} has dtype {dtype!r}, not one of {', '.join(dtypes)}")
     if not isinstance(shape, list) or tuple(shape) != expected.shape or any(type(size) is not int for size in shape):
         raise Refusal("schema", f"tensor {name!r} has shape {shape!r}, not {list(expected.shape)}")
     start, end = _offsets((name, entry))

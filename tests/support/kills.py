@@ -63,11 +63,16 @@ def was_killed(child: int) -> bool:
     return False
 
 
-def copies_killed_at_every_call(template: Path, operation: Callable[[Path], object], after: bool) -> Iterator[Path]:
-    """Yield copies of a workspace in which an operation was killed at its 1st, 2nd, ... call, until it survives."""
-    position = 0
+def copies_killed_at_every_call(
+    template: Path, operation: Callable[[Path], object], after: bool, stride: int = 1
+) -> Iterator[Path]:
+    """Yield copies of a workspace in which an operation was killed at its 1st, 2nd, ... call, until it survives.
+
+    With a `stride` only every so many calls are tried.
+    """
+    position = 1 - stride
     while True:
-        position += 1
+        position += stride
         workspace = template.parent / "killed"
         shutil.rmtree(workspace, ignore_errors=True)
         shutil.copytree(template, workspace)
