@@ -134,8 +134,8 @@ def test_a_floor_that_this_version_does_not_know_is_no_floor_that_is_passed_over
     assert found is not None
     assert found.floors == Floors()
     assert json.loads(found.to_bytes())["floors"] == {}, "the defaults are this version's, and not kept"
-    home.party.write_text(json.dumps(record | {"floors": {"max_epsilon": 3}}))
-    with pytest.raises(ConfigError, match="cannot keep the floor 'max_epsilon'"):
+    home.party.write_text(json.dumps(record | {"floors": {"most_hops": 3}}))
+    with pytest.raises(ConfigError, match="cannot keep the floor 'most_hops'"):
         read_party(home)
 
 
