@@ -22,7 +22,7 @@ def read_encoded(
     train: TrainRecord,
     *,
     fingerprint: str,
-    group_by: str | None,
+    group_by: str | None = None,
     on_rows: Callable[[int], None],
 ) -> tuple[EncodedRows, int]:
     """Return a party's encoded rows, and how many of its rows its format could use.
