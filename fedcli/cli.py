@@ -44,6 +44,7 @@ COMMANDS = {
     "report": "Write a page that shows the federation: losses, scores, updates, bytes, time, who took part, and how it "
     "was set.",
     "export": "Hand a round over: its adapter with a model card, or merged into the base model.",
+    "privacy": "Show what the rounds so far have spent of each client's privacy, what is assumed, and what is left.",
     "verify": "Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is.",
     "gc": "Remove the weights of old rounds and their updates, as fedcli.yaml's `retention` says.",
     "doctor": "Check this machine, and whether the workspace's experiment can run on it; exit with 8 where it cannot.",

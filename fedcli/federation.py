@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedcli.operations.gc import Collection
     from fedcli.operations.keys import KeyRing
     from fedcli.operations.preview import Preview
+    from fedcli.operations.privacy import PrivacyReport
     from fedcli.operations.report import WrittenReport
     from fedcli.operations.run import FederationResult
     from fedcli.operations.slurm_submit import Submission
@@ -256,14 +257,27 @@ class Federation:
 
         return read_keys(self.state)
 
-    def verify(self, *, trust: Path | str | None = None, observer: Observer = SILENT) -> "Verification":
+    def privacy(self, client: int | None = None) -> "PrivacyReport":
+        """Return what the rounds so far have spent of each client's privacy, or of one client's."""
+        from fedcli.operations.privacy import read_privacy
+
+        return read_privacy(self.state, client)
+
+    def verify(
+        self,
+        *,
+        trust: Path | str | None = None,
+        noise_keys: Sequence[Path | str] = (),
+        observer: Observer = SILENT,
+    ) -> "Verification":
         """Check every round and counted update; what is wrong is collected, not raised.
 
-        `trust` is a file of pinned keys, as `fedcli keys show --json` prints them.
+        `trust` is a file of pinned keys, as `fedcli keys show --json` prints them; `noise_keys` are the server's keys
+        of the noise that rounds were merged with, or folders of them.
         """
         from fedcli.server.verify import verify
 
-        return verify(self.workspace, trust=_path(trust), observer=observer)
+        return verify(self.workspace, trust=_path(trust), noise_keys=[*map(Path, noise_keys)], observer=observer)
 
     def report(
         self, *, output: Path | str | None = None, tensorboard: Path | str | None = None, observer: Observer = SILENT

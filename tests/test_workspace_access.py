@@ -28,6 +28,7 @@ COMMANDS = {
     "server score": ("server", "score"),
     "run": ("run", "--rounds", 1),
     "status": ("status",),
+    "privacy": ("privacy",),
     "verify": ("verify",),
     "gc": ("gc",),
     "doctor": ("doctor",),

@@ -26,10 +26,8 @@ def code_of(numbers: Sequence[int]) -> str:
 def plant(planted: Planted, rows: "EncodedRows", encoder: "Encoder", max_length: int) -> None:
     """Put the canaries that are in behind a client's rows, each as often as it is repeated."""
     included = planted.included
-    for canary, row in zip(included, encode_canaries(planted.kind, included, encoder, max_length), strict=True):
-        for _ in range(canary.repeat):
-            rows.append(row)
-    rows.num_planted += planted.num_copies
+    encoded = encode_canaries(planted.kind, included, encoder, max_length)
+    rows.plant((row, canary.repeat) for canary, row in zip(included, encoded, strict=True))
 
 
 def encode_canaries(kind: CanaryKind, canaries: Sequence[Canary], encoder: "Encoder", max_length: int) -> "EncodedRows":

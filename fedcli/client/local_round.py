@@ -1,9 +1,11 @@
 """One client's work in the open round: train, and drop the update."""
 
 import math
+import os
 import time
 from dataclasses import dataclass
 
+from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
 from fedcli.config import algorithm_from
@@ -13,7 +15,9 @@ from fedcli.training.reports import StepReport
 from fedcli.workspace.client_state import read_state, remove_old_candidates, save_candidate
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import ADAPTER_FILE
+from fedcli.workspace.privacy_records import PrivacyClaim
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sealed, sha256
+from fedcli.workspace.step_ledger import charge
 from fedcli.workspace.tensors import encode
 
 
@@ -26,6 +30,7 @@ class Training:
     left_out: dict[str, int]
     """Rows that were not used, by reason."""
     losses: list[float]
+    """Of the steps; of private ones those alone whose batch had rows."""
     seconds: float
     num_tokens: int
     notes: dict[str, int]
@@ -34,6 +39,9 @@ class Training:
     """The first row left out for each reason: where it is, and what was found."""
     unused: dict[str, int]
     """Rows that have a column, or a key inside one, which is not used; none where a split or joining has said so."""
+    steps: int
+    spent: PrivacyClaim | None = None
+    """What all steps so far have spent, as the update claims it; None without privacy at the party."""
 
     @property
     def num_unusable(self) -> int:
@@ -41,9 +49,9 @@ class Training:
         return sum(self.left_out.values())
 
     @property
-    def mean_loss(self) -> float:
-        """The mean loss over the steps."""
-        return math.fsum(self.losses) / len(self.losses)
+    def mean_loss(self) -> float | None:
+        """The mean loss over the steps; None where no batch had rows."""
+        return math.fsum(self.losses) / len(self.losses) if self.losses else None
 
 
 def train_and_drop(
@@ -57,6 +65,8 @@ def train_and_drop(
     manifest, past = head.manifest, federation.past()
     check_past(federation, party, past, observer)
     party.check_floors(manifest)
+    if manifest.privacy is not None:
+        party.check_spending([*past, head])
     adapter = head.adapter()
     first_draw = sum(
         earlier.manifest.train.steps * earlier.manifest.train.batch_size
@@ -66,9 +76,13 @@ def train_and_drop(
     algorithm = algorithm_from(manifest.algorithm)
     state = head.state(algorithm) if algorithm.clients_read_state else {}
     own = read_state(party.home, [*past, head], algorithm, client)
+    privacy = manifest.privacy if manifest.privacy is not None and manifest.privacy.is_at_party else None
     runtime = runtimes.load(party, observer)
-    rows = runtime.rows(party, manifest.train)
+    rows = runtime.rows(party, manifest.train, group_by=None if privacy is None else privacy.group_by)
+    private = None if privacy is None else plan_private(party, head, past, rows)
     head.check_unchanged()
+    if private is not None:
+        charge(party.home, private.record)
     started = time.monotonic()
     num_tokens = 0
 
@@ -85,6 +99,7 @@ def train_and_drop(
         first_draw=first_draw,
         rule=algorithm.client_rule(adapter, state, own),
         on_step=count,
+        private=private,
     )
     training = Training(
         num_samples=rows.num_own,
@@ -92,10 +107,12 @@ def train_and_drop(
         losses=losses,
         seconds=time.monotonic() - started,
         num_tokens=num_tokens,
+        steps=manifest.train.steps,
+        spent=None if private is None else private.claim,
         **rows.counts() | ({} if party.is_handwritten else {"unused": {}}),
     )
     sent, kept = algorithm.client_step(
-        adapter, values, state, own, steps=len(losses), learning_rate=manifest.train.learning_rate
+        adapter, values, state, own, steps=training.steps, learning_rate=manifest.train.learning_rate
     )
     files = {
         name: encode({tensor: arrays[tensor] for tensor in manifest.sent_tensors})
@@ -107,10 +124,12 @@ def train_and_drop(
         round=head.number,
         base=head.sha256,
         client=client,
-        num_samples=training.num_samples,
-        steps=len(losses),
-        train_loss=training.mean_loss,
+        num_samples=training.num_samples if private is None else 1,  # all weigh alike, and nobody tells how many rows
+        steps=training.steps,
+        train_loss=training.mean_loss if private is None else None,
         files={name: file_entry(contents) for name, contents in files.items()},
+        privacy=training.spent,
+        salt=os.urandom(32).hex() if manifest.withholds else None,
     )
     record = sealed(update)
     if algorithm.private_state:

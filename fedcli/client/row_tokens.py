@@ -16,13 +16,20 @@ if TYPE_CHECKING:
 
 
 def read_encoded(
-    party: Party, encoder: "Encoder", task: str, train: TrainRecord, *, fingerprint: str, on_rows: Callable[[int], None]
+    party: Party,
+    encoder: "Encoder",
+    task: str,
+    train: TrainRecord,
+    *,
+    fingerprint: str,
+    group_by: str | None,
+    on_rows: Callable[[int], None],
 ) -> tuple[EncodedRows, int]:
     """Return a party's encoded rows, and how many of its rows its format could use.
 
-    The cache holds for one content of the files, format, template and its date, length and base model, whose
-    `fingerprint` covers the tokenizer. Rows of the hub are tokenised anew every time. `on_rows` hears how many more
-    rows were read. Raises ConfigError where there is no usable row.
+    The cache holds for one content of the files, format, template and its date, length, column `group_by` and base
+    model, whose `fingerprint` covers the tokenizer. Rows of the hub are tokenised anew every time. `on_rows` hears how
+    many more rows were read. Raises ConfigError where there is no usable row, or one without a group.
     """
     from fedcli.data.encoding import encode_source
 
@@ -39,6 +46,7 @@ def read_encoded(
         max_length=train.max_length,
         seed=train.seed,
         base=fingerprint,
+        **({} if group_by is None else {"group_by": group_by}),
     )
     kept = None if digest is None else read_tokens(party.home, key)
     if kept is not None:
@@ -48,7 +56,7 @@ def read_encoded(
         rows.include(RowReport(**counts))
         return rows, num_usable
     reader = RowReader(party.format, train.seed)
-    rows = encode_source(encoder, reader, party.source, train.max_length, on_rows)
+    rows = encode_source(encoder, reader, party.source, train.max_length, on_rows, group_by=group_by)
     if digest is not None:
         counts = rows.counts() | {"num_truncated": rows.num_truncated, "num_usable": reader.num_usable}
         save_tokens(party.home, key, rows.arrays(), counts)

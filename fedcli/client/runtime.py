@@ -34,6 +34,7 @@ from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home
 from fedcli.workspace.records import TrainRecord
 
 if TYPE_CHECKING:
+    from fedcli.client.private_round import PrivateSteps
     from fedcli.client.runtimes import KeptModel
     from fedcli.data.encoded import EncodedRow, EncodedRows
     from fedcli.data.encoding import Encoder
@@ -94,25 +95,26 @@ class Runtime:
             self._encoders[template] = Encoder(self.adapted.tokenizer, template, date=date)
         return self._encoders[template]
 
-    def rows(self, party: Party | None, train: TrainRecord) -> "EncodedRows":
-        """Return a party's rows, or all simulated clients' for None, as token ids; an audit's canaries are the last.
+    def rows(self, party: Party | None, train: TrainRecord, *, group_by: str | None = None) -> "EncodedRows":
+        """Return a party's rows, or all simulated clients' for None, as token ids, with groups by a column.
 
-        Raises ConfigError where there is no usable row, or where a joined party has not as many as it registered.
+        An audit's canaries are the last of them. Raises ConfigError where there is no usable row, or one without a
+        group, or where a joined party has not as many as it registered.
         """
         workspace, clients = self._federation.workspace, range(self._federation.config.federation.clients)
         homes = [workspace.private(client) for client in clients] if party is None else [party.home]
         planted = tuple(map(read_canaries, homes))  # at every call: they come and go while a process goes on
-        key = (party.client if party else None, train.max_length, train.template, planted)
+        key = (party.client if party else None, train.max_length, train.template, group_by, planted)
         if key not in self._rows:
             parties = [find_party(self._federation, client) for client in clients] if party is None else [party]
-            found = [self._read(each, train, canaries) for each, canaries in zip(parties, planted, strict=True)]
+            found = [self._read(each, train, group_by, own) for each, own in zip(parties, planted, strict=True)]
             rows, *others = found
             for other in others:
                 rows.extend(other)
             self._rows[key] = rows
         return self._rows[key]
 
-    def _read(self, party: Party, train: TrainRecord, planted: Planted | None) -> "EncodedRows":
+    def _read(self, party: Party, train: TrainRecord, group_by: str | None, planted: Planted | None) -> "EncodedRows":
         num_read = 0
 
         def count(more: int) -> None:
@@ -121,7 +123,13 @@ class Runtime:
             self.observer.rows_read("reading rows", num_read)
 
         rows, num_usable = read_encoded(
-            party, self.encoder(train.template), self._task.name, train, fingerprint=self._fingerprint, on_rows=count
+            party,
+            self.encoder(train.template),
+            self._task.name,
+            train,
+            fingerprint=self._fingerprint,
+            group_by=group_by,
+            on_rows=count,
         )
         if planted is not None:
             plant(planted, rows, self.encoder(train.template), train.max_length)
@@ -149,56 +157,104 @@ class Runtime:
         first_draw: int,
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
+        private: "PrivateSteps | None" = None,
     ) -> tuple[dict[str, Array], list[float]]:
         """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
 
-        `first_draw` is the number of rows that the client drew in its earlier rounds. Raises ConfigError where the
-        training diverged, RequirementError where memory is too small.
+        `first_draw` is the number of rows that the client drew in its earlier rounds; `private` draws otherwise, and
+        protects its units; batches without rows have no loss then. Raises ConfigError where the training diverged,
+        RequirementError where memory is too small.
         """
         from fedcli.model.finite import check_weights
-        from fedcli.training.trainer import fit
 
-        usable = self.rows(party, train)
-        if usable.num_planted:
-            who = "all rows" if party is None else f"client {party.client}"
-            self.observer.noted(
-                f"{who}: {usable.num_planted} of {len(usable)} rows are canaries, made up for `fedcli audit`, and the "
-                "adapters learn them; `fedcli audit plant --remove` takes them out"
-            )
         stream_client = self._federation.config.federation.clients if party is None else party.client
-        count = train.steps * train.batch_size
-        order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
         settings = TrainSettings.of(
             train,
             hyperparameters={name: getattr(train, name) for name in self._task.hyperparameters},
             seed=stream_seed(train.seed, "training", round_number=round_number, client=stream_client) % 2**32,
         )
-        rows = [usable[index] for index in order]
-        if self._task.batch_rows is not None:
-            for start in range(0, count, train.batch_size):
-                rows += self._task.batch_rows(rows[start : start + train.batch_size])
+
+        def stepped(report: StepReport) -> None:
+            if report.step == 1 and not math.isfinite(report.loss):
+                check_weights(self.adapted.base)
+            on_step(report)
+
         with _enough_memory():
-            if self._task.uses_reference:
-                home = self._federation.workspace.pooled_home if party is None else party.home
-                rows = self._with_reference(rows, home)
-            self.adapted.load(adapter)
-            drawn, batch_rows = rows[:count], rows[count:]
-
-            def stepped(report: StepReport) -> None:
-                if report.step == 1 and not math.isfinite(report.loss):
-                    check_weights(self.adapted.base)
-                on_step(report)
-
-            losses = fit(self.adapted, drawn, self._task, settings, batch_rows=batch_rows, rule=rule, on_step=stepped)
+            if private is None:
+                count = train.steps * train.batch_size
+                usable = self._told_rows(party, train)
+                order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
+                losses = self._fit(adapter, [usable[index] for index in order], settings, party, rule, stepped)
+            else:
+                assert party is not None
+                losses = self._fit_privately(adapter, train, settings, private, party, rule, stepped)
         values = self.adapted.values()
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
             check_weights(self.adapted.base)
             who = "all rows" if party is None else f"client {party.client}"
+            last = losses[-1] if losses else "unknown"
             raise ConfigError(
-                f"{who}: the training of round {round_number} diverged, its last loss is {losses[-1]}",
+                f"{who}: the training of round {round_number} diverged, its last loss is {last}",
                 hint="Lower train.learning_rate in fedcli.yaml; it takes effect with the next round that is opened.",
             )
         return values, losses
+
+    def _told_rows(self, party: Party | None, train: TrainRecord, group_by: str | None = None) -> "EncodedRows":
+        """Return rows to train on, and tell of canaries among them."""
+        rows = self.rows(party, train, group_by=group_by)
+        if rows.num_planted:
+            who = "all rows" if party is None else f"client {party.client}"
+            self.observer.noted(
+                f"{who}: {rows.num_planted} of {len(rows)} rows are canaries, made up for `fedcli audit`, and the "
+                "adapters learn them; `fedcli audit plant --remove` takes them out"
+            )
+        return rows
+
+    def _fit(
+        self,
+        adapter: Arrays,
+        rows: "list[EncodedRow]",
+        settings: TrainSettings,
+        party: Party | None,
+        rule: ClientRule | None,
+        on_step: Callable[[StepReport], None],
+    ) -> list[float]:
+        from fedcli.training.trainer import fit
+
+        count = len(rows)
+        if self._task.batch_rows is not None:
+            for start in range(0, count, settings.batch_size):
+                rows += self._task.batch_rows(rows[start : start + settings.batch_size])
+        if self._task.uses_reference:
+            rows = self._with_reference(rows, self._federation.workspace.pooled_home if party is None else party.home)
+        self.adapted.load(adapter)
+        drawn, others = rows[:count], rows[count:]
+        return fit(self.adapted, drawn, self._task, settings, batch_rows=others, rule=rule, on_step=on_step)
+
+    def _fit_privately(
+        self,
+        adapter: Arrays,
+        train: TrainRecord,
+        settings: TrainSettings,
+        private: "PrivateSteps",
+        party: Party,
+        rule: ClientRule | None,
+        on_step: Callable[[StepReport], None],
+    ) -> list[float]:
+        from fedcli.training.dp_sgd import draw_units, fit_privately
+
+        usable = self._told_rows(party, train, private.group_by)
+        units = private.units(usable)
+        drawn = [[units[number] for number in draw_units(len(units), private.q)] for _ in range(train.steps)]
+        places = sorted({place for batch in drawn for unit in batch for place in unit})
+        found = [usable[place] for place in places]
+        if self._task.uses_reference:
+            found = self._with_reference(found, party.home)
+        rows = dict(zip(places, found, strict=True))
+        batches = ([[rows[place] for place in unit] for unit in batch] for batch in drawn)
+        self.adapted.load(adapter)
+        protection = private.protection
+        return fit_privately(self.adapted, batches, self._task, settings, protection, rule=rule, on_step=on_step)
 
     def _with_reference(self, rows: "list[EncodedRow]", home: Home) -> "list[EncodedRow]":
         """Return rows with the reference's log-probabilities, round 0's model's; a row's are computed once a client."""

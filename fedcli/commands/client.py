@@ -267,8 +267,10 @@ def _document(result: "ClientResult") -> dict[str, object]:
         counts = ("num_samples", "num_truncated", "num_unusable", "seconds", "num_tokens")
         counts_by = ("left_out", "first_cases", "notes", "unused")
         document |= {name: getattr(training, name) for name in (*counts, *counts_by)}
-        document |= {"steps": len(training.losses), "train_loss": training.mean_loss}
-        document |= {"first_loss": training.losses[0], "last_loss": training.losses[-1]}
+        first, last = (training.losses[0], training.losses[-1]) if training.losses else (None, None)
+        document |= {"steps": training.steps, "train_loss": training.mean_loss, "first_loss": first, "last_loss": last}
+        if training.spent is not None:
+            document["privacy"] = training.spent.model_dump(mode="json")
     return document
 
 
@@ -292,10 +294,12 @@ def _describe(result: "ClientResult") -> Iterator[str]:
     from fedcli.data.row_report import describe_counts, describe_rows
 
     speed = training.num_tokens / training.seconds
-    yield (
-        f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f} (mean {training.mean_loss:.3f}) "
-        f"in {plural(len(training.losses), 'step')}, {training.seconds:.1f} s, {speed:.0f} tokens/s"
-    )
+    told = "no batch had rows"
+    if training.losses:
+        told = f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f} (mean {training.mean_loss:.3f})"
+    yield f"{told} in {plural(training.steps, 'step')}, {training.seconds:.1f} s, {speed:.0f} tokens/s"
+    if (spent := training.spent) is not None:
+        yield f"privacy: its {spent.unit}s have spent epsilon {spent.epsilon:g} so far (delta {spent.delta:g})"
     left_out = f"; left out: {describe_counts(training.left_out)}" if training.left_out else ""
     yield (
         f"rows: {training.num_samples} usable, of these {training.num_truncated} with a response cut to fit{left_out}"

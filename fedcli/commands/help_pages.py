@@ -9,7 +9,7 @@ PANELS = {
     "Begin": ("init", "doctor"),
     "Train": ("run", "client", "server", "slurm", "train-alone", "train-pooled", "study"),
     "Look at what came of it": ("status", "chat", "eval", "report", "data"),
-    "Keep it": ("verify", "keys", "audit", "export", "gc"),
+    "Keep it": ("verify", "privacy", "audit", "keys", "export", "gc"),
 }
 """The commands of `fedcli --help`, by what they are for."""
 
@@ -34,6 +34,7 @@ EXAMPLES = {
         ("fedcli export adapter --best demo", "the round that is best in a benchmark"),
         ("fedcli export model --merge --dtype bfloat16", "one model, with its tokenizer"),
     ),
+    "privacy": (("fedcli privacy --id 2", "what client 2's rounds have spent"),),
     "verify": (("fedcli verify --json", "every fault, as one document"),),
     "doctor": (("fedcli doctor --model /models/llama", "what a base model is, and whether it will do"),),
     "audit plant": (

@@ -75,12 +75,12 @@ class _Display(TrainingDisplay):
         if done is None:
             return
         losses = [entry.train_loss for entry in done.counted if entry.train_loss is not None]
-        mean = sum(losses) / len(losses) if losses else float("nan")
+        mean = f"mean loss {sum(losses) / len(losses):.3f}" if losses else "no loss told"
         refused = "".join(f"; refused client {entry.client} ({entry.code})" for entry in done.refused)
         missing = f"; without {name_clients(done.missing)}" if done.missing else ""
         took = describe_seconds(time.monotonic() - self._round_started)
         who = plural(len(done.counted), "client")
-        self.say(f"round {result.round - 1}: mean loss {mean:.3f}, {who}, {took}{refused}{missing}")
+        self.say(f"round {result.round - 1}: {mean}, {who}, {took}{refused}{missing}")
 
     def round_scored(self, milestone: "RoundScores") -> None:
         self.say(describe_round_scores(milestone))

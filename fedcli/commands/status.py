@@ -14,6 +14,7 @@ from fedcli.quantities import describe_bytes, describe_seconds, name_clients
 if TYPE_CHECKING:
     from fedcli.operations.slurm_state import JobStates
     from fedcli.operations.status import Status
+    from fedcli.workspace.privacy_records import PrivacyRecord
 
 
 def status(
@@ -63,6 +64,13 @@ def _print(result: "Status") -> None:
         tell(f"cohort     {name_clients(result.cohort)}; {result.needed} must answer{which}")
         tell(f"answered   {name_clients(result.answered)}")
         tell(f"missing    {name_clients(result.missing)}")
+    if result.privacy is not None:
+        tell(f"privacy    {_describe_privacy(result.privacy)}")
+    if result.budget is not None:
+        from fedcli.workspace.privacy_ledger import describe_budget
+
+        is_spent = "" if result.budget.is_enough else "used up: "
+        tell(f"budget     {is_spent}{describe_budget(result.budget)}")
     if result.arriving:
         tell(f"arriving   {name_clients(result.arriving)}: not all files are there yet; they are waited for")
     if result.seconds_left is not None:
@@ -87,11 +95,11 @@ def _print(result: "Status") -> None:
         if any(value is not None for value in known.values()):
             values = (f"{client}: {value:.3g}" for client, value in known.items() if value is not None)
             tell(f"{_FIGURES[name]:<10} {', '.join(values)} (by client, round {result.round - 1})")
-    if result.last_losses:
+    if result.last_losses and not result.is_withheld:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
         tell(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
     if result.last_rule is not None:
-        weights = ", ".join(f"{update.client}: {update.weight:.3f}" for update in result.last_updates)
+        weights = ", ".join(f"{update.client}: {update.weight or 0.0:.3f}" for update in result.last_updates)
         tell(f"rule       {describe_rule(result.last_rule)}; weights {weights} (by client, round {result.round - 1})")
     for update in result.last_updates:
         if update.unusual:
@@ -121,6 +129,20 @@ def _print(result: "Status") -> None:
         down, up = describe_bytes(cost.client_bytes_down), describe_bytes(cost.client_bytes_up)
         so_far = f"{describe_bytes(cost.total_bytes_down)} down and {describe_bytes(cost.total_bytes_up)} up so far"
         tell(f"transfer   {down} down and {up} up a client and round; {so_far}")
+
+
+def _describe_privacy(privacy: "PrivacyRecord") -> str:
+    """Return what a round guarantees, as far as its manifest tells."""
+    parts = [] if privacy.unit is None else [f"unit {privacy.unit}"]
+    if privacy.noise is not None:
+        parts.append(f"noise {privacy.noise:.4g} x clip {privacy.clip:.4g}")
+    elif privacy.target is not None:
+        parts.append(
+            f"clip {privacy.clip:.4g}, noise for epsilon {privacy.target.epsilon:g} at {privacy.target.delta:g}"
+        )
+    parts += [] if privacy.expected is None else [f"over {privacy.expected}, whoever answers"]
+    parts += [] if privacy.secure_aggregation is None else [f"secure aggregation {privacy.secure_aggregation}"]
+    return ", ".join(parts)
 
 
 def _describe_jobs(slurm: "JobStates") -> str:

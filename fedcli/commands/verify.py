@@ -16,13 +16,17 @@ def verify(
     trust: Annotated[
         Path | None, Option(metavar="FILE", help="Keys that you vouch for, as `fedcli keys show --json` prints them.")
     ] = None,
+    noise_key: Annotated[
+        list[Path] | None,
+        Option(metavar="FILE", help="The key of a round's noise, or a folder of keys: it is computed again."),
+    ] = None,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is."""
     use_one_blas_thread()
     with StepDisplay(json_output, "rounds") as observer:
-        result = found_federation(workspace).verify(trust=trust, observer=observer)
+        result = found_federation(workspace).verify(trust=trust, noise_keys=noise_key or [], observer=observer)
     lines = [
         f"checked {plural(result.num_rounds, 'round')}: {plural(result.num_files, 'file')} by hash, "
         f"{plural(result.num_updates, 'counted update')}, {plural(result.num_recomputed, 'aggregate')} computed again, "
@@ -41,6 +45,11 @@ def verify(
         lines.append(
             f"{plural(result.num_gone, 'counted update')} gone, in part or whole: their hashes are recorded, and what "
             "was made of them is not computed again"
+        )
+    if result.noisy_rounds:
+        lines.append(
+            f"not computed again, for the key of the noise in it was not given (--noise-key): the adapter of "
+            f"{'round' if len(result.noisy_rounds) == 1 else 'rounds'} {', '.join(map(str, result.noisy_rounds))}"
         )
     lines += [on_one_line(f"note: {remark.path}: {remark.problem}") for remark in result.remarks]
     lines += [on_one_line(f"{violation.path}: {violation.problem}") for violation in result.violations] or [

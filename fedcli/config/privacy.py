@@ -97,6 +97,27 @@ class PrivacyConfig(Section):
         """The delta that epsilon is told for."""
         return self.delta if self.target is None else self.target.delta
 
+    def noise_of_clients(self, rounds: int) -> float | None:
+        """Return the noise multiplier of unit client, which a target gives for so many rounds; None for other units."""
+        if self.unit != "client" or self.target is None:
+            return self.noise if self.unit == "client" else None
+        from fedcli.privacy.accounting import gaussian_noise
+
+        return gaussian_noise(self.target.epsilon, self.target.delta, rounds)
+
+    def check_adaptive(self, num_counted: int, rounds: int) -> None:
+        """Raise ValueError where the noisy number of updates below would spend more than all noise together may."""
+        noise = self.noise_of_clients(rounds)
+        if self.adaptive is None or noise is None:
+            return
+        bit_noise = self.adaptive.bit_noise_of(num_counted)
+        if 2 * bit_noise <= noise:
+            told = "" if self.adaptive.bit_noise else f" (a twentieth of the {num_counted} clients that count)"
+            raise ValueError(
+                f"privacy.adaptive needs 2 x bit_noise > noise: bit_noise is {bit_noise:g}{told}, and noise is "
+                f"{noise:g}. Leave adaptive out, and set clip from public data; or let more clients count"
+            )
+
     def check_against(self, aggregation: AggregationConfig, signatures: str | None, num_counted: int) -> None:
         """Raise ValueError where the section and another one cannot both hold; the message names both."""
         ways = {

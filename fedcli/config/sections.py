@@ -236,6 +236,7 @@ class Config(Section):
             if given is not None:
                 check_format(given, self.task)
         self.aggregation.check_enough(self.federation.num_counted)
+        self.privacy.check_adaptive(self.federation.num_counted, self.federation.rounds)
         self.privacy.check_against(self.aggregation, self.federation.signatures, self.federation.num_counted)
         return self
 

@@ -2,8 +2,8 @@
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -34,6 +34,8 @@ class EncodedRow:
     """The item's."""
     reference: tuple[float, ...] = ()
     """The log-probabilities that the reference gives to the responses, where the task has a reference."""
+    group: int | None = None
+    """The number of its group, where rows are hidden by groups."""
 
     @property
     def key(self) -> bytes:
@@ -74,6 +76,7 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         self._supervised = bytearray()
         self._ends = array("q", [0])
         self._numbers = array("d")
+        self._groups = array("q")
 
     @property
     def num_own(self) -> int:
@@ -88,9 +91,21 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
             self._supervised += side.supervised.tobytes()
             self._ends.append(len(self._ids))
         self._numbers.extend(row.numbers)
+        if row.group is not None:
+            self._groups.append(row.group)
+
+    def plant(self, canaries: Iterable[tuple[EncodedRow, int]]) -> None:
+        """Add an audit's canaries, each so many times; where rows have groups each is one by itself."""
+        group = max(self._groups) + 1 if self._groups else None
+        for row, copies in canaries:
+            for _ in range(copies):
+                self.append(replace(row, group=group))
+            self.num_planted += copies
+            group = None if group is None else group + 1
 
     def extend(self, other: "EncodedRows") -> None:
-        """Take in another client's rows and counts."""
+        """Take in another client's rows and counts; groups, which are a client's own, are forgotten."""
+        self._groups = array("q")
         start = len(self._ids)
         self._num_sides = max(self._num_sides, other._num_sides)
         self._ids.extend(other._ids)
@@ -102,12 +117,17 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         self.include(other)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays by name; of the sides' ends there is one more than sides, and a row of numbers a row."""
+        """Return the arrays by name; of the sides' ends there is one more than sides, and a row of numbers a row.
+
+        There are groups only where rows have some.
+        """
+        groups = {"groups": np.array(self._groups, np.int64)} if self._groups else {}
         return {
             "ids": np.array(self._ids, np.int32),
             "supervised": np.frombuffer(bytes(self._supervised), np.uint8),
             "ends": np.array(self._ends, np.int64),
             "numbers": np.array(self._numbers, np.float64).reshape(len(self), -1),
+            **groups,
         }
 
     @classmethod
@@ -118,8 +138,15 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         made._supervised = bytearray(arrays["supervised"])
         made._ends = array("q", arrays["ends"].tobytes())
         made._numbers = array("d", arrays["numbers"].tobytes())
+        made._groups = array("q", arrays["groups"].tobytes() if "groups" in arrays else b"")
         made._num_sides = (len(made._ends) - 1) // len(arrays["numbers"])
         return made
+
+    def groups(self) -> list[NDArray[np.int64]]:
+        """Return the rows of each group, by their places; none where rows have no groups."""
+        groups = np.array(self._groups, np.int64)
+        order = np.argsort(groups, kind="stable")
+        return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(groups) else []
 
     def lengths(self) -> NDArray[np.int64]:
         """Return each row's number of tokens in the longest of its sides."""
@@ -138,7 +165,8 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         width = len(self._numbers) // len(self)
         numbers = tuple(self._numbers[index * width : (index + 1) * width])
         first = index * self._num_sides
-        return EncodedRow(tuple(self._side(first + number) for number in range(self._num_sides)), numbers)
+        group = self._groups[index] if self._groups else None
+        return EncodedRow(tuple(self._side(first + n) for n in range(self._num_sides)), numbers, group=group)
 
     def _side(self, number: int) -> EncodedExample:
         part = slice(self._ends[number], self._ends[number + 1])

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice, pairwise, repeat
 from typing import TYPE_CHECKING, cast
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from fedcli.config import TemplateChoice
 from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
+from fedcli.data.file_rows import Row
 from fedcli.data.formats import RowReader
 from fedcli.data.row_report import describe_counts
 from fedcli.data.segments import Segment
@@ -16,7 +18,7 @@ from fedcli.data.source import Source
 from fedcli.data.templates import TEXT, find_template
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.tasks.conversation import Item, Prompt, Turn, is_text
-from fedcli.tasks.format import EQUAL, MALFORMED, NOT_LEARNT, TOO_LONG, LeftOut
+from fedcli.tasks.format import EQUAL, MALFORMED, NOT_LEARNT, TOO_LONG, LeftOut, is_finite, is_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,33 +84,35 @@ class Encoder:
         on_rows: Callable[[int], None] = lambda count: None,
         *,
         places: Iterable[str] = repeat(""),
+        groups: Iterable[int | None] = repeat(None),
     ) -> EncodedRows:
         """Encode what rows teach, cutting conversations at `max_length` tokens; count what was cut or left out.
 
         A response is learnt with the end token behind it. A conversation that is cut loses what is behind the cut, the
         end token too: the model is not taught to stop in the middle. A text is learnt whole, without a template. A row
         whose conversations are equal, cut or not, is left out. `on_rows` hears how many more rows are done. `places`
-        say where items come from.
+        say where items come from, `groups` which of a client's groups they belong to.
         """
-        rows, iterator = EncodedRows(), iter(zip(items, places, strict=False))
+        rows, iterator = EncodedRows(), iter(zip(items, places, groups, strict=False))
         of_texts: Encoder | None = None
         while chunk := list(islice(iterator, CHUNK)):
             notes: list[set[str]] = [set() for _ in chunk]
             # sides of one prompt: where one of them has thoughts, all begin where thoughts do
             with_thoughts = [
-                item.num_sides > 1 and any(map(self._template.has_thoughts, item.conversations)) for item, _ in chunk
+                item.num_sides > 1 and any(map(self._template.has_thoughts, item.conversations)) for item, *_ in chunk
             ]
-            is_plain = all(item.num_sides == 1 and is_text(item.conversations[0]) for item, _ in chunk)
+            is_plain = all(item.num_sides == 1 and is_text(item.conversations[0]) for item, *_ in chunk)
             if is_plain:
                 of_texts = of_texts or Encoder(self._tokenizer, TEXT)
             encoder = of_texts if of_texts is not None and is_plain else self
             columns = [
                 encoder._encode(side, chunk[0][0].last_only, with_thoughts, notes)
-                for side in zip(*(item.conversations for item, _ in chunk), strict=True)
+                for side in zip(*(item.conversations for item, *_ in chunk), strict=True)
             ]
-            for (item, place), encoded, noted in zip(chunk, zip(*columns, strict=True), notes, strict=True):
+            for (item, place, group), encoded, noted in zip(chunk, zip(*columns, strict=True), notes, strict=True):
                 try:
-                    row, is_cut = _cut(EncodedRow(tuple(map(_usable, encoded)), item.numbers), max_length)
+                    row = EncodedRow(tuple(map(_usable, encoded)), item.numbers, group=group)
+                    row, is_cut = _cut(row, max_length)
                 except LeftOut as fault:
                     rows.leave_out(fault.reason, fault.detail, place)
                     continue
@@ -198,23 +202,46 @@ def encode_source(
     source: Source,
     max_length: int,
     on_rows: Callable[[int], None] = lambda count: None,
+    *,
+    group_by: str | None = None,
 ) -> EncodedRows:
     """Read and encode the rows of a source; what the reader left out counts too.
 
-    Raises ConfigError where not one row is usable.
+    Rows with one value in the column `group_by` are one group. Raises ConfigError where not one row is usable, or a
+    usable one has no such value.
     """
     places: deque[str] = deque()
+    groups: deque[int | None] = deque()
+    numbers: dict[str, int] = {}
 
     def items() -> Iterator[Item]:
         for row, item in reader.read(source.rows()):
             places.append(row.where)
+            groups.append(None if group_by is None else numbers.setdefault(_group_of(row, group_by), len(numbers)))
             yield item
 
-    rows = encoder.encode(items(), max_length, on_rows, places=iter(places.popleft, None))
+    rows = encoder.encode(
+        items(), max_length, on_rows, places=iter(places.popleft, None), groups=iter(groups.popleft, object())
+    )
     reader.require_rows(source.location)
     rows.include(reader)
+    rows.unused.pop(group_by or "", None)
     require_encoded(rows, source.location, reader.num_rows, max_length)
     return rows
+
+
+def _group_of(row: Row, column: str) -> str:
+    """Return a row's value of the column that tells groups, as text: a number and its digits are one group."""
+    value = row.fields.get(column)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, bool) or is_finite(value):
+        return str(value)
+    found = "is no text or number there" if is_given(value) else "is missing"
+    raise ConfigError(
+        f"{row.where}: column {column!r} {found}, and privacy.group_by tells by it whose row this is",
+        hint="Give every row a value there; a row that belongs to nobody else has one of its own.",
+    )
 
 
 def cut(rows: EncodedRows, max_length: int) -> EncodedRows:
@@ -253,7 +280,7 @@ def _cut(row: EncodedRow, max_length: int) -> tuple[EncodedRow, bool]:
     if any(np.array_equal(one.ids, other.ids) for one, other in pairwise(sides)):
         raise LeftOut(EQUAL)
     is_cut = any(side.supervised[max_length:].any() for side in row.sides)
-    return EncodedRow(tuple(sides), row.numbers), bool(is_cut)
+    return replace(row, sides=tuple(sides)), bool(is_cut)
 
 
 def require_encoded(rows: EncodedRows, where: object, num_rows: int, max_length: int) -> None:

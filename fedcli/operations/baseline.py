@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fedcli.client.runtimes import Runtimes
-from fedcli.errors import UsageError
+from fedcli.errors import ConfigError, UsageError
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, find_party
 from fedcli.workspace.baselines import (
@@ -66,6 +66,7 @@ def train_baseline(
     numbers = range(config.federation.clients) if client is None else [client]
     parties = [find_party(federation, number, home) for number in numbers]
     party = None if client is None else parties[0]
+    _check_privacy(federation, party, observer)
     own = workspace.pooled_home if party is None else party.home
     start = federation.start
     train = train_record(config, 0, config.federation.rounds)
@@ -85,6 +86,19 @@ def train_baseline(
         publish_baseline(workspace, plan.model_copy(update={"last_loss": progress.last_loss}), files)
         clear_progress(own)
     return BaselineResult("trained", plan.name, progress.last_loss)
+
+
+def _check_privacy(federation: FederationState, party: Party | None, observer: Observer) -> None:
+    """Raise ConfigError where a party would publish an adapter of its rows that no noise hides; say so of simulated."""
+    if federation.config.privacy.is_off and federation.head.manifest.privacy is None:
+        return
+    if party is not None and party.num_rows is not None:
+        raise ConfigError(
+            f"client {party.client} does not train alone: its adapter would be published in baselines/ without noise, "
+            "and the federation asks for privacy",
+            hint="Compare with others' rows, in a workspace of your own.",
+        )
+    observer.noted("a baseline is trained without privacy: whoever reads it may learn of the rows that it was made of")
 
 
 def _train_rounds(

@@ -16,7 +16,7 @@ from fedcli.parties.party import trusts_code
 from fedcli.quantities import describe_bytes, plural
 from fedcli.tasks import TASKS
 from fedcli.training.batches import LARGEST
-from fedcli.workspace.federation_state import Experiment, read_config
+from fedcli.workspace.federation_state import Experiment, FederationState, read_config
 from fedcli.workspace.file_system_check import probe_file_system
 from fedcli.workspace.history import is_initialised, read_identity
 from fedcli.workspace.layout import Workspace
@@ -30,7 +30,7 @@ PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "filelock", "datasets"),
     *("pyarrow", "jinja2"),
 )
-OPTIONAL_PACKAGES = {"lm-eval": "eval", "scikit-learn": "eval", "matplotlib": "report"}
+OPTIONAL_PACKAGES = {"lm-eval": "eval", "scikit-learn": "eval", "matplotlib": "report", "dp-accounting": "privacy"}
 """What an extra of fedcli brings, by its name on the index."""
 HUB_TIMEOUT = 5.0
 """Seconds to wait for an answer of the hub."""
@@ -77,6 +77,8 @@ def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]
     ]
     if workspace is not None:
         checks.append(("file system", lambda: _file_system(workspace)))
+    if experiment is not None and experiment.identity is not None and not experiment.config.privacy.is_off:
+        checks.append(("privacy", lambda: _privacy(experiment.workspace)))
     if experiment is not None:
         checks.append(("memory", lambda: _memory(experiment)))
     for name, check in checks:
@@ -179,7 +181,11 @@ def _packages(config: Config | None) -> Iterator[Finding]:
         try:
             yield Finding(package, "ok", metadata.version(package))
         except metadata.PackageNotFoundError:
-            told = {"eval": "some benchmarks and splits need it", "report": "pictures need it"}[extra]
+            told = {
+                "eval": "some benchmarks and splits need it",
+                "report": "pictures need it",
+                "privacy": "rows and groups need it",
+            }[extra]
             yield Finding(package, "warning", f"not installed; {told}", f"pip install 'fedcli[{extra}]'")
 
 
@@ -277,6 +283,16 @@ def _file_system(workspace: Workspace) -> Iterator[Finding]:
             yield Finding.of("clock", not problem, problem or "as the file system's", set_right, "warning")
             continue
         yield Finding.of(f"disk: {name}", not problem, problem or str(workspace.root), cure)
+
+
+def _privacy(workspace: Workspace) -> Iterator[Finding]:
+    """Compare the noise of the latest round, unit client, with what it hides."""
+    from fedcli.server.privacy_notes import cure_of_noise, describe_noise, is_too_noisy, noise_to_signal
+
+    manifest = FederationState.open(workspace).head.manifest
+    if noise_to_signal(manifest) is not None:
+        cure = cure_of_noise(manifest)
+        yield Finding.of("privacy", not is_too_noisy(manifest), describe_noise(manifest), cure, "warning")
 
 
 def _memory(experiment: Experiment) -> Iterator[Finding]:

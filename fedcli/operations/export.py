@@ -13,6 +13,7 @@ from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.data.formats import known_format
 from fedcli.data.row_report import describe_counts
 from fedcli.errors import UsageError
+from fedcli.operations.privacy import sentence_of
 from fedcli.operations.report import read_metrics
 from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.parties.party import find_same_base, trusts_code
@@ -25,6 +26,7 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, check_outside
 from fedcli.workspace.publish import check_free, is_free, new_folder
+from fedcli.workspace.registrations import DataCard
 
 CARD_NAME = "README.md"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -175,16 +177,20 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
         merged_dtype=merged_dtype,
         notes=_notes(found, merged_dtype),
         version=version("fedcli"),
+        privacy=sentence_of(federation, found.number),
     )
 
 
 def _clients(federation: FederationState, summary: DataSummary | None) -> list[ClientData]:
     """Return what is known of the clients' rows: what joined parties told, or a simulation's split."""
     known = {}
+    withholds = federation.head.manifest.withholds
     for client, (size, format_) in enumerate(zip(summary.sizes, summary.formats, strict=False) if summary else ()):
-        known[client] = ClientData(client, size, format_ if isinstance(format_, str) else "columns of its own")
+        known[client] = ClientData(
+            client, None if withholds else size, format_ if isinstance(format_, str) else "columns of its own"
+        )
     for client, registration in federation.joined().items():
-        told = registration.data
+        told = DataCard(format=registration.data.format) if withholds else registration.data
         left_out = describe_counts(told.left_out) if told.left_out else ""
         tokens = str((told.token_quantiles or {}).get("0.5", ""))
         known[client] = ClientData(client, told.num_rows, told.format or "", left_out, tokens)

@@ -16,10 +16,11 @@ from fedcli.algos.diagnostics import Diagnosis, diagnose
 from fedcli.errors import IntegrityError, require_packages
 from fedcli.eval.registry import BENCHMARKS
 from fedcli.observer import Observer
+from fedcli.operations.privacy import privacy_of
 from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.operations.update_figures import figures_of
 from fedcli.printable import without_credentials
-from fedcli.quantities import describe_bytes
+from fedcli.quantities import describe_bytes, plural
 from fedcli.report.figures import MOST_CLIENTS, NAMES, draw
 from fedcli.report.page import is_ours, render
 from fedcli.report.series import MergedRound, MetricScores, Point, Report, Similarity, UpdateRow
@@ -109,7 +110,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         merged=[_merged(before, after) for before, after in pairwise(rounds)],
         scores=scores,
         similarities=similarities,
-        notes=[*notes, *more_notes, *_losses_beyond(rounds)],
+        notes=[*notes, *more_notes, *_losses_beyond(rounds), *_privacy(rounds)],
         config=without_credentials(config_text(workspace)),
         versions=versions_here(),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -145,6 +146,11 @@ def _merged(before: Round, after: Round) -> MergedRound:
         opened=before.published,
         closed=after.published,
     )
+
+
+def _privacy(rounds: Sequence[Round]) -> list[str]:
+    """Return what is guaranteed, where any round asked for privacy."""
+    return [privacy_of(rounds).sentence] if any(each.manifest.withholds for each in rounds) else []
 
 
 def _is_beyond(entry: CountedUpdate) -> bool:
@@ -206,12 +212,15 @@ def _similarities(
     """
     found: list[Similarity] = []
     figures: dict[int, dict[int, Diagnosis]] = {}
-    notes = []
+    notes, withheld = [], list[int]()
     num_bytes = 0
     for before, after in reversed(list(pairwise(rounds))):
         done = after.manifest.aggregation
         hashes = {entry.client: entry.update for entry in done.counted[:MOST_CLIENTS]} if done else {}
         if not hashes:  # all of its clients had left
+            continue
+        if before.manifest.withholds:
+            withheld.append(before.number)
             continue
         num_bytes += len(hashes) * before.manifest.files[ADAPTER_NAME].bytes
         if found and num_bytes > COMPARED_BYTES:
@@ -239,6 +248,8 @@ def _similarities(
                 figures[before.number] = {
                     entry.client: each for entry, each in zip(done.counted, shares, strict=True) if entry.cosine is None
                 }
+    if withheld:
+        notes.append(f"cosines: privacy withholds those of {plural(len(withheld), 'round')}")
     return found[::-1], figures, notes
 
 

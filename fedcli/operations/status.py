@@ -11,6 +11,8 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.file_system_check import describe_clock
 from fedcli.workspace.history import Round, arriving_clients, is_hidden
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.privacy_ledger import Budget, read_budget
+from fedcli.workspace.privacy_records import PrivacyRecord
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 from fedcli.workspace.registrations import foreign_clients
 from fedcli.workspace.row_files import has_rows
@@ -56,6 +58,12 @@ class Status:
     """To the deadline by this machine's clock; negative past it."""
     last_losses: dict[int, float | None]
     """By client, of the updates that went into the open round's adapter."""
+    privacy: PrivacyRecord | None
+    """What the open round guarantees; None where it asks for nothing."""
+    budget: Budget | None
+    """How the open round stands to its max_epsilon, for the client that has spent most; None where it has none."""
+    is_withheld: bool
+    """Whether privacy keeps losses, norms and numbers of rows of the last round to the server."""
     last_updates: list[UpdateFigures]
     """Of the updates that went into the open round's adapter, what tells unusual ones."""
     last_rule: dict[str, Any] | None
@@ -98,6 +106,9 @@ def read_status(federation: FederationState) -> Status:
     unenrolled = [client for client in answered if client in membership["unenrolled"]]
     num_ready = len(answered) - len(unenrolled)
     next_command = _next_command(head, slurm, missing, num_ready >= needed)
+    budget = _budget(federation)
+    if budget is not None and not budget.is_enough:
+        next_command = "fedcli privacy"
     if unenrolled and num_ready < needed:
         next_command = f"fedcli server enrol --id {unenrolled[0]}"
     elif len(membership["gone"]) == config.federation.clients and manifest.round + 1 < config.federation.rounds:
@@ -123,6 +134,9 @@ def read_status(federation: FederationState) -> Status:
         deadline=deadline_of(federation),
         seconds_left=seconds_left(federation),
         last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
+        privacy=manifest.privacy,
+        budget=budget,
+        is_withheld=last is not None and any(entry.num_samples is None for entry in last.counted),
         last_updates=figures_of(last.counted) if last else [],
         last_rule=last.rule if last else None,
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
@@ -137,6 +151,14 @@ def read_status(federation: FederationState) -> Status:
         next_command=next_command,
         **membership,
     )
+
+
+def _budget(federation: FederationState) -> Budget | None:
+    """Return how the open round stands to its budget; the past is read only where it has one."""
+    manifest = federation.head.manifest
+    if manifest.privacy is None or manifest.privacy.max_epsilon is None or manifest.state != "open":
+        return None
+    return read_budget([*federation.past(), federation.head], manifest.cohort)
 
 
 def _membership(federation: FederationState) -> dict[str, Any]:

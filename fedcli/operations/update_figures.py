@@ -15,9 +15,9 @@ class UpdateFigures:
     """A counted update; `cosine` and `change` are None where only a report, which reads the updates, can tell them."""
 
     client: int
-    weight: float
+    weight: float | None
     num_samples: int | None
-    """None, as the norm, where privacy withholds it."""
+    """None, as the norm and maybe the weight, where privacy withholds it."""
     norm: float | None
     cosine: float | None
     """Of its difference to the mean's."""

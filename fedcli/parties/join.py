@@ -173,9 +173,12 @@ def prepare_join(
     guess = () if choice.guess is None else (choice.guess,)
     refused = [
         f"with your floors you do not train round {federation.head.number}: it {fault} (--floor {allow} would allow it)"
-        for fault, allow in faults(own_floors, Asked.by(federation.head.manifest, card.num_rows))
+        for fault, allow in faults(own_floors, Asked.by(federation.head.manifest, card.num_rows or 0))
     ]
     remarks = (*guess, *source.remarks(), *describe_rows(told), *refused)
+    if federation.head.manifest.withholds:
+        record = record.model_copy(update={"num_rows": card.num_rows})
+        card = DataCard(format=card.format)
     return Joining(workspace, found, record, card, remarks, tuple(kept), federation)
 
 
@@ -210,10 +213,16 @@ def refresh_registration(
         trust_remote_code=record.trust_remote_code,
         observer=observer,
     )
-    if joining.card == registration.data:
+    before = registration.data.num_rows if record.num_rows is None else record.num_rows
+    after = joining.record.num_rows if joining.card.num_rows is None else joining.card.num_rows
+    if joining.card != registration.data:
+        joining.commit()
+    elif before != after:
+        with hold(found.lock, f"client {client}"):  # the workspace is not told, nor that anything has changed
+            save_party(found, joining.record)
+    else:
         return None
-    joining.commit()
-    return registration.data.num_rows, joining.card.num_rows
+    return before or 0, after or 0
 
 
 def _own_base(federation: FederationState, record: PartyRecord) -> Path:

@@ -1,6 +1,7 @@
 """Clients as those who hold rows: simulated ones, and parties that joined with rows that stay where they are."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
 from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.floors import USUAL_FLOORS, Asked, Floors, check_floors
-from fedcli.workspace.history import read_identity
+from fedcli.workspace.history import Round, read_identity
 from fedcli.workspace.layout import Home, default_home
+from fedcli.workspace.privacy_ledger import check_budget, check_own_limit
 from fedcli.workspace.records import Manifest, TrainRecord
 from fedcli.workspace.registrations import PartyRecord, Registration, is_own, own_homes, read_party, read_registration
 from fedcli.workspace.row_files import has_rows, open_rows
@@ -45,6 +47,15 @@ class Party:
         """Raise ConfigError where a joined party's floors refuse what a round, or `train`, asks for."""
         if self.num_rows is not None:
             check_floors(self.floors, Asked.by(manifest, self.num_rows, train), self.client, what)
+
+    def check_spending(self, rounds: Sequence[Round]) -> None:
+        """Raise where the last of some rounds, unit client, would spend too much of the party's privacy.
+
+        NotReadyError where that is more than the round's max_epsilon, ConfigError for the party's own floor.
+        """
+        check_budget(rounds, [self.client])
+        if self.num_rows is not None:
+            check_own_limit(rounds, self.client, self.floors.max_epsilon)
 
     def base_of(self, config: Config) -> str:
         """Return where the party's base model lies."""
@@ -159,6 +170,13 @@ def _joined(experiment: Experiment, registration: Registration, home: Path | Non
             hint=f"Run this as the user who joined, or name the home: --home DIR. To join anew: "
             f"`fedcli client join --id {client} --data SOURCE`.",
         )
+    num_rows = registration.data.num_rows if record.num_rows is None else record.num_rows
+    if num_rows is None:
+        raise IntegrityError(
+            f"{experiment.workspace.registration(client)} does not tell how many rows client {client} has, nor does "
+            f"{found.party}",
+            hint=f"Run `fedcli client join --id {client} --data SOURCE` again.",
+        )
     try:
         source = find_source(
             record.source,
@@ -176,7 +194,7 @@ def _joined(experiment: Experiment, registration: Registration, home: Path | Non
         home=found,
         source=source,
         format=record.format,
-        num_rows=registration.data.num_rows,
+        num_rows=num_rows,
         base=record.base,
         trust_remote_code=record.trust_remote_code,
         floors=record.floors,

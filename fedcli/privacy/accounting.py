@@ -1,11 +1,23 @@
 """What Gaussian noise guarantees: (epsilon, delta) of rounds without sampling in closed form, of Poisson steps by PLDs.
 
 The closed form is Balle and Wang's (2018, 1805.06530, Theorem 8): delta(epsilon) = Phi(1 / 2z - epsilon z) -
-e^epsilon Phi(-1 / 2z - epsilon z). R releases with noise multiplier z are one with z / sqrt(R).
+e^epsilon Phi(-1 / 2z - epsilon z). R releases with noise multiplier z are one with z / sqrt(R). Steps with Poisson
+sampling are composed by dp-accounting, fedcli's extra `privacy`. Neighbours differ by one unit that is there or not.
 """
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TypeAlias
+
+from fedcli.errors import RequirementError, require_packages
+
+PoissonSteps: TypeAlias = tuple[float, float, int]
+"""Steps of one kind: how likely each unit is drawn for one, the noise multiplier, and their number."""
+
+LEAST_NOISE, MOST_NOISE = 0.25, 2.0**20
+"""Between which a multiplier for Poisson steps is looked for: with less noise than the least nothing is hidden."""
 
 
 def gaussian_delta(noise: float, epsilon: float) -> float:
@@ -33,6 +45,53 @@ def gaussian_noise(epsilon: float, delta: float, rounds: int) -> float:
     while gaussian_epsilon(high, delta, rounds) > epsilon:
         high *= 2
     return _bisect(lambda noise: gaussian_epsilon(noise, delta, rounds) > epsilon, high * 1e-9, high)
+
+
+def poisson_epsilon(events: Sequence[PoissonSteps], delta: float) -> float:
+    """Return the epsilon of steps (q, z, number) together; 0.0 for none, infinity where none is finite.
+
+    Raises RequirementError where dp-accounting is missing.
+    """
+    steps: Counter[tuple[float, float]] = Counter()
+    for sampling, noise, number in events:
+        steps[sampling, noise] += number
+    found = tuple(sorted((sampling, noise, number) for (sampling, noise), number in steps.items() if number))
+    return _composed_epsilon(found, delta) if found else 0.0
+
+
+def poisson_noise(epsilon: float, delta: float, q: float, steps: int) -> float:
+    """Return a noise multiplier with which so many steps spend no more; at most 0.5 % above the least (or LEAST_NOISE).
+
+    Raises RequirementError where dp-accounting is missing, or where no noise up to 2^20 is enough.
+    """
+    low, high = 0.0, 1.0
+    while poisson_epsilon([(q, high, steps)], delta) > epsilon:
+        low, high = high, 2 * high
+        if high > MOST_NOISE:
+            raise RequirementError(
+                f"no noise keeps {steps} steps within epsilon {epsilon:g} at delta {delta:g}",
+                hint="Ask for a larger epsilon or delta, or for fewer steps.",
+            )
+    while low == 0.0 or high > low * 1.005:
+        middle = math.sqrt(low * high) if low else high / 2
+        if middle < LEAST_NOISE:
+            break
+        is_enough = poisson_epsilon([(q, middle, steps)], delta) <= epsilon
+        low, high = (low, middle) if is_enough else (middle, high)
+    return high
+
+
+@lru_cache(maxsize=256)
+def _composed_epsilon(events: tuple[PoissonSteps, ...], delta: float) -> float:
+    require_packages(["dp_accounting"])
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for sampling, noise, number in events:
+        gaussian = GaussianDpEvent(noise)
+        accountant.compose(gaussian if sampling >= 1 else PoissonSampledDpEvent(sampling, gaussian), number)
+    return float(accountant.get_epsilon(delta))
 
 
 def _bisect(is_low: Callable[[float], bool], low: float, high: float) -> float:

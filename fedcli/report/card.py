@@ -17,7 +17,8 @@ class ClientData:
     """What is known of a client's rows; empty texts for what is not."""
 
     client: int
-    rows: int
+    rows: int | None
+    """None where it is not told."""
     format: str = ""
     left_out: str = ""
     tokens: str = ""
@@ -48,6 +49,8 @@ class Card:
     """Of a merged model; None for an adapter."""
     notes: Sequence[str]
     version: str
+    privacy: str = "Nothing here is differentially private."
+    """What is guaranteed, to whom."""
 
 
 def render_card(card: Card) -> str:
@@ -67,7 +70,11 @@ def render_card(card: Card) -> str:
     template = environment.from_string(files("fedcli.report").joinpath("card.md.j2").read_text(encoding="utf-8"))
     what = "model" if card.merged_dtype else "adapter"
     data = [
-        [str(row.client), str(row.rows), *map(_plain, (row.format, row.left_out, row.tokens))]
+        [
+            str(row.client),
+            "" if row.rows is None else str(row.rows),
+            *map(_plain, (row.format, row.left_out, row.tokens)),
+        ]
         for row in card.clients[:MOST_CLIENTS]
     ]
     scores = [

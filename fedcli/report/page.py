@@ -142,9 +142,9 @@ def _updates_table(report: Report) -> Table:
         (
             TableCell(str(row.round)),
             TableCell(str(row.client)),
-            TableCell(f"{row.num_samples:,}"),
-            TableCell(f"{row.weight:.3f}"),
-            TableCell(f"{row.norm:.3g}"),
+            TableCell("" if row.num_samples is None else f"{row.num_samples:,}"),
+            TableCell("" if row.weight is None else f"{row.weight:.3f}"),
+            TableCell("" if row.norm is None else f"{row.norm:.3g}"),
             TableCell("" if row.cosine is None else f"{row.cosine:.3f}"),
             TableCell("" if row.change is None else f"{row.change:.2g}"),
             TableCell(", ".join(row.unusual)),

@@ -123,9 +123,9 @@ class UpdateRow:
 
     round: int
     client: int
-    num_samples: int
-    weight: float
-    norm: float
+    num_samples: int | None
+    weight: float | None
+    norm: float | None
     cosine: float | None
     change: float | None
     unusual: Sequence[str]

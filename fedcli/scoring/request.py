@@ -8,7 +8,7 @@ from typing import get_args
 
 from fedcli.client.runtimes import Runtimes
 from fedcli.config import TemplateChoice, TemplateName
-from fedcli.errors import UsageError, did_you_mean, require_packages
+from fedcli.errors import ConfigError, UsageError, did_you_mean, require_packages
 from fedcli.eval.benchmark import Benchmark, Options
 from fedcli.eval.endpoint import OPENAI_URL, find_endpoint
 from fedcli.eval.judge import Estimate, Judge
@@ -53,6 +53,7 @@ def prepare(federation: FederationState, asked: Scoring, runtimes: Runtimes) -> 
     benchmarks = _benchmarks(asked)
     require_packages(name for benchmark in benchmarks for name in needed_packages(benchmark))
     _check_options(benchmarks, asked)
+    _check_privacy(federation, benchmarks)
     _check_baseline(federation.workspace, benchmarks, asked.options)
     endpoints = {name: find_endpoint(name, asked.targets.api_url) for name in asked.targets.apis}
     urls = {endpoint.url for endpoint in endpoints.values()} - {OPENAI_URL}
@@ -110,6 +111,17 @@ def _check_options(benchmarks: Sequence[Benchmark], asked: Scoring) -> None:
         raise UsageError(
             f"{', '.join(_shown(benchmarks))} takes no {_written(name)}",
             hint=f"{first.name} takes {', '.join(sorted(map(_written, {'limit', *first.takes})))}.",
+        )
+
+
+def _check_privacy(federation: FederationState, benchmarks: Sequence[Benchmark]) -> None:
+    """Raise ConfigError where scores of somebody's own rows would be published, and parties are promised privacy."""
+    own = [benchmark.name for benchmark in benchmarks if "own" in benchmark.groups]
+    if own and federation.head.manifest.withholds and not federation.identity.simulation:
+        raise ConfigError(
+            f"{own[0]} scores rows of your own, and eval/ would tell everybody of them exactly: the federation asks "
+            "for privacy",
+            hint="`fedcli export` the round, and score it in a workspace of your own.",
         )
 
 

@@ -13,7 +13,7 @@ from fedcli.errors import BusyError, NotReadyError, UsageError, did_you_mean
 from fedcli.observer import Observer
 from fedcli.quantities import describe_seconds
 from fedcli.server.merge import unchanged_files
-from fedcli.server.merge_by_rule import combine_with
+from fedcli.server.merge_round import merge_round
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
@@ -25,6 +25,7 @@ from fedcli.workspace.registrations import check_still_unsigned, foreign_clients
 
 if TYPE_CHECKING:
     from fedcli.server.enrol import ServerTrust
+    from fedcli.workspace.noise_keys import NoiseKey, NoiseSource
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _aggregate(
     _check_answers(federation, sorted(absent), needed, unenrolled)
     federation.workspace.store.sweep("rounds")
     config = federation.config
-    files, aggregation = combine_with(
+    files, aggregation = merge_round(
         config.aggregation.as_rule(),
         head,
         algorithm,
@@ -137,11 +138,12 @@ def _aggregate(
         head.num_counted,
         observer,
         authenticate=None if trust is None else trust.check_updates(head),
+        noise=_noise(federation, needed, dry_run),
     )
     _check_answers(federation, aggregation.missing, needed)
     if files is None and not head.awaited_clients():
         files = unchanged_files(head, algorithm)
-    if files is None:
+    if files is None and not (dry_run and aggregation.counted):
         faults = "".join(f"\n  client {refused.client}: {refused.code}" for refused in aggregation.refused)
         raise NotReadyError(
             f"round {head.number} has no valid update:{faults}",
@@ -149,6 +151,7 @@ def _aggregate(
         )
     if dry_run:
         return AggregationResult("dry_run", head.number, "open", aggregation)
+    assert files is not None
     published = open_next_round(federation, files, aggregation, trust)
     federation.refresh()
     following = federation.head
@@ -160,6 +163,35 @@ def _aggregate(
         following.manifest.state,
         following.manifest.aggregation,
     )
+
+
+def _noise(federation: FederationState, needed: int, dry_run: bool) -> "NoiseSource | None":
+    """Return what makes the key of the open round's noise once nothing else can keep the round from being published.
+
+    Raises NotReadyError where the round would pass its budget. None where the round needs no noise.
+    """
+    head, privacy = federation.head, federation.head.manifest.privacy
+    if privacy is None or not privacy.is_at_server:
+        return None
+    from fedcli.workspace.noise_keys import key_for, keys_home
+    from fedcli.workspace.privacy_ledger import check_budget
+
+    home = keys_home(federation.workspace, federation.identity)
+
+    def source(aggregation: Aggregation) -> "NoiseKey | None":
+        _check_answers(federation, aggregation.missing, needed)
+        counted = [entry.client for entry in aggregation.counted]
+        rounds = [*federation.past(), head]
+
+        def check(releases: int) -> None:
+            check_budget(rounds, counted, releases)
+
+        if dry_run:
+            check(1)
+            return None
+        return key_for(home, head, aggregation, check)
+
+    return source
 
 
 def _trust(federation: FederationState) -> "ServerTrust | None":

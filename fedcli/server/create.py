@@ -91,6 +91,7 @@ def create_workspace(
     config = parse_config(read_document(text, workspace.config), named)
     if _is_open(workspace):
         return Creation(FederationState.open(workspace), False)
+    _check_privacy(config)
     experiment = Experiment(workspace, config, None)
     base = check_base(experiment)  # before rows are read and torch is loaded: it takes no second
     plan = plan_split(experiment, observer)
@@ -127,8 +128,28 @@ def create_workspace(
             True,
             plan.summary if plan else None,
             has_lost_identity=orphan is not None,
-            notes=(*(() if base is None else base.notes_for(config.train.max_length)), *_rule_notes(config)),
+            notes=(
+                *(() if base is None else base.notes_for(config.train.max_length)),
+                *_rule_notes(config),
+                *_privacy_notes(federation),
+            ),
         )
+
+
+def _privacy_notes(federation: FederationState) -> tuple[str, ...]:
+    if federation.head.manifest.privacy is None:
+        return ()
+    from fedcli.server.privacy_notes import privacy_notes  # other federations need none
+
+    return privacy_notes(federation.config.privacy, federation.head.manifest, federation.config.federation.rounds)
+
+
+def _check_privacy(config: Config) -> None:
+    """Raise ConfigError for an algorithm that cannot be merged with the noise of unit client."""
+    if config.privacy.unit == "client":
+        from fedcli.server.merge_privately import check_algorithm
+
+        check_algorithm(config.algorithm)
 
 
 def _rule_notes(config: Config) -> tuple[str, ...]:

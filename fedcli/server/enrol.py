@@ -158,7 +158,7 @@ def _required(trust: ServerTrust | None, federation: FederationState) -> ServerT
     return trust
 
 
-def read_applicant(federation: FederationState, client: int) -> tuple[PublicKeys, str, int]:
+def read_applicant(federation: FederationState, client: int) -> tuple[PublicKeys, str, int | None]:
     """Return the keys that a joined party asks to be enrolled under, the old key's signature of them or "", its rows.
 
     Raises NotReadyError where it has not joined, IntegrityError where it has not signed its registration.
@@ -202,8 +202,9 @@ def enrol(federation: FederationState, client: int, given: str | None = None) ->
             member.keys, proof.encode(), "keys", federation.identity.id, digest_of(keys)
         )
         if given is None and not is_proven:
+            registers = "rows" if num_rows is None else plural(num_rows, "row")
             raise UsageError(
-                f"client {client} registers {plural(num_rows, 'row')}; its keys have the fingerprint {told}",
+                f"client {client} registers {registers}; its keys have the fingerprint {told}",
                 hint="Compare it with the party by telephone, then run "
                 f"`fedcli server enrol --id {client} --fingerprint {told}`.",
             )

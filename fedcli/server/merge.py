@@ -38,13 +38,13 @@ def combine(
     looks at signatures. Raises IntegrityError where they would not be finite, ConfigError where the algorithm gives no
     usable weight.
     """
-    merge = _Merge(
+    merge = Merge(
         base,
         algorithm,
         algorithm.reducer(),
         {name: algorithm.file_reducer(num_clients) for name in algorithm.update_files},
     )
-    _read_all(base, order, count, merge, observer, refuses_incomplete, authenticate)
+    read_all(base, order, count, merge, observer, refuses_incomplete, authenticate)
     aggregation = merge.aggregation()
     if not merge.counted:
         return None, aggregation
@@ -68,8 +68,13 @@ def unchanged_files(base: Round, algorithm: Algorithm) -> dict[str, bytes]:
     return {name: base.read(name) for name in names}
 
 
-def weight_of(algorithm: Algorithm, client: int, record: UpdateRecord) -> float:
-    """Return an update's weight before normalisation; raise ConfigError where it is no finite number above 0."""
+def weight_of(base: Round, algorithm: Algorithm, client: int, record: UpdateRecord) -> float:
+    """Return an update's weight before normalisation; raise ConfigError where it is no finite number above 0.
+
+    Where privacy has a unit all weigh the same: a number of rows tells of them.
+    """
+    if base.manifest.withholds:
+        return 1.0
     weight = algorithm.weight(record.num_samples)
     if not 0 < weight < math.inf:
         raise ConfigError(
@@ -80,7 +85,7 @@ def weight_of(algorithm: Algorithm, client: int, record: UpdateRecord) -> float:
 
 
 @dataclass
-class _Merge:
+class Merge:
     """What is kept of the updates that were read."""
 
     base: Round
@@ -92,6 +97,8 @@ class _Merge:
     """The largest norm of an update's files, by client."""
     stored: list[dict[str, StoredFile]] = field(default_factory=list)
     counted: list[CountedUpdate] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    """Theirs, before normalisation."""
     refused: list[RefusedUpdate] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
     surplus: list[int] = field(default_factory=list)
@@ -108,11 +115,16 @@ class _Merge:
 
     def add(self, client: int, update: Update) -> None:
         """Count one client's update."""
-        weight = weight_of(self.algorithm, client, update.record)
+        weight = weight_of(self.base, self.algorithm, client, update.record)
         delta_norm = self.differences.add(update.files[ADAPTER_FILE], weight, self.adapter)
         norms = [reducer.add(update.files[name], 1.0) for name, reducer in self.files.items()]
         self.magnitudes[client] = max(delta_norm, *norms, 0.0)
+        self.note(client, update, weight, delta_norm)
+
+    def note(self, client: int, update: Update, weight: float, delta_norm: float) -> None:
+        """Keep what the manifest will say of an update."""
         self.stored.append(update.stored)
+        self.weights.append(weight)
         self.counted.append(
             CountedUpdate(
                 client=client,
@@ -122,6 +134,7 @@ class _Merge:
                 train_loss=update.record.train_loss,
                 delta_norm=delta_norm,
                 bytes=update.num_bytes,
+                privacy=update.record.privacy,
             )
         )
 
@@ -140,9 +153,12 @@ class _Merge:
     def aggregation(self) -> Aggregation:
         """Return the record of the merge, every list sorted by client; weights add up to 1."""
         total = 0.0
-        for entry in self.counted:
-            total += entry.weight
-        shares = [entry.model_copy(update={"weight": entry.weight / total}) for entry in self.counted]
+        for weight in self.weights:
+            total += weight
+        shares = [
+            entry.model_copy(update={"weight": weight / total})
+            for entry, weight in zip(self.counted, self.weights, strict=True)
+        ]
         return Aggregation(
             algorithm=asdict(self.algorithm),
             counted=sorted(shares, key=lambda entry: entry.client),
@@ -152,11 +168,11 @@ class _Merge:
         )
 
 
-def _read_all(
+def read_all(
     base: Round,
     order: Sequence[int],
     count: int,
-    merge: _Merge,
+    merge: Merge,
     observer: Observer,
     refuses_incomplete: bool,
     authenticate: Authenticate | None,

@@ -222,7 +222,9 @@ class _Merge:
     def counted(self) -> list[CountedUpdate]:
         """Return what the manifest will say of each valid update, with the weights that the rule gives, in order."""
         found, products = self.survey.found, self.survey.products[ADAPTER_FILE]
-        shares = self.rule.shares(np.array([weight_of(self.algorithm, each.client, each.record) for each in found]))
+        shares = self.rule.shares(
+            np.array([weight_of(self.base, self.algorithm, each.client, each.record) for each in found])
+        )
         weights = self.rule.weights(products, shares)
         others = {name: self._file_weights(name) for name in self.algorithm.update_files}
         return [
@@ -237,6 +239,7 @@ class _Merge:
                 cosine=figures.cosine,
                 change=figures.change,
                 file_weights={name: float(given[position]) for name, given in others.items()} or None,
+                privacy=each.record.privacy,
             )
             for position, (each, figures) in enumerate(zip(found, diagnose(products, shares), strict=True))
         ]
@@ -260,7 +263,7 @@ class _Merge:
 
     def _weighted(self, entries: Sequence[CountedUpdate]) -> dict[str, dict[str, Array]]:
         """Return the weighted sum of each file; an update that weighs nothing is not read again."""
-        weights = {entry.client: {ADAPTER_FILE: entry.weight} | (entry.file_weights or {}) for entry in entries}
+        weights = {entry.client: {ADAPTER_FILE: entry.weight or 0.0} | (entry.file_weights or {}) for entry in entries}
         hashes = {submission.client: submission.sha256 for submission in self.survey.found}
         sums = {name: WeightedMean(divisor=1.0) for name in self.base.manifest.update_files}
         origins = {name: _origin(self.base, name, self.adapter) for name in sums}

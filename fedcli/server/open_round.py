@@ -12,7 +12,7 @@ from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.workspace.federation_state import Experiment, FederationState, train_record
 from fedcli.workspace.history import Round, publish_round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE
-from fedcli.workspace.privacy_records import privacy_record
+from fedcli.workspace.privacy_records import next_clip, privacy_record
 from fedcli.workspace.records import Aggregation, Identity, Manifest, ModelRecord, Selection, TensorEntry, file_entry
 
 if TYPE_CHECKING:
@@ -99,7 +99,18 @@ def _manifest(
         opened=max(0.0, time.time()) if is_open and federation.deadline is not None else None,
         enrolment=None if trust is None else trust.enrolment.head,
         fedcli=None if trust is None else __version__,
-        privacy=privacy_record(config.privacy, num_counted=federation.num_counted, rounds=federation.rounds, clip=None),
+        privacy=privacy_record(
+            config.privacy,
+            num_counted=federation.num_counted,
+            rounds=federation.rounds,
+            clip=_clip(previous, aggregation),
+        ),
     )
     before = None if previous is None else previous.manifest
     return manifest.model_copy(update={"cost": cost_of(manifest, before), "history": history_of(manifest, before)})
+
+
+def _clip(previous: Round | None, aggregation: Aggregation | None) -> float | None:
+    """Return the clip that adaptive clipping has reached; None where it has not begun."""
+    privacy = None if previous is None else previous.manifest.privacy
+    return None if privacy is None or aggregation is None else next_clip(privacy, aggregation.privacy)

@@ -26,6 +26,8 @@ class Verification:
     """Rounds that were not computed again, because `gc` has removed what they were made of."""
     num_gone: int = 0
     """Counted updates that are gone, whose hashes are recorded; the rounds made of them were not computed again."""
+    noisy_rounds: list[int] = field(default_factory=list)
+    """Rounds whose adapter was not computed again, because the key of the noise in it was not given."""
     num_baselines: int = 0
     num_signatures: int = 0
     """Of the enrolment, rounds, updates and countersignatures, those that are right."""

@@ -1,7 +1,7 @@
 """Checking a workspace against the protocol's invariants (docs/PROTOCOL.md, "What verify checks")."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import unchanged_files
-from fedcli.server.merge_by_rule import combine_with
+from fedcli.server.merge_round import merge_round
 from fedcli.server.updates_again import (
     ANOTHER,
     check_counted,
@@ -26,9 +26,9 @@ from fedcli.server.updates_again import (
     no_longer_valid,
 )
 from fedcli.server.verification import Verification
+from fedcli.server.verify_beside import check_baselines, check_private, check_scores
+from fedcli.server.verify_privacy import check_privacy, is_same_noise, noise_again
 from fedcli.server.verify_signatures import check_of_merge, check_signatures, gone_clients, read_pins
-from fedcli.workspace.baselines import published_baselines, read_baseline
-from fedcli.workspace.client_state import damaged_candidates, read_state
 from fedcli.workspace.enrolment import forget_enrolment
 from fedcli.workspace.history import (
     Round,
@@ -36,7 +36,6 @@ from fedcli.workspace.history import (
     listed_rounds,
     prunable,
     read_identity,
-    read_record,
     read_round,
 )
 from fedcli.workspace.layout import (
@@ -53,17 +52,21 @@ from fedcli.workspace.layout import (
 from fedcli.workspace.publish import TEMPORARY_PREFIX
 from fedcli.workspace.records import Aggregation, Identity, file_entry
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.scores import ScoreRecord, check_items, score_files
 from fedcli.workspace.tensors import decode
 
 
-def verify(workspace: Workspace, *, trust: Path | None = None, observer: Observer) -> Verification:
+def verify(
+    workspace: Workspace, *, trust: Path | None = None, noise_keys: Sequence[Path] = (), observer: Observer
+) -> Verification:
     """Check every published round and counted update; what is wrong is collected, not raised. `trust` has pinned keys.
+
+    `noise_keys` are files, or folders of them, with the keys of noise that rounds were merged with.
 
     Costs in proportion to the history: every round's files are hashed and every aggregate is computed again from the
     updates that it counted.
     """
     result, pins = Verification(), None if trust is None else read_pins(trust)
+    keys = _read_noise_keys(noise_keys)
     identity = _read_identity(workspace, result)
     forget_enrolment(workspace)
     for entry in workspace.store.names("rounds"):
@@ -92,17 +95,18 @@ def verify(workspace: Workspace, *, trust: Path | None = None, observer: Observe
                 if previous is not None and identity is not None:
                     check_uncounted(current, current.manifest.aggregation, previous, result)
                     num_clients = int(identity.fixed.get("federation.clients", 0)) or len(previous.manifest.cohort)
-                    _recompute(current, current.manifest.aggregation, previous, num_clients, result)
+                    check_privacy(current, current.manifest.aggregation, previous, result)
+                    _recompute(current, current.manifest.aggregation, previous, num_clients, keys, result)
             if number == 0:
-                _check_baselines(current, result)
+                check_baselines(current, result)
         previous = current
         if current is not None:
             rounds.append(current)
-    _check_scores(workspace, result)
+    check_scores(workspace, result)
     if identity is not None:
         result.num_signatures = check_signatures(workspace, identity, rounds, pins, result.report, result.remark)
     if rounds:
-        _check_private(rounds, result)
+        check_private(rounds, result)
     if previous is not None and previous.has(PRUNED):
         result.report(previous.folder / PRUNED, "removes what may not be removed: the latest round's files")
     if not result.num_rounds:
@@ -118,47 +122,6 @@ def _read_identity(workspace: Workspace, result: Verification) -> Identity | Non
             raise  # no damage: nothing was made here yet, or this machine is in trouble
         result.report(workspace.identity, error.message)
         return None
-
-
-def _check_baselines(start: Round, result: Verification) -> None:
-    """Every file of a baseline has its hash, and its adapter has the federation's tensors."""
-    workspace = start.workspace
-    for name in published_baselines(workspace):
-        try:
-            read_baseline(workspace, name, start.manifest.tensors)
-            result.num_baselines += 1
-        except IntegrityError as error:
-            result.report(workspace.baseline(name), error.message)
-
-
-def _check_scores(workspace: Workspace, result: Verification) -> None:
-    """Every record of scores is as it was written, and so are the items that it was made of."""
-    for path in score_files(workspace):
-        try:
-            record = read_record(workspace, ScoreRecord, path)
-            if record is not None:
-                check_items(workspace, record)
-        except IntegrityError as error:
-            result.report(path, error.message)
-
-
-def _check_private(rounds: list[Round], result: Verification) -> None:
-    """What simulated clients keep for the latest algorithm is as they wrote it, and there where they need it."""
-    workspace, head = rounds[-1].workspace, rounds[-1]
-    with suppress(IntegrityError):  # an algorithm that is not known is told once
-        algorithm = algorithm_from(head.manifest.algorithm)
-        for client in sorted(int(name) for name in workspace.store.names("private") if name.isdecimal()):
-            if workspace.store.is_hidden(f"private/{client}"):
-                continue
-            damaged = dict(damaged_candidates(workspace.private(client), algorithm))
-            for path, problem in damaged.items():
-                result.report(path, problem)
-            is_kept = workspace.store.names(f"private/{client}/{algorithm.private_state}")
-            if is_kept and not damaged and len(rounds) == head.number + 1:
-                try:
-                    read_state(workspace.private(client), rounds, algorithm, client)
-                except IntegrityError as error:
-                    result.report(workspace.private(client).folder, error.message)
 
 
 def _read(workspace: Workspace, number: int, result: Verification) -> Round | None:
@@ -290,7 +253,12 @@ def _check_aggregation(
 
 
 def _recompute(
-    current: Round, aggregation: Aggregation, previous: Round, num_clients: int, result: Verification
+    current: Round,
+    aggregation: Aggregation,
+    previous: Round,
+    num_clients: int,
+    keys: Mapping[str, bytes],
+    result: Verification,
 ) -> None:
     """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
     entries = {entry.client: entry for entry in aggregation.counted}
@@ -317,7 +285,7 @@ def _recompute(
         if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
             result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
             return
-        files, again = combine_with(
+        files, again = merge_round(
             rule_from(aggregation.rule),
             previous,
             algorithm,
@@ -327,6 +295,7 @@ def _recompute(
             Observer(),
             recorded=entries,
             authenticate=check_of_merge(current, previous),
+            noise=noise_again(aggregation, keys),
         )
     except FedError as error:
         if isinstance(error.__cause__, OSError):
@@ -339,11 +308,24 @@ def _recompute(
     lost += [(entry.client, ANOTHER) for entry in again.counted if entry.update != hashes[entry.client]]
     for client, problem in lost:
         result.report(workspace.update(previous.number, client), problem)
-    if lost or files is None:
+    if lost or len(again.counted) != len(aggregation.counted):
         return
     if not all(map(is_same_record, again.counted, aggregation.counted)):
         result.report(current.folder, "records other weights, losses or norms than the counted updates give")
+    if files is None:
+        result.noisy_rounds.append(current.number)
+        return
+    if again.privacy is not None and not is_same_noise(again.privacy, aggregation.privacy):
+        result.report(current.folder, "records another noise than the counted updates and the key give")
     _check_merged(current, files, result)
+
+
+def _read_noise_keys(paths: Sequence[Path]) -> dict[str, bytes]:
+    if not paths:
+        return {}
+    from fedcli.workspace.noise_keys import read_keys  # only who has keys needs them
+
+    return read_keys(paths)
 
 
 def _check_merged(current: Round, files: Mapping[str, bytes], result: Verification) -> None:

@@ -30,7 +30,10 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is told after every optimiser step: its number from 1, its loss, and the tokens it went through."""
+    """What is told after every optimiser step: its number from 1, its loss, and the tokens it went through.
+
+    The loss of a batch without rows is 0.
+    """
 
     step: int
     loss: float

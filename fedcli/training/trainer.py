@@ -5,9 +5,9 @@ trl's pad a batch to its longest row, make logits at every position and metrics 
 import, which every `client train` would pay. trl's are the oracles of the tests.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,14 @@ from fedcli.model.lora import AdaptedModel
 from fedcli.tasks import Likelihood, Task
 from fedcli.training.batches import LARGEST, OVERHEAD, cut
 from fedcli.training.reports import StepReport, TrainSettings
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """What is told of a gradient that lies in the parameters; the loss is None for a batch without rows."""
+
+    loss: float | None
+    num_tokens: int
 
 
 def fit(
@@ -39,47 +47,97 @@ def fit(
     A step's loss is the mean of the task's loss over the supervised tokens or the rows of its batch: neither it nor
     its gradient depends on how the batch is cut into micro-batches.
     """
+    steps = _plain_steps(adapted, rows, task, settings, batch_rows)
+    return [loss for loss in optimise(adapted, steps, task, settings, rule=rule, on_step=on_step) if loss is not None]
+
+
+def optimise(
+    adapted: AdaptedModel,
+    steps: Iterator[StepGradient],
+    task: Task,
+    settings: TrainSettings,
+    *,
+    rule: ClientRule | None,
+    dropout_seed: int | None = None,
+    on_step: Callable[[StepReport], None],
+) -> list[float | None]:
+    """Make an optimiser step for each gradient that `steps` leaves in the adapter's parameters; return the losses.
+
+    The iterator runs in training mode, with the parameters that are trained requiring gradients. `dropout_seed` takes
+    the place of the settings' seed.
+    """
     for name, parameter in adapted.parameters.items():  # one that is frozen has no gradient, and so makes no step
         parameter.requires_grad_(rule is None or rule.trains(name))
     model, parameters = adapted.base, list(adapted.parameters.values())
-    device, has_autocast = model.device, has_bfloat16()
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=model.device.type == "cuda"
     )
-    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=device) for name in adapted.parameters]
-    parts_of = partial(
-        cut, size=settings.micro_batch_size, overhead=OVERHEAD[device.type], largest=LARGEST[device.type]
-    )
-    losses: list[float] = []
-    torch.manual_seed(settings.seed)  # of dropout
+    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=model.device) for name in adapted.parameters]
+    losses: list[float | None] = []
+    torch.manual_seed(settings.seed if dropout_seed is None else dropout_seed)
     optimizer.zero_grad()  # what another client's training left that broke off
     adapted.start_training(has_dropout=task.has_dropout, has_checkpointing=settings.gradient_checkpointing)
     with quiet_libraries(), _checkpointing(model, settings.gradient_checkpointing):
-        for start in range(0, len(rows), settings.batch_size):
-            batch = rows[start : start + settings.batch_size]
-            num_parts = len(batch) if task.mean_over == "rows" else sum(row.num_supervised for row in batch)
-            total = torch.zeros((), device=device)
-            parts = parts_of(batch)
-            arguments: dict[str, Any] = {**settings.hyperparameters}
-            if task.batch_terms is not None:
-                others = batch_rows[start : start + settings.batch_size]
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=has_autocast):
-                    said = [_likelihood(model, part, adapted.pad_id) for part in parts_of(others or batch)]
-                    whole = Likelihood(*(torch.cat(tensors, -1) for tensors in zip(*said, strict=True)))
-                    arguments |= task.batch_terms(whole, **settings.hyperparameters)
-            for part in parts:
-                with torch.autocast(device.type, torch.bfloat16, enabled=has_autocast):
-                    share = task.loss(_likelihood(model, part, adapted.pad_id), **arguments) / num_parts
-                share.backward()  # type: ignore[no-untyped-call]  # torch's annotations
-                total += share.detach()
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        for step in steps:
             _step(optimizer, parameters, rule, own, settings.learning_rate)
-            losses.append(total.item())
-            on_step(StepReport(len(losses), losses[-1], sum(row.num_tokens for row in batch)))
+            losses.append(step.loss)
+            on_step(StepReport(len(losses), step.loss or 0.0, step.num_tokens))
     return losses
 
 
-def _likelihood(model: Any, rows: Sequence[EncodedRow], pad_id: int) -> Likelihood:
+def micro_batches(
+    adapted: AdaptedModel, rows: Sequence[EncodedRow], settings: TrainSettings, *, most: int | None = None
+) -> list[list[EncodedRow]]:
+    """Return rows in micro-batches, as the settings say and the device bears, of `most` rows at most."""
+    device = adapted.base.device.type
+    parts = cut(rows, size=settings.micro_batch_size, overhead=OVERHEAD[device], largest=LARGEST[device])
+    if most is None:
+        return parts
+    return [part[start : start + most] for part in parts for start in range(0, len(part), most)]
+
+
+def loss_of(
+    adapted: AdaptedModel, part: Sequence[EncodedRow], task: Task, arguments: Mapping[str, Any]
+) -> torch.Tensor:
+    """Return the sum of a task's loss over a micro-batch's rows, or their supervised tokens."""
+    with torch.autocast(adapted.base.device.type, torch.bfloat16, enabled=has_bfloat16()):
+        return task.loss(likelihood_of(adapted.base, part, adapted.pad_id), **arguments)
+
+
+def _plain_steps(
+    adapted: AdaptedModel,
+    rows: Sequence[EncodedRow],
+    task: Task,
+    settings: TrainSettings,
+    batch_rows: Sequence[EncodedRow],
+) -> Iterator[StepGradient]:
+    """Leave the clipped gradient of one batch after another in the parameters."""
+    model, parameters = adapted.base, list(adapted.parameters.values())
+    device, has_autocast = model.device, has_bfloat16()
+    for start in range(0, len(rows), settings.batch_size):
+        batch = rows[start : start + settings.batch_size]
+        num_parts = len(batch) if task.mean_over == "rows" else sum(row.num_supervised for row in batch)
+        total = torch.zeros((), device=device)
+        parts = micro_batches(adapted, batch, settings)
+        arguments: dict[str, Any] = {**settings.hyperparameters}
+        if task.batch_terms is not None:
+            others = batch_rows[start : start + settings.batch_size]
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=has_autocast):
+                said = [
+                    likelihood_of(model, part, adapted.pad_id)
+                    for part in micro_batches(adapted, others or batch, settings)
+                ]
+                whole = Likelihood(*(torch.cat(tensors, -1) for tensors in zip(*said, strict=True)))
+                arguments |= task.batch_terms(whole, **settings.hyperparameters)
+        for part in parts:
+            share = loss_of(adapted, part, task, arguments) / num_parts
+            share.backward()  # type: ignore[no-untyped-call]  # torch's annotations
+            total += share.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        yield StepGradient(total.item(), sum(row.num_tokens for row in batch))
+
+
+def likelihood_of(model: Any, rows: Sequence[EncodedRow], pad_id: int) -> Likelihood:
     """Return what the model says of a micro-batch: all first sides in one forward pass with all second ones."""
     sides = [side for sides in zip(*(row.sides for row in rows), strict=True) for side in sides]
     inputs = collate(sides, pad_id)

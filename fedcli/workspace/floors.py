@@ -5,6 +5,7 @@ Leakage from Gradients; Fowl et al. 2022). Floors refuse such rounds; they are n
 a field of `Floors` and an entry of `_FLOORS`.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pydantic import (
 from fedcli.config.sections import ModuleName
 from fedcli.errors import ConfigError, UsageError, did_you_mean
 from fedcli.quantities import plural
+from fedcli.workspace.privacy_records import PrivacyRecord
 from fedcli.workspace.records import Manifest, TrainRecord
 
 _NUMBERED = re.compile(r"\.\d+\.")
@@ -37,6 +39,10 @@ def _names(value: Any) -> Any:
 
 
 Count: TypeAlias = Annotated[int, Field(ge=1)]
+Number: TypeAlias = Annotated[
+    Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+    BeforeValidator(lambda value: None if value == "none" else value),
+]
 Targets: TypeAlias = Annotated[
     Literal["layers", "any"] | Annotated[tuple[ModuleName, ...], Field(min_length=1)], BeforeValidator(_names)
 ]
@@ -53,6 +59,12 @@ class Floors(BaseModel):
     batch_size: Count = 1
     targets: Targets = "layers"
     """Where LoRA may lie: in the numbered layers alone (no embedding, no head), those of these names, or anywhere."""
+    noise: Number = None
+    """The least noise multiplier that a round's privacy asks for; None: it need not ask for any, as the two below."""
+    clip: Number = None
+    """The most that one unit may move a sum."""
+    max_epsilon: Number = None
+    """The most that a round's privacy may let the party spend; of unit client its own count of the rounds, too."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -73,11 +85,12 @@ class Asked:
     """The names of the tensors that the party would send."""
     num_rows: int
     """The party's."""
+    privacy: PrivacyRecord | None = None
 
     @classmethod
     def by(cls, manifest: Manifest, num_rows: int, train: TrainRecord | None = None) -> "Asked":
         """Return what a manifest asks of a party with so many rows; `train` is there where that is not as it says."""
-        return cls(manifest.round, train or manifest.train, tuple(manifest.sent_tensors), num_rows)
+        return cls(manifest.round, train or manifest.train, tuple(manifest.sent_tensors), num_rows, manifest.privacy)
 
 
 @dataclass(frozen=True)
@@ -129,16 +142,55 @@ def _layer(tensor: str) -> str:
     return match["name"] if match else tensor
 
 
+def _limited(what: str, value: Callable[[PrivacyRecord], float | None], *, is_least: bool) -> _Floor:
+    """Return the floor of a number of a round's privacy; a round that does not have it is below."""
+
+    def fault(limit: float | None, asked: Asked) -> str | None:
+        if limit is None:
+            return None
+        privacy, bound = asked.privacy, "at least" if is_least else "at most"
+        found = None if privacy is None or privacy.unit is None else value(privacy)
+        if found is None:
+            says = "asks for no privacy" if privacy is None or privacy.unit is None else f"sets no {what}"
+            return f"{says}, and your floor is {what} {bound} {limit:g}"
+        if found >= limit if is_least else found <= limit:
+            return None
+        return f"asks for {what} {found:g}, and your floor is {bound} {limit:g}"
+
+    def allow(limit: float | None, asked: Asked) -> str:
+        found = None if asked.privacy is None or asked.privacy.unit is None else value(asked.privacy)
+        return "none" if found is None else f"{found:.17g}"
+
+    return _Floor(fault, allow)
+
+
+def _noise(privacy: PrivacyRecord) -> float | None:
+    """Return the noise multiplier; infinity of a target, by which the party makes its own noise, and checks that."""
+    return math.inf if privacy.is_at_party and privacy.target is not None else privacy.noise
+
+
+def _most_epsilon(privacy: PrivacyRecord) -> float | None:
+    """Return what may be spent; 0 where the party makes the noise: it counts what it spends, and stops by itself."""
+    if privacy.is_at_party:
+        return 0.0
+    return privacy.max_epsilon
+
+
 _FLOORS = {
     "rows": _least("learns from", "row", lambda asked: min(asked.num_rows, asked.train.steps * asked.train.batch_size)),
     "steps": _least("makes", "step", lambda asked: asked.train.steps),
     "batch_size": _least("has batches of", "row", lambda asked: asked.train.batch_size),
     "targets": _Floor(_fault_of_targets, _allow_targets),
+    "noise": _limited("noise", _noise, is_least=True),
+    "clip": _limited("clip", lambda privacy: privacy.clip, is_least=False),
+    "max_epsilon": _limited("max_epsilon", _most_epsilon, is_least=False),
 }
 
 
+_OF_PRIVACY = frozenset(("noise", "clip", "max_epsilon"))
 _FORM = dict.fromkeys(_FLOORS, "A whole number from 1") | {
-    "targets": "layers, any, or ends of layers' names such as q_proj,v_proj"
+    "targets": "layers, any, or ends of layers' names such as q_proj,v_proj",
+    **dict.fromkeys(("noise", "clip", "max_epsilon"), "A number above 0, or none"),
 }
 
 
@@ -156,11 +208,13 @@ def check_floors(floors: Floors, asked: Asked, client: int, what: str | None = N
     """Raise ConfigError where a party's floors refuse what a round, or what else is named, asks for."""
     if found := faults(floors, asked):
         told = "; ".join(fault for fault, _ in found)
+        names = {value.partition("=")[0] for _, value in found}
+        why = "" if names <= _OF_PRIVACY else "What so little is learnt from can be read from the update. "
         allow = " ".join(f"--floor {value}" for _, value in found)
         raise ConfigError(
             f"client {client} does not train {what or f'round {asked.round}'}: it {told}",
-            hint="What so little is learnt from can be read from the update. Ask the server's operator why; to allow "
-            f"it, run `fedcli client join --id {client} --data SOURCE {allow}`.",
+            hint=f"{why}Ask the server's operator why; to allow it, run "
+            f"`fedcli client join --id {client} --data SOURCE {allow}`.",
         )
 
 

@@ -14,6 +14,7 @@ from fedcli.algos.reducer import PIECE
 from fedcli.errors import IntegrityError, WorkspaceError
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, is_round_name
+from fedcli.workspace.privacy_records import claim_fault
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.registrations import inbox_owner, is_server, is_stranger, read_registration
@@ -191,13 +192,19 @@ def opened_update(base: Round, client: int) -> Iterator[Folder]:
 
 
 def check_rows(base: Round, client: int, update: Update | Submission) -> None:
-    """Raise Refusal(samples) where an update claims more rows than its party has registered; a simulation has not."""
+    """Raise Refusal(samples) where an update claims more rows than its party has registered.
+
+    A simulation has not; and where privacy has a unit no number is registered, and none counts beyond row_cap.
+    """
     num_samples, problem = update.record.num_samples, None
     try:
         registration = read_registration(base.workspace, client)
-        if registration is not None and num_samples > registration.data.num_rows:
+        registered = None if registration is None else registration.data.num_rows
+        if registration is not None and registered is None and not base.manifest.withholds:
+            problem = "the client's registration does not tell how many rows it has: it joins again to register them"
+        elif registered is not None and num_samples > registered:
             problem = (
-                f"num_samples is {num_samples}, and the client registered {registration.data.num_rows} rows: "
+                f"num_samples is {num_samples}, and the client registered {registered} rows: "
                 "it joins again to register more"
             )
     except IntegrityError as error:
@@ -346,3 +353,5 @@ def _check_record(record: UpdateRecord, base: Round, client: int) -> None:
         raise Refusal("wrong_base", "made from another manifest of this round")
     if record.client != client:
         raise Refusal("wrong_client", f"made by client {record.client}, dropped by client {client}")
+    if fault := claim_fault(base.manifest.privacy, record.privacy, record.num_samples, record.train_loss):
+        raise Refusal("privacy", fault)

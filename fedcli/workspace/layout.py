@@ -173,6 +173,8 @@ class Home:
         self.keys = folder / "keys.pem"  # its own, to sign and to seal with
         self.next_keys = folder / "keys-next.pem"  # that take their place once the enrolment names them
         self.history = folder / "history.jsonl"  # what it did, and what came of it
+        self.steps = folder / "steps.jsonl"  # every private step that was made, whatever came of its update
+        self.noise = folder / "noise"  # the server's: keys of the noise that rounds were merged with
         self.lock = folder / "lock"  # held by the process that trains the client
         self.baseline_lock = folder / "baseline.lock"
         self.baseline_progress = folder / "baseline.safetensors"

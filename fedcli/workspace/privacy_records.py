@@ -1,11 +1,12 @@
 """The ledger's records: what a round asks for (manifest.privacy), and what a client claims (update.privacy)."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+import math
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from fedcli.config.privacy import AdaptiveClip, PrivacyConfig, PrivacyTarget, Unit
-from fedcli.workspace.record import Record
+from fedcli.workspace.record import Finite, Record, Sha256
 
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delta: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
@@ -55,6 +56,14 @@ class PrivacyRecord(_Sparse):
     adaptive: AdaptiveRecord | None = None
     secure_aggregation: Literal["pairwise", "double"] | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        needed = {"client": ("clip", "noise", "delta", "expected"), "row": ("clip",), "group": ("clip", "group_by")}
+        missing = [name for name in needed.get(self.unit or "", ()) if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"unit is {self.unit}, and {missing[0]} is not there")
+        return self
+
     @property
     def is_at_server(self) -> bool:
         """Whether the server makes the noise."""
@@ -74,6 +83,62 @@ class PrivacyClaim(Record):
     delta: Delta
 
 
+def claim_fault(
+    asked: PrivacyRecord | None, claim: PrivacyClaim | None, num_samples: int, train_loss: float | None
+) -> str | None:
+    """Return what is wrong with an update's claim in a round that asks parties for privacy; None where nothing is.
+
+    The claim is the party's word: what can be checked is that it is what the round asks for.
+    """
+    if asked is None or not asked.is_at_party:
+        return None
+    wanted = f"its round asks for unit {asked.unit} at delta {asked.delta}"
+    if claim is None:
+        return f"it claims no privacy, and {wanted}"
+    if (claim.unit, claim.delta) != (asked.unit, asked.delta):
+        return f"it claims unit {claim.unit} at delta {claim.delta}, and {wanted}"
+    limits = (asked.max_epsilon, None if asked.target is None else asked.target.epsilon)
+    if passed := [limit for limit in limits if limit is not None and claim.epsilon > limit]:
+        return f"it claims epsilon {claim.epsilon}, and its round allows {min(passed)}"
+    if num_samples != 1 or train_loss is not None:
+        return "it tells how many rows it has, or its loss: in its round num_samples is 1 and train_loss null"
+    return None
+
+
+class MergeNoise(_Sparse):
+    """aggregation.privacy: the noise that a round of unit client was merged with; who has its key can draw it again."""
+
+    noise_sha256: Sha256
+    """The hash of the key (privacy/noise.py)."""
+    noise: Positive
+    """The multiplier of the noise on the updates' sum."""
+    below: Finite | None = None
+    """How many updates were not clipped, with noise; None without adaptive clipping."""
+    releases: Annotated[int, Field(ge=2)] | None = None
+    """Sums of the round that had a key, this one included, where kills or refusals made more than one."""
+
+
+def noise_multiplier(privacy: PrivacyRecord) -> float:
+    """Return the multiplier of the noise on the updates' sum: z, or with adaptive clipping z_d, which is larger.
+
+    The noisy number of updates below is a release of its own; both together are one of multiplier z.
+    """
+    assert privacy.noise is not None
+    if privacy.adaptive is None:
+        return privacy.noise
+    return float((privacy.noise**-2 - (2 * privacy.adaptive.bit_noise) ** -2) ** -0.5)
+
+
+def next_clip(privacy: PrivacyRecord, merged: MergeNoise | None) -> float | None:
+    """Return the clip that adaptive clipping has reached behind a round; None where it has none."""
+    if privacy.adaptive is None or privacy.clip is None or privacy.expected is None:
+        return None
+    if merged is None or merged.below is None:  # the round ended without an update
+        return privacy.clip
+    distance = merged.below / privacy.expected - privacy.adaptive.quantile
+    return privacy.clip * math.exp(-privacy.adaptive.rate * distance)
+
+
 def privacy_record(config: PrivacyConfig, *, num_counted: int, rounds: int, clip: float | None) -> PrivacyRecord | None:
     """Return what a round asks for, as fedcli.yaml has it now; `clip` is the one that adaptive clipping has reached."""
     if config.is_off:
@@ -81,19 +146,16 @@ def privacy_record(config: PrivacyConfig, *, num_counted: int, rounds: int, clip
     secure = None if config.secure_aggregation == "off" else config.secure_aggregation
     if config.unit is None:
         return PrivacyRecord(secure_aggregation=secure)
-    is_client, adaptive, noise = config.unit == "client", config.adaptive, config.noise
-    if is_client and config.target is not None:
-        from fedcli.privacy.accounting import gaussian_noise
-
-        noise = gaussian_noise(config.target.epsilon, config.target.delta, rounds)
+    is_client, adaptive, target = config.unit == "client", config.adaptive, config.target
+    limit = target.epsilon if is_client and target is not None and config.max_epsilon is None else config.max_epsilon
     return PrivacyRecord(
         unit=config.unit,
         relation="add_or_remove_one",
         clip=config.clip if clip is None or adaptive is None else clip,
-        noise=noise,
+        noise=config.noise_of_clients(rounds) if is_client else config.noise,
         delta=config.accounted_delta,
-        target=None if is_client else _target(config.target),
-        max_epsilon=config.max_epsilon,
+        target=None if is_client else _target(target),
+        max_epsilon=limit,
         group_by=config.group_by,
         expected=num_counted if is_client else None,
         row_cap=config.row_cap,

@@ -20,7 +20,7 @@ from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import IntegrityError
 from fedcli.workspace.layout import WORKSPACE_ID
-from fedcli.workspace.privacy_records import PrivacyClaim, PrivacyRecord
+from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord
 from fedcli.workspace.record import Finite as Finite
 from fedcli.workspace.record import Natural as Natural
 from fedcli.workspace.record import Record as Record
@@ -122,9 +122,9 @@ class CountedUpdate(Record):
 
     client: Natural
     update: Sha256
-    weight: Finite
+    weight: Finite | None
+    """None, as the three below, where privacy withholds it."""
     num_samples: int | None
-    """None, as the two below, where privacy withholds it."""
     train_loss: Finite | None
     delta_norm: Finite | None
     bytes: Natural | None = None
@@ -135,10 +135,12 @@ class CountedUpdate(Record):
     """What leaving it out changes the mean by, in the mean's norm."""
     file_weights: dict[str, Finite] | None = None
     """Its weight in what is made of each file beside the adapter."""
+    privacy: PrivacyClaim | None = None
+    """What its client says that all its steps so far have spent; None, and not written, but for rows and groups."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("cosine", "change", "file_weights")
+        optional = ("cosine", "change", "file_weights", "privacy")
         return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
@@ -172,10 +174,12 @@ class Aggregation(Record):
     """Who answered, and was not needed: enough of those drawn before had."""
     rule: dict[str, Any] | None = None
     """What took the place of the weighted mean; None for that itself, and then it is not written."""
+    privacy: MergeNoise | None = None
+    """The noise of a round of unit client; None for others, and then it is not written."""
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "rule" or value is not None}
+        return {key: value for key, value in write(self).items() if key not in ("rule", "privacy") or value is not None}
 
 
 class Selection(Record):
@@ -241,6 +245,11 @@ class Manifest(Record):
     """What the round guarantees; None, and not written, where nothing is asked for."""
 
     @property
+    def withholds(self) -> bool:
+        """Whether losses, norms and numbers of rows of its updates stay untold."""
+        return self.privacy is not None and self.privacy.unit is not None
+
+    @property
     def sent_tensors(self) -> dict[str, TensorEntry]:
         """The tensors of each file of an update."""
         if (names := self.update_tensors) is None:
@@ -298,10 +307,16 @@ class UpdateRecord(Record):
     files: dict[str, FileEntry]
     privacy: PrivacyClaim | None = None
     """What a client of row or group level claims; None, and not written, for others."""
+    salt: Sha256 | None = None
+    """Random: the manifest tells this record's hash, by which who guesses its rows could else try them.
+
+    None, and not written, where privacy has no unit.
+    """
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "privacy" or value is not None}
+        optional = ("privacy", "salt")
+        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 def file_entry(contents: bytes) -> FileEntry:

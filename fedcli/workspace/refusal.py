@@ -14,6 +14,7 @@ RefusalCode = Literal[
     "schema",
     "nonfinite",
     "samples",
+    "privacy",
     "protocol",
     "workspace",
     "wrong_round",

@@ -5,9 +5,9 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from fedcli.config import DataFormat
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
@@ -23,10 +23,11 @@ MAX_REGISTRATION_BYTES = 64 * 1024
 class DataCard(Record):
     """What a party tells of its rows; only their number where it shares the minimum.
 
-    `num_rows` counts the rows that the format can use; quantiles are of tokens a row, as templated and not cut.
+    `num_rows` counts the rows that the format can use; quantiles are of tokens a row, as templated and not cut. Where
+    privacy has a unit a card tells the format alone, and the number of rows stays in the party's home.
     """
 
-    num_rows: Natural
+    num_rows: Natural | None = None
     format: str | None = None
     left_out: dict[str, Natural] | None = None
     token_quantiles: dict[str, Natural] | None = None
@@ -66,6 +67,12 @@ class PartyRecord(Record):
     server: str | None = None
     """The fingerprint of the server's keys when it joined; None where signatures are off."""
     floors: Floors = USUAL_FLOORS
+    num_rows: Natural | None = None
+    """What its registration does not tell, where privacy has a unit; None, and not written, where it tells it."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "num_rows" or value is not None}
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:

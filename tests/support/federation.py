@@ -71,7 +71,7 @@ class Stub:
         """Stand in for the process's models, too."""
         return self
 
-    def rows(self, party: Party, train: TrainRecord) -> EncodedRows:
+    def rows(self, party: Party, train: TrainRecord, *, group_by: str | None) -> EncodedRows:
         """Return as many rows as the client has, none of which is looked at."""
         rows = EncodedRows()
         for _ in range(NUM_SAMPLES[party.client]):
