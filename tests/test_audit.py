@@ -184,7 +184,8 @@ def test_a_joined_party_plants_for_itself_alone_and_honest_rounds_go_on(parties:
     place = parties
     for client in range(3):
         place.join(client, place.rows(f"rows{client}.jsonl", 20, "say" * (client + 1)), "--home", f"H{client}", "--yes")
-        place("server", "enrol", "--id", client, "--yes")
+        fingerprint = json.loads(place("keys", "show", "--json").stdout)["clients"][str(client)]["fingerprint"]
+        place("server", "enrol", "--id", client, "--fingerprint", fingerprint)
     place(*PLANT, 2, "--home", "H0", code=3)
     place(*PLANT, 2, code=3)
     planted = place(*PLANT, 1, "--home", "H1")
@@ -215,8 +216,8 @@ def test_canaries_have_the_form_of_the_clients_rows(tmp_path: Path, kind: str) -
     write_rows(tmp_path / "rows.jsonl", texts)
     more = {
         "preference": ("task=dpo", "data.source=builtin:demo"),
-        "text": ("data.source=rows.jsonl", "data.format=text"),
-        "chat": ("data.source=builtin:demo", "data.template=vicuna"),
+        "text": (f"data.source={tmp_path / 'rows.jsonl'}", "data.format=text", "data.partition=iid"),
+        "chat": ("data.source=builtin:demo", "data.template=vicuna", "train.max_length=256"),
     }[kind]
     run_ok("init", "W", *settings(*FEW, *more), cwd=tmp_path)
     workspace = tmp_path / "W"

@@ -31,6 +31,8 @@ COMMANDS = {
     "privacy": ("privacy",),
     "verify": ("verify",),
     "gc": ("gc",),
+    "audit plant": ("audit", "plant", "--id", 0),
+    "audit measure": ("audit", "measure", "--id", 0, "--fillings", 2, "--rows", 2),
     "doctor": ("doctor",),
     "chat": ("chat", "hi", "--base", "--max-new-tokens", 1),
     "report": ("report",),
@@ -78,6 +80,7 @@ LONG = {
     "report",
     "eval run",
     "chat",
+    "audit measure",
 }
 
 
@@ -92,6 +95,9 @@ def test_files_of_the_workspace_are_listed_examined_and_opened_in_its_own_room_a
         Federation.open(workspace).server.aggregate()
     if name in ANSWERED:
         all_take_part(workspace)
+    if name == "audit measure":
+        run_ok("audit", "plant", "--id", 0, cwd=workspace)
+        run_ok("client", "train", "--id", 0, cwd=workspace)
     program = workspace.parent / "programs" / "sbatch"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho 7\n")

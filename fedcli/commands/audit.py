@@ -195,7 +195,7 @@ def _estimate(found: "Estimate | None") -> str:
 
 def _remarks(measured: "Measurement") -> Iterator[str]:
     yield (
-        f"exposure: bits, at most log2 {measured.num_fillings}; 1.44 on average where nothing was learnt. AUC and TPR: "
+        f"exposure: bits, at most log2 {measured.num_fillings}; a median of 1.0 where nothing was learnt. AUC and TPR: "
         "Min-K%, less the base's. epsilon: for so many rows that are there or not, each bound at 95 % confidence; "
         "promised: the ledger's (delta)"
     )
