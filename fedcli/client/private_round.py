@@ -63,8 +63,8 @@ def units_of(rows: "EncodedRows", group_by: str | None) -> "Sequence[NDArray[np.
 def plan_private(party: Party, head: Round, past: Sequence[Round], rows: "EncodedRows") -> PrivateSteps:
     """Return how a party protects its rows or groups in the open round.
 
-    Raises NotReadyError where the round would pass the budget, ConfigError where rounds before had no such protection
-    or a floor wants more noise, IntegrityError where the party's ledger lacks rounds.
+    Raises NotReadyError where the round would pass the budget, ConfigError where rounds before had no such protection,
+    IntegrityError where the party's ledger lacks rounds.
     """
     manifest = head.manifest
     privacy = _at_party(manifest)
@@ -82,7 +82,7 @@ def plan_private(party: Party, head: Round, past: Sequence[Round], rows: "Encode
     if noise is None:
         assert privacy.target is not None
         noise = _calibrated(before, made, privacy.target, q, steps * (manifest.rounds - head.number))
-    _check_noise(party, head, noise)
+        noise = max(noise, party.floors.noise or 0.0)  # of a noise that the round sets the floor has been checked
     budget = _budget(party, privacy)
     after = _epsilon([*before, (q, noise, steps)], privacy.delta)
     if after > budget:
@@ -112,18 +112,6 @@ def plan_private(party: Party, head: Round, past: Sequence[Round], rows: "Encode
 def _at_party(manifest: Manifest) -> PrivacyRecord | None:
     privacy = manifest.privacy
     return privacy if privacy is not None and privacy.is_at_party else None
-
-
-def _check_noise(party: Party, head: Round, noise: float) -> None:
-    """Raise ConfigError where a party's floor wants more noise than its target does."""
-    floor = party.floors.noise
-    if floor is not None and noise < floor:
-        raise ConfigError(
-            f"client {party.client} does not train round {head.number}: noise {noise:.4g} is enough for its target, and "
-            f"your floor is noise at least {floor:g}",
-            hint=f"Ask the server's operator for privacy.noise {floor:g} or more in the place of privacy.target; or "
-            f"lower your floor with `fedcli client join --id {party.client} --data SOURCE --floor noise=none`.",
-        )
 
 
 def _budget(party: Party, privacy: PrivacyRecord) -> float:
