@@ -19,6 +19,7 @@ from fedcli.operations.audit_models import Promise
 from fedcli.operations.audit_plant import plant_canaries, take_out_canaries
 from fedcli.workspace.canaries import read_canaries
 from fedcli.workspace.layout import Home, Workspace
+from fedcli.workspace.locks import hold
 
 PLANT = ("audit", "plant", "--canaries", 9, "--repeat", "1,2", "--id")
 MEASURE = ("audit", "measure", "--fillings", 4, "--rows", 8, "--id")
@@ -123,6 +124,9 @@ def test_planting_again_later_or_in_vain_is_clear(small: Path) -> None:
     assert run_ok("audit", "plant", "--id", 1, "--remove", cwd=small)["status"] == "removed"
 
     run_ok("client", "train", "--id", 1, cwd=small)
+    with hold(small / "private/1/lock", "its training"):
+        busy = fedcli(*PLANT, 1, cwd=small)
+    assert (busy.returncode, "busy with client 1" in busy.stderr) == (5, True)
     late = run_ok(*PLANT, 1, cwd=small)
     assert (late["first_round"], late["trained_before"]) == (1, True)
     run_ok("run", "--rounds", 1, cwd=small)
@@ -154,34 +158,31 @@ def test_taken_out_the_rows_are_byte_for_byte_what_they_were(small: Path, tmp_pa
 
 @pytest.mark.slow
 def test_a_process_that_goes_on_sees_canaries_come_and_go(small: Path) -> None:
-    configure(small, "federation.rounds=4", "federation.per_round=3")
     federation = Federation.open(small, threads=1)
-    losses = []
-    for number in range(3):
-        if number == 1:
-            plant_canaries(federation.state, 1, home=None, num_canaries=30, repeats=[8])
-        if number == 2:
-            take_out_canaries(federation.state, 1, home=None)
-        if number == 2:
-            break
-        federation.run(rounds=1)
-        rows = federation.runtimes.load().rows(None, federation.state.head.manifest.train)
-        losses.append(rows.num_planted)
-    rows = federation.runtimes.load().rows(None, federation.state.head.manifest.train)
-    assert (losses[0], losses[1] > 0, rows.num_planted, rows.num_own, len(rows)) == (0, True, 0, 1200, 1200)
+    runtime, train = federation.runtimes.load(), federation.state.head.manifest.train
+
+    def counts() -> tuple[int, int]:
+        pooled = runtime.rows(None, train)
+        return pooled.num_planted, pooled.num_own
+
+    assert counts() == (0, 1200)
+    planting = plant_canaries(federation.state, 1, home=None, num_canaries=30, repeats=[8])
+    assert counts() == (planting.num_copies, 1200)
+    assert planting.num_copies == 8 * planting.num_included > 0
+    take_out_canaries(federation.state, 1, home=None)
+    assert counts() == (0, 1200)
 
 
-@pytest.fixture(scope="module")
-def parties(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("audited")
-    done = fedcli("init", "W", *settings(*SMALL, "data.source=null"), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return Place(folder, warm())
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    """A workspace that waits for parties, whose updates are signed."""
+    made = Place(tmp_path, warm())
+    made("init", "W", *settings(*SMALL, "data.source=null"))
+    return made
 
 
 @pytest.mark.slow
-def test_a_joined_party_plants_for_itself_alone_and_honest_rounds_go_on(parties: Place) -> None:
-    place = parties
+def test_a_joined_party_plants_for_itself_alone_and_honest_rounds_go_on(place: Place) -> None:
     for client in range(3):
         place.join(client, place.rows(f"rows{client}.jsonl", 20, "say" * (client + 1)), "--home", f"H{client}", "--yes")
         fingerprint = json.loads(place("keys", "show", "--json").stdout)["clients"][str(client)]["fingerprint"]
