@@ -31,7 +31,7 @@ WORK = (
 
 
 def test_every_extra_that_an_error_names_brings_its_package() -> None:
-    index_names = {"lm_eval": "lm-eval", "sklearn": "scikit-learn"}
+    index_names = {"lm_eval": "lm-eval", "sklearn": "scikit-learn", "dp_accounting": "dp-accounting"}
     for name, extra in EXTRAS.items():
         brought = PROJECT["optional-dependencies"][extra]
         assert any(line.startswith(index_names.get(name, name)) for line in brought), name

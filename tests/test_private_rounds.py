@@ -1,377 +1,462 @@
-"""Privacy of rows and groups at the party, in real rounds: the ledger of steps, the budget, the claim, refusals."""
+"""Rounds of unit client: the noisy mean byte for byte, what stays untold, what is spent, and what a kill leaves."""
 
 import json
+import math
+import os
 import shutil
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from protocol_client import take_part
-from support.federation import NUM_SAMPLES, configure, read_manifest, train_as
-from support.processes import SMALL, fedcli, settings
+from safetensors.numpy import load_file, save
+from support.federation import (
+    ADAPTER,
+    CONTROL_DELTA,
+    NUM_SAMPLES,
+    all_take_part,
+    answer,
+    configure,
+    noisy,
+    read_adapter,
+    read_manifest,
+    read_update,
+    restart,
+    train_as,
+)
+from support.kills import copies_killed_at_every_call
+from support.processes import Run, runner
 
 from fedcli import Federation
-from fedcli.errors import ConfigError, IntegrityError, NotReadyError
-from fedcli.privacy.accounting import poisson_epsilon
-from fedcli.workspace.inbox import read_update
-from fedcli.workspace.layout import Home, Workspace
-from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.step_ledger import StepsRecord, charge, read_steps, spent
+from fedcli.errors import ConfigError, NotReadyError
+from fedcli.privacy.accounting import gaussian_epsilon
+from fedcli.privacy.noise import NoiseStream, hash_of
+from fedcli.workspace.layout import Workspace
 
-PRIVATE = (*SMALL, "privacy.unit=row", "privacy.clip=0.5", "privacy.noise=1.5", "privacy.delta=1e-4")
-"""Two rounds of two steps, batches of 4 rows."""
+slow = pytest.mark.slow
+PRIVACY = ("unit: client", "clip: 0.5", "noise: 1.5")
+
+
+def private(workspace: Path, *more: str, algorithm: str = "fedavg") -> Path:
+    """Let round 0, which nobody has answered, be one of unit client."""
+    configure(workspace, f"privacy={{{', '.join([*PRIVACY, *more])}}}")
+    restart(workspace, algorithm)
+    return workspace
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A simulation whose parties protect rows, with round 0 open."""
-    folder = tmp_path_factory.mktemp("private")
-    done = fedcli("init", *settings(*PRIVATE), cwd=folder)
-    assert done.returncode == 0, done.stderr
+def template(small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace of unit client with round 0 open, and no rows; tests must not change it."""
+    folder = tmp_path_factory.mktemp("private") / "W"
+    return private(Path(shutil.copytree(small_template, folder, ignore=shutil.ignore_patterns("data"))))
+
+
+@pytest.fixture
+def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the current folder."""
+    folder = Path(shutil.copytree(template, tmp_path / "W"))
+    monkeypatch.chdir(folder)
     return folder
 
 
 @pytest.fixture
-def private(template: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(template, tmp_path / "workspace"))
+def run(capsys: pytest.CaptureFixture) -> Run:
+    return runner(capsys)
 
 
-def record(number: int, **changes: object) -> StepsRecord:
-    values = {
-        **{"time": 1.0, "round": number, "manifest": f"{number:064x}", "unit": "row", "group_by": None},
-        **{"num_units": 40, "q": 0.1, "clip": 0.5, "noise": 1.5, "steps": 2},
-    }
-    return StepsRecord.model_validate(values | changes)
+def aggregate(workspace: Path, **options: bool) -> None:
+    assert Federation.open(workspace).server.aggregate(**options).published
 
 
-def rewrite(workspace: Path, client: int, **changes: object) -> None:
-    """Change update.json of a client's update of round 0."""
-    path = workspace / "inbox" / str(client) / "round-00000" / "update.json"
-    document = json.loads(path.read_bytes()) | {"num_samples": 1} | changes
-    path.write_text(json.dumps({key: value for key, value in document.items() if value != "absent"}))
+def edited(workspace: Path, edit: Callable[[dict], object]) -> None:
+    """Edit round 1's manifest, which no other names as its parent."""
+    path = workspace / "rounds/00001/manifest.json"
+    manifest = json.loads(path.read_bytes())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
 
 
-# The ledger
+def keys(workspace: Path) -> list[Path]:
+    return sorted(workspace.glob("private/server/noise/*.key"))
 
 
-def test_a_line_that_a_kill_cut_short_is_none_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
-    home = Home(tmp_path / "home")
-    assert (read_steps(home), spent(home, 1e-4)) == ([], None)
-    charge(home, record(0))
-    with home.steps.open("ab") as file:
-        file.write(b'{"clip": 0.5, "gro')
-    assert read_steps(home) == [record(0)]
-    charge(home, record(1))
-    assert read_steps(home) == [record(0), record(1)]
-    assert stat.S_IMODE(home.steps.stat().st_mode) == 0o600
-    lines = home.steps.read_bytes().splitlines(keepends=True)
-    home.steps.write_bytes(lines[0][:30] + b"\n" + lines[1])
-    with pytest.raises(IntegrityError, match="line 1, is no record"):
-        read_steps(home)
+def clipped(differences: list[dict[str, np.ndarray]], clip: float) -> tuple[list[dict[str, np.ndarray]], int]:
+    """Return vectors scaled to a norm of `clip` at most, and how many were not changed."""
+    found, below = [], 0
+    for difference in differences:
+        norm = math.sqrt(sum(float((array**2).sum()) for array in difference.values()))
+        below += norm <= clip
+        found.append({name: array * min(1.0, clip / norm if norm else 1.0) for name, array in difference.items()})
+    return found, below
 
 
-def test_steps_of_two_units_are_not_added_up(tmp_path: Path) -> None:
-    home = Home(tmp_path)
-    charge(home, record(0))
-    charge(home, record(1, unit="group", group_by="patient"))
-    with pytest.raises(IntegrityError, match="the unit row, and now it is group by patient"):
-        spent(home, 1e-5)
+def expected_mean(
+    workspace: Path, key: bytes, *, clip: float, noise: float, weights: dict[int, float], divisor: int = 3
+) -> dict[str, np.ndarray]:
+    """Return x + (sum of weighted clipped differences + noise) / m, written out."""
+    x = {name: array.astype(np.float64) for name, array in read_adapter(workspace, 0).items()}
+    updates = {client: read_update(workspace, 0, client) for client in weights}
+    differences = [{name: update[name] - x[name] for name in x} for update in updates.values()]
+    stream = NoiseStream(key)
+    following = {}
+    vectors, _ = clipped(differences, clip)
+    for name in x:
+        total = np.zeros_like(x[name])
+        for vector, weight in zip(vectors, weights.values(), strict=True):
+            total = total + vector[name] * weight
+        drawn = stream.normal(total.shape, name=f"{ADAPTER}/{name}")
+        following[name] = (x[name] + (total + drawn * (noise * clip)) / divisor).astype(np.float32)
+    return following
 
 
-# Refusals
-
-
-CLAIM = {"unit": "row", "epsilon": 2.0, "delta": 1e-4}
-
-
-def test_an_update_without_the_claim_that_its_round_asks_for_is_refused(private: Path) -> None:
-    manifest = json.loads((private / "rounds/00000/manifest.json").read_bytes())
-    assert (manifest["privacy"]["unit"], manifest["privacy"]["delta"]) == ("row", 1e-4)
-    for client in NUM_SAMPLES:
-        take_part(private, client)
-    faults = [
-        ({}, "claims no privacy"),
-        ({"privacy": CLAIM | {"unit": "group"}}, "claims unit group"),
-        ({"privacy": CLAIM | {"delta": 1e-3}}, "at delta 0.001"),
-        ({"privacy": CLAIM, "num_samples": 7}, "how many rows"),
-        ({"privacy": CLAIM, "train_loss": 1.25}, "its loss"),
-        ({"privacy": CLAIM | {"epsilon": -1.0}}, "privacy.epsilon"),
-        ({"privacy": CLAIM | {"epsilon": "2"}}, "privacy.epsilon"),
-    ]
-    head = Federation.open(private).state.head
-    for changes, reason in faults:
-        rewrite(private, 1, **{"privacy": "absent", **changes})
-        with pytest.raises(Refusal, match=reason) as caught:
-            read_update(head, 1)
-        assert caught.value.code == ("json" if "epsilon" in reason else "privacy")
-    rewrite(private, 0, privacy=CLAIM)
-    rewrite(private, 1, privacy="absent")
-    rewrite(private, 2, privacy=CLAIM)
-    Federation.open(private).server.aggregate()
-    merged = read_manifest(private, 1)["aggregation"]
-    assert [(entry["client"], entry["weight"]) for entry in merged["counted"]] == [(0, 0.5), (2, 0.5)]
-    assert [(entry["client"], entry["code"]) for entry in merged["refused"]] == [(1, "privacy")]
-
-
-# The budget
-
-
-def test_the_budget_stops_a_client_before_it_trains_and_what_it_spent_stays(private: Path) -> None:
-    """Client 1 has 50 rows: q = 4 / 50, two steps a round."""
-    first, second = (poisson_epsilon([(4 / 50, 1.5, steps)], 1e-4) for steps in (2, 4))
-    configure(private, f"privacy.max_epsilon={(first + second) / 2}")
-    shutil.rmtree(private / "rounds")
-    Federation(Workspace(private)).server.open()
-    train_as(1, private)
-    update = json.loads((private / "inbox/1/round-00000/update.json").read_bytes())
-    assert (update["num_samples"], update["train_loss"], update["steps"]) == (1, None, 2)
-    assert (update["privacy"]["unit"], update["privacy"]["delta"]) == ("row", 1e-4)
-    assert first <= update["privacy"]["epsilon"] <= 1.1 * first
-    home = Workspace(private).private(1)
-    assert spent(home, 1e-4).epsilon == pytest.approx(first, rel=1e-9)
-    Federation.open(private).server.aggregate(partial=True)
-    before = home.steps.read_bytes()
-    with pytest.raises(NotReadyError) as caught:
-        train_as(1, private)
-    assert caught.value.exit_code == 6
-    told = f"have spent epsilon {first:.4g} of {(first + second) / 2:.4g}"
-    assert told in caught.value.message
-    assert f"{(second - first) / 2:.4g} is left, and the round costs {second - first:.4g}" in caught.value.message
-    assert home.steps.read_bytes() == before
-    assert not (private / "inbox/1/round-00001").exists()
-
-
-def test_a_counted_update_that_the_ledger_does_not_have_stops_the_party(private: Path) -> None:
-    train_as(1, private)
-    Federation.open(private).server.aggregate(partial=True)
-    Workspace(private).private(1).steps.unlink()
-    with pytest.raises(IntegrityError, match="steps of round 0, whose update was counted"):
-        train_as(1, private)
-
-
-def test_rounds_without_privacy_before_are_not_forgotten(small: Path) -> None:
-    train_as(1, small)
-    Federation.open(small).server.aggregate(partial=True)
-    configure(small, "privacy.unit=row", "privacy.clip=1.0", "privacy.noise=2.0")
-    manifest = small / "rounds/00001"
-    shutil.rmtree(manifest)
-    Federation.open(small).server.aggregate(partial=True)
-    with pytest.raises(ConfigError, match="round 0 was made without noise at the party"):
-        train_as(1, small)
-
-
-# Real parties
-
-
-@pytest.fixture(scope="session")
-def warm() -> Warm:
-    return processes.warm()
-
-
-@pytest.fixture
-def place(tmp_path: Path, warm: Warm) -> Place:
-    """A workspace for parties that protect groups by the column patient, with three clients."""
-    return made(tmp_path, warm, "privacy.unit=group", "privacy.group_by=patient")
-
-
-def made(folder: Path, warm: Warm, *more: str) -> Place:
-    overrides = (*PRIVATE, "data.source=null", "federation.signatures=off", *more)
-    done = warm("init", "W", *settings(*overrides), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return Place(folder, warm)
-
-
-def patients(place: Place, client: int, count: int = 37, **others: object) -> Path:
-    rows = [
-        {"instruction": f"say {n}", "output": f"{n} said", "patient": n // 5 if n % 2 else str(n // 5)} | others
-        for n in range(count)
-    ]
-    return write_rows(place.folder / f"rows-{client}.jsonl", rows)
-
-
-@pytest.mark.slow
-def test_what_a_party_drops_tells_neither_rows_nor_losses(place: Place) -> None:
-    for client in range(3):
-        place.join(client, patients(place, client), "--share", "minimal", "--yes")
-        done = json.loads(place.train(client, "--home", f"H{client}", "--json").stdout)
-        assert (done["num_samples"], done["privacy"]["unit"]) == (37, "group")  # its own terminal tells it
-        (line,) = read_steps(Home(place.folder / f"H{client}"))
-        assert (line.num_units, line.q, line.noise, line.clip) == (8, 0.5, 1.5, 0.5)  # 1 and "1" are one patient
-        for path in (path for path in place.workspace.rglob("*") if path.is_file() and path.suffix == ".json"):
-            text = path.read_text()
-            assert 'patient": "' not in text
-            assert not any(f"{done[name]:.4f}"[:6] in text for name in ("train_loss", "first_loss", "last_loss")), path
-    place("server", "aggregate")
-    entries = read_manifest(place.workspace, 1)["aggregation"]["counted"]
-    assert {entry["weight"] for entry in entries} == {1 / 3}
-    assert {(entry["num_samples"], entry["train_loss"]) for entry in entries} == {(None, None)}
-    assert {entry["privacy"]["unit"] for entry in entries} == {"group"}
-    place("verify")
-
-
-@pytest.mark.slow
-def test_a_row_without_a_group_is_told_by_its_place_before_anything_is_charged(place: Place) -> None:
-    rows = patients(place, 0, count=6)
-    with rows.open("a") as file:
-        file.write('{"instruction": "say no", "output": "no"}\n')
-    place.join(0, rows, "--yes")
-    error = place.train(0, "--home", "H0", code=3).stderr
-    assert "rows-0.jsonl, line 7: column 'patient' is missing" in error
-    assert not (place.folder / "H0/steps.jsonl").exists()
-
-
-@pytest.mark.slow
-def test_steps_of_a_training_that_was_killed_and_of_a_refused_update_are_spent(tmp_path: Path, warm: Warm) -> None:
-    place = made(tmp_path, warm, "train.steps=2000")
-    place.join(0, patients(place, 0, patient="x"), "--yes")
-    home = Home(place.folder / "H0")
-    environment = ENVIRONMENT | {"FEDCLI_WORKSPACE": str(place.workspace)}
-    training = command("client", "train", "--id", 0, "--home", home.folder)
-    process = subprocess.Popen(training, cwd=place.folder, env=environment, stderr=subprocess.DEVNULL)
-    while not read_steps(home):
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.5)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert [line.steps for line in read_steps(home)] == [2000]
-    assert not (place.workspace / "inbox/0/round-00000").exists()
-    once = poisson_epsilon([(4 / 37, 1.5, 2000)], 1e-4)
-    assert spent(home, 1e-4).epsilon == pytest.approx(once)
-    configure(place.workspace, "train.steps=2")
-    shutil.rmtree(place.workspace / "rounds")
-    place("server", "open")
-    place.train(0, "--home", "H0")
-    rewrite(place.workspace, 0, privacy="absent")
-    place("server", "aggregate", "--partial", code=6)  # nobody is counted
-    assert [line.steps for line in read_steps(home)] == [2000, 2]
-    place("server", "discard", "--id", 0)
-    done = json.loads(place.train(0, "--home", "H0", "--json").stdout)
-    assert [line.steps for line in read_steps(home)] == [2000, 2, 2]
-    together = poisson_epsilon([(4 / 37, 1.5, 2004)], 1e-4)
-    assert together <= done["privacy"]["epsilon"] <= 1.1 * together
-
-
-@pytest.mark.slow
-def test_a_party_trains_no_baseline_alone_where_privacy_is_asked_for(place: Place) -> None:
-    place.join(0, patients(place, 0), "--yes")
-    assert "without noise" in place("train-alone", "--id", 0, "--home", "H0", code=3).stderr
-
-
-@pytest.mark.slow
-def test_a_partys_floors_bound_its_noise_and_its_epsilon(tmp_path: Path, warm: Warm) -> None:
-    target = "privacy.target={epsilon: 8.0, delta: 1e-4}"
-    place = made(tmp_path, warm, "privacy.noise=null", target)
-    place.join(0, patients(place, 0), "--yes", "--floor", "noise=3.0")
-    place.join(1, patients(place, 1), "--yes", "--floor", "max_epsilon=0.01")
-    place.join(2, patients(place, 2), "--yes")
-    place.train(0)
-    place.train(2)
-    assert [line.noise for line in read_steps(Home(place.folder / "H0"))] == [3.0]
-    (line,) = read_steps(Home(place.folder / "H2"))
-    assert poisson_epsilon([(line.q, line.noise, 4)], 1e-4) == pytest.approx(8.0, rel=0.01)  # of both rounds
-    assert "of 0.01" in place.train(1, code=6).stderr
-    assert not (place.folder / "H1/steps.jsonl").exists()
-    place("server", "aggregate", "--partial")
-    assert read_manifest(place.workspace, 1)["aggregation"]["missing"] == [1]
-
-
-# Simulations
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fedprox", "fedyogi"])
-def test_every_round_of_a_simulation_claims_what_its_ledger_adds_up_to(
-    tmp_path: Path, warm: Warm, algorithm: str
-) -> None:
-    done = warm("init", *settings(*PRIVATE, f"algorithm.name={algorithm}"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    run_ok("run", "--workers", "2", cwd=tmp_path)
-    for client in range(3):
-        home = Workspace(tmp_path).private(client)
-        records = read_steps(home)
-        assert [record.round for record in records] == [0, 1]
-        for number in range(2):
-            update = json.loads((tmp_path / f"inbox/{client}/round-{number:05d}/update.json").read_bytes())
-            events = [(record.q, record.noise, record.steps) for record in records[: number + 1]]
-            epsilon = poisson_epsilon(events, 1e-4)
-            assert epsilon <= update["privacy"]["epsilon"] <= 1.1 * epsilon
-    assert run_ok("verify", cwd=tmp_path)["violations"] == []
-
-
-@pytest.mark.slow
-def test_a_target_holds_over_all_rounds_and_a_training_more_is_paid_by_more_noise(
-    template: Path, tmp_path: Path
-) -> None:
-    """Client 1 has 50 rows."""
-    workspace = Path(shutil.copytree(template, tmp_path / "W"))
-    configure(workspace, "privacy.noise=null", "privacy.target={epsilon: 2.0, delta: 1e-4}", "federation.rounds=4")
-    shutil.rmtree(workspace / "rounds")
-    Federation(Workspace(workspace)).server.open()
-    home = Workspace(workspace).private(1)
-    for number in range(4):
-        train_as(1, workspace)
-        if number == 1:  # lost
-            shutil.rmtree(workspace / "inbox/1/round-00001")
-            train_as(1, workspace)
-        Federation.open(workspace).server.aggregate(partial=True)
-    noises = [record.noise for record in read_steps(home)]
-    assert noises[0] == noises[1] < noises[2] <= noises[3] <= noises[4]
-    assert 1.9 < spent(home, 1e-4).epsilon <= 2.0
-
-
-# The accountant
-
-
-def exact_epsilon(q: float, noise: float, steps: int, delta: float) -> float:
-    """Return epsilon of Poisson steps by a discretised privacy loss, convolved by FFT: both ways, the worse."""
-    grid = 1e-4 if steps < 300 else 4e-5
-    size = 2**22
-    x = np.linspace(-40 * noise, 40 * noise + 1, 4_000_001)
-    step = x[1] - x[0]
-    without = np.exp(-(x**2) / (2 * noise**2)) / (noise * math.sqrt(2 * math.pi))
-    ratio = 1 - q + q * np.exp((2 * x - 1) / (2 * noise**2))
-    worst = 0.0
-    for density, loss in ((without * ratio, np.log(ratio)), (without, -np.log(ratio))):
-        losses = np.bincount(
-            (np.round(loss / grid).astype(int) + size // 2).clip(0, size - 1), density * step, minlength=size
-        )
-        spectrum = np.fft.rfft(np.fft.ifftshift(losses)) ** steps
-        composed = np.fft.fftshift(np.fft.irfft(spectrum, size)).clip(0)
-        values = (np.arange(size) - size // 2) * grid
-        low, high = 0.0, 100.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            above = values > middle
-            found = (composed[above] * -np.expm1(middle - values[above])).sum()
-            low, high = (middle, high) if found > delta else (low, middle)
-        worst = max(worst, high)
-    return worst
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("q", [0.01, 0.05, 0.2])
-@pytest.mark.parametrize("noise", [0.8, 1.0, 1.5, 3.0, 6.0])
-def test_epsilon_is_that_of_the_privacy_loss_convolved(q: float, noise: float) -> None:
-    for steps, delta in ((20, 1e-5), (200, 1e-4)):
-        found = poisson_epsilon([(q, noise, steps)], delta)
-        if found > 0.05:
-            assert found == pytest.approx(exact_epsilon(q, noise, steps, delta), rel=0.01)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("noise", "expected"),
-    [(0.6, (10.3, 19.5, 39.5)), (0.8, (4.50, 9.15, 19.5)), (1.0, (2.65, 5.61, 12.2)), (1.5, (1.33, 2.84, 6.17))],
+    ("more", "weights"),
+    [
+        ((), {0: 1.0, 1: 1.0, 2: 1.0}),
+        (("row_cap: 100",), {0: 0.03, 1: 0.5, 2: 1.0}),
+        (("clip: 1000000.0",), {0: 1.0, 1: 1.0, 2: 1.0}),
+    ],
 )
-def test_epsilon_of_a_hospital_of_5000_rows(noise: float, expected: tuple[float, ...]) -> None:
-    for batch_size, epsilon in zip((64, 128, 256), expected, strict=True):
-        assert poisson_epsilon([(batch_size / 5000, noise, 1000)], 2e-6) == pytest.approx(epsilon, rel=0.005)
+def test_the_next_round_is_the_noisy_mean_of_clipped_updates_over_a_fixed_number(
+    workspace: Path, more: tuple[str, ...], weights: dict[int, float]
+) -> None:
+    if more:
+        private(workspace, *more)
+    all_take_part(workspace)
+    aggregate(workspace)
+    asked, done = (read_manifest(workspace, number) for number in (0, 1))
+    key = bytes.fromhex(keys(workspace)[0].read_text())
+    assert done["aggregation"]["privacy"] == {"noise": 1.5, "noise_sha256": hash_of(key)}
+    assert (asked["privacy"]["expected"], asked["privacy"]["relation"]) == (3, "add_or_remove_one")
+    clip = asked["privacy"]["clip"]
+    expected = expected_mean(workspace, key, clip=clip, noise=1.5, weights=weights)
+    found = read_adapter(workspace, 1)
+    for name, array in found.items():
+        assert np.abs(array - expected[name]).max() <= 2e-6 * max(1.0, clip), name  # the order of a sum of squares
+    result = Federation.open(workspace).verify(noise_keys=keys(workspace))
+    assert (result.violations, result.num_recomputed, result.noisy_rounds) == ([], 1, [])
 
 
-@pytest.mark.slow
-def test_epsilon_of_single_settings() -> None:
-    assert poisson_epsilon([(0.1, 1.0, 100)], 1e-5) == pytest.approx(7.0466, rel=1e-3)
-    assert poisson_epsilon([(1.0, 5.0, 100)], 1e-5) == pytest.approx(9.9973, rel=1e-3)
-    assert poisson_epsilon([(0.05, 1.0, 100)], 1e-4) == pytest.approx(2.8696, rel=1e-3)
-    assert poisson_epsilon([(1.0, 1.0, 1)], 1e-5) == pytest.approx(4.3772, rel=1e-3)
+def test_whoever_answers_the_divisor_is_the_number_that_was_expected(workspace: Path) -> None:
+    take_part(workspace, 1, noisy(1), NUM_SAMPLES[1])
+    aggregate(workspace, partial=True)
+    key = bytes.fromhex(keys(workspace)[0].read_text())
+    expected = expected_mean(workspace, key, clip=0.5, noise=1.5, weights={1: 1.0})
+    assert all(np.abs(array - expected[name]).max() <= 1e-6 for name, array in read_adapter(workspace, 1).items())
+    assert read_manifest(workspace, 1)["aggregation"]["counted"][0]["weight"] == 1.0
+
+
+def test_an_update_that_changes_nothing_is_summed_as_zero(workspace: Path) -> None:
+    take_part(workspace, 0, lambda array: array)
+    aggregate(workspace, partial=True)
+    assert all(np.isfinite(array).all() for array in read_adapter(workspace, 1).values())
+
+
+def test_scaffolds_control_is_clipped_and_hidden_with_the_adapter(workspace: Path) -> None:
+    private(workspace, algorithm="scaffold")
+    cohort = answer(workspace, 0)
+    aggregate(workspace)
+    x = {name: array.astype(np.float64) for name, array in read_adapter(workspace, 0).items()}
+    vectors = []
+    for client in cohort:
+        control = load_file(workspace / f"inbox/{client}/round-00000/{CONTROL_DELTA}")
+        update = read_update(workspace, 0, client)
+        both = {f"{ADAPTER}/{name}": update[name] - x[name] for name in x}
+        vectors.append(both | {f"{CONTROL_DELTA}/{name}": array.astype(np.float64) for name, array in control.items()})
+    vectors, below = clipped(vectors, 0.5)
+    assert below < len(vectors)
+    stream = NoiseStream(bytes.fromhex(keys(workspace)[0].read_text()))
+    names = {place: stream.normal(vectors[0][place].shape, name=place) for place in sorted(vectors[0])}
+    sums = {place: sum(vector[place] for vector in vectors) + 0.75 * drawn for place, drawn in names.items()}
+    control = load_file(workspace / "rounds/00001/control.safetensors")
+    for name, array in read_adapter(workspace, 1).items():
+        assert np.abs(array - (x[name] + sums[f"{ADAPTER}/{name}"] / 3)).max() <= 1e-6
+        assert np.abs(control[name] - sums[f"{CONTROL_DELTA}/{name}"] / 3).max() <= 1e-6
+
+
+def test_the_servers_step_comes_behind_the_noise(workspace: Path) -> None:
+    private(workspace, algorithm="fedadam")
+    all_take_part(workspace)
+    aggregate(workspace)
+    key = bytes.fromhex(keys(workspace)[0].read_text())
+    x = read_adapter(workspace, 0)
+    mean = expected_mean(workspace, key, clip=0.5, noise=1.5, weights={0: 1.0, 1: 1.0, 2: 1.0})
+    momentum = load_file(workspace / "rounds/00001/optimizer.safetensors")
+    for name in x:
+        assert np.abs(momentum[f"m.{name}"] - (mean[name] - x[name])).max() <= 1e-6
+
+
+def test_clipping_follows_the_noisy_quantile_of_the_norms(workspace: Path) -> None:
+    private(workspace, "noise: 0.2", "clip: 2.0", "adaptive: {bit_noise: 0.4}")
+    for client, size in ((0, 0.001), (1, 0.002), (2, 5.0)):
+        take_part(workspace, client, lambda array, size=size: array + size)
+    aggregate(workspace)
+    done = read_manifest(workspace, 1)
+    noise = (0.2**-2 - 0.8**-2) ** -0.5
+    below = 2 + 0.4 * NoiseStream(bytes.fromhex(keys(workspace)[0].read_text())).normal(1, name="below")[0]
+    assert done["aggregation"]["privacy"]["noise"] == pytest.approx(noise, rel=1e-12)
+    assert done["aggregation"]["privacy"]["below"] == pytest.approx(below, rel=1e-12)
+    assert done["privacy"]["clip"] == pytest.approx(2.0 * math.exp(-0.2 * (below / 3 - 0.5)), rel=1e-12)
+    assert Federation.open(workspace).verify(noise_keys=keys(workspace)).violations == []
+    edited(workspace, lambda manifest: manifest["privacy"].update(clip=0.01))
+    assert any("adaptive clipping has reached" in found.problem for found in verify(workspace).violations)
+
+
+def verify(workspace: Path):
+    return Federation(Workspace(workspace)).verify()
+
+
+def test_the_handbooks_adaptive_vectors() -> None:
+    from fedcli.workspace.privacy_records import AdaptiveRecord, MergeNoise, PrivacyRecord, next_clip, noise_multiplier
+
+    adaptive = AdaptiveRecord(quantile=0.5, rate=0.2, bit_noise=5.0)
+    asked = PrivacyRecord(unit="client", clip=1.0, noise=1.0, delta=1e-5, expected=100, adaptive=adaptive)
+    assert noise_multiplier(asked) == pytest.approx(1.005038, abs=1e-6)
+    ten = asked.model_copy(update={"expected": 10})
+    assert next_clip(ten, MergeNoise(noise_sha256="0" * 64, noise=1.0, below=3.0)) == pytest.approx(1.0408108, abs=1e-7)
+
+
+def test_adaptive_clipping_that_would_spend_more_is_a_fault_that_names_both_numbers(workspace: Path, run: Run) -> None:
+    configure(workspace, "privacy={unit: client, clip: 1.0, noise: 1.0, adaptive: {}}")
+    code, _, err = run("status")
+    assert code == 3
+    assert "bit_noise is 0.15" in err
+    assert "noise is 1" in err
+
+
+def test_an_algorithm_that_merges_in_its_own_way_is_refused_with_both_names() -> None:
+    from fedcli.algos import FedAvg
+    from fedcli.server.merge_privately import check_algorithm
+
+    class Median(FedAvg):
+        def reducer(self):
+            raise AssertionError
+
+    with pytest.raises(ConfigError, match=r"privacy\.unit is client, and the algorithm fedavg merges"):
+        check_algorithm(Median())
+
+
+def test_a_rule_of_fedcli_yaml_is_not_obeyed_in_a_round_that_promised_noise(workspace: Path, run: Run) -> None:
+    all_take_part(workspace)
+    configure(workspace, "privacy={}", "aggregation.rule=median", "aggregation.tolerate=1")
+    code, _, err = run("server", "aggregate")
+    assert code == 3
+    assert "privacy.unit: client, and aggregation.rule is median" in err
+
+
+def test_a_dry_run_draws_no_noise_and_tells_no_figure(workspace: Path, run: Run) -> None:
+    all_take_part(workspace)
+    code, out, _ = run("server", "aggregate", "--dry-run", "--json")
+    entries = json.loads(out)["aggregation"]["counted"]
+    assert (code, len(entries), keys(workspace)) == (0, 3, [])
+    assert {entry["num_samples"] for entry in entries} == {None}
+    assert not (workspace / "rounds/00001").exists()
+
+
+def test_verify_without_the_key_names_the_round_and_checks_the_rest(workspace: Path, run: Run) -> None:
+    all_take_part(workspace)
+    aggregate(workspace)
+    code, out, _ = run("verify")
+    assert code == 0
+    assert "3 counted updates, 0 aggregates computed again" in out
+    assert "(--noise-key): the adapter of round 1" in out
+    code, out, _ = run("verify", "--noise-key", keys(workspace)[0], "--json")
+    assert (code, json.loads(out)["num_recomputed"], json.loads(out)["noisy_rounds"]) == (0, 1, [])
+    wrong = workspace.parent / "wrong.key"
+    wrong.write_text("00" * 32)
+    assert json.loads(run("verify", "--noise-key", wrong, "--json")[1])["noisy_rounds"] == [1]
+    wrong.write_text("no key")
+    assert run("verify", "--noise-key", wrong)[0] == 4
+    adapter = workspace / "rounds/00001/adapter" / ADAPTER
+    adapter.write_bytes(save({name: array + 1 for name, array in load_file(adapter).items()}))
+    assert run("verify", "--noise-key", workspace / "private/server/noise")[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda merge: merge.pop("privacy"), "records no noise"),
+        (lambda merge: merge["privacy"].update(noise=0.1), "was merged with noise 0.1, and 1.5 was asked for"),
+        (lambda merge: merge["counted"][0].update(train_loss=1.0), "tells train_loss of client 0"),
+        (lambda merge: merge["counted"][0].update(weight=0.9), "records other weights"),
+        (lambda merge: merge["privacy"].update(below=1.0), "where clipping is not adaptive"),
+    ],
+)
+def test_verify_finds_a_round_that_was_not_merged_as_it_promised(workspace: Path, edit, problem: str) -> None:
+    all_take_part(workspace)
+    aggregate(workspace)
+    edited(workspace, lambda manifest: edit(manifest["aggregation"]))
+    assert any(problem in found.problem for found in verify(workspace).violations)
+
+
+def test_the_key_is_the_servers_alone(workspace: Path) -> None:
+    all_take_part(workspace)
+    aggregate(workspace)
+    (key,) = keys(workspace)
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert stat.S_IMODE(key.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(key.parent.parent.stat().st_mode) == 0o700
+
+
+def published(workspace: Path) -> bytes:
+    """Return all that others can read."""
+    folders = ("rounds", "clients", "eval", "report", "baselines")
+    files = [path for folder in folders for path in sorted((workspace / folder).rglob("*")) if path.is_file()]
+    return b"\n".join(path.read_bytes() for path in files)
+
+
+def test_no_figure_of_an_update_is_in_what_others_read(workspace: Path, run: Run) -> None:
+    losses, counts, size = (1.23456789, 2.3456789, 3.456789), (61_357, 71_357, 81_357), 0.0271828
+    for client in range(3):
+        take_part(workspace, client, lambda array: array + size, counts[client])
+        path = workspace / f"inbox/{client}/round-00000/update.json"
+        record = json.loads(path.read_bytes()) | {"train_loss": losses[client]}
+        path.write_text(json.dumps(record))
+    refused = workspace / "inbox/2/round-00000/update.json"
+    refused.write_text(json.dumps(json.loads(refused.read_bytes()) | {"num_samples": counts[2], "round": 61357}))
+    code, out, err = run("server", "aggregate", "--partial")
+    told = out + err
+    for command in (("status",), ("status", "--json"), ("privacy",), ("privacy", "--json"), ("verify", "--json")):
+        code, out, err = run(*command)
+        assert code == 0, err
+        told += out + err
+    assert run("report")[0] == 0
+    assert run("export", workspace.parent / "exported")[0] == 0
+    told += (workspace.parent / "exported/README.md").read_text()
+    everything = published(workspace) + told.encode()
+    norm = math.sqrt(2048) * size
+    canaries = [*(f"{loss:.5f}" for loss in losses), *map(str, counts), *(f"{count:,}" for count in counts)]
+    canaries += [f"{norm:.4f}", f"{norm:.3g}", f"{losses[0]:.3f}", f"{losses[1]:.3f}"]
+    assert [canary for canary in canaries if canary.encode() in everything] == []
+    assert b"withheld" in everything
+    assert "differentially private for adding or removing one client" in told
+
+
+def test_the_ledger_tells_of_each_client_what_its_own_rounds_spent(workspace: Path, run: Run) -> None:
+    all_take_part(workspace)
+    aggregate(workspace)
+    take_part(workspace, 1, noisy(1))
+    aggregate(workspace, partial=True)
+    code, out, _ = run("privacy", "--json")
+    document = json.loads(out)
+    assert code == 0
+    found = {entry["client"]: entry for entry in document["clients"]}
+    for client, rounds in ((0, [0]), (1, [0, 1]), (2, [0])):
+        assert found[client]["rounds"] == rounds
+        assert found[client]["epsilon"] == pytest.approx(gaussian_epsilon(1.5, 1e-5, len(rounds)), rel=1e-9)
+    most = gaussian_epsilon(1.5, 1e-5, 2)
+    assert f"({most:.4g}, 1e-05)-differentially private for adding or removing one client" in document["sentence"]
+    assert [entry["client"] for entry in json.loads(run("privacy", "--id", 1, "--json")[1])["clients"]] == [1]
+    assert run("privacy", "--id", 7)[0] == 2
+    assert f"client 1: epsilon {most:.4g} at delta 1e-05, unit client, of 2 rounds" in run("privacy")[1]
+
+
+def test_a_round_without_noise_is_said_plainly(workspace: Path, run: Run) -> None:
+    configure(workspace, "privacy={}")
+    restart(workspace, "fedavg")
+    all_take_part(workspace)
+    configure(workspace, "privacy={unit: client, clip: 0.5, noise: 1.5}")
+    aggregate(workspace)
+    all_take_part(workspace)
+    aggregate(workspace)
+    out = run("privacy")[1]
+    assert out.count("no guarantee: round 0 was merged without noise") == 4  # of three clients, and for everyone
+    assert all(entry["epsilon"] is None for entry in json.loads(run("privacy", "--json")[1])["clients"])
+
+
+def test_a_budget_stops_before_it_is_passed_with_exit_6(workspace: Path, run: Run) -> None:
+    first, second = (gaussian_epsilon(1.5, 1e-5, rounds) for rounds in (1, 2))
+    private(workspace, f"max_epsilon: {(first + second) / 2}")
+    all_take_part(workspace)
+    aggregate(workspace)
+    all_take_part(workspace)
+    code, _, err = run("server", "aggregate")
+    assert code == 6
+    told = f"has spent epsilon {first:.4g} of {(first + second) / 2:g} at delta 1e-05, this round costs "
+    assert f"{told}{second - first:.4g} and makes it {second:.4g}, {(second - first) / 2:.4g} is left" in err
+    assert run("server", "aggregate", "--dry-run")[0] == 6
+    assert len(keys(workspace)) == 1
+    code, out, err = run("status")
+    assert "budget     used up: client 0 has spent" in out
+    assert "fedcli privacy" in err
+    assert not json.loads(run("status", "--json")[1])["budget"]["next"] <= (first + second) / 2
+
+
+def test_a_client_is_not_trained_for_a_round_that_may_not_be_merged(workspace: Path) -> None:
+    (workspace / "data").mkdir()
+    (workspace / "data/client-0.jsonl").write_text('{"instruction": "say a", "output": "a"}\n')
+    private(workspace, "max_epsilon: 0.01")
+    with pytest.raises(NotReadyError, match=r"would pass privacy\.max_epsilon"):
+        train_as(0, workspace)
+
+
+def test_a_target_is_spent_by_all_rounds_together_and_no_more(workspace: Path) -> None:
+    configure(workspace, "privacy={unit: client, clip: 0.5, target: {epsilon: 2.0, delta: 1.0e-6}}")
+    restart(workspace, "fedavg")
+    for _ in range(2):
+        all_take_part(workspace)
+        aggregate(workspace)
+    assert read_manifest(workspace, 0)["privacy"]["max_epsilon"] == 2.0
+    found = Federation.open(workspace).privacy().clients
+    assert [entry.epsilon for entry in found] == [pytest.approx(2.0, rel=1e-6)] * 3
+
+
+def test_other_updates_get_another_key_and_the_ledger_counts_both(workspace: Path, monkeypatch) -> None:
+    from fedcli.server import aggregate as aggregation
+
+    take_part(workspace, 1, noisy(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(aggregation, "open_next_round", lambda *_: (_ for _ in ()).throw(OSError("power")))
+        for _ in range(2):
+            with pytest.raises(OSError, match="power"):
+                Federation.open(workspace).server.aggregate(partial=True)
+    assert len(keys(workspace)) == 1  # the same sum has the same key
+    take_part(workspace, 0, noisy(0))
+    aggregate(workspace, partial=True)
+    assert len(keys(workspace)) == 2
+    assert read_manifest(workspace, 1)["aggregation"]["privacy"]["releases"] == 2
+    spent = {entry.client: entry.epsilon for entry in Federation.open(workspace).privacy().clients}
+    twice = gaussian_epsilon(1.5, 1e-5, 2)
+    assert spent == {client: pytest.approx(twice, rel=1e-9) for client in (0, 1, 2)}
+    assert verify(workspace).violations == []
+
+
+@pytest.fixture(scope="module")
+def answered(template: Path) -> Iterator[Path]:
+    """A private round that all have answered, in memory where there is such a place."""
+    memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else template.parent
+    folder = memory / f"fedcli-private-{os.getpid()}"
+    shutil.copytree(template, folder / "answered")
+    all_take_part(folder / "answered")
+    yield folder / "answered"
+    shutil.rmtree(folder)
+
+
+def merge(workspace: Path) -> None:
+    """Aggregate, unless the round was merged by the process that was killed."""
+    if Federation.open(workspace).round().number == 0:
+        aggregate(workspace)
+
+
+@slow
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_any_call_one_noise_of_a_sum_is_ever_written(answered: Path, after: bool) -> None:
+    points, with_key = 0, 0
+    for workspace in copies_killed_at_every_call(answered, merge, after):
+        points += 1
+        before = keys(workspace)
+        seen = {path.read_bytes() for path in workspace.glob(f"rounds/.tmp-*/adapter/{ADAPTER}")}
+        merge(workspace)
+        now = keys(workspace)
+        assert len(now) == 1
+        assert before in ([], now)
+        with_key += bool(before)
+        whole = (workspace / "rounds/00001/adapter" / ADAPTER).read_bytes()
+        assert all(whole.startswith(part[: len(whole)]) for part in seen), "another noise of the same sum was written"
+        result = Federation(Workspace(workspace)).verify(noise_keys=now)
+        assert (result.violations, result.num_recomputed) == ([], 1)
+        assert "releases" not in read_manifest(workspace, 1)["aggregation"]["privacy"]
+    assert points >= 50
+    assert 10 <= with_key < points

@@ -356,7 +356,7 @@ def test_a_machine_in_trouble_publishes_no_round_without_an_update(small, monkey
 def test_the_cases_cover_every_code_of_the_page():
     table = PAGE.read_text().split("## Refused updates")[1].split("## Locks")[0]
     documented = set(re.findall(r"\| `([a-z_]+)` \|$", table, re.MULTILINE))
-    # tests/test_signatures.py, tests/test_private_rounds.py
+    # tests/test_signatures.py, tests/test_private_rows.py
     signed = {"unsigned", "signature", "unenrolled", "privacy"}
     assert (
         documented - signed

@@ -208,6 +208,7 @@ def test_verify_says_what_it_checked_and_exits_0(finished, capsys):
         "num_pruned": 0,
         "num_gone": 0,
         "num_signatures": 0,
+        "noisy_rounds": [],
     }
     assert document == {**counts, "violations": [], "remarks": []}
     assert stored_hashes(finished) == before

@@ -148,20 +148,14 @@ def _calibrated(before: Events, made: Sequence[StepsRecord], target: TargetRecor
     were killed.
     """
 
-    def is_within(noise: float) -> bool:
-        return poisson_epsilon([*before, (q, noise, steps_left)], target.delta) <= target.epsilon
-
     if not made:
         return poisson_noise(target.epsilon, target.delta, q, steps_left)
-    low = high = made[-1].noise
-    while not is_within(high):
-        low, high = high, high * 2
-        if high > MOST_NOISE:
-            return made[-1].noise  # nothing is left, as the budget tells
-    while high > low * 1.01:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if is_within(middle) else (middle, high)
-    return high
+    noise = made[-1].noise
+    if poisson_epsilon([*before, (q, noise, steps_left)], target.delta) <= target.epsilon:
+        return noise
+    if poisson_epsilon([*before, (q, MOST_NOISE, steps_left)], target.delta) > target.epsilon:
+        return noise  # nothing is left, as the budget tells
+    return poisson_noise(target.epsilon, target.delta, q, steps_left, spent=before, start=noise)
 
 
 def _check_past(party: Party, rounds: Sequence[Round], made: Sequence[StepsRecord]) -> None:

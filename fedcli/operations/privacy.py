@@ -163,7 +163,7 @@ def _sentence(rounds: Sequence[Round], unit: str | None, clients: Sequence[Clien
         return f"No update has been counted yet; rounds are of unit {unit}."
     if unprotected := sorted({number for client in clients for number in client.unprotected}):
         why = describe_unprotected(unprotected) if unit == "client" else _unclaimed(unprotected)
-        return f"No guarantee holds for everyone: {why}."
+        return f"Nothing holds for all clients: {why}."
     epsilon = max(client.epsilon or 0.0 for client in clients)
     delta = max(client.delta or 0.0 for client in clients)
     most = max(len(client.rounds) for client in clients)

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import count
 from typing import TypeAlias
 
 from fedcli.errors import RequirementError, require_packages
@@ -59,26 +60,51 @@ def poisson_epsilon(events: Sequence[PoissonSteps], delta: float) -> float:
     return _composed_epsilon(found, delta) if found else 0.0
 
 
-def poisson_noise(epsilon: float, delta: float, q: float, steps: int) -> float:
-    """Return a noise multiplier with which so many steps spend no more; at most 0.5 % above the least (or LEAST_NOISE).
+def poisson_noise(
+    epsilon: float, delta: float, q: float, steps: int, *, spent: Sequence[PoissonSteps] = (), start: float = 1.0
+) -> float:
+    """Return a noise multiplier with which steps, after those that were `spent`, spend no more; 0.1 % above the least.
 
-    Raises RequirementError where dp-accounting is missing, or where no noise up to 2^20 is enough.
+    It is looked for from `start` on. Raises RequirementError where dp-accounting is missing, or where no noise up to
+    2^20 is enough.
     """
-    low, high = 0.0, 1.0
-    while poisson_epsilon([(q, high, steps)], delta) > epsilon:
-        low, high = high, 2 * high
-        if high > MOST_NOISE:
+
+    def excess(log_noise: float) -> float:
+        found = poisson_epsilon([*spent, (q, math.exp(log_noise), steps)], delta)
+        return math.log(min(max(found, 1e-12), 1e12) / epsilon)
+
+    at = math.log(start)
+    above = excess(at)
+    ends = {above > 0: (at, above)}  # by whether it is too little noise
+    while len(ends) < 2:
+        at += max(-0.7, min(0.7, 0.8 * above)) + (0.05 if above > 0 else -0.05)
+        if at > math.log(MOST_NOISE):
             raise RequirementError(
                 f"no noise keeps {steps} steps within epsilon {epsilon:g} at delta {delta:g}",
                 hint="Ask for a larger epsilon or delta, or for fewer steps.",
             )
-    while low == 0.0 or high > low * 1.005:
-        middle = math.sqrt(low * high) if low else high / 2
-        if middle < LEAST_NOISE:
+        if at < math.log(LEAST_NOISE):
+            return math.exp(ends[False][0])
+        above = excess(at)
+        ends[above > 0] = (at, above)
+    return math.exp(_root(excess, ends[True], ends[False]))
+
+
+def _root(falling: Callable[[float], float], low: tuple[float, float], high: tuple[float, float]) -> float:
+    """Return where a falling function is 0, at most 0.001 too far, between two places with their values.
+
+    Places are guessed by a line through the ends, in turn a little above and below it, so that both ends come near;
+    each third one is the middle.
+    """
+    for turn in count():
+        if high[0] - low[0] <= 0.001:
             break
-        is_enough = poisson_epsilon([(q, middle, steps)], delta) <= epsilon
-        low, high = (low, middle) if is_enough else (middle, high)
-    return high
+        guess = low[0] + (high[0] - low[0]) * low[1] / (low[1] - high[1])
+        guess = (low[0] + high[0]) / 2 if turn % 3 == 2 else guess + (0.0004 if turn % 2 == 0 else -0.0004)
+        at = min(max(guess, low[0] + 1e-4), high[0] - 1e-4)
+        value = falling(at)
+        low, high = ((at, value), high) if value > 0 else (low, (at, value))
+    return high[0]
 
 
 @lru_cache(maxsize=256)

@@ -7,12 +7,14 @@ from itertools import pairwise
 
 from fedcli.errors import ConfigError, NotReadyError
 from fedcli.privacy.accounting import gaussian_epsilon
-from fedcli.quantities import name_clients, plural
+from fedcli.quantities import plural
 from fedcli.workspace.history import Round
 from fedcli.workspace.privacy_records import PrivacyRecord
 
 SLACK = 1e-9
 """Relative: what adding up in another order may change of an epsilon."""
+MOST_NAMED = 30
+"""Rounds that are told one by one."""
 
 
 @dataclass
@@ -136,10 +138,16 @@ def describe_budget(budget: Budget) -> str:
 
 def describe_unprotected(rounds: Sequence[int]) -> str:
     """Return which rounds give no guarantee."""
-    which = f"{'round' if len(rounds) == 1 else 'rounds'} {name_clients(rounds)}"
-    return f"no guarantee: {which} {'was' if len(rounds) == 1 else 'were'} merged without noise"
+    return f"no guarantee: {_named(rounds)} {'was' if len(rounds) == 1 else 'were'} merged without noise"
 
 
 def describe_rounds(rounds: Sequence[int]) -> str:
     """Return in how many rounds a client was counted."""
-    return f"{plural(len(rounds), 'round')}" + (f" ({name_clients(rounds)})" if rounds else "")
+    return plural(len(rounds), "round") + (f" ({_named(rounds)})" if rounds else "")
+
+
+def _named(rounds: Sequence[int]) -> str:
+    """Return rounds by their numbers, the first thirty of them."""
+    shown = ", ".join(map(str, rounds[:MOST_NAMED]))
+    more = f" and {len(rounds) - MOST_NAMED} more" if len(rounds) > MOST_NAMED else ""
+    return f"{'round' if len(rounds) == 1 else 'rounds'} {shown}{more}"
