@@ -1,7 +1,6 @@
 """An audit's canaries as rows: in the form that the party's own rows have, and behind them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedcli.errors import ConfigError
@@ -25,13 +24,10 @@ def code_of(numbers: Sequence[int]) -> str:
 
 
 def plant(planted: Planted, rows: "EncodedRows", encoder: "Encoder", max_length: int) -> None:
-    """Put the canaries that are in behind a client's rows, each as often as it is repeated; one is a group's rows."""
-    included, is_grouped = planted.included, rows.is_grouped
+    """Put the canaries that are in behind a client's rows, each as often as it is repeated."""
+    included = planted.included
     encoded = encode_canaries(planted.kind, included, encoder, max_length)
-    for number, (canary, row) in enumerate(zip(included, encoded, strict=True), 1):
-        for _ in range(canary.repeat):
-            rows.append(replace(row, group=-number) if is_grouped else row)
-    rows.num_planted += planted.num_copies
+    rows.plant((row, canary.repeat) for canary, row in zip(included, encoded, strict=True))
 
 
 def encode_canaries(kind: CanaryKind, canaries: Sequence[Canary], encoder: "Encoder", max_length: int) -> "EncodedRows":

@@ -98,8 +98,8 @@ class Runtime:
     def rows(self, party: Party | None, train: TrainRecord, *, group_by: str | None = None) -> "EncodedRows":
         """Return a party's rows, or all simulated clients' for None, as token ids, with groups by a column.
 
-        An audit's canaries are the last rows. Raises ConfigError where there is no usable row, or one without a group,
-        or where a joined party has not as many as it registered.
+        An audit's canaries are the last of them. Raises ConfigError where there is no usable row, or one without a
+        group, or where a joined party has not as many as it registered.
         """
         workspace, clients = self._federation.workspace, range(self._federation.config.federation.clients)
         homes = [workspace.private(client) for client in clients] if party is None else [party.home]
@@ -107,9 +107,7 @@ class Runtime:
         key = (party.client if party else None, train.max_length, train.template, group_by, planted)
         if key not in self._rows:
             parties = [find_party(self._federation, client) for client in clients] if party is None else [party]
-            found = [
-                self._read(each, train, group_by, canaries) for each, canaries in zip(parties, planted, strict=True)
-            ]
+            found = [self._read(each, train, group_by, own) for each, own in zip(parties, planted, strict=True)]
             rows, *others = found
             for other in others:
                 rows.extend(other)
@@ -184,7 +182,7 @@ class Runtime:
         with _enough_memory():
             if private is None:
                 count = train.steps * train.batch_size
-                usable = self._told(self.rows(party, train), party)
+                usable = self._told_rows(party, train)
                 order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
                 losses = self._fit(adapter, [usable[index] for index in order], settings, party, rule, stepped)
             else:
@@ -201,8 +199,9 @@ class Runtime:
             )
         return values, losses
 
-    def _told(self, rows: "EncodedRows", party: Party | None) -> "EncodedRows":
-        """Return rows, once the observer has heard of canaries among them."""
+    def _told_rows(self, party: Party | None, train: TrainRecord, group_by: str | None = None) -> "EncodedRows":
+        """Return rows to train on, and tell of canaries among them."""
+        rows = self.rows(party, train, group_by=group_by)
         if rows.num_planted:
             who = "all rows" if party is None else f"client {party.client}"
             self.observer.noted(
@@ -244,7 +243,7 @@ class Runtime:
     ) -> list[float]:
         from fedcli.training.dp_sgd import draw_units, fit_privately
 
-        usable = self._told(self.rows(party, train, group_by=private.group_by), party)
+        usable = self._told_rows(party, train, private.group_by)
         units = private.units(usable)
         drawn = [[units[number] for number in draw_units(len(units), private.q)] for _ in range(train.steps)]
         places = sorted({place for batch in drawn for unit in batch for place in unit})

@@ -2,8 +2,8 @@
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -79,11 +79,6 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         self._groups = array("q")
 
     @property
-    def is_grouped(self) -> bool:
-        """Whether each row belongs to a group."""
-        return bool(self._groups)
-
-    @property
     def num_own(self) -> int:
         """The rows without an audit's canaries: how many a client says that it has."""
         return len(self) - self.num_planted
@@ -98,6 +93,15 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         self._numbers.extend(row.numbers)
         if row.group is not None:
             self._groups.append(row.group)
+
+    def plant(self, canaries: Iterable[tuple[EncodedRow, int]]) -> None:
+        """Add an audit's canaries, each so many times; where rows have groups each is one by itself."""
+        group = max(self._groups) + 1 if self._groups else None
+        for row, copies in canaries:
+            for _ in range(copies):
+                self.append(replace(row, group=group))
+            self.num_planted += copies
+            group = None if group is None else group + 1
 
     def extend(self, other: "EncodedRows") -> None:
         """Take in another client's rows and counts; groups, which are a client's own, are forgotten."""

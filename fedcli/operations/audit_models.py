@@ -7,15 +7,15 @@ from itertools import pairwise
 
 from fedcli.algos import Arrays
 from fedcli.errors import NotReadyError
-from fedcli.privacy.accounting import gaussian_epsilon
 from fedcli.privacy.audit_statistics import group_guarantee
 from fedcli.workspace.baselines import baseline_name, read_baseline, read_baseline_record
 from fedcli.workspace.canaries import Planted
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
-from fedcli.workspace.inbox import read_update, read_update_record, submitted_rounds
+from fedcli.workspace.inbox import read_update, submitted_rounds
 from fedcli.workspace.layout import ADAPTER_FILE
-from fedcli.workspace.records import parse_update_record, sha256
+from fedcli.workspace.privacy_ledger import Spending, read_ledger
+from fedcli.workspace.records import CountedUpdate, sha256
 from fedcli.workspace.refusal import Refusal
 
 BASE, OWN, AGGREGATE, ALONE = "base", "own", "aggregate", "alone"
@@ -39,9 +39,11 @@ class Promise:
     def of_rows(self, count: int) -> tuple[float, float]:
         """Return what it says of so many rows of a client, which are there or not.
 
-        Rows are as many units. Of a client that has other rows, the one is gone and another come: two units.
+        Rows are as many units; the copies of a canary are one group. Of a client that has other rows, the one is gone
+        and another come: two units.
         """
-        return group_guarantee(self.epsilon, self.delta, 2 if self.unit == "client" else count)
+        units = {"row": count, "group": 1, "client": 2}[self.unit]
+        return group_guarantee(self.epsilon, self.delta, units)
 
 
 @dataclass(frozen=True)
@@ -133,37 +135,27 @@ def _alone(federation: FederationState, client: int, planted: Planted) -> Audite
 
 def promised(federation: FederationState, client: int, number: int) -> Promise | None:
     """Return what the ledger guarantees a client to all who see the rounds up to `number`; None where it has a gap."""
-    units: set[str] = set()
-    spent, delta, claim = 0.0, 0.0, None
-    for opened, update in _counted(federation, client, number):
-        privacy = opened.manifest.privacy
-        if privacy is None or privacy.unit is None:
-            return None
-        units.add(privacy.unit)
-        if privacy.is_at_party:
-            try:
-                contents = read_update_record(opened, client)
-                claim = parse_update_record(contents).privacy if sha256(contents) == update else None
-            except (FileNotFoundError, Refusal):
-                claim = None
-            if claim is None:
-                return None
-        elif privacy.noise is None or privacy.delta is None:
-            return None
-        else:
-            spent, delta = spent + privacy.noise**-2, privacy.delta
-    if len(units) != 1:
+    counted = [*_counted(federation, client, number)]
+    records = [opened.manifest.privacy for opened, _ in counted]
+    if all(record is not None and record.is_at_server for record in records):
+        spending = read_ledger(_rounds(federation, number)).get(client, Spending())
+        delta = next((record.delta for record in records if record is not None and record.delta is not None), None)
+        epsilon = math.inf if delta is None else spending.epsilon(delta)
+        return None if delta is None or math.isinf(epsilon) else Promise("client", epsilon, delta)
+    if not all(record is not None and record.is_at_party for record in records):
         return None
-    if claim is not None:
-        return Promise(claim.unit, claim.epsilon, claim.delta)
-    return Promise("client", gaussian_epsilon(1 / math.sqrt(spent), delta, 1), delta)
+    claim = counted[-1][1].privacy
+    return None if claim is None else Promise(claim.unit, claim.epsilon, claim.delta)
 
 
-def _counted(federation: FederationState, client: int, number: int) -> Iterator[tuple[Round, str]]:
-    """Yield the rounds in which an update of a client counted for round `number`, and the hash of its update.json."""
-    rounds = [*federation.past(), federation.head][: number + 1]
-    for opened, closing in pairwise(rounds):
+def _rounds(federation: FederationState, number: int) -> list[Round]:
+    return [*federation.past(), federation.head][: number + 1]
+
+
+def _counted(federation: FederationState, client: int, number: int) -> Iterator[tuple[Round, CountedUpdate]]:
+    """Yield the rounds in which an update of a client counted for round `number`, each with what is kept of it."""
+    for opened, closing in pairwise(_rounds(federation, number)):
         if (merge := closing.manifest.aggregation) is not None:
             for entry in merge.counted:
                 if entry.client == client:
-                    yield opened, entry.update
+                    yield opened, entry
