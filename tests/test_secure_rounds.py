@@ -543,7 +543,7 @@ def test_an_update_that_comes_after_the_repair_is_taken_back(place: Path) -> Non
     visit(place, 0, 1, 3)
     with pytest.raises(NotReadyError):
         merge(place, partial=True)
-    shutil.copytree(beside / "W/inbox/2", place / "inbox/2")
+    shutil.copytree(beside / "W/inbox/2/round-00000", place / "inbox/2/round-00000")
     assert visit(place, 2) == ["too_late"]
     assert (place / "inbox/2/round-00000").exists() == (mode_of(place) == "double")
     visit(place, 0, 1, 3)
