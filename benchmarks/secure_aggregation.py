@@ -2,7 +2,7 @@
 
 Every visit of a party and of the server is a process of its own, with a training that takes no time. CPU seconds are
 compared, for they hardly depend on what else the machine does, and the peaks of memory. With `double` a party's figures
-are of both of its visits. The last line is `secure_aggregation: ratio R (limit 30)`: of a party's CPU seconds with
+are of both of its visits. The last line is `secure_aggregation: ratio R (limit 6)`: of a party's CPU seconds with
 double, the dearest, over those in the clear.
 """
 
@@ -24,7 +24,7 @@ from fedcli.server.enrol import open_trust
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import MANIFEST, MANIFEST_SIGNATURE, Workspace
 
-MOST_RATIO = 30.0
+MOST_RATIO = 6.0
 MODES = ("off", "pairwise", "double")
 
 

@@ -19,7 +19,7 @@ from support.warm import Place
 
 import fedcli.client.secure_round
 from fedcli import Federation
-from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError
+from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError, UsageError
 from fedcli.parties.membership import rotate
 from fedcli.secure_aggregation.fixed_point import to_ring
 from fedcli.server.enrol import open_trust
@@ -507,7 +507,7 @@ def test_what_was_set_aside_is_sent_again_as_it_was_and_after_a_repair_nothing_i
     visit(place, 0, 1, 3)
     sent = {path.name: path.read_bytes() for path in (place / "inbox/0/round-00000").iterdir()}
     assert Federation.open(place).server.discard(0)
-    assert not list(place.glob("inbox/0/*")) and not list(place.glob("inbox/0/.d*"))
+    assert not list((place / "inbox/0").iterdir())
     Party.trained = 0
     assert visit(place, 0) == ["submitted"]
     assert Party.trained == 0
@@ -530,7 +530,7 @@ def test_who_left_after_it_sent_is_not_unmasked(place: Path) -> None:
     with pytest.raises(NotReadyError, match="waits for their clients' answers"):
         merge(place, partial=True)
     assert visit(place, 0, 1, 3) == ["answered"] * 3
-    assert merge(place).aggregation.missing == ([2] if mode_of(place) == "pairwise" else [2])
+    assert merge(place).aggregation.missing == [2]
     assert problems(place) == []
 
 
@@ -543,7 +543,7 @@ def test_an_update_that_comes_after_the_repair_is_taken_back(place: Path) -> Non
     visit(place, 0, 1, 3)
     with pytest.raises(NotReadyError):
         merge(place, partial=True)
-    shutil.copytree(beside / "W/inbox/2", place / "inbox/2")
+    shutil.copytree(beside / "W/inbox/2/round-00000", place / "inbox/2/round-00000")
     assert visit(place, 2) == ["too_late"]
     assert (place / "inbox/2/round-00000").exists() == (mode_of(place) == "double")
     visit(place, 0, 1, 3)

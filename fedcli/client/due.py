@@ -42,6 +42,11 @@ class ClientResult:
     round: int
     training: "Training | None" = None
 
+    @property
+    def has_worked(self) -> bool:
+        """Whether this call did anything: it trained, or in a masked round sent again, or answered."""
+        return self.training is not None or self.status in ("submitted", "answered")
+
 
 def client_status(federation: FederationState, client: int) -> ClientResult:
     """Return how a client stands in the open round; raise UsageError for an id that no client has."""
@@ -204,12 +209,12 @@ def train_clients(
                 failed.append(done)
             else:
                 results.append(done)
-        told = results if clients is not None else [result for result in results if result.training]
+        told = results if clients is not None else [result for result in results if result.has_worked]
         if failed:
             raised = error_of(f"{name_clients([failure.client for failure in failed])} could not be trained", failed)
             raised.done = told
             raise raised
-        has_trained = any(result.training for result in results)
+        has_trained = any(result.has_worked for result in results)
         is_finished = federation.head.manifest.state == "finished"
         if has_trained or is_finished or time.monotonic() + POLL_SECONDS > deadline:
             return told

@@ -105,8 +105,8 @@ def enter(federation: FederationState, party: Party, observer: Observer) -> Secu
     terms = terms_of(base, attempt, enrolment)
     for other in unproven(enrolment, terms.cohort):
         observer.noted(
-            f"client {other} has new keys that its old ones did not sign: ask it whether they are its own; "
-            "a server that gives itself a party's place can take that party's part out of the sum"
+            f"client {other} has new keys that its old ones did not sign: ask it by telephone whether they are its. "
+            "A server that puts itself in a party's place is one less to hide among"
         )
     key = own_key(party.home, client, enrolment)
     journal = read_journal(party.home, base.number, base.manifest.workspace)
@@ -149,7 +149,7 @@ def mask_and_drop(
         hexed = {name: {str(to): part.hex() for to, part in parts.items()} for name, parts in packets.items()}
         shares = SharesFile(sealed=hexed).to_bytes()
     mask(numbers, party.client, secrets)
-    contents = {MASKED_FILE: masked_header(base.manifest) + numbers.tobytes()}
+    contents = {MASKED_FILE: b"".join([masked_header(base.manifest), numbers.view(np.uint8).data])}
     contents |= {} if shares is None else {SHARES_FILE: shares}
     update = MaskedUpdate(
         protocol=PROTOCOL,
@@ -188,7 +188,7 @@ def drop_again(round_: SecureRound, observer: Observer) -> bool:
     assert journal is not None
     numbers = read_values(round_.party.home, journal)
     mask(numbers, round_.party.client, _secrets(journal))
-    contents = {MASKED_FILE: masked_header(base.manifest) + numbers.tobytes()}
+    contents = {MASKED_FILE: b"".join([masked_header(base.manifest), numbers.view(np.uint8).data])}
     if journal.shares is not None:
         contents[SHARES_FILE] = journal.shares.encode()
     return _drop(round_, contents, journal.update.encode(), observer)

@@ -150,7 +150,11 @@ def _check_pruned(rounds: Sequence[Round], enrolment: Enrolment, report: Report)
             continue
         check = update_check(before, enrolment.up_to(head) or Enrolment())
         if before.manifest.secure_aggregation is not None and merge.counted:
-            check = _masked_check(before, enrolment)
+            try:
+                check = _masked_check(before, enrolment)
+            except IntegrityError as error:
+                report(before.workspace.attempt(before.number), error.message)
+                continue
         for entry in merge.counted:
             workspace, path = current.workspace, current.workspace.update(before.number, entry.client)
             try:

@@ -134,7 +134,7 @@ def new_folder(final: Path) -> Iterator[Path]:
             raise
 
 
-def publish_file(final: Path, contents: bytes, *, mode: int = SHARED_MODE) -> None:
+def publish_file(final: Path, contents: bytes | memoryview, *, mode: int = SHARED_MODE) -> None:
     """Replace one file whole, durably."""
     with explained(final):
         make_folder(final.parent)
@@ -281,7 +281,7 @@ def _claimed(path: Path) -> int | None:
 
 
 @contextmanager
-def _temporary_file(folder: Path, contents: bytes, mode: int) -> Iterator[Path]:
+def _temporary_file(folder: Path, contents: bytes | memoryview, mode: int) -> Iterator[Path]:
     """Yield a new file with a temporary name, whole and fsynced, and locked until it has been renamed or is removed."""
     remove_temporaries(folder, older_than=ABANDONED_SECONDS)
     while True:
@@ -319,7 +319,7 @@ def _write(path: Path, contents: bytes, mode: int) -> None:
     _fill(os.open(path, _NEW, mode), contents, mode)
 
 
-def _fill(descriptor: int, contents: bytes, mode: int) -> None:
+def _fill(descriptor: int, contents: bytes | memoryview, mode: int) -> None:
     """Write a file, fsync and close it."""
     try:
         os.fchmod(descriptor, mode)

@@ -334,7 +334,7 @@ class UpdateRecord(Record):
         return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
-def file_entry(contents: bytes) -> FileEntry:
+def file_entry(contents: bytes | memoryview) -> FileEntry:
     """Describe a file with these contents."""
     return FileEntry(sha256=sha256(contents), bytes=len(contents))
 

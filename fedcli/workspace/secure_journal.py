@@ -60,7 +60,7 @@ def write_journal(home: Home, journal: Journal) -> None:
 
 def save_values(home: Home, number: int, numbers: Ring) -> FileEntry:
     """Keep the numbers that will be masked, durably; they mean nothing before a journal names them."""
-    contents = numbers.astype("<u8", copy=False).tobytes()
+    contents = numbers.view(np.uint8).data
     publish_file(home.values(number), contents, mode=PRIVATE_MODE)
     return file_entry(contents)
 
