@@ -89,7 +89,7 @@ def test_a_target_of_clients_becomes_the_noise_that_all_rounds_need() -> None:
     assert (
         record.to_bytes().decode().split()
         == (
-            f'{{ "clip": 2.0, "delta": 0.01, "expected": 5, "noise": {record.noise}, '
+            f'{{ "clip": 2.0, "delta": 0.01, "expected": 5, "max_epsilon": 8.0, "noise": {record.noise}, '
             '"relation": "add_or_remove_one", "unit": "client" }'
         ).split()
     )

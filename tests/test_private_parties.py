@@ -212,15 +212,17 @@ def test_a_claim_of_rows_is_carried_by_the_chain(workspace: Path, run: Run) -> N
     for client in (0, 1):
         take_part(workspace, client, noisy(client), NUM_SAMPLES[client])
     path = workspace / "inbox/0/round-00000/update.json"
-    claim = {"unit": "row", "epsilon": 1.25, "delta": 1e-6}
-    record = UpdateRecord.model_validate(json.loads(path.read_bytes()) | {"privacy": claim})
+    claim = {"unit": "row", "epsilon": 1.25, "delta": 1e-5}
+    told = {"privacy": claim, "num_samples": 1, "train_loss": None}
+    record = UpdateRecord.model_validate(json.loads(path.read_bytes()) | told)
     path.write_bytes(record.to_bytes())
     assert Federation.open(workspace).server.aggregate(partial=True).published
     counted = read_manifest(workspace, 1)["aggregation"]["counted"]
-    assert [entry.get("privacy") for entry in counted] == [claim, None]
-    assert [entry["weight"] for entry in counted] == [0.5, 0.5]
+    assert [entry.get("privacy") for entry in counted] == [claim]
+    refused = read_manifest(workspace, 1)["aggregation"]["refused"]
+    assert [(entry["client"], entry["code"]) for entry in refused] == [(1, "privacy")]
     assert {entry["num_samples"] for entry in counted} == {None}
     out = run("privacy")[1]
-    assert "client 0: claims epsilon 1.25 at delta 1e-06, unit row, of 1 round (round 0)" in out
-    assert "client 1: no guarantee: round 0 was sent without a claim" in out
+    assert "client 0: claims epsilon 1.25 at delta 1e-05, unit row, of 1 round (round 0)" in out
+    assert "client 1" not in out
     assert Federation.open(workspace).verify().violations == []

@@ -24,7 +24,7 @@ class Party(Stub):
 
     trained = 0
 
-    def rows(self, party, train):
+    def rows(self, party, train, *, group_by=None):
         """Return as many rows as the client has."""
         return range_of(ROWS[party.client])
 
@@ -48,6 +48,10 @@ class range_of:
         self.count = count
 
     def __len__(self) -> int:
+        return self.count
+
+    @property
+    def num_own(self) -> int:
         return self.count
 
     def counts(self) -> dict:
