@@ -18,16 +18,19 @@ from support.secure import ROWS, Party, differences, journal, make, merge, used,
 from support.warm import Place
 
 import fedcli.client.secure_round
-from fedcli import Federation
+from fedcli import Federation, Observer
 from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError, UsageError
+from fedcli.operations.run import run_federation
 from fedcli.parties.membership import rotate
 from fedcli.secure_aggregation.fixed_point import to_ring
 from fedcli.server.enrol import open_trust
 from fedcli.trust.keys import KeyPair
 from fedcli.workspace.floors import Asked, Floors, faults
 from fedcli.workspace.history import read_identity
+from fedcli.workspace.inbox import read_update
 from fedcli.workspace.layout import Workspace, default_home, server_home
 from fedcli.workspace.records import sha256
+from fedcli.workspace.refusal import Refusal
 
 slow = pytest.mark.slow
 OTHER = X25519PrivateKey.generate()
@@ -726,3 +729,25 @@ def test_keys_that_were_rotated_in_an_open_round_count_from_the_next_on(place: P
     merge(place)
     assert problems(place) == []
     assert visit(place, 0, 1, 2, 3) == ["submitted"] * 4
+
+
+@slow
+def test_one_command_for_all_parties_of_a_machine_lets_them_train_and_answer(place: Path) -> None:
+    done = run_federation(Federation.open(place).state, runtimes=Party(), rounds=2, observer=Observer())
+    assert (done.round, done.state, done.failed) == (2, "finished", [])
+    assert problems(place) == []
+
+
+@slow
+def test_a_masked_update_counts_in_no_plain_round_and_a_plain_one_in_no_masked_round(place: Path) -> None:
+    visit(place, 0, 1, 2, 3)
+    record = place / "inbox/3/round-00000/update.json"
+    document = json.loads(record.read_bytes())
+    plain = {key: document[key] for key in ("protocol", "workspace", "round", "base", "client", "files")}
+    record.write_text(json.dumps(plain | {"num_samples": 5, "steps": 1, "train_loss": None}))
+    with pytest.raises(NotReadyError, match="client 3: json|json"):
+        merge(place)
+    base = Federation.open(place).round(0)
+    unmasked = replace(base, manifest=base.manifest.model_copy(update={"privacy": None}))
+    with pytest.raises(Refusal, match="json: update.json"):
+        read_update(unmasked, 0)
