@@ -165,6 +165,8 @@ def finish(
     arrays, weight = _arrays(reading)
     if not is_again:
         _check_sum(reading, algorithm, arrays, weight)
+    elif weight <= 0:
+        raise IntegrityError(f"the weights of round {base.number} add up to {weight:g}", hint=_ABANDON)
     adapter = base.adapter()
     for file, found in arrays.items():
         for array in found.values():
