@@ -166,6 +166,8 @@ def _waits_for_updates(
         hint = f"Set a refused update aside with `fedcli server discard --id {absent[0]}`; its client sends it again"
     if len(answered) >= terms.fewest:
         hint += ", or go on without them: `server aggregate --partial`"
+    elif needed == terms.fewest and absent:
+        hint += f". No fewer than {terms.fewest} are ever summed; {_ABANDON}"
     left = seconds_left(federation)
     if left is not None and left > 0:
         hint += f". The deadline is in {describe_seconds(left)}; then {terms.fewest} valid updates are enough"
