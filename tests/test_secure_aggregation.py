@@ -9,7 +9,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedcli.secure_aggregation.agreement import Unsealable, commitment, derive, label, seal, unseal
-from fedcli.secure_aggregation.fixed_point import LARGEST, MOST_CLIENTS, OutOfRange, from_ring, to_ring
+from fedcli.secure_aggregation.fixed_point import (
+    LARGEST,
+    MOST_CLIENTS,
+    OutOfRange,
+    from_ring,
+    from_ring_in_place,
+    to_ring,
+)
 from fedcli.secure_aggregation.masks import BLOCK, Keystream, add_masks
 from fedcli.secure_aggregation.party import (
     SELF,
@@ -86,6 +93,8 @@ def test_the_published_vector_of_shares_holds() -> None:
 def test_fixed_point_is_exact_to_half_a_unit_and_refuses_what_would_not_fit() -> None:
     values = np.random.default_rng(0).normal(size=1000)
     assert abs(from_ring(to_ring(values, 3.0)) - 3.0 * values).max() <= 2.0**-33
+    ring = to_ring(np.arange(-70000.0, 70000.0))
+    assert np.array_equal(from_ring_in_place(ring), np.arange(-70000.0, 70000.0))
     assert [*to_ring(np.array([-(2.0**-32), 2.0**-34, 1.0]))] == [2**64 - 1, 0, 2**32]
     assert MOST_CLIENTS * LARGEST * 2.0**32 < 2.0**63
     assert from_ring(to_ring(np.array([LARGEST, -LARGEST]))).tolist() == [LARGEST, -LARGEST]

@@ -18,16 +18,23 @@ from support.secure import ROWS, Party, differences, journal, make, merge, used,
 from support.warm import Place
 
 import fedcli.client.secure_round
-from fedcli import Federation
+from fedcli import Federation, Observer
+from fedcli.algos import FedAvg
+from fedcli.client.due import train_client
 from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError, UsageError
+from fedcli.operations.run import run_federation
 from fedcli.parties.membership import rotate
-from fedcli.secure_aggregation.fixed_point import to_ring
+from fedcli.secure_aggregation.fixed_point import from_ring, to_ring
 from fedcli.server.enrol import open_trust
+from fedcli.server.masked_sum import weight_of
 from fedcli.trust.keys import KeyPair
 from fedcli.workspace.floors import Asked, Floors, faults
 from fedcli.workspace.history import read_identity
+from fedcli.workspace.inbox import read_update
 from fedcli.workspace.layout import Workspace, default_home, server_home
+from fedcli.workspace.privacy_records import PrivacyRecord
 from fedcli.workspace.records import sha256
+from fedcli.workspace.refusal import Refusal
 
 slow = pytest.mark.slow
 OTHER = X25519PrivateKey.generate()
@@ -726,3 +733,90 @@ def test_keys_that_were_rotated_in_an_open_round_count_from_the_next_on(place: P
     merge(place)
     assert problems(place) == []
     assert visit(place, 0, 1, 2, 3) == ["submitted"] * 4
+
+
+@slow
+def test_one_command_for_all_parties_of_a_machine_lets_them_train_and_answer(place: Path) -> None:
+    done = run_federation(Federation.open(place).state, runtimes=Party(), rounds=2, observer=Observer())
+    assert (done.round, done.state, done.failed) == (2, "finished", [])
+    assert problems(place) == []
+
+
+@slow
+def test_a_masked_update_counts_in_no_plain_round_and_a_plain_one_in_no_masked_round(place: Path) -> None:
+    visit(place, 0, 1, 2, 3)
+    record = place / "inbox/3/round-00000/update.json"
+    document = json.loads(record.read_bytes())
+    plain = {key: document[key] for key in ("protocol", "workspace", "round", "base", "client", "files")}
+    record.write_text(json.dumps(plain | {"num_samples": 5, "steps": 1, "train_loss": None}))
+    with pytest.raises(NotReadyError, match="json"):
+        merge(place)
+    base = Federation.open(place).round(0)
+    unmasked = replace(base, manifest=base.manifest.model_copy(update={"privacy": None}))
+    with pytest.raises(Refusal, match=r"json: update\.json"):
+        read_update(unmasked, 0)
+
+
+class Notes(Observer):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def noted(self, message: str) -> None:
+        self.told.append(message)
+
+
+@slow
+def test_a_party_is_told_of_another_one_s_keys_that_the_old_ones_did_not_sign(
+    pairwise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = used(pairwise, tmp_path, monkeypatch)
+    visit(place, 0, 1, 2, 3)
+    merge(place)
+    server = Federation.open(place).server
+    server.revoke(2)
+    default_home(read_identity(Workspace(place)).id, 2).keys.unlink()
+    server.enrol(2, Federation.open(place).client(2).join(place.parent / "rows-2.jsonl", share="minimal").commit())
+    with pytest.raises(NotReadyError):
+        merge(place)
+    notes = Notes()
+    state = Federation.open(place).state
+    # the attempt of round 1 has client 2's old keys; an attempt that began now would have the new ones
+    lying = Lying(place)
+    head = {"number": lying.trust.enrolment.head.number, "sha256": lying.trust.enrolment.head.sha256}
+    lying.rewrite("attempts/round-00001-0.json", "attempt", enrolment=head)
+    assert train_client(state, 0, Party(), observer=notes).status == "submitted"
+    assert any("client 2 has new keys that its old ones did not sign" in told for told in notes.told)
+
+
+@slow
+def test_a_rule_that_is_set_in_a_masked_round_holds_from_the_next_on(
+    pairwise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = used(pairwise, tmp_path, monkeypatch)
+    visit(place, 0, 1, 2, 3)
+    configure(place, "privacy.secure_aggregation=off", "aggregation.rule=median")
+    notes = Notes()
+    done = merge(place, observer=notes)
+    assert (done.status, done.aggregation.rule) == ("published", None)
+    assert any("median holds from the next round on" in told for told in notes.told)
+    assert Federation.open(place).round(1).manifest.privacy is None
+    assert visit(place, 0, 1, 2, 3) == ["submitted"] * 4
+    assert merge(place).aggregation.rule["rule"] == "median"
+    assert problems(place) == []
+
+
+@slow
+def test_where_parties_make_the_noise_all_weigh_the_same(
+    pairwise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Federation.open(used(pairwise, tmp_path, monkeypatch)).round(0)
+    privacy = PrivacyRecord(unit="row", clip=1.0, noise=1.0, delta=1e-5, secure_aggregation="pairwise")
+    noisy = replace(base, manifest=base.manifest.model_copy(update={"privacy": privacy}))
+    adapter = base.adapter()
+    files = {"adapter_model.safetensors": {name: array + np.float32(0.5) for name, array in adapter.items()}}
+    for each, weight in ((base, 50), (noisy, 1)):
+        numbers = from_ring(fedcli.client.secure_round._to_ring(each, FedAvg(), adapter, files, 50, 0))
+        assert numbers[-1] == weight == weight_of(each, FedAvg(), 50)
+        assert abs(numbers[:-1] - weight * 0.5).max() < weight * 2.0**-22

@@ -260,7 +260,7 @@ def _take_part_masked(
         remove_update(head, client)
     entered = enter(federation, party, observer)
     if due == "repair_due":
-        if withdraw(entered):
+        if withdraw(entered, observer):
             return ClientResult("too_late", client, head.number)
         is_first = answer_repair(entered)
         return ClientResult("answered" if is_first else "already_answered", client, head.number)

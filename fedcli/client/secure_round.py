@@ -198,19 +198,23 @@ def _drop(round_: SecureRound, contents: Mapping[str, bytes], record: bytes, obs
     """Publish an update; what a repair names as missing is taken back."""
     party, base = round_.party, round_.base
     is_first = commit_update(round_.federation, party, [*contents.items()], record, observer)
-    if withdraw(round_):
+    if withdraw(round_, observer):
         return False
     forget_rounds(party.home, base.number)
     return is_first
 
 
-def withdraw(round_: SecureRound) -> bool:
+def withdraw(round_: SecureRound, observer: Observer) -> bool:
     """Take an update back that came too late: a repair names it as missing, and the others reveal its masks."""
     party, base = round_.party, round_.base
     repair = read_repair(base)
     if repair is None or party.client not in repair.record.dropped:
         return False
     remove_update(base, party.client)
+    observer.noted(
+        f"client {party.client}: {repair.path} says that its update is missing, and so the others reveal its masks: it "
+        "was taken back. If it had been sent long before, the server does not keep to the protocol"
+    )
     note(party.home.history, "withdrawn", round=base.number)
     return True
 

@@ -15,6 +15,7 @@ LARGEST = 2.0**20
 MOST_CLIENTS = 2**10
 """So many of the largest numbers stay below 2^63: MOST_CLIENTS x LARGEST x 2^FRACTION_BITS = 2^62."""
 _SCALE = 2.0**FRACTION_BITS
+_BLOCK = 2**16
 
 
 class OutOfRange(ValueError):
@@ -39,3 +40,11 @@ def from_ring(total: Ring) -> NDArray[np.float64]:
     """Return the numbers that ring elements stand for."""
     numbers = total.view(np.int64).astype(np.float64)
     return np.divide(numbers, _SCALE, out=numbers)
+
+
+def from_ring_in_place(total: Ring) -> NDArray[np.float64]:
+    """Return the numbers that ring elements stand for, in the elements' own memory."""
+    numbers = total.view(np.float64)
+    for begin in range(0, total.size, _BLOCK):
+        numbers[begin : begin + _BLOCK] = from_ring(total[begin : begin + _BLOCK])
+    return numbers

@@ -171,7 +171,8 @@ def _merge_masked(
     from fedcli.server import secure_round  # of no other federation: it needs cryptography
 
     federation.workspace.store.sweep("rounds")
-    if abandon or not federation.head.awaited_clients():
+    gone = set() if trust is None else {*trust.enrolment.gone}
+    if abandon or {*federation.head.manifest.cohort} <= gone:
         return secure_round.abandon(federation, algorithm)
     assert trust is not None
     return secure_round.merge_masked(federation, algorithm, trust, partial=partial, dry_run=dry_run, observer=observer)

@@ -12,7 +12,7 @@ from fedcli.algos.reducer import WeightedMean
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.secure_aggregation.agreement import commitment
-from fedcli.secure_aggregation.fixed_point import LARGEST, from_ring
+from fedcli.secure_aggregation.fixed_point import LARGEST, from_ring_in_place
 from fedcli.secure_aggregation.party import SELF
 from fedcli.secure_aggregation.summation import disagreements, recover, unmask
 from fedcli.secure_aggregation.terms import Terms
@@ -166,15 +166,15 @@ def finish(
     arrays, weight = _arrays(reading)
     if not is_again:
         _check_sum(reading, algorithm, arrays, weight)
+    elif weight <= 0:
+        raise IntegrityError(f"the weights of round {base.number} add up to {weight:g}", hint=_ABANDON)
     adapter = base.adapter()
-    differences = {name: array / weight for name, array in arrays[ADAPTER_FILE].items()}
-    files = {
-        file: {name: array / num_clients for name, array in found.items()}
-        for file, found in arrays.items()
-        if file != ADAPTER_FILE
-    }
+    for file, found in arrays.items():
+        for array in found.values():
+            np.divide(array, weight if file == ADAPTER_FILE else num_clients, out=array)
+    differences = arrays.pop(ADAPTER_FILE)
     zeros = {name: np.broadcast_to(np.float64(0), array.shape) for name, array in adapter.items()}
-    merged = MergedUpdates(zeros | differences, {file: zeros | found for file, found in files.items()})
+    merged = MergedUpdates(zeros | differences, {file: zeros | found for file, found in arrays.items()})
     with np.errstate(over="ignore", invalid="ignore"):
         following, state = algorithm.apply(adapter, merged, base.state(algorithm))
     if not all(np.isfinite(array).all() for found in (following, state) for array in found.values()):
@@ -197,12 +197,13 @@ def finish(
 
 
 def _arrays(reading: Reading) -> "tuple[dict[str, dict[str, Array]], float]":
-    """Return the sums by file and tensor, and the sum of the weights."""
+    """Return the sums by file and tensor, in the memory of the vector's sum, and the sum of the weights."""
     found: dict[str, dict[str, Array]] = {file: {} for file in reading.base.manifest.update_files}
     begin, weight = 0, math.nan
+    numbers = from_ring_in_place(reading.total)
     for key, entry in masked_schema(reading.base.manifest).items():
         size = math.prod(entry.shape)
-        array = from_ring(reading.total[begin : begin + size]).reshape(entry.shape)
+        array = numbers[begin : begin + size].reshape(entry.shape)
         begin += size
         if key == WEIGHT:
             weight = float(array[0])

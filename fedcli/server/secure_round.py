@@ -62,6 +62,9 @@ def merge_masked(
     """
     base = federation.head
     check_algorithm(base, algorithm, algorithm_from(base.manifest.algorithm))
+    rule = federation.config.aggregation.as_rule()
+    if not rule.is_plain_mean:
+        observer.noted(f"aggregation: {rule.rule} holds from the next round on: the updates of this one are masked")
     left = seconds_left(federation)
     goes_on = partial or (left is not None and left <= 0)
     if (dry_run and read_attempt(base) is None) or not start_attempt(federation, trust, goes_on=goes_on):
@@ -163,6 +166,8 @@ def _waits_for_updates(
         hint = f"Set a refused update aside with `fedcli server discard --id {absent[0]}`; its client sends it again"
     if len(answered) >= terms.fewest:
         hint += ", or go on without them: `server aggregate --partial`"
+    elif needed == terms.fewest and absent:
+        hint += f". No fewer than {terms.fewest} are ever summed; {_ABANDON}"
     left = seconds_left(federation)
     if left is not None and left > 0:
         hint += f". The deadline is in {describe_seconds(left)}; then {terms.fewest} valid updates are enough"

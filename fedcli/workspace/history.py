@@ -80,17 +80,38 @@ class Round:
         return self.workspace.has_update(self.number, client)
 
     def awaited_clients(self) -> list[int]:
-        """Return the clients of the cohort that have not left, nor been revoked, in the cohort's order."""
+        """Return the clients of the cohort that have not left, nor been revoked, in the cohort's order.
+
+        Where a repair of masked updates has been asked for, only those that it asks.
+        """
         if self.manifest.enrolment is None:
             return self.manifest.cohort
         from fedcli.workspace.enrolment import read_enrolment  # a simulation has none
 
-        gone = read_enrolment(self.workspace).gone
-        return [client for client in self.manifest.cohort if client not in gone]
+        gone, asked = read_enrolment(self.workspace).gone, self._asked()
+        return [each for each in self.manifest.cohort if each not in gone and (asked is None or each in asked)]
 
     def missing_clients(self) -> list[int]:
-        """Return the clients that are waited for and have dropped nothing, in the cohort's order."""
-        return [client for client in self.awaited_clients() if not self.has_update(client)]
+        """Return the clients that are waited for and have dropped nothing, in the cohort's order.
+
+        Where a repair has been asked for, those that have not answered it.
+        """
+        awaited = self.awaited_clients()
+        if self._asked() is None:
+            return [client for client in awaited if not self.has_update(client)]
+        store, name = self.workspace.store, self.workspace.name
+        return [client for client in awaited if not store.exists(name(self.workspace.answer(self.number, client)))]
+
+    def _asked(self) -> set[int] | None:
+        """Return whom a repair asks; None where there is none. Who acts on it reads it again, and checks it."""
+        path = self.workspace.repair_of(self.number)
+        if self.manifest.secure_aggregation is None or not self.workspace.store.exists(self.workspace.name(path)):
+            return None
+        try:
+            counted = parse_object(read_whole(self.workspace, path, MAX_RECORD_BYTES), path.name).get("counted")
+        except Refusal as refusal:
+            raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
+        return {int(client) for client in counted if client.isdecimal()} if isinstance(counted, dict) else set()
 
     def adapter(self) -> "dict[str, Array]":
         """Return the round's global adapter, float32; raise IntegrityError where it is damaged."""
