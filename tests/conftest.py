@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.processes import SMALL, fedcli, settings
+from support.processes import SMALL, initialised
 
 from fedcli.errors import RequirementError
 from fedcli.eval.sandbox import Sandbox
@@ -13,10 +13,7 @@ from fedcli.eval.sandbox import Sandbox
 @pytest.fixture(scope="session")
 def small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace of SMALL with round 0 open; tests must not change it."""
-    folder = tmp_path_factory.mktemp("small")
-    done = fedcli("init", *settings(*SMALL), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return initialised(tmp_path_factory.mktemp("small"), *SMALL)
 
 
 @pytest.fixture

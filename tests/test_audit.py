@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.federation import configure, read_manifest
 from support.kills import copies_killed_at_every_call
-from support.processes import FEW, SMALL, Run, command, fedcli, run_ok, runner, settings, warm
+from support.processes import FEW, SMALL, Run, command, fedcli, results, run_ok, runner, settings, warm
 from support.warm import Place, write_rows
 
 from fedcli import Federation
@@ -48,8 +48,12 @@ def only(folder: Path, pattern: str) -> Path:
     return found
 
 
-def test_canaries_are_trained_and_measured_and_the_workspace_knows_nothing_of_them(small: Path) -> None:
-    planted = run_ok(*PLANT, 1, cwd=small)
+def test_canaries_are_trained_and_measured_and_the_workspace_knows_nothing_of_them(
+    small: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Run = runner(capsys)
+    monkeypatch.chdir(small)
+    planted = results(run, *PLANT, 1)
     home = small / "private/1"
     assert (planted["status"], planted["num_canaries"], planted["first_round"]) == ("planted", 9, 0)
     assert stat.S_IMODE((home / "canaries.json").stat().st_mode) == 0o600
@@ -57,13 +61,13 @@ def test_canaries_are_trained_and_measured_and_the_workspace_knows_nothing_of_th
     assert [canary["repeat"] for canary in document["canaries"]].count(1) == 5, "as many of each"
     assert planted["num_copies"] == sum(each["repeat"] for each in document["canaries"] if each["is_included"])
 
-    trained = fedcli("client", "train", "--id", 1, cwd=small)
-    assert f"client 1: {planted['num_copies']} of {400 + planted['num_copies']} rows are canaries" in trained.stderr
+    told = run("client", "train", "--id", 1)[2]
+    assert f"client 1: {planted['num_copies']} of {400 + planted['num_copies']} rows are canaries" in told
     update = json.loads((small / "inbox/1/round-00000/update.json").read_bytes())
     assert update["num_samples"] == 400
 
     before = sorted(path.relative_to(small) for path in small.rglob("*"))
-    measured = run_ok(*MEASURE, 1, "--held-out", "data/held-out-test.jsonl", cwd=small)
+    measured = results(run, *MEASURE, 1, "--held-out", "data/held-out-test.jsonl")
     new = {str(path.relative_to(small)) for path in small.rglob("*")} - {str(path) for path in before}
     names = {"audits", "audits/round-00000.json", "audits/round-00000.png"}
     assert new == {f"private/1/{name}" for name in names}

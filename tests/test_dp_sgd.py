@@ -125,8 +125,15 @@ def norm_of(gradients: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
 
 
-@pytest.mark.parametrize("task", [SFT, DPO], ids=["sft", "dpo"])
-@pytest.mark.parametrize("grouping", [[1] * 5, [2, 1, 2]], ids=["rows", "groups"])
+@pytest.mark.parametrize(
+    ("task", "grouping"),
+    [
+        pytest.param(SFT, [1] * 5, id="rows-sft"),
+        pytest.param(DPO, [2, 1, 2], id="groups-dpo"),
+        pytest.param(SFT, [2, 1, 2], id="groups-sft", marks=pytest.mark.slow),
+        pytest.param(DPO, [1] * 5, id="rows-dpo", marks=pytest.mark.slow),
+    ],
+)
 def test_the_clipped_sum_is_that_of_one_row_at_a_time(adapted: AdaptedModel, task: Task, grouping: list[int]) -> None:
     check_sum(prepared(adapted), task, grouping)
 
@@ -169,7 +176,7 @@ def test_short_rows_of_a_large_rank_are_summed_by_gram_matrices(monkeypatch: pyt
     assert farthest(found, expected) <= 1e-5 * largest(expected)
 
 
-@pytest.mark.parametrize("fault", ["sees_rows", "mixes_rows"])
+@pytest.mark.parametrize("fault", [pytest.param("sees_rows", marks=pytest.mark.slow), "mixes_rows"])
 def test_a_model_whose_rows_cannot_be_told_apart_goes_through_units_one_by_one(
     adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:

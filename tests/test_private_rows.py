@@ -15,7 +15,7 @@ import pytest
 from protocol_client import take_part
 from support import processes
 from support.federation import NUM_SAMPLES, configure, read_manifest, train_as
-from support.processes import ENVIRONMENT, SMALL, command, fedcli, run_ok, settings
+from support.processes import ENVIRONMENT, SMALL, command, initialised, run_ok, settings
 from support.warm import Place, Warm, write_rows
 
 from fedcli import Federation
@@ -33,10 +33,7 @@ PRIVATE = (*SMALL, "privacy.unit=row", "privacy.clip=0.5", "privacy.noise=1.5", 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A simulation whose parties protect rows, with round 0 open."""
-    folder = tmp_path_factory.mktemp("private")
-    done = fedcli("init", *settings(*PRIVATE), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return initialised(tmp_path_factory.mktemp("private"), *PRIVATE)
 
 
 @pytest.fixture

@@ -85,6 +85,14 @@ def runner(capsys: pytest.CaptureFixture) -> Run:
     return run_main
 
 
+def initialised(folder: Path, *overrides: str) -> Path:
+    """Initialise a workspace with these settings in this process; return its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FEDCLI_WORKSPACE", raising=False)
+        assert main(["init", str(folder), *settings(*overrides)]) == 0
+    return folder
+
+
 def results(run: Run, *arguments: object) -> dict[str, Any]:
     """Run a command with --json that must succeed, and return its document."""
     code, out, err = run(*arguments, "--json")
