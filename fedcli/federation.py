@@ -257,11 +257,14 @@ class Federation:
 
         return read_keys(self.state)
 
-    def privacy(self, client: int | None = None) -> "PrivacyReport":
-        """Return what the rounds so far have spent of each client's privacy, or of one client's."""
+    def privacy(self, client: int | None = None, *, home: Path | None = None) -> "PrivacyReport":
+        """Return what the rounds so far have spent of each client's privacy, or of one client's.
+
+        Of one whose home is here (`home` where it is not at its default) it has what its own ledger says, too.
+        """
         from fedcli.operations.privacy import read_privacy
 
-        return read_privacy(self.state, client)
+        return read_privacy(self.state, client, home=home)
 
     def verify(
         self,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from protocol_client import take_part
 from support.federation import NUM_SAMPLES, configure, noisy, read_manifest, restart, stored_hashes, train_as
-from support.processes import Run, runner
+from support.processes import SMALL, Run, initialised, runner, settings
 from support.warm import write_rows
 
 from fedcli import Federation
@@ -182,6 +182,41 @@ def test_a_party_counts_the_rounds_itself_and_stops(workspace: Path, run: Run) -
     path.write_text(json.dumps({key: value for key, value in manifest.items() if key != "checksum"}))
     code, _, err = run("client", "train", "--id", 1)
     assert (code, "asks for delta 0.9, and your floor is at most 1e-05" in err) == (3, True)
+
+
+def test_the_column_of_groups_counts_as_used_where_rows_are_split_or_joined(
+    workspace: Path, tmp_path: Path, run: Run
+) -> None:
+    rows = [{"instruction": f"say {n}", "output": f"{n}", "patient": f"p{n % 9}", "ward": "A"} for n in range(40)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    group = "privacy={unit: group, group_by: patient, clip: 0.5, noise: 1.0}"
+    configure(workspace, group)
+    restart(workspace, "fedavg")
+    joining = Federation.open(workspace).client(0).join(source, share="minimal")
+    assert "not used: ward (40)" in joining.remarks
+    own = (f"data.source={source}", "data.partition=iid", "federation.clients=2", group)
+    code, out, err = run("init", tmp_path / "S", *settings(*SMALL, *own))
+    assert (code, "ward (40)" in out, "patient" in out) == (0, True, False), err
+    write_rows(source, [*rows, {"instruction": "say no", "output": "no"}])
+    code, _, err = run("init", tmp_path / "T", *settings(*SMALL, *own))
+    assert (code, "line 41: column 'patient' is missing" in err) == (3, True)
+
+
+def test_what_is_withheld_leaves_no_gap_in_a_sentence(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "homes"))
+    workspace = initialised(tmp_path / "W", *SMALL, "data.source=null", CLIENT)
+    monkeypatch.chdir(workspace)
+    source = write_rows(tmp_path / "rows.jsonl", [{"instruction": f"say {n}", "output": f"{n}"} for n in range(9)])
+    code, out, err = run("client", "join", "--id", 0, "--data", source, "--share", "minimal", "--yes")
+    assert code == 0, err
+    assert "the workspace learns nothing of your rows, not even how many there are" in out + err
+    code, _, err = run("server", "enrol", "--id", 0)
+    assert code == 2
+    assert "client 0 does not tell how many rows it has; its keys have the fingerprint " in err
+    said = [run("status")[1], run("doctor")[1], run("client", "status", "--id", 0)[1]]
+    assert [text for text in said if "None" in text] == []
 
 
 @slow

@@ -15,7 +15,7 @@ import pytest
 from protocol_client import take_part
 from support import processes
 from support.federation import NUM_SAMPLES, configure, read_manifest, train_as
-from support.processes import ENVIRONMENT, SMALL, command, initialised, run_ok, settings
+from support.processes import ENVIRONMENT, SMALL, Run, command, initialised, results, run_ok, runner, settings
 from support.warm import Place, Warm, write_rows
 
 from fedcli import Federation
@@ -144,6 +144,40 @@ def test_the_budget_stops_a_client_before_it_trains_and_what_it_spent_stays(priv
     assert f"{(second - first) / 2:.4g} is left, and the round costs {second - first:.4g}" in caught.value.message
     assert home.steps.read_bytes() == before
     assert not (private / "inbox/1/round-00001").exists()
+
+
+def test_privacy_shows_a_party_its_own_ledger_beside_the_claim(
+    private: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Client 1 has 50 rows, and trains round 0 twice; the first update is lost."""
+    run: Run = runner(capsys)
+    monkeypatch.chdir(private)
+    configure(private, "privacy.max_epsilon=9.0")
+    shutil.rmtree(private / "rounds")
+    Federation(Workspace(private)).server.open()
+    empty = results(run, "privacy", "--id", 1)
+    assert [empty["own"][name] for name in ("unit", "epsilon", "steps", "left")] == ["row", 0.0, 0, 9.0]
+    for _ in range(2):
+        shutil.rmtree(private / "inbox/1", ignore_errors=True)
+        train_as(1, private)
+    Federation.open(private).server.aggregate(partial=True)
+    exact = poisson_epsilon([(4 / 50, 1.5, 4)], 1e-4)
+    home = Workspace(private).private(1)
+    document = results(run, "privacy", "--id", 1)
+    assert document["own"] == {
+        **{"client": 1, "ledger": str(home.steps), "unit": "row", "epsilon": pytest.approx(exact), "delta": 1e-4},
+        **{"steps": 4, "rounds": 1, "trainings": 2, "budget": 9.0, "left": pytest.approx(9.0 - exact)},
+    }
+    assert document["clients"][0]["epsilon"] > exact, "what the chain claims is rounded up"
+    out = run("privacy", "--id", 1)[1]
+    assert "client 1: claims epsilon" in out
+    told = f"spent epsilon {exact:.6g} at delta 0.0001, unit row, by 4 steps in 1 round, 2 trainings (1 of them again)"
+    assert f"{told}; {9 - exact:.6g} of its budget 9 is left" in out
+    assert (run("privacy")[1].count("own ledger"), results(run, "privacy")["own"]) == (0, None)
+    assert run("privacy", "--id", 1, "--home", private.parent)[0] == 3
+    home.steps.write_text("{}\n")
+    code, _, err = run("privacy", "--id", 1)
+    assert (code, "line 1, is no record of private steps" in err) == (7, True)
 
 
 def test_a_counted_update_that_the_ledger_does_not_have_stops_the_party(private: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError
 from fedcli.parties.party import Party
 from fedcli.privacy.accounting import MOST_NOISE, poisson_epsilon, poisson_noise
+from fedcli.workspace.floors import budget_of
 from fedcli.workspace.history import Round
 from fedcli.workspace.privacy_records import PrivacyClaim, PrivacyRecord, TargetRecord
 from fedcli.workspace.records import Manifest
@@ -83,7 +84,7 @@ def plan_private(party: Party, head: Round, past: Sequence[Round], rows: "Encode
         assert privacy.target is not None
         noise = _calibrated(before, made, privacy.target, q, steps * (manifest.rounds - head.number))
         noise = max(noise, party.floors.noise or 0.0)  # of a noise that the round sets the floor has been checked
-    budget = _budget(party, privacy)
+    budget = budget_of(party.floors, privacy)
     after = _epsilon([*before, (q, noise, steps)], privacy.delta)
     if after > budget:
         spent = _epsilon(before, privacy.delta)
@@ -112,13 +113,6 @@ def plan_private(party: Party, head: Round, past: Sequence[Round], rows: "Encode
 def _at_party(manifest: Manifest) -> PrivacyRecord | None:
     privacy = manifest.privacy
     return privacy if privacy is not None and privacy.is_at_party else None
-
-
-def _budget(party: Party, privacy: PrivacyRecord) -> float:
-    """Return the least of the epsilons that may not be passed; infinity where there is none."""
-    target = None if privacy.target is None else privacy.target.epsilon
-    limits = (privacy.max_epsilon, party.floors.max_epsilon, target)
-    return min((limit for limit in limits if limit is not None), default=math.inf)
 
 
 def _epsilon(events: Events, delta: float) -> float:

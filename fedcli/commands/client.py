@@ -105,8 +105,11 @@ def client_join(
             tell(line)
         if joining.kept:
             tell(f"as before: {', '.join(joining.kept)}")
-        tell("the workspace learns this of your rows, and nothing else:")
-        tell(json.dumps(card, indent=1))
+        if card:
+            tell("the workspace learns this of your rows, and nothing else:")
+            tell(json.dumps(card, indent=1))
+        else:
+            tell("the workspace learns nothing of your rows, not even how many there are")
     if asks:
         question = f"Write this to {federation.workspace.registration(client)}? [y/N]: "
         tell(question, end="", is_error=True)

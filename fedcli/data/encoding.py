@@ -10,15 +10,14 @@ import numpy as np
 
 from fedcli.config import TemplateChoice
 from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
-from fedcli.data.file_rows import Row
-from fedcli.data.formats import RowReader
+from fedcli.data.formats import RowReader, group_of
 from fedcli.data.row_report import describe_counts
 from fedcli.data.segments import Segment
 from fedcli.data.source import Source
 from fedcli.data.templates import TEXT, find_template
 from fedcli.errors import ConfigError, RequirementError
 from fedcli.tasks.conversation import Item, Prompt, Turn, is_text
-from fedcli.tasks.format import EQUAL, MALFORMED, NOT_LEARNT, TOO_LONG, LeftOut, is_finite, is_given
+from fedcli.tasks.format import EQUAL, MALFORMED, NOT_LEARNT, TOO_LONG, LeftOut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -217,7 +216,7 @@ def encode_source(
     def items() -> Iterator[Item]:
         for row, item in reader.read(source.rows()):
             places.append(row.where)
-            groups.append(None if group_by is None else numbers.setdefault(_group_of(row, group_by), len(numbers)))
+            groups.append(None if group_by is None else numbers.setdefault(group_of(row, group_by), len(numbers)))
             yield item
 
     rows = encoder.encode(
@@ -228,20 +227,6 @@ def encode_source(
     rows.unused.pop(group_by or "", None)
     require_encoded(rows, source.location, reader.num_rows, max_length)
     return rows
-
-
-def _group_of(row: Row, column: str) -> str:
-    """Return a row's value of the column that tells groups, as text: a number and its digits are one group."""
-    value = row.fields.get(column)
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if isinstance(value, bool) or is_finite(value):
-        return str(value)
-    found = "is no text or number there" if is_given(value) else "is missing"
-    raise ConfigError(
-        f"{row.where}: column {column!r} {found}, and privacy.group_by tells by it whose row this is",
-        hint="Give every row a value there; a row that belongs to nobody else has one of its own.",
-    )
 
 
 def cut(rows: EncodedRows, max_length: int) -> EncodedRows:

@@ -26,6 +26,7 @@ from fedcli.tasks.format import (
     Fields,
     Format,
     LeftOut,
+    is_finite,
     is_given,
     plain,
 )
@@ -142,6 +143,20 @@ def choose_split(source: str, given: str | None) -> str:
     """Return the split to read: the one given, else the one a known data set has its training rows in."""
     known = known_format(source)
     return given or (known.hub[source] if known else "train")
+
+
+def group_of(row: Row, column: str) -> str:
+    """Return a row's value of the column that tells groups, as text: a number and its digits are one group."""
+    value = row.fields.get(column)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, bool) or is_finite(value):
+        return str(value)
+    found = "is no text or number there" if is_given(value) else "is missing"
+    raise ConfigError(
+        f"{row.where}: column {column!r} {found}, and privacy.group_by tells by it whose row this is",
+        hint="Give every row a value there; a row that belongs to nobody else has one of its own.",
+    )
 
 
 @dataclass

@@ -1,14 +1,19 @@
 """`fedcli privacy`: what the chain of rounds has spent of each client's privacy, and what that is worth."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 from fedcli.errors import IntegrityError
+from fedcli.parties.party import find_own
 from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.floors import budget_of
 from fedcli.workspace.history import Round
 from fedcli.workspace.privacy_ledger import Budget, describe_unprotected, epsilon_of, read_budget, read_ledger
 from fedcli.workspace.privacy_records import PrivacyRecord
+from fedcli.workspace.step_ledger import spent
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,25 @@ class ClientPrivacy:
 
 
 @dataclass(frozen=True)
+class OwnPrivacy:
+    """What the ledger in a party's home says that its rows have spent: exact, and told to nobody else."""
+
+    client: int
+    ledger: str
+    unit: str
+    epsilon: float | None
+    """At `delta`; None where no finite one holds."""
+    delta: float
+    steps: int
+    rounds: int
+    """Of which one that was trained twice counts once."""
+    trainings: int
+    budget: float | None
+    """The least of the round's max_epsilon, its target and the party's own floor; None where there is none."""
+    left: float | None
+
+
+@dataclass(frozen=True)
 class PrivacyReport:
     """The whole ledger, from the hash chain."""
 
@@ -44,12 +68,15 @@ class PrivacyReport:
     budget: Budget | None = None
     """Of the client that has spent most."""
     secure_aggregation: str | None = None
+    own: OwnPrivacy | None = None
+    """Of the client that was asked for, where its home is here, and it makes the noise itself."""
 
 
-def read_privacy(federation: FederationState, client: int | None = None) -> PrivacyReport:
-    """Return the ledger of all clients, or of one.
+def read_privacy(federation: FederationState, client: int | None = None, *, home: Path | None = None) -> PrivacyReport:
+    """Return the ledger of all clients, or of one, and then what its own home says where that is here.
 
-    Raises UsageError for an id that no client has, IntegrityError where the chain of rounds is broken.
+    Raises UsageError for an id that no client has, IntegrityError where the chain of rounds or the own ledger is
+    damaged, ConfigError where `home` is not the client's.
     """
     rounds = [*federation.past(), federation.head]
     for before, after in pairwise(rounds):
@@ -62,7 +89,31 @@ def read_privacy(federation: FederationState, client: int | None = None) -> Priv
     if client is None:
         return report
     federation.check_clients([client])
-    return replace(report, clients=[each for each in report.clients if each.client == client])
+    own = _own(federation, rounds, client, home)
+    return replace(report, clients=[each for each in report.clients if each.client == client], own=own)
+
+
+def _own(federation: FederationState, rounds: Sequence[Round], client: int, home: Path | None) -> OwnPrivacy | None:
+    found = find_own(federation, client, home)
+    asked = (each.manifest.privacy for each in reversed(rounds))
+    privacy = next((each for each in asked if each is not None and each.is_at_party), None)
+    if found is None or privacy is None or privacy.delta is None:
+        return None
+    folder, floors = found
+    ledger, budget = spent(folder, privacy.delta), budget_of(floors, privacy)
+    epsilon = 0.0 if ledger is None else ledger.epsilon
+    return OwnPrivacy(
+        client=client,
+        ledger=str(folder.steps),
+        unit=str(privacy.unit) if ledger is None else ledger.unit,
+        epsilon=epsilon if math.isfinite(epsilon) else None,
+        delta=privacy.delta,
+        steps=0 if ledger is None else ledger.steps,
+        rounds=0 if ledger is None else ledger.rounds,
+        trainings=0 if ledger is None else ledger.trainings,
+        budget=budget if math.isfinite(budget) else None,
+        left=max(0.0, budget - epsilon) if math.isfinite(budget) else None,
+    )
 
 
 def privacy_of(rounds: Sequence[Round]) -> PrivacyReport:

@@ -170,6 +170,9 @@ def prepare_join(
     else:
         card, rows = _full_card(federation, record, reader, source, observer)
     told = reader if rows is None else rows
+    privacy = federation.head.manifest.privacy
+    if privacy is not None and privacy.group_by is not None:
+        del told.unused[privacy.group_by]  # a Counter; it tells whose row this is
     guess = () if choice.guess is None else (choice.guess,)
     refused = [
         f"with your floors you do not train round {federation.head.number}: it {fault} (--floor {allow} would allow it)"

@@ -120,6 +120,27 @@ def find_party(experiment: Experiment, client: int, home: Path | None = None) ->
     return Party(client, own, source, choice.format, guess=choice.guess, is_handwritten=is_handwritten)
 
 
+def find_own(experiment: Experiment, client: int, home: Path | None = None) -> tuple[Home, Floors] | None:
+    """Return a client's home and floors, whatever became of its rows; None where the home is not here.
+
+    Raises ConfigError where a home is given that is not the client's.
+    """
+    record = _own_record(experiment, client, home)
+    if record is not None:
+        return find_home(experiment, client, home), record.floors
+    if home is not None:
+        raise ConfigError(
+            f"{home} is not the home of client {client} of this workspace",
+            hint="Name the folder that `fedcli client join` was given, or leave --home out.",
+        )
+    workspace = experiment.workspace
+    is_simulation = experiment.identity is not None and experiment.identity.simulation is True
+    is_joined = not is_simulation and workspace.has_joined(client)
+    if is_joined or not _may_simulate(experiment) or not is_own(workspace):
+        return None
+    return workspace.private(client), USUAL_FLOORS
+
+
 def is_here(federation: FederationState, client: int) -> bool:
     """Return whether a client can be trained from here without naming a home.
 

@@ -11,7 +11,7 @@ from fedcli.config import Config, DataFormat, SourceEntry, parse_format
 from fedcli.data import partition
 from fedcli.data.demo import DEMO_ROWS
 from fedcli.data.file_rows import Row
-from fedcli.data.formats import Choice, RowReader, choose_format, choose_split, guess_format, written_format
+from fedcli.data.formats import Choice, RowReader, choose_format, choose_split, group_of, guess_format, written_format
 from fedcli.data.row_report import RowReport
 from fedcli.data.source import Source, find_source, write_row
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError, WorkspaceError
@@ -92,7 +92,10 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
         )
     readers = _readers(config, chosen)
     survey = partition.Survey(config.data.partition, num_clients, config.federation.seed)
+    group_by = config.privacy.group_by
     for count, (row, item, number) in enumerate(_items(config, root, readers), 1):
+        if group_by is not None:
+            group_of(row, group_by)  # whoever trains has to know it of every row
         survey.add(row, item, number)
         if count % 1000 == 0:
             observer.rows_read("reading rows", count)
@@ -112,6 +115,7 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
     for reader in readers:
         report.include(reader)
     del report.unused[survey.column]  # a Counter has no such key to lack
+    del report.unused[group_by]
     summary = DataSummary(
         partition=config.data.model_dump(mode="json", exclude_unset=True).get("partition", "iid"),
         num_rows=sum(reader.num_rows for reader in readers),

@@ -215,9 +215,9 @@ def enrol(federation: FederationState, client: int, given: str | None = None) ->
             member.keys, proof.encode(), "keys", federation.identity.id, digest_of(keys)
         )
         if given is None and not is_proven:
-            registers = "rows" if num_rows is None else plural(num_rows, "row")
+            rows = "does not tell how many rows it has" if num_rows is None else f"registers {plural(num_rows, 'row')}"
             raise UsageError(
-                f"client {client} registers {registers}; its keys have the fingerprint {told}",
+                f"client {client} {rows}; its keys have the fingerprint {told}",
                 hint="Compare it with the party by telephone, then run "
                 f"`fedcli server enrol --id {client} --fingerprint {told}`.",
             )

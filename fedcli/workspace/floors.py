@@ -195,6 +195,13 @@ def _most_epsilon(privacy: PrivacyRecord) -> float | None:
     return privacy.max_epsilon
 
 
+def budget_of(floors: Floors, privacy: PrivacyRecord) -> float:
+    """Return the least of the epsilons that a party may not pass; infinity where there is none."""
+    target = None if privacy.target is None else privacy.target.epsilon
+    limits = (privacy.max_epsilon, floors.max_epsilon, target)
+    return min((limit for limit in limits if limit is not None), default=math.inf)
+
+
 _FLOORS = {
     "rows": _least("learns from", "row", lambda asked: min(asked.num_rows, asked.train.steps * asked.train.batch_size)),
     "steps": _least("makes", "step", lambda asked: asked.train.steps),
