@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcli.client.private_round import plan_private
@@ -102,7 +102,7 @@ def train_and_drop(
     def count(report: StepReport) -> None:
         nonlocal num_tokens
         num_tokens += report.num_tokens
-        observer.step_done(client, report)
+        observer.step_done(client, replace(report, loss=None) if manifest.withholds else report)  # it may go into a log
 
     values, losses = runtime.train(
         algorithm.start(adapter, own),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError
 from fedcli.parties.party import Party
 from fedcli.privacy.accounting import MOST_NOISE, poisson_epsilon, poisson_noise
+from fedcli.trust.history import read_history
 from fedcli.workspace.floors import budget_of
 from fedcli.workspace.history import Round
 from fedcli.workspace.privacy_records import PrivacyClaim, PrivacyRecord, TargetRecord
@@ -153,11 +154,16 @@ def _calibrated(before: Events, made: Sequence[StepsRecord], target: TargetRecor
 
 
 def _check_past(party: Party, rounds: Sequence[Round], made: Sequence[StepsRecord]) -> None:
-    """Raise where a counted update of an earlier round protected nobody at the party, or is not in its ledger."""
+    """Raise where an update of an earlier round protected nobody at the party, or is not in its ledger.
+
+    Those are the counted ones, and those that the party has sent: a server reads what it refuses or discards, too.
+    """
     known = {record.manifest for record in made}
+    sent = {line.get("manifest") for line in read_history(party.home.history) if line.get("event") == "sent"}
     for current, closing in pairwise(rounds):
         aggregation = closing.manifest.aggregation
-        if aggregation is None or party.client not in {entry.client for entry in aggregation.counted}:
+        counted = set() if aggregation is None else {entry.client for entry in aggregation.counted}
+        if party.client not in counted and current.sha256 not in sent:
             continue
         if _at_party(current.manifest) is None:
             raise ConfigError(
@@ -168,6 +174,6 @@ def _check_past(party: Party, rounds: Sequence[Round], made: Sequence[StepsRecor
         if current.sha256 not in known:
             raise IntegrityError(
                 f"{party.home.steps} does not have client {party.client}'s steps of round {current.number}, whose "
-                "update was counted: what its rows have spent cannot be told",
+                "update was sent: what its rows have spent cannot be told",
                 hint="Restore it from a backup, or name the home that it lies in: --home DIR.",
             )

@@ -175,7 +175,7 @@ class Runtime:
         )
 
         def stepped(report: StepReport) -> None:
-            if report.step == 1 and not math.isfinite(report.loss):
+            if report.step == 1 and report.loss is not None and not math.isfinite(report.loss):
                 check_weights(self.adapted.base)
             on_step(report)
 
@@ -192,9 +192,10 @@ class Runtime:
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
             check_weights(self.adapted.base)
             who = "all rows" if party is None else f"client {party.client}"
-            last = losses[-1] if losses else "unknown"
+            is_told = losses and not self._federation.head.manifest.withholds
             raise ConfigError(
-                f"{who}: the training of round {round_number} diverged, its last loss is {last}",
+                f"{who}: the training of round {round_number} diverged"
+                + (f", its last loss is {losses[-1]}" if is_told else ""),
                 hint="Lower train.learning_rate in fedcli.yaml; it takes effect with the next round that is opened.",
             )
         return values, losses

@@ -206,9 +206,10 @@ class TrainingDisplay(Display):
         self._steps[client] = report.step
         speed = self._num_tokens / max(1e-9, time.monotonic() - self._started)
         done = self._steps_before + sum(self._steps.values())
-        self.show(completed=done, loss=report.loss, speed=speed)
+        told = "" if report.loss is None else f" loss {report.loss:.3f},"
+        self.show(completed=done, speed=speed, **({} if report.loss is None else {"loss": report.loss}))
         who = "" if client is None or self.title == f"client {client}" else f", client {client}"
-        self.say_now_and_then(f"{self.title}{who}: step {report.step}, loss {report.loss:.3f}, {speed:.0f} tokens/s")
+        self.say_now_and_then(f"{self.title}{who}: step {report.step},{told} {speed:.0f} tokens/s")
 
     def rows_read(self, what: str, count: int) -> None:
         self.say_now_and_then(f"{self.title}: {what}, {count:,} so far")

@@ -13,6 +13,8 @@ SecureAggregation: TypeAlias = Literal["off", "pairwise", "double"]
 
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 Delta: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
+LEAST_NOISE: dict[Unit, float] = {"client": 1e-6, "row": 0.25, "group": 0.25}
+"""Multipliers below which accountants find no epsilon, or not in minutes."""
 FEWEST_SECURE = 3
 """Clients: the sum of two reveals each one's update to the other."""
 
@@ -72,6 +74,9 @@ class PrivacyConfig(Section):
             raise ValueError(f"unit is {self.unit}, and clip is null: noise hides nothing that is not bounded")
         if (self.noise is None) == (self.target is None):
             raise ValueError("set noise or target: exactly one of them says how much noise there is")
+        least = LEAST_NOISE[self.unit]
+        if self.noise is not None and self.noise < least:
+            raise ValueError(f"noise is {self.noise:g}, and with less than {least:g} nothing is hidden")
         if (self.unit == "group") != (self.group_by is not None):
             raise ValueError("group_by names the column that tells a group's rows, with unit: group and no other")
         if self.unit != "client":

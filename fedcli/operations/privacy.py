@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedcli.errors import IntegrityError
 from fedcli.parties.party import find_own
+from fedcli.quantities import plural
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.floors import budget_of
 from fedcli.workspace.history import Round
@@ -224,9 +225,9 @@ def _sentence(rounds: Sequence[Round], unit: str | None, clients: Sequence[Clien
     sampling = "no amplification by sampling is assumed" if unit == "client" else "rows are drawn by Poisson sampling"
     return (
         f"{claimed}({epsilon:.4g}, {delta:g})-differentially private for adding or removing {what}, for everyone who "
-        f"sees the published rounds up to {rounds[-1].number}, {whom}; {most} rounds of a client at most, {sampling}, "
-        "noise in float64 from a ChaCha20 stream. Whether hyperparameters were chosen on the same rows, fedcli does "
-        "not know."
+        f"sees the published rounds up to {rounds[-1].number}, {whom}; {plural(most, 'round')} of a client at most, "
+        f"{sampling}, noise in float64 from a ChaCha20 stream. Whether hyperparameters were chosen on the same rows, "
+        "fedcli does not know."
     )
 
 

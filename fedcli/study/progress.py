@@ -42,7 +42,8 @@ class CellTeller(Observer):
 
     def step_done(self, client: int | None, report: "StepReport") -> None:
         who = "all rows" if client is None else f"client {client}"
-        self._say(f"{self._where}, {who}: step {report.step}, loss {report.loss:.3f}")
+        told = "" if report.loss is None else f", loss {report.loss:.3f}"
+        self._say(f"{self._where}, {who}: step {report.step}{told}")
 
     def target_started(self, target: str, benchmark: str) -> None:
         self._where = f"{target} on {benchmark}"

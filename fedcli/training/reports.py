@@ -32,9 +32,9 @@ class TrainSettings:
 class StepReport:
     """What is told after every optimiser step: its number from 1, its loss, and the tokens it went through.
 
-    The loss of a batch without rows is 0.
+    The loss is None for a batch without rows, and where privacy withholds it.
     """
 
     step: int
-    loss: float
+    loss: float | None
     num_tokens: int

@@ -81,7 +81,7 @@ def optimise(
         for step in steps:
             _step(optimizer, parameters, rule, own, settings.learning_rate)
             losses.append(step.loss)
-            on_step(StepReport(len(losses), step.loss or 0.0, step.num_tokens))
+            on_step(StepReport(len(losses), step.loss, step.num_tokens))
     return losses
 
 
