@@ -21,6 +21,7 @@ from support.warm import Place, Warm, write_rows
 from fedcli import Federation
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError
 from fedcli.privacy.accounting import poisson_epsilon
+from fedcli.trust.history import note
 from fedcli.workspace.inbox import read_update
 from fedcli.workspace.layout import Home, Workspace
 from fedcli.workspace.refusal import Refusal
@@ -194,6 +195,18 @@ def test_rounds_without_privacy_before_are_not_forgotten(small: Path) -> None:
     configure(small, "privacy.unit=row", "privacy.clip=1.0", "privacy.noise=2.0")
     manifest = small / "rounds/00001"
     shutil.rmtree(manifest)
+    Federation.open(small).server.aggregate(partial=True)
+    with pytest.raises(ConfigError, match="round 0 was made without noise at the party"):
+        train_as(1, small)
+
+
+def test_an_update_that_the_server_has_read_without_noise_is_not_forgotten_though_it_was_set_aside(small: Path) -> None:
+    train_as(1, small)
+    sent = Federation.open(small).round(0).sha256
+    note(Workspace(small).private(1).history, "sent", round=0, manifest=sent)  # as a joined party's home has it
+    assert Federation.open(small).server.discard(1)
+    train_as(0, small)
+    configure(small, "privacy.unit=row", "privacy.clip=1.0", "privacy.noise=2.0")
     Federation.open(small).server.aggregate(partial=True)
     with pytest.raises(ConfigError, match="round 0 was made without noise at the party"):
         train_as(1, small)
