@@ -32,10 +32,10 @@ from fedcli.scoring.targets import Targets
 DELTA = 1e-5
 EPSILONS = {
     "demo": {"row": (8, 64, 512), "client": (64, 4096)},
-    "fpb": {"row": (1, 8), "client": (8,)},
+    "fpb": {"row": (8,), "client": (8,)},
 }
 CLIP = 1.0
-FPB_LIMIT = 100
+FPB_LIMIT = 50
 DEMO = {
     "federation.rounds": 10,
     "train.batch_size": 64,
@@ -49,7 +49,7 @@ FPB = {
     "data.format": "fingpt",
     "data.partition": "iid",
     "federation.clients": 2,
-    "federation.rounds": 2,
+    "federation.rounds": 1,
 }
 METRIC = {"demo": "exact_match", "fpb": "accuracy"}
 
