@@ -27,7 +27,7 @@ def privacy(
         raise UsageError("--home is of one client", hint="Name the client, too: --id N.")
     report = found_federation(workspace).privacy(client, home=home)
     lines = _lines(report)
-    if client is not None and not report.clients:
+    if client is not None and report.unit is not None and not report.clients:
         lines.insert(1, f"client {client}: none of its updates was counted")
     print_result(json_output, report, lines)
 
