@@ -135,16 +135,19 @@ def table(name: str, runs: dict[str, dict[str, float]]) -> str:
 
 
 def plot() -> int:
-    """Draw the runs of both into one picture."""
+    """Draw the runs that there are into one picture."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "fedcli"
     from matplotlib import pyplot
 
-    figure, all_axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     titles = {"demo": "the demo, five clients, three seeds", "fpb": "FPB, SmolLM2-135M, two clients, one seed"}
-    for axes, (name, title) in zip(all_axes, titles.items(), strict=True):
+    titles = {name: title for name, title in titles.items() if (RESULTS / f"privacy-{name}.json").exists()}
+    figure, all_axes = pyplot.subplots(
+        1, len(titles), figsize=(4.5 * len(titles), 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (name, title) in zip(all_axes[0], titles.items(), strict=True):
         runs = json.loads((RESULTS / f"privacy-{name}.json").read_text())["runs"]
         for unit, epsilons in EPSILONS[name].items():
             marks = {"row": ("o-", "#0072b2"), "client": ("s--", "#d55e00")}[unit]
@@ -159,8 +162,8 @@ def plot() -> int:
             )
         axes.axhline(mean(scores_of(runs, "none", None)), color="#555555", lw=1, label="no privacy")
         axes.set(xscale="log", xlabel="epsilon (delta 1e-5)", title=title, ylim=(0, 1))
-    all_axes[0].set_ylabel("share of right answers")
-    all_axes[0].legend(loc="upper left")
+    all_axes[0][0].set_ylabel("share of right answers")
+    all_axes[0][0].legend(loc="center left")
     figure.savefig(RESULTS / "privacy.svg", metadata={"Date": None})
     return 0
 
