@@ -12,6 +12,7 @@ from fedcli.client.signing import check_past, commit_update
 from fedcli.config import algorithm_from
 from fedcli.observer import Observer
 from fedcli.parties.party import Party
+from fedcli.tasks import TASKS
 from fedcli.training.reports import StepReport
 from fedcli.workspace.client_state import read_state, remove_old_candidates, save_candidate
 from fedcli.workspace.federation_state import FederationState
@@ -95,6 +96,9 @@ def train_and_drop(
     private = None if privacy is None else plan_private(party, head, past, rows)
     head.check_unchanged()
     if private is not None:
+        from fedcli.training.dp_sgd import check_task
+
+        check_task(TASKS[manifest.task])
         charge(party.home, private.record)
     started = time.monotonic()
     num_tokens = 0

@@ -1,6 +1,6 @@
 """A party's part in a round of secure aggregation: a masked update, and the answer to one repair."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,9 +26,10 @@ from fedcli.secure_aggregation.party import (
 from fedcli.secure_aggregation.terms import Terms
 from fedcli.trust.attempts import check_server, terms_of, unproven
 from fedcli.trust.chain import read_chain
-from fedcli.trust.history import note
+from fedcli.trust.history import note, read_history
 from fedcli.trust.keys import KeyPair
 from fedcli.workspace.client_state import remove_old_candidates, save_candidate
+from fedcli.workspace.enrolment import Enrolment
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_FILE, ATTEMPT, MASKED_FILE, SHARES_FILE
@@ -77,6 +78,7 @@ class SecureRound:
     federation: FederationState
     party: Party
     base: Round
+    enrolment: Enrolment
     attempt: Stored[AttemptRecord]
     terms: Terms
     key: KeyPair
@@ -109,7 +111,14 @@ def enter(federation: FederationState, party: Party, observer: Observer) -> Secu
             "A server that puts itself in a party's place is one less to hide among"
         )
     key = own_key(party.home, client, enrolment)
+    _remove_late(federation.past(), client)
     journal = read_journal(party.home, base.number, base.manifest.workspace)
+    if journal is None and _has_sent(party, base):
+        raise IntegrityError(
+            f"{party.home.masked(base.number)} is gone, and client {client} has sent an update of round {base.number}: "
+            "other numbers under the same masks would tell the server both",
+            hint="Restore it from a backup of this very round, or sit the round out.",
+        )
     if journal is not None and journal.attempt != attempt.sha256:
         raise IntegrityError(
             f"{attempt.path} is not the attempt that client {client} has masked its update for: a round has one",
@@ -121,7 +130,22 @@ def enter(federation: FederationState, party: Party, observer: Observer) -> Secu
             hint="New keys that were enrolled since hold from the next round on; name the home that has the old ones "
             "with --home.",
         )
-    return SecureRound(federation, party, base, attempt, terms, key, journal)
+    return SecureRound(federation, party, base, enrolment, attempt, terms, key, journal)
+
+
+def _has_sent(party: Party, base: Round) -> bool:
+    """Return whether a party's history has an update of a round."""
+    lines = read_history(party.home.history)
+    return any(line.get("event") == "sent" and line.get("manifest") == base.sha256 for line in lines)
+
+
+def _remove_late(past: Sequence[Round], client: int) -> None:
+    """Remove updates of past rounds whose masks others have revealed, as a kill between sending and looking leaves."""
+    for base in past:
+        if base.manifest.secure_aggregation == "pairwise" and base.has_update(client):
+            repair = read_repair(base)
+            if repair is not None and client in repair.record.dropped:
+                remove_update(base, client)
 
 
 def mask_and_drop(
@@ -197,6 +221,8 @@ def drop_again(round_: SecureRound, observer: Observer) -> bool:
 def _drop(round_: SecureRound, contents: Mapping[str, bytes], record: bytes, observer: Observer) -> bool:
     """Publish an update; what a repair names as missing is taken back."""
     party, base = round_.party, round_.base
+    if withdraw(round_, observer):  # others reveal its masks: it is not sent at all
+        return False
     is_first = commit_update(round_.federation, party, [*contents.items()], record, observer)
     if withdraw(round_, observer):
         return False
@@ -210,6 +236,8 @@ def withdraw(round_: SecureRound, observer: Observer) -> bool:
     repair = read_repair(base)
     if repair is None or party.client not in repair.record.dropped:
         return False
+    if not base.has_update(party.client):
+        return True
     remove_update(base, party.client)
     observer.noted(
         f"client {party.client}: {repair.path} says that its update is missing, and so the others reveal its masks: it "
@@ -288,8 +316,7 @@ def answer_repair(round_: SecureRound) -> bool:
 def _check_repair(round_: SecureRound, repair: Stored[RepairRecord]) -> None:
     """Raise IntegrityError where a repair is not the server's, or asks for more than one sum of enough updates."""
     record, client, journal = repair.record, round_.party.client, round_.journal
-    workspace, identity = round_.federation.workspace, round_.federation.identity
-    check_server(round_.base, read_chain(workspace, identity), "repair", repair)
+    check_server(round_.base, round_.enrolment, "repair", repair)
     problem = round_.terms.fault_of_sum(record.clients, record.dropped)
     if problem is None and record.started != round_.attempt.sha256:
         problem = "it is of another attempt"

@@ -13,6 +13,8 @@ SecureAggregation: TypeAlias = Literal["off", "pairwise", "double"]
 
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 Delta: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
+MOST_RATE = 10.0
+"""Of adaptive clipping: a clip changes by less than exp(MOST_RATE) in a round."""
 LEAST_NOISE: dict[Unit, float] = {"client": 1e-6, "row": 0.25, "group": 0.25}
 """Multipliers below which accountants find no epsilon, or not in minutes."""
 FEWEST_SECURE = 3
@@ -33,7 +35,7 @@ class AdaptiveClip(Section):
     """
 
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    rate: Positive = 0.2
+    rate: Annotated[float, Field(gt=0, le=MOST_RATE)] = 0.2
     bit_noise: Positive | None = None
 
     def bit_noise_of(self, num_counted: int) -> float:
@@ -138,6 +140,11 @@ class PrivacyConfig(Section):
             if aggregation.weight_cap is not None:
                 hint = "privacy.row_cap bounds weights" if self.unit == "client" else "the server sees no weights"
                 raise ValueError(f"{way} and aggregation.weight_cap exclude each other: {hint}")
+        if self.unit == "client" and num_drawn is not None and num_drawn > num_counted:
+            raise ValueError(
+                "privacy.unit: client and federation.select exclude each other: who leaves lets another one in, and "
+                "the sum moves by both. Draw more with per_round, and let quorum or deadline say how many are enough"
+            )
         if self.secure_aggregation == "off":
             return
         way = f"privacy.secure_aggregation: {self.secure_aggregation}"

@@ -16,6 +16,9 @@ from fedcli.workspace.privacy_ledger import Budget, describe_unprotected, epsilo
 from fedcli.workspace.privacy_records import PrivacyRecord
 from fedcli.workspace.step_ledger import spent
 
+SERVER_OF_CLAIMS = "and for the server, but for updates after the last that counted"
+"""A claim covers all steps before it; what the server has read since is in the party's own ledger alone."""
+
 
 @dataclass(frozen=True)
 class ClientPrivacy:
@@ -220,7 +223,7 @@ def _sentence(rounds: Sequence[Round], unit: str | None, clients: Sequence[Clien
     delta = max(client.delta or 0.0 for client in clients)
     most = max(len(client.rounds) for client in clients)
     what = {"client": "one client", "row": "one row of a client", "group": "all rows of one group of a client"}[unit]
-    whom = "and not for the server, which sees each update" if unit == "client" else "and for the server"
+    whom = "and not for the server, which sees each update" if unit == "client" else SERVER_OF_CLAIMS
     claimed = "" if unit == "client" else "By what its clients claim of their training: "
     sampling = "no amplification by sampling is assumed" if unit == "client" else "rows are drawn by Poisson sampling"
     return (

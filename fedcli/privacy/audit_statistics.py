@@ -184,6 +184,10 @@ def group_guarantee(epsilon: float, delta: float, size: int) -> tuple[float, flo
     """Return what (epsilon, delta) for one unit guarantees for `size` of them together."""
     if size == 1:
         return epsilon, delta
+    if epsilon == 0:
+        return 0.0, min(1.0, size * delta)
+    if size * epsilon > 700:
+        return size * epsilon, 1.0
     return size * epsilon, min(1.0, delta * math.expm1(size * epsilon) / math.expm1(epsilon))
 
 

@@ -149,6 +149,11 @@ def _last_update(workspace: Workspace, client: int) -> tuple[Round, Update]:
                 f"client {client}'s update of round {number} is masked: nobody but the client knows it",
                 hint="Score rounds, or the party's own baseline (`fedcli train-alone`).",
             )
+        if base is not None and base.manifest.privacy is not None and base.manifest.privacy.is_at_server:
+            raise NotReadyError(
+                f"client {client}'s update of round {number} has no noise yet: its scores would tell what that hides",
+                hint="Score rounds: their noise covers each client (docs/PRIVACY.md).",
+            )
         with suppress(Refusal):
             update = read_update(base, client) if base is not None else None
             if base is not None and update is not None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fedcli.model.lora import AdaptedModel
+from fedcli.model.output_head import logits_at
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def sees_rows(adapted: AdaptedModel) -> bool:
     config: Any = adapted.base.config
     words = torch.arange(6, device=adapted.base.device).view(2, 3) % config.get_text_config().vocab_size
     try:
-        adapted.base(input_ids=words)
+        logits_at(adapted.base, words == words[:, :1], input_ids=words)  # as in training the head sees some positions
     finally:
         for handle in handles:
             handle.remove()

@@ -111,7 +111,11 @@ class Round:
             counted = parse_object(read_whole(self.workspace, path, MAX_RECORD_BYTES), path.name).get("counted")
         except Refusal as refusal:
             raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
-        return {int(client) for client in counted if client.isdecimal()} if isinstance(counted, dict) else set()
+        return (
+            {int(client) for client in counted if client.isdecimal() and len(client) < 20}
+            if isinstance(counted, dict)
+            else set()
+        )
 
     def adapter(self) -> "dict[str, Array]":
         """Return the round's global adapter, float32; raise IntegrityError where it is damaged."""

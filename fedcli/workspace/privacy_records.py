@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from fedcli.config.privacy import AdaptiveClip, PrivacyConfig, PrivacyTarget, Unit
-from fedcli.workspace.record import Finite, Record, Sha256
+from fedcli.config.privacy import LEAST_NOISE, MOST_RATE, AdaptiveClip, PrivacyConfig, PrivacyTarget, Unit
+from fedcli.workspace.record import Finite, Id, Record, Sha256
 
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delta: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
@@ -31,7 +31,7 @@ class AdaptiveRecord(Record):
     """How the next round's clip follows from this one's updates; `bit_noise` is sigma_b."""
 
     quantile: Delta
-    rate: Positive
+    rate: Annotated[float, Field(gt=0, le=MOST_RATE)]
     bit_noise: Positive
 
 
@@ -58,10 +58,22 @@ class PrivacyRecord(_Sparse):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        needed = {"client": ("clip", "noise", "delta", "expected"), "row": ("clip",), "group": ("clip", "group_by")}
+        needed = {
+            "client": ("clip", "noise", "delta", "expected"),
+            "row": ("clip", "delta"),
+            "group": ("clip", "delta", "group_by"),
+        }
         missing = [name for name in needed.get(self.unit or "", ()) if getattr(self, name) is None]
         if missing:
             raise ValueError(f"unit is {self.unit}, and {missing[0]} is not there")
+        if self.is_at_party and (self.noise is None) == (self.target is None):
+            raise ValueError(f"unit is {self.unit}, and of noise and target there is not just one")
+        if self.unit is not None and self.noise is not None and self.noise < LEAST_NOISE[self.unit]:
+            raise ValueError(f"noise is {self.noise}, and unit {self.unit} needs {LEAST_NOISE[self.unit]} at least")
+        if self.adaptive is not None and self.noise is not None and 2 * self.adaptive.bit_noise <= self.noise:
+            raise ValueError(
+                f"bit_noise is {self.adaptive.bit_noise}, and noise {self.noise} needs more than half of it"
+            )
         return self
 
     @property
@@ -83,7 +95,7 @@ class SecureSum(Record):
     """Of attempts/round-n-a.json."""
     repair: Sha256 | None
     """Of repair/round-n-a.json; None where all had sent their updates, and no mask was left in the sum."""
-    answers: dict[str, Sha256]
+    answers: dict[Id, Sha256]
     """By client, the hashes of the answer.json that were used."""
     weight: Annotated[float, Field(allow_inf_nan=False)]
 
@@ -148,7 +160,7 @@ def next_clip(privacy: PrivacyRecord, merged: MergeNoise | None) -> float | None
         return None
     if merged is None or merged.below is None:  # the round ended without an update
         return privacy.clip
-    distance = merged.below / privacy.expected - privacy.adaptive.quantile
+    distance = min(5.0, max(-5.0, merged.below / privacy.expected - privacy.adaptive.quantile))
     return privacy.clip * math.exp(-privacy.adaptive.rate * distance)
 
 

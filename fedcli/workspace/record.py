@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Id = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,18})$")]
+"""A client's id as a key."""
 
 
 class Record(BaseModel):

@@ -43,6 +43,7 @@ from fedcli.workspace.store import Folder
 from fedcli.workspace.tensors import RING, largest_file, locate
 
 MAX_BYTES = 2**24
+MOST_SHARES_BYTES = 2**29
 """Of a record of an attempt or a repair."""
 MAX_SIGNATURE_BYTES = 4096
 RecordT = TypeVar("RecordT", bound=Record)
@@ -122,6 +123,12 @@ def read_shares(base: Round, repair: RepairRecord) -> RepairShares:
     if repair.shares is None:
         raise IntegrityError(f"{base.workspace.repair_of(base.number)} names no shares", hint="Ask the operator.")
     path = base.workspace.repair_shares(base.number, repair.shares.sha256)
+    if repair.shares.bytes > MOST_SHARES_BYTES:
+        raise IntegrityError(
+            f"{path} would have {repair.shares.bytes:,} bytes, and the shares of 128 clients have fewer than "
+            f"{MOST_SHARES_BYTES:,}",
+            hint="Ask the operator.",
+        )
     return parse_record(RepairShares, read_checked(base.workspace, path, repair.shares), path)
 
 

@@ -9,10 +9,10 @@ from fedcli.secure_aggregation.fixed_point import Ring
 from fedcli.workspace.layout import Home, update_name
 from fedcli.workspace.publish import PRIVATE_MODE, publish_file, remove_temporaries
 from fedcli.workspace.read import read_file
-from fedcli.workspace.record import Natural, Record, Sha256
+from fedcli.workspace.record import Id, Natural, Record, Sha256
 from fedcli.workspace.records import FileEntry, file_entry, parse_record, sealed
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.secure_records import Hex, Id
+from fedcli.workspace.secure_records import Hex
 
 _MAX_BYTES = 2**27
 

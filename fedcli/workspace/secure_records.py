@@ -7,7 +7,7 @@ from pydantic import Field
 
 from fedcli.secure_aggregation.terms import Mode
 from fedcli.workspace.privacy_records import PrivacyClaim
-from fedcli.workspace.record import Natural, Record, Sha256
+from fedcli.workspace.record import Id, Natural, Record, Sha256
 from fedcli.workspace.records import EnrolmentHead, FileEntry, Manifest, TensorEntry
 from fedcli.workspace.tensors import header_of
 
@@ -16,8 +16,8 @@ ANSWER_SIGNATURE = "answer.sig"
 WEIGHT = "weight"
 """The tensor of a masked update that holds its weight: one number."""
 
-Id = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,18})$")]
-Hex = Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
+Hex = Annotated[str, Field(pattern="^([0-9a-f]{2})*$", max_length=184)]
+"""A seed, a share, or a sealed share, which is the longest."""
 
 
 class AttemptRecord(Record):
@@ -47,7 +47,7 @@ class RepairRecord(Record):
     counted: dict[Id, Sha256]
     dropped: list[Natural]
     shares: FileEntry | None = None
-    """Of repair/round-n-a.shares.json; None with `pairwise`."""
+    """Of repair/round-n-a-shares-HASH.json; None with `pairwise`."""
 
     @property
     def clients(self) -> list[int]:
