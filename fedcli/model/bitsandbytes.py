@@ -5,9 +5,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from fedcli.config import Quantization
 from fedcli.errors import RequirementError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def require_bitsandbytes(quantization: Quantization) -> None:
@@ -40,6 +44,18 @@ def without_bitsandbytes(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         del sys.modules["bitsandbytes"]
+
+
+def keep_layout(model: "PreTrainedModel") -> None:
+    """Keep 4-bit weights as they are stored.
+
+    On processors with AVX-512 BF16 bitsandbytes 0.50 lays them out anew in the first evaluation: an AssertionError
+    where a layer's outputs are no multiple of 32, and the kernel for it is a package that is not among its own.
+    """
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def show_bitsandbytes() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedcli.config import Quantization
 from fedcli.errors import RequirementError
-from fedcli.model.bitsandbytes import require_bitsandbytes, show_bitsandbytes
+from fedcli.model.bitsandbytes import keep_layout, require_bitsandbytes, show_bitsandbytes
 from fedcli.model.library_logging import quiet_libraries
 from fedcli.model.stored_quantization import quantization_of
 from fedcli.model.weight_structure import MISMATCH_CURE, mismatch
@@ -134,6 +134,7 @@ def load_whole(folder: Path, **options: Any) -> "PreTrainedModel":
     odd = sorted(unexpected if missing else _of_another_model(model, unexpected))
     if missing or reshaped or odd:
         raise RequirementError(mismatch(folder, missing, reshaped, odd), hint=MISMATCH_CURE)
+    keep_layout(model)
     return model
 
 
