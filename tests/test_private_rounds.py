@@ -159,7 +159,7 @@ def test_whoever_answers_the_divisor_is_the_number_that_was_expected(workspace: 
 
 @slow
 def test_an_update_of_any_size_moves_the_sum_by_the_clip(workspace: Path) -> None:
-    private(workspace, "noise: 1.0e-9")
+    private(workspace, "noise: 1.0e-6")
     take_part(workspace, 0, lambda array: array + 1e4, 2**53)
     aggregate(workspace, partial=True)
     moved = [read_adapter(workspace, 1)[name] - array for name, array in read_adapter(workspace, 0).items()]
