@@ -185,7 +185,7 @@ def test_a_counted_update_that_the_ledger_does_not_have_stops_the_party(private:
     train_as(1, private)
     Federation.open(private).server.aggregate(partial=True)
     Workspace(private).private(1).steps.unlink()
-    with pytest.raises(IntegrityError, match="steps of round 0, whose update was counted"):
+    with pytest.raises(IntegrityError, match="steps of round 0, whose update was sent"):
         train_as(1, private)
 
 
