@@ -129,3 +129,5 @@ def test_a_group_of_rows_has_the_sum_of_their_epsilons() -> None:
     epsilon, delta = group_guarantee(0.5, 1e-6, 4)
     assert epsilon == 2.0
     assert delta == pytest.approx(1e-6 * sum(math.exp(0.5 * k) for k in range(4)))
+    assert group_guarantee(64.0, 1e-5, 16) == (1024.0, 1.0)
+    assert group_guarantee(0.0, 1e-5, 4) == (0.0, 4e-5)

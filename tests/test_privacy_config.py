@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from fedcli.config import Config, parse_config
 from fedcli.errors import ConfigError
@@ -62,6 +63,7 @@ def test_a_section_that_guarantees_nothing_is_refused(privacy: object, expected:
             {"federation": {"signatures": "off"}},
             ["privacy.secure_aggregation: pairwise", "federation.signatures: off"],
         ),
+        (CLIENT, {"federation": {"per_round": 2, "select": 3}}, ["privacy.unit: client", "federation.select"]),
         ({"secure_aggregation": "pairwise"}, {"federation": {"clients": 2}}, ["needs 3 or more clients", "2 count"]),
     ],
 )
@@ -74,6 +76,30 @@ def test_sections_that_exclude_each_other_are_both_named(
 
 def test_a_robust_rule_and_rows_protected_at_the_party_go_together() -> None:
     config_of(privacy=ROW, aggregation={"rule": "median"})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"unit": "row", "clip": 1.0},
+        {"unit": "row", "clip": 1.0, "delta": 1e-5},
+        {"unit": "row", "clip": 1.0, "delta": 1e-5, "noise": 0.01},
+        {"unit": "group", "clip": 1.0, "delta": 1e-5, "noise": 1.0},
+        {"unit": "client", "clip": 1.0, "delta": 1e-5, "noise": 1e-200, "expected": 3},
+        {"unit": "client", "clip": 1.0, "delta": 1e-5, "noise": 1.0},
+        {
+            **{"unit": "client", "clip": 1.0, "delta": 1e-5, "noise": 1.0, "expected": 3},
+            "adaptive": {"quantile": 0.5, "rate": 0.2, "bit_noise": 0.5},
+        },
+        {
+            **{"unit": "client", "clip": 1.0, "delta": 1e-5, "noise": 1.0, "expected": 30},
+            "adaptive": {"quantile": 0.5, "rate": 2000.0, "bit_noise": 1.5},
+        },
+    ],
+)
+def test_a_manifest_that_no_accountant_can_count_is_none(record: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        PrivacyRecord.model_validate(record)
 
 
 def test_without_the_section_a_manifest_says_nothing_of_privacy() -> None:

@@ -133,6 +133,14 @@ def test_a_wrong_share_is_left_out_and_too_many_give_nothing() -> None:
     assert recover(shares, 3, commitment(secret)) is None
 
 
+@pytest.mark.parametrize("wrong", [0, 10, 19])
+def test_one_wrong_share_of_twenty_stops_nobody(wrong: int) -> None:
+    secret = secrets.token_bytes(32)
+    shares = {point - 1: part for point, part in split(secret, 14, range(1, 21)).items()}
+    shares[wrong] = secrets.token_bytes(64)
+    assert recover(shares, 14, commitment(secret)) == secret
+
+
 def test_what_is_sealed_opens_for_its_receiver_alone_and_as_what_it_is() -> None:
     agreed = terms("double", 4)
     secret = make_secrets(agreed, KEYS[0], 0)
