@@ -144,8 +144,9 @@ def test_quantisations_train_differently(federations: tuple[Path, dict[str, Any]
 # An evaluation pass before a training
 
 EVAL_SCRIPT = """
-import contextlib, io, json, shutil, sys
+import contextlib, io, json, logging, shutil, sys
 from pathlib import Path
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on such a CPU it tells of a kernel that is not there
 import bitsandbytes.nn.modules
 import torch
 bitsandbytes.nn.modules.has_avx512bf16 = lambda: True  # as on a CPU where an evaluation pass would repack the weights

@@ -49,8 +49,8 @@ def without_bitsandbytes(wanted: bool = True) -> Iterator[None]:
 def keep_layout(model: "PreTrainedModel") -> None:
     """Keep 4-bit weights as they are stored.
 
-    On processors with AVX-512 BF16 bitsandbytes 0.50 lays them out anew in the first evaluation: an AssertionError
-    where a layer's outputs are no multiple of 32, and the kernel for it is a package that is not among its own.
+    On processors with AVX-512 BF16 bitsandbytes 0.50 repacks them in the first evaluation: no gradient goes through
+    them then, and where a layer's outputs are no multiple of 32 it is an AssertionError.
     """
     modules: Iterator[Any] = model.modules()
     for module in modules:

@@ -56,9 +56,6 @@ def load_base(
             from peft import prepare_model_for_kbit_training
 
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # training says when
-            for module in model.modules():  # else an eval pass repacks nf4 weights, and no gradient goes through them
-                if hasattr(module, "support_avx512bf16_for_cpu"):
-                    module.support_avx512bf16_for_cpu = False
         _still(model)
         probe(model)
     return model, load_tokenizer(folder, trust_remote_code=trust_remote_code)
