@@ -139,7 +139,8 @@ def test_the_first_loss_of_dpo_is_an_own_computations(
         replace(pair, reference=found)
         for pair, found in zip(pairs, list(reference_log_probs(adapted, list(pairs))), strict=True)
     ]
-    assert first_loss(adapted, DPO, referred, start, beta=0.5) == pytest.approx(np.log(2), abs=1e-6)
+    # sums of some hundred nats in float32 differ by 1e-5 between batches of two shapes, by the processor's kernels
+    assert first_loss(adapted, DPO, referred, start, beta=0.5) == pytest.approx(np.log(2), abs=2e-5)
 
     def differences(model: Any) -> torch.Tensor:
         summed = [
