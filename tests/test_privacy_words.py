@@ -25,7 +25,7 @@ def test_init_prints_the_noise_of_a_target_and_warns_of_noise_that_drowns_everyt
     noise = gaussian_noise(8, 1e-5, 2)
     assert f"epsilon 8 at delta 1e-05 for a client of all 2 rounds takes noise {noise:.6g}" in out
     assert "times as long as the mean of the updates can be" in out
-    assert "privacy.unit: row or group works with few clients" in out
+    assert "privacy.unit: row or group is for few clients with many rows each" in out
     assert "unit is client, and clip is null" in run("init", tmp_path / "X", *settings("privacy={unit: client}"))[2]
 
 

@@ -26,7 +26,6 @@ from fedcli.operations.run import run_federation
 from fedcli.parties.membership import rotate
 from fedcli.secure_aggregation.fixed_point import from_ring, to_ring
 from fedcli.server.enrol import open_trust
-from fedcli.server.masked_sum import weight_of
 from fedcli.trust.keys import KeyPair
 from fedcli.workspace.floors import Asked, Floors, faults
 from fedcli.workspace.history import read_identity
@@ -541,16 +540,22 @@ def test_who_left_after_it_sent_is_not_unmasked(place: Path) -> None:
     assert problems(place) == []
 
 
+def masked_elsewhere(place: Path, client: int) -> Path:
+    """Return the update that a client masks in a copy of workspace and home: one that is still to come here."""
+    copy = Path(shutil.copytree(place.parent, place.parent.with_name("beside")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(copy / "data"))
+        visit(copy / "W", client)
+    return copy / f"W/inbox/{client}/round-00000"
+
+
 @slow
 def test_an_update_that_comes_after_the_repair_is_taken_back(place: Path) -> None:
-    beside = Path(shutil.copytree(place.parent, place.parent.with_name("beside")))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_DATA_HOME", str(beside / "data"))
-        visit(beside / "W", 2)
+    late = masked_elsewhere(place, 2)
     visit(place, 0, 1, 3)
     with pytest.raises(NotReadyError):
         merge(place, partial=True)
-    shutil.copytree(beside / "W/inbox/2/round-00000", place / "inbox/2/round-00000")
+    shutil.copytree(late, place / "inbox/2/round-00000")
     assert visit(place, 2) == ["too_late"]
     assert (place / "inbox/2/round-00000").exists() == (mode_of(place) == "double")
     visit(place, 0, 1, 3)
@@ -563,18 +568,15 @@ def test_what_a_kill_left_of_a_late_update_is_removed_in_a_later_round(
     pairwise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = used(pairwise, tmp_path, monkeypatch)
-    beside = Path(shutil.copytree(place.parent, place.parent.with_name("beside")))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_DATA_HOME", str(beside / "data"))
-        visit(beside / "W", 2)
+    late = masked_elsewhere(place, 2)
     visit(place, 0, 1, 3)
     with pytest.raises(NotReadyError):
         merge(place, partial=True)
     visit(place, 0, 1, 3)
     merge(place)
-    late = Path(shutil.copytree(beside / "W/inbox/2/round-00000", place / "inbox/2/round-00000"))
+    shutil.copytree(late, place / "inbox/2/round-00000")
     visit(place, 2)
-    assert not late.exists()
+    assert not (place / "inbox/2/round-00000").exists()
     assert (place / "inbox/2/round-00001").exists()
 
 
@@ -853,5 +855,5 @@ def test_where_parties_make_the_noise_all_weigh_the_same(
     files = {"adapter_model.safetensors": {name: array + np.float32(0.5) for name, array in adapter.items()}}
     for each, weight in ((base, 50), (noisy, 1)):
         numbers = from_ring(fedcli.client.secure_round._to_ring(each, FedAvg(), adapter, files, 50, 0))
-        assert numbers[-1] == weight == weight_of(each, FedAvg(), 50)
+        assert numbers[-1] == weight == each.weight(FedAvg(), 50)
         assert abs(numbers[:-1] - weight * 0.5).max() < weight * 2.0**-22

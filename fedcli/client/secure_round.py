@@ -256,7 +256,7 @@ def _to_ring(
     base: Round, algorithm: Algorithm, adapter: Arrays, files: Mapping[str, Arrays], num_samples: int, client: int
 ) -> Ring:
     """Return an update's numbers in fixed point: weighted differences, what else is sent, and the weight."""
-    weight = 1.0 if base.manifest.privacy is None or base.manifest.privacy.unit else algorithm.weight(num_samples)
+    weight = base.weight(algorithm, num_samples)
     numbers = np.empty(num_masked(base.manifest), np.uint64)
     begin = 0
     try:

@@ -6,6 +6,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.section import Count, Section
+from fedcli.privacy.accounting import LEAST_STEP_NOISE
+from fedcli.secure_aggregation.terms import FEWEST, MOST
 
 Unit: TypeAlias = Literal["client", "row", "group"]
 """Whose presence the published rounds hide: a whole client, one row of a client, or all its rows of one group."""
@@ -15,10 +17,8 @@ Positive: TypeAlias = Annotated[float, Field(gt=0)]
 Delta: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 MOST_RATE = 10.0
 """Of adaptive clipping: a clip changes by less than exp(MOST_RATE) in a round."""
-LEAST_NOISE: dict[Unit, float] = {"client": 1e-6, "row": 0.25, "group": 0.25}
+LEAST_NOISE: dict[Unit, float] = {"client": 1e-6, "row": LEAST_STEP_NOISE, "group": LEAST_STEP_NOISE}
 """Multipliers below which accountants find no epsilon, or not in minutes."""
-FEWEST_SECURE = 3
-"""Clients: the sum of two reveals each one's update to the other."""
 
 
 class PrivacyTarget(Section):
@@ -152,12 +152,12 @@ class PrivacyConfig(Section):
             raise ValueError(
                 f"{way} and federation.signatures: off exclude each other: masks are made of enrolled keys"
             )
-        if num_counted < FEWEST_SECURE:
+        if num_counted < FEWEST:
             raise ValueError(
-                f"{way} needs {FEWEST_SECURE} or more clients a round, and {num_counted} count (federation.per_round): "
+                f"{way} needs {FEWEST} or more clients a round, and {num_counted} count (federation.per_round): "
                 "the sum of fewer tells each one's update"
             )
-        most = {"pairwise": 512, "double": 128}[self.secure_aggregation]
+        most = MOST[self.secure_aggregation]
         if num_counted > most:
             raise ValueError(f"{way} is for {most} clients a round or fewer, and {num_counted} count")
         if num_drawn is not None and num_drawn > num_counted:

@@ -153,7 +153,8 @@ def _last_asked(rounds: Sequence[Round]) -> PrivacyRecord | None:
 
 
 def _of_clients(rounds: Sequence[Round], asked: PrivacyRecord) -> list[ClientPrivacy]:
-    delta, is_open = asked.delta or 1e-5, rounds[-1].manifest.state == "open"
+    assert asked.delta is not None
+    delta, is_open = asked.delta, rounds[-1].manifest.state == "open"
     return [
         ClientPrivacy(
             client=client,

@@ -17,7 +17,7 @@ from fedcli.errors import RequirementError, require_packages
 PoissonSteps: TypeAlias = tuple[float, float, int]
 """Steps of one kind: how likely each unit is drawn for one, the noise multiplier, and their number."""
 
-LEAST_NOISE, MOST_NOISE = 0.25, 2.0**20
+LEAST_STEP_NOISE, MOST_NOISE = 0.25, 2.0**20
 """Between which a multiplier for Poisson steps is looked for: with less noise than the least nothing is hidden."""
 
 
@@ -37,7 +37,7 @@ def gaussian_epsilon(noise: float, delta: float, rounds: int) -> float:
     high = 1.0
     while gaussian_delta(single, high) > delta:
         high *= 2
-    return _bisect(lambda epsilon: gaussian_delta(single, epsilon) > delta, 0.0, high)
+    return bisect(lambda epsilon: gaussian_delta(single, epsilon) > delta, 0.0, high)
 
 
 def gaussian_noise(epsilon: float, delta: float, rounds: int) -> float:
@@ -45,7 +45,7 @@ def gaussian_noise(epsilon: float, delta: float, rounds: int) -> float:
     high = 1.0
     while gaussian_epsilon(high, delta, rounds) > epsilon:
         high *= 2
-    return _bisect(lambda noise: gaussian_epsilon(noise, delta, rounds) > epsilon, high * 1e-9, high)
+    return bisect(lambda noise: gaussian_epsilon(noise, delta, rounds) > epsilon, high * 1e-9, high)
 
 
 def poisson_epsilon(events: Sequence[PoissonSteps], delta: float) -> float:
@@ -83,7 +83,7 @@ def poisson_noise(
                 f"no noise keeps {steps} steps within epsilon {epsilon:g} at delta {delta:g}",
                 hint="Ask for a larger epsilon or delta, or for fewer steps.",
             )
-        if at < math.log(LEAST_NOISE):
+        if at < math.log(LEAST_STEP_NOISE):
             return math.exp(ends[False][0])
         above = excess(at)
         ends[above > 0] = (at, above)
@@ -120,7 +120,7 @@ def _composed_epsilon(events: tuple[PoissonSteps, ...], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def _bisect(is_low: Callable[[float], bool], low: float, high: float) -> float:
+def bisect(is_low: Callable[[float], bool], low: float, high: float) -> float:
     """Return the least value for which `is_low` is false, rounded up."""
     for _ in range(200):
         middle = (low + high) / 2

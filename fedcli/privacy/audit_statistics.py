@@ -5,11 +5,13 @@ the lower bound from one run Steinke, Nasr and Jagielski's (2023, 2305.08846).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedcli.privacy.accounting import bisect
 
 CONFIDENCE = 0.95
 LOWEST_PERCENT = 20
@@ -98,8 +100,8 @@ def separate(members: Sequence[float], others: Sequence[float]) -> Separation | 
 def share(found: int, total: int) -> Estimate:
     """Return a share with Clopper and Pearson's interval; total is 1 or more."""
     tail = (1 - CONFIDENCE) / 2
-    low = 0.0 if found == 0 else _bisect(lambda p: binomial_tail(found, total, p) < tail, 0.0, 1.0)
-    high = 1.0 if found == total else _bisect(lambda p: 1 - binomial_tail(found + 1, total, p) > tail, 0.0, 1.0)
+    low = 0.0 if found == 0 else bisect(lambda p: binomial_tail(found, total, p) < tail, 0.0, 1.0)
+    high = 1.0 if found == total else bisect(lambda p: 1 - binomial_tail(found + 1, total, p) > tail, 0.0, 1.0)
     return Estimate(found / total, low, high)
 
 
@@ -144,7 +146,7 @@ def epsilon_at_least(
     high = 1.0
     while is_refuted(high):
         high *= 2
-    return _bisect(is_refuted, 0.0, high)
+    return bisect(is_refuted, 0.0, high)
 
 
 @dataclass(frozen=True)
@@ -221,16 +223,6 @@ def _auc_interval(auc: float, num_members: int, num_others: int) -> Estimate:
         spread = 1 + (mean_size - 1) * ((1 - other) / (2 - other) + other / (1 + other))
         return abs(auc - other) > z * math.sqrt(other * (1 - other) * spread / (num_members * num_others))
 
-    low = _bisect(is_far, 0.0, auc) if auc > 0 else 0.0
-    high = 1 - _bisect(lambda distance: is_far(1 - distance), 0.0, 1 - auc) if auc < 1 else 1.0
+    low = bisect(is_far, 0.0, auc) if auc > 0 else 0.0
+    high = 1 - bisect(lambda distance: is_far(1 - distance), 0.0, 1 - auc) if auc < 1 else 1.0
     return Estimate(auc, low, high)
-
-
-def _bisect(is_low: Callable[[float], bool], low: float, high: float) -> float:
-    """Return the least value for which `is_low` is false, up to the last digits."""
-    for _ in range(100):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if is_low(middle) else (low, middle)
-    return high

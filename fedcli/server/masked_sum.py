@@ -213,11 +213,6 @@ def _arrays(reading: Reading) -> "tuple[dict[str, dict[str, Array]], float]":
     return found, weight
 
 
-def weight_of(base: Round, algorithm: Algorithm, rows: int) -> float:
-    """Return what a client with so many rows weighs in the sum: with noise at the parties all weigh the same."""
-    return 1.0 if base.manifest.privacy is None or base.manifest.privacy.unit else algorithm.weight(rows)
-
-
 def _check_sum(
     reading: Reading, algorithm: Algorithm, arrays: "Mapping[str, Mapping[str, Array]]", weight: float
 ) -> None:
@@ -227,9 +222,7 @@ def _check_sum(
     for client in clients:
         registration = read_registration(base.workspace, client)
         rows = None if registration is None else registration.data.num_rows
-        ends = sorted(
-            weight_of(base, algorithm, number) for number in (1, max(1, int(LARGEST) if rows is None else rows))
-        )
+        ends = sorted(base.weight(algorithm, number) for number in (1, max(1, int(LARGEST) if rows is None else rows)))
         least, most = least + ends[0], most + ends[1]
     problem = None
     if not least * (1 - 1e-9) <= weight <= most * (1 + 1e-9):

@@ -69,13 +69,8 @@ def unchanged_files(base: Round, algorithm: Algorithm) -> dict[str, bytes]:
 
 
 def weight_of(base: Round, algorithm: Algorithm, client: int, record: UpdateRecord) -> float:
-    """Return an update's weight before normalisation; raise ConfigError where it is no finite number above 0.
-
-    Where privacy has a unit all weigh the same: a number of rows tells of them.
-    """
-    if base.manifest.withholds:
-        return 1.0
-    weight = algorithm.weight(record.num_samples)
+    """Return an update's weight before normalisation; raise ConfigError where it is no finite number above 0."""
+    weight = base.weight(algorithm, record.num_samples)
     if not 0 < weight < math.inf:
         raise ConfigError(
             f"the algorithm {algorithm.name} gives client {client}'s update the weight {weight}",

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from fedcli import __version__
 from fedcli.config import Config
-from fedcli.config.privacy import FEWEST_SECURE
 from fedcli.errors import ConfigError, NotReadyError
 from fedcli.randomness import draw_cohort
+from fedcli.secure_aggregation.terms import FEWEST
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.workspace.federation_state import Experiment, FederationState, train_record
 from fedcli.workspace.history import Round, publish_round
@@ -133,10 +133,10 @@ def _maskable(everybody: list[int], number: int, mode: str, trust: "ServerTrust 
     if number == 0:
         return everybody
     enrolled = [client for client in everybody if client in trust.enrolment.members]
-    if len(enrolled) < FEWEST_SECURE:
+    if len(enrolled) < FEWEST:
         raise NotReadyError(
             f"round {number} cannot be opened: {len(enrolled)} clients are enrolled, and privacy.secure_aggregation: "
-            f"{mode} needs {FEWEST_SECURE}: the sum of fewer tells each one's update",
+            f"{mode} needs {FEWEST}: the sum of fewer tells each one's update",
             hint="Enrol more with `fedcli server enrol`; or set privacy.secure_aggregation to off, which tells the "
             "server each update from the next round on.",
         )

@@ -41,8 +41,8 @@ def cure_of_noise(manifest: Manifest) -> str:
     privacy = manifest.privacy
     enough = math.ceil((0.0 if privacy is None else privacy.noise or 0.0) * math.sqrt(_num_numbers(manifest)))
     return (
-        "Little or nothing will be learnt. privacy.unit: row or group works with few clients; here it takes a smaller "
-        f"adapter.rank, fewer adapter.target_modules, or about {enough:,} clients a round."
+        "Little or nothing will be learnt. privacy.unit: row or group is for few clients with many rows each; this one "
+        f"takes a smaller adapter.rank, fewer adapter.target_modules, or about {enough:,} clients a round."
     )
 
 

@@ -302,9 +302,9 @@ def _merge_repaired(
             reading = read_all(
                 base, clients, attempt.sha256, masked_check(attempt, trust.enrolment, is_counted=True), observer
             )
+            found = {str(entry.client): entry.update for entry in reading.counted}
             for client in clients:
-                entry = [each for each in reading.counted if each.client == client]
-                if not entry or entry[0].update != repair.record.counted[str(client)]:
+                if found.get(str(client)) != repair.record.counted[str(client)]:
                     raise _changed(base.workspace.update(base.number, client), "it was, when it was checked")
             return finish(reading, terms, algorithm, num_clients, attempt.sha256, repair, revelation, hashes)
         told += f"\n  the answers so far do not give the masks of {name_clients(revelation.lacking)}"

@@ -153,7 +153,8 @@ def recording(adapted: AdaptedModel) -> Iterator[Recorder]:
         def forward(inputs: torch.Tensor) -> torch.Tensor:
             if not (layer.weight.requires_grad and torch.is_grad_enabled()):
                 return linear(inputs, layer.weight)
-            return _Linear.apply(inputs, layer.weight, recorder, name)  # type: ignore[no-any-return, no-untyped-call]
+            outputs: torch.Tensor = _Linear.apply(inputs, layer.weight, recorder, name)  # type: ignore[no-untyped-call]  # torch's annotations
+            return outputs
 
         return forward
 

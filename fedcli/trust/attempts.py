@@ -1,6 +1,7 @@
 """Whether an attempt at secure aggregation, a repair and an answer to it are by who must have made them."""
 
 from collections.abc import Collection
+from typing import Any
 
 from fedcli.errors import IntegrityError
 from fedcli.secure_aggregation.terms import Terms
@@ -18,7 +19,7 @@ from fedcli.workspace.store import Folder
 _ASK = "Do not take part. Ask the server's operator by telephone; docs/OPERATIONS.md says more."
 
 
-def check_server(base: Round, enrolment: Enrolment, purpose: Purpose, stored: Stored) -> None:  # type: ignore[type-arg]
+def check_server(base: Round, enrolment: Enrolment, purpose: Purpose, stored: Stored[Any]) -> None:
     """Raise IntegrityError where a record is not the server's, under its keys since the round was opened."""
     opened = base.manifest.enrolment
     keys = [

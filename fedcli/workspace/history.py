@@ -121,6 +121,10 @@ class Round:
         """Return the round's global adapter, float32; raise IntegrityError where it is damaged."""
         return self.arrays(ADAPTER_NAME, self.manifest.tensors)
 
+    def weight(self, algorithm: Algorithm, num_rows: int) -> float:
+        """Return what a client with so many rows weighs: where privacy has a unit all weigh the same."""
+        return 1.0 if self.manifest.withholds else algorithm.weight(num_rows)
+
     def state(self, algorithm: Algorithm) -> "dict[str, Array]":
         """Return the server's state that the round before left for an algorithm; empty where it was another's."""
         manifest, merge, name = self.manifest, self.manifest.aggregation, algorithm.state_file

@@ -90,7 +90,8 @@ def read_budget(rounds: Sequence[Round], clients: Iterable[int], releases: int =
     clients = list(clients)
     if privacy is None or not privacy.is_at_server or privacy.max_epsilon is None or not clients:
         return None
-    delta, ledger = privacy.delta or 1e-5, read_ledger(rounds)
+    assert privacy.delta is not None
+    delta, ledger = privacy.delta, read_ledger(rounds)
     spent = {client: ledger.get(client, Spending()).precision for client in clients}
     client = max(spent, key=lambda each: spent[each])
     following = spent[client] + precision_of(privacy, releases)
@@ -104,8 +105,8 @@ def check_budget(rounds: Sequence[Round], clients: Iterable[int], releases: int 
         return
     raise NotReadyError(
         f"round {rounds[-1].number} would pass privacy.max_epsilon: {describe_budget(budget)}",
-        hint="The federation ends here: set federation.rounds to the rounds that are merged, or leave those clients "
-        "out. A larger max_epsilon in fedcli.yaml is of rounds that are opened after this one.",
+        hint=f"The federation ends here: its adapter is that of round {rounds[-1].number}. A larger max_epsilon in "
+        "fedcli.yaml holds for rounds that are opened after this one alone.",
     )
 
 

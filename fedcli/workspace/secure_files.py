@@ -43,8 +43,9 @@ from fedcli.workspace.store import Folder
 from fedcli.workspace.tensors import RING, largest_file, locate
 
 MAX_BYTES = 2**24
+"""Of a record of an attempt, a repair or an answer, and of a client's shares."""
 MOST_SHARES_BYTES = 2**29
-"""Of a record of an attempt or a repair."""
+"""Of what a repair gathers of them."""
 MAX_SIGNATURE_BYTES = 4096
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -201,7 +202,7 @@ def read_answer(base: Round, client: int, repair: str) -> tuple[AnswerRecord, by
 
 @dataclass(frozen=True)
 class Masked:
-    """A checked masked update; `vector` yields parts of its numbers with where they begin among all."""
+    """A checked masked update; `parts` are its numbers, each with where it begins among all."""
 
     record: MaskedUpdate
     sha256: str
@@ -210,7 +211,7 @@ class Masked:
     shares: SharesFile | None
 
     def add_to(self, total: Ring) -> None:
-        """Add its numbers to a vector."""
+        """Add its numbers to a sum."""
         for begin, numbers in self.parts:
             part = total[begin : begin + numbers.size]
             np.add(part, numbers, out=part)
