@@ -22,6 +22,11 @@ def describe_bytes(num_bytes: float) -> str:
     return f"{num_bytes / size:,.{int(size > 1)}f} {unit}"
 
 
+def describe_enough(fewest_masked: int | None) -> str:
+    """Return how many answers close a round past its deadline; of masked ones so many, else one."""
+    return "one answer is enough" if fewest_masked is None else f"{fewest_masked} masked updates are enough"
+
+
 def describe_seconds(seconds: float) -> str:
     """Return a length of time in its two largest units: 1 h 20 min; below ten seconds in tenths of one."""
     if seconds < 9.95:

@@ -395,6 +395,10 @@ def test_a_budget_stops_before_it_is_passed_with_exit_6(workspace: Path, run: Ru
     private(workspace, f"max_epsilon: {(first + second) / 2}")
     all_take_part(workspace)
     aggregate(workspace)
+    code, _, err = run("server", "aggregate")
+    assert (code, "would pass privacy.max_epsilon" in err, "client train" in err) == (6, True, False)
+    code, _, err = run("run")
+    assert (code, "would pass privacy.max_epsilon" in err, "failed" in err) == (6, True, False)
     all_take_part(workspace)
     code, _, err = run("server", "aggregate")
     assert code == 6

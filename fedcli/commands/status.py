@@ -9,7 +9,7 @@ from typer import Option
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import at, print_hint, print_json, tell
 from fedcli.errors import UsageError
-from fedcli.quantities import describe_bytes, describe_seconds, name_clients
+from fedcli.quantities import describe_bytes, describe_enough, describe_seconds, name_clients
 
 if TYPE_CHECKING:
     from fedcli.operations.slurm_state import JobStates
@@ -77,7 +77,8 @@ def _print(result: "Status") -> None:
         tell(f"masked     {result.secure.mode}: {result.secure.waits}")
     if result.seconds_left is not None:
         left = describe_seconds(abs(result.seconds_left))
-        tell(f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} one answer is enough")
+        enough = describe_enough(None if result.secure is None else result.secure.fewest)
+        tell(f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} {enough}")
     if result.clock is not None:
         tell(f"clock      {result.clock}")
     if result.hidden:

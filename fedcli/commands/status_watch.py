@@ -14,7 +14,8 @@ from rich.text import Text
 from fedcli.commands.output import tell, terminal
 from fedcli.federation import Federation
 from fedcli.operations.watch import PastRound, View, Watcher
-from fedcli.quantities import describe_bytes, describe_seconds
+from fedcli.quantities import describe_bytes, describe_enough, describe_seconds
+from fedcli.secure_aggregation.terms import fewest_of
 
 MOST_ROUNDS = 6
 """Past rounds that have a line of their own."""
@@ -72,7 +73,9 @@ def render(view: View) -> RenderableType:
     if view.deadline_seconds is not None:
         left = describe_seconds(abs(view.deadline_seconds))
         when = f"in {left}" if view.deadline_seconds > 0 else f"{left} ago"
-        facts.add_row("deadline", f"{when}; from then on one answer is enough")
+        mode = head.secure_aggregation
+        enough = describe_enough(None if mode is None else fewest_of(mode, len(head.cohort)))
+        facts.add_row("deadline", f"{when}; from then on {enough}")
     losses = [each.mean_loss for each in past if each.mean_loss is not None]
     if losses:
         facts.add_row("mean loss", Text(f"{_sparkline(losses)} {losses[0]:.3f} to {losses[-1]:.3f}"))

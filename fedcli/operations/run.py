@@ -20,6 +20,7 @@ from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
 from fedcli.workspace.history import Round, arriving_clients
 from fedcli.workspace.locks import hold
+from fedcli.workspace.privacy_ledger import check_any_budget
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def run_federation(
         while federation.head.manifest.state == "open" and (rounds is None or num_merged < rounds):
             head = federation.head
             if head.number != shown:
+                if head.manifest.privacy is not None:
+                    check_any_budget([*federation.past(), head], head.awaited_clients())
                 observer.round_started(head)
                 shown = head.number
             due = _due_clients(federation, failed)

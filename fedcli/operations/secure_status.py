@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fedcli.quantities import name_clients
+from fedcli.secure_aggregation.terms import fewest_of
 from fedcli.workspace.history import Round
 
 
@@ -25,8 +26,7 @@ class SecureStatus:
 
 def secure_status(head: Round) -> SecureStatus | None:
     """Return how far the open round is; None where its federation has finished."""
-    from fedcli.secure_aggregation.terms import fewest_of  # of no other federation: it loads numpy
-    from fedcli.workspace.secure_files import has_answered, read_attempt, read_repair
+    from fedcli.workspace.secure_files import has_answered, read_attempt, read_repair  # of no other: it loads numpy
 
     mode, cohort = head.manifest.secure_aggregation, head.manifest.cohort
     if mode is None or not cohort:

@@ -54,7 +54,7 @@ class Status:
     num_counted: int
     """How many updates of the round count at most."""
     deadline: float | None
-    """In seconds since 1970 by the server's clock; from then on one answer is enough."""
+    """In seconds since 1970 by the server's clock; from then on the fewest answers are enough."""
     seconds_left: float | None
     """To the deadline by this machine's clock; negative past it."""
     last_losses: dict[int, float | None]

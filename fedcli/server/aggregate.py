@@ -191,6 +191,10 @@ def _merge_plain(
     A dry run of a round that gets noise has no files.
     """
     head = federation.head
+    if head.manifest.privacy is not None:
+        from fedcli.workspace.privacy_ledger import check_any_budget
+
+        check_any_budget([*federation.past(), head], head.awaited_clients())
     needed = min(1, needed_answers(federation)) if partial else needed_answers(federation)
     missing = head.missing_clients()
     answered = [client for client in head.awaited_clients() if client not in missing]

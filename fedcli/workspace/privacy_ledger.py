@@ -110,6 +110,13 @@ def check_budget(rounds: Sequence[Round], clients: Iterable[int], releases: int 
     )
 
 
+def check_any_budget(rounds: Sequence[Round], clients: Sequence[int]) -> None:
+    """Raise NotReadyError where the open round may count none of some clients: all have used up its max_epsilon."""
+    budgets = (read_budget(rounds, [client]) for client in clients)
+    if clients and all(budget is not None and not budget.is_enough for budget in budgets):
+        check_budget(rounds, clients)
+
+
 def describe_budget(budget: Budget) -> str:
     """Return what is spent, what the open round costs, and what is left."""
     left = max(0.0, budget.max_epsilon - budget.spent)
