@@ -147,7 +147,7 @@ def _last_update(workspace: Workspace, client: int) -> tuple[Round, Update]:
         if base is not None and base.manifest.secure_aggregation is not None:
             raise NotReadyError(
                 f"client {client}'s update of round {number} is masked: nobody but the client knows it",
-                hint="Score rounds, or the party's own baseline (`fedcli train-alone`).",
+                hint="Score rounds: the sum is known.",
             )
         if base is not None and base.manifest.privacy is not None and base.manifest.privacy.is_at_server:
             raise NotReadyError(

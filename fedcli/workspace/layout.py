@@ -214,7 +214,7 @@ class Home:
 
     def values(self, round_number: int) -> Path:
         """The numbers that the client masks in a round of secure aggregation."""
-        return self.masked(round_number).with_suffix(".safetensors")
+        return self.masked(round_number).with_suffix(".numbers")
 
     def reference(self, key: str) -> Path:
         """A cache of the reference model's log-probabilities."""
