@@ -32,6 +32,7 @@ PACKAGES = (
     *("pyarrow", "jinja2"),
 )
 OPTIONAL_PACKAGES = {"lm-eval": "eval", "scikit-learn": "eval", "matplotlib": "report", "dp-accounting": "privacy"}
+OPTIONAL_PACKAGES |= {"obstore": "s3", "paramiko": "sftp"}
 """What an extra of fedcli brings, by its name on the index."""
 HUB_TIMEOUT = 5.0
 """Seconds to wait for an answer of the hub."""

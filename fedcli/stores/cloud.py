@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from fedcli.errors import ConfigError, RequirementError
+from fedcli.errors import ConfigError, RequirementError, require_packages
 from fedcli.printable import on_one_line, without_credentials
 from fedcli.stores.objects import Entry, Objects, TooLargeError
 
@@ -181,14 +181,9 @@ def _reason(error: Exception) -> str:
 
 def open_cloud(scheme: str, bucket: str, prefix: str) -> CloudObjects:
     """Return the objects below s3://, gs:// or az://; raise RequirementError without obstore. Nothing is asked yet."""
-    try:
-        from obstore import store
-    except ModuleNotFoundError as error:
-        extra = {"s3": "s3", "gs": "gcs", "az": "azure"}[scheme]
-        raise RequirementError(
-            f"{scheme}:// needs the package obstore, which is not installed",
-            hint=f"Install fedcli's extra that brings it: pip install 'fedcli[{extra}]'.",
-        ) from error
+    require_packages(["obstore"])
+    from obstore import store
+
     address = f"{scheme}://{bucket}/{prefix}".rstrip("/")
     options: dict[str, Any] = {"client_options": _client_options(scheme), "retry_config": RETRIES}
     options["prefix"] = prefix or None

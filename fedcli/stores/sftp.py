@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedcli.errors import ConfigError, FedError, RequirementError
+from fedcli.errors import ConfigError, FedError, require_packages
 from fedcli.printable import on_one_line
 from fedcli.stores.objects import Entry, Objects, TooLargeError
 
@@ -280,11 +280,5 @@ def _ssh_config(host: str) -> Any:
 
 def open_sftp(host: str, user: str | None, port: int | None, folder: str) -> SftpObjects:
     """Return the objects below sftp://; raise RequirementError without paramiko. Nothing is asked yet."""
-    from importlib.util import find_spec
-
-    if find_spec("paramiko") is None:
-        raise RequirementError(
-            "sftp:// needs the package paramiko, which is not installed",
-            hint="Install fedcli's extra that brings it: pip install 'fedcli[sftp]'.",
-        )
+    require_packages(["paramiko"])
     return SftpObjects(host, user, port, folder)
