@@ -3,7 +3,7 @@ BIN := .venv/bin
 DEMO := demo
 KILLS ?= 5
 THREADS ?= 1
-export FEDCLI_STORES ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fedcli-stores
+export FEDCLI_TEST_STORES ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fedcli-stores
 PYTEST = OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python $(if $(MEASURE),-m coverage run )-m pytest -n 2 --dist worksteal -q
 
 .PHONY: demo test coverage slow slurm stores real lint check clean
@@ -32,7 +32,7 @@ slurm: .venv/installed-dev  ## federations through a SLURM of this machine, whic
 	$(PYTEST) -n 0 -m slurm
 
 stores:  ## Azure's emulator, for tests that are skipped without it; npm brings it (190 MB), into a cache outside the repository
-	npm install --silent --no-audit --no-fund --prefix $(FEDCLI_STORES) azurite@3.37.0
+	npm install --silent --no-audit --no-fund --prefix $(FEDCLI_TEST_STORES) azurite@3.37.0
 
 real: THREADS := 2
 real: .venv/installed-real  ## tests with language models that people use; they lie in fedcli's cache afterwards (1.6 GB)

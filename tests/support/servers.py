@@ -99,7 +99,7 @@ def new_bucket(endpoint: str) -> str:
 def stores_cache() -> Path:
     """Return the folder of what `make stores` installs, outside the repository."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("FEDCLI_STORES") or cache / "fedcli-stores")
+    return Path(os.environ.get("FEDCLI_TEST_STORES") or cache / "fedcli-stores")
 
 
 @functools.cache
