@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from support.servers import signed_by
+
 ERRORS = {
     "409": (409, "ConditionalRequestConflict", "A conflicting conditional operation is in progress."),
     "429": (429, "TooManyRequests", "Please reduce your request rate."),
@@ -222,7 +224,7 @@ class FaultProxy:
 
     def has(self, bucket: str, key: str) -> bool:
         """Return whether an object is there."""
-        signed = {"authorization": "AWS4-HMAC-SHA256 Credential=AKIAPROXY/20260101/us-east-1/s3/aws4_request"}
+        signed = {"authorization": signed_by("AKIAPROXY")}
         return self.forward("HEAD", f"/{bucket}/{key}", signed, b"").status == 200
 
 

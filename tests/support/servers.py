@@ -6,6 +6,8 @@ Each ends with the process that started it, whatever ends that one. What a clien
 
 import atexit
 import functools
+import hmac
+import http.client
 import os
 import shutil
 import socket
@@ -14,7 +16,9 @@ import sys
 import tempfile
 import time
 import uuid
+from base64 import b64decode, b64encode
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -79,20 +83,17 @@ def s3_server() -> Server:
     return Server(url, s3_environment(url), process)
 
 
+def signed_by(key: str) -> str:
+    """Return the header of a request that a key has signed, for a server that looks at no signature."""
+    return f"AWS4-HMAC-SHA256 Credential={key}/20260101/us-east-1/s3/aws4_request"
+
+
 def new_bucket(endpoint: str) -> str:
     """Make a bucket; return its name."""
-    import http.client
-
     name = f"b-{uuid.uuid4().hex[:12]}"
-    connection = http.client.HTTPConnection(endpoint.removeprefix("http://"), timeout=_SECONDS)
-    connection.request(
-        "PUT",
-        f"/{name}",
-        headers={"Authorization": f"AWS4-HMAC-SHA256 Credential={KEY}/20260101/us-east-1/s3/aws4_request"},
+    _put(
+        endpoint, f"/{name}", {"Authorization": f"AWS4-HMAC-SHA256 Credential={KEY}/20260101/us-east-1/s3/aws4_request"}
     )
-    answer = connection.getresponse()
-    assert answer.status == 200, answer.read()
-    connection.close()
     return name
 
 
@@ -119,22 +120,32 @@ def azure_server() -> Server:
     ]
     process = _started([str(program), *options], cwd=tempfile.mkdtemp(prefix="fedcli-azurite-"))
     url = f"http://127.0.0.1:{port}"
-    connection = (
-        f"DefaultEndpointsProtocol=http;AccountName={AZURE_ACCOUNT};AccountKey={AZURE_KEY};"
-        f"BlobEndpoint={url}/{AZURE_ACCOUNT};"
-    )
     _wait_for(port, process)
-    return Server(url, {"AZURE_STORAGE_CONNECTION_STRING": connection}, process)
+    environment = {"AZURE_STORAGE_USE_EMULATOR": "true", "AZURITE_BLOB_STORAGE_URL": url}
+    return Server(url, environment, process)
 
 
-def new_container(server: Server) -> str:
+def new_container(endpoint: str) -> str:
     """Make a container of blobs; return its name."""
-    from azure.storage.blob import BlobServiceClient
-
     name = f"c-{uuid.uuid4().hex[:12]}"
-    with BlobServiceClient.from_connection_string(server.environment["AZURE_STORAGE_CONNECTION_STRING"]) as client:
-        client.create_container(name)
+    path = f"/{AZURE_ACCOUNT}/{name}"
+    headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
+    signed = "".join(f"{key}:{value}\n" for key, value in headers.items())
+    text = f"PUT{12 * chr(10)}{signed}/{AZURE_ACCOUNT}{path}\nrestype:container"
+    signature = b64encode(hmac.digest(b64decode(AZURE_KEY), text.encode(), "sha256")).decode()
+    _put(endpoint, f"{path}?restype=container", headers | {"Authorization": f"SharedKey {AZURE_ACCOUNT}:{signature}"})
     return name
+
+
+def _put(endpoint: str, path: str, headers: dict[str, str]) -> None:
+    """Make what a path names."""
+    connection = http.client.HTTPConnection(endpoint.removeprefix("http://"), timeout=_SECONDS)
+    try:
+        connection.request("PUT", path, headers=headers)
+        answer = connection.getresponse()
+        assert answer.status in (200, 201), answer.read()
+    finally:
+        connection.close()
 
 
 SSHD = """
