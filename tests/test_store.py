@@ -358,7 +358,14 @@ STEPS: dict[str, tuple[list[Callable[[Workspace], None]], Callable[[Workspace], 
 
 
 def settled(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Return what a store holds, without what differs between two undisturbed runs: the names of what is set aside."""
+    """Return what a store holds, without what differs between two undisturbed runs: the names of what is set aside.
+
+    Of objects also without attempts that no record names: they are nothing, and are swept after a day.
+    """
+    attempts = {name: re.fullmatch(r"(inbox/\d+/round-\d+/)\.[0-9a-f]{16}/.+", name) for name in files}
+    files = {
+        name: text for name, text in files.items() if not (found := attempts[name]) or f"{found[1]}update.json" in files
+    }
     return {re.sub(r"(\.discarded-round-\d+)-[0-9a-f]{8}", r"\1", name): text for name, text in files.items()}
 
 
