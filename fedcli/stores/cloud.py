@@ -27,6 +27,7 @@ _CONFLICTS = 8
 _AT_ONCE = 32
 _STATUS = re.compile(r"status code: (\d+ [A-Za-z ]+)")
 _CAUSE = re.compile(r"<Code>([A-Za-z]+)</Code>|\"(?:code|reason)\": ?\"([A-Za-z_]+)\"")
+_UNANSWERED = re.compile(r"(https?://[^/ ]+)\S* in .*?after (\d+) retries")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 RETRIES = {
@@ -172,8 +173,10 @@ def _reason(error: Exception) -> str:
     status, cause = _STATUS.search(text), _CAUSE.search(text)
     if status is not None:
         return status[1].strip() + (f" ({cause[1] or cause[2]})" if cause else "")
-    first = text.partition("\n")[0]
-    return on_one_line(without_credentials(re.sub(r"^.*?Error performing ", "", first)))[:200]
+    first = re.sub(r"^.*?Error performing [A-Z]+ ", "", text.partition("\n")[0])
+    if (unanswered := _UNANSWERED.match(first)) is not None:
+        return f"no answer from {without_credentials(unanswered[1])}, tried {int(unanswered[2]) + 1} times"
+    return on_one_line(without_credentials(first))[:200]
 
 
 def open_cloud(scheme: str, bucket: str, prefix: str) -> CloudObjects:

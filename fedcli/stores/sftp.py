@@ -91,8 +91,6 @@ class SftpObjects(Objects):
             if is_written and not _is_there(sftp, temporary):
                 return True  # an earlier try has renamed it, and its answer was lost
             if not is_written:
-                if _is_there(sftp, final):
-                    return False
                 self._write(sftp, temporary, contents)
                 is_written = True
             try:

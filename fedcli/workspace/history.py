@@ -212,6 +212,11 @@ def read_identity(workspace: Workspace, contents: bytes | None = None) -> Identi
         return parse_record(Identity, contents, workspace.identity)
     identity = read_record(workspace, Identity, workspace.identity, 2**20)
     if identity is None:
+        if not workspace.store.exists(workspace.config.name):
+            raise WorkspaceError(
+                f"{workspace.address} is not a workspace: it holds no {workspace.config.name}",
+                hint=f"Create one with `fedcli init {workspace.address}`.",
+            )
         raise WorkspaceError(
             f"{workspace.address} holds a {workspace.config.name} but no {workspace.identity.name}: "
             "it is not initialised yet",

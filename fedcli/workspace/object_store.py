@@ -183,6 +183,9 @@ class ObjectStore(Store):
         entry = self.objects.head(name)
         return None if entry is None else entry.version
 
+    def versions(self, names: Sequence[str]) -> list[object]:
+        return [None if entry is None else entry.version for entry in self.objects.heads(names)]
+
     def put_new(self, name: str, contents: bytes) -> bool:
         return self.objects.create(name, contents)
 
