@@ -117,9 +117,9 @@ class ObjectStore(Store):
         start = f"{name}/" if name else ""
         found = self.objects.below(name)
         if not found:
-            keys = [*dict.fromkeys((self._key(name), name))] if name else []
+            keys = [self._key(name), name] if name else []
             there = [entry for entry in self.objects.heads(keys) if entry is not None]
-            return {".": entry.num_bytes for entry in there[:1]}
+            return {".": there[0].num_bytes} if there else {}
         attempts: dict[str, str] = {}
         files: dict[str, int] = {}
         for path, num_bytes in sorted(found.items()):

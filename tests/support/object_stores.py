@@ -18,6 +18,7 @@ SERVERS = ("s3", "azure", "sftp")
 def new_place(kind: str, patch: pytest.MonkeyPatch) -> str:
     """Return a URL at which nothing lies yet; from now on this process finds its server."""
     server = {"s3": s3_server, "azure": azure_server, "sftp": sftp_server}[kind]()
+    patch.delenv("SSH_AUTH_SOCK", raising=False)  # its keys are of whoever runs the tests
     for name, value in server.environment.items():
         patch.setenv(name, value)
     if kind == "s3":

@@ -187,7 +187,7 @@ def sftp_server() -> Server:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where sshd of root separates its privileges
     process = _started([program, "-D", "-e", "-f", str(folder / "sshd_config")], cwd=folder)
     _wait_for(port, process)
-    return Server(f"sftp://127.0.0.1:{port}", {"HOME": str(home), "SSH_AUTH_SOCK": ""}, process)
+    return Server(f"sftp://127.0.0.1:{port}", {"HOME": str(home)}, process)
 
 
 def new_sftp_folder() -> Path:
