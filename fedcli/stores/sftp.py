@@ -41,6 +41,10 @@ class SftpObjects(Objects):
         self._client: paramiko.SSHClient | None = None
         self._sftp: paramiko.SFTPClient | None = None
 
+    def __del__(self) -> None:
+        """Hang up: a connection has a thread and a socket, and a process may open many workspaces."""
+        self._disconnect()
+
     def get(self, key: str, limit: int) -> bytes:
         def read(sftp: "paramiko.SFTPClient") -> bytes:
             with sftp.open(self._path(key), "rb") as file:

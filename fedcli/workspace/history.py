@@ -304,7 +304,10 @@ def is_hidden(workspace: Workspace, client: int) -> bool:
 
 def _last_listed(workspace: Workspace) -> int:
     """Return the last round that a listing shows, 0 for none; an empty folder is no round: the next one replaces it."""
-    listed = reversed(listed_rounds(workspace))
+    listed = listed_rounds(workspace)
+    if workspace.store.is_remote:  # where there are no empty folders
+        return max(listed, default=0)
+    listed.reverse()
     return next((number for number in listed if workspace.store.names(workspace.name(workspace.round(number)))), 0)
 
 
