@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
     from fedcli.client.runtimes import KeptModel, Runtimes
     from fedcli.operations.baseline import BaselineResult
+    from fedcli.operations.carry import Carried
     from fedcli.operations.chat import Chat
     from fedcli.operations.export import Exported
     from fedcli.operations.gc import Collection
@@ -312,6 +313,18 @@ class Federation:
         from fedcli.operations.gc import collect
 
         return collect(self.state, dry_run=dry_run)
+
+    def sync(
+        self, target: Path | str, *, client: int | None = None, replace: bool = False, observer: Observer = SILENT
+    ) -> "Carried":
+        """Carry to another place what it lacks of the workspace; an empty one becomes a copy.
+
+        With a `client` only what that party needs and sends. With `replace` what may change is this workspace's
+        wherever the two differ.
+        """
+        from fedcli.operations.sync import place_at, sync
+
+        return sync(self.workspace, place_at(target), client=client, replace=replace, observer=observer)
 
     def preview(
         self,

@@ -31,6 +31,7 @@ COMMANDS = {
     "privacy": ("privacy",),
     "verify": ("verify",),
     "gc": ("gc",),
+    "sync": ("sync", ".", "NEW"),
     "audit plant": ("audit", "plant", "--id", 0),
     "audit measure": ("audit", "measure", "--id", 0, "--fillings", 2, "--rows", 2),
     "doctor": ("doctor",),

@@ -56,6 +56,11 @@ class Workspace:
         self.pooled_home = Home(root / "private" / "pooled")  # of the baseline of all clients' rows
         self.slurm_lock = root / "slurm" / "lock"  # held by the process that sends jobs
 
+    @property
+    def address(self) -> str:
+        """What messages and -w call it."""
+        return str(self.root)
+
     @cached_property
     def store(self) -> "Store":
         """Where the protocol's files lie: rounds, updates, registrations, scores, and what refers to them."""
@@ -227,16 +232,17 @@ class Home:
 
 def default_home(workspace_id: str, client: int) -> Home:
     """Return a joined party's home where it names none: below $XDG_DATA_HOME, or ~/.local/share."""
-    return Home(_private_folder(workspace_id) / str(client))
+    return Home(private_folder(workspace_id) / str(client))
 
 
 def server_home(workspace_id: str) -> Home:
     """Return where the server keeps its keys and its history: $FEDCLI_SERVER_HOME, else beside the parties' homes."""
     named = os.environ.get("FEDCLI_SERVER_HOME")
-    return Home(Path(named).absolute() if named else _private_folder(workspace_id) / "server")
+    return Home(Path(named).absolute() if named else private_folder(workspace_id) / "server")
 
 
-def _private_folder(workspace_id: str) -> Path:
+def private_folder(workspace_id: str) -> Path:
+    """Return the folder of this user's private state of a workspace; it need not exist."""
     base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     if base.startswith("~"):
         raise WorkspaceError(
