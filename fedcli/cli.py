@@ -46,8 +46,7 @@ COMMANDS = {
     "export": "Hand a round over: its adapter with a model card, or merged into the base model.",
     "privacy": "Show what the rounds so far have spent of each client's privacy, what is assumed, and what is left.",
     "verify": "Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is.",
-    "sync": "Carry what one place lacks of a workspace that another has: folders or URLs, one way or both at "
-    "once.",
+    "sync": "Carry what one place lacks of a workspace that another has: folders or URLs, one way or both at once.",
     "gc": "Remove the weights of old rounds and their updates, as fedcli.yaml's `retention` says.",
     "doctor": "Check this machine, and whether the workspace's experiment can run on it; exit with 8 where it cannot.",
     "train-alone": "Train one client alone, with the federation's steps and schedule: the baseline that federation "

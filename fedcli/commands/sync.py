@@ -58,7 +58,8 @@ def sync(
 
 def describe(result: "Carried") -> Iterator[str]:
     """Yield what was carried and what was not."""
-    counts = [(plural(count, _KINDS[kind]) if kind in _KINDS else kind) for kind, count in sorted(result.carried.items())]
+    found = sorted(result.carried.items())
+    counts = [plural(count, _KINDS[kind]) if kind in _KINDS else kind for kind, count in found]
     yield f"carried to {result.target}: {', '.join(counts) or 'nothing, it has all'}" + (
         f" ({result.num_bytes:,} bytes)" if counts else ""
     )
