@@ -43,10 +43,10 @@ def sync(
     run again. Exits with 7 where the two places hold different things that never change.
     """
     from fedcli.federation import Federation
-    from fedcli.operations.sync import place_at
+    from fedcli.workspace.address import workspace_at
 
     with CarryDisplay(json_output, "sync", visible=False) as observer:
-        result = Federation(place_at(source)).sync(target, client=client, replace=replace, observer=observer)
+        result = Federation(workspace_at(source)).sync(target, client=client, replace=replace, observer=observer)
     print_result(json_output, result, describe(result))
     if result.differing:
         raise IntegrityError(

@@ -4,7 +4,6 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from fedcli.errors import FedError, UsageError, WorkspaceError
 from fedcli.observer import Observer
@@ -52,11 +51,6 @@ _SHARES = re.compile(rf"round-{_ROUND}-0-shares-([0-9a-f]{{64}})\.json")
 _ENTRY = re.compile(rf"{_ROUND}\.json")
 _OF_CLIENT = re.compile(r"(0|[1-9]\d{0,18})\.(json|sig|leave|acks)")
 _ACK = re.compile(rf"round-{_ROUND}\.sig")
-
-
-def place_at(address: str | Path) -> Workspace:
-    """Return the workspace at an address, which may be none yet."""
-    return Workspace(Path(address).absolute())
 
 
 def sync(
