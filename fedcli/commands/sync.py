@@ -58,8 +58,8 @@ def sync(
 
 def describe(result: "Carried") -> Iterator[str]:
     """Yield what was carried and what was not."""
-    found = sorted(result.carried.items())
-    counts = [plural(count, _KINDS[kind]) if kind in _KINDS else kind for kind, count in found]
+    kinds = sorted(result.carried.items())
+    counts = [plural(count, _KINDS[kind]) if kind in _KINDS else kind for kind, count in kinds]
     yield f"carried to {result.target}: {', '.join(counts) or 'nothing, it has all'}" + (
         f" ({result.num_bytes:,} bytes)" if counts else ""
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from fedcli.observer import Observer
@@ -45,6 +46,10 @@ class Carried:
 
 class Judge(Protocol):
     """Tells which of two versions of a file that may change is the newer one, and remembers what both places have."""
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the source's takes the target's place wherever they differ."""
 
     def is_newer(self, name: str, ours: bytes, theirs: bytes | None) -> bool | None:
         """Return whether the source's is newer than the target's (None: it has none there); None: it cannot be told."""
@@ -98,11 +103,12 @@ class Carrier:
             self.result.arriving[name] = "it is not there, or no file"
             return False
         theirs = self.read(self.target, name, limit)
-        if theirs is None and signature is not None and not self._signature(name, signature):
-            return False
         if theirs is None:
             self.observer.carrying(name, len(ours))
-            if self.target.put_new(name, ours):
+            put = self.target.put_new if signature is None else self._signed(name, signature)
+            if put is None:
+                return False
+            if put(name, ours):
                 self.result.count(kind, len(ours))
                 return True
             theirs = self.read(self.target, name, limit)
@@ -110,18 +116,16 @@ class Carrier:
             self.result.differing[name] = "another is there"
         return theirs == ours
 
-    def _signature(self, name: str, signature: str) -> bool:
-        """Carry the signature of a file that is not there yet; of others a killed call may have left it."""
+    def _signed(self, name: str, signature: str) -> Callable[[str, bytes], bool] | None:
+        """Return what writes a file behind its signature; None where that is not there, or another lies there."""
         ours = self.read(self.source, signature, MAX_SIGNATURE_BYTES)
         if not ours:
             self.result.arriving[name] = f"{signature} is missing"
-            return False
-        if not self.target.put_new(signature, ours) and (
-            self.read(self.target, signature, MAX_SIGNATURE_BYTES) != ours
-        ):
+            return None
+        if self.read(self.target, signature, MAX_SIGNATURE_BYTES) not in (None, ours):  # its writer may be at it
             self.result.differing[signature] = "another is there"
-            return False
-        return True
+            return None
+        return partial(self.target.put_new_signed, signature=ours)
 
     def changing(
         self, kind: str, name: str, *, first: tuple[str, bytes] | None = None, newer: bool | None = None
