@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
     from fedcli.client.runtimes import KeptModel, Runtimes
     from fedcli.operations.baseline import BaselineResult
+    from fedcli.operations.bundle import Bundled, Imported
     from fedcli.operations.carry import Carried
     from fedcli.operations.chat import Chat
     from fedcli.operations.export import Exported
@@ -327,6 +328,18 @@ class Federation:
 
         return sync(self.workspace, workspace_at(target), client=client, replace=replace, observer=observer)
 
+    def bundle_round(self, path: Path | str, number: int | str = "latest", *, observer: Observer = SILENT) -> "Bundled":
+        """Write what a party needs to train in a round into one file, which the server signs."""
+        from fedcli.operations.bundle import bundle_round
+
+        return bundle_round(self.state, self.state.round(number).number, Path(path), observer=observer)
+
+    def import_bundle(self, path: Path | str, *, server: str | None = None, observer: Observer = SILENT) -> "Imported":
+        """Take a bundle into the workspace, which need not be there yet; `server`: the fingerprint it must have."""
+        from fedcli.operations.bundle import import_bundle
+
+        return import_bundle(Path(path), self.workspace, server=server, observer=observer)
+
     def preview(
         self,
         *,
@@ -440,6 +453,12 @@ class Client:
         from fedcli.parties.membership import rotate
 
         return rotate(self.federation.state, self.id, self.home)
+
+    def bundle(self, path: Path | str, *, observer: Observer = SILENT) -> "Bundled":
+        """Write what the party sends into one file, which it signs: registration, countersignatures, update."""
+        from fedcli.operations.bundle import bundle_update
+
+        return bundle_update(self.federation.state, self.id, Path(path), home=self.home, observer=observer)
 
     def train_alone(self, *, observer: Observer = SILENT) -> "BaselineResult":
         """Train the baseline of this client alone."""

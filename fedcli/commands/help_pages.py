@@ -50,6 +50,15 @@ EXAMPLES = {
         ("fedcli sync study /mnt/stick/study", "a first copy, and later what it lacks"),
         ("fedcli sync --id 2 /mnt/shared/study study", "what party 2 needs; the other way what it sends"),
     ),
+    "bundle round": (("fedcli bundle round /mnt/stick/round.bundle", "the latest round, for all parties"),),
+    "bundle update": (("fedcli bundle update --id 2 /mnt/stick/2.bundle", "what party 2 has to send"),),
+    "bundle import": (
+        (
+            "fedcli bundle import round.bundle -w study --server 3f1c-...",
+            "a party's first",
+        ),
+        ("fedcli bundle import 2.bundle -w study", "later, and at the server"),
+    ),
     "gc": (("fedcli gc --dry-run", "what would be removed"),),
     "train-alone": (("fedcli train-alone --id 0", "what client 0 reaches without the others"),),
     "train-pooled": (("fedcli train-pooled", "what all rows reach in one place"),),

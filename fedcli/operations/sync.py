@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fedcli.errors import FedError, UsageError, WorkspaceError
 from fedcli.observer import Observer
 from fedcli.operations.carry import Carried, Carrier, Judge
-from fedcli.operations.sync_walk import CARRIED, Walk
+from fedcli.operations.sync_walk import CARRIED, Scope, Walk
 from fedcli.workspace.history import (
     is_initialised,
     read_identity,
@@ -41,7 +41,7 @@ def sync(
         )
     identity = read_identity(source)
     judge = _Memory(SyncMemory(identity.id, source.address, target.address), replace)
-    return carry_all(source, target, identity, judge, client=client, observer=observer)
+    return carry_all(source, target, identity, judge, Scope.of_party(client), observer=observer)
 
 
 def carry_all(
@@ -49,8 +49,8 @@ def carry_all(
     target: Workspace,
     identity: Identity,
     judge: Judge,
+    scope: Scope,
     *,
-    client: int | None = None,
     observer: Observer,
 ) -> Carried:
     """Carry what a target lacks of a workspace, as `judge` has it where something has changed."""
@@ -58,7 +58,7 @@ def carry_all(
         raise UsageError(f"{source.address} is both places", hint="Name two: where it comes from, and where it goes.")
     result = Carried(source.address, target.address, identity.id, is_first=_check_target(target, identity))
     carrier = Carrier(source.store, target.store, judge, result, observer)
-    Walk(source, target, identity, client, carrier, result).run()
+    Walk(source, target, identity, scope, carrier, result).run()
     return result
 
 

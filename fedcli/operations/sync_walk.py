@@ -49,6 +49,24 @@ _OF_CLIENT = re.compile(r"(0|[1-9]\d{0,18})\.(json|sig|leave|acks)")
 _ACK = re.compile(rf"round-{_ROUND}\.sig")
 
 
+@dataclass(frozen=True)
+class Scope:
+    """What of a workspace is carried: all of it, or what a party needs and sends, or a part of that."""
+
+    client: int | None = None
+    parts: frozenset[str] = frozenset(CARRIED)
+    is_lean: bool = False
+    """Whether the rounds between the first and the latest leave their weights behind, as `gc` would."""
+    first_round: int = 0
+    """Of updates and answers."""
+    last_round: int | None = None
+
+    @classmethod
+    def of_party(cls, client: int | None) -> "Scope":
+        """Return what `sync` carries; with a client of that party alone."""
+        return cls() if client is None else cls(client, frozenset(CARRIED) - {"baselines"}, is_lean=True)
+
+
 @dataclass
 class Walk:
     """Goes through a workspace once, in an order that lets nothing arrive before what it refers to."""
@@ -56,7 +74,7 @@ class Walk:
     source: Workspace
     target: Workspace
     identity: Identity
-    client: int | None
+    scope: Scope
     carrier: Carrier
     result: Carried
     _latest: int = 0
@@ -76,31 +94,35 @@ class Walk:
 
     def run(self) -> None:
         """Look at what refers to others first, and carry it last."""
-        names = self.source.store.names
+        names, parts = self.source.store.names, self.scope.parts
         inboxes = {each: self._names(f"inbox/{each}") for each in self._clients("inbox")}
-        rounds = listed_rounds(self.source)
+        last = self.scope.last_round
+        rounds = [each for each in listed_rounds(self.source) if last is None or each <= last]
         self._latest = max(rounds, default=0)
-        attempts, repairs = names("attempts"), names("repair")
-        self._enrolment()
+        attempts, repairs = ([*names(folder)] if folder in parts else [] for folder in ("attempts", "repair"))
+        if "enrolment" in parts:
+            self._enrolment()
         if self.result.is_first:
             for folder in ("inbox", "clients"):
                 self.target.store.share(folder, multi_user=False)
         for client in self._clients("clients"):
             self._client(client)
-        self._rounds(rounds)
+        if "rounds" in parts:
+            self._rounds(rounds)
         self._signed("attempts", attempts)
         self._shares(repairs)
         self._signed("repair", repairs)
         for client, found in inboxes.items():
             self._inbox(client, found)
-        if self.client is None and not (self.source.store.is_remote or self.target.store.is_remote):
+        if "baselines" in parts and not (self.source.store.is_remote or self.target.store.is_remote):
             for name in names("baselines"):
                 if not name.startswith("."):
                     folder = f"baselines/{name}"
                     self.carrier.publish("baselines", folder, partial(baseline_parcel, self.source, name))
         self._ignore("", [name for name in names("") if name not in (*CARRIED, *KEPT, CONFIG_NAME, "workspace.json")])
-        if self.target.has_round(0):
+        if "rounds" in parts and self.target.has_round(0):
             self._config()
+        if "rounds" not in parts or self.target.has_round(0):
             self.carrier.fixed("workspace.json", "workspace.json", MAX_SMALL_BYTES)
 
     def _config(self) -> None:
@@ -123,11 +145,11 @@ class Walk:
 
     def _clients(self, folder: str) -> list[int]:
         """Return the clients that something of lies in inbox/ or clients/, and note what is nobody's."""
-        names = self._names(folder)
+        names = self._names(folder) if folder in self.scope.parts else []
         known = {name for name in names if (_OF_CLIENT.fullmatch(name) if folder == "clients" else _is_id(name))}
         self._ignore(folder, [name for name in names if name not in known])
         found = sorted({int(name.partition(".")[0]) for name in known})
-        return found if self.client is None else [client for client in found if client == self.client]
+        return found if self.scope.client is None else [client for client in found if client == self.scope.client]
 
     def _ignore(self, folder: str, names: list[str]) -> None:
         self.result.ignored += [f"{folder}/{name}".lstrip("/") for name in names if not name.startswith(".")]
@@ -149,6 +171,7 @@ class Walk:
         for number in range(max(entries, default=-1) + 1):
             name = f"enrolment/{round_name(number)}"
             if not self.carrier.fixed("enrolment", f"{name}.json", MAX_ENTRY_BYTES, signature=f"{name}.sig"):
+                self._chain = None
                 return
 
     def _client(self, client: int) -> None:
@@ -214,7 +237,7 @@ class Walk:
         for number in todo:
             if not self._round(number, latest):
                 break
-        if self.client is None:
+        if not self.scope.is_lean:
             self._note_pruned(there & {*rounds})
 
     def _note_pruned(self, rounds: set[int]) -> None:
@@ -228,7 +251,7 @@ class Walk:
             )
 
     def _round(self, number: int, latest: int) -> bool:
-        with_weights = self.client is None or number in (0, latest)
+        with_weights = not self.scope.is_lean or number in (0, latest)
 
         def read() -> Parcel:
             parcel = round_parcel(self.source, number, self.identity, with_weights=with_weights)
@@ -293,6 +316,8 @@ class Walk:
                 self._ignore(f"inbox/{client}", [name])
                 continue
             number, folder = int(match[1]), f"inbox/{client}/{name}"
+            if number < self.scope.first_round:
+                continue
             if number < self._latest - 1 and (
                 name in there or (self._is_pruned(self.target, number) and not self._is_pruned(self.source, number))
             ):

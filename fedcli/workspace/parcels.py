@@ -28,7 +28,7 @@ from fedcli.workspace.store import Store
 from fedcli.workspace.tensors import largest_file
 
 MAX_SIGNATURE_BYTES = 4096
-_PLAIN_NAME = re.compile(r"(?!\.)[A-Za-z0-9_.\-]{1,200}(/(?!\.)[A-Za-z0-9_.\-]{1,200}){0,3}")
+PLAIN_NAME = re.compile(r"(?!\.)[A-Za-z0-9_.\-]{1,200}(/(?!\.)[A-Za-z0-9_.\-]{1,200}){0,3}")
 """What a file of a published folder may be called: no way out of it, no hidden name."""
 
 
@@ -198,6 +198,6 @@ def _pruned(store: Store, folder: str) -> PrunedRecord | None:
 def _plain(files: dict[str, FileEntry]) -> dict[str, FileEntry]:
     """Return files as they are; raise Incomplete for a name that is none of a file in the folder."""
     for name in files:
-        if not _PLAIN_NAME.fullmatch(name):
+        if not PLAIN_NAME.fullmatch(name):
             raise Incomplete(f"its record names {name[:80]!a}, which is no file of it")
     return files

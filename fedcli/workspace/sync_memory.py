@@ -18,17 +18,27 @@ class SyncMemory:
 
     def get(self, name: str) -> str | None:
         """Return the hash that both had; None where that is not known."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return str(json.loads(self._path(name).read_bytes())["sha256"])
-        return None
+        return self._read(name)[0]
 
-    def keep(self, name: str, contents: bytes) -> None:
-        """Remember that both have these contents now."""
+    def modified(self, name: str) -> float | None:
+        """Return when what both had was written, by the clock of its place; None where that is not known."""
+        return self._read(name)[1]
+
+    def keep(self, name: str, contents: bytes, modified: float | None = None) -> None:
+        """Remember that both have these contents now, and when they were written where that is told."""
         digest = sha256(contents)
-        if self.get(name) == digest:
+        if self._read(name) == (digest, modified):
             return
         make_folder(self._folder, PRIVATE_FOLDER_MODE)
-        publish_file(self._path(name), json.dumps({"name": name, "sha256": digest}).encode() + b"\n", mode=0o600)
+        document = {"name": name, "sha256": digest} | ({} if modified is None else {"modified": modified})
+        publish_file(self._path(name), json.dumps(document).encode() + b"\n", mode=0o600)
+
+    def _read(self, name: str) -> tuple[str | None, float | None]:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            document = json.loads(self._path(name).read_bytes())
+            modified = document.get("modified")
+            return str(document["sha256"]), None if modified is None else float(modified)
+        return None, None
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{sha256(name.encode())[:32]}.json"
