@@ -110,7 +110,7 @@ def test_a_bundle_is_the_same_bytes_again_and_taken_in_again_changes_nothing(sit
         before = tree(sites / "0/W")
         assert taken_in(sites / "round", sites / "0/W").carried.carried == {}
         assert tree(sites / "0/W") == before
-    with pytest.raises(UsageError, match="exists, and is no bundle"):
+    with at(sites / "server/home"), pytest.raises(UsageError, match="exists, and is no bundle"):
         Federation.open(sites / "server/W").bundle_round(sites / "server/W/fedcli.yaml")
 
 
@@ -163,7 +163,7 @@ ATTACKS = {
     "a device": (renamed("rounds", type=tarfile.CHRTYPE), "something that no bundle does"),
     "an owner": (renamed("enrolment/00000.json", uid=7), "something that no bundle does"),
     "a mode": (renamed("enrolment/00000.json", mode=0o4755), "something that no bundle does"),
-    "twice": (lambda members: members.insert(0, members[0]), "holds enrolment/00000.json twice"),
+    "twice": (lambda members: members.insert(0, members[0]), r"holds enrolment/00000\.\w+ twice"),
     "a file more": (lambda members: members.insert(0, (tarfile.TarInfo("rounds/00009/x"), b"x")), "other files than"),
     "a file less": (lambda members: members.pop(0), "other files than bundle.json lists"),
     "another byte": (emptied, "does not have the hash that bundle.json gives"),
@@ -231,7 +231,7 @@ def test_another_servers_bundle_and_another_workspaces_are_refused(
         assert tree(sites / "0/W") == before
     path = sites / "impostor/W/workspace.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"id": "other"}))
-    with at(sites / "0/home"), pytest.raises(IntegrityError, match="another workspace|another server"):
+    with at(sites / "0/home"), pytest.raises(IntegrityError, match="it is of workspace"):
         taken_in(signed_bundle, sites / "impostor/W")
 
 
@@ -261,7 +261,7 @@ def test_an_update_is_taken_from_nobody_but_its_enrolled_client(sites: Path) -> 
             members[-2] = (members[-2][0], json.dumps(record | {"client": 0}).encode())
 
         tampered(sites / "forged", as_0)
-        with pytest.raises(IntegrityError, match="clients/0.json in it: it is of client 2"):
+        with pytest.raises(IntegrityError, match="in it: it is of client 2"):
             taken_in(sites / "forged", sites / "server/W")
         assert tree(sites / "server/W") == before
         assert taken_in(update, sites / "server/W").carried.carried == {"updates": 1, "acknowledgements": 1}
