@@ -498,13 +498,15 @@ class Server:
         algorithm: str | None = None,
         partial: bool = False,
         abandon: bool = False,
+        refuse_arriving: bool = False,
         dry_run: bool = False,
         wait: float = 0.0,
         observer: Observer = SILENT,
     ) -> "AggregationResult":
         """Merge the open round's updates and publish the next round; raise NotReadyError while too few are there.
 
-        `abandon` ends a round of secure aggregation without its updates. What eval.every asks for is noted, and `score`
+        `abandon` ends a round of secure aggregation without its updates; `refuse_arriving` refuses updates that are not
+        all there. What eval.every asks for is noted, and `score`
         makes the scores.
         """
         from fedcli.server.aggregate import aggregate
@@ -516,6 +518,7 @@ class Server:
             algorithm=algorithm,
             partial=partial,
             abandon=abandon,
+            refuse_arriving=refuse_arriving,
             dry_run=dry_run,
             wait=wait,
             observer=observer,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedcli.workspace.history import read_record
 from fedcli.workspace.layout import Home, Workspace, default_home, server_home
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
 from fedcli.workspace.records import Identity, Natural, PublicKeys, Record
+from fedcli.workspace.refusal import Refusal
 
 MAX_REGISTRATION_BYTES = 64 * 1024
 _MADE_HERE = "made-here"
@@ -86,6 +88,15 @@ def read_registration(workspace: Workspace, client: int) -> Registration | None:
     return registration
 
 
+def is_whole_registration(workspace: Workspace, client: int) -> bool:
+    """Return whether a registration is not cut short, as while it is copied; one that is not there is whole."""
+    try:
+        contents = workspace.store.read(workspace.name(workspace.registration(client)), MAX_REGISTRATION_BYTES)
+    except (OSError, Refusal):
+        return True
+    return contents.rstrip().endswith(b"}")
+
+
 def is_own(workspace: Workspace) -> bool:
     """Return whether fedcli.yaml and workspace.json, where they are there, are this user's; links are not followed.
 
@@ -135,7 +146,7 @@ def is_server(workspace: Workspace) -> bool:
 
 def any_registered(workspace: Workspace) -> bool:
     """Return whether any party has joined."""
-    return any(name.endswith(".json") for name in workspace.store.names("clients"))
+    return any(re.fullmatch(r"[0-9]+\.json", name) for name in workspace.store.names("clients"))
 
 
 def joined_clients(workspace: Workspace, num_clients: int) -> dict[int, Registration]:
