@@ -38,7 +38,7 @@ def check_scores(workspace: Workspace, result: Verification) -> None:
 
 
 def check_leftovers(workspace: Workspace, result: Verification) -> None:
-    """Tell once of what other tools left where several write: half-written files, conflict copies; nobody reads them."""
+    """Tell once of what other tools left where several write: half-written files and conflict copies."""
     store = workspace.store
     found = [f"{folder}/{name}" for folder, known in _NAMES.items() for name in store.names(folder) if not known(name)]
     for inbox in store.names("inbox"):

@@ -7,7 +7,7 @@ from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.trust.keys import digest_of, fingerprint, is_signed
 from fedcli.workspace.enrolment import Enrolment, StoredEntry, read_enrolment
 from fedcli.workspace.history import Round, read_if_there
-from fedcli.workspace.inbox import Authenticate
+from fedcli.workspace.inbox import SIGNATURE_BYTES, Authenticate
 from fedcli.workspace.layout import MANIFEST_SIGNATURE, UPDATE_SIGNATURE, Workspace
 from fedcli.workspace.records import Identity, PublicKeys, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
@@ -30,9 +30,9 @@ def read_chain(workspace: Workspace, identity: Identity, pins: Collection[str] =
     known: dict[int, PublicKeys] = {}
     for stored in enrolment.entries:
         if problem := _fault(stored, identity.id, server, known):
-            if not stored.signature:
+            if len(stored.signature) < SIGNATURE_BYTES:
                 name = stored.path.with_suffix(".sig").name
-                raise ArrivingError(f"{stored.path}: {problem}: {name} is missing, or empty", hint=_WAIT)
+                raise ArrivingError(f"{stored.path}: {problem}: {name} is missing, or cut short", hint=_WAIT)
             raise IntegrityError(f"{stored.path}: {problem}", hint=_ASK)
         entry = stored.entry
         if entry.action == "server":
@@ -86,7 +86,7 @@ def round_fault(current: Round, enrolment: Enrolment) -> str:
         return "names an enrolment that is not the workspace's"
     path = current.folder / MANIFEST_SIGNATURE
     signature = read_if_there(current.workspace, path, MAX_SIGNATURE_BYTES)
-    if signature is None:
+    if not signature:
         return f"has no {MANIFEST_SIGNATURE}: the server did not sign it"
     if not is_signed(then.server, signature, "round", manifest.workspace, current.sha256):
         return f"has a {MANIFEST_SIGNATURE} that is not the server's, or of another manifest.json"
@@ -116,12 +116,12 @@ def update_check(base: Round, enrolment: Enrolment) -> Authenticate:
 
 
 def read_update_signature(folder: Folder) -> bytes:
-    """Return update.sig; raise Arriving where it is not there yet, or empty."""
+    """Return update.sig; raise Arriving where it is not there yet, or cut short."""
     try:
         signature = folder.read(UPDATE_SIGNATURE, MAX_SIGNATURE_BYTES)
     except FileNotFoundError:
         signature = b""
-    if not signature:
+    if len(signature) < SIGNATURE_BYTES:
         raise Arriving("unsigned", f"{UPDATE_SIGNATURE} is missing")
     return signature
 

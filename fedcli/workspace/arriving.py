@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import MAX_UPDATE_RECORD_BYTES
+from fedcli.workspace.inbox import MAX_UPDATE_RECORD_BYTES, SIGNATURE_BYTES
 from fedcli.workspace.layout import MANIFEST_SIGNATURE, UPDATE_RECORD, UPDATE_SIGNATURE, Home
 from fedcli.workspace.publish import PRIVATE_MODE, publish_file
-from fedcli.workspace.records import parse_object
+from fedcli.workspace.records import is_cut_short, parse_object
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import make_home
 
@@ -35,9 +35,11 @@ def _missing_of(base: Round, client: int) -> str:
             if workspace.store.is_remote:  # there a file is whole, or not there
                 return ""
             contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
-        if not is_ended(contents):
+        if is_cut_short(contents):
             return f"{UPDATE_RECORD} is not whole yet: it has {len(contents)} bytes"
         sizes, listed = workspace.store.files(name), parse_object(contents, UPDATE_RECORD)["files"]
+        if base.manifest.enrolment is not None and sizes[UPDATE_SIGNATURE] < SIGNATURE_BYTES:
+            return f"{UPDATE_SIGNATURE} is not whole yet: it has {sizes[UPDATE_SIGNATURE]} bytes"
         for file in base.manifest.dropped_files:
             if sizes[file] < (num_bytes := int(listed[file]["bytes"])):
                 return f"{file} has {sizes[file]:,} of {num_bytes:,} bytes"
@@ -48,11 +50,6 @@ def _missing_of(base: Round, client: int) -> str:
 
 def _files_of(base: Round) -> list[str]:
     return [UPDATE_RECORD, *base.manifest.dropped_files, *([UPDATE_SIGNATURE] if base.manifest.enrolment else [])]
-
-
-def is_ended(contents: bytes) -> bool:
-    """Return whether a JSON object is not cut short."""
-    return contents.rstrip().endswith(b"}")
 
 
 def missing_of_round(current: Round) -> str:
@@ -67,8 +64,8 @@ def missing_of_round(current: Round) -> str:
             return f"{name} is missing"
         if sizes.get(name, entry.bytes) < entry.bytes:
             return f"{name} has {sizes[name]:,} of {entry.bytes:,} bytes"
-    if manifest.enrolment is not None and not sizes.get(MANIFEST_SIGNATURE):
-        return f"{MANIFEST_SIGNATURE} is missing"
+    if manifest.enrolment is not None and sizes.get(MANIFEST_SIGNATURE, 0) < SIGNATURE_BYTES:
+        return f"{MANIFEST_SIGNATURE} is missing, or not whole"
     return ""
 
 

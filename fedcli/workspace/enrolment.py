@@ -148,8 +148,6 @@ def _read(workspace: Workspace, known: Enrolment, *, is_complete: bool) -> Itera
     """Yield the entries that follow; with `is_complete` none may stand behind one that is missing."""
     number, parent = len(known.entries), None if known.head is None else known.head.sha256
     while (contents := _contents(workspace, path := _path(workspace, number))) is not None:
-        if not contents.rstrip().endswith(b"}"):
-            raise ArrivingError(f"{path} is not whole", hint=f"Wait until it is copied. {_RESTORE}")
         entry = parse_record(EnrolmentEntry, contents, path)
         if (entry.number, entry.parent) != (number, parent):
             raise IntegrityError(f"{path} does not follow the entry before it", hint=_RESTORE)

@@ -11,17 +11,19 @@ from pathlib import Path
 
 from fedcli.algos import Array
 from fedcli.algos.reducer import PIECE
-from fedcli.errors import IntegrityError, WorkspaceError
+from fedcli.errors import ArrivingError, IntegrityError, WorkspaceError
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
 from fedcli.workspace.privacy_records import claim_fault
-from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
+from fedcli.workspace.records import PROTOCOL, UpdateRecord, is_cut_short, parse_update_record, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
-from fedcli.workspace.registrations import inbox_owner, is_server, is_stranger, is_whole_registration, read_registration
+from fedcli.workspace.registrations import inbox_owner, is_server, is_stranger, read_registration
 from fedcli.workspace.store import Folder
 from fedcli.workspace.tensors import Span, check_values, largest_file, locate, numbers
 
 MAX_UPDATE_RECORD_BYTES = 64 * 1024
+SIGNATURE_BYTES = 128
+"""Of a signature in hexadecimal digits, at least: what is shorter is not whole."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def check_rows(base: Round, client: int, update: Update | Submission) -> None:
 
     A simulation has not; and where privacy has a unit no number is registered, and none counts beyond row_cap.
     """
-    num_samples, problem = update.record.num_samples, None
+    num_samples, problem, is_arriving = update.record.num_samples, None, False
     try:
         registration = read_registration(base.workspace, client)
         registered = None if registration is None else registration.data.num_rows
@@ -225,8 +227,8 @@ def check_rows(base: Round, client: int, update: Update | Submission) -> None:
             )
     except IntegrityError as error:
         problem = f"it claims {num_samples} rows, and {error.message}"
+        is_arriving = isinstance(error, ArrivingError)
     if problem is not None:
-        is_arriving = not is_whole_registration(base.workspace, client)
         refusal = Arriving("samples", problem) if is_arriving else Refusal("samples", problem)
         refusal.update = update.sha256
         raise given_up(refusal, base, client) if isinstance(refusal, Arriving) else refusal
@@ -318,9 +320,17 @@ def _read_folder(
 
 
 def _parse_whole(contents: bytes) -> UpdateRecord:
-    if not contents.rstrip().endswith(b"}"):
+    try:
+        return parse_update_record(contents)
+    except Refusal:
+        check_whole(contents)
+        raise
+
+
+def check_whole(contents: bytes) -> None:
+    """Raise Arriving where update.json is cut short."""
+    if is_cut_short(contents):
         raise Arriving("json", f"{UPDATE_RECORD} is not whole: it has {len(contents)} bytes")
-    return parse_update_record(contents)
 
 
 def _digests(data: bytes | memoryview, span: Span) -> list[bytes]:

@@ -17,7 +17,6 @@ from fedcli.workspace.history import read_record
 from fedcli.workspace.layout import Home, Workspace, default_home, server_home
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
 from fedcli.workspace.records import Identity, Natural, PublicKeys, Record
-from fedcli.workspace.refusal import Refusal
 
 MAX_REGISTRATION_BYTES = 64 * 1024
 _MADE_HERE = "made-here"
@@ -86,15 +85,6 @@ def read_registration(workspace: Workspace, client: int) -> Registration | None:
     if registration is not None and registration.client != client:
         raise IntegrityError(f"{path} is client {registration.client}'s", hint=hint)
     return registration
-
-
-def is_whole_registration(workspace: Workspace, client: int) -> bool:
-    """Return whether a registration is not cut short, as while it is copied; one that is not there is whole."""
-    try:
-        contents = workspace.store.read(workspace.name(workspace.registration(client)), MAX_REGISTRATION_BYTES)
-    except (OSError, Refusal):
-        return True
-    return contents.rstrip().endswith(b"}")
 
 
 def is_own(workspace: Workspace) -> bool:

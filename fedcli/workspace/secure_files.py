@@ -14,6 +14,7 @@ from fedcli.workspace.history import Round, read_checked, read_if_there
 from fedcli.workspace.inbox import (
     MAX_UPDATE_RECORD_BYTES,
     Authenticate,
+    check_whole,
     discard_update,
     expected,
     given_up,
@@ -244,8 +245,7 @@ def _read_folder(
     authenticate: Authenticate,
     buffers: dict[str, memoryview],
 ) -> Masked:
-    if not contents.rstrip().endswith(b"}"):
-        raise Arriving("json", f"{UPDATE_RECORD} is not whole: it has {len(contents)} bytes")
+    check_whole(contents)
     record = _parse(MaskedUpdate, contents, UPDATE_RECORD)
     _check_record(record, base, client, started)
     authenticate(client, contents, folder)
