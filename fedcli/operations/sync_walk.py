@@ -35,7 +35,7 @@ from fedcli.workspace.parcels import (
 )
 from fedcli.workspace.publish import DISCARDED_PREFIX
 from fedcli.workspace.records import Identity, Manifest, sha256
-from fedcli.workspace.registrations import is_own, mark_as_copy
+from fedcli.workspace.registrations import is_own, mark_as_copy, mark_as_own
 from fedcli.workspace.secure_files import MAX_BYTES, MOST_SHARES_BYTES, read_repair
 
 CARRIED = ("rounds", "inbox", "clients", "enrolment", "attempts", "repair", "baselines")
@@ -127,8 +127,8 @@ class Walk:
 
     def _config(self) -> None:
         """Carry fedcli.yaml; what a workspace's own user has there, nobody else changes."""
-        if self.result.is_first and not self._is_own:
-            mark_as_copy(self.target)
+        if self.result.is_first:
+            (mark_as_own if self._is_own else mark_as_copy)(self.target)
         if self._is_own or self.result.is_first or self.carrier.judge.replaces or not is_own(self.target):
             self.carrier.changing("fedcli.yaml", CONFIG_NAME)
             return

@@ -35,14 +35,14 @@ def _missing_of(base: Round, client: int) -> str:
             if workspace.store.is_remote:  # there a file is whole, or not there
                 return ""
             contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
-        if is_cut_short(contents):
-            return f"{UPDATE_RECORD} is not whole yet: it has {len(contents)} bytes"
-        sizes, listed = workspace.store.files(name), parse_object(contents, UPDATE_RECORD)["files"]
-        if base.manifest.enrolment is not None and sizes[UPDATE_SIGNATURE] < SIGNATURE_BYTES:
-            return f"{UPDATE_SIGNATURE} is not whole yet: it has {sizes[UPDATE_SIGNATURE]} bytes"
-        for file in base.manifest.dropped_files:
-            if sizes[file] < (num_bytes := int(listed[file]["bytes"])):
-                return f"{file} has {sizes[file]:,} of {num_bytes:,} bytes"
+            if is_cut_short(contents):
+                return f"{UPDATE_RECORD} is not whole yet: it has {len(contents)} bytes"
+            listed = parse_object(contents, UPDATE_RECORD)["files"]
+            wanted = {file: int(listed[file]["bytes"]) for file in base.manifest.dropped_files}
+            wanted |= {} if base.manifest.enrolment is None else {UPDATE_SIGNATURE: SIGNATURE_BYTES}
+            for file, num_bytes in wanted.items():
+                if num_bytes and not folder.read_part(file, num_bytes - 1, num_bytes):
+                    return f"{file} has {workspace.store.files(name)[file]:,} of {num_bytes:,} bytes"
     except (OSError, Refusal, KeyError, TypeError, ValueError):  # there is none, or it is looked at when it is merged
         return ""
     return ""
