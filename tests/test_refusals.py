@@ -341,7 +341,7 @@ def test_a_machine_in_trouble_publishes_no_round_without_an_update(small, monkey
         where = file if call == "open" else os.readlink(f"/proc/self/fd/{file}")
         if not (("dir_fd" in options or "/inbox/" in str(where)) and str(where).endswith(ADAPTER)):
             return real(file, *arguments, **options)
-        return nullcontext(SimpleNamespace(read=fail, readinto=fail)) if call == "fdopen" else fail()
+        return nullcontext(SimpleNamespace(read=fail, readinto=fail, seek=fail)) if call == "fdopen" else fail()
 
     monkeypatch.setattr(os, call, fail_at_update)
     assert main(["server", "aggregate", "--partial", "--json"]) == 4

@@ -54,7 +54,7 @@ def bundle_round(federation: FederationState, number: int, path: Path, *, observ
 
     Raises NotReadyError where something of it is not whole here, WorkspaceError where the server's keys are not here.
     """
-    scope = Scope(parts=_ROUND_PARTS, is_lean=True, last_round=number)
+    scope = Scope(parts=_ROUND_PARTS, is_lean=True, last_round=number, is_bundled=True)
     return _write(federation, path, "round", number, scope, observer)
 
 
@@ -67,7 +67,7 @@ def bundle_update(
     """
     federation.check_clients([client])
     number = federation.head.number
-    scope = Scope(client, _UPDATE_PARTS, first_round=number)
+    scope = Scope(client, _UPDATE_PARTS, first_round=number, is_bundled=True)
     return _write(federation, path, "update", number, scope, observer, home=home)
 
 

@@ -104,7 +104,7 @@ def read_status(federation: FederationState) -> Status:
     silent = {*head.missing_clients()}
     foreign = foreign_clients(workspace, sorted({*awaited} - silent))
     missing = sorted((silent | {*foreign}) - {*hidden})
-    half = arriving(head, sorted({*awaited} - {*missing} - {*hidden}))
+    half = arriving(head, sorted({*awaited} - {*missing} - {*hidden}), is_quick=True)
     answered = sorted({*awaited} - {*missing} - {*hidden} - {*half})
     needed = needed_answers(federation)
     last = manifest.aggregation

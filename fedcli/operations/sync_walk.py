@@ -59,6 +59,8 @@ class Scope:
     """Whether the rounds between the first and the latest leave their weights behind, as `gc` would."""
     first_round: int = 0
     """Of updates and answers."""
+    is_bundled: bool = False
+    """Whether it goes into a file, of which nobody is the owner."""
     last_round: int | None = None
 
     @classmethod
@@ -127,7 +129,7 @@ class Walk:
 
     def _config(self) -> None:
         """Carry fedcli.yaml; what a workspace's own user has there, nobody else changes."""
-        if self.result.is_first:
+        if self.result.is_first and not self.scope.is_bundled:
             (mark_as_own if self._is_own else mark_as_copy)(self.target)
         if self._is_own or self.result.is_first or self.carrier.judge.replaces or not is_own(self.target):
             self.carrier.changing("fedcli.yaml", CONFIG_NAME)

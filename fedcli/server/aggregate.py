@@ -219,7 +219,7 @@ def _merge_plain(
     missing = head.missing_clients()
     answered = [client for client in head.awaited_clients() if client not in missing]
     unenrolled = {} if trust is None else trust.unenrolled(answered)
-    absent = {*missing, *arriving(head, answered), *foreign_clients(federation.workspace, answered)}
+    absent = {*missing, *arriving(head, answered, is_quick=True), *foreign_clients(federation.workspace, answered)}
     _check_answers(federation, sorted(absent), needed, unenrolled)
     federation.workspace.store.sweep("rounds")
     config = federation.config

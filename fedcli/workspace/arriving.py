@@ -15,16 +15,18 @@ from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import make_home
 
 
-def arriving(base: Round, clients: Iterable[int]) -> dict[int, str]:
+def arriving(base: Round, clients: Iterable[int], *, is_quick: bool = False) -> dict[int, str]:
     """Return those of some clients whose update of a round is not all there, with what is missing of it.
 
-    As far as this user may look. Whom the round has given up waiting for is none of them.
+    As far as this user may look. Whom the round has given up waiting for is none of them. Where each look is a request
+    a quick one sees which files are missing, and not which are short.
     """
-    found = {client: _missing_of(base, client) for client in clients if client not in base.given_up}
+    is_quick = is_quick and base.workspace.store.is_remote
+    found = {client: _missing_of(base, client, is_quick) for client in clients if client not in base.given_up}
     return {client: missing for client, missing in found.items() if missing}
 
 
-def _missing_of(base: Round, client: int) -> str:
+def _missing_of(base: Round, client: int, is_quick: bool) -> str:
     workspace = base.workspace
     name = workspace.name(workspace.update(base.number, client))
     try:
@@ -32,7 +34,7 @@ def _missing_of(base: Round, client: int) -> str:
             names = {*folder.names()}
             if lacking := [file for file in _files_of(base) if file not in names]:
                 return f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing"
-            if workspace.store.is_remote:  # there a file is whole, or not there
+            if is_quick:
                 return ""
             contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
             if is_cut_short(contents):
