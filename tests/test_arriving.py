@@ -7,12 +7,12 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.federation import all_take_part, configure, read_manifest
-from support.processes import ENVIRONMENT, Run, command, results, runner
+from support.processes import Run, results, runner, warm
 from support.signed import at, join, make_signed, train, tree
 
 from fedcli import Federation
@@ -239,18 +239,17 @@ def test_a_federation_over_rsync_in_a_loop(small_template: Path, tmp_path: Path,
                 copy(server, place, "inbox", "clients", "rounds", "enrolment", "workspace.json", "fedcli.yaml")
                 copy(place, server, "clients", "inbox")
 
-    def fedcli(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-        environment = ENVIRONMENT | {"XDG_DATA_HOME": str(home)}
-        return subprocess.run(command(*arguments), env=environment, capture_output=True, text=True, check=False)
-
-    def until(done, *call: object) -> None:
-        deadline = time.monotonic() + 120
+    def until(done: Callable[[], bool], home: Path, *words: object) -> None:
+        """Run a command, as cron would, until something is there."""
+        deadline = time.monotonic() + 60
         while not done():
-            found = fedcli(*call)
-            assert found.returncode in (0, 4, 6), found.stderr
-            assert time.monotonic() < deadline, found.stderr
-            time.sleep(0.1)
+            found = warm()(*words, cwd=tmp_path, environment={"XDG_DATA_HOME": str(home)})
+            if found.returncode not in (0, 6) or time.monotonic() > deadline:
+                wrong.append(f"{words}: {found.returncode}: {found.stdout}{found.stderr}")
+                return
+            time.sleep(0.05)
 
+    wrong: list[str] = []
     loop = threading.Thread(target=mirror)
     loop.start()
     try:
@@ -269,23 +268,19 @@ def test_a_federation_over_rsync_in_a_loop(small_template: Path, tmp_path: Path,
         for client, place in mirrors.items():
 
             def work(client: int = client, place: Path = place) -> None:
-                until(
-                    lambda: (place / f"inbox/{client}/round-00001").exists(),
-                    *(homes[client], "client", "train", "--id", client, "--wait", 3, "-w", place),
-                )
+                last = place / f"inbox/{client}/round-00001"
+                until(last.exists, homes[client], "client", "train", "--id", client, "-w", place)
 
             parties.append(threading.Thread(target=work))
         for party in parties:
             party.start()
-        until(
-            lambda: (server / "rounds/00002").exists(),
-            *(tmp_path / "server/home", "server", "aggregate", "--wait", 3, "-w", server),
-        )
+        until((server / "rounds/00002").exists, tmp_path / "server/home", "server", "aggregate", "-w", server)
         for party in parties:
             party.join()
     finally:
         stop.set()
         loop.join()
+    assert wrong == []
     for number in (1, 2):
         merge = read_manifest(server, number)["aggregation"]
         assert ([entry["client"] for entry in merge["counted"]], merge["refused"]) == ([0, 1, 2], [])
