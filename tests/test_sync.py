@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from support import servers
 from support.federation import all_take_part, configure
 from support.kills import copies_killed_at_every_call
 from support.memory_store import Killed, MemoryStore
@@ -16,6 +17,7 @@ from support.signed import at, join, make_signed, train, tree
 from fedcli import Federation, Observer
 from fedcli.errors import UsageError, WorkspaceError
 from fedcli.operations.sync import sync
+from fedcli.workspace.address import workspace_at
 from fedcli.workspace.enrolment import entry_bytes, read_enrolment
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.registrations import is_own
@@ -359,3 +361,28 @@ def test_a_copy_of_what_another_user_made_is_not_its_own(played: Path, tmp_path:
         configure(played, "train.steps=7")
         assert list(carry(played, mine).changed) == ["fedcli.yaml"]
         assert carry(played, mine, replace=True).carried == {"fedcli.yaml": 1}
+
+
+@slow
+@pytest.mark.parametrize("kind", ["s3", "sftp"])
+def test_a_store_elsewhere_gives_and_takes_the_same(
+    played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if kind == "s3":
+        server = servers.s3_server()
+        address = f"s3://{servers.new_bucket(server.url)}/study"
+    else:
+        server = servers.sftp_server()
+        address = f"{server.url}{servers.new_sftp_folder()}/study"
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    elsewhere = workspace_at(address)
+    assert carry(played, elsewhere).is_first
+    assert carry(played, elsewhere).carried == {}
+    carry(elsewhere, tmp_path / "copy", client=1)
+    all_take_part(tmp_path / "copy")
+    assert carry(tmp_path / "copy", elsewhere, client=1).carried == {"updates": 1}
+    assert carry(elsewhere, played).carried == {"updates": 1}
+    assert carry(elsewhere, tmp_path / "all").is_first
+    assert protocol(tmp_path / "all") == protocol(played)
