@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import secure
 from support.federation import all_take_part, read_adapter
 from support.processes import Run, results, runner
 from support.signed import at, join, make_signed, train, tree
@@ -291,3 +292,48 @@ def test_a_federation_without_signatures_goes_by_bundles_too(
     code, _, err = run("bundle", "import", tmp_path / "round", "-w", tmp_path / "new", "--server", "0" * 32)
     assert code == 7
     assert "this workspace's server signs" in err
+
+
+@slow
+@pytest.mark.parametrize("way", ["bundles", "sync"])
+def test_masked_rounds_go_by_files_too_and_a_late_update_is_not_carried_to_be_unmasked(
+    small_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    (tmp_path / "made").mkdir()
+    server = secure.used(secure.make(small_template, tmp_path / "made", "double", 4), tmp_path, monkeypatch)
+    places = {client: tmp_path / f"party-{client}" for client in range(4)}
+
+    def down(client: int) -> None:
+        if way == "sync":
+            Federation(Workspace(server)).sync(places[client], client=client)
+        else:
+            Federation.open(server).bundle_round(tmp_path / "round")
+            taken_in(tmp_path / "round", places[client])
+
+    def up(client: int) -> dict[str, str]:
+        if way == "sync":
+            return Federation(Workspace(places[client])).sync(server, client=client).left
+        Federation.open(places[client]).client(client).bundle(tmp_path / "update")
+        return taken_in(tmp_path / "update", server).carried.left
+
+    with pytest.raises(NotReadyError):
+        secure.merge(server)  # fixes who takes part
+    for client in range(4):
+        down(client)
+        for name in (f"{client}.json", f"{client}.sig"):  # all have joined the server's own workspace
+            (places[client] / "clients").mkdir(exist_ok=True)
+            shutil.copy(server / "clients" / name, places[client] / "clients" / name)
+        assert secure.visit(places[client], client) == ["submitted"]
+    for client in range(3):
+        assert up(client) == {}
+    with pytest.raises(NotReadyError, match="repair"):
+        secure.merge(server, partial=True)
+    assert list(up(3).values()) == ["a repair goes on without it, and would unmask it"]
+    assert not (server / "inbox/3/round-00000").exists()
+    for client in range(3):
+        down(client)
+        assert secure.visit(places[client], client) == ["answered"]
+        up(client)
+    merge = secure.merge(server).aggregation
+    assert ([entry.client for entry in merge.counted], merge.missing) == ([0, 1, 2], [3])
+    assert Federation.open(server).verify().violations == []

@@ -34,6 +34,7 @@ _RESTORE = "Restore enrolment/ from a backup: entries are never changed."
 class EnrolmentEntry(Record):
     """enrolment/00000.json and on: the server's keys (also new ones), or that a client takes part, left or must go."""
 
+    arrives = True
     protocol: Literal[1] = 1
     workspace: str
     number: Natural

@@ -217,6 +217,7 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
+    arrives = True
     protocol: Literal[1] = 1
     workspace: str
     round: Natural
@@ -407,7 +408,7 @@ def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:
         problem = CHANGED
     except Refusal as refusal:
         problem = refusal.reason
-        if is_cut_short(data):
+        if kind.arrives and is_cut_short(data):
             hint = "Wait until it is copied; where nothing copies it, restore it from a backup."
             raise ArrivingError(f"{path} is damaged, or not whole yet: {problem}", hint=hint) from None
     except ValidationError as error:

@@ -39,6 +39,7 @@ class DataCard(Record):
 class Registration(Record):
     """clients/<id>.json."""
 
+    arrives = True
     protocol: Literal[1] = 1
     workspace: str
     client: Natural
