@@ -75,7 +75,9 @@ def steps_of_a_copy(whole: Path, place: Path, order: tuple[str, ...], tool: str)
             (place / name).with_name(beside).rename(place / name)
 
 
-@pytest.mark.parametrize("tool", BESIDE)
+@pytest.mark.parametrize(
+    "tool", [pytest.param(tool, marks=[] if tool in ("rsync", "inplace") else slow) for tool in BESIDE]
+)
 def test_an_update_is_waited_for_whatever_the_tool_and_the_order(signed: Path, tmp_path: Path, tool: str) -> None:
     update, whole = signed / "inbox/1/round-00000", tmp_path / "whole"
     shutil.move(update, whole)

@@ -115,6 +115,7 @@ def test_a_bundle_is_the_same_bytes_again_and_taken_in_again_changes_nothing(sit
         Federation.open(sites / "server/W").bundle_round(sites / "server/W/fedcli.yaml")
 
 
+@slow
 def test_an_older_bundle_does_not_bring_an_older_registration_back(sites: Path) -> None:
     joined(sites, 0)
     old = Path(shutil.copy(sites / "update-0", sites / "old"))
@@ -236,6 +237,7 @@ def test_another_servers_bundle_and_another_workspaces_are_refused(
         taken_in(signed_bundle, sites / "impostor/W")
 
 
+@slow
 def test_an_update_is_taken_from_nobody_but_its_enrolled_client(sites: Path) -> None:
     joined(sites, 0, 1)
     bundle = bundle_round(sites)

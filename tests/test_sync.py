@@ -145,6 +145,7 @@ def test_both_ways_at_once_give_both_places_all(played: Path, tmp_path: Path) ->
     assert len([name for name in tree(played) if name.endswith("round-00001/update.json")]) == 3
 
 
+@slow
 def test_weights_that_gc_removed_are_neither_put_back_nor_removed_elsewhere(played: Path, tmp_path: Path) -> None:
     all_take_part(played)
     Federation.open(played).server.aggregate()
@@ -230,6 +231,7 @@ def signed(signed_template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(signed_template, tmp_path / "sites"))
 
 
+@slow
 def test_parties_that_see_only_their_own_copy_train_with_a_server_that_sees_only_its_own(signed: Path) -> None:
     server, shared = signed / "server/W", signed / "shared"
     with at(signed / "server/home"):
@@ -299,7 +301,7 @@ def test_rounds_and_entries_that_the_server_did_not_sign_are_not_carried(signed:
     assert not (server / "enrolment/00001.json").exists()
 
 
-@pytest.mark.parametrize("dies_after", [False, True])
+@pytest.mark.parametrize("dies_after", [False, pytest.param(True, marks=slow)])
 def test_killed_at_any_change_of_the_other_place_it_is_run_again(
     played: Path, tmp_path: Path, dies_after: bool
 ) -> None:
