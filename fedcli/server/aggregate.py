@@ -131,6 +131,11 @@ def _aggregate(
     head = federation.head
     if head.manifest.state == "finished":
         return AggregationResult("finished", head.number, "finished", None)
+    if head.manifest.waits_for_parent and federation.config.federation.relay_every is not None:
+        raise NotReadyError(
+            f"round {head.number} waits for its parent: nobody trains in it",
+            hint="Run `fedcli relay --id N -w PARENT --from REGION`: it sends the adapter up, or opens the next round.",
+        )
     algorithm = _algorithm(federation, algorithm_name)
     trust = _trust(federation)
     files: dict[str, bytes] | None
@@ -271,6 +276,11 @@ def _algorithm(federation: FederationState, name: str | None) -> Algorithm:
     own = algorithm_from(head.manifest.algorithm)
     if name is None or name == own.name:
         return own
+    if head.manifest.relay is not None:
+        raise UsageError(
+            f"--algo {name}: round {head.number} is a region's, whose parent gets the mean of its updates by rows",
+            hint="Leave --algo out: what becomes of the mean is the parent's algorithm.",
+        )
     algorithm = config.algorithm if config.algorithm.name == name else ALGORITHMS[name](name=name)
     if algorithm.changes_clients():
         raise UsageError(
