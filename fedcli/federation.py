@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedcli.operations.keys import KeyRing
     from fedcli.operations.preview import Preview
     from fedcli.operations.privacy import PrivacyReport
+    from fedcli.operations.relay import RelayResult
     from fedcli.operations.report import WrittenReport
     from fedcli.operations.run import FederationResult
     from fedcli.operations.slurm_submit import Submission
@@ -265,6 +266,24 @@ class Federation:
         from fedcli.operations.privacy import read_privacy
 
         return read_privacy(self.state, client, home=home)
+
+    def relay(
+        self,
+        client: int,
+        region: "Federation",
+        *,
+        home: Path | str | None = None,
+        server: str | None = None,
+        observer: Observer = SILENT,
+    ) -> "RelayResult":
+        """Do what is due for a region as a client of this federation, once; that nothing is due is a result, no error.
+
+        The first call joins. Then each opens the region's next round from this federation's latest, or sends what the
+        region has merged. `server` is the fingerprint that this federation's server must have.
+        """
+        from fedcli.operations.relay import relay
+
+        return relay(self.state, region.state, client, home=_path(home), server=server, observer=observer)
 
     def verify(
         self,

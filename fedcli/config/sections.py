@@ -142,10 +142,10 @@ def _off(value: Any) -> Any:
 class FederationConfig(Section):
     """Who takes part, how often and how long; `quorum` is the share that must have answered, of those who count.
 
-    With `select` more clients are drawn than count. With `relay_every` the federation is a region: after so many rounds
-    its adapter goes to a parent, from whose next round it goes on (docs/HIERARCHY.md). `deadline` is in seconds from a round's opening: then one answer
-    is enough. With `multi_user` parties may run under unix users of their own. Without `signatures` they are required
-    where parties join, and off in a simulation.
+    With `select` more clients are drawn than count. `deadline` is in seconds from a round's opening: then one answer
+    is enough. With `multi_user` parties may run under unix users of their own. With `relay_every` the federation is a
+    region: after so many rounds its adapter goes to a parent, from whose next round it goes on (docs/HIERARCHY.md).
+    Without `signatures` they are required where parties join, and off in a simulation.
     """
 
     clients: Clients = 5

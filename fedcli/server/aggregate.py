@@ -137,7 +137,7 @@ def _aggregate(
             hint="Run `fedcli relay --id N -w PARENT --from REGION`: it sends the adapter up, or opens the next round.",
         )
     algorithm = _algorithm(federation, algorithm_name)
-    trust = _trust(federation)
+    trust = trust_of(federation)
     files: dict[str, bytes] | None
     if head.manifest.secure_aggregation is not None or abandon:
         files, aggregation = _merge_masked(federation, algorithm, trust, partial, abandon, dry_run, observer)
@@ -147,6 +147,17 @@ def _aggregate(
         return AggregationResult("dry_run", head.number, "open", aggregation)
     assert files is not None
     published = open_next_round(federation, files, aggregation, trust)
+    following = after_publishing(federation, trust, published)
+    return AggregationResult(
+        "published" if published else "overtaken",
+        following.number,
+        following.manifest.state,
+        following.manifest.aggregation,
+    )
+
+
+def after_publishing(federation: FederationState, trust: "ServerTrust | None", published: bool) -> Round:
+    """Return the latest round, which this server has published, or another was first; note what it has published."""
     federation.refresh()
     following = federation.head
     if trust is not None and published:
@@ -155,12 +166,7 @@ def _aggregate(
             from fedcli.server.attempts import start_attempt
 
             start_attempt(federation, trust)
-    return AggregationResult(
-        "published" if published else "overtaken",
-        following.number,
-        following.manifest.state,
-        following.manifest.aggregation,
-    )
+    return following
 
 
 def _merge_masked(
@@ -260,7 +266,7 @@ def _noise(federation: FederationState, needed: int, dry_run: bool) -> "NoiseSou
     return source
 
 
-def _trust(federation: FederationState) -> "ServerTrust | None":
+def trust_of(federation: FederationState) -> "ServerTrust | None":
     """Return what the server signs and checks signatures with; None where signatures are off."""
     if federation.identity.signatures is None:
         check_still_unsigned(federation.workspace, federation.identity)

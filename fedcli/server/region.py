@@ -1,7 +1,7 @@
 """A region's rounds: which of them its parties train in, and what its parent decides of them (docs/HIERARCHY.md)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedcli.algos import Algorithm, FedAvg
@@ -50,7 +50,7 @@ def begin_place(federation: "FederationState", parent: Round, client: int) -> Pl
     every, number = config.federation.relay_every, federation.head.number + 1
     if every is None:
         raise ConfigError(
-            f"{federation.workspace.root} is no region: federation.relay_every is null in its {_config_name(federation)}",
+            f"{federation.workspace.root} is no region: its federation.relay_every is null",
             hint="Set it to how many rounds of its own go into one round of the parent, such as 1.",
         )
     is_open = above.state == "open"
@@ -74,10 +74,6 @@ def begin_place(federation: "FederationState", parent: Round, client: int) -> Pl
         }
     )
     return Place(relay, rounds, client_algorithm(above), train)
-
-
-def _config_name(federation: "FederationState") -> str:
-    return federation.workspace.config.name
 
 
 def ancestors(manifest: Manifest) -> list[str]:

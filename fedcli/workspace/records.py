@@ -25,8 +25,8 @@ from fedcli.workspace.record import Finite as Finite
 from fedcli.workspace.record import Natural as Natural
 from fedcli.workspace.record import Record as Record
 from fedcli.workspace.record import Sha256 as Sha256
-from fedcli.workspace.relay_records import RelayedRound, RelayRecord
 from fedcli.workspace.refusal import Refusal, RefusalCode
+from fedcli.workspace.relay_records import RelayedRound, RelayRecord
 
 PROTOCOL = 1
 LARGEST_COUNT = 2**53
