@@ -32,7 +32,7 @@ from fedcli.scoring.targets import Targets
 DELTA = 1e-5
 EPSILONS = {
     "demo": {"row": (8, 64, 512), "client": (64, 4096)},
-    "fpb": {"row": (8,), "client": (8,)},
+    "fpb": {"row": (8, 64, 512), "client": (8, 64, 4096)},
 }
 CLIP = 1.0
 FPB_LIMIT = 50

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from fedcli.errors import UsageError
 from fedcli.observer import Observer
-from fedcli.workspace.layout import Workspace, find_workspace
+from fedcli.workspace.address import find_workspace
+from fedcli.workspace.layout import Workspace
 
 if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
@@ -75,7 +76,7 @@ class Federation:
         from fedcli.server.create import create_workspace
 
         overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in (settings or {}).items()]
-        made = create_workspace(Path(path), preset=preset, overrides=overrides, observer=observer)
+        made = create_workspace(path, preset=preset, overrides=overrides, observer=observer)
         return cls(made.federation.workspace)
 
     @classmethod
@@ -90,7 +91,7 @@ class Federation:
         Raises WorkspaceError where there is none, or where it is not initialised, ConfigError for a fault in its
         fedcli.yaml.
         """
-        found = cls(find_workspace(_path(path)), threads=threads, kept=kept)
+        found = cls(find_workspace(path), threads=threads, kept=kept)
         assert found.state
         return found
 

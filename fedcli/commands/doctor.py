@@ -8,7 +8,7 @@ from typer import Option
 from fedcli.commands.options import JsonOption, WorkspaceOption
 from fedcli.commands.output import StepDisplay, print_result
 from fedcli.errors import RequirementError, WorkspaceError
-from fedcli.workspace.layout import find_workspace
+from fedcli.workspace.address import find_workspace
 
 if TYPE_CHECKING:
     from fedcli.operations.doctor import Finding

@@ -14,7 +14,7 @@ from fedcli.commands.options import BenchmarkDataOption, JsonOption, ThreadsOpti
 from fedcli.commands.output import FetchDisplay, print_hint, print_json, print_result, relative, tell, terminal
 from fedcli.errors import DeniedError, UsageError, WorkspaceError, did_you_mean
 from fedcli.quantities import plural
-from fedcli.workspace.layout import find_workspace
+from fedcli.workspace.address import find_workspace
 
 if TYPE_CHECKING:
     from fedcli.eval.judge import Estimate
@@ -225,8 +225,8 @@ def eval_table(
     ] = "base",
     details: Annotated[bool, Option("--details", help="Subjects and categories too.")] = False,
     workspaces: Annotated[
-        list[Path] | None,
-        Option("--workspace", "-w", metavar="DIR", help="The workspace, or several side by side: -w A -w B."),
+        list[str] | None,
+        Option("--workspace", "-w", metavar="DIR|URL", help="The workspace, or several side by side: -w A -w B."),
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -236,7 +236,7 @@ def eval_table(
     """
     from fedcli.scoring.table import as_rows, save_table
 
-    named: Sequence[Path | None] = workspaces or [None]
+    named: Sequence[str | None] = workspaces or [None]
     federation, *others = map(found_federation, named)
     made = federation.scores(*(names or ()), group=group, against=against, details=details, others=others)
     parts = ["table", *(names or []), *(["group", group] if group else [])]

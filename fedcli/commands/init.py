@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def init(
     directory: Annotated[
-        Path | None, Argument(metavar="DIR", help="The folder of the workspace. Default: this one.")
+        str | None, Argument(metavar="DIR|URL", help="The folder or URL of the workspace. Default: this folder.")
     ] = None,
     preset: Annotated[
         str | None, Option(metavar="NAME", help="The settings to start from (--list-presets). Default: demo.")
@@ -23,7 +23,7 @@ def init(
         list[str] | None, Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; may be repeated.")
     ] = None,
     list_presets: Annotated[bool, Option("--list-presets", help="List the presets, a line each, and stop.")] = False,
-    workspace: Annotated[Path | None, Option("--workspace", "-w", metavar="DIR", help="The same as DIR.")] = None,
+    workspace: Annotated[str | None, Option("--workspace", "-w", metavar="DIR|URL", help="The same as DIR.")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Make a workspace and open its round 0.
@@ -37,11 +37,11 @@ def init(
         text = [f"{name:<{max(map(len, found))}}  {line}" for name, line in found.items()]
         print_result(json_output, {"presets": list(found), "descriptions": found}, text)
         return
-    directory = directory or workspace or Path(".")
+    directory = directory or workspace or "."
     with StepDisplay(json_output, visible=False) as observer:
         creation = create_workspace(directory, preset=preset, overrides=overrides or [], observer=observer)
     head, created, data = creation.federation.head, creation.is_new, creation.data
-    manifest, where = head.manifest, directory.absolute()
+    manifest, where = head.manifest, creation.federation.workspace.address
     verb = "made" if created else "already there"
     text = [f"workspace {where} {verb}: round {head.number} of {manifest.rounds} is {manifest.state}"]
     if creation.has_lost_identity:
@@ -51,7 +51,7 @@ def init(
     keys = _server_keys(creation.federation)
     if keys is not None:
         text.append(f"the server's keys: {keys['fingerprint']}, in {keys['file']}: keep a backup of them")
-    option = "" if where == Path.cwd() else at(directory)
+    option = "" if where == str(Path.cwd()) else at(directory)
     if data is not None:
         told = f"rows longer than train.max_length ({manifest.train.max_length} tokens) are cut, or left out"
         text.append(f"{told}: fedcli data preview{option} counts them")
@@ -61,7 +61,7 @@ def init(
         hint = f"next: each party: fedcli client join --id N --data SOURCE{option}"
         if creation.has_rows:
             hint = f"next: fedcli client train --id {manifest.cohort[0]}{option}, or fedcli run{option} for all rounds"
-    document = {"status": "created" if created else "exists", "workspace": str(where), "round": head.number}
+    document = {"status": "created" if created else "exists", "workspace": where, "round": head.number}
     more = {"cohort": manifest.cohort, "data": data, "notes": creation.notes} | ({"keys": keys} if keys else {})
     print_result(json_output, document | more, text, hint)
 

@@ -6,20 +6,20 @@ from typing import Annotated
 from typer import Option
 
 from fedcli.federation import Federation
-from fedcli.workspace.layout import find_workspace
+from fedcli.workspace.address import find_workspace
 
 
-def found_federation(workspace: Path | None, threads: int | None = None) -> Federation:
+def found_federation(workspace: str | None, threads: int | None = None) -> Federation:
     """Return the federation that --workspace, $FEDCLI_WORKSPACE or the current folder names."""
     return Federation(find_workspace(workspace), threads=threads)
 
 
 WorkspaceOption = Annotated[
-    Path | None,
+    str | None,
     Option(
         "--workspace",
         "-w",
-        metavar="DIR",
+        metavar="DIR|URL",
         help="The workspace. Default: $FEDCLI_WORKSPACE, else the nearest parent that holds a fedcli.yaml.",
     ),
 ]

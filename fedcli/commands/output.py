@@ -75,7 +75,7 @@ def print_hint(text: str) -> None:
     tell(text, is_error=True)
 
 
-def at(workspace: Path | None) -> str:
+def at(workspace: Path | str | None) -> str:
     """Return the option that names the workspace again in the next command; nothing where it was found without."""
     return "" if workspace is None else f" -w {shlex.quote(str(workspace))}"
 

@@ -159,7 +159,7 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
     }
     metrics, _ = read_metrics(workspace)
     return Card(
-        title=workspace.root.name,
+        title=workspace.title,
         task=manifest.task,
         task_description=TASKS[manifest.task].description,
         round=found.number,

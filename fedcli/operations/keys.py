@@ -39,7 +39,7 @@ def read_keys(federation: FederationState) -> KeyRing:
     """Return the keys of a workspace, its enrolment checked; raise UsageError where signatures are off."""
     if federation.identity.signatures is None:
         raise UsageError(
-            f"signatures are off in {federation.workspace.root}: there are no keys",
+            f"signatures are off in {federation.workspace.address}: there are no keys",
             hint="`federation.signatures` is fixed by `fedcli init`: required where parties join.",
         )
     identity = federation.identity

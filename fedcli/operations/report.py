@@ -100,7 +100,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         "secure aggregation": manifest.secure_aggregation or "",
     }
     return Report(
-        title=workspace.root.name,
+        title=workspace.title,
         state=manifest.state,
         task=TASKS[manifest.task].description,
         round=head.number,

@@ -121,7 +121,7 @@ def read_status(federation: FederationState) -> Status:
     elif len(membership["gone"]) == config.federation.clients and manifest.round + 1 < config.federation.rounds:
         next_command = "fedcli server enrol --id N"
     return Status(
-        workspace=str(workspace.root),
+        workspace=workspace.address,
         simulation=federation.is_simulation,
         round=head.number,
         rounds=manifest.rounds,
@@ -149,7 +149,7 @@ def read_status(federation: FederationState) -> Status:
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
         last_missing=last_missing,
         last_surplus=last.surplus if last else [],
-        last_late=[client for client in last_missing if workspace.has_update(head.number - 1, client)],
+        last_late=sorted(workspace.sent_updates(head.number - 1, last_missing)),
         cost=manifest.cost,
         history=manifest.history,
         unscored=read_unscored(workspace),

@@ -66,7 +66,7 @@ class Watcher:
             self._remember(head if number == head.number else read_round(federation.workspace, number))
         missing = head.missing_clients()
         return View(
-            workspace=federation.workspace.root.name,
+            workspace=federation.workspace.title,
             head=manifest,
             answered=sorted({*head.awaited_clients()} - {*missing}),
             missing=sorted(missing),

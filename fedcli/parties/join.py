@@ -107,7 +107,7 @@ def prepare_join(
     workspace, config = federation.workspace, federation.config
     if federation.identity.simulation:
         raise ConfigError(
-            f"{workspace.root} is a simulation, which no party joins",
+            f"{workspace.address} is a simulation, which no party joins",
             hint="Parties join a workspace with data.source: null, made by `fedcli init --set data.source=null`.",
         )
     workspace_id = federation.identity.id

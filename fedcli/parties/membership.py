@@ -137,7 +137,7 @@ def _own(federation: FederationState, client: int, home: Path | None) -> tuple[H
     pins: Collection[str] = [] if record.server is None else [record.server]
     if federation.identity.signatures is None:
         raise UsageError(
-            f"signatures are off in {federation.workspace.root}: there are no keys, and nobody is enrolled",
+            f"signatures are off in {federation.workspace.address}: there are no keys, and nobody is enrolled",
             hint="Stop training to leave; the server's operator goes on without you by quorum, deadline or --partial.",
         )
     return found, read_chain(federation.workspace, federation.identity, pins)

@@ -20,13 +20,14 @@ from fedcli.observer import Observer
 from fedcli.parties.simulate import DataSummary, plan_split, write_split
 from fedcli.server.initial_adapter import check_base, prepare_start
 from fedcli.server.open_round import open_first_round
+from fedcli.workspace.address import workspace_at
 from fedcli.workspace.federation_state import Experiment, FederationState, config_text, read_config
 from fedcli.workspace.history import is_initialised, read_identity, read_round, sweep_workspace
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.publish import make_folder
 from fedcli.workspace.records import Identity
-from fedcli.workspace.registrations import any_registered, open_to_parties
+from fedcli.workspace.registrations import any_registered, mark_as_own, open_to_parties
 from fedcli.workspace.row_files import any_rows
 
 if TYPE_CHECKING:
@@ -75,16 +76,16 @@ class Creation:
 
 
 def create_workspace(
-    root: Path, *, preset: str | None = None, overrides: Sequence[str] = (), observer: Observer
+    address: Path | str, *, preset: str | None = None, overrides: Sequence[str] = (), observer: Observer
 ) -> Creation:
-    """Make a workspace in a folder, split its rows and open round 0.
+    """Make a workspace in a folder or at a URL, split its rows and open round 0.
 
     A folder that holds a fedcli.yaml already is initialised from it. Called again after an interruption it goes on, on
     a finished workspace it changes nothing, and a workspace.json that was lost gets the id of round 0. Raises
     UsageError for an unknown preset, ConfigError for a fault in the configuration or the rows, WorkspaceError where
     another experiment lies there.
     """
-    workspace = Workspace(root.absolute())
+    workspace = workspace_at(address)
     text = _configuration(workspace, preset, overrides)
     is_file = workspace.store.exists(CONFIG_NAME) or not overrides  # a preset has no fault of its own
     named = workspace.config if is_file else describe_overrides(overrides)
@@ -101,6 +102,7 @@ def create_workspace(
     with hold(workspace.server_lock, "the server's work"):
         if _is_open(workspace):
             return Creation(FederationState.open(workspace), False)
+        mark_as_own(workspace)
         sweep_workspace(workspace)
         orphan = read_round(workspace, 0)  # of no workspace.json, for otherwise it would be open
         open_to_parties(workspace, multi_user=config.federation.multi_user)
@@ -221,7 +223,7 @@ def _configuration(workspace: Workspace, preset: str | None, overrides: Sequence
         )
     if standing and config_text(workspace) != text:
         raise WorkspaceError(
-            f"{workspace.root} already holds another experiment: its {workspace.config.name} differs",
+            f"{workspace.address} already holds another experiment: its {workspace.config.name} differs",
             hint="Name another folder; or edit that file, and run `fedcli init` without --preset and --set.",
         )
     return text

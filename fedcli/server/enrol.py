@@ -165,7 +165,7 @@ def current_trust(federation: FederationState) -> ServerTrust | None:
 def _required(trust: ServerTrust | None, federation: FederationState) -> ServerTrust:
     if trust is None:
         raise UsageError(
-            f"signatures are off in {federation.workspace.root}: nobody is enrolled or revoked there",
+            f"signatures are off in {federation.workspace.address}: nobody is enrolled or revoked there",
             hint="`federation.signatures` is fixed by `fedcli init`: required where parties join.",
         )
     return trust

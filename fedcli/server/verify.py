@@ -62,9 +62,10 @@ def verify(
 
     `noise_keys` are files, or folders of them, with the keys of noise that rounds were merged with.
 
-    Costs in proportion to the history: every round's files are hashed and every aggregate is computed again from the
-    updates that it counted.
+    Nothing is read from copies on this machine. Costs in proportion to the history: every round's files are hashed and
+    every aggregate is computed again from the updates that it counted.
     """
+    workspace = workspace.uncached()
     result, pins = Verification(), None if trust is None else read_pins(trust)
     keys = _read_noise_keys(noise_keys)
     identity = _read_identity(workspace, result)

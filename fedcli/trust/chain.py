@@ -40,7 +40,8 @@ def read_chain(workspace: Workspace, identity: Identity, pins: Collection[str] =
         if pin not in had:
             assert server is not None
             raise IntegrityError(
-                f"{workspace.root} is signed by another server than yours: {fingerprint(server)}, not {pin}", hint=_ASK
+                f"{workspace.address} is signed by another server than yours: {fingerprint(server)}, not {pin}",
+                hint=_ASK,
             )
     return enrolment
 

@@ -171,8 +171,7 @@ def _contents(workspace: Workspace, path: Path) -> bytes | None:
 def write_entry(workspace: Workspace, entry: EnrolmentEntry, contents: bytes, signature: bytes) -> None:
     """Append an entry: first its signature, which alone means nothing, then the entry, if its name is free."""
     path = _path(workspace, entry.number)
-    workspace.store.put(workspace.name(path.with_suffix(".sig")), signature)
-    if not workspace.store.put_new(workspace.name(path), contents):
+    if not workspace.store.put_new_signed(workspace.name(path), contents, signature):
         raise IntegrityError(
             f"{path} stands there already",
             hint="Another server was first: run the command again. `fedcli verify` tells whether it is the server's.",

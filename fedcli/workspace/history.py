@@ -98,9 +98,12 @@ class Round:
         """
         awaited = self.awaited_clients()
         if self._asked() is None:
-            return [client for client in awaited if not self.has_update(client)]
+            sent = self.workspace.sent_updates(self.number, awaited)
+            return [client for client in awaited if client not in sent]
         store, name = self.workspace.store, self.workspace.name
-        return [client for client in awaited if not store.exists(name(self.workspace.answer(self.number, client)))]
+        names = {client: name(self.workspace.answer(self.number, client)) for client in awaited}
+        answered = store.existing([*names.values()])
+        return [client for client in awaited if names[client] not in answered]
 
     def _asked(self) -> set[int] | None:
         """Return whom a repair asks; None where there is none. Who acts on it reads it again, and checks it."""
@@ -210,9 +213,9 @@ def read_identity(workspace: Workspace, contents: bytes | None = None) -> Identi
     identity = read_record(workspace, Identity, workspace.identity, 2**20)
     if identity is None:
         raise WorkspaceError(
-            f"{workspace.root} holds a {workspace.config.name} but no {workspace.identity.name}: "
+            f"{workspace.address} holds a {workspace.config.name} but no {workspace.identity.name}: "
             "it is not initialised yet",
-            hint=f"Run `fedcli init {workspace.root}`.",
+            hint=f"Run `fedcli init {workspace.address}`.",
         )
     return identity
 
@@ -251,7 +254,7 @@ def read_start(workspace: Workspace) -> Round:
     """Return round 0; raise NotReadyError where it is not open yet."""
     start = read_round(workspace, 0)
     if start is None:
-        raise NotReadyError(f"{workspace.root} has no round yet", hint="Run `fedcli server open`.")
+        raise NotReadyError(f"{workspace.address} has no round yet", hint="Run `fedcli server open`.")
     return start
 
 
@@ -314,24 +317,28 @@ def read_record(
 
 def read_checked(workspace: Workspace, path: Path, entry: FileEntry) -> bytes:
     """Read a file that the server wrote; raise IntegrityError where it is not the one that its record lists."""
-    contents = read_whole(workspace, path, entry.bytes)
+    contents = read_whole(workspace, path, entry.bytes, digest=entry.sha256)
     if len(contents) != entry.bytes or sha256(contents) != entry.sha256:
         raise IntegrityError(f"{path} is not what its record says: the hash differs", hint=_RESTORE)
     return contents
 
 
-def read_whole(workspace: Workspace, path: Path, limit: int) -> bytes:
-    """Read a file that the server wrote; raise IntegrityError where it is missing, odd or larger than `limit` bytes."""
-    contents = read_if_there(workspace, path, limit)
+def read_whole(workspace: Workspace, path: Path, limit: int, *, digest: str | None = None) -> bytes:
+    """Read a file that the server wrote; raise IntegrityError where it is missing, odd or larger than `limit` bytes.
+
+    `digest` is the SHA-256 that it should have: a copy on this machine will do.
+    """
+    contents = read_if_there(workspace, path, limit, digest=digest)
     if contents is None:
         raise IntegrityError(f"{path} is missing", hint=_RESTORE)
     return contents
 
 
-def read_if_there(workspace: Workspace, path: Path, limit: int) -> bytes | None:
+def read_if_there(workspace: Workspace, path: Path, limit: int, *, digest: str | None = None) -> bytes | None:
     """Read a file that the server wrote; None where it is missing, IntegrityError as from `read_whole`."""
+    store, name = workspace.store, workspace.name(path)
     try:
-        return workspace.store.read(workspace.name(path), limit)
+        return store.read(name, limit) if digest is None else store.read_kept(name, limit, digest)
     except FileNotFoundError:
         return None
     except Refusal as refusal:

@@ -46,7 +46,8 @@ def glance(workspace: Workspace) -> Glance | None:
             return None
         if isinstance(privacy := manifest.get("privacy"), dict) and privacy.get("secure_aggregation") is not None:
             return None  # an answer may be due where an update stands
-        missing = [client for client in manifest["cohort"] if not workspace.has_update(number, client)]
+        sent = workspace.sent_updates(number, manifest["cohort"])
+        missing = [client for client in manifest["cohort"] if client not in sent]
         may_train = any(_may_train(workspace, identity, is_simulation, client) for client in missing)
         return Glance(number, manifest["state"] == "finished", missing, may_train, contents)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, FedError, Refusal):

@@ -1,15 +1,17 @@
 """Where things lie in a workspace, and how one is found."""
 
-import errno
 import os
-import stat
+import re
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcli.errors import WorkspaceError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from fedcli.workspace.store import Store
 
 CONFIG_NAME = "fedcli.yaml"
@@ -36,8 +38,10 @@ WORKSPACE_ID = "^[a-z0-9-]{1,64}$"
 class Workspace:
     """The paths of one workspace; constructing it touches nothing on disk."""
 
-    def __init__(self, root: Path, store: "Store | None" = None) -> None:
+    def __init__(self, root: Path, store: "Store | None" = None, address: str | None = None) -> None:
         self.root = root
+        self.address = address or str(root)
+        """What names it to users: its folder, or the URL of one elsewhere, of which `root` is this machine's part."""
         self._given_store = store
         self.config = root / CONFIG_NAME
         self.identity = root / "workspace.json"
@@ -63,6 +67,15 @@ class Workspace:
 
         return self._given_store or DirectoryStore(self.root)
 
+    @property
+    def title(self) -> str:
+        """The last part of its address."""
+        return self.address.rstrip("/").rpartition("/")[2] or self.address
+
+    def uncached(self) -> "Workspace":
+        """Return the same workspace, of which nothing is read from a copy on this machine."""
+        return Workspace(self.root, self.store.uncached(), self.address)
+
     def name(self, path: Path) -> str:
         """Return a path's name in the store."""
         return path.relative_to(self.root).as_posix()
@@ -87,12 +100,20 @@ class Workspace:
         """Return whether something lies where a client's update belongs that the server did not discard."""
         return self.store.exists(self.name(self.update(number, client))) and not self.is_discarded(number, client)
 
+    def sent_updates(self, number: int, clients: "Iterable[int]") -> set[int]:
+        """Return those of some clients for which `has_update` holds."""
+        names = {client: self.name(self.update(number, client)) for client in clients}
+        found = self.store.existing([*names.values()])
+        return {client for client, name in names.items() if name in found and not self.is_discarded(number, client)}
+
     def discarded(self, number: int, client: int) -> Path:
         """The server's note that it discarded an update that lies in the inbox of another user."""
         return self.root / "discarded" / str(client) / f"{update_name(number)}.json"
 
     def is_discarded(self, number: int, client: int) -> bool:
         """Return whether the server discarded what lies where a client's update belongs; not what came there later."""
+        if self.store.is_remote:  # where nobody owns anything, it sets it aside
+            return False
         note = self.name(self.discarded(number, client))
         if not self.store.exists(note):
             return False
@@ -236,6 +257,12 @@ def server_home(workspace_id: str) -> Home:
     return Home(Path(named).absolute() if named else _private_folder(workspace_id) / "server")
 
 
+def remote_folder(address: str) -> Path:
+    """Return where this machine keeps its part of a workspace elsewhere: locks, scores, a simulation's rows."""
+    name = "-".join(re.findall(r"[A-Za-z0-9._]+", address))[-60:]
+    return _private_folder("remote") / f"{name}-{sha256(address.encode()).hexdigest()[:12]}"
+
+
 def _private_folder(workspace_id: str) -> Path:
     base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     if base.startswith("~"):
@@ -273,41 +300,3 @@ def check_outside(workspace: Workspace, output: Path) -> None:
         if output.resolve().is_relative_to((workspace.root / name).resolve()):
             problem = f"{output} lies in {name}/ of the workspace, where nothing else belongs"
             raise WorkspaceError(problem, hint="Name another folder.")
-
-
-def find_workspace(given: Path | None) -> Workspace:
-    """Return the workspace that `given`, $FEDCLI_WORKSPACE or the nearest parent with a fedcli.yaml names."""
-    named = given or (Path(value) if (value := os.environ.get("FEDCLI_WORKSPACE")) else None)
-    if named is not None:
-        if not _holds_config(named):
-            raise WorkspaceError(
-                f"{named.absolute()} is not a workspace: it holds no {CONFIG_NAME}",
-                hint=f"Create one with `fedcli init {named}`.",
-            )
-        return Workspace(named.absolute())
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if _holds_config(folder):
-            return Workspace(folder)
-        if (folder / STUDY_NAME).is_file():
-            raise WorkspaceError(
-                f"{folder} is a study's folder, and no workspace",
-                hint="See `fedcli study -h`, such as `fedcli study report`; each cell is a workspace: -w cells/"
-                "PRESET/seed-S/LABEL.",
-            )
-    raise WorkspaceError(
-        f"no workspace here: neither {here} nor a folder above it holds a {CONFIG_NAME}",
-        hint="Create one with `fedcli init`, or name one with --workspace DIR.",
-    )
-
-
-def _holds_config(folder: Path) -> bool:
-    """Return whether a folder holds a fedcli.yaml; raise WorkspaceError where the disk does not tell."""
-    path = folder / CONFIG_NAME
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            return False
-        hint = "Check the disk and the permissions, then run the command again."
-        raise WorkspaceError(f"cannot look at {path}: {error.strerror}", hint=hint) from error

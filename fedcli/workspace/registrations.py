@@ -19,6 +19,7 @@ from fedcli.workspace.records import Identity, Natural, PublicKeys, Record
 from fedcli.workspace.relay_records import WorkspaceId
 
 MAX_REGISTRATION_BYTES = 64 * 1024
+_MADE_HERE = "made-here"
 
 
 class DataCard(Record):
@@ -100,9 +101,20 @@ def read_registration(workspace: Workspace, client: int) -> Registration | None:
 
 
 def is_own(workspace: Workspace) -> bool:
-    """Return whether fedcli.yaml and workspace.json, where they are there, are this user's; links are not followed."""
+    """Return whether fedcli.yaml and workspace.json, where they are there, are this user's; links are not followed.
+
+    Those of a workspace elsewhere are its who made it, on the machine where that was done.
+    """
+    if workspace.store.is_remote:
+        return (workspace.root / _MADE_HERE).exists()
     files = [path for path in (workspace.config, workspace.identity) if os.path.lexists(path)]
     return all(os.lstat(path).st_uid == os.geteuid() for path in files)
+
+
+def mark_as_own(workspace: Workspace) -> None:
+    """Note on this machine that a workspace elsewhere is made here."""
+    if workspace.store.is_remote:
+        publish_file(workspace.root / _MADE_HERE, b"", mode=0o600)
 
 
 def require_own(workspace: Workspace, what: str, instead: str) -> None:

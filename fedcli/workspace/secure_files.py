@@ -106,11 +106,7 @@ def standing(base: Round, client: int) -> Standing:
 
 def publish_signed(base: Round, path: Path, contents: bytes, signature: bytes) -> bool:
     """Write a record behind its signature, which alone means nothing; return False where another one stands."""
-    store, name = base.workspace.store, base.workspace.name
-    if store.exists(name(path)):
-        return False
-    store.put(name(path.with_suffix(".sig")), signature)
-    return store.put_new(name(path), contents)
+    return base.workspace.store.put_new_signed(base.workspace.name(path), contents, signature)
 
 
 def put_shares(base: Round, contents: bytes) -> None:

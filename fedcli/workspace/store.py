@@ -6,7 +6,7 @@ import stat
 import sys
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -34,9 +34,16 @@ class Store(ABC):
     What has its final name is whole. `put_new` and `publish` are the only commits: of two that race, the first wins.
     """
 
+    is_remote = False
+    """Whether it is elsewhere, and each look at it a request; then it knows no users."""
+
     @abstractmethod
     def read(self, name: str, limit: int) -> bytes:
         """Return a file of at most `limit` bytes; raise FileNotFoundError, or Refusal for anything else."""
+
+    def read_kept(self, name: str, limit: int, digest: str) -> bytes:
+        """Return a file that should have this SHA-256, from a copy on this machine where there is one."""
+        return self.read(name, limit)
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
@@ -50,6 +57,14 @@ class Store(ABC):
     def exists(self, name: str) -> bool:
         """Return whether anything has this name, be it a broken link."""
 
+    def uncached(self) -> "Store":
+        """Return the same store without copies on this machine."""
+        return self
+
+    def existing(self, names: Sequence[str]) -> set[str]:
+        """Return those of some names that something has."""
+        return {name for name in names if self.exists(name)}
+
     @abstractmethod
     def modified(self, name: str) -> float:
         """Return when a file was written, in seconds since 1970 by the store's clock."""
@@ -61,6 +76,13 @@ class Store(ABC):
     @abstractmethod
     def put_new(self, name: str, contents: bytes) -> bool:
         """Write a file durably; return False, and change nothing, where the name is taken."""
+
+    def put_new_signed(self, name: str, contents: bytes, signature: bytes) -> bool:
+        """Write a record X.json behind X.sig, which alone means nothing; return False where the record is there."""
+        if self.exists(name):
+            return False
+        self.put(f"{name.removesuffix('.json')}.sig", signature)
+        return self.put_new(name, contents)
 
     @abstractmethod
     def put(self, name: str, contents: bytes) -> None:

@@ -1,0 +1,318 @@
+"""A workspace in an object store or on an SFTP server: what a rename is on a disk, a create-only write is there.
+
+A published folder is there once its record is: it is created last, and of two that race one stands. The other files lie
+below `.<hash>/`, the first 16 hexadecimal digits of the record's SHA-256, so that two attempts never mix; what others
+put plainly beside the record is found, too (docs/PROTOCOL.md).
+"""
+
+import re
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import PurePosixPath
+
+from fedcli.errors import DeniedError
+from fedcli.stores.objects import Objects, TooLargeError
+from fedcli.workspace.kept_objects import KeptObjects
+from fedcli.workspace.layout import MANIFEST, UPDATE_RECORD
+from fedcli.workspace.publish import ABANDONED_SECONDS, DISCARDED_PREFIX
+from fedcli.workspace.records import sha256
+from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.secure_records import ANSWER_RECORD
+from fedcli.workspace.store import Folder, Store
+
+_RECORDS = (
+    (re.compile(r"rounds/[0-9]{5,}"), MANIFEST),
+    (re.compile(r"inbox/[0-9]+/round-[0-9]{5,}"), UPDATE_RECORD),
+    (re.compile(r"inbox/[0-9]+/repair-[0-9]{5,}-[0-9]+"), ANSWER_RECORD),
+)
+_SIGNED = ("enrolment", "attempts", "repair")
+"""Folders of records, each X.json with its X.sig."""
+_ATTEMPT = re.compile(r"\.[0-9a-f]{16}")
+_MOST_RECORD_BYTES = 2**28
+
+
+def record_of(name: str) -> str | None:
+    """Return the name of the record by which a file or folder is there; None for what is there by itself."""
+    parts = PurePosixPath(name).parts
+    for depth in (2, 3):
+        folder = "/".join(parts[:depth])
+        for pattern, record in _RECORDS:
+            if len(parts) >= depth and pattern.fullmatch(folder):
+                return f"{folder}/{record}"
+    if len(parts) == 2 and parts[0] in _SIGNED and name.endswith(".sig"):
+        return name.removesuffix(".sig") + ".json"
+    return None
+
+
+def attempt_key(name: str, record: str, contents: bytes) -> str:
+    """Return where a file lies whose record has these contents."""
+    return _key_below(name, record, _attempt_name(contents))
+
+
+def _attempt_name(contents: bytes) -> str:
+    return f".{sha256(contents)[:16]}"
+
+
+def _key_below(name: str, record: str, attempt: str) -> str:
+    folder = PurePosixPath(record).parent
+    return f"{folder}/{attempt}/{PurePosixPath(name).relative_to(folder)}"
+
+
+class ObjectStore(Store):
+    """A workspace's files in an object store; nobody owns them: signatures tell whose they are."""
+
+    is_remote = True
+
+    def __init__(self, objects: Objects, kept: KeptObjects | None = None) -> None:
+        self.objects = objects
+        self._kept = kept
+        self._hashes: dict[str, str] = {}  # of records that never change: what leads to their files
+
+    def read(self, name: str, limit: int) -> bytes:
+        record = record_of(name)
+        if record is not None and name != record:
+            with suppress(FileNotFoundError):
+                return self._get(self._key(name), limit)
+        contents = self._get(name, limit)
+        if name == record or PurePosixPath(name).parts[0] in _SIGNED:
+            self._remember(name, contents)
+        return contents
+
+    def read_kept(self, name: str, limit: int, digest: str) -> bytes:
+        """Return a file by its SHA-256, from this machine's cache where it is there."""
+        if self._kept is not None and (contents := self._kept.get(digest)) is not None and len(contents) <= limit:
+            return contents
+        contents = self.read(name, limit)
+        if self._kept is not None and sha256(contents) == digest:
+            self._kept.keep(digest, contents)
+        return contents
+
+    def uncached(self) -> Store:
+        return ObjectStore(self.objects)
+
+    def _get(self, key: str, limit: int) -> bytes:
+        try:
+            return self.objects.get(key, limit)
+        except TooLargeError as error:
+            raise Refusal("size", f"{key} has {error.num_bytes} bytes, at most {limit} are allowed") from error
+
+    def names(self, folder: str) -> list[str]:
+        if record_of(folder) is not None:
+            return sorted({path.partition("/")[0] for path in self.files(folder)})
+        return [name for name in self.objects.names(folder) if not _ATTEMPT.fullmatch(name)]
+
+    def files(self, name: str) -> dict[str, int]:
+        """List what is below a folder, of published ones what their record stands for."""
+        start = f"{name}/" if name else ""
+        found = self.objects.below(name)
+        if not found:
+            entry = self.objects.head(name) if name else None
+            return {} if entry is None else {".": entry.num_bytes}
+        attempts: dict[str, str] = {}
+        files: dict[str, int] = {}
+        for path, num_bytes in sorted(found.items()):
+            logical, attempt = _without_attempt(start + path)
+            if attempt is not None and (record := record_of(logical)) is not None:
+                if record not in attempts:
+                    attempts[record] = self._attempt(record)
+                if attempt != attempts[record]:
+                    continue
+            files[logical.removeprefix(start)] = num_bytes
+        return files
+
+    def _attempt(self, record: str) -> str:
+        """Return the name of the folder of a record's files; "" where there is no record."""
+        if record in self._hashes:
+            return self._hashes[record]
+        try:
+            contents = self._get(record, _MOST_RECORD_BYTES)
+        except FileNotFoundError:
+            return ""
+        self._remember(record, contents)
+        return _attempt_name(contents)
+
+    def _remember(self, record: str, contents: bytes) -> None:
+        """Keep the hash of a record that nobody replaces: updates may be set aside, and sent again."""
+        if not record.startswith("inbox/"):
+            self._hashes[record] = _attempt_name(contents)
+
+    def exists(self, name: str) -> bool:
+        record = record_of(name)
+        if record is None or name == record:
+            return self._is_there(name)
+        if name == str(PurePosixPath(record).parent):
+            return self.objects.head(record) is not None
+        return any(entry is not None for entry in self.objects.heads([self._key(name), name]))
+
+    def _is_there(self, name: str) -> bool:
+        """Return whether there is an object; of a name without a suffix also whether there is a folder."""
+        if self.objects.head(name) is not None:
+            return True
+        return not PurePosixPath(name).suffix and bool(self.objects.names(name))
+
+    def _key(self, name: str) -> str:
+        """Return where a file lies: below its attempt's folder where its record is there."""
+        record = record_of(name)
+        attempt = "" if record is None or name == record else self._attempt(record)
+        return _key_below(name, record, attempt) if record is not None and attempt else name
+
+    def existing(self, names: Sequence[str]) -> set[str]:
+        records = [record_of(name) or name for name in names]
+        entries = self.objects.heads(records)
+        return {name for name, entry in zip(names, entries, strict=True) if entry is not None}
+
+    def modified(self, name: str) -> float:
+        entry = self.objects.head(record_of(name) or name)
+        if entry is None:
+            raise FileNotFoundError(name)
+        return entry.modified
+
+    def version(self, name: str) -> object:
+        entry = self.objects.head(name)
+        return None if entry is None else entry.version
+
+    def put_new(self, name: str, contents: bytes) -> bool:
+        return self.objects.create(name, contents)
+
+    def put_new_signed(self, name: str, contents: bytes, signature: bytes) -> bool:
+        """Write the signature where the contents' hash leads: another server's is not in the way."""
+        sign = PurePosixPath(name).with_suffix(".sig")
+        if self.objects.head(name) is not None:
+            return False
+        self.objects.put(attempt_key(str(sign), name, contents), signature)
+        return self.objects.create(name, contents)
+
+    def put(self, name: str, contents: bytes) -> None:
+        self.objects.put(name, contents)
+
+    def publish(self, folder: str, files: Iterable[tuple[str, bytes]], record: tuple[str, bytes]) -> bool:
+        """Put the files that are not there yet, as after a kill, and create the record."""
+        name, contents = f"{folder}/{record[0]}", record[1]
+        if record_of(folder) != name:
+            raise ValueError(f"{folder} is no folder that a record {record[0]} publishes")
+        if self.objects.head(name) is not None:
+            return False
+        for path, data in files:
+            key = attempt_key(f"{folder}/{path}", name, contents)
+            there = self.objects.head(key)
+            if there is None or there.num_bytes != len(data):
+                self.objects.put(key, data)
+        return self.objects.create(name, contents)
+
+    def set_aside(self, folder: str) -> bool:
+        """Copy a folder, then remove its record, then the rest: killed between, it is done again."""
+        record = record_of(folder)
+        if record is None or self.objects.head(record) is None:
+            return False
+        path = PurePosixPath(folder)
+        aside = path.with_name(f"{DISCARDED_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+        for name in self.files(folder):
+            self.objects.put(f"{aside}/{name}", self.read(f"{folder}/{name}", sys.maxsize))
+        self.delete(folder)
+        return True
+
+    def delete(self, name: str) -> None:
+        """Remove a file or a folder; of a published one the record first, without which the rest means nothing."""
+        record = record_of(name)
+        if record is not None and name == str(PurePosixPath(record).parent):
+            self.objects.delete(record)
+        elif record is not None and name != record and (key := self._key(name)) != name:
+            self.objects.delete(key)
+        below = self.objects.below(name)
+        for path in below:
+            self.objects.delete(f"{name}/{path}")
+        if not below:
+            self.objects.delete(name)
+
+    @contextmanager
+    def opened(self, folder: str) -> Iterator[Folder]:
+        record = record_of(folder)
+        contents = None
+        if record is not None:
+            with suppress(FileNotFoundError):
+                contents = self._get(record, _MOST_RECORD_BYTES)
+        if contents is None and not self.names(folder):
+            raise FileNotFoundError(folder)
+        yield _ObjectFolder(self, folder, record, contents)
+
+    def sweep(self, folder: str) -> None:
+        """Remove attempts that lost, and of those that have no record the ones that a day has passed."""
+        self._sweep(folder, older_than=ABANDONED_SECONDS)
+
+    def sweep_abandoned(self) -> None:
+        for folder in ("rounds", "inbox"):
+            self._sweep(folder, older_than=ABANDONED_SECONDS)
+
+    def _sweep(self, folder: str, *, older_than: float) -> None:
+        start = f"{folder}/" if folder else ""
+        attempts: dict[str, str] = {}
+        for path in self.objects.below(folder):
+            logical, attempt = _without_attempt(start + path)
+            record = record_of(logical)
+            if attempt is None or record is None:
+                continue
+            if record not in attempts:
+                attempts[record] = self._attempt(record)
+            if attempt == attempts[record]:
+                continue
+            entry = None if attempts[record] else self.objects.head(start + path)
+            if entry is None or time.time() - entry.modified > older_than:
+                with suppress(DeniedError):  # whose key may not delete leaves that to whoever may
+                    self.objects.delete(start + path)
+
+
+class _ObjectFolder(Folder):
+    """A published folder as its record stood when it was opened."""
+
+    def __init__(self, store: ObjectStore, name: str, record: str | None, contents: bytes | None) -> None:
+        super().__init__(store, name)
+        self._objects = store.objects
+        self._record = record
+        self._contents = contents
+
+    def names(self) -> list[str]:
+        found = set()
+        own = None if self._contents is None else _attempt_name(self._contents)
+        for path in self._objects.below(self._name):
+            logical, attempt = _without_attempt(path)
+            if attempt in (None, own):
+                found.add(logical.partition("/")[0])
+        return sorted(found)
+
+    def read(self, name: str, limit: int) -> bytes:
+        full = f"{self._name}/{name}"
+        try:
+            if full == self._record and self._contents is not None:
+                if len(self._contents) > limit:
+                    raise TooLargeError(len(self._contents))
+                return self._contents
+            for key in self._keys(full):
+                with suppress(FileNotFoundError):
+                    return self._objects.get(key, limit)
+        except TooLargeError as error:
+            raise Refusal("size", f"{name} has {error.num_bytes} bytes, at most {limit} are allowed") from error
+        raise FileNotFoundError(full)
+
+    def read_part(self, name: str, start: int, end: int) -> bytes:
+        full = f"{self._name}/{name}"
+        for key in self._keys(full):
+            with suppress(FileNotFoundError):
+                return self._objects.get_part(key, start, end)
+        raise FileNotFoundError(full)
+
+    def _keys(self, full: str) -> list[str]:
+        if self._record is None or self._contents is None:
+            return [full]
+        return [attempt_key(full, self._record, self._contents), full]
+
+
+def _without_attempt(path: str) -> tuple[str, str | None]:
+    """Return a path without the folder of an attempt in it, and that folder's name."""
+    parts = path.split("/")
+    for position, part in enumerate(parts[:-1]):
+        if _ATTEMPT.fullmatch(part):
+            return "/".join(parts[:position] + parts[position + 1 :]), part
+    return path, None
