@@ -291,16 +291,23 @@ class Federation:
         *,
         trust: Path | str | None = None,
         noise_keys: Sequence[Path | str] = (),
+        parent: str | None = None,
         observer: Observer = SILENT,
     ) -> "Verification":
         """Check every round and counted update; what is wrong is collected, not raised.
 
         `trust` is a file of pinned keys, as `fedcli keys show --json` prints them; `noise_keys` are the server's keys
-        of the noise that rounds were merged with, or folders of them.
+        of the noise that rounds were merged with, or folders of them; `parent` is the address of a region's parent.
         """
         from fedcli.server.verify import verify
 
-        return verify(self.workspace, trust=_path(trust), noise_keys=[*map(Path, noise_keys)], observer=observer)
+        return verify(
+            self.workspace,
+            trust=_path(trust),
+            noise_keys=[*map(Path, noise_keys)],
+            parent=parent,
+            observer=observer,
+        )
 
     def report(
         self, *, output: Path | str | None = None, tensorboard: Path | str | None = None, observer: Observer = SILENT

@@ -1,6 +1,5 @@
 """fedcli relay."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 def relay(
     client: Annotated[int, Option("--id", metavar="N", help="Which client of the parent the region is.")],
     region: Annotated[
-        Path, Option("--from", metavar="REGION", help="The workspace whose merged adapter goes up as an update.")
+        str, Option("--from", metavar="DIR|URL", help="The workspace whose merged adapter goes up as an update.")
     ],
     server: Annotated[
         str | None,

@@ -39,19 +39,19 @@ def check_pair(parent: FederationState, child: FederationState) -> list[str]:
     above, own = parent.head.manifest, child.head.manifest
     if parent.identity.id == child.identity.id:
         raise UsageError(
-            f"{child.workspace.root} would be its own parent", hint="Name two workspaces: -w PARENT --from REGION."
+            f"{child.workspace.address} would be its own parent", hint="Name two workspaces: -w PARENT --from REGION."
         )
     if child.identity.id in ancestors(above):
         raise UsageError(
-            f"{parent.workspace.root} is itself a region below {child.workspace.root}: the one would wait for the "
-            "other for ever",
+            f"{parent.workspace.address} is itself a region below {child.workspace.address}: each would wait for "
+            "the other for ever",
             hint="Relay upwards alone: -w PARENT --from REGION.",
         )
     _check_same(parent, child)
     client_algorithm(above)
     if above.update_tensors is not None:
         raise ConfigError(
-            f"the algorithm of {parent.workspace.root} has its clients keep a part of the adapter to themselves",
+            f"the algorithm of {parent.workspace.address} has its clients keep a part of the adapter to themselves",
             hint="A region has no part of its own: let the parent use fedavg, fedprox or fedavgm.",
         )
     for name, privacy in (("the parent", above.privacy), ("the region", own.privacy)):
@@ -86,15 +86,15 @@ def _check_same(parent: FederationState, child: FederationState) -> None:
         found = ["the adapter's shapes"]
     if found:
         raise ConfigError(
-            f"{child.workspace.root} differs from {parent.workspace.root} in {', '.join(found)}",
+            f"{child.workspace.address} differs from {parent.workspace.address} in {', '.join(found)}",
             hint="A region trains the very adapter of its parent: make it with the same model and adapter sections.",
         )
     if TASKS[above.task].uses_reference:
         starts = [each.start.manifest.files[ADAPTER_NAME].sha256 for each in (parent, child)]
         if starts[0] != starts[1]:
             raise ConfigError(
-                f"{above.task} compares with the adapter of round 0, and {child.workspace.root} began with another "
-                f"than {parent.workspace.root}",
+                f"{above.task} compares with the adapter of round 0, and {child.workspace.address} began with another "
+                f"than {parent.workspace.address}",
                 hint="Make the region with the parent's federation.seed, or with adapter.init: "
                 f"{parent.workspace.adapter(0)}.",
             )
@@ -176,7 +176,7 @@ def check_began_there(parent: FederationState, first: Round) -> None:
     above = parent.head
     if first.manifest.files[ADAPTER_NAME].sha256 != above.manifest.files[ADAPTER_NAME].sha256:
         raise ConfigError(
-            f"{first.folder} does not begin with the adapter of round {above.number} of {parent.workspace.root}",
+            f"{first.folder} does not begin with the adapter of round {above.number} of {parent.workspace.address}",
             hint=f"Make it with adapter.init: {parent.workspace.adapter(above.number)}, or as a region: "
             "federation.relay_every.",
         )

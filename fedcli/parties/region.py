@@ -29,7 +29,7 @@ class Region:
 
 @dataclass(frozen=True)
 class JoinedRegion:
-    """A region that was registered, for the first time or anew; fingerprints are there where signatures are required."""
+    """A region that was registered, now or anew; fingerprints are there where signatures are required."""
 
     region: Region
     is_new: bool
@@ -55,7 +55,7 @@ def join_region(
     workspace, identity = parent.workspace, parent.identity
     if identity.simulation:
         raise ConfigError(
-            f"{workspace.root} is a simulation, which no region joins",
+            f"{workspace.address} is a simulation, which no region joins",
             hint="Regions join a workspace with data.source: null, made by `fedcli init --set data.source=null`.",
         )
     found = find_home(parent, client, home)
@@ -68,7 +68,7 @@ def join_region(
         )
     if num_rows == 0:
         raise NotReadyError(
-            f"nobody has joined {child.workspace.root} yet: it has no rows to register",
+            f"nobody has joined {child.workspace.address} yet: it has no rows to register",
             hint="Relay it once its parties have joined; `fedcli status` there names them.",
         )
     pin = None if before is None else before.server
@@ -80,7 +80,7 @@ def join_region(
     record = PartyRecord(
         workspace=identity.id,
         client=client,
-        source=str(child.workspace.root),
+        source=child.workspace.address,
         format=None,
         subset=None,
         split=None,
@@ -89,7 +89,7 @@ def join_region(
         share="minimal",
         server=pin,
         num_rows=num_rows if withholds else None,
-        region=RegionRecord(workspace=child.identity.id, child=str(child.workspace.root), parent=str(workspace.root)),
+        region=RegionRecord(workspace=child.identity.id, child=child.workspace.address, parent=workspace.address),
     )
     card = DataCard(num_rows=None if withholds else num_rows, region=child.identity.id)
     region = Region(client, found, num_rows)

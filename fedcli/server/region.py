@@ -50,7 +50,7 @@ def begin_place(federation: "FederationState", parent: Round, client: int) -> Pl
     every, number = config.federation.relay_every, federation.head.number + 1
     if every is None:
         raise ConfigError(
-            f"{federation.workspace.root} is no region: its federation.relay_every is null",
+            f"{federation.workspace.address} is no region: its federation.relay_every is null",
             hint="Set it to how many rounds of its own go into one round of the parent, such as 1.",
         )
     is_open = above.state == "open"
