@@ -93,7 +93,7 @@ def relay(
         found = find_home(parent, client, home)
         step = _next_step(parent, child, client, found)
         joined = None
-        if step.status == "sent" or not _has_joined(parent, client, found):
+        if step.status == "sent" or not _has_joined(parent, child, client, found):
             counted = 0 if step.summed is None else step.summed.num_samples
             num_rows = max(registered_rows(child), counted)  # a party may have registered fewer since
             joined = join_region(parent, client, child, num_rows=num_rows, home=home, server=server)
@@ -109,10 +109,11 @@ def relay(
         )
 
 
-def _has_joined(parent: FederationState, client: int, home: Home) -> bool:
-    """Return whether the region stands in the parent's registry, and its home knows it."""
-    record = read_party(home)
-    return record is not None and record.region is not None and read_registration(parent.workspace, client) is not None
+def _has_joined(parent: FederationState, child: FederationState, client: int, home: Home) -> bool:
+    """Return whether the region stands in the parent's registry, and its home knows it as this one."""
+    record, region = read_party(home), child.identity.id
+    is_known = record is not None and record.region is not None and record.region.workspace == region
+    return is_known and read_registration(parent.workspace, client) is not None
 
 
 def _region(parent: FederationState, client: int, home: Home) -> Region:
