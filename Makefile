@@ -3,9 +3,10 @@ BIN := .venv/bin
 DEMO := demo
 KILLS ?= 5
 THREADS ?= 1
+export FEDCLI_TEST_STORES ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fedcli-stores
 PYTEST = OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python $(if $(MEASURE),-m coverage run )-m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo test coverage slow slurm real lint check clean
+.PHONY: demo test coverage slow slurm stores real lint check clean
 
 demo: .venv/installed  ## a whole federation on the built-in model and rows, and its scores
 	$(BIN)/fedcli init $(DEMO)
@@ -29,6 +30,9 @@ slow: .venv/installed-dev  ## the kill -9 campaigns in their short form; KILLS=5
 
 slurm: .venv/installed-dev  ## federations through a SLURM of this machine, which it starts and stops
 	$(PYTEST) -n 0 -m slurm
+
+stores:  ## Azure's emulator, for tests that are skipped without it; npm brings it (190 MB), into a cache outside the repository
+	npm install --silent --no-audit --no-fund --prefix $(FEDCLI_TEST_STORES) azurite@3.37.0
 
 real: THREADS := 2
 real: .venv/installed-real  ## tests with language models that people use; they lie in fedcli's cache afterwards (1.6 GB)

@@ -46,6 +46,8 @@ DEMO = {
 }
 """What differs from the preset demo: large batches and few numbers, which noise asks for; without privacy, too."""
 FPB = {
+    "train.batch_size": 32,
+    "train.steps": 20,
     "data.format": "fingpt",
     "data.partition": "iid",
     "federation.clients": 2,

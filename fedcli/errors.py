@@ -80,6 +80,7 @@ class RequirementError(FedError):
 EXTRAS = {
     **dict.fromkeys(("lm_eval", "openai", "sacrebleu", "sklearn"), "eval"),
     **{"matplotlib": "report", "tensorboardX": "tensorboard", "gguf": "gguf", "dp_accounting": "privacy"},
+    **{"obstore": "s3", "paramiko": "sftp"},
 }
 """The extra of fedcli that brings a package, by the name that is imported."""
 

@@ -139,9 +139,10 @@ class Federation:
     def client(self, client: int, *, home: Path | str | None = None) -> "Client":
         """Return one client; `home` is a joined party's own folder, where it is not the default.
 
-        Raises UsageError for an id that no client has.
+        Raises UsageError for an id that no client has; of a workspace elsewhere its methods do, once they ask it.
         """
-        self.state.check_clients([client])
+        if not self.workspace.store.is_remote:
+            self.state.check_clients([client])
         return Client(self, client, _path(home))
 
     def round(self, number: "int | Literal['latest']" = "latest") -> "Round":
@@ -382,6 +383,12 @@ class Client:
     id: int
     home: Path | None
 
+    @property
+    def _state(self) -> "FederationState":
+        state = self.federation.state
+        state.check_clients([self.id])
+        return state
+
     def join(
         self,
         data: Path | str,
@@ -406,7 +413,7 @@ class Client:
         from fedcli.parties.join import prepare_join
 
         return prepare_join(
-            self.federation.state,
+            self._state,
             self.id,
             str(data),
             data_format=format,
@@ -427,38 +434,43 @@ class Client:
         """Return how the client stands in the open round."""
         from fedcli.client.due import client_status
 
-        return client_status(self.federation.state, self.id)
+        return client_status(self._state, self.id)
 
     def train(self, *, wait: float = 0.0, observer: Observer = SILENT) -> "ClientResult":
         """Train on the open round and drop the update; that nothing is due is a result, no error."""
-        from fedcli.client.due import train_client
+        from fedcli.client.due import remember_status, remembered_status, train_client
 
-        state, runtimes = self.federation.state, self.federation.runtimes
-        return train_client(state, self.id, runtimes, home=self.home, wait=wait, observer=observer)
+        if not wait and (idle := remembered_status(self.federation.workspace, self.id)) is not None:
+            return idle
+        state, runtimes = self._state, self.federation.runtimes
+        result = train_client(state, self.id, runtimes, home=self.home, wait=wait, observer=observer)
+        if not result.has_worked:
+            remember_status(state, result)
+        return result
 
     def refresh(self, *, observer: Observer = SILENT) -> tuple[int, int] | None:
         """Register the party's rows anew where their number or card has changed; return how many there were and are."""
         from fedcli.client.due import refresh_rows
 
-        return refresh_rows(self.federation.state, self.id, self.home, observer=observer)
+        return refresh_rows(self._state, self.id, self.home, observer=observer)
 
     def leave(self) -> bool:
         """Sign that the party leaves, which the server obeys when it next merges; return False where it is out."""
         from fedcli.parties.membership import leave
 
-        return leave(self.federation.state, self.id, self.home)
+        return leave(self._state, self.id, self.home)
 
     def rotate_keys(self) -> str:
         """Make and register new keys of the party, signed by the old ones; return their fingerprint."""
         from fedcli.parties.membership import rotate
 
-        return rotate(self.federation.state, self.id, self.home)
+        return rotate(self._state, self.id, self.home)
 
     def train_alone(self, *, observer: Observer = SILENT) -> "BaselineResult":
         """Train the baseline of this client alone."""
         from fedcli.operations.baseline import train_baseline
 
-        state, runtimes = self.federation.state, self.federation.runtimes
+        state, runtimes = self._state, self.federation.runtimes
         return train_baseline(state, self.id, home=self.home, runtimes=runtimes, observer=observer)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import reprlib
+from collections.abc import Iterable
 from typing import TypeVar
 
 _HOSTILE = re.compile(
@@ -18,8 +19,20 @@ _SECRET_PART = re.compile(r"[A-Za-z0-9_.~%=+-]{20,}")
 T = TypeVar("T")
 
 
+_PLACES: dict[str, tuple[str, re.Pattern[str]]] = {}
+
+
+def show_as(folder: str, address: str, but: Iterable[str]) -> None:
+    """Show paths below a folder as what they stand for below an address, `but` those of these names."""
+    kept = "|".join(map(re.escape, but))
+    _PLACES[folder] = address, re.compile(rf"{re.escape(folder)}(?=$|[^/\w.-]|/(?!(?:{kept})\b))")
+
+
 def printable(text: str) -> str:
     r"""Return a text whose control characters are written out, as \x1b; tabs and line feeds stay."""
+    for folder, (address, pattern) in _PLACES.items():
+        if folder in text:
+            text = pattern.sub(address.replace("\\", r"\\\\"), text)
     return _HOSTILE.sub(_written_out, text)
 
 

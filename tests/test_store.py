@@ -1,6 +1,7 @@
-"""The protocol is the same in every store: in a directory, and in one that has neither files nor owners nor links.
+"""The protocol is the same in every store: in a directory, in memory, in objects, and on servers of objects and files.
 
-Killed at each call that changes the store, a command that is run again ends where an undisturbed one does.
+Killed at each call that changes the store, a command that is run again ends where an undisturbed one does. The servers
+are real ones of the loopback: moto's S3, azurite and sshd (support/servers.py); most of their tests are slow.
 """
 
 import json
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from support.memory_store import Killed, MemoryStore
+from support.object_stores import SERVERS, DyingObjects, contents, fill, new_objects
 from support.processes import ENVIRONMENT
 
 from fedcli import Federation
@@ -30,11 +32,14 @@ from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.idle import glance
 from fedcli.workspace.inbox import drop_update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, MANIFEST, UPDATE_RECORD, Workspace
+from fedcli.workspace.object_store import ObjectStore
 from fedcli.workspace.records import PROTOCOL, file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import DataCard, Registration, joined_clients, read_registration, register
 from fedcli.workspace.scores import publish_table
 from fedcli.workspace.slurm_jobs import Job, read_jobs, save_jobs
+from fedcli.workspace.split_store import SplitStore
+from fedcli.workspace.store import DirectoryStore, Store
 from fedcli.workspace.tensors import encode
 
 PROTOCOL_PARTS = ("fedcli.yaml", "workspace.json", "rounds", "inbox", "clients", "baselines")
@@ -46,24 +51,36 @@ def protocol_files(folder: Path) -> dict[str, bytes]:
     return {path.as_posix(): contents for path, contents in files.items() if path.parts[0] in PROTOCOL_PARTS}
 
 
-def in_memory(folder: Path, store: MemoryStore) -> Workspace:
-    """Return a workspace of which the folder holds locks and rows, and the store all else."""
-    return Workspace(folder, store)
+SLOW_SERVERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in SERVERS]
 
 
-@pytest.fixture(params=["directory", "memory"])
-def place(request: pytest.FixtureRequest, small: Path) -> Workspace:
-    """The small workspace with round 0 open."""
-    return Workspace(small) if request.param == "directory" else emptied(small)
+def in_store(folder: Path, store: Store) -> Workspace:
+    """Return a workspace of which the folder holds locks and rows, and the store all else that is the protocol's."""
+    is_split = isinstance(store, ObjectStore)
+    return Workspace(folder, SplitStore(DirectoryStore(folder), store) if is_split else store)
 
 
-def emptied(small: Path) -> Workspace:
-    """Move what is the protocol's into memory: nothing of it may be looked for in the folder."""
-    store = MemoryStore(protocol_files(small))
+def taken(small: Path) -> dict[str, bytes]:
+    """Take what is the protocol's out of the folder: nothing of it may be looked for there."""
+    files = protocol_files(small)
     for name in PROTOCOL_PARTS:
         path = small / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return in_memory(small, store)
+    return files
+
+
+def emptied(small: Path, kind: str, patch: pytest.MonkeyPatch) -> Workspace:
+    """Move what is the protocol's into a store of a kind."""
+    files = taken(small)
+    if kind == "memory":
+        return in_store(small, MemoryStore(files))
+    return in_store(small, ObjectStore(fill(new_objects(kind, patch), files)))
+
+
+@pytest.fixture(params=["directory", "memory", "objects", *SLOW_SERVERS])
+def place(request: pytest.FixtureRequest, small: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The small workspace with round 0 open."""
+    return Workspace(small) if request.param == "directory" else emptied(small, request.param, monkeypatch)
 
 
 def update_of(base: Round, client: int, /, **changes: object) -> list[tuple[str, bytes]]:
@@ -117,10 +134,11 @@ def test_a_federation_runs_to_its_end_and_verifies(place):
     assert Federation(place).round().published > 0
 
 
-def test_both_stores_end_with_the_same_bytes(small, tmp_path):
+@pytest.mark.parametrize("kind", ["memory", "objects", *SLOW_SERVERS])
+def test_both_stores_end_with_the_same_bytes(small, kind, tmp_path, monkeypatch):
     stored = []
     for folder in (small, Path(shutil.copytree(small, tmp_path / "other"))):
-        workspace = Workspace(folder) if folder is small else emptied(folder)
+        workspace = Workspace(folder) if folder is small else emptied(folder, kind, monkeypatch)
         for client in range(3):
             answer(workspace, client)
         Federation(workspace).server.aggregate()
@@ -225,8 +243,9 @@ def test_damage_is_found(place):
         answer(place, client)
     Federation(place).server.aggregate()
     name = f"rounds/00001/{ADAPTER_NAME}"
-    contents = place.store.read(name, 2**30)
-    place.store.put(name, contents[:-1] + bytes([contents[-1] ^ 1]))
+    whole = place.store.read(name, 2**30)
+    place.store.delete(name)
+    place.store.put(name, whole[:-1] + bytes([whole[-1] ^ 1]))
     place.store.put("rounds/00001/extra", b"")
     place.store.put("rounds/other/manifest.json", b"")
     place.store.delete(f"inbox/2/round-00000/{ADAPTER_FILE}")
@@ -338,40 +357,56 @@ STEPS: dict[str, tuple[list[Callable[[Workspace], None]], Callable[[Workspace], 
 }
 
 
-def settled(store: MemoryStore) -> dict[str, bytes]:
-    """Return what a store holds, without what differs between two undisturbed runs: the names of what is set aside."""
-    return {re.sub(r"(\.discarded-round-\d+)-[0-9a-f]{8}", r"\1", name): text for name, text in store.contents.items()}
+def settled(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return what a store holds, without what differs between two undisturbed runs: the names of what is set aside.
+
+    Of objects also without attempts that no record names: they are nothing, and are swept after a day.
+    """
+    attempts = {name: re.fullmatch(r"(inbox/\d+/round-\d+/)\.[0-9a-f]{16}/.+", name) for name in files}
+    files = {
+        name: text for name, text in files.items() if not (found := attempts[name]) or f"{found[1]}update.json" in files
+    }
+    return {re.sub(r"(\.discarded-round-\d+)-[0-9a-f]{8}", r"\1", name): text for name, text in files.items()}
 
 
-def stores_that_die(before: dict[str, bytes], after: bool) -> Iterator[MemoryStore]:
-    """Yield stores that die at their 1st, 2nd, ... change, for ever."""
+def stored(workspace: Workspace) -> dict[str, bytes]:
+    """Return all that a store holds, by the names that it has there."""
+    store = workspace.store
+    if isinstance(store, SplitStore):
+        assert isinstance(store.remote, ObjectStore)
+        return contents(store.remote.objects)
+    assert isinstance(store, MemoryStore)
+    return dict(store.contents)
+
+
+def workspaces_that_die(kind: str, folder: Path, before: dict[str, bytes], after: bool, patch) -> Iterator[Workspace]:
+    """Yield workspaces whose stores die at their 1st, 2nd, ... change, for ever."""
     position = 0
     while True:
         position += 1
-        yield MemoryStore(before, dies_at=position, dies_after=after)
-
-
-@pytest.fixture
-def nothing(small: Path) -> Workspace:
-    """A workspace in memory that is initialised, and has no round yet."""
-    workspace = emptied(small)
-    workspace.store.delete("rounds")
-    return workspace
+        if kind == "memory":
+            yield in_store(folder, MemoryStore(before, dies_at=position, dies_after=after))
+        else:
+            objects = fill(new_objects(kind, patch), before)
+            yield in_store(folder, ObjectStore(DyingObjects(objects, dies_at=position, dies_after=after)))
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_at_any_change_and_run_again_it_ends_as_if_undisturbed(nothing, step, after):
+@pytest.mark.parametrize("kind", ["memory", "objects", *SLOW_SERVERS])
+def test_killed_at_any_change_and_run_again_it_ends_as_if_undisturbed(small, kind, step, after, monkeypatch):
+    undisturbed = emptied(small, kind, monkeypatch)
+    for name in undisturbed.store.files("rounds"):
+        undisturbed.store.delete(f"rounds/{name}")
     preparation, command = STEPS[step]
     for prepare in preparation:
-        prepare(nothing)
-    before = dict(nothing.store.contents)
-    command(nothing)
-    undisturbed = settled(nothing.store)
-    assert undisturbed != before
+        prepare(undisturbed)
+    before = stored(undisturbed)
+    command(undisturbed)
+    end = settled(stored(undisturbed))
+    assert end != before
     deaths = 0
-    for store in stores_that_die(before, after):
-        workspace = in_memory(nothing.root, store)
+    for workspace in workspaces_that_die(kind, small, before, after, monkeypatch):
         try:
             command(workspace)
             break
@@ -380,7 +415,7 @@ def test_killed_at_any_change_and_run_again_it_ends_as_if_undisturbed(nothing, s
         if step != "open":
             assert Federation(workspace).verify().violations == []
         command(workspace)
-        assert settled(store) == undisturbed
+        assert settled(stored(workspace)) == end
     assert deaths >= 1
 
 

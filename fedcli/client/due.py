@@ -11,7 +11,9 @@ from fedcli.errors import BusyError, ClientFailure, error_of, failure_of
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, can_train, find_party, is_here
 from fedcli.quantities import name_clients
-from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.idle import note, recall
+from fedcli.workspace.layout import MANIFEST, UPDATE_RECORD, Workspace
 from fedcli.workspace.locks import hold
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ ClientStatus = Literal[
     "already_answered",
 ]
 _TO_DO = ("due", "repair_due")
+_IDLE = ("not_selected", "already_submitted", "finished")
+"""Of which nothing follows while no round opens."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,30 @@ def client_status(federation: FederationState, client: int) -> ClientResult:
     elif head.has_update(client):
         status = "already_submitted"
     return ClientResult(status, client, head.number)
+
+
+def remembered_status(workspace: Workspace, client: int) -> ClientResult | None:
+    """Return how a client of a workspace elsewhere stood, where nothing has changed since that gives it work."""
+    noted = recall(workspace, str(client))
+    if noted is None or noted.get("status") not in _IDLE or not isinstance(noted.get("round"), int):
+        return None
+    return ClientResult(noted["status"], client, noted["round"])
+
+
+def remember_status(federation: FederationState, result: ClientResult) -> None:
+    """Note a result of which nothing follows until the next round opens, or the client's update is set aside."""
+    workspace, head, name = federation.workspace, federation.head, federation.workspace.name
+    if not workspace.store.is_remote or result.status not in _IDLE or result.round != head.number:
+        return
+    following = name(workspace.round(head.number + 1) / MANIFEST)
+    beside = {
+        "finished": {name(head.folder / MANIFEST): True},
+        "already_submitted": {name(workspace.update(head.number, result.client) / UPDATE_RECORD): True},
+    }
+    names = {following: False, **beside.get(result.status, {name(workspace.identity): True})}
+    if head.manifest.secure_aggregation is not None and result.status == "already_submitted":
+        names = {following: False, name(workspace.repair_of(head.number)): False}
+    note(workspace, str(result.client), {"status": result.status, "round": result.round}, names)
 
 
 def _is_gone(federation: FederationState, client: int) -> bool:
@@ -112,11 +140,11 @@ def train_client(
                         return _train_masked(federation, party, result.status, runtimes, observer)
                     return _train(federation, party, runtimes, observer)
             except BusyError:
-                if time.monotonic() + POLL_SECONDS > deadline:
+                if time.monotonic() + federation.poll_seconds > deadline:
                     raise
-        elif result.status == "finished" or time.monotonic() + POLL_SECONDS > deadline:
+        elif result.status == "finished" or time.monotonic() + federation.poll_seconds > deadline:
             return result
-        time.sleep(POLL_SECONDS)
+        time.sleep(federation.poll_seconds)
         federation.refresh()
 
 
@@ -218,9 +246,9 @@ def train_clients(
             raise raised
         has_trained = any(result.has_worked for result in results)
         is_finished = federation.head.manifest.state == "finished"
-        if has_trained or is_finished or time.monotonic() + POLL_SECONDS > deadline:
+        if has_trained or is_finished or time.monotonic() + federation.poll_seconds > deadline:
             return told
-        time.sleep(POLL_SECONDS)
+        time.sleep(federation.poll_seconds)
         federation.refresh()
 
 

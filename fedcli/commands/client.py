@@ -198,8 +198,9 @@ def client_train(
     if failure is not None:
         document |= error_document(failure)
         failure.is_reported = True
-    idle = [] if failure else [_nothing_due(federation.state.head.missing_clients())]
-    lines = [line for result in results for line in _describe(result)] or idle
+    lines = [line for result in results for line in _describe(result)]
+    if not lines and not failure:
+        lines = [_nothing_due(federation.state.head.missing_clients())]
     is_trained = any(result.training for result in results)
     here = at(workspace)
     hint = f"next: fedcli status{here}; once the cohort has answered, fedcli server aggregate{here}"

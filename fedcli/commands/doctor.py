@@ -11,7 +11,7 @@ from fedcli.errors import RequirementError, WorkspaceError
 from fedcli.workspace.address import find_workspace
 
 if TYPE_CHECKING:
-    from fedcli.operations.doctor import Finding
+    from fedcli.operations.finding import Finding
 
 
 def doctor(

@@ -4,14 +4,15 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fedcli.config import Config, TrainConfig
 from fedcli.errors import ConfigError, FedError, RequirementError
 from fedcli.observer import Observer
+from fedcli.operations.finding import Finding, State
 from fedcli.parties.party import trusts_code
 from fedcli.quantities import describe_bytes, plural
 from fedcli.tasks import TASKS
@@ -31,27 +32,10 @@ PACKAGES = (
     *("pyarrow", "jinja2"),
 )
 OPTIONAL_PACKAGES = {"lm-eval": "eval", "scikit-learn": "eval", "matplotlib": "report", "dp-accounting": "privacy"}
+OPTIONAL_PACKAGES |= {"obstore": "s3", "paramiko": "sftp"}
 """What an extra of fedcli brings, by its name on the index."""
 HUB_TIMEOUT = 5.0
 """Seconds to wait for an answer of the hub."""
-
-
-State = Literal["ok", "warning", "failed"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; a cure stands where it is not as it should be."""
-
-    name: str
-    state: State
-    detail: str
-    cure: str = ""
-
-    @classmethod
-    def of(cls, name: str, is_right: bool, detail: str, cure: str, bad: State = "failed") -> "Finding":
-        """Return what was found, with the cure where it is not right."""
-        return cls(name, "ok", detail) if is_right else cls(name, bad, detail, cure)
 
 
 def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]:
@@ -76,7 +60,7 @@ def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]
         ("hub", _hub),
     ]
     if workspace is not None:
-        checks.append(("file system", lambda: _file_system(workspace)))
+        checks.append(("store" if workspace.store.is_remote else "file system", lambda: _place(workspace)))
     if experiment is not None and experiment.identity is not None and not experiment.config.privacy.is_off:
         checks.append(("privacy", lambda: _privacy(experiment.workspace)))
     if experiment is not None:
@@ -275,7 +259,12 @@ def _hub() -> Iterator[Finding]:
         yield Finding("hub", "ok", constants.ENDPOINT)
 
 
-def _file_system(workspace: Workspace) -> Iterator[Finding]:
+def _place(workspace: Workspace) -> Iterator[Finding]:
+    if workspace.store.is_remote:
+        from fedcli.operations.doctor_store import store_findings
+
+        yield from store_findings(workspace)
+        return
     cure = "Put the workspace on a file system that has this (docs/PROTOCOL.md); on Lustre mount it with -o flock."
     set_right = "Set this machine's clock (NTP): deadlines go by the server's."
     for name, problem in probe_file_system(workspace.root).items():

@@ -17,7 +17,7 @@ from fedcli.quantities import name_clients
 from fedcli.scoring.after_rounds import note_due, score_due
 from fedcli.server.aggregate import AggregationResult, aggregate
 from fedcli.server.quorum import needed_answers, seconds_left
-from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
+from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, arriving_clients
 from fedcli.workspace.locks import hold
 from fedcli.workspace.privacy_ledger import check_any_budget
@@ -112,7 +112,7 @@ def run_federation(
                     observer.waiting(f"round {head.number} waits for {who} that are not here: {names}")
                     told = head.number
                     score()
-                time.sleep(POLL_SECONDS)
+                time.sleep(federation.poll_seconds)
                 federation.refresh()
             else:
                 observer.round_done(merged)

@@ -224,7 +224,9 @@ def _check_path(workspace: Workspace) -> None:
 def _script(federation: FederationState, request: Request) -> str:
     workspace, head = federation.workspace, federation.head
     root = workspace.root.resolve()
-    writer, logs = ScriptWriter(root, federation.config.slurm), root / workspace.name(workspace.job_logs(head.number))
+    address = workspace.address if workspace.store.is_remote else None
+    writer = ScriptWriter(root, federation.config.slurm, address)
+    logs = root / workspace.name(workspace.job_logs(head.number))
     name = job_name(head, request.kind)
     return writer.clients(name, request.clients, logs) if request.kind == "clients" else writer.server(name, logs)
 

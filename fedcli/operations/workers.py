@@ -1,7 +1,6 @@
 """Warm processes that train the clients of a round side by side."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from fedcli.client.due import ClientResult, log_failure, tell, train_client
 from fedcli.client.runtimes import Runtimes
@@ -9,6 +8,7 @@ from fedcli.errors import BusyError, ClientFailure, failure_of
 from fedcli.observer import Observer
 from fedcli.operations.pool import Died, Pool, Raised
 from fedcli.training.reports import StepReport
+from fedcli.workspace.address import workspace_at
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
 
@@ -17,7 +17,7 @@ class Workers(Pool[int]):
     """Up to `count` processes that train clients of a workspace; a context that ends them."""
 
     def __init__(self, workspace: Workspace, count: int, threads: int | None = None) -> None:
-        super().__init__(count, threads, _begin, workspace.root, threads)
+        super().__init__(count, threads, _begin, workspace.address, threads)
 
     def train(self, clients: Sequence[int], number: int, observer: Observer) -> Iterator[ClientResult | ClientFailure]:
         """Train clients of the open round, of this number, each as `client train` does, and yield results as they come.
@@ -53,9 +53,9 @@ class _Reporter(Observer):
         self._send(report)
 
 
-def _begin(root: Path, threads: int | None, send: Callable[[StepReport], None]) -> Callable[[int], ClientResult]:
+def _begin(address: str, threads: int | None, send: Callable[[StepReport], None]) -> Callable[[int], ClientResult]:
     """Return what trains a client in a worker."""
-    federation, observer = FederationState.open(Workspace(root)), _Reporter(send)
+    federation, observer = FederationState.open(workspace_at(address)), _Reporter(send)
     runtimes = Runtimes(federation, threads=threads)
 
     def train(client: int) -> ClientResult:

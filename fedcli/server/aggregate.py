@@ -16,7 +16,7 @@ from fedcli.server.merge import unchanged_files
 from fedcli.server.merge_round import merge_round
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
-from fedcli.workspace.federation_state import POLL_SECONDS, FederationState
+from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, arriving_clients
 from fedcli.workspace.inbox import discard_update
 from fedcli.workspace.locks import hold
@@ -72,9 +72,9 @@ def aggregate(
                 federation.refresh()
                 return _aggregate(federation, algorithm, partial, abandon, dry_run, observer)
         except (NotReadyError, BusyError):
-            if time.monotonic() + POLL_SECONDS > deadline:
+            if time.monotonic() + federation.poll_seconds > deadline:
                 raise
-        time.sleep(POLL_SECONDS)
+        time.sleep(federation.poll_seconds)
 
 
 def aggregate_all(federation: FederationState, *, on_round: Callable[[], None], observer: Observer) -> Round:
@@ -90,7 +90,7 @@ def aggregate_all(federation: FederationState, *, on_round: Callable[[], None], 
             if error.message != said:
                 said = error.message
                 observer.waiting(said)
-            time.sleep(POLL_SECONDS)
+            time.sleep(federation.poll_seconds)
             continue
         if result.published:
             on_round()

@@ -17,10 +17,11 @@ _PREVIOUS = 60
 
 @dataclass(frozen=True)
 class ScriptWriter:
-    """Writes the scripts of one workspace or study, whose folder is `root`."""
+    """Writes the scripts of one workspace or study, whose folder is `root`; `address` is a workspace's URL."""
 
     root: Path
     settings: SlurmConfig
+    address: str | None = None
 
     def clients(self, name: str, clients: Collection[int], log_folder: Path) -> str:
         """Return the script of an array job with one element a client, whose index is the client's id."""
@@ -85,7 +86,7 @@ class ScriptWriter:
     def _fedcli(self, words: str) -> str:
         # -P: Python would import what lies in the workspace, where jobs start
         command = self.settings.command or shlex.join([sys.executable, "-P", "-m", "fedcli"])
-        return f"{command} {words} -w {shlex.quote(str(self.root))}"
+        return f"{command} {words} -w {shlex.quote(self.address or str(self.root))}"
 
 
 def ranges(numbers: Collection[int]) -> str:

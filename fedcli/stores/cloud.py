@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from fedcli.errors import ConfigError, RequirementError
+from fedcli.errors import ConfigError, RequirementError, require_packages
 from fedcli.printable import on_one_line, without_credentials
 from fedcli.stores.objects import Entry, Objects, TooLargeError
 
@@ -27,6 +27,7 @@ _CONFLICTS = 8
 _AT_ONCE = 32
 _STATUS = re.compile(r"status code: (\d+ [A-Za-z ]+)")
 _CAUSE = re.compile(r"<Code>([A-Za-z]+)</Code>|\"(?:code|reason)\": ?\"([A-Za-z_]+)\"")
+_UNANSWERED = re.compile(r"(https?://[^/ ]+)\S* in .*?after (\d+) retries")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 RETRIES = {
@@ -172,20 +173,17 @@ def _reason(error: Exception) -> str:
     status, cause = _STATUS.search(text), _CAUSE.search(text)
     if status is not None:
         return status[1].strip() + (f" ({cause[1] or cause[2]})" if cause else "")
-    first = text.partition("\n")[0]
-    return on_one_line(without_credentials(re.sub(r"^.*?Error performing ", "", first)))[:200]
+    first = re.sub(r"^.*?Error performing [A-Z]+ ", "", text.partition("\n")[0])
+    if (unanswered := _UNANSWERED.match(first)) is not None:
+        return f"no answer from {without_credentials(unanswered[1])}, tried {int(unanswered[2]) + 1} times"
+    return on_one_line(without_credentials(first))[:200]
 
 
 def open_cloud(scheme: str, bucket: str, prefix: str) -> CloudObjects:
     """Return the objects below s3://, gs:// or az://; raise RequirementError without obstore. Nothing is asked yet."""
-    try:
-        from obstore import store
-    except ModuleNotFoundError as error:
-        extra = {"s3": "s3", "gs": "gcs", "az": "azure"}[scheme]
-        raise RequirementError(
-            f"{scheme}:// needs the package obstore, which is not installed",
-            hint=f"Install fedcli's extra that brings it: pip install 'fedcli[{extra}]'.",
-        ) from error
+    require_packages(["obstore"])
+    from obstore import store
+
     address = f"{scheme}://{bucket}/{prefix}".rstrip("/")
     options: dict[str, Any] = {"client_options": _client_options(scheme), "retry_config": RETRIES}
     options["prefix"] = prefix or None

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedcli.errors import ConfigError, FedError, RequirementError
+from fedcli.errors import ConfigError, FedError, require_packages
 from fedcli.printable import on_one_line
 from fedcli.stores.objects import Entry, Objects, TooLargeError
 
@@ -40,6 +40,10 @@ class SftpObjects(Objects):
         self._lock = threading.RLock()
         self._client: paramiko.SSHClient | None = None
         self._sftp: paramiko.SFTPClient | None = None
+
+    def __del__(self) -> None:
+        """Hang up: a connection has a thread and a socket, and a process may open many workspaces."""
+        self._disconnect()
 
     def get(self, key: str, limit: int) -> bytes:
         def read(sftp: "paramiko.SFTPClient") -> bytes:
@@ -91,8 +95,6 @@ class SftpObjects(Objects):
             if is_written and not _is_there(sftp, temporary):
                 return True  # an earlier try has renamed it, and its answer was lost
             if not is_written:
-                if _is_there(sftp, final):
-                    return False
                 self._write(sftp, temporary, contents)
                 is_written = True
             try:
@@ -282,11 +284,5 @@ def _ssh_config(host: str) -> Any:
 
 def open_sftp(host: str, user: str | None, port: int | None, folder: str) -> SftpObjects:
     """Return the objects below sftp://; raise RequirementError without paramiko. Nothing is asked yet."""
-    from importlib.util import find_spec
-
-    if find_spec("paramiko") is None:
-        raise RequirementError(
-            "sftp:// needs the package paramiko, which is not installed",
-            hint="Install fedcli's extra that brings it: pip install 'fedcli[sftp]'.",
-        )
+    require_packages(["paramiko"])
     return SftpObjects(host, user, port, folder)

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from fedcli.errors import WorkspaceError
+from fedcli.printable import show_as
 from fedcli.workspace.layout import CONFIG_NAME, STUDY_NAME, Workspace, remote_folder
 
 
@@ -22,11 +23,12 @@ def workspace_at(address: Path | str) -> Workspace:
     from fedcli.stores.url import open_objects
     from fedcli.workspace.kept_objects import KeptObjects
     from fedcli.workspace.object_store import ObjectStore
-    from fedcli.workspace.split_store import SplitStore
+    from fedcli.workspace.split_store import LOCAL, SplitStore
     from fedcli.workspace.store import DirectoryStore
 
     objects = open_objects(text)
     root = remote_folder(objects.address)
+    show_as(str(root), objects.address, (*LOCAL, "server.lock"))
     remote = ObjectStore(objects, KeptObjects(_cache_folder()))
     return Workspace(root, SplitStore(DirectoryStore(root), remote), objects.address)
 

@@ -17,6 +17,8 @@ from fedcli.workspace.registrations import Registration, any_registered, joined_
 MAX_CONFIG_BYTES = 2**20
 POLL_SECONDS = 0.5
 """How long to wait between two looks at the disk."""
+REMOTE_POLL_SECONDS = 10.0
+"""The same for a workspace elsewhere, where each look costs two requests."""
 
 
 @dataclass
@@ -77,6 +79,11 @@ class FederationState(Experiment):
         before = self.head
         self.head = read_head(self.workspace, self.identity, known=before)
         return self.head is not before
+
+    @property
+    def poll_seconds(self) -> float:
+        """How long to wait between two looks at the workspace."""
+        return REMOTE_POLL_SECONDS if self.workspace.store.is_remote else POLL_SECONDS
 
     @property
     def start(self) -> Round:

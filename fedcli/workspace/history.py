@@ -212,6 +212,11 @@ def read_identity(workspace: Workspace, contents: bytes | None = None) -> Identi
         return parse_record(Identity, contents, workspace.identity)
     identity = read_record(workspace, Identity, workspace.identity, 2**20)
     if identity is None:
+        if not workspace.store.exists(workspace.config.name):
+            raise WorkspaceError(
+                f"{workspace.address} is not a workspace: it holds no {workspace.config.name}",
+                hint=f"Create one with `fedcli init {workspace.address}`.",
+            )
         raise WorkspaceError(
             f"{workspace.address} holds a {workspace.config.name} but no {workspace.identity.name}: "
             "it is not initialised yet",
@@ -299,7 +304,10 @@ def is_hidden(workspace: Workspace, client: int) -> bool:
 
 def _last_listed(workspace: Workspace) -> int:
     """Return the last round that a listing shows, 0 for none; an empty folder is no round: the next one replaces it."""
-    listed = reversed(listed_rounds(workspace))
+    listed = listed_rounds(workspace)
+    if workspace.store.is_remote:  # where there are no empty folders
+        return max(listed, default=0)
+    listed.reverse()
     return next((number for number in listed if workspace.store.names(workspace.name(workspace.round(number)))), 0)
 
 

@@ -102,15 +102,24 @@ class ObjectStore(Store):
     def names(self, folder: str) -> list[str]:
         if record_of(folder) is not None:
             return sorted({path.partition("/")[0] for path in self.files(folder)})
-        return [name for name in self.objects.names(folder) if not _ATTEMPT.fullmatch(name)]
+        found = [name for name in self.objects.names(folder) if not _ATTEMPT.fullmatch(name)]
+        while folder == "rounds" and found and not self._is_begun(f"rounds/{found[-1]}"):
+            found.pop()
+        return found
+
+    def _is_begun(self, folder: str) -> bool:
+        """Return whether more is there of a folder than attempts to publish it."""
+        record = record_of(folder)
+        return record is None or self.objects.head(record) is not None or bool(self.names(folder))
 
     def files(self, name: str) -> dict[str, int]:
         """List what is below a folder, of published ones what their record stands for."""
         start = f"{name}/" if name else ""
         found = self.objects.below(name)
         if not found:
-            entry = self.objects.head(name) if name else None
-            return {} if entry is None else {".": entry.num_bytes}
+            keys = [self._key(name), name] if name else []
+            there = [entry for entry in self.objects.heads(keys) if entry is not None]
+            return {".": there[0].num_bytes} if there else {}
         attempts: dict[str, str] = {}
         files: dict[str, int] = {}
         for path, num_bytes in sorted(found.items()):
@@ -120,7 +129,9 @@ class ObjectStore(Store):
                     attempts[record] = self._attempt(record)
                 if attempt != attempts[record]:
                     continue
-            files[logical.removeprefix(start)] = num_bytes
+            path = logical.removeprefix(start)
+            if attempt is not None or path not in files:
+                files[path] = num_bytes
         return files
 
     def _attempt(self, record: str) -> str:
@@ -173,6 +184,9 @@ class ObjectStore(Store):
     def version(self, name: str) -> object:
         entry = self.objects.head(name)
         return None if entry is None else entry.version
+
+    def versions(self, names: Sequence[str]) -> list[object]:
+        return [None if entry is None else entry.version for entry in self.objects.heads(names)]
 
     def put_new(self, name: str, contents: bytes) -> bool:
         return self.objects.create(name, contents)

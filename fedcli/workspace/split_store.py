@@ -51,6 +51,11 @@ class SplitStore(Store):
     def version(self, name: str) -> object:
         return self._of(name).version(name)
 
+    def versions(self, names: Sequence[str]) -> list[object]:
+        if all(self._of(name) is self.remote for name in names):
+            return self.remote.versions(names)
+        return [self.version(name) for name in names]
+
     def put_new(self, name: str, contents: bytes) -> bool:
         return self._of(name).put_new(name, contents)
 

@@ -73,6 +73,10 @@ class Store(ABC):
         """Return what changes whenever a file is written; None where it cannot be told."""
         return self.modified(name) if self.exists(name) else None
 
+    def versions(self, names: Sequence[str]) -> list[object]:
+        """Return the versions of several files, None of those that are not there."""
+        return [self.version(name) for name in names]
+
     @abstractmethod
     def put_new(self, name: str, contents: bytes) -> bool:
         """Write a file durably; return False, and change nothing, where the name is taken."""
