@@ -322,3 +322,53 @@ def test_killed_at_any_call_the_next_one_goes_on_with_nothing_lost_or_doubled(
             assert [each["client"] for each in read_manifest(folder / "parent", 1)["aggregation"]["counted"]] == [0]
             verified(folder / "parent")
     assert num_killed * stride > 30
+
+
+def test_a_region_that_is_set_free_goes_on_by_itself(nation: tuple[Path, Path, Path]) -> None:
+    parent, north, _ = nation
+    relay(parent, north, 0)
+    configure(north, "federation.relay_every=null", "federation.rounds=4")
+    answer(north, NORTH)
+    merge(north)
+    assert read_manifest(north, 2)["cohort"] == [], "what began from the parent goes on to its sum"
+    merge(north)
+    assert read_manifest(north, 3)["cohort"] == [0, 1]
+    assert read_manifest(north, 3)["files"] == read_manifest(north, 2)["files"]
+    with pytest.raises(UsageError, match="whose parties hold the rows"):
+        Federation.open(parent).client(0).join(north / "rows.jsonl")
+    assert relay(parent, north, 0).status == "waits_for_parties"
+    verified(north)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("settings", "remark"),
+    [
+        (
+            ("privacy.unit=client", "privacy.clip=1", "privacy.noise=1"),
+            "privacy.unit: client: this region counts as one",
+        ),
+        (("algorithm.name=fedyogi",), "fedyogi weighs its clients alike"),
+        (
+            ("aggregation.rule=median", "aggregation.tolerate=0"),
+            "aggregation.rule: median looks at one update a client",
+        ),
+        (("aggregation.weight_cap=10",), "weight_cap: 10 is of its clients"),
+        (("algorithm.name=fedprox", "algorithm.mu=0.1"), None),
+        (("algorithm.name=fedavgm",), None),
+    ],
+)
+def test_a_parent_whose_rounds_are_no_mean_by_rows_is_told(
+    small_template: Path, home: Path, settings: tuple[str, ...], remark: str | None
+) -> None:
+    parent = make(small_template, home / "parent", "federation.clients=1", *settings)
+    child = region(small_template, home / "child", rows=NORTH)
+    round_of_region(parent, child, 0, NORTH)
+    done = relay(parent, child, 0)
+    assert [remark in each for each in done.remarks] == [True] if remark else done.remarks == ()
+    name = read_manifest(parent, 0)["algorithm"]["name"]
+    assert read_manifest(child, 1)["algorithm"]["name"] == ("fedprox" if name == "fedprox" else "fedavg")
+    merge(parent)
+    assert relay(parent, child, 0).status == "opened"
+    verified(child)
+    assert Federation.open(parent).verify().violations == []

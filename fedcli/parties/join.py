@@ -115,6 +115,11 @@ def prepare_join(
     check_free(workspace, client, found, workspace_id)
     given = read_format(data_format, config.task) if data_format is not None else None
     before = read_party(found)
+    if before is not None and before.region is not None:
+        raise UsageError(
+            f"client {client} is the region {before.region.child}, whose parties hold the rows",
+            hint="Take another id: a region joins by `fedcli relay` alone.",
+        )
     kept: list[str] = []
     old_floors = USUAL_FLOORS if before is None else before.floors
     own_floors = parse_floors(floors, old_floors)
