@@ -5,16 +5,17 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser, Error
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fedcli.errors import ConfigError, RequirementError, require_packages
 from fedcli.printable import on_one_line, without_credentials
+from fedcli.stores.calls import at_once, interruptible
 from fedcli.stores.objects import Entry, Objects, TooLargeError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ RETRIES = {
 }
 """Of 429, 5xx and connections that break; 412, a condition that does not hold, is an answer."""
 _CONNECT_SECONDS = 10
+_ANSWER_SECONDS = 60
 _REQUEST_SECONDS = 300
 """A part of 5 MB may take so long: 17 kB a second."""
 
@@ -44,60 +46,67 @@ _REQUEST_SECONDS = 300
 class CloudObjects(Objects):
     """Objects of a bucket or a container, below a prefix."""
 
-    def __init__(self, address: str, store: "ObjectStore") -> None:
+    def __init__(self, address: str, store: "ObjectStore", bulk: "ObjectStore | None" = None) -> None:
+        """`bulk` is the same place for what is written, which may take longer than an answer."""
         super().__init__(address)
         self._store = store
+        self._bulk = bulk or store
 
     def get(self, key: str, limit: int) -> bytes:
         import obstore
 
-        with self._explained("read", key):
+        def get() -> bytes:
             found = obstore.get(self._store, key)
             if (num_bytes := found.meta["size"]) > limit:
                 raise TooLargeError(num_bytes)
             return bytes(found.bytes())
 
+        with self._explained("read", key):
+            return interruptible(get)
+
     def get_part(self, key: str, start: int, end: int) -> bytes:
         import obstore
 
-        with self._explained("read", key):
+        def get() -> bytes:
             size = obstore.head(self._store, key)["size"]
             if start >= min(end, size):
                 return b""
             return bytes(obstore.get_range(self._store, key, start=start, end=min(end, size)))
+
+        with self._explained("read", key):
+            return interruptible(get)
 
     def head(self, key: str) -> Entry | None:
         import obstore
 
         try:
             with self._explained("look at", key):
-                found = obstore.head(self._store, key)
+                found = interruptible(lambda: obstore.head(self._store, key))
         except FileNotFoundError:
             return None
         return Entry(found["size"], found["e_tag"] or str(found["last_modified"]), found["last_modified"].timestamp())
 
     def heads(self, keys: Sequence[str]) -> list[Entry | None]:
-        if len(keys) < 2:
-            return [self.head(key) for key in keys]
-        with ThreadPoolExecutor(min(_AT_ONCE, len(keys))) as pool:
-            return list(pool.map(self.head, keys))
+        return at_once([partial(self.head, key) for key in keys], _AT_ONCE)
 
     def put(self, key: str, contents: bytes) -> None:
         import obstore
 
         with self._explained("write", key):
-            obstore.put(self._store, key, contents)
+            interruptible(lambda: obstore.put(self._bulk, key, contents))
 
     def create(self, key: str, contents: bytes) -> bool:
         import obstore
 
         writer = uuid.uuid4().hex
+
+        def create() -> None:
+            obstore.put(self._bulk, key, contents, mode="create", attributes={_WRITER: writer}, use_multipart=False)
+
         for attempt in range(_CONFLICTS):
             try:
                 with self._explained("create", key):
-                    obstore.put(
-                        self._store, key, contents, mode="create", attributes={_WRITER: writer}, use_multipart=False
-                    )
+                    interruptible(create)
                 return True
             except FileExistsError:
                 standing = self._writer(key)
@@ -112,7 +121,8 @@ class CloudObjects(Objects):
 
         try:
             with self._explained("read", key):
-                return str(obstore.get(self._store, key, options={"head": True}).attributes.get(_WRITER, ""))
+                found = interruptible(lambda: obstore.get(self._store, key, options={"head": True}))
+                return str(found.attributes.get(_WRITER, ""))
         except FileNotFoundError:
             return None
 
@@ -120,15 +130,19 @@ class CloudObjects(Objects):
         import obstore
 
         start = f"{folder}/" if folder else ""
-        with self._explained("list", folder):
+
+        def below() -> dict[str, int]:
             pages = obstore.list(self._store, prefix=folder or None)
             return {entry["path"].removeprefix(start): entry["size"] for page in pages for entry in page}
+
+        with self._explained("list", folder):
+            return interruptible(below)
 
     def names(self, folder: str) -> list[str]:
         import obstore
 
         with self._explained("list", folder):
-            found = obstore.list_with_delimiter(self._store, prefix=folder or None)
+            found = interruptible(lambda: obstore.list_with_delimiter(self._store, prefix=folder or None))
         keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
         return sorted({key.rpartition("/")[2] for key in keys})
 
@@ -137,7 +151,7 @@ class CloudObjects(Objects):
 
         try:
             with self._explained("delete", key):
-                obstore.delete(self._store, key)
+                interruptible(lambda: obstore.delete(self._store, key))
         except FileNotFoundError:
             return
 
@@ -164,7 +178,10 @@ class CloudObjects(Objects):
         except (PermissionDeniedError, UnauthenticatedError):
             raise self.denied(action, key) from None
         except (BaseError, OSError) as error:  # obstore's texts hold whole answers, and what was asked
-            raise self.unreachable(action, key, _reason(error)) from None
+            reason = _reason(error)
+            if reason.startswith(("401", "403")):
+                raise self.denied(action, key) from None
+            raise self.unreachable(action, key, reason) from None
 
 
 def _reason(error: Exception) -> str:
@@ -185,11 +202,13 @@ def open_cloud(scheme: str, bucket: str, prefix: str) -> CloudObjects:
     from obstore import store
 
     address = f"{scheme}://{bucket}/{prefix}".rstrip("/")
-    options: dict[str, Any] = {"client_options": _client_options(scheme), "retry_config": RETRIES}
-    options["prefix"] = prefix or None
-    kinds = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}
+    options: dict[str, Any] = {"retry_config": RETRIES, "prefix": prefix or None}
+    options |= _aws_profile() if scheme == "s3" else {}
+    make = partial({"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[scheme], bucket, **options)
+    client = _client_options(scheme)
+    answers = client | {"read_timeout": timedelta(seconds=_ANSWER_SECONDS)}
     try:
-        return CloudObjects(address, kinds[scheme](bucket, **options, **(_aws_profile() if scheme == "s3" else {})))
+        return CloudObjects(address, make(client_options=answers), make(client_options=client))
     except store_errors() as error:
         reason = on_one_line(without_credentials(str(error).partition("\n")[0]))[:200]
         hint = "Check the URL, and the credentials in the environment (docs/STORES.md)."
