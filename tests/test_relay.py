@@ -11,7 +11,7 @@ from support.kills import copies_killed_at_every_call
 from support.regions import answer, make, merge, region, relay, verified
 
 from fedcli import Federation
-from fedcli.errors import ConfigError, IntegrityError, NotReadyError, UsageError
+from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError, UsageError
 from fedcli.workspace.layout import default_home
 
 slow = pytest.mark.slow
@@ -372,3 +372,28 @@ def test_a_parent_whose_rounds_are_no_mean_by_rows_is_told(
     assert relay(parent, child, 0).status == "opened"
     verified(child)
     assert Federation.open(parent).verify().violations == []
+
+
+@slow
+def test_a_sum_of_nobody_or_that_changed_is_not_sent(small_template: Path, home: Path) -> None:
+    parent = make(small_template, home / "parent", "federation.clients=1")
+    child = make(small_template, home / "child", "federation.relay_every=1", rows=NORTH, signed=True)
+    relay(parent, child, 0)
+    for client in (0, 1):
+        Federation.open(child).server.revoke(client)
+    assert relay(parent, child, 0).status == "waits_for_parties"
+    merge(child)
+    assert relay(parent, child, 0).status == "nothing_counted", "all of the region have left"
+    parent = make(small_template, home / "another", "federation.clients=1")
+    child = region(small_template, home / "plain", rows=NORTH)
+    relay(parent, child, 0)
+    answer(child, NORTH)
+    merge(child)
+    manifest = child / "rounds/00002/manifest.json"
+    was = manifest.read_text()
+    manifest.write_text(was.replace('"num_samples": 3', '"num_samples": 4'))
+    with pytest.raises(FedError, match=r"damaged|weighs"):
+        relay(parent, child, 0)
+    assert not (parent / "inbox/0/round-00000").exists()
+    manifest.write_text(was)
+    assert relay(parent, child, 0).status == "sent"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support import regions
 from support.federation import read_adapter, read_manifest
+from support.object_stores import new_place
 from support.regions import verified
 from support.secure import ROWS, merge, visit
 from support.warm import write_rows
@@ -135,3 +136,31 @@ def test_of_a_masked_region_the_sum_goes_up_with_its_rows(small_template: Path, 
     assert visit(child, 0) == ["submitted"]
     verified(child)
     verified(parent)
+
+
+@pytest.mark.parametrize("kind", ["s3", "sftp"])
+def test_a_region_on_a_disk_takes_part_in_a_parent_in_a_store(
+    small_template: Path, home: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    settings = {
+        "data.source": None,
+        "federation.clients": 1,
+        "federation.rounds": 1,
+        "adapter.rank": 4,
+        "adapter.target_modules": ["q_proj", "v_proj"],
+    }
+    parent = Federation.create(new_place(kind, monkeypatch), preset="demo", settings=settings)
+    child = regions.region(small_template, home / "child", rows=(3, 5))
+    region = Federation.open(child)
+    joined = parent.relay(0, region).joined
+    assert joined is not None
+    parent.server.enrol(0, joined.fingerprint)
+    regions.answer(child, (3, 5))
+    regions.merge(child)
+    assert parent.relay(0, region).status == "sent"
+    assert parent.server.aggregate().state == "finished"
+    assert parent.relay(0, region).status == "ended"
+    assert parent.verify().violations == []
+    assert verified(child).num_relayed == 2
+    assert read_manifest(child, 3)["files"] == parent.round().manifest.model_dump(mode="json")["files"]

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Literal
 from fedcli.client.due import client_status, take_part_masked
 from fedcli.client.signing import check_past, commit_update
 from fedcli.observer import Observer
-from fedcli.operations.relay_checks import Summed, check_began_there, check_not_taken_back, check_pair, sum_up
+from fedcli.operations.relay_checks import (
+    Summed,
+    check_began_there,
+    check_not_taken_back,
+    check_own_round,
+    check_pair,
+    sum_up,
+)
 from fedcli.parties.party import find_home
 from fedcli.parties.region import JoinedRegion, Region, join_region, registered_rows
 from fedcli.server.region import cycle_of
@@ -168,6 +175,7 @@ def _step_of_finished(parent: FederationState, child: FederationState, client: i
 
 def _do(parent: FederationState, child: FederationState, region: Region, step: _Step, observer: Observer) -> _Step:
     """Do what is due; whoever calls this holds the lock of the region's home."""
+    check_own_round(child)
     if step.status in ("opened", "ended"):
         check_past(parent, region, parent.past(), observer)
         is_first = begin_round(child, parent.head, region.client, known=child.head.sha256)

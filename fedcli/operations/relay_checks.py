@@ -182,6 +182,21 @@ def check_began_there(parent: FederationState, first: Round) -> None:
         )
 
 
+def check_own_round(child: FederationState) -> None:
+    """Raise IntegrityError where a region's latest round is damaged, or its server did not sign it as it must."""
+    head = child.head
+    head.check_unchanged()
+    if child.identity.signatures is None:
+        return
+    from fedcli.trust.chain import read_chain, round_fault  # where nothing is signed nobody needs cryptography
+
+    if fault := round_fault(head, read_chain(child.workspace, child.identity)):
+        raise IntegrityError(
+            f"{head.folder} {fault}",
+            hint="Nothing was sent. Restore it from a backup: whoever can write there made it.",
+        )
+
+
 def check_not_taken_back(parent: FederationState, last: Round) -> None:
     """Raise IntegrityError where the parent's round that a region began from is not there any more, or another."""
     relay = last.manifest.relay
