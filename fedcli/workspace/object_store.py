@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 
@@ -69,6 +70,7 @@ class ObjectStore(Store):
     def __init__(self, objects: Objects, kept: KeptObjects | None = None) -> None:
         self.objects = objects
         self._kept = kept
+        self._is_closed: dict[str, bool] = {}  # inboxes: whether this user may read nothing there
         self._hashes: dict[str, str] = {}  # of records that never change: what leads to their files
 
     def read(self, name: str, limit: int) -> bytes:
@@ -153,7 +155,7 @@ class ObjectStore(Store):
         if record is None or name == record:
             return self._is_there(name)
         if name == str(PurePosixPath(record).parent):
-            return self.objects.head(record) is not None
+            return self._is_seen(record)
         return any(entry is not None for entry in self.objects.heads([self._key(name), name]))
 
     def _is_there(self, name: str) -> bool:
@@ -170,8 +172,30 @@ class ObjectStore(Store):
 
     def existing(self, names: Sequence[str]) -> set[str]:
         records = [record_of(name) or name for name in names]
-        entries = self.objects.heads(records)
-        return {name for name, entry in zip(names, entries, strict=True) if entry is not None}
+        try:
+            there = [entry is not None for entry in self.objects.heads(records)]
+            self._is_closed |= dict.fromkeys(map(_inbox_of, records), False)
+        except DeniedError:
+            with ThreadPoolExecutor(16) as pool:
+                there = list(pool.map(self._is_seen, records))
+        return {name for name, is_there in zip(names, there, strict=True) if is_there}
+
+    def _is_seen(self, record: str) -> bool:
+        """Return whether a record is there; of one that may not be read a list of its folder tells."""
+        try:
+            is_there = self.objects.head(record) is not None
+        except DeniedError:
+            self._is_closed[_inbox_of(record)] = True
+            folder, _, name = record.rpartition("/")
+            return name in self.objects.names(folder)
+        self._is_closed[_inbox_of(record)] = False
+        return is_there
+
+    def is_hidden(self, folder: str) -> bool:
+        """Return whether nothing in an inbox may be read: that is told of what is not there, too."""
+        if folder not in self._is_closed:
+            self._is_seen(f"{folder}/-")
+        return self._is_closed[folder]
 
     def modified(self, name: str) -> float:
         entry = self.objects.head(record_of(name) or name)
@@ -319,6 +343,11 @@ class _ObjectFolder(Folder):
         if self._record is None or self._contents is None:
             return [full]
         return [attempt_key(full, self._record, self._contents), full]
+
+
+def _inbox_of(name: str) -> str:
+    """Return the inbox that a file lies in, of others the folder at the top."""
+    return "/".join(name.split("/")[:2])
 
 
 def _without_attempt(path: str) -> tuple[str, str | None]:
