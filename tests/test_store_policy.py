@@ -7,16 +7,21 @@ import json
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.fault_proxy import FaultProxy
+from support.fault_proxy import FaultProxy, Request
 from support.processes import SMALL, settings, warm
 from support.s3_policy import PARTY, SERVER, Act, federation_policy
 from support.servers import KEY, new_bucket, s3_environment, s3_server, signed_by
 from support.warm import write_rows
+
+from fedcli.errors import DeniedError
+from fedcli.workspace.address import workspace_at
+from fedcli.workspace.layout import ADAPTER_NAME, MANIFEST, UPDATE_RECORD
+from fedcli.workspace.store import Store
 
 CLIENTS = range(3)
 PREFIX = "hospitals/study-1"
@@ -91,6 +96,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield made
 
 
+@pytest.mark.slow
 def test_a_party_joins_trains_looks_and_is_counted(world: World) -> None:
     for client in CLIENTS:
         done = world.party(client, "status", "--json")
@@ -104,6 +110,7 @@ def test_a_party_joins_trains_looks_and_is_counted(world: World) -> None:
     assert all(method in ("HEAD", "GET") and "/inbox/" in path for method, path, _ in refused), refused
 
 
+@pytest.mark.slow
 def test_a_server_verifies_and_prunes_and_a_party_verifies_what_it_may_see(world: World) -> None:
     assert json.loads(world.run(SERVER, "verify", "--json").stdout)["violations"] == []
     found = json.loads(world.party(0, "verify", "--json").stdout)
@@ -141,6 +148,20 @@ FORBIDDEN: dict[str, tuple[str, str, dict[str, str]]] = {
 }  # fmt: skip
 
 
+def test_the_documents_forbid_it_all_and_take_no_more_than_a_bucket_has_room_for_with_fifteen_parties() -> None:
+    policy = federation_policy("hospitals", PREFIX, range(15), KEY)
+    for deed, (method, path, headers) in FORBIDDEN.items():
+        named = {
+            name.replace("_", "-").lower(): value.replace("BUCKET", "hospitals") for name, value in headers.items()
+        }
+        target, _, query = path.partition("?")
+        asked = Request(method, f"/hospitals{target}", {query: ""} if query else {}, named, b"", PARTY.format(0))
+        assert policy(asked, lambda bucket, key: True), deed
+    own = Act("s3:PutObject", "hospitals", f"{PREFIX}/inbox/14/x")
+    assert [client for client in range(15) if policy.allows(PARTY.format(client), own)] == [14]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", FORBIDDEN)
 def test_the_store_refuses_a_party(world: World, deed: str) -> None:
     method, path, headers = FORBIDDEN[deed]
@@ -151,6 +172,7 @@ def test_the_store_refuses_a_party(world: World, deed: str) -> None:
     assert world.objects() == before
 
 
+@pytest.mark.slow
 def test_many_are_removed_at_once_only_where_each_may_be(world: World) -> None:
     body = f"<Delete><Object><Key>{PREFIX}/inbox/0/x</Key></Object><Object><Key>{OTHERS[1:]}</Key></Object></Delete>"
     before = world.objects()
@@ -158,6 +180,7 @@ def test_many_are_removed_at_once_only_where_each_may_be(world: World) -> None:
     assert world.objects() == before
 
 
+@pytest.mark.slow
 def test_not_even_the_server_replaces_or_removes_what_was_published(world: World) -> None:
     before = world.objects()
     for method, path in (("PUT", ROUND), ("DELETE", ROUND), ("PUT", OTHERS)):
@@ -166,9 +189,45 @@ def test_not_even_the_server_replaces_or_removes_what_was_published(world: World
     assert world.objects() == before
 
 
+@pytest.mark.slow
 def test_a_key_of_nobody_sees_nothing(world: World) -> None:
     for path in (ROUND, f"/{PREFIX}/nothing-there", f"?prefix={PREFIX}"):
         assert world.ask("AKIANOBODY", "GET", path)[0] == 403
+
+
+RECORD = (MANIFEST, b"{}")
+ACTS: dict[str, Callable[[Store], object]] = {
+    "create rounds/00002/": lambda store: store.publish("rounds/00002", [(ADAPTER_NAME, b"x")], RECORD),
+    "create inbox/1/": lambda store: store.publish("inbox/1/round-00001", [("x", b"x")], (UPDATE_RECORD, b"{}")),
+    "read inbox/1/": lambda store: store.read("inbox/1/round-00000/update.json", 2**20),
+    "set aside inbox/1/": lambda store: store.set_aside("inbox/1/round-00000"),
+    "write clients/1.json": lambda store: store.put("clients/1.json", b"{}"),
+    "create clients/7.json": lambda store: store.put_new("clients/7.json", b"{}"),
+    "write fedcli.yaml": lambda store: store.put("fedcli.yaml", b"{}"),
+    "write workspace.json": lambda store: store.put("workspace.json", b"{}"),
+    "create enrolment/": lambda store: store.put_new_signed("enrolment/00099.json", b"{}", b"sig"),
+    "create attempts/": lambda store: store.put_new("attempts/round-00001-0.json", b"{}"),
+    "create repair/": lambda store: store.put_new("repair/round-00001-0.json", b"{}"),
+    "write discarded/": lambda store: store.put("discarded/1/round-00000.json", b"{}"),
+    "write inbox/0/round-00000/update.json": lambda store: store.put("inbox/0/round-00000/update.json", b"{}"),
+    "delete rounds/00000/": lambda store: store.delete("rounds/00000"),
+    "delete a file of rounds/00000/": lambda store: store.delete(f"rounds/00000/{ADAPTER_NAME}"),
+    "delete enrolment/": lambda store: store.delete("enrolment/00001.json"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ACTS)
+def test_what_the_store_forbids_fedcli_says_and_names(world: World, act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3_environment(world.proxy.url, PARTY.format(0)).items():
+        monkeypatch.setenv(name, value)
+    before = world.objects()
+    with pytest.raises(DeniedError) as refused:
+        ACTS[act](workspace_at(world.url).store)
+    assert world.objects() == before
+    assert (refused.value.exit_code, "docs/STORES.md" in refused.value.hint) == (4, True)
+    name = act.rpartition(" ")[2]
+    assert re.fullmatch(rf"{world.url} does not let you [a-z ]+ {name}\S*", refused.value.message), refused.value
 
 
 COMMANDS: dict[str, tuple[object, ...]] = {
@@ -180,18 +239,12 @@ COMMANDS: dict[str, tuple[object, ...]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", COMMANDS)
 def test_fedcli_says_what_a_party_may_not_do_and_changes_nothing(world: World, deed: str) -> None:
     place = world.folder / PARTY.format(0)
     write_rows(place / "rows.jsonl", [{"instruction": "say 1", "output": "1"}] * 3)
     before = world.objects()
     done = world.party(0, *COMMANDS[deed], code=4)
-    print(done.stderr)
     assert world.objects() == before
     assert done.stderr.startswith("fedcli: error: ")
-
-
-def test_the_documents_are_no_more_than_a_bucket_takes_with_fifteen_parties() -> None:
-    policy = federation_policy("a-bucket-of-a-usual-length", PREFIX, range(15), KEY)
-    assert policy.allows(PARTY.format(14), Act("s3:PutObject", "a-bucket-of-a-usual-length", f"{PREFIX}/inbox/14/x"))
-    assert not policy.allows(PARTY.format(1), Act("s3:PutObject", "a-bucket-of-a-usual-length", f"{PREFIX}/inbox/14/x"))
