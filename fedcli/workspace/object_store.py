@@ -131,7 +131,9 @@ class ObjectStore(Store):
                     attempts[record] = self._attempt(record)
                 if attempt != attempts[record]:
                     continue
-            files[logical.removeprefix(start)] = num_bytes
+            path = logical.removeprefix(start)
+            if attempt is not None or path not in files:
+                files[path] = num_bytes
         return files
 
     def _attempt(self, record: str) -> str:
