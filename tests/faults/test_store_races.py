@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,7 @@ NUM_RACES = int(os.environ.get("FEDCLI_RACES", "8"))
 @pytest.mark.slow
 def test_of_two_servers_that_race_for_a_round_one_wins_and_the_other_says_so(small, tmp_path, monkeypatch):
     configure(small, f"federation.rounds={2 * NUM_RACES}")
-    counts = dict.fromkeys(
-        ("races", "won by one", "the loser says so", "one came too late to race", "lost", "doubled"), 0
-    )
+    counts = dict.fromkeys((*COUNTS, "lost", "doubled"), 0)
     problems: list[str] = []
     server = s3_server()
     with ExitStack() as stack:
@@ -48,7 +47,7 @@ def test_of_two_servers_that_race_for_a_round_one_wins_and_the_other_says_so(sma
                 train_as(client, url)
             proxy.forget()
             command = ("server", "aggregate", "--no-score", "--json", "-w", url)
-            ended = list(pool.map(lambda each: each(*command, cwd=tmp_path), machines))
+            ended = list(pool.map(partial(Warm.__call__, cwd=tmp_path), machines, *([part] * 2 for part in command)))
             problems += [f"{number}: {problem}" for problem in judged(proxy, ended, counts)]
             counts["lost"] += Federation.open(url).round().number != number + 1
         violations = Federation.open(url).verify().violations
