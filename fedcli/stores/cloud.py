@@ -5,16 +5,17 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser, Error
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from fedcli.errors import ConfigError, RequirementError, WorkspaceError, require_packages
 from fedcli.printable import on_one_line, without_credentials
+from fedcli.stores.calls import at_once, interruptible
 from fedcli.stores.objects import TRY_AGAIN, Entry, Objects, TooLargeError
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ _CONFLICTS = 8
 """How often a creation is tried again that another one, which then failed, got in the way of (409 on S3)."""
 _BREAKS = 6
 """How often is asked for what breaks off."""
-_BROKEN_OFF = re.compile("body error|error decoding response body|list response body|unexpected end|Content-Range header")
+_BROKEN_OFF = re.compile(
+    "body error|error decoding response body|list response body|unexpected end|Content-Range header"
+)
 _LOST = "HTTP error"
 """What obstore says of a connection that broke; of an answer with an error it tells the status."""
 _AT_ONCE = 32
@@ -43,6 +46,7 @@ RETRIES = {
 }
 """Of 429, 5xx and connections that break; 412, a condition that does not hold, is an answer."""
 _CONNECT_SECONDS = 10
+_ANSWER_SECONDS = 60
 _REQUEST_SECONDS = 300
 """A part of 5 MB may take so long: 17 kB a second."""
 
@@ -50,9 +54,11 @@ _REQUEST_SECONDS = 300
 class CloudObjects(Objects):
     """Objects of a bucket or a container, below a prefix."""
 
-    def __init__(self, address: str, store: "ObjectStore") -> None:
+    def __init__(self, address: str, store: "ObjectStore", bulk: "ObjectStore | None" = None) -> None:
+        """`bulk` is the same place for what is written, which may take longer than an answer."""
         super().__init__(address)
         self._store = store
+        self._bulk = bulk or store
 
     def get(self, key: str, limit: int) -> bytes:
         import obstore
@@ -86,26 +92,25 @@ class CloudObjects(Objects):
         return Entry(found["size"], found["e_tag"] or str(found["last_modified"]), found["last_modified"].timestamp())
 
     def heads(self, keys: Sequence[str]) -> list[Entry | None]:
-        if len(keys) < 2:
-            return [self.head(key) for key in keys]
-        with ThreadPoolExecutor(min(_AT_ONCE, len(keys))) as pool:
-            return list(pool.map(self.head, keys))
+        return at_once([partial(self.head, key) for key in keys], _AT_ONCE)
 
     def put(self, key: str, contents: bytes) -> None:
         import obstore
 
-        self._asked("write", key, lambda: obstore.put(self._store, key, contents))
+        self._asked("write", key, lambda: obstore.put(self._bulk, key, contents))
 
     def create(self, key: str, contents: bytes) -> bool:
         import obstore
 
         writer = uuid.uuid4().hex
+
+        def create() -> None:
+            obstore.put(self._bulk, key, contents, mode="create", attributes={_WRITER: writer}, use_multipart=False)
+
         for attempt in range(_CONFLICTS):
             try:
                 with self._explained("create", key):
-                    obstore.put(
-                        self._store, key, contents, mode="create", attributes={_WRITER: writer}, use_multipart=False
-                    )
+                    interruptible(create)
                 return True
             except (FileExistsError, UnansweredError):  # obstore asks for no condition twice
                 standing = self._writer(key)
@@ -153,7 +158,7 @@ class CloudObjects(Objects):
         for attempt in range(1, _BREAKS + 1):
             try:
                 with self._explained(action, key):
-                    return ask()
+                    return interruptible(ask)
             except BrokenOffError:
                 if attempt == _BREAKS:
                     raise
@@ -186,7 +191,10 @@ class CloudObjects(Objects):
             if _BROKEN_OFF.search(str(error)):
                 problem = f"cannot {action} {self.address}/{key}: the answer breaks off"
                 raise BrokenOffError(problem, hint=TRY_AGAIN) from None
-            unreachable = self.unreachable(action, key, _reason(error))
+            reason = _reason(error)
+            if reason.startswith(("401", "403")):
+                raise self.denied(action, key) from None
+            unreachable = self.unreachable(action, key, reason)
             if _LOST in str(error):
                 raise UnansweredError(unreachable.message, hint=unreachable.hint) from None
             raise unreachable from None
@@ -218,11 +226,13 @@ def open_cloud(scheme: str, bucket: str, prefix: str) -> CloudObjects:
     from obstore import store
 
     address = f"{scheme}://{bucket}/{prefix}".rstrip("/")
-    options: dict[str, Any] = {"client_options": _client_options(scheme), "retry_config": RETRIES}
-    options["prefix"] = prefix or None
-    kinds = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}
+    options: dict[str, Any] = {"retry_config": RETRIES, "prefix": prefix or None}
+    options |= _aws_profile() if scheme == "s3" else {}
+    make = partial({"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[scheme], bucket, **options)
+    client = _client_options(scheme)
+    answers = client | {"read_timeout": timedelta(seconds=_ANSWER_SECONDS)}
     try:
-        return CloudObjects(address, kinds[scheme](bucket, **options, **(_aws_profile() if scheme == "s3" else {})))
+        return CloudObjects(address, make(client_options=answers), make(client_options=client))
     except store_errors() as error:
         reason = on_one_line(without_credentials(str(error).partition("\n")[0]))[:200]
         hint = "Check the URL, and the credentials in the environment (docs/STORES.md)."
