@@ -25,11 +25,12 @@ _WRITER = "fedcliwriter"
 """The metadata of a created object that tells who created it: an answer that was lost may hide that it was we."""
 _CONFLICTS = 8
 """How often a creation is tried again that another one, which then failed, got in the way of (409 on S3)."""
-_BREAKS = 6
+_BREAKS = 8
 """How often is asked for what breaks off."""
 _BROKEN_OFF = re.compile(
     "body error|error decoding response body|list response body|unexpected end|Content-Range header"
 )
+_TRIED = re.compile(r"after \d+ retries")
 _LOST = "HTTP error"
 """What obstore says of a connection that broke; of an answer with an error it tells the status."""
 _AT_ONCE = 32
@@ -154,7 +155,7 @@ class CloudObjects(Objects):
             self._asked("delete", key, lambda: obstore.delete(self._store, key))
 
     def _asked(self, action: str, key: str, ask: Callable[[], T]) -> T:
-        """Return what is answered; ask again where an answer breaks off once it has begun, as obstore does not."""
+        """Return what is answered; ask again for what may be asked twice where obstore does not."""
         for attempt in range(1, _BREAKS + 1):
             try:
                 with self._explained(action, key):
@@ -188,10 +189,10 @@ class CloudObjects(Objects):
         except (PermissionDeniedError, UnauthenticatedError):
             raise self.denied(action, key) from None
         except (BaseError, OSError) as error:  # obstore's texts hold whole answers, and what was asked
-            if _BROKEN_OFF.search(str(error)):
-                problem = f"cannot {action} {self.address}/{key}: the answer breaks off"
-                raise BrokenOffError(problem, hint=TRY_AGAIN) from None
             reason = _reason(error)
+            if _BROKEN_OFF.search(str(error)) or (_LOST in str(error) and not _TRIED.search(str(error))):
+                problem = f"cannot {action} {self.address}/{key}: the connection breaks off"
+                raise BrokenOffError(problem, hint=TRY_AGAIN) from None
             if reason.startswith(("401", "403")):
                 raise self.denied(action, key) from None
             unreachable = self.unreachable(action, key, reason)
@@ -205,7 +206,7 @@ class UnansweredError(WorkspaceError):
 
 
 class BrokenOffError(UnansweredError):
-    """An answer ended before its last byte."""
+    """A connection broke, and obstore has not tried again: an answer had begun, or it takes no such request twice."""
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,76 @@
+"""A store on a bad day: what may be asked again is, and a create-only write knows whether it was its own that won."""
+
+import re
+
+import pytest
+from support.fault_proxy import KINDS, FaultProxy, Faults
+from support.servers import new_bucket, s3_environment, s3_server
+
+from fedcli.errors import WorkspaceError
+from fedcli.stores import cloud
+from fedcli.stores.objects import Objects
+from fedcli.stores.url import open_objects
+
+QUICK = ("409", "dropped after", "truncated")
+"""Of the kinds, those that the default suite tries."""
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def test_a_bad_day_costs_time_and_nothing_else(kind, monkeypatch):
+    server = s3_server()
+    bucket = new_bucket(server.url)
+    with FaultProxy(server.url, Faults({kind: 0.25}, seed=3)) as proxy:
+        for name, value in s3_environment(proxy.url).items():
+            monkeypatch.setenv(name, value)
+        objects = open_objects(f"s3://{bucket}/study")
+        for number in range(6):
+            name = f"rounds/{number}.json"
+            assert objects.create(name, b"first" * 20)
+            assert not objects.create(name, b"second")
+            assert objects.get(name, 2**20) == b"first" * 20
+            assert objects.head("rounds/nothing.json") is None
+            assert objects.get_part(name, 5, 9) == b"firs"
+            objects.put("settings", str(number).encode())
+            objects.put(f"passing/{number}", b"x")
+            objects.delete(f"passing/{number}")
+        assert set(objects.below("")) == {*(f"rounds/{number}.json" for number in range(6)), "settings"}
+        assert objects.names("rounds") == [f"{number}.json" for number in range(6)]
+        assert proxy.faults.counts[kind] >= 1
+
+
+@pytest.fixture
+def down(monkeypatch: pytest.MonkeyPatch) -> tuple[FaultProxy, Objects]:
+    """A store that has an object, and does not answer any more; nobody waits long for it."""
+    monkeypatch.setitem(cloud.RETRIES, "max_retries", 1)
+    monkeypatch.setattr(cloud, "_CONFLICTS", 2)
+    monkeypatch.setattr(cloud, "_BREAKS", 2)
+    server = s3_server()
+    proxy = FaultProxy(server.url)
+    for name, value in s3_environment(proxy.url).items():
+        monkeypatch.setenv(name, value)
+    objects = open_objects(f"s3://{new_bucket(server.url)}/study")
+    objects.put("there", b"x")
+    proxy.stop()
+    return proxy, objects
+
+
+def test_a_store_that_does_not_answer_is_told_of_in_one_line_and_comes_back(down):
+    proxy, objects = down
+    for call in (
+        lambda: objects.get("there", 9),
+        lambda: objects.head("there"),
+        lambda: objects.put("new", b"x"),
+        lambda: objects.create("new", b"x"),
+        lambda: objects.below(""),
+        lambda: objects.names(""),
+        lambda: objects.delete("there"),
+    ):
+        with pytest.raises(WorkspaceError) as told:
+            call()
+        assert re.search("no answer from http://127.0.0.1|the connection breaks off", told.value.message)
+        assert "goes on where it was" in told.value.hint
+    proxy.start()
+    assert objects.get("there", 9) == b"x"
+    proxy.stop()
