@@ -6,6 +6,7 @@ import pytest
 from support.fault_proxy import KINDS, FaultProxy, Faults
 from support.servers import new_bucket, s3_environment, s3_server
 
+from fedcli.cli import main
 from fedcli.errors import WorkspaceError
 from fedcli.stores import cloud
 from fedcli.stores.objects import Objects
@@ -74,3 +75,17 @@ def test_a_store_that_does_not_answer_is_told_of_in_one_line_and_comes_back(down
     proxy.start()
     assert objects.get("there", 9) == b"x"
     proxy.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ignores", [False, True])
+def test_doctor_refuses_a_store_that_ignores_the_condition_and_no_other(ignores, monkeypatch, capsys):
+    server = s3_server()
+    with FaultProxy(server.url, strips=("if-none-match",) if ignores else ()) as proxy:
+        for name, value in s3_environment(proxy.url).items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://{new_bucket(server.url)}/study"
+        code = main(["doctor", "-w", url])
+    told = capsys.readouterr()
+    assert ("ignores its condition" in told.out) == ignores, told
+    assert code == 8  # of a URL at which no workspace lies; a store that will not do is no reason less
