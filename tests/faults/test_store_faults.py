@@ -33,6 +33,8 @@ RATES = {"latency": 0.01, "slow": 0.01, "409": 0.1} | dict.fromkeys(
 )
 DOWN = 0.1
 """How often the server dies while a command runs, for a second."""
+GONE = 0.04
+"""How often it dies, and is back when the command has given up."""
 MOST_TRIES = 30
 
 
@@ -62,11 +64,16 @@ class Party:
 
     def __call__(self, *arguments: object) -> int:
         """Run a command; return its exit code."""
-        if self.random.random() < DOWN and self.proxy.faults.rates:
-            self._dies_while_it_runs()
+        chance = self.random.random() if self.proxy.faults.rates else 1.0
+        if chance < GONE:
+            self._dies(before=self.random.uniform(0.1, 0.6))
+        elif chance < GONE + DOWN:
+            self._dies(before=self.random.uniform(0.1, 0.6), until=1.6)
         environment = s3_environment(self.proxy.url) | {"XDG_DATA_HOME": str(self.folder / "data")}
         environment |= {"XDG_CACHE_HOME": str(self.folder / "cache"), "FEDCLI_WORKSPACE": self.url}
         done = warm()(*arguments, cwd=self.folder, environment=ENVIRONMENT | environment)
+        if chance < GONE:
+            self.proxy.start()
         self.campaign.commands += 1
         self.campaign.exits[done.returncode] += 1
         if done.returncode:
@@ -75,10 +82,11 @@ class Party:
             self.campaign.problems.append(f"{arguments}: {done.returncode}: {done.stderr}")
         return done.returncode
 
-    def _dies_while_it_runs(self) -> None:
-        self.proxy.faults.happened("died and came back")
-        Timer(self.random.uniform(0.1, 0.6), self.proxy.stop).start()
-        Timer(1.6, self.proxy.start).start()
+    def _dies(self, before: float, until: float | None = None) -> None:
+        self.proxy.faults.happened("died and came back" if until else "died until the command had given up")
+        Timer(before, self.proxy.stop).start()
+        if until is not None:
+            Timer(until, self.proxy.start).start()
 
 
 @contextmanager
@@ -169,4 +177,4 @@ def test_a_federation_whose_store_has_bad_days_ends_as_one_whose_has_none(small,
     recorded("store_faults.json", algorithm, counts, campaign.problems)
     assert not campaign.problems, "\n".join(campaign.problems)
     if NUM_FAULTS >= 200:
-        assert set(campaign.faults) >= {*KINDS, "died and came back"}
+        assert set(campaign.faults) >= {*KINDS, "died and came back", "died until the command had given up"}
