@@ -73,6 +73,8 @@ class Party:
         environment |= {"XDG_CACHE_HOME": str(self.folder / "cache"), "FEDCLI_WORKSPACE": self.url}
         done = warm()(*arguments, cwd=self.folder, environment=ENVIRONMENT | environment)
         if chance < GONE:
+            while self.proxy.is_up:  # the command was quicker
+                time.sleep(0.05)
             self.proxy.start()
         self.campaign.commands += 1
         self.campaign.exits[done.returncode] += 1

@@ -140,8 +140,9 @@ class FaultProxy:
         self._strips = {name.lower() for name in strips}
         self._target = urlsplit(target).netloc
         self._cache: dict[tuple[str, str, str], tuple[float, Answer]] = {}
-        self._lock = Lock()
+        self._lock, self._dying = Lock(), Lock()
         self._server = self._listening(0)
+        self.is_up = True
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -149,22 +150,23 @@ class FaultProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.is_up:
-            self.stop()
-
-    is_up = True
+        self.stop()
 
     def stop(self) -> None:
-        """Die: who connects is refused, and connections that stand are reset."""
-        self.is_up = False
-        self._server.shutdown()
-        self._server.server_close()
-        self._server.reset_connections()
+        """Die, if it lives: who connects is refused, and connections that stand are reset."""
+        with self._dying:
+            if self.is_up:
+                self._server.shutdown()
+                self._server.server_close()
+                self._server.reset_connections()
+                self.is_up = False
 
     def start(self) -> None:
-        """Come back, on the same port."""
-        self._server = self._listening(self.port)
-        self.is_up = True
+        """Come back, if it is dead, on the same port."""
+        with self._dying:
+            if not self.is_up:
+                self._server = self._listening(self.port)
+                self.is_up = True
 
     def forget(self) -> None:
         """Begin to count anew."""
