@@ -28,6 +28,7 @@ PIPE_CLOSED = 128 + signal.SIGPIPE
 
 GROUPS = {
     "audit": "What models know of a party's rows, measured at the party.",
+    "bundle": "Rounds and updates as signed files, for a stick or SFTP between sites without a network.",
     "client": "What a party does.",
     "data": "Rows: how they look, and how they are split among simulated clients.",
     "eval": "Scores: benchmarks, tables, the best round.",
@@ -46,6 +47,7 @@ COMMANDS = {
     "export": "Hand a round over: its adapter with a model card, or merged into the base model.",
     "privacy": "Show what the rounds so far have spent of each client's privacy, what is assumed, and what is left.",
     "verify": "Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is.",
+    "sync": "Carry what one place lacks of a workspace that another has: folders or URLs, one way or both at once.",
     "gc": "Remove the weights of old rounds and their updates, as fedcli.yaml's `retention` says.",
     "doctor": "Check this machine, and whether the workspace's experiment can run on it; exit with 8 where it cannot.",
     "train-alone": "Train one client alone, with the federation's steps and schedule: the baseline that federation "
@@ -56,6 +58,11 @@ COMMANDS = {
     "of them.",
     "audit measure": "Measure what the base, the client's update, the aggregate and its baseline know of its canaries "
     "and rows.",
+    "bundle round": "Write what a party needs to train in a round into one signed file.",
+    "bundle update": "Write what a party sends into one signed file: its registration, and its update of the open "
+    "round.",
+    "bundle import": "Take a bundle in: it makes or completes a party's workspace, or brings a party's part to the "
+    "server.",
     "client join": "Join as a real party: your rows stay where they are, and the workspace gets a data card that you "
     "see first.",
     "client leave": "Leave for good: sign that you are drawn no more, and not waited for.",

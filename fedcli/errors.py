@@ -71,6 +71,12 @@ class IntegrityError(FedError):
     exit_code = 7
 
 
+class ArrivingError(IntegrityError):
+    """Something has not come whole yet, as while a tool copies it; where nothing does, it is damaged."""
+
+    exit_code = 6
+
+
 class RequirementError(FedError):
     """A package, a device or a model that the work needs is missing."""
 

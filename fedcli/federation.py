@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Literal
 
 from fedcli.errors import UsageError
 from fedcli.observer import Observer
-from fedcli.workspace.address import find_workspace
+from fedcli.workspace.address import find_workspace, workspace_at
 from fedcli.workspace.layout import Workspace
 
 if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
     from fedcli.client.runtimes import KeptModel, Runtimes
     from fedcli.operations.baseline import BaselineResult
+    from fedcli.operations.bundle import Bundled, Imported
+    from fedcli.operations.carry import Carried
     from fedcli.operations.chat import Chat
     from fedcli.operations.export import Exported
     from fedcli.operations.gc import Collection
@@ -315,6 +317,30 @@ class Federation:
 
         return collect(self.state, dry_run=dry_run)
 
+    def sync(
+        self, target: Path | str, *, client: int | None = None, replace: bool = False, observer: Observer = SILENT
+    ) -> "Carried":
+        """Carry to another place what it lacks of the workspace; an empty one becomes a copy.
+
+        With a `client` only what that party needs and sends. With `replace` what may change is this workspace's
+        wherever the two differ.
+        """
+        from fedcli.operations.sync import sync
+
+        return sync(self.workspace, workspace_at(target), client=client, replace=replace, observer=observer)
+
+    def bundle_round(self, path: Path | str, number: int | str = "latest", *, observer: Observer = SILENT) -> "Bundled":
+        """Write what a party needs to train in a round into one file, which the server signs."""
+        from fedcli.operations.bundle import bundle_round
+
+        return bundle_round(self.state, self.state.round(number).number, Path(path), observer=observer)
+
+    def import_bundle(self, path: Path | str, *, server: str | None = None, observer: Observer = SILENT) -> "Imported":
+        """Take a bundle into the workspace, which need not be there yet; `server`: the fingerprint it must have."""
+        from fedcli.operations.bundle import import_bundle
+
+        return import_bundle(Path(path), self.workspace, server=server, observer=observer)
+
     def preview(
         self,
         *,
@@ -440,6 +466,12 @@ class Client:
 
         return rotate(self._state, self.id, self.home)
 
+    def bundle(self, path: Path | str, *, observer: Observer = SILENT) -> "Bundled":
+        """Write what the party sends into one file, which it signs: registration, countersignatures, update."""
+        from fedcli.operations.bundle import bundle_update
+
+        return bundle_update(self.federation.state, self.id, Path(path), home=self.home, observer=observer)
+
     def train_alone(self, *, observer: Observer = SILENT) -> "BaselineResult":
         """Train the baseline of this client alone."""
         from fedcli.operations.baseline import train_baseline
@@ -466,13 +498,15 @@ class Server:
         algorithm: str | None = None,
         partial: bool = False,
         abandon: bool = False,
+        refuse_arriving: bool = False,
         dry_run: bool = False,
         wait: float = 0.0,
         observer: Observer = SILENT,
     ) -> "AggregationResult":
         """Merge the open round's updates and publish the next round; raise NotReadyError while too few are there.
 
-        `abandon` ends a round of secure aggregation without its updates. What eval.every asks for is noted, and `score`
+        `abandon` ends a round of secure aggregation without its updates; `refuse_arriving` refuses updates that are not
+        all there. What eval.every asks for is noted, and `score`
         makes the scores.
         """
         from fedcli.server.aggregate import aggregate
@@ -484,6 +518,7 @@ class Server:
             algorithm=algorithm,
             partial=partial,
             abandon=abandon,
+            refuse_arriving=refuse_arriving,
             dry_run=dry_run,
             wait=wait,
             observer=observer,

@@ -67,3 +67,6 @@ class Observer:
 
     def fetched(self, what: str, num_bytes: int, total: int | None) -> None:
         """So many bytes of a file are here, of so many where that is known."""
+
+    def carrying(self, what: str, num_bytes: int) -> None:
+        """Something of so many bytes is copied to another place next."""

@@ -165,7 +165,7 @@ def test_one_hostile_update_of_any_kind_stops_no_round(five: Path, algorithm: st
     for kind in some_kinds(algorithm, rule):
         damage, code = HOSTILE[kind]
         answer(five, algorithm, {1: damage})
-        assert Federation.open(five).server.aggregate().published, kind
+        assert Federation.open(five).server.aggregate(refuse_arriving=True).published, kind
         check_round(five, {} if code is None else {1: code})
         forget(five, 1)
 
@@ -180,10 +180,10 @@ def test_where_all_updates_but_one_are_refused_that_one_counts_or_the_error_says
         with pytest.raises(
             NotReadyError, match=f"1 updates are valid, and {rule} needs 3 to tolerate 0 hostile"
         ) as got:
-            Federation.open(five).server.aggregate()
+            Federation.open(five).server.aggregate(refuse_arriving=True)
         assert "aggregation.rule in fedcli.yaml" in (got.value.hint or "")
         configure(five, "aggregation.rule=mean")
-    assert Federation.open(five).server.aggregate().published
+    assert Federation.open(five).server.aggregate(refuse_arriving=True).published
     check_round(five, {client: HOSTILE[kind][1] for client, kind in enumerate(kinds)})
 
 
@@ -196,7 +196,7 @@ def test_where_all_updates_are_refused_each_is_named_and_others_may_be_sent(five
     server = Federation.open(five).server
     for options in ({}, {"partial": True}):
         with pytest.raises(NotReadyError, match="round 0 has no valid update") as got:
-            server.aggregate(**options)
+            server.aggregate(refuse_arriving=True, **options)
         for client, kind in enumerate(kinds):
             assert f"client {client}: {HOSTILE[kind][1]}" in got.value.message
     for client in range(CLIENTS):

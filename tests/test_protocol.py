@@ -350,7 +350,7 @@ def test_the_cost_of_scaffold_counts_the_control_variates(scaffold):
 def test_a_spoiled_control_delta_is_refused(scaffold, code, spoil):
     first, second = answer(scaffold, 1)
     spoil(scaffold / "inbox" / str(first) / "round-00001" / CONTROL_DELTA)
-    Federation.open(scaffold).server.aggregate()
+    Federation.open(scaffold).server.aggregate(refuse_arriving=True)
     aggregation = read_manifest(scaffold, 2)["aggregation"]
     assert [(entry["client"], entry["code"]) for entry in aggregation["refused"]] == [(first, code)]
     assert [entry["client"] for entry in aggregation["counted"]] == [second]

@@ -277,7 +277,7 @@ def test_a_bad_update_is_refused_with_its_code_and_the_rest_is_counted(small, mo
         assert take_part(small, client)
     damage(update=small / "inbox" / str(BAD) / "round-00000")
     monkeypatch.chdir(small)
-    assert main(["server", "aggregate"]) == 0
+    assert main(["server", "aggregate", "--refuse-arriving"]) == 0
     assert f"refused client {BAD}: {code}: " in capsys.readouterr().out
     aggregation = read_manifest(small, 1)["aggregation"]
     assert [entry["client"] for entry in aggregation["counted"]] == [0, 2]
@@ -341,7 +341,7 @@ def test_a_machine_in_trouble_publishes_no_round_without_an_update(small, monkey
         where = file if call == "open" else os.readlink(f"/proc/self/fd/{file}")
         if not (("dir_fd" in options or "/inbox/" in str(where)) and str(where).endswith(ADAPTER)):
             return real(file, *arguments, **options)
-        return nullcontext(SimpleNamespace(read=fail, readinto=fail)) if call == "fdopen" else fail()
+        return nullcontext(SimpleNamespace(read=fail, readinto=fail, seek=fail)) if call == "fdopen" else fail()
 
     monkeypatch.setattr(os, call, fail_at_update)
     assert main(["server", "aggregate", "--partial", "--json"]) == 4
@@ -380,7 +380,7 @@ def test_ids_outside_the_cohort_are_never_looked_at(small, monkeypatch):
         os.mkfifo(small / "inbox" / name)
     configure(small, "federation.quorum=0.1")
     monkeypatch.chdir(small)
-    assert main(["server", "aggregate"]) == 0
+    assert main(["server", "aggregate", "--refuse-arriving"]) == 0
     aggregation = read_manifest(small, 1)["aggregation"]
     assert (aggregation["refused"], aggregation["missing"]) == ([], [1, 2])
 

@@ -259,7 +259,7 @@ def test_what_nobody_enrolled_signed_is_refused_by_its_code(place: Path) -> None
     (place / "inbox/0/round-00000/update.sig").unlink()
     other = KeyPair.make().sign("update", identity_of(place), "00" * 32)
     (place / "inbox/1/round-00000/update.sig").write_bytes(other)
-    refused = {entry.client: entry.code for entry in merge(place, partial=True).refused}
+    refused = {entry.client: entry.code for entry in merge(place, refuse_arriving=True).refused}
     assert refused == {0: "unsigned", 1: "signature"}
     assert problems(place) == []
     assert Federation.open(place).verify().remarks == [], "they are refused again"
@@ -301,14 +301,14 @@ def test_a_key_of_another_client_signs_nothing(place: Path) -> None:
 
 
 ODD_SIGNATURES: dict[str, tuple[object, str]] = {
-    "empty": (lambda path, _: path.write_bytes(b""), "signature"),
+    "empty": (lambda path, _: path.write_bytes(b""), "unsigned"),
     "a link": (lambda path, _: (path.rename(path.with_name("x")), path.symlink_to("x")), "symlink"),
     "a FIFO": (lambda path, _: (path.unlink(), os.mkfifo(path)), "not_regular"),
     "a folder": (lambda path, _: (path.unlink(), path.mkdir()), "not_regular"),
     "a megabyte": (lambda path, _: path.write_bytes(path.read_bytes() * 8000), "size"),
     "a terabyte": (lambda path, _: os.truncate(path, 2**40), "size"),
     "the same twice": (lambda path, _: path.write_bytes(path.read_bytes() * 2), "signature"),
-    "cut": (lambda path, _: path.write_bytes(path.read_bytes()[:100]), "signature"),
+    "cut": (lambda path, _: path.write_bytes(path.read_bytes()[:100]), "unsigned"),
     "no digits": (lambda path, _: path.write_bytes(b"zz" * 64), "signature"),
     "zeros": (lambda path, _: path.write_bytes(b"00" * 64), "signature"),
     "gone": (lambda path, _: path.unlink(), "unsigned"),
@@ -337,7 +337,7 @@ def test_a_signature_of_any_other_kind_is_refused_and_the_round_goes_on(
         copy = Path(shutil.copytree(place, tmp_path / "copies/W"))
         update = copy / "inbox/2/round-00000"
         damage(update / "update.sig", (update / "update.json").read_bytes())
-        merged = merge(copy, dry_run=True)
+        merged = merge(copy, dry_run=True, refuse_arriving=True)
         assert {entry.client: entry.code for entry in merged.refused} == {2: code}, name
         assert [entry.client for entry in merged.counted] == [0, 1], name
         shutil.rmtree(copy)

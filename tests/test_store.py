@@ -174,7 +174,7 @@ def test_hostile_bytes_are_refused_with_the_same_code(place, code):
     assert refusal.value.code == code
     for client in (1, 2):
         answer(place, client)
-    aggregation = Federation(place).server.aggregate().aggregation
+    aggregation = Federation(place).server.aggregate(refuse_arriving=True).aggregation
     assert [(entry.client, entry.code) for entry in aggregation.refused] == [(0, code)]
     assert Federation(place).verify().violations == []
 

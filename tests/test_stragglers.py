@@ -110,7 +110,7 @@ def test_the_next_takes_the_place_of_one_who_is_missing_or_refused(selecting):
     for client in range(3):
         take_part(selecting, client)
     os.truncate(selecting / f"inbox/{second}/round-00001/adapter_model.safetensors", 100)
-    Federation.open(selecting).server.aggregate()
+    Federation.open(selecting).server.aggregate(refuse_arriving=True)
     assert accounts(selecting, 2) == {"counted": sorted([first, last]), "refused": [second]}
     assert Federation(Workspace(selecting)).verify().violations == []
 
@@ -230,7 +230,7 @@ def test_a_manifest_of_a_version_that_knew_no_selection_is_merged(small):
     for client in range(3):
         take_part(small, client)
     tear(small, 1)
-    Federation.open(small).server.aggregate()
+    Federation.open(small).server.aggregate(refuse_arriving=True)
     assert accounts(small) == {"counted": [0, 2], "refused": [1]}
 
 

@@ -469,7 +469,7 @@ def test_with_signatures_nothing_forged_counts_and_nothing_stops_the_honest(worl
     assert "the round is not countersigned" in done.stderr
     unsigned = f"from protocol_client import take_part; [take_part({str(workspace)!r}, client) for client in (1, 2)]"
     assert world.run(thief, "-c", f"import os; os.umask(0o022); {unsigned}", workspace=workspace).returncode == 0
-    aggregation = closing(world, workspace, "--partial")
+    aggregation = closing(world, workspace, "--partial", "--refuse-arriving")
     assert [entry["client"] for entry in aggregation["counted"]] == [0]
     refused = {entry["client"]: entry["code"] for entry in aggregation["refused"]}
     assert refused == {1: "unsigned", 2: "unknown_client"}

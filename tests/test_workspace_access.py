@@ -31,6 +31,10 @@ COMMANDS = {
     "privacy": ("privacy",),
     "verify": ("verify",),
     "gc": ("gc",),
+    "sync": ("sync", "workspace", "NEW"),
+    "bundle round": ("bundle", "round", "NEW"),
+    "bundle update": ("bundle", "update", "--id", 0, "NEW"),
+    "bundle import": ("bundle", "import", "NEW"),
     "audit plant": ("audit", "plant", "--id", 0),
     "audit measure": ("audit", "measure", "--id", 0, "--fillings", 2, "--rows", 2),
     "doctor": ("doctor",),
@@ -98,6 +102,8 @@ def test_files_of_the_workspace_are_listed_examined_and_opened_in_its_own_room_a
     if name == "audit measure":
         run_ok("audit", "plant", "--id", 0, cwd=workspace)
         run_ok("client", "train", "--id", 0, cwd=workspace)
+    if name == "bundle import":
+        Federation.open(workspace).bundle_round(workspace.parent / "new")
     program = workspace.parent / "programs" / "sbatch"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho 7\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fedcli.client.runtimes import Runtimes
-from fedcli.errors import BusyError, ClientFailure, error_of, failure_of
+from fedcli.errors import ArrivingError, BusyError, ClientFailure, error_of, failure_of
 from fedcli.observer import Observer
 from fedcli.parties.party import Party, can_train, find_party, is_here
 from fedcli.quantities import name_clients
@@ -134,6 +134,7 @@ def train_client(
                     result = client_status(federation, client)
                     if result.status not in _TO_DO:  # another process did it while this one came to the lock
                         return result
+                    _check_arrived(federation)
                     if federation.head.manifest.secure_aggregation is not None:
                         return _take_part_masked(federation, party, result.status, runtimes, observer)
                     return _train(federation, party, runtimes, observer)
@@ -261,6 +262,17 @@ def _claimable(federation: FederationState) -> Iterator[int]:
         missing = {client for client in head.awaited_clients() if client_status(federation, client).status in _TO_DO}
     here = is_here if federation.identity.simulation else can_train
     return (client for client in federation.head.draw_order if client in missing and here(federation, client))
+
+
+def _check_arrived(federation: FederationState) -> None:
+    """Raise ArrivingError where the open round is not all there yet."""
+    from fedcli.workspace.arriving import missing_of_round
+
+    if missing := missing_of_round(federation.head):
+        raise ArrivingError(
+            f"round {federation.head.number} is arriving: {missing}",
+            hint=f"Wait until it is copied; where nothing copies it, {federation.head.folder} is damaged.",
+        )
 
 
 def _train(federation: FederationState, party: Party, runtimes: Runtimes, observer: Observer) -> ClientResult:

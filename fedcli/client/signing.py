@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from fedcli.errors import DeniedError, IntegrityError
+from fedcli.errors import ArrivingError, DeniedError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.parties.party import Party
 from fedcli.trust.history import note, read_history
@@ -56,6 +56,12 @@ def check_past(federation: FederationState, party: Party, past: Sequence[Round],
         from fedcli.trust.chain import read_chain, round_fault  # where nothing is signed nobody needs cryptography
 
         enrolment = read_chain(federation.workspace, federation.identity, [] if pin is None else [pin])
+        named = head.manifest.enrolment
+        if named is not None and named.number >= len(enrolment.entries):
+            raise ArrivingError(
+                f"{head.folder} was opened with entry {named.number} of the enrolment, which is not there",
+                hint="Wait until it is copied. Where nothing copies it, ask the server's operator.",
+            )
         if fault := round_fault(head, enrolment):
             raise IntegrityError(f"{head.folder} {fault}", hint=_ASK)
     _check_constant(federation, rounds)

@@ -9,6 +9,7 @@ PANELS = {
     "Begin": ("init", "doctor"),
     "Train": ("run", "client", "server", "slurm", "train-alone", "train-pooled", "study"),
     "Look at what came of it": ("status", "chat", "eval", "report", "data"),
+    "Carry it": ("sync", "bundle"),
     "Keep it": ("verify", "privacy", "audit", "keys", "export", "gc"),
 }
 """The commands of `fedcli --help`, by what they are for."""
@@ -44,6 +45,19 @@ EXAMPLES = {
     "audit measure": (
         ("fedcli audit measure --id 3", "client 3's last update and the latest round, a table and a picture"),
         ("fedcli audit measure --id 3 --held-out data/held-out-test.jsonl --json", "its rows, too, as one document"),
+    ),
+    "sync": (
+        ("fedcli sync study /mnt/stick/study", "a first copy, and later what it lacks"),
+        ("fedcli sync --id 2 /mnt/shared/study study", "what party 2 needs; the other way what it sends"),
+    ),
+    "bundle round": (("fedcli bundle round /mnt/stick/round.bundle", "the latest round, for all parties"),),
+    "bundle update": (("fedcli bundle update --id 2 /mnt/stick/2.bundle", "what party 2 has to send"),),
+    "bundle import": (
+        (
+            "fedcli bundle import round.bundle -w study --server 3f1c-...",
+            "a party's first",
+        ),
+        ("fedcli bundle import 2.bundle -w study", "later, and at the server"),
     ),
     "gc": (("fedcli gc --dry-run", "what would be removed"),),
     "train-alone": (("fedcli train-alone --id 0", "what client 0 reaches without the others"),),

@@ -165,6 +165,14 @@ class FetchDisplay(Display):
         self.say_now_and_then(f"fetching {what}: {num_bytes:,}{size} bytes")
 
 
+class CarryDisplay(Display):
+    """Shows what is copied from one place to another."""
+
+    def carrying(self, what: str, num_bytes: int) -> None:
+        self.show(description=f"{what}: {num_bytes:,} bytes", advance=1, visible=True)
+        self.say_now_and_then(f"copying {what}: {num_bytes:,} bytes")
+
+
 class StepDisplay(Display):
     """Shows what is done now: rows that are read, a check, a client, an update."""
 

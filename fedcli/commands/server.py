@@ -43,6 +43,9 @@ def server_aggregate(
     abandon: Annotated[
         bool, Option("--abandon", help="End a round of secure aggregation without its updates.")
     ] = False,
+    refuse_arriving: Annotated[
+        bool, Option("--refuse-arriving", help="Refuse updates that are not all there: nothing more of them comes.")
+    ] = False,
     wait: Annotated[float, Option(min=0, metavar="SECONDS", help="Wait so long for missing updates.")] = 0.0,
     dry_run: Annotated[bool, Option("--dry-run", help="Read and check all updates; publish nothing.")] = False,
     no_score: Annotated[
@@ -62,7 +65,13 @@ def server_aggregate(
     try:
         with StepDisplay(json_output, "updates") as observer:
             result = server.aggregate(
-                algorithm=algorithm, partial=partial, abandon=abandon, dry_run=dry_run, wait=wait, observer=observer
+                algorithm=algorithm,
+                partial=partial,
+                abandon=abandon,
+                refuse_arriving=refuse_arriving,
+                dry_run=dry_run,
+                wait=wait,
+                observer=observer,
             )
     except NotReadyError:
         if scores:

@@ -73,6 +73,10 @@ def _print(result: "Status") -> None:
         tell(f"budget     {is_spent}{describe_budget(result.budget)}")
     if result.arriving:
         tell(f"arriving   {name_clients(result.arriving)}: not all files are there yet; they are waited for")
+        for client, missing in list(result.not_there.items())[:20]:
+            tell(f"           client {client}: {missing}")
+    if result.round_lacks:
+        tell(f"arriving   round {result.round}: {result.round_lacks}")
     if result.secure is not None:
         tell(f"masked     {result.secure.mode}: {result.secure.waits}")
     if result.seconds_left is not None:

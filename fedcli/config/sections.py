@@ -143,8 +143,9 @@ class FederationConfig(Section):
     """Who takes part, how often and how long; `quorum` is the share that must have answered, of those who count.
 
     With `select` more clients are drawn than count. `deadline` is in seconds from a round's opening: then one answer
-    is enough. With `multi_user` parties may run under unix users of their own. Without `signatures` they are required
-    where parties join, and off in a simulation.
+    is enough. An update of whose files nothing more came for `arriving` seconds is refused. With `multi_user` parties
+    may run under unix users of their own. Without `signatures` they are required where parties join, and off in a
+    simulation.
     """
 
     clients: Clients = 5
@@ -154,6 +155,7 @@ class FederationConfig(Section):
     quorum: Annotated[float, Field(gt=0, le=1)] = 1.0
     select: Count | None = None
     deadline: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] | None = None
+    arriving: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] | None = None
     multi_user: bool = False
     signatures: Annotated[Literal["required", "off"] | None, BeforeValidator(_off)] = None
 

@@ -17,8 +17,9 @@ from fedcli.quantities import name_clients
 from fedcli.scoring.after_rounds import note_due, score_due
 from fedcli.server.aggregate import AggregationResult, aggregate
 from fedcli.server.quorum import needed_answers, seconds_left
+from fedcli.workspace.arriving import arriving
 from fedcli.workspace.federation_state import FederationState
-from fedcli.workspace.history import Round, arriving_clients
+from fedcli.workspace.history import Round
 from fedcli.workspace.locks import hold
 from fedcli.workspace.privacy_ledger import check_any_budget
 
@@ -105,7 +106,7 @@ def run_federation(
             if merged is None:
                 _check_failures(federation, head, failed)
                 elsewhere = [client for client in head.missing_clients() if not is_here(federation, client)]
-                elsewhere += arriving_clients(head, head.manifest.cohort)
+                elsewhere += arriving(head, head.manifest.cohort, is_quick=True)
                 if elsewhere and told != head.number:
                     names = ", ".join(map(str, elsewhere))
                     who = "clients" if federation.is_simulation else "parties"
@@ -194,7 +195,7 @@ def _merge(
     except NotReadyError:
         missing, have_failed = {*head.missing_clients()}, {each.client for each in _failed_in(head, failed)}
         may_answer = missing if seconds_left(federation) is not None else missing - have_failed
-        is_complete = not may_answer and not arriving_clients(head, head.manifest.cohort)
+        is_complete = not may_answer and not arriving(head, head.manifest.cohort, is_quick=True)
         if is_complete and federation.head.number == head.number:
             _check_failures(federation, head, failed)
             raise  # no valid update: waiting would not help

@@ -8,9 +8,10 @@ from fedcli.operations.secure_status import SecureStatus, secure_status
 from fedcli.operations.slurm_state import JobStates, read_job_states
 from fedcli.operations.update_figures import UpdateFigures, figures_of
 from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
+from fedcli.workspace.arriving import arriving, missing_of_round
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.file_system_check import describe_clock
-from fedcli.workspace.history import Round, arriving_clients, is_hidden
+from fedcli.workspace.history import Round, is_hidden
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.privacy_ledger import Budget, read_budget
 from fedcli.workspace.privacy_records import PrivacyRecord
@@ -40,6 +41,10 @@ class Status:
     missing: list[int]
     arriving: list[int]
     """Of the cohort, those whose updates lack a file, as while they are copied: they are waited for as missing ones."""
+    not_there: dict[int, str]
+    """What is missing of the updates that are arriving."""
+    round_lacks: str
+    """What is missing of the round itself, as while it is copied; nothing where all is there."""
     hidden: list[int]
     """Of the cohort, those whose inbox this user cannot see into."""
     joined: list[int]
@@ -99,8 +104,8 @@ def read_status(federation: FederationState) -> Status:
     hidden = [client for client in awaited if is_hidden(workspace, client)]
     foreign = foreign_clients(workspace, sorted({*awaited} - silent))
     missing = sorted((silent | {*foreign}) - {*hidden})
-    arriving = arriving_clients(head, sorted({*awaited} - {*missing} - {*hidden}))
-    answered = sorted({*awaited} - {*missing} - {*hidden} - {*arriving})
+    half = arriving(head, sorted({*awaited} - {*missing} - {*hidden}), is_quick=True)
+    answered = sorted({*awaited} - {*missing} - {*hidden} - {*half})
     needed = needed_answers(federation)
     last = manifest.aggregation
     last_missing = last.missing if last else []
@@ -133,7 +138,9 @@ def read_status(federation: FederationState) -> Status:
         cohort=manifest.cohort,
         answered=answered,
         missing=missing,
-        arriving=arriving,
+        arriving=[*half],
+        not_there=half,
+        round_lacks=missing_of_round(head),
         hidden=hidden,
         joined=[*federation.joined()],
         needed=needed,

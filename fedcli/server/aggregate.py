@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
@@ -16,8 +16,9 @@ from fedcli.server.merge import unchanged_files
 from fedcli.server.merge_round import merge_round
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
+from fedcli.workspace.arriving import arriving, waited_too_long
 from fedcli.workspace.federation_state import FederationState
-from fedcli.workspace.history import Round, arriving_clients
+from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import discard_update
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import Aggregation
@@ -52,6 +53,7 @@ def aggregate(
     algorithm: str | None = None,
     partial: bool = False,
     abandon: bool = False,
+    refuse_arriving: bool = False,
     dry_run: bool = False,
     wait: float = 0.0,
     observer: Observer,
@@ -60,7 +62,8 @@ def aggregate(
 
     `algorithm` names another than the round's own for this aggregation, with the hyperparameters of fedcli.yaml where
     that has the same name, else the defaults; `partial` asks for one valid update only; `abandon` ends a round of
-    secure aggregation without its updates; `dry_run` publishes nothing;
+    secure aggregation without its updates; `refuse_arriving` refuses updates that are not all there;
+    `dry_run` publishes nothing;
     `wait` is how many seconds to wait for updates or the lock. Raises NotReadyError with the missing clients, BusyError
     while another process aggregates, UsageError for an algorithm that is unknown or needs what the round's clients did
     not do.
@@ -70,11 +73,28 @@ def aggregate(
         try:
             with hold(federation.workspace.server_lock, "the server's work"):
                 federation.refresh()
+                give_up_arriving(federation, all_of_them=refuse_arriving)
                 return _aggregate(federation, algorithm, partial, abandon, dry_run, observer)
         except (NotReadyError, BusyError):
             if time.monotonic() + federation.poll_seconds > deadline:
                 raise
         time.sleep(federation.poll_seconds)
+
+
+def give_up_arriving(federation: FederationState, *, all_of_them: bool) -> None:
+    """Wait no longer for what is not there of updates: of all, or where nothing has come for federation.arriving."""
+    head, limit = replace(federation.head, given_up=frozenset()), federation.config.federation.arriving
+    given_up: set[int] = set()
+    if all_of_them or limit is not None:
+        found = arriving(head, [client for client in head.awaited_clients() if client not in head.missing_clients()])
+        if all_of_them:
+            given_up = {*found}
+        elif found and limit is not None:
+            from fedcli.workspace.noise_keys import keys_home
+
+            given_up = waited_too_long(head, keys_home(federation.workspace, federation.identity), found, limit)
+    if given_up != federation.head.given_up:
+        federation.head = replace(head, given_up=frozenset(given_up))
 
 
 def aggregate_all(federation: FederationState, *, on_round: Callable[[], None], observer: Observer) -> Round:
@@ -199,7 +219,7 @@ def _merge_plain(
     missing = head.missing_clients()
     answered = [client for client in head.awaited_clients() if client not in missing]
     unenrolled = {} if trust is None else trust.unenrolled(answered)
-    absent = {*missing, *arriving_clients(head, answered), *foreign_clients(federation.workspace, answered)}
+    absent = {*missing, *arriving(head, answered, is_quick=True), *foreign_clients(federation.workspace, answered)}
     _check_answers(federation, sorted(absent), needed, unenrolled)
     federation.workspace.store.sweep("rounds")
     config = federation.config
@@ -293,15 +313,17 @@ def _check_answers(
         present = [client for client in missing if head.has_update(client)]
         absent = [client for client in missing if client not in present]
         foreign = foreign_clients(federation.workspace, present)
-        arriving = [client for client in present if client not in foreign]
+        half = [client for client in present if client not in foreign]
         lists = {
             "missing": absent,
-            "arriving, with files still to come": arriving,
+            "arriving, with files still to come": half,
             "sent by a user who has not joined": foreign,
             "not enrolled": [*unenrolled],
         }
         names = "; ".join(f"{which}: {', '.join(map(str, found))}" for which, found in lists.items() if found)
+        names += "".join(f"\n  client {client}: {what}" for client, what in arriving(head, half[:20]).items())
         hint = f"Run `fedcli client train --id {absent[0]}`" if absent else "Wait until the files are copied"
+        hint += "; `server aggregate --refuse-arriving` refuses what will not come" if half else ""
         if unenrolled:
             from fedcli.server.enrol import hint_to_enrol
 

@@ -26,7 +26,7 @@ from fedcli.server.updates_again import (
     no_longer_valid,
 )
 from fedcli.server.verification import Verification
-from fedcli.server.verify_beside import check_baselines, check_private, check_scores
+from fedcli.server.verify_beside import check_baselines, check_leftovers, check_private, check_scores
 from fedcli.server.verify_privacy import check_privacy, is_same_noise, noise_again
 from fedcli.server.verify_signatures import check_of_merge, check_signatures, gone_clients, read_pins
 from fedcli.workspace.enrolment import forget_enrolment
@@ -105,6 +105,7 @@ def verify(
         if current is not None:
             rounds.append(current)
     check_scores(workspace, result)
+    check_leftovers(workspace, result)
     if identity is not None:
         result.num_signatures = check_signatures(workspace, identity, rounds, pins, result.report, result.remark)
     if rounds:
@@ -163,6 +164,9 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
     signature = {MANIFEST_SIGNATURE} if manifest.enrolment is not None else set()
     foreign = current.names() - {MANIFEST, PRUNED, *signature, *manifest.files}
     for name in sorted(name for name in foreign if not name.startswith(TEMPORARY_PREFIX)):
+        if name.rpartition("/")[2].startswith("."):
+            result.remark(current.folder / name, "is a name that nobody reads, such as other tools leave")
+            continue
         result.report(current.folder / name, "is not listed in the manifest: a published round never changes")
     try:
         algorithm = algorithm_from(manifest.algorithm)

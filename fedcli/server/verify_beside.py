@@ -1,5 +1,7 @@
 """What `fedcli verify` checks beside rounds and updates: baselines, scores, and what simulated clients keep."""
 
+import re
+from collections.abc import Callable
 from contextlib import suppress
 
 from fedcli.config import algorithm_from
@@ -9,6 +11,7 @@ from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.client_state import damaged_candidates, read_state
 from fedcli.workspace.history import Round, read_record
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.publish import DISCARDED_PREFIX, TEMPORARY_PREFIX
 from fedcli.workspace.scores import ScoreRecord, check_items, score_files
 
 
@@ -32,6 +35,31 @@ def check_scores(workspace: Workspace, result: Verification) -> None:
                 check_items(workspace, record)
         except IntegrityError as error:
             result.report(path, error.message)
+
+
+def check_leftovers(workspace: Workspace, result: Verification) -> None:
+    """Tell once of what other tools left where several write: half-written files and conflict copies."""
+    store = workspace.store
+    found = [f"{folder}/{name}" for folder, known in _NAMES.items() for name in store.names(folder) if not known(name)]
+    for inbox in store.names("inbox"):
+        if inbox.isdecimal() and not store.is_hidden(f"inbox/{inbox}"):
+            found += [f"inbox/{inbox}/{name}" for name in store.names(f"inbox/{inbox}") if not _is_drop(name)]
+    found = [name for name in found if not name.rpartition("/")[2].startswith((TEMPORARY_PREFIX, DISCARDED_PREFIX))]
+    if found:
+        what = "is one name" if len(found) == 1 else f"and {len(found) - 1} more are names"
+        result.remark(workspace.root / found[0], f"{what} that nobody reads, such as other tools leave")
+
+
+def _is_drop(name: str) -> bool:
+    return re.fullmatch(r"round-[0-9]{5,}|repair-[0-9]{5,}-0", name) is not None
+
+
+_NAMES: dict[str, Callable[[str], object]] = {
+    "inbox": str.isdecimal,
+    "clients": re.compile(r"[0-9]+\.(json|sig|leave|acks)").fullmatch,
+    "enrolment": re.compile(r"[0-9]{5,}\.(json|sig)").fullmatch,
+}
+"""What belongs into folders that several write in."""
 
 
 def check_private(rounds: list[Round], result: Verification) -> None:

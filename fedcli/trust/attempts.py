@@ -5,14 +5,15 @@ from typing import Any
 
 from fedcli.errors import IntegrityError
 from fedcli.secure_aggregation.terms import Terms
+from fedcli.trust.chain import read_update_signature
 from fedcli.trust.keys import Purpose, is_signed
 from fedcli.workspace.enrolment import Enrolment
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import Authenticate, read_beside
+from fedcli.workspace.inbox import Authenticate
 from fedcli.workspace.layout import ATTEMPT, UPDATE_SIGNATURE
 from fedcli.workspace.records import PublicKeys, sha256
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.secure_files import MAX_SIGNATURE_BYTES, Stored
+from fedcli.workspace.secure_files import Stored
 from fedcli.workspace.secure_records import AttemptRecord
 from fedcli.workspace.store import Folder
 
@@ -75,10 +76,7 @@ def masked_check(attempt: Stored[AttemptRecord], enrolment: Enrolment, *, is_cou
     def check(client: int, record: bytes, folder: Folder) -> None:
         if not is_counted and (gone := enrolment.gone.get(client)) is not None:
             raise Refusal("unenrolled", f"client {client} {'has left' if gone == 'leave' else 'was revoked'}")
-        try:
-            signature = read_beside(folder, UPDATE_SIGNATURE, MAX_SIGNATURE_BYTES)
-        except FileNotFoundError:
-            raise Refusal("unsigned", f"{UPDATE_SIGNATURE} is missing") from None
+        signature = read_update_signature(folder)
         if not is_signed_since(enrolment, client, attempt, signature, "update", sha256(record)):
             raise Refusal("signature", f"{UPDATE_SIGNATURE} is not client {client}'s of this update.json")
 

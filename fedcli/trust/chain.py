@@ -3,17 +3,18 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from fedcli.errors import IntegrityError
+from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.trust.keys import digest_of, fingerprint, is_signed
 from fedcli.workspace.enrolment import Enrolment, StoredEntry, read_enrolment
 from fedcli.workspace.history import Round, read_if_there
-from fedcli.workspace.inbox import Authenticate, read_beside
+from fedcli.workspace.inbox import SIGNATURE_BYTES, Authenticate
 from fedcli.workspace.layout import MANIFEST_SIGNATURE, UPDATE_SIGNATURE, Workspace
 from fedcli.workspace.records import Identity, PublicKeys, sha256
-from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.store import Folder
 
 MAX_SIGNATURE_BYTES = 4096
+_WAIT = "Wait until it is copied. Where nothing copies it, ask the server's operator."
 _ASK = "Ask the server's operator by telephone for the server's fingerprint; docs/OPERATIONS.md says more."
 
 
@@ -29,6 +30,9 @@ def read_chain(workspace: Workspace, identity: Identity, pins: Collection[str] =
     known: dict[int, PublicKeys] = {}
     for stored in enrolment.entries:
         if problem := _fault(stored, identity.id, server, known):
+            if len(stored.signature) < SIGNATURE_BYTES:
+                name = stored.path.with_suffix(".sig").name
+                raise ArrivingError(f"{stored.path}: {problem}: {name} is missing, or cut short", hint=_WAIT)
             raise IntegrityError(f"{stored.path}: {problem}", hint=_ASK)
         entry = stored.entry
         if entry.action == "server":
@@ -82,7 +86,7 @@ def round_fault(current: Round, enrolment: Enrolment) -> str:
         return "names an enrolment that is not the workspace's"
     path = current.folder / MANIFEST_SIGNATURE
     signature = read_if_there(current.workspace, path, MAX_SIGNATURE_BYTES)
-    if signature is None:
+    if not signature:
         return f"has no {MANIFEST_SIGNATURE}: the server did not sign it"
     if not is_signed(then.server, signature, "round", manifest.workspace, current.sha256):
         return f"has a {MANIFEST_SIGNATURE} that is not the server's, or of another manifest.json"
@@ -101,10 +105,7 @@ def update_check(base: Round, enrolment: Enrolment) -> Authenticate:
             raise Refusal("unenrolled", f"client {client} {'has left' if gone == 'leave' else 'was revoked'}")
         if client not in enrolment.members:
             raise Refusal("unenrolled", f"client {client} is not enrolled")
-        try:
-            signature = read_beside(folder, UPDATE_SIGNATURE, MAX_SIGNATURE_BYTES)
-        except FileNotFoundError:
-            raise Refusal("unsigned", f"{UPDATE_SIGNATURE} is missing") from None
+        signature = read_update_signature(folder)
         digest = sha256(record)
         if not any(
             is_signed(keys, signature, "update", workspace, digest) for keys in enrolment.keys_since(client, opened)
@@ -112,6 +113,17 @@ def update_check(base: Round, enrolment: Enrolment) -> Authenticate:
             raise Refusal("signature", f"{UPDATE_SIGNATURE} is not client {client}'s of this update.json")
 
     return check
+
+
+def read_update_signature(folder: Folder) -> bytes:
+    """Return update.sig; raise Arriving where it is not there yet, or cut short."""
+    try:
+        signature = folder.read(UPDATE_SIGNATURE, MAX_SIGNATURE_BYTES)
+    except FileNotFoundError:
+        signature = b""
+    if len(signature) < SIGNATURE_BYTES:
+        raise Arriving("unsigned", f"{UPDATE_SIGNATURE} is missing")
+    return signature
 
 
 def acknowledgement(key_signature: bytes, digest: str) -> bytes:

@@ -22,7 +22,9 @@ from fedcli.workspace.layout import Home
 from fedcli.workspace.publish import publish_file, sync
 from fedcli.workspace.records import PublicKeys
 
-Purpose = Literal["client", "enrolment", "update", "round", "ack", "leave", "keys", "attempt", "repair", "answer"]
+Purpose = Literal[
+    "client", "enrolment", "update", "round", "ack", "leave", "keys", "attempt", "repair", "answer", "bundle"
+]
 _END = b"-----END PRIVATE KEY-----\n"
 
 

@@ -3,6 +3,7 @@
 What lies there is believed once `fedcli.trust` has checked who signed it.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary
 
-from fedcli.errors import IntegrityError
+from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.workspace.layout import Workspace, round_name
 from fedcli.workspace.records import (
     EnrolmentHead,
@@ -33,6 +34,7 @@ _RESTORE = "Restore enrolment/ from a backup: entries are never changed."
 class EnrolmentEntry(Record):
     """enrolment/00000.json and on: the server's keys (also new ones), or that a client takes part, left or must go."""
 
+    arrives = True
     protocol: Literal[1] = 1
     workspace: str
     number: Natural
@@ -155,8 +157,9 @@ def _read(workspace: Workspace, known: Enrolment, *, is_complete: bool) -> Itera
         yield StoredEntry(path, entry, parent, signature or b"")
         number += 1
     names = workspace.store.names("enrolment") if is_complete else []
-    if later := [name for name in names if name > f"{round_name(number)}.sig"]:
-        raise IntegrityError(f"{path} is missing, and {later[0]} stands", hint=_RESTORE)
+    entries = [name for name in names if re.fullmatch(r"[0-9]{5,}\.(json|sig)", name)]  # others are tools' own
+    if later := [name for name in entries if name > f"{round_name(number)}.sig"]:
+        raise ArrivingError(f"{path} is missing, and {later[0]} stands", hint=f"Wait until it is copied. {_RESTORE}")
 
 
 def _contents(workspace: Workspace, path: Path) -> bytes | None:

@@ -1,19 +1,18 @@
 """Published rounds: finding the head, reading manifests and files with their hashes checked, and who has answered."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedcli.algos import Algorithm, Array
-from fedcli.errors import IntegrityError, NotReadyError, WorkspaceError
+from fedcli.errors import ArrivingError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
     MANIFEST,
     MANIFEST_SIGNATURE,
     PRUNED,
-    UPDATE_RECORD,
     Workspace,
     is_round_name,
 )
@@ -35,6 +34,7 @@ from fedcli.workspace.refusal import Refusal
 
 MAX_MANIFEST_BYTES = 2**28
 MAX_RECORD_BYTES = 2**24
+_WAIT = "Wait until it is copied; where nothing copies it, restore it from a backup: `fedcli verify` lists all."
 _RESTORE = "Restore it from a backup; `fedcli verify` lists all that is wrong."
 
 
@@ -46,6 +46,8 @@ class Round:
     manifest: Manifest
     sha256: str
     """The hash of manifest.json, which updates name as their base."""
+    given_up: frozenset[int] = frozenset()
+    """The clients of whose updates nothing more is waited for: what is not whole of them is refused."""
 
     @property
     def number(self) -> int:
@@ -246,7 +248,7 @@ def read_head(workspace: Workspace, identity: Identity, *, known: Round | None =
     while (following := read_round(workspace, number)) is not None:
         head, number = following, number + 1
     if head is None and number:
-        raise IntegrityError(f"{workspace.round(number)} has no {MANIFEST}", hint=_RESTORE)
+        raise ArrivingError(f"{workspace.round(number)} has no {MANIFEST}", hint=_WAIT)
     head = head or read_start(workspace)
     if head.manifest.workspace != identity.id:
         raise IntegrityError(
@@ -267,7 +269,7 @@ def read_past(workspace: Workspace, number: int) -> Round:
     """Return a round that a later one follows; raise IntegrityError where it is missing."""
     past = read_round(workspace, number)
     if past is None:
-        raise IntegrityError(f"{workspace.round(number)} is missing though a later round exists", hint=_RESTORE)
+        raise ArrivingError(f"{workspace.round(number)} is missing though a later round exists", hint=_WAIT)
     return past
 
 
@@ -351,17 +353,3 @@ def read_if_there(workspace: Workspace, path: Path, limit: int, *, digest: str |
         return None
     except Refusal as refusal:
         raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
-
-
-def arriving_clients(base: Round, clients: Sequence[int]) -> list[int]:
-    """Return those of some clients whose update of a round lacks a file, as far as this user may look."""
-    return [client for client in clients if _lacks_a_file(base, client)]
-
-
-def _lacks_a_file(base: Round, client: int) -> bool:
-    workspace = base.workspace
-    try:
-        with workspace.store.opened(workspace.name(workspace.update(base.number, client))) as folder:
-            return not {UPDATE_RECORD, *base.manifest.dropped_files} <= {*folder.names()}
-    except (FileNotFoundError, Refusal):  # there is none, or it is looked at when it is merged
-        return False

@@ -4,7 +4,6 @@ import hashlib
 import json
 import mmap
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,19 +11,19 @@ from pathlib import Path
 
 from fedcli.algos import Array
 from fedcli.algos.reducer import PIECE
-from fedcli.errors import IntegrityError, WorkspaceError
+from fedcli.errors import ArrivingError, IntegrityError, WorkspaceError
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, is_round_name
+from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
 from fedcli.workspace.privacy_records import claim_fault
-from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record, sha256
+from fedcli.workspace.records import PROTOCOL, UpdateRecord, is_cut_short, parse_update_record, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.registrations import inbox_owner, is_server, is_stranger, read_registration
 from fedcli.workspace.store import Folder
 from fedcli.workspace.tensors import Span, check_values, largest_file, locate, numbers
 
 MAX_UPDATE_RECORD_BYTES = 64 * 1024
-GROWTH_SECONDS = 0.25
-"""Between two looks at a file that is shorter than it should be: one that is being copied grows meanwhile."""
+SIGNATURE_BYTES = 128
+"""Of a signature in hexadecimal digits, at least: what is shorter is not whole."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,18 @@ def read_update(
                 raise
     except FileNotFoundError:
         return None
+    except Arriving as refusal:
+        raise given_up(refusal, base, client) from refusal
     return update
+
+
+def given_up(arriving: Arriving, base: Round, client: int) -> Refusal:
+    """Return what is to be raised for an update that is not whole: of whom nothing more is waited for, a refusal."""
+    if client not in base.given_up:
+        return arriving
+    refusal = Refusal(arriving.code, arriving.reason)
+    refusal.update = arriving.update
+    return refusal
 
 
 @contextmanager
@@ -204,7 +214,7 @@ def check_rows(base: Round, client: int, update: Update | Submission) -> None:
 
     A simulation has not; and where privacy has a unit no number is registered, and none counts beyond row_cap.
     """
-    num_samples, problem = update.record.num_samples, None
+    num_samples, problem, is_arriving = update.record.num_samples, None, False
     try:
         registration = read_registration(base.workspace, client)
         registered = None if registration is None else registration.data.num_rows
@@ -217,10 +227,11 @@ def check_rows(base: Round, client: int, update: Update | Submission) -> None:
             )
     except IntegrityError as error:
         problem = f"it claims {num_samples} rows, and {error.message}"
+        is_arriving = isinstance(error, ArrivingError)
     if problem is not None:
-        refusal = Refusal("samples", problem)
+        refusal = Arriving("samples", problem) if is_arriving else Refusal("samples", problem)
         refusal.update = update.sha256
-        raise refusal
+        raise given_up(refusal, base, client) if isinstance(refusal, Arriving) else refusal
 
 
 def look_at_update(base: Round, client: int, authenticate: Authenticate | None = None) -> Submission | None:
@@ -230,15 +241,21 @@ def look_at_update(base: Round, client: int, authenticate: Authenticate | None =
     """
     try:
         with opened_update(base, client) as folder:
-            contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
-            record = parse_update_record(contents)
+            with expected(UPDATE_RECORD):
+                contents = folder.read(UPDATE_RECORD, MAX_UPDATE_RECORD_BYTES)
+            record = _parse_whole(contents)
             _check_record(record, base, client)
             if authenticate is not None:
                 authenticate(client, contents, folder)
             files = {name: record.files[name] for name in base.manifest.update_files if name in record.files}
-            spans = {name: _read_spans(folder, name, entry.bytes, base) for name, entry in files.items()}
+            spans = {}
+            for name, entry in files.items():
+                with expected(name):
+                    spans[name] = _read_spans(folder, name, entry.bytes, base)
     except FileNotFoundError:
         return None
+    except Arriving as refusal:
+        raise given_up(refusal, base, client) from refusal
     if spans.keys() != {*base.manifest.update_files}:
         raise Refusal("json", "update.json does not list each file")
     num_bytes = len(contents) + sum(entry.bytes for entry in files.values())
@@ -261,18 +278,6 @@ def _read_spans(folder: Folder, name: str, num_bytes: int, base: Round) -> dict[
     return locate(folder.read_part(name, 0, min(8 + length, num_bytes)), tensors, num_bytes)
 
 
-def read_beside(folder: Folder, name: str, limit: int) -> bytes:
-    """Return a small file that follows update.json where an update is copied file by file: it may come in a moment.
-
-    Raises FileNotFoundError where it does not, and Refusal.
-    """
-    try:
-        return folder.read(name, limit)
-    except FileNotFoundError:
-        time.sleep(GROWTH_SECONDS)
-        return folder.read(name, limit)
-
-
 def _read_folder(
     folder: Folder,
     contents: bytes,
@@ -282,12 +287,7 @@ def _read_folder(
     reads_again: bool,
     authenticate: Authenticate | None,
 ) -> Update:
-    try:
-        record = parse_update_record(contents)
-    except Refusal:
-        if not contents.rstrip().endswith(b"}"):
-            _check_growth(folder, base, UPDATE_RECORD, len(contents))
-        raise
+    record = _parse_whole(contents)
     _check_record(record, base, client)
     if authenticate is not None:
         authenticate(client, contents, folder)
@@ -298,12 +298,14 @@ def _read_folder(
         entry = record.files.get(name)
         if entry is None:
             raise Refusal("json", f"update.json does not list {name}")
+        if entry.bytes > largest_file(tensors):
+            raise Refusal("size", f"{name} would have {entry.bytes} bytes, at most {largest_file(tensors)} are allowed")
         if name not in buffers:
             buffers[name] = new_buffer(largest_file(tensors) + 1)
         with expected(name):
             data, digest = folder.read_hashed(name, buffers[name])
         if len(data) < entry.bytes:
-            _check_growth(folder, base, name, len(data))
+            raise Arriving("size", f"{name} has {len(data)} bytes, update.json says {entry.bytes}")
         if len(data) != entry.bytes:
             raise Refusal("size", f"{name} has {len(data)} bytes, update.json says {entry.bytes}")
         if digest != entry.sha256:
@@ -315,6 +317,20 @@ def _read_folder(
             stored[name] = StoredFile(base, client, name, spans, digests)
         num_bytes += len(data)
     return Update(record, sha256(contents), files, num_bytes, stored)
+
+
+def _parse_whole(contents: bytes) -> UpdateRecord:
+    try:
+        return parse_update_record(contents)
+    except Refusal:
+        check_whole(contents)
+        raise
+
+
+def check_whole(contents: bytes) -> None:
+    """Raise Arriving where update.json is cut short."""
+    if is_cut_short(contents):
+        raise Arriving("json", f"{UPDATE_RECORD} is not whole: it has {len(contents)} bytes")
 
 
 def _digests(data: bytes | memoryview, span: Span) -> list[bytes]:
@@ -335,18 +351,6 @@ def expected(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise Arriving("not_regular", f"{name} is missing") from error
-
-
-def _check_growth(folder: Folder, base: Round, name: str, size: int) -> None:
-    """Raise Arriving where a file that is too short grows, or something lies in its folder under a name for a while.
-
-    Such are rsync's `.adapter_model.safetensors.a1B2c3` and the `.part` of others.
-    """
-    has_others = bool({*folder.names()} - {UPDATE_RECORD, UPDATE_SIGNATURE, *base.manifest.update_files})
-    if not has_others:
-        time.sleep(GROWTH_SECONDS)
-    if has_others or folder.read_part(name, size, size + 1):
-        raise Arriving("size", f"{name} is not whole yet: it has {size} bytes")
 
 
 def _check_record(record: UpdateRecord, base: Round, client: int) -> None:

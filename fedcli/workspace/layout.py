@@ -248,22 +248,23 @@ class Home:
 
 def default_home(workspace_id: str, client: int) -> Home:
     """Return a joined party's home where it names none: below $XDG_DATA_HOME, or ~/.local/share."""
-    return Home(_private_folder(workspace_id) / str(client))
+    return Home(private_folder(workspace_id) / str(client))
 
 
 def server_home(workspace_id: str) -> Home:
     """Return where the server keeps its keys and its history: $FEDCLI_SERVER_HOME, else beside the parties' homes."""
     named = os.environ.get("FEDCLI_SERVER_HOME")
-    return Home(Path(named).absolute() if named else _private_folder(workspace_id) / "server")
+    return Home(Path(named).absolute() if named else private_folder(workspace_id) / "server")
 
 
 def remote_folder(address: str) -> Path:
     """Return where this machine keeps its part of a workspace elsewhere: locks, scores, a simulation's rows."""
     name = "-".join(re.findall(r"[A-Za-z0-9._]+", address))[-60:]
-    return _private_folder("remote") / f"{name}-{sha256(address.encode()).hexdigest()[:12]}"
+    return private_folder("remote") / f"{name}-{sha256(address.encode()).hexdigest()[:12]}"
 
 
-def _private_folder(workspace_id: str) -> Path:
+def private_folder(workspace_id: str) -> Path:
+    """Return the folder of this user\'s private state of a workspace; it need not exist."""
     base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     if base.startswith("~"):
         raise WorkspaceError(

@@ -1,7 +1,7 @@
 """What all JSON records of the protocol have in common."""
 
 import json
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,8 @@ Id = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,18})$")]
 class Record(BaseModel):
     """A record read from disk: types are strict, keys that this version does not know are ignored."""
 
+    arrives: ClassVar[bool] = False
+    """Whether other tools bring it from elsewhere: one that is cut short is then not whole yet."""
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", defer_build=True)
 
     def to_bytes(self) -> bytes:

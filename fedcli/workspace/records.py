@@ -18,7 +18,7 @@ from pydantic import (
 
 from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
-from fedcli.errors import IntegrityError
+from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
 from fedcli.workspace.record import Finite as Finite
@@ -217,6 +217,7 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
+    arrives = True
     protocol: Literal[1] = 1
     workspace: str
     round: Natural
@@ -383,6 +384,20 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     return document
 
 
+def is_cut_short(contents: bytes) -> bool:
+    """Return whether what is no JSON object may be the beginning of one, as while a file is copied."""
+    text = contents.rstrip()
+    if text and not text.startswith(b"{"):
+        return False
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return not text.endswith(b"}") or error.pos >= len(error.doc)
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
 def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:
     """Read a record that the server wrote; raise IntegrityError where it is not one."""
     try:
@@ -393,6 +408,9 @@ def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:
         problem = CHANGED
     except Refusal as refusal:
         problem = refusal.reason
+        if kind.arrives and is_cut_short(data):
+            hint = "Wait until it is copied; where nothing copies it, restore it from a backup."
+            raise ArrivingError(f"{path} is damaged, or not whole yet: {problem}", hint=hint) from None
     except ValidationError as error:
         problem = _first_fault(error)
     raise IntegrityError(f"{path} is damaged: {problem}", hint="Restore it from a backup; `fedcli verify` lists more.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedcli.workspace.records import Identity, Natural, PublicKeys, Record
 
 MAX_REGISTRATION_BYTES = 64 * 1024
 _MADE_HERE = "made-here"
+_COPIED = ".copied"
 
 
 class DataCard(Record):
@@ -37,6 +39,7 @@ class DataCard(Record):
 class Registration(Record):
     """clients/<id>.json."""
 
+    arrives = True
     protocol: Literal[1] = 1
     workspace: str
     client: Natural
@@ -88,10 +91,13 @@ def read_registration(workspace: Workspace, client: int) -> Registration | None:
 def is_own(workspace: Workspace) -> bool:
     """Return whether fedcli.yaml and workspace.json, where they are there, are this user's; links are not followed.
 
-    Those of a workspace elsewhere are its who made it, on the machine where that was done.
+    Those of a workspace elsewhere are its who made it, on the machine where that was done; those of a copy are whose
+    they were before.
     """
     if workspace.store.is_remote:
         return (workspace.root / _MADE_HERE).exists()
+    if os.path.lexists(workspace.root / _COPIED):
+        return False
     files = [path for path in (workspace.config, workspace.identity) if os.path.lexists(path)]
     return all(os.lstat(path).st_uid == os.geteuid() for path in files)
 
@@ -100,6 +106,12 @@ def mark_as_own(workspace: Workspace) -> None:
     """Note on this machine that a workspace elsewhere is made here."""
     if workspace.store.is_remote:
         publish_file(workspace.root / _MADE_HERE, b"", mode=0o600)
+
+
+def mark_as_copy(workspace: Workspace) -> None:
+    """Note in a folder that it is a copy of what somebody else made: its fedcli.yaml runs no code as this user."""
+    if not workspace.store.is_remote:
+        publish_file(workspace.root / _COPIED, b"Copied from another place: fedcli.yaml is not this user's own.\n")
 
 
 def require_own(workspace: Workspace, what: str, instead: str) -> None:
@@ -125,7 +137,7 @@ def is_server(workspace: Workspace) -> bool:
 
 def any_registered(workspace: Workspace) -> bool:
     """Return whether any party has joined."""
-    return any(name.endswith(".json") for name in workspace.store.names("clients"))
+    return any(re.fullmatch(r"[0-9]+\.json", name) for name in workspace.store.names("clients"))
 
 
 def joined_clients(workspace: Workspace, num_clients: int) -> dict[int, Registration]:

@@ -14,19 +14,20 @@ from fedcli.workspace.history import Round, read_checked, read_if_there
 from fedcli.workspace.inbox import (
     MAX_UPDATE_RECORD_BYTES,
     Authenticate,
+    check_whole,
     discard_update,
     expected,
+    given_up,
     new_buffer,
     opened_drop,
     opened_update,
-    read_beside,
 )
 from fedcli.workspace.layout import ATTEMPT, MASKED_FILE, SHARES_FILE, UPDATE_RECORD, update_name
 from fedcli.workspace.privacy_records import claim_fault
-from fedcli.workspace.publish import DISCARDED_PREFIX, TEMPORARY_PREFIX
+from fedcli.workspace.publish import TEMPORARY_PREFIX
 from fedcli.workspace.record import Record
 from fedcli.workspace.records import PROTOCOL, is_unchanged, parse_object, parse_record, sha256
-from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.secure_records import (
     ANSWER_RECORD,
     ANSWER_SIGNATURE,
@@ -130,12 +131,11 @@ def read_shares(base: Round, repair: RepairRecord) -> RepairShares:
 
 
 def traces(base: Round, client: int) -> list[str]:
-    """Return what lies in a client's inbox of an update of the round: sent, set aside, or left half-written."""
+    """Return what lies in a client's inbox of an update of the round: sent, set aside, half-written, copied."""
     workspace = base.workspace
     name = update_name(base.number)
-    aside = f"{DISCARDED_PREFIX}{name}"
     names = workspace.store.names(workspace.name(workspace.client_inbox(client)))
-    return [found for found in names if found == name or found.startswith((aside, TEMPORARY_PREFIX))]
+    return [found for found in names if name in found or found.startswith(TEMPORARY_PREFIX)]
 
 
 def remove_update(base: Round, client: int) -> None:
@@ -186,7 +186,7 @@ def read_answer(base: Round, client: int, repair: str) -> tuple[AnswerRecord, by
     try:
         with opened_drop(base.workspace, client, base.workspace.answer(base.number, client)) as folder:
             contents = folder.read(ANSWER_RECORD, MAX_BYTES)
-            signature = read_beside(folder, ANSWER_SIGNATURE, MAX_SIGNATURE_BYTES)
+            signature = folder.read(ANSWER_SIGNATURE, MAX_SIGNATURE_BYTES)
     except FileNotFoundError:
         return None
     record = _parse(AnswerRecord, contents, ANSWER_RECORD)
@@ -232,6 +232,8 @@ def read_masked(
                 raise
     except FileNotFoundError:
         return None
+    except Arriving as refusal:
+        raise given_up(refusal, base, client) from refusal
 
 
 def _read_folder(
@@ -243,6 +245,7 @@ def _read_folder(
     authenticate: Authenticate,
     buffers: dict[str, memoryview],
 ) -> Masked:
+    check_whole(contents)
     record = _parse(MaskedUpdate, contents, UPDATE_RECORD)
     _check_record(record, base, client, started)
     authenticate(client, contents, folder)
@@ -260,7 +263,8 @@ def _read_folder(
             files[name], digest = folder.read_hashed(name, buffers[name])
         if len(files[name]) != record.files[name].bytes:
             problem = f"{name} has {len(files[name])} bytes, update.json says {record.files[name].bytes}"
-            raise Refusal("size", problem)
+            is_short = len(files[name]) < record.files[name].bytes <= limit
+            raise Arriving("size", problem) if is_short else Refusal("size", problem)
         if digest != record.files[name].sha256:
             raise Refusal("hash", f"{name} does not have the hash that update.json gives")
     shares = _parse(SharesFile, bytes(files[SHARES_FILE]), SHARES_FILE) if SHARES_FILE in files else None

@@ -23,6 +23,7 @@ Hex = Annotated[str, Field(pattern="^([0-9a-f]{2})*$", max_length=184)]
 class AttemptRecord(Record):
     """attempts/round-n-a.json: who takes part, under the keys that an entry of the enrolment gives them."""
 
+    arrives = True
     protocol: Literal[1] = 1
     workspace: str
     round: Natural
@@ -37,6 +38,7 @@ class AttemptRecord(Record):
 class RepairRecord(Record):
     """repair/round-n-a.json: whose updates are summed, by the hashes of their update.json, and who is missing."""
 
+    arrives = True
     protocol: Literal[1] = 1
     workspace: str
     round: Natural

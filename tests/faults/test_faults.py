@@ -193,7 +193,7 @@ with open(target, "wb") as file:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [ADAPTER, "update.json"])
-def test_a_file_that_grows_is_waited_for_and_one_that_stays_short_is_refused(small, tmp_path, name):
+def test_a_file_that_grows_is_waited_for_and_one_that_stays_short_until_the_operator_refuses_it(small, tmp_path, name):
     all_take_part(small)
     path = small / "inbox/1/round-00000" / name
     whole = Path(shutil.copy(path, tmp_path / "whole"))
@@ -205,7 +205,9 @@ def test_a_file_that_grows_is_waited_for_and_one_that_stays_short_is_refused(sma
     copying.wait()
     Federation.open(small).server.aggregate(dry_run=True)
     os.truncate(path, 50)
-    Federation.open(small).server.aggregate()
+    with pytest.raises(NotReadyError):
+        Federation.open(small).server.aggregate()
+    Federation.open(small).server.aggregate(refuse_arriving=True)
     refused = read_manifest(small, 1)["aggregation"]["refused"]
     assert [(entry["client"], entry["code"]) for entry in refused] == [(1, "size" if name == ADAPTER else "json")]
 

@@ -1,0 +1,93 @@
+"""Who has signed a bundle: keys come from the enrolment, and never from the bundle alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedcli.errors import IntegrityError
+from fedcli.operations.sync_trust import known_servers
+from fedcli.parties.membership import own_key
+from fedcli.parties.party import find_home
+from fedcli.server.enrol import open_trust
+from fedcli.trust.chain import read_chain
+from fedcli.trust.keys import KeyPair, fingerprint, is_signed, parse_fingerprint
+from fedcli.trust.registration import keys_of, own_fault
+from fedcli.workspace.bundle_file import MAX_SIGNATURE_BYTES, Bundle
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import is_initialised
+from fedcli.workspace.layout import Workspace
+from fedcli.workspace.records import EnrolmentHead, Identity, sha256
+from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.registrations import MAX_REGISTRATION_BYTES
+
+_ALL = EnrolmentHead(number=0, sha256="0" * 64)
+"""Before any client was enrolled."""
+
+
+def signer(federation: FederationState, client: int | None, home: Path | None) -> Callable[[bytes], bytes]:
+    """Return what signs bundle.json: the server's key, or a client's.
+
+    Raises WorkspaceError or ConfigError where these are not here.
+    """
+    identity = federation.identity
+    key: KeyPair
+    if client is None:
+        trust = open_trust(federation.workspace, identity)
+        assert trust is not None
+        key = trust.key
+    else:
+        enrolment = read_chain(federation.workspace, identity, known_servers(identity.id))
+        key = own_key(find_home(federation, client, home), client, enrolment)
+    return lambda record: key.sign("bundle", identity.id, sha256(record))
+
+
+def check_round_bundle(
+    source: Workspace, bundle: Bundle, target: Workspace, identity: Identity, server: str | None
+) -> str:
+    """Return the fingerprint of the server that signed a round's bundle.
+
+    Raises IntegrityError where that is another one than `server`, this user's homes or the target know, or nobody.
+    """
+    pins = known_servers(identity.id) if server is None else [parse_fingerprint(server)]
+    chain = read_chain(source, identity, pins)
+    assert chain.server is not None
+    if is_initialised(target):
+        for ours, theirs in zip(chain.entries, read_chain(target, identity, pins).entries, strict=False):
+            if ours.sha256 != theirs.sha256:
+                raise _refused(bundle, f"entry {ours.entry.number} of its enrolment is not that of {target.address}")
+    if not is_signed(chain.server, bundle.signature, "bundle", identity.id, sha256(bundle.record_bytes)):
+        raise _refused(bundle, "it is not signed by the server")
+    return fingerprint(chain.server)
+
+
+def check_update_bundle(bundle: Bundle, target: Workspace, identity: Identity) -> str | None:
+    """Raise IntegrityError where a client has not signed its bundle.
+
+    Returns the fingerprint of the keys that it asks to be enrolled under, None where it is enrolled under them.
+    """
+    assert bundle.record is not None
+    assert bundle.record.client is not None
+    client, chain = bundle.record.client, read_chain(target, identity)
+    registered = f"clients/{client}.json"
+    try:
+        contents = bundle.read(registered, MAX_REGISTRATION_BYTES)
+        signature = bundle.read(f"clients/{client}.sig", MAX_SIGNATURE_BYTES)
+    except (FileNotFoundError, Refusal):
+        contents = signature = b""
+    asked = keys_of(contents) if contents else None
+    if contents and (fault := own_fault(identity.id, client, contents, signature)):
+        raise _refused(bundle, f"{registered} in it: {fault}")
+    member = chain.members.get(client)
+    keys = chain.keys_since(client, _ALL) if member is not None else [asked] if asked is not None else []
+    digest = sha256(bundle.record_bytes)
+    if not any(is_signed(each, bundle.signature, "bundle", identity.id, digest) for each in keys):
+        raise _refused(
+            bundle,
+            f"it is not signed by client {client}"
+            + ("" if member is None else f", who is enrolled under {fingerprint(member.keys)}"),
+            f"Where the party has lost its keys, `fedcli server revoke --id {client}` lets it join with new ones.",
+        )
+    return None if asked is None or (member is not None and member.keys == asked) else fingerprint(asked)
+
+
+def _refused(bundle: Bundle, problem: str, hint: str = "Nothing was taken from it.") -> IntegrityError:
+    return IntegrityError(f"{bundle.path} is refused: {problem}", hint=hint)

@@ -1,0 +1,386 @@
+"""Going through a workspace once, in an order that lets nothing arrive before what it refers to."""
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+from fedcli.errors import FedError, IntegrityError
+from fedcli.operations.carry import MAX_SMALL_BYTES, Carried, Carrier
+from fedcli.workspace.enrolment import MAX_ENTRY_BYTES, Enrolment
+from fedcli.workspace.history import (
+    listed_rounds,
+    read_if_there,
+    read_round,
+)
+from fedcli.workspace.layout import (
+    CONFIG_NAME,
+    MANIFEST,
+    PRUNED,
+    UPDATE_RECORD,
+    Workspace,
+    is_round_name,
+    round_name,
+    update_name,
+)
+from fedcli.workspace.parcels import (
+    MAX_SIGNATURE_BYTES,
+    Incomplete,
+    Parcel,
+    answer_parcel,
+    baseline_parcel,
+    read_manifest,
+    round_parcel,
+    update_parcel,
+)
+from fedcli.workspace.publish import DISCARDED_PREFIX
+from fedcli.workspace.records import Identity, Manifest, sha256
+from fedcli.workspace.registrations import is_own, mark_as_copy, mark_as_own
+from fedcli.workspace.secure_files import MAX_BYTES, MOST_SHARES_BYTES, read_repair
+
+CARRIED = ("rounds", "inbox", "clients", "enrolment", "attempts", "repair", "baselines")
+KEPT = ("private", "data", "eval", "report", "slurm", "logs", "discarded", "server.lock", "README.md", "cron")
+"""What stays where it is: secrets, rows, scores, and what one machine keeps for itself."""
+_ROUND = r"(\d{5,19})"
+_RECORD = re.compile(rf"round-{_ROUND}-0\.json")
+_SHARES = re.compile(rf"round-{_ROUND}-0-shares-([0-9a-f]{{64}})\.json")
+_ENTRY = re.compile(rf"{_ROUND}\.json")
+_OF_CLIENT = re.compile(r"(0|[1-9]\d{0,18})\.(json|sig|leave|acks)")
+_ACK = re.compile(rf"round-{_ROUND}\.sig")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What of a workspace is carried: all of it, or what a party needs and sends, or a part of that."""
+
+    client: int | None = None
+    parts: frozenset[str] = frozenset(CARRIED)
+    is_lean: bool = False
+    """Whether the rounds between the first and the latest leave their weights behind, as `gc` would."""
+    first_round: int = 0
+    """Of updates and answers."""
+    is_bundled: bool = False
+    """Whether it goes into a file, of which nobody is the owner."""
+    last_round: int | None = None
+
+    @classmethod
+    def of_party(cls, client: int | None) -> "Scope":
+        """Return what `sync` carries; with a client of that party alone."""
+        return cls() if client is None else cls(client, frozenset(CARRIED) - {"baselines"}, is_lean=True)
+
+
+@dataclass
+class Walk:
+    """Goes through a workspace once, in an order that lets nothing arrive before what it refers to."""
+
+    source: Workspace
+    target: Workspace
+    identity: Identity
+    scope: Scope
+    carrier: Carrier
+    result: Carried
+    _latest: int = 0
+    _chain: Enrolment | None = None
+    """What is signed by whom; None where nothing is, or nobody can tell."""
+    _manifests: dict[int, Manifest | None] = field(default_factory=dict)
+    _pruned: dict[tuple[str, int], bool] = field(default_factory=dict)
+
+    @property
+    def _places(self) -> tuple[Workspace, Workspace]:
+        return self.source, self.target
+
+    @cached_property
+    def _is_own(self) -> bool:
+        """Whether this user made what is copied."""
+        return is_own(self.source)
+
+    def run(self) -> None:
+        """Look at what refers to others first, and carry it last."""
+        names, parts = self.source.store.names, self.scope.parts
+        inboxes = {each: self._names(f"inbox/{each}") for each in self._clients("inbox")}
+        last = self.scope.last_round
+        rounds = [each for each in listed_rounds(self.source) if last is None or each <= last]
+        self._latest = max(rounds, default=0)
+        attempts, repairs = ([*names(folder)] if folder in parts else [] for folder in ("attempts", "repair"))
+        if "enrolment" in parts:
+            self._enrolment()
+        if self.result.is_first:
+            for folder in ("inbox", "clients"):
+                self.target.store.share(folder, multi_user=False)
+        for client in self._clients("clients"):
+            self._client(client)
+        if "rounds" in parts:
+            self._rounds(rounds)
+        self._signed("attempts", attempts)
+        self._shares(repairs)
+        self._signed("repair", repairs)
+        for client, found in inboxes.items():
+            self._inbox(client, found)
+        if "baselines" in parts and not (self.source.store.is_remote or self.target.store.is_remote):
+            for name in names("baselines"):
+                if not name.startswith("."):
+                    folder = f"baselines/{name}"
+                    self.carrier.publish("baselines", folder, partial(baseline_parcel, self.source, name))
+        self._ignore("", [name for name in names("") if name not in (*CARRIED, *KEPT, CONFIG_NAME, "workspace.json")])
+        if "rounds" in parts and self.target.has_round(0):
+            self._config()
+        if "rounds" not in parts or self.target.has_round(0):
+            self.carrier.fixed("workspace.json", "workspace.json", MAX_SMALL_BYTES)
+
+    def _config(self) -> None:
+        """Carry fedcli.yaml; what a workspace's own user has there, nobody else changes."""
+        if self.result.is_first and not self.scope.is_bundled:
+            (mark_as_own if self._is_own else mark_as_copy)(self.target)
+        if self._is_own or self.result.is_first or self.carrier.judge.replaces or not is_own(self.target):
+            self.carrier.changing("fedcli.yaml", CONFIG_NAME)
+            return
+        ours, theirs = (self.carrier.read(place.store, CONFIG_NAME, MAX_SMALL_BYTES) for place in self._places)
+        if ours != theirs:
+            self.result.changed[CONFIG_NAME] = "there it is this user's own, and here another's: --replace takes it"
+
+    def _names(self, folder: str) -> list[str]:
+        store = self.source.store
+        if store.is_hidden(folder):
+            self.result.left[folder] = "this user may not look into it"
+            return []
+        return store.names(folder)
+
+    def _clients(self, folder: str) -> list[int]:
+        """Return the clients that something of lies in inbox/ or clients/, and note what is nobody's."""
+        names = self._names(folder) if folder in self.scope.parts else []
+        known = {name for name in names if (_OF_CLIENT.fullmatch(name) if folder == "clients" else _is_id(name))}
+        self._ignore(folder, [name for name in names if name not in known])
+        found = sorted({int(name.partition(".")[0]) for name in known})
+        return found if self.scope.client is None else [client for client in found if client == self.scope.client]
+
+    def _ignore(self, folder: str, names: list[str]) -> None:
+        self.result.ignored += [f"{folder}/{name}".lstrip("/") for name in names if not name.startswith(".")]
+
+    def _enrolment(self) -> None:
+        """Carry the chain, entry by entry, as far as it is the same one; nothing of one that is not the server's."""
+        if self.identity.signatures is not None:
+            from fedcli.operations.sync_trust import checked_chain  # where nothing is signed nobody needs cryptography
+
+            try:
+                self._chain = checked_chain(self.source, self.identity)
+            except IntegrityError as error:
+                self.result.arriving["enrolment"] = error.message
+                return
+        names = self.source.store.names("enrolment")
+        entries = {int(match[1]) for name in names if (match := _ENTRY.fullmatch(name)) and is_round_name(match[1])}
+        known = {f"{round_name(number)}.{kind}" for number in entries for kind in ("json", "sig")}
+        self._ignore("enrolment", [name for name in names if name not in known and not name.endswith(".sig")])
+        for number in range(max(entries, default=-1) + 1):
+            name = f"enrolment/{round_name(number)}"
+            if not self.carrier.fixed("enrolment", f"{name}.json", MAX_ENTRY_BYTES, signature=f"{name}.sig"):
+                self._chain = None
+                return
+
+    def _client(self, client: int) -> None:
+        """Carry what a party says of itself."""
+        workspace, store = self.source, self.source.store
+        name = workspace.name(workspace.registration(client))
+        ours = self.carrier.read(store, name, MAX_SMALL_BYTES)
+        if ours is not None:
+            self._registration(client, name, ours)
+        self.carrier.changing("leaving", workspace.name(workspace.leaving(client)))
+        acks = f"clients/{client}.acks"
+        known = {found for found in self._names(acks) if _ACK.fullmatch(found)}
+        self._ignore(acks, [found for found in store.names(acks) if found not in known])
+        for found in sorted(known):
+            self._acknowledgement(f"{acks}/{found}")
+
+    def _acknowledgement(self, name: str) -> None:
+        """Carry a countersignature; one under another key, of the same manifest, is as good."""
+        there = self.carrier.read(self.target.store, name, MAX_SIGNATURE_BYTES)
+        ours = self.carrier.read(self.source.store, name, MAX_SIGNATURE_BYTES)
+        if there is None or ours is None or there.split(b" ")[0] != ours.split(b" ")[0]:
+            self.carrier.fixed("acknowledgements", name, MAX_SIGNATURE_BYTES)
+
+    def _registration(self, client: int, name: str, ours: bytes) -> None:
+        """Carry a registration; new keys that the old ones signed are newer, whatever else is known."""
+        if self.identity.signatures is None:
+            self.carrier.changing("registrations", name)
+            return
+        from fedcli.trust.registration import follows, own_fault  # where nothing is signed nobody needs cryptography
+
+        signature = self.source.name(self.source.registration_signature(client))
+        signed = self.carrier.read(self.source.store, signature, MAX_SIGNATURE_BYTES) or b""
+        if fault := own_fault(self.identity.id, client, ours, signed):
+            self.result.arriving[name] = fault
+            return
+        theirs = self.carrier.read(self.target.store, name, MAX_SMALL_BYTES)
+        newer = None
+        if theirs is not None and theirs != ours:
+            before = self.carrier.read(self.target.store, signature, MAX_SIGNATURE_BYTES) or b""
+            if not own_fault(self.identity.id, client, theirs, before):
+                newer = follows(self.identity.id, theirs, ours, signed)
+                newer = False if newer is None and follows(self.identity.id, ours, theirs, before) else newer
+        self.carrier.changing("registrations", name, first=(signature, signed), newer=newer)
+
+    def _is_pruned(self, place: Workspace, number: int) -> bool:
+        key = (place.address, number)
+        if key not in self._pruned:
+            self._pruned[key] = place.store.exists(place.name(place.round(number) / PRUNED))
+        return self._pruned[key]
+
+    def _rounds(self, rounds: list[int]) -> None:
+        """Carry the rounds in their order, each only behind the one that it follows.
+
+        Where the latest that both have is the same one, so are all before it, for each names the hash of its parent.
+        """
+        self._ignore("rounds", [name for name in self.source.store.names("rounds") if not is_round_name(name)])
+        latest, there = max(rounds, default=0), {*listed_rounds(self.target)}
+        common = max(there & {*rounds}, default=None)
+        if common is not None and self._round(common, latest):
+            todo = [number for number in range(latest + 1) if number > common or number not in there]
+        else:
+            todo = [*range(latest + 1)]
+        for number in todo:
+            if not self._round(number, latest):
+                break
+        if not self.scope.is_lean:
+            self._note_pruned(there & {*rounds})
+
+    def _note_pruned(self, rounds: set[int]) -> None:
+        """Tell where one place has pruned a round and the other has not: weights go neither way."""
+        names = {self.source.name(self.source.round(number) / PRUNED): number for number in rounds}
+        here, there = (place.store.existing([*names]) for place in self._places)
+        for name in sorted(here ^ there):
+            who = (self.source if name in here else self.target).address
+            self.result.left[name.rpartition("/")[0]] = (
+                f"`fedcli gc` has removed its weights in {who}; they are neither put back, nor removed elsewhere"
+            )
+
+    def _round(self, number: int, latest: int) -> bool:
+        with_weights = not self.scope.is_lean or number in (0, latest)
+
+        def read() -> Parcel:
+            parcel = round_parcel(self.source, number, self.identity, with_weights=with_weights)
+            if not self.target.has_round(number):
+                self._check_chain(number, parcel.record)
+            return parcel
+
+        return self.carrier.publish("rounds", self.source.name(self.source.round(number)), read)
+
+    def _check_chain(self, number: int, contents: bytes) -> None:
+        """Raise Incomplete where the target does not have what a round follows: the one before, and its enrolment."""
+        manifest = read_manifest(self.source, number, contents, self.identity)
+        if self.identity.signatures is not None:
+            from fedcli.operations.sync_trust import check_round
+
+            if self._chain is None:
+                raise Incomplete("nothing tells whether the server has signed it")
+            check_round(self.source, manifest, contents, self._chain)
+        before = read_if_there(self.target, self.target.round(number - 1) / MANIFEST, MAX_BYTES) if number else None
+        if manifest.parent != (None if before is None else sha256(before)):
+            raise Incomplete(f"it does not follow round {number - 1} of {self.target.address}")
+        if (head := manifest.enrolment) is not None:
+            path = self.target.enrolment / f"{round_name(head.number)}.json"
+            entry = read_if_there(self.target, path, MAX_ENTRY_BYTES)
+            if entry is None or sha256(entry) != head.sha256:
+                raise Incomplete(f"entry {head.number} of the enrolment is not in {self.target.address}, or another")
+
+    def _signed(self, folder: str, names: list[str]) -> None:
+        """Carry the signed records of secure aggregation."""
+        known = {name for name in names if _RECORD.fullmatch(name)}
+        sides = {name.replace(".json", ".sig") for name in known} | {name for name in names if _SHARES.fullmatch(name)}
+        self._ignore(folder, [name for name in names if name not in known | sides and not name.endswith(".sig")])
+        for name in sorted(known):
+            signature = f"{folder}/{name.removesuffix('.json')}.sig"
+            self.carrier.fixed(folder, f"{folder}/{name}", MAX_BYTES, signature=signature)
+
+    def _shares(self, names: list[str]) -> None:
+        """Carry sealed shares, each of which has its hash in its name; not of a round whose weights are gone there."""
+        for name in names:
+            match = _SHARES.fullmatch(name)
+            if (
+                match is None
+                or self._is_pruned(self.target, int(match[1]))
+                or self.target.store.exists(f"repair/{name}")
+            ):
+                continue
+            contents = self.carrier.read(self.source.store, f"repair/{name}", MOST_SHARES_BYTES)
+            if contents is None or sha256(contents) != match[2]:
+                self.result.arriving[f"repair/{name}"] = "it is not whole"
+            else:
+                self.carrier.fixed("shares", f"repair/{name}", MOST_SHARES_BYTES)
+
+    def _inbox(self, client: int, names: list[str]) -> None:
+        """Carry a client's updates and answers; of rounds long closed one that stands there is not looked at again."""
+        own = f"inbox/{client}"
+        there = set() if self.target.store.is_hidden(own) else {*self.target.store.names(own)}
+        for name in names:
+            update = re.fullmatch(rf"round-{_ROUND}", name)
+            answer = re.fullmatch(rf"repair-{_ROUND}-0", name)
+            match = update or answer
+            if match is None or not is_round_name(match[1]):
+                self._ignore(f"inbox/{client}", [name])
+                continue
+            number, folder = int(match[1]), f"inbox/{client}/{name}"
+            if number < self.scope.first_round:
+                continue
+            if number < self._latest - 1 and (
+                name in there or (self._is_pruned(self.target, number) and not self._is_pruned(self.source, number))
+            ):
+                continue
+            if answer:
+                self.carrier.publish("answers", folder, partial(answer_parcel, self.source, number, client))
+            elif reason := self._reason_to_leave(number, client, folder):
+                self.result.left[folder] = reason
+            else:
+                self.carrier.publish("updates", folder, partial(self._update, number, client))
+
+    def _update(self, number: int, client: int) -> Parcel:
+        base = self._manifest(number)
+        if base is None:
+            raise Incomplete(f"round {number} is in neither place")
+        parcel = update_parcel(self.source, base, client, is_pruned=self._is_pruned(self.source, number))
+        if self._chain is not None:
+            from fedcli.operations.sync_trust import check_update
+
+            check_update(self.source, client, parcel.folder, parcel.record, self._chain)
+        return parcel
+
+    def _manifest(self, number: int) -> Manifest | None:
+        if number not in self._manifests:
+            self._manifests[number] = None
+            for place in (self.target, self.source):
+                with suppress(FedError):
+                    found = read_round(place, number)
+                    if found is not None and found.manifest.workspace == self.identity.id:
+                        self._manifests[number] = found.manifest
+                        break
+        return self._manifests[number]
+
+    def _reason_to_leave(self, number: int, client: int, folder: str) -> str:
+        """Return why an update is not to be carried, although it is not there; nothing where it is."""
+        if self.target.store.names(folder):
+            return ""
+        ours = self.carrier.read(self.source.store, f"{folder}/{UPDATE_RECORD}", MAX_BYTES)
+        aside = f"{DISCARDED_PREFIX}{update_name(number)}-"
+        hidden = self.target.store.is_hidden(f"inbox/{client}")
+        for name in [] if hidden else self.target.store.names(f"inbox/{client}"):
+            if name.startswith(aside) and ours is not None:
+                theirs = self.carrier.read(self.target.store, f"inbox/{client}/{name}/{UPDATE_RECORD}", MAX_BYTES)
+                if theirs == ours:
+                    return (
+                        f"it was set aside there; `fedcli server discard --id {client} -w {self.source.address}` lets "
+                        "the client send another"
+                    )
+        base = self._manifest(number)
+        if base is not None and base.secure_aggregation is not None and self._is_unmasked(number, client):
+            return "a repair goes on without it, and would unmask it"
+        return ""
+
+    def _is_unmasked(self, number: int, client: int) -> bool:
+        for place in self._places:
+            current = read_round(place, number)
+            repair = None if current is None else read_repair(current)
+            if repair is not None and client not in repair.record.clients:
+                return True
+        return False
+
+
+def _is_id(name: str) -> bool:
+    return re.fullmatch(r"0|[1-9]\d{0,18}", name) is not None
