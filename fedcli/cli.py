@@ -80,6 +80,7 @@ COMMANDS = {
     "itself.",
     "eval table": "Show scores side by side, and write them to eval/ as markdown, csv and json.",
     "eval best": "Name the best of the rounds that have been scored.",
+    "relay": "Take part in a parent federation as a region: its parties merge first, and only their sum travels.",
     "server open": "Open round 0 unless it is open; `fedcli init` does it too.",
     "server aggregate": "Merge the open round's updates and publish the next round.",
     "server run": "Merge every round as soon as it is ready, until the last; clients train elsewhere.",

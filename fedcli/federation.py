@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedcli.operations.keys import KeyRing
     from fedcli.operations.preview import Preview
     from fedcli.operations.privacy import PrivacyReport
+    from fedcli.operations.relay import RelayResult
     from fedcli.operations.report import WrittenReport
     from fedcli.operations.run import FederationResult
     from fedcli.operations.slurm_submit import Submission
@@ -270,21 +271,46 @@ class Federation:
 
         return read_privacy(self.state, client, home=home)
 
+    def relay(
+        self,
+        client: int,
+        region: "Federation",
+        *,
+        home: Path | str | None = None,
+        server: str | None = None,
+        observer: Observer = SILENT,
+    ) -> "RelayResult":
+        """Do what is due for a region as a client of this federation, once; that nothing is due is a result, no error.
+
+        The first call joins. Then each opens the region's next round from this federation's latest, or sends what the
+        region has merged. `server` is the fingerprint that this federation's server must have.
+        """
+        from fedcli.operations.relay import relay
+
+        return relay(self.state, region.state, client, home=_path(home), server=server, observer=observer)
+
     def verify(
         self,
         *,
         trust: Path | str | None = None,
         noise_keys: Sequence[Path | str] = (),
+        parent: str | None = None,
         observer: Observer = SILENT,
     ) -> "Verification":
         """Check every round and counted update; what is wrong is collected, not raised.
 
         `trust` is a file of pinned keys, as `fedcli keys show --json` prints them; `noise_keys` are the server's keys
-        of the noise that rounds were merged with, or folders of them.
+        of the noise that rounds were merged with, or folders of them; `parent` is the address of a region's parent.
         """
         from fedcli.server.verify import verify
 
-        return verify(self.workspace, trust=_path(trust), noise_keys=[*map(Path, noise_keys)], observer=observer)
+        return verify(
+            self.workspace,
+            trust=_path(trust),
+            noise_keys=[*map(Path, noise_keys)],
+            parent=parent,
+            observer=observer,
+        )
 
     def report(
         self, *, output: Path | str | None = None, tensorboard: Path | str | None = None, observer: Observer = SILENT

@@ -207,6 +207,7 @@ def test_verify_says_what_it_checked_and_exits_0(finished, capsys):
         "num_hidden": 0,
         "num_pruned": 0,
         "num_gone": 0,
+        "num_relayed": 0,
         "num_signatures": 0,
         "noisy_rounds": [],
     }

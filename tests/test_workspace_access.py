@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import typer
 from support.audit import Touch, watched
-from support.federation import all_take_part
+from support.federation import all_take_part, configure
 from support.processes import SMALL, command_names, run_ok, settings
+from support.regions import make
 from support.warm import write_rows
 
 from fedcli import Federation
@@ -55,9 +56,10 @@ COMMANDS = {
     "keys rotate": ("keys", "rotate"),
     "slurm script": ("slurm", "script"),
     "slurm submit": ("slurm", "submit"),
+    "relay": ("relay", "--id", 0, "-w", "PARENT", "--from", "WORKSPACE"),
 }
 ANSWERED = ("server aggregate", "server discard", "server run", "verify")
-MERGED = ("server run", "report", "status", "gc", "verify", "export", "eval run", "eval table", "eval best")
+MERGED = ("relay", "server run", "report", "status", "gc", "verify", "export", "eval run", "eval table", "eval best")
 
 
 @pytest.fixture
@@ -94,6 +96,10 @@ LONG = {
 def test_files_of_the_workspace_are_listed_examined_and_opened_in_its_own_room_alone(
     workspace: Path, name: str
 ) -> None:
+    places = {"NEW": workspace.parent / "new", "PARENT": workspace.parent / "parent", "WORKSPACE": workspace}
+    if name == "relay":
+        make(workspace, places["PARENT"], "federation.clients=1")
+        configure(workspace, "federation.relay_every=1")
     if name in MERGED:
         all_take_part(workspace)
         Federation.open(workspace).server.aggregate()
@@ -110,13 +116,12 @@ def test_files_of_the_workspace_are_listed_examined_and_opened_in_its_own_room_a
     program.chmod(0o755)
     program.with_name("squeue").write_text("#!/bin/sh\n")
     program.with_name("squeue").chmod(0o755)
-    new = workspace.parent / "new"
-    arguments = [new if word == "NEW" else word for word in COMMANDS[name]]
     seen = watched(
-        new if name == "init" else workspace,
-        *arguments,
+        places["NEW"] if name == "init" else workspace,
+        *(places.get(str(word), word) for word in COMMANDS[name]),
         log=workspace.parent / "log.json",
         PATH=f"{program.parent}:{os.environ['PATH']}",
+        XDG_DATA_HOME=str(workspace.parent / "data"),
     )
     assert seen.touches or name in ("eval list", "eval fetch")
     offenders = sorted({str(touch) for touch in seen.touches if is_foreign(touch)})

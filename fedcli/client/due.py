@@ -1,7 +1,7 @@
 """What is due for clients in the open round; cheap where that is nothing: no numpy, and no torch."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,8 @@ from fedcli.workspace.locks import hold
 
 if TYPE_CHECKING:
     from fedcli.client.local_round import Training
+    from fedcli.client.secure_round import SecureRound
+    from fedcli.client.signing import Member
 
 ClientStatus = Literal[
     "not_selected",
@@ -136,7 +138,7 @@ def train_client(
                         return result
                     _check_arrived(federation)
                     if federation.head.manifest.secure_aggregation is not None:
-                        return _take_part_masked(federation, party, result.status, runtimes, observer)
+                        return _train_masked(federation, party, result.status, runtimes, observer)
                     return _train(federation, party, runtimes, observer)
             except BusyError:
                 if time.monotonic() + federation.poll_seconds > deadline:
@@ -287,10 +289,28 @@ def _train(federation: FederationState, party: Party, runtimes: Runtimes, observ
     return ClientResult(status, party.client, federation.head.number, training)
 
 
-def _take_part_masked(
+def _train_masked(
     federation: FederationState, party: Party, due: ClientStatus, runtimes: Runtimes, observer: Observer
 ) -> ClientResult:
-    """Do what is due in a round of secure aggregation: train and drop, drop again what was trained, or answer."""
+    def work(entered: "SecureRound") -> "tuple[Training | None, bool]":
+        from fedcli.client.local_round import train_and_drop
+
+        return train_and_drop(federation, party, runtimes, observer, entered)
+
+    return take_part_masked(federation, party, due, work, observer)
+
+
+def take_part_masked(
+    federation: FederationState,
+    party: "Member",
+    due: ClientStatus,
+    work: "Callable[[SecureRound], tuple[Training | None, bool]]",
+    observer: Observer,
+) -> ClientResult:
+    """Do what is due in a round of secure aggregation: `work` and drop, drop again what was masked, or answer.
+
+    Whoever calls this holds the client's lock.
+    """
     from fedcli.client.secure_round import answer_repair, drop_again, enter, withdraw
     from fedcli.workspace.secure_files import remove_update
 
@@ -308,8 +328,6 @@ def _take_part_masked(
     if entered.journal is not None:
         is_first = drop_again(entered, observer)
     else:
-        from fedcli.client.local_round import train_and_drop
-
-        training, is_first = train_and_drop(federation, party, runtimes, observer, entered)
+        training, is_first = work(entered)
     status: ClientStatus = "submitted" if is_first else client_status(federation, client).status
     return ClientResult(status, client, head.number, training)

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedcli.algos import Algorithm, Arrays
-from fedcli.client.signing import check_past, commit_update
+from fedcli.client.signing import Member, check_past, commit_update
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.parties.membership import own_key
-from fedcli.parties.party import Party
 from fedcli.secure_aggregation.fixed_point import LARGEST, OutOfRange, Ring, to_ring
 from fedcli.secure_aggregation.party import (
     Revealed,
@@ -76,7 +75,7 @@ class SecureRound:
     """A round that a party takes part in: its attempt, checked, and the keys that the party has in it."""
 
     federation: FederationState
-    party: Party
+    party: Member
     base: Round
     enrolment: Enrolment
     attempt: Stored[AttemptRecord]
@@ -90,7 +89,7 @@ class SecureRound:
         return self.key.sealing
 
 
-def enter(federation: FederationState, party: Party, observer: Observer) -> SecureRound:
+def enter(federation: FederationState, party: Member, observer: Observer) -> SecureRound:
     """Check the open round's attempt, and that a party may take part in it as it stands.
 
     Raises IntegrityError where the server, or whoever can write for it, asks for what may not be; ConfigError where the
@@ -133,7 +132,7 @@ def enter(federation: FederationState, party: Party, observer: Observer) -> Secu
     return SecureRound(federation, party, base, enrolment, attempt, terms, key, journal)
 
 
-def _has_sent(party: Party, base: Round) -> bool:
+def _has_sent(party: Member, base: Round) -> bool:
     """Return whether a party's history has an update of a round."""
     lines = read_history(party.home.history)
     return any(line.get("event") == "sent" and line.get("manifest") == base.sha256 for line in lines)

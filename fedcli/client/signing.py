@@ -2,23 +2,38 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from fedcli.errors import ArrivingError, DeniedError, IntegrityError
 from fedcli.observer import Observer
-from fedcli.parties.party import Party
 from fedcli.trust.history import note, read_history
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import drop_update
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, UPDATE_RECORD, UPDATE_SIGNATURE
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, UPDATE_RECORD, UPDATE_SIGNATURE, Home
 from fedcli.workspace.records import sha256
 from fedcli.workspace.registrations import read_party
 
 _ASK = 'Do not train on it. Ask the server\'s operator by telephone; docs/OPERATIONS.md, "Incidents", says more.'
 
 
-def check_past(federation: FederationState, party: Party, past: Sequence[Round], observer: Observer) -> None:
+class Member(Protocol):
+    """Who sends an update: a party, or a region; `num_rows` is None of a simulated client."""
+
+    @property
+    def client(self) -> int:
+        """Its id."""
+
+    @property
+    def home(self) -> Home:
+        """Its own folder."""
+
+    @property
+    def num_rows(self) -> int | None:
+        """What it has registered."""
+
+
+def check_past(federation: FederationState, party: Member, past: Sequence[Round], observer: Observer) -> None:
     """Raise IntegrityError where the workspace is not the one that a party has known, or the server did not sign it.
 
     Notes what came of the party's updates, and tells of those that were not counted.
@@ -89,7 +104,7 @@ def _check_constant(federation: FederationState, rounds: Sequence[Round]) -> Non
 
 def commit_update(
     federation: FederationState,
-    party: Party,
+    party: Member,
     files: Sequence[tuple[str, bytes]],
     record: bytes,
     observer: Observer,
@@ -130,7 +145,7 @@ def _known(lines: Iterable[dict[str, Any]]) -> dict[int, str]:
     return known
 
 
-def _note_outcomes(party: Party, rounds: Sequence[Round], observer: Observer) -> None:
+def _note_outcomes(party: Member, rounds: Sequence[Round], observer: Observer) -> None:
     """Note what came of updates that were sent, once: counted, refused with its code, surplus or missing."""
     home, client = party.home, party.client
     lines = list(read_history(home.history))

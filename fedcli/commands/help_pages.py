@@ -7,7 +7,7 @@ from fedcli.commands.output import terminal
 
 PANELS = {
     "Begin": ("init", "doctor"),
-    "Train": ("run", "client", "server", "slurm", "train-alone", "train-pooled", "study"),
+    "Train": ("run", "client", "server", "slurm", "relay", "train-alone", "train-pooled", "study"),
     "Look at what came of it": ("status", "chat", "eval", "report", "data"),
     "Carry it": ("sync", "bundle"),
     "Keep it": ("verify", "privacy", "audit", "keys", "export", "gc"),
@@ -68,6 +68,9 @@ EXAMPLES = {
         ("fedcli client train --any", "all whose rows are here; as often as you like"),
     ),
     "client status": (("fedcli client status --id 0", "whether client 0 has something to do"),),
+    "relay": (
+        ("fedcli relay --id 2 -w /shared/national --from /shared/north", "the next thing due; the first call joins"),
+    ),
     "server open": (("fedcli server open", "if `fedcli init` was interrupted"),),
     "server aggregate": (("fedcli server aggregate --partial", "with those who have answered"),),
     "server run": (("fedcli server run", "to the last round; stopped and started again, it goes on"),),

@@ -9,12 +9,13 @@ from typer import Option
 from fedcli.commands.options import JsonOption, WorkspaceOption, found_federation
 from fedcli.commands.output import at, print_hint, print_json, tell
 from fedcli.errors import UsageError
-from fedcli.quantities import describe_bytes, describe_enough, describe_seconds, name_clients
+from fedcli.quantities import describe_bytes, describe_enough, describe_seconds, name_clients, plural
 
 if TYPE_CHECKING:
     from fedcli.operations.slurm_state import JobStates
     from fedcli.operations.status import Status
     from fedcli.workspace.privacy_records import PrivacyRecord
+    from fedcli.workspace.relay_records import RelayRecord
 
 
 def status(
@@ -42,7 +43,8 @@ def status(
         print_json(result)
         return
     _print(result)
-    print_hint(f"next: {result.next_command}{at(workspace)}")
+    names_it = result.next_command.startswith("fedcli relay") and " -w " in result.next_command
+    print_hint(f"next: {result.next_command}{'' if names_it else at(workspace)}")
 
 
 _FIGURES = {"norm": "norms", "cosine": "cosines", "change": "changes"}
@@ -64,6 +66,8 @@ def _print(result: "Status") -> None:
         tell(f"cohort     {name_clients(result.cohort)}; {result.needed} must answer{which}")
         tell(f"answered   {name_clients(result.answered)}")
         tell(f"missing    {name_clients(result.missing)}")
+    if result.relay is not None:
+        tell(f"region     {_describe_relay(result.relay, result.state)}")
     if result.privacy is not None:
         tell(f"privacy    {_describe_privacy(result.privacy)}")
     if result.budget is not None:
@@ -91,6 +95,8 @@ def _print(result: "Status") -> None:
         tell(f"slurm      {_describe_jobs(result.slurm)}")
     if result.joined:
         tell(f"joined     {name_clients(result.joined)}: parties that keep their rows")
+    for client, region in result.regions.items():
+        tell(f"relayed    client {client} is the region {region}: its parties' sum")
     for client, told in result.unenrolled.items():
         tell(f"not in     client {client} has joined and is not enrolled: {told}")
     for client, action in result.gone.items():
@@ -136,6 +142,17 @@ def _print(result: "Status") -> None:
         down, up = describe_bytes(cost.client_bytes_down), describe_bytes(cost.client_bytes_up)
         so_far = f"{describe_bytes(cost.total_bytes_down)} down and {describe_bytes(cost.total_bytes_up)} up so far"
         tell(f"transfer   {down} down and {up} up a client and round; {so_far}")
+
+
+def _describe_relay(relay: "RelayRecord", state: str) -> str:
+    """Return which client of which parent a region is, and how far it is from its next sum."""
+    if relay.parent is None:
+        return "waits for a parent: nobody trains before `fedcli relay`"
+    who = f"client {relay.parent.client} of workspace {relay.parent.workspace}, begun from its round"
+    left = f"{plural(relay.left, 'round')} to merge before its sum goes up"
+    if relay.left == 0:
+        left = "its sum can go up" if state == "open" else "that has the result"
+    return f"{who} {relay.parent.round}; {left}"
 
 
 def _describe_privacy(privacy: "PrivacyRecord") -> str:

@@ -20,18 +20,26 @@ def verify(
         list[Path] | None,
         Option(metavar="FILE", help="The key of a round's noise, or a folder of keys: it is computed again."),
     ] = None,
+    parent: Annotated[
+        str | None,
+        Option(
+            metavar="DIR|URL", help="A region's parent, whose rounds its own begin from. Default: as relayed from here."
+        ),
+    ] = None,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Check every round and counted update on disk; list what is wrong, and exit with 7 if anything is."""
     use_one_blas_thread()
     with StepDisplay(json_output, "rounds") as observer:
-        result = found_federation(workspace).verify(trust=trust, noise_keys=noise_key or [], observer=observer)
+        federation = found_federation(workspace)
+        result = federation.verify(trust=trust, noise_keys=noise_key or [], parent=parent, observer=observer)
     lines = [
         f"checked {plural(result.num_rounds, 'round')}: {plural(result.num_files, 'file')} by hash, "
         f"{plural(result.num_updates, 'counted update')}, {plural(result.num_recomputed, 'aggregate')} computed again, "
         f"{plural(result.num_baselines, 'baseline')}"
         + (f", {plural(result.num_signatures, 'signature')}" if result.num_signatures else "")
+        + (f", {plural(result.num_relayed, 'beginning')} from a parent's round" if result.num_relayed else "")
     ]
     if result.num_hidden:
         updates = plural(result.num_hidden, "counted update")

@@ -144,8 +144,9 @@ class FederationConfig(Section):
 
     With `select` more clients are drawn than count. `deadline` is in seconds from a round's opening: then one answer
     is enough. An update of whose files nothing more came for `arriving` seconds is refused. With `multi_user` parties
-    may run under unix users of their own. Without `signatures` they are required where parties join, and off in a
-    simulation.
+    may run under unix users of their own. With `relay_every` the federation is a region: after so many rounds its
+    adapter goes to a parent, from whose next round it goes on (docs/HIERARCHY.md). Without `signatures` they are
+    required where parties join, and off in a simulation.
     """
 
     clients: Clients = 5
@@ -157,6 +158,7 @@ class FederationConfig(Section):
     deadline: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] | None = None
     arriving: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] | None = None
     multi_user: bool = False
+    relay_every: Count | None = None
     signatures: Annotated[Literal["required", "off"] | None, BeforeValidator(_off)] = None
 
     @model_validator(mode="after")
@@ -243,7 +245,24 @@ class Config(Section):
         self.privacy.check_against(
             self.aggregation, federation.signatures, federation.num_counted, federation.cohort_size
         )
+        if federation.relay_every is not None:
+            self._check_region()
         return self
+
+    def _check_region(self) -> None:
+        """Raise ValueError where a region would send up anything else than the mean of its updates by rows."""
+        refused = {
+            f"algorithm.name: {self.algorithm.name}": self.algorithm.name != "fedavg",
+            f"aggregation.rule: {self.aggregation.rule}": self.aggregation.rule != "mean",
+            "aggregation.nearest_mixing": self.aggregation.nearest_mixing,
+            "aggregation.weight_cap": self.aggregation.weight_cap is not None,
+            f"privacy.unit: {self.privacy.unit}": self.privacy.unit is not None,
+        }
+        if found := [name for name, is_set in refused.items() if is_set]:
+            raise ValueError(
+                f"federation.relay_every and {found[0]} exclude each other: a region sends its parent the mean of its "
+                "updates by rows, and its parties train as the parent's rounds ask (docs/HIERARCHY.md)"
+            )
 
     def fixed(self) -> dict[str, Any]:
         """Return what may not change once round 0 is open, as JSON values by key.

@@ -118,6 +118,11 @@ def _submit(federation: FederationState, dry_run: bool) -> Submission:
         cancel(stale)
     if head.manifest.state == "finished":
         return Submission("finished", head.number, cancelled=stale)
+    if head.manifest.waits_for_parent:
+        raise NotReadyError(
+            f"round {head.number} waits for its parent: it has no jobs",
+            hint="Run `fedcli relay --id N -w PARENT --from REGION`, and submit the round that it opens.",
+        )
     workspace.store.sweep(workspace.name(workspace.jobs(head.number).parent))
     recorded = read_jobs(workspace, head.number)
     found = _unrecorded(recorded, ours, kinds)

@@ -1,5 +1,6 @@
 """Where a federation stands; reads manifests and listings only, so it is quick and disturbs nobody."""
 
+import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from fedcli.workspace.layout import Workspace
 from fedcli.workspace.privacy_ledger import Budget, read_budget
 from fedcli.workspace.privacy_records import PrivacyRecord
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
-from fedcli.workspace.registrations import foreign_clients
+from fedcli.workspace.registrations import foreign_clients, own_homes, read_party, read_registration
+from fedcli.workspace.relay_records import RelayRecord
 from fedcli.workspace.row_files import has_rows
 from fedcli.workspace.scores import Unscored, read_unscored
 
@@ -34,7 +36,7 @@ class Status:
     task: str
     algorithm: dict[str, Any]
     next_algorithm: dict[str, Any]
-    """What the next round will carry: fedcli.yaml's as it stands."""
+    """What the next round will carry: fedcli.yaml's as it stands, and a region's as its parent has it."""
     learning_rate: float
     cohort: list[int]
     answered: list[int]
@@ -49,6 +51,10 @@ class Status:
     """Of the cohort, those whose inbox this user cannot see into."""
     joined: list[int]
     """Parties whose rows stay where they are."""
+    regions: dict[int, str]
+    """Of them, those whose rows lie with the parties of another workspace, by its id."""
+    relay: RelayRecord | None
+    """Of a region, where it stands in its parent's round."""
     unenrolled: dict[int, str]
     """Of the parties that have joined, those that are not enrolled, with their fingerprints."""
     gone: dict[int, str]
@@ -110,7 +116,7 @@ def read_status(federation: FederationState) -> Status:
     last = manifest.aggregation
     last_missing = last.missing if last else []
     slurm = read_job_states(head, missing)
-    membership = _membership(federation)
+    membership, joined = _membership(federation), federation.joined()
     unenrolled = [client for client in answered if client in membership["unenrolled"]]
     num_ready = len(answered) - len(unenrolled)
     secure = secure_status(head) if manifest.secure_aggregation is not None else None
@@ -123,6 +129,8 @@ def read_status(federation: FederationState) -> Status:
         next_command = f"fedcli server enrol --id {unenrolled[0]}"
     elif secure is not None and secure.next_command is not None:
         next_command = secure.next_command
+    elif manifest.waits_for_parent:
+        next_command = _next_of_region(federation)
     elif len(membership["gone"]) == config.federation.clients and manifest.round + 1 < config.federation.rounds:
         next_command = "fedcli server enrol --id N"
     return Status(
@@ -133,7 +141,7 @@ def read_status(federation: FederationState) -> Status:
         state=manifest.state,
         task=manifest.task,
         algorithm=manifest.algorithm,
-        next_algorithm=asdict(config.algorithm),
+        next_algorithm=asdict(config.algorithm) if manifest.relay is None else manifest.algorithm,
         learning_rate=manifest.train.learning_rate,
         cohort=manifest.cohort,
         answered=answered,
@@ -142,7 +150,9 @@ def read_status(federation: FederationState) -> Status:
         not_there=half,
         round_lacks=missing_of_round(head),
         hidden=hidden,
-        joined=[*federation.joined()],
+        joined=[*joined],
+        regions={client: each.data.region for client, each in joined.items() if each.data.region is not None},
+        relay=manifest.relay,
         needed=needed,
         num_counted=head.num_counted,
         deadline=deadline_of(federation),
@@ -212,6 +222,17 @@ def describe_history(manifest: Manifest, separator: str) -> str:
     return separator.join(f"{describe_algorithm(run.algorithm)} from round {run.round}" for run in manifest.history)
 
 
+def _next_of_region(federation: FederationState) -> str:
+    """Return what brings the sum of a region up, or its next round down; as it was relayed from here, if it was."""
+    workspace, relay = federation.workspace, federation.head.manifest.relay
+    origin = None if relay is None else relay.parent
+    home = None if origin is None else own_homes(origin.workspace).get(origin.client)
+    record = None if home is None else read_party(home)
+    parent = "PARENT" if record is None or record.region is None else shlex.quote(record.region.parent)
+    client = "N" if origin is None else origin.client
+    return f"fedcli relay --id {client} -w {parent} --from {shlex.quote(workspace.address)}"
+
+
 def _next_command(head: Round, slurm: JobStates | None, missing: list[int], is_ready: bool) -> str:
     if slurm is not None:
         return "fedcli status" if slurm.will_merge or slurm.error else "fedcli slurm submit"
@@ -223,7 +244,9 @@ def _next_command(head: Round, slurm: JobStates | None, missing: list[int], is_r
 
 
 def next_of_client(workspace: Workspace, client: int) -> str:
-    """Return what a client whose update is missing has to run: join, where it has no rows yet, or train."""
+    """Return what a client whose update is missing has to run: join, where it has no rows yet, train, or relay."""
+    if (registration := read_registration(workspace, client)) is not None and registration.data.region is not None:
+        return f"fedcli relay --id {client} --from REGION"
     if workspace.has_joined(client) or has_rows(workspace, client):
         return f"fedcli client train --id {client}"
     return f"fedcli client join --id {client} --data SOURCE"

@@ -112,9 +112,14 @@ def prepare_join(
         )
     workspace_id = federation.identity.id
     found = find_home(federation, client, home)
-    _check_free(workspace, client, found, workspace_id)
+    check_free(workspace, client, found, workspace_id)
     given = read_format(data_format, config.task) if data_format is not None else None
     before = read_party(found)
+    if before is not None and before.region is not None:
+        raise UsageError(
+            f"client {client} is the region {before.region.child}, whose parties hold the rows",
+            hint="Take another id: a region joins by `fedcli relay` alone.",
+        )
     kept: list[str] = []
     old_floors = USUAL_FLOORS if before is None else before.floors
     own_floors = parse_floors(floors, old_floors)
@@ -128,7 +133,7 @@ def prepare_join(
         split = _kept(kept, "--split", split, None if before.split == choose_split(data, None) else before.split)
         delimiter = _kept(kept, "--delimiter", delimiter, before.delimiter)
         encoding = _kept(kept, "--encoding", encoding, before.encoding)
-        if given is None and before.is_format_given:
+        if given is None and before.is_format_given and before.format is not None:
             given = before.format
             kept.append(f"--format {format_name(given)}")
     pin = None
@@ -162,7 +167,7 @@ def prepare_join(
         server=pin,
         floors=own_floors,
     )
-    reader = RowReader(record.format, config.federation.seed)
+    reader = RowReader(choice.format, config.federation.seed)
     if share == "minimal":
         if base is not None:
             _own_base(federation, record)
@@ -207,6 +212,11 @@ def refresh_registration(
         raise UsageError(
             f"client {client} has not joined from {found.folder}", hint="--refresh is for parties that have joined."
         )
+    if record.region is not None:
+        raise UsageError(
+            f"client {client} is the region {record.region.child}, whose parties hold the rows",
+            hint="`fedcli relay` registers as many as they have registered.",
+        )
     joining = prepare_join(
         federation,
         client,
@@ -240,7 +250,7 @@ def _own_base(federation: FederationState, record: PartyRecord) -> Path:
         raise
 
 
-def _check_free(workspace: Workspace, client: int, home: Home, workspace_id: str) -> None:
+def check_free(workspace: Workspace, client: int, home: Home, workspace_id: str) -> None:
     """Nobody else may have this id, and the home no other client."""
     if has_rows(workspace, client):
         raise ConfigError(
@@ -295,7 +305,7 @@ def _full_card(
     quantiles = np.quantile(rows.lengths(), QUANTILES, method="nearest")
     card = DataCard(
         num_rows=reader.num_usable,
-        format=format_name(record.format),
+        format=None if record.format is None else format_name(record.format),
         left_out=dict(rows.left_out),
         token_quantiles={f"{share:g}": int(value) for share, value in zip(QUANTILES, quantiles, strict=True)},
     )

@@ -146,8 +146,8 @@ def is_here(federation: FederationState, client: int) -> bool:
 
     A simulated one can in a simulation of this very user, who has not joined it.
     """
-    if _own_record(federation, client, None) is not None:
-        return True
+    if (record := _own_record(federation, client, None)) is not None:
+        return record.region is None
     workspace = federation.workspace
     is_simulated = federation.identity.simulation is True or not workspace.has_joined(client)
     return is_simulated and _may_simulate(federation) and is_own(workspace) and not joined_as(federation)
@@ -179,6 +179,12 @@ def _joined(experiment: Experiment, registration: Registration, home: Path | Non
             f"client {client} is a joined party, and its home is not {found.folder}",
             hint=f"Run this as the user who joined, or name the home: --home DIR. To join anew: "
             f"`fedcli client join --id {client} --data SOURCE`.",
+        )
+    if record.region is not None or record.format is None:
+        where = "a region" if record.region is None else f"the region {record.region.child}"
+        raise ConfigError(
+            f"client {client} is {where}, whose parties hold the rows: it is not trained here",
+            hint=f"Run `fedcli relay --id {client} -w PARENT --from REGION`.",
         )
     num_rows = registration.data.num_rows if record.num_rows is None else record.num_rows
     if num_rows is None:

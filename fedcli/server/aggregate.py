@@ -151,8 +151,13 @@ def _aggregate(
     head = federation.head
     if head.manifest.state == "finished":
         return AggregationResult("finished", head.number, "finished", None)
+    if head.manifest.waits_for_parent and federation.config.federation.relay_every is not None:
+        raise NotReadyError(
+            f"round {head.number} waits for its parent: nobody trains in it",
+            hint="Run `fedcli relay --id N -w PARENT --from REGION`: it sends the adapter up, or opens the next round.",
+        )
     algorithm = _algorithm(federation, algorithm_name)
-    trust = _trust(federation)
+    trust = trust_of(federation)
     files: dict[str, bytes] | None
     if head.manifest.secure_aggregation is not None or abandon:
         files, aggregation = _merge_masked(federation, algorithm, trust, partial, abandon, dry_run, observer)
@@ -162,6 +167,17 @@ def _aggregate(
         return AggregationResult("dry_run", head.number, "open", aggregation)
     assert files is not None
     published = open_next_round(federation, files, aggregation, trust)
+    following = after_publishing(federation, trust, published)
+    return AggregationResult(
+        "published" if published else "overtaken",
+        following.number,
+        following.manifest.state,
+        following.manifest.aggregation,
+    )
+
+
+def after_publishing(federation: FederationState, trust: "ServerTrust | None", published: bool) -> Round:
+    """Return the latest round, which this server has published, or another was first; note what it has published."""
     federation.refresh()
     following = federation.head
     if trust is not None and published:
@@ -170,12 +186,7 @@ def _aggregate(
             from fedcli.server.attempts import start_attempt
 
             start_attempt(federation, trust)
-    return AggregationResult(
-        "published" if published else "overtaken",
-        following.number,
-        following.manifest.state,
-        following.manifest.aggregation,
-    )
+    return following
 
 
 def _merge_masked(
@@ -275,7 +286,7 @@ def _noise(federation: FederationState, needed: int, dry_run: bool) -> "NoiseSou
     return source
 
 
-def _trust(federation: FederationState) -> "ServerTrust | None":
+def trust_of(federation: FederationState) -> "ServerTrust | None":
     """Return what the server signs and checks signatures with; None where signatures are off."""
     if federation.identity.signatures is None:
         check_still_unsigned(federation.workspace, federation.identity)
@@ -291,6 +302,11 @@ def _algorithm(federation: FederationState, name: str | None) -> Algorithm:
     own = algorithm_from(head.manifest.algorithm)
     if name is None or name == own.name:
         return own
+    if head.manifest.relay is not None:
+        raise UsageError(
+            f"--algo {name}: round {head.number} is a region's, whose parent gets the mean of its updates by rows",
+            hint="Leave --algo out: what becomes of the mean is the parent's algorithm.",
+        )
     algorithm = config.algorithm if config.algorithm.name == name else ALGORITHMS[name](name=name)
     if algorithm.changes_clients():
         raise UsageError(

@@ -20,7 +20,7 @@ def start_attempt(federation: FederationState, trust: "ServerTrust", *, goes_on:
     With `goes_on` it is those who are enrolled, if they are enough. Whoever calls this holds the server's lock.
     """
     base = federation.head
-    if base.manifest.secure_aggregation is None or base.manifest.state == "finished":
+    if base.manifest.secure_aggregation is None or not base.manifest.cohort:
         return False
     if read_attempt(base) is not None:
         return True

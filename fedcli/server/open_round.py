@@ -10,9 +10,10 @@ from fedcli.errors import ConfigError, NotReadyError
 from fedcli.randomness import draw_cohort
 from fedcli.secure_aggregation.terms import FEWEST
 from fedcli.server.communication_cost import cost_of, history_of
+from fedcli.server.region import Place, begin_place, next_place
 from fedcli.workspace.federation_state import Experiment, FederationState, train_record
 from fedcli.workspace.history import Round, publish_round
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME
 from fedcli.workspace.privacy_records import next_clip, privacy_record
 from fedcli.workspace.records import Aggregation, Identity, Manifest, ModelRecord, Selection, TensorEntry, file_entry
 
@@ -35,7 +36,8 @@ def open_first_round(
     experiment: Experiment, identity: Identity, start: Start, trust: "ServerTrust | None" = None
 ) -> FederationState:
     """Publish rounds/00000, unless another server was first, and return the federation as it stands then."""
-    manifest = _manifest(experiment.config, identity.id, start, trust=trust)
+    config = experiment.config
+    manifest = _manifest(config, identity.id, start, trust=trust, place=next_place(config, None))
     is_first = publish_round(experiment.workspace, manifest, start.files, None if trust is None else trust.sign_round)
     federation = FederationState.open(experiment.workspace)
     if trust is not None and is_first:
@@ -53,7 +55,32 @@ def open_next_round(
     previous, before = federation.head, federation.head.manifest
     contents = {**files, ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}
     start = Start(before.model, contents, before.tensors, before.train.date)
-    manifest = _manifest(federation.config, before.workspace, start, previous, aggregation, trust)
+    place = next_place(federation.config, previous)
+    manifest = _manifest(federation.config, before.workspace, start, previous, aggregation, trust, place)
+    return publish_round(federation.workspace, manifest, start.files, None if trust is None else trust.sign_round)
+
+
+def open_from_parent(
+    federation: FederationState, parent: Round, client: int, trust: "ServerTrust | None" = None
+) -> bool:
+    """Publish a region's round that begins from its parent's latest; return False where another server was first.
+
+    What is there of the region's open round is not merged: it would come too late. Whoever calls this holds the
+    server's lock.
+    """
+    previous, before = federation.head, federation.head.manifest
+    place = begin_place(federation, parent, client)
+    answered = [each for each in before.cohort if previous.has_update(each)]
+    aggregation = Aggregation(
+        algorithm=before.algorithm,
+        counted=[],
+        refused=[],
+        missing=[each for each in before.cohort if each not in answered],
+        surplus=answered,
+    )
+    contents = {ADAPTER_NAME: parent.read(ADAPTER_NAME), ADAPTER_CONFIG_NAME: previous.read(ADAPTER_CONFIG_NAME)}
+    start = Start(before.model, contents, before.tensors, before.train.date)
+    manifest = _manifest(federation.config, before.workspace, start, previous, aggregation, trust, place)
     return publish_round(federation.workspace, manifest, start.files, None if trust is None else trust.sign_round)
 
 
@@ -64,23 +91,27 @@ def _manifest(
     previous: Round | None = None,
     aggregation: Aggregation | None = None,
     trust: "ServerTrust | None" = None,
+    place: Place | None = None,
 ) -> Manifest:
-    """Shape a round's manifest from fedcli.yaml as it stands now."""
+    """Shape a round's manifest from fedcli.yaml as it stands now; of a region's round `place` says the rest."""
     federation = config.federation
     number = 0 if previous is None else previous.number + 1
-    rounds = max(federation.rounds, number)
-    is_open = number < federation.rounds
+    rounds = max(federation.rounds, number) if place is None else place.rounds
+    algorithm = config.algorithm if place is None else place.algorithm
+    train = None if place is None else place.train
+    is_open = number < rounds
+    draws = is_open and (place is None or place.relay.left > 0)
     gone = {} if trust is None else trust.enrolment.gone
     everybody = [client for client in range(federation.clients) if client not in gone]
-    if (secure := config.privacy.secure_aggregation) != "off" and is_open:
+    if (secure := config.privacy.secure_aggregation) != "off" and draws:
         everybody = _maskable(everybody, number, secure, trust)
-    if is_open and not everybody:
+    if draws and not everybody:
         raise NotReadyError(
             "nobody is left to draw for the next round: all clients have left or were revoked",
             hint=f"Enrol a party with `fedcli server enrol`, or end here: set federation.rounds to {number}.",
         )
     size = min(federation.cohort_size, len(everybody))
-    drawn = draw_cohort(federation.seed, number, everybody, size) if is_open else []
+    drawn = draw_cohort(federation.seed, number, everybody, size) if draws else []
     is_selection = len(drawn) > federation.num_counted
     manifest = Manifest(
         workspace=workspace_id,
@@ -89,17 +120,17 @@ def _manifest(
         state="open" if is_open else "finished",
         parent=None if previous is None else previous.sha256,
         task=config.task,
-        algorithm=asdict(config.algorithm),
+        algorithm=asdict(algorithm),
         cohort=sorted(drawn),
-        update_files=[ADAPTER_FILE, *config.algorithm.update_files],
-        update_tensors=config.algorithm.update_tensors(start.tensors),
+        update_files=[ADAPTER_FILE, *algorithm.update_files],
+        update_tensors=algorithm.update_tensors(start.tensors),
         model=start.model,
-        train=train_record(config, number, rounds, date=start.date),
+        train=train or train_record(config, number, rounds, date=start.date),
         files={name: file_entry(contents) for name, contents in start.files.items()},
         tensors=start.tensors,
         aggregation=aggregation,
         selection=Selection(order=drawn, count=federation.num_counted) if is_selection else None,
-        opened=max(0.0, time.time()) if is_open and federation.deadline is not None else None,
+        opened=max(0.0, time.time()) if draws and federation.deadline is not None else None,
         enrolment=None if trust is None else trust.enrolment.head,
         fedcli=None if trust is None else __version__,
         privacy=privacy_record(
@@ -108,6 +139,7 @@ def _manifest(
             rounds=federation.rounds,
             clip=_clip(previous, aggregation),
         ),
+        relay=None if place is None else place.relay,
     )
     before = None if previous is None else previous.manifest
     return manifest.model_copy(update={"cost": cost_of(manifest, before), "history": history_of(manifest, before)})

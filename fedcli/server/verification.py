@@ -29,6 +29,8 @@ class Verification:
     noisy_rounds: list[int] = field(default_factory=list)
     """Rounds whose adapter was not computed again, because the key of the noise in it was not given."""
     num_baselines: int = 0
+    num_relayed: int = 0
+    """Rounds of a region that were compared with those of its parent that they begin from."""
     num_signatures: int = 0
     """Of the enrolment, rounds, updates and countersignatures, those that are right."""
     violations: list[Violation] = field(default_factory=list)

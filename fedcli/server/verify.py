@@ -28,6 +28,7 @@ from fedcli.server.updates_again import (
 from fedcli.server.verification import Verification
 from fedcli.server.verify_beside import check_baselines, check_leftovers, check_private, check_scores
 from fedcli.server.verify_privacy import check_privacy, is_same_noise, noise_again
+from fedcli.server.verify_relay import check_parents, check_place, is_beginning
 from fedcli.server.verify_signatures import check_of_merge, check_signatures, gone_clients, read_pins
 from fedcli.workspace.enrolment import forget_enrolment
 from fedcli.workspace.history import (
@@ -56,11 +57,17 @@ from fedcli.workspace.tensors import decode
 
 
 def verify(
-    workspace: Workspace, *, trust: Path | None = None, noise_keys: Sequence[Path] = (), observer: Observer
+    workspace: Workspace,
+    *,
+    trust: Path | None = None,
+    noise_keys: Sequence[Path] = (),
+    parent: str | None = None,
+    observer: Observer,
 ) -> Verification:
     """Check every published round and counted update; what is wrong is collected, not raised. `trust` has pinned keys.
 
-    `noise_keys` are files, or folders of them, with the keys of noise that rounds were merged with.
+    `noise_keys` are files, or folders of them, with the keys of noise that rounds were merged with; `parent` is the
+    address of a region's parent.
 
     Nothing is read from copies on this machine. Costs in proportion to the history: every round's files are hashed and
     every aggregate is computed again from the updates that it counted.
@@ -89,6 +96,7 @@ def verify(
             result.num_rounds += 1
             _check_round(current, identity, result)
             _check_links(current, previous, number, result)
+            check_place(current, previous, result)
             if identity is not None:
                 check_draw(current, identity, result)
             if current.manifest.aggregation is not None:
@@ -110,6 +118,7 @@ def verify(
         result.num_signatures = check_signatures(workspace, identity, rounds, pins, result.report, result.remark)
     if rounds:
         check_private(rounds, result)
+        check_parents(rounds, parent, result)
     if previous is not None and previous.has(PRUNED):
         result.report(previous.folder / PRUNED, "removes what may not be removed: the latest round's files")
     if not result.num_rounds:
@@ -176,7 +185,7 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
             result.report(current.folder, "asks for other tensors than its algorithm has updates carry")
     except IntegrityError as error:
         result.report(current.folder, error.message)
-    if (manifest.state == "finished") != (manifest.cohort == []):
+    if (manifest.state == "finished" or manifest.waits_for_parent) != (manifest.cohort == []):
         result.report(current.folder, f"is {manifest.state} with a cohort of {len(manifest.cohort)}")
     if (manifest.state == "finished") != (manifest.round >= manifest.rounds):
         result.report(current.folder, f"is {manifest.state}, and it is round {manifest.round} of {manifest.rounds}")
@@ -244,6 +253,8 @@ def _check_aggregation(
     folder = current.folder
     if not counted and previous is not None and previous.manifest.secure_aggregation is not None:
         result.remark(folder, "counts no update: secure aggregation was abandoned, or all had left or were revoked")
+    elif is_beginning(current, previous):
+        pass  # the place that it has is checked by itself
     elif not counted and (previous is None or not is_deserted(current, previous)):
         result.report(folder, "counts no update, and of the cohort before not all had left or were revoked")
     accounts = (counted, refused, aggregation.missing, aggregation.surplus)
@@ -252,7 +263,11 @@ def _check_aggregation(
             result.report(folder, f"lists clients out of order or twice: {clients}")
     if previous is not None and sorted(itertools.chain(*accounts)) != previous.manifest.cohort:
         result.report(folder, f"does not account for each client of round {previous.number}'s cohort exactly once")
-    elif previous is not None and not is_first_of_draw(counted, aggregation.surplus, previous):
+    elif (
+        previous is not None
+        and not is_beginning(current, previous)
+        and not is_first_of_draw(counted, aggregation.surplus, previous)
+    ):
         result.report(folder, f"does not count the first {previous.num_counted} valid updates in draw order")
     for entry in aggregation.counted:
         if entry.update in seen:
@@ -270,6 +285,8 @@ def _recompute(
 ) -> None:
     """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
     entries = {entry.client: entry for entry in aggregation.counted}
+    if not entries and is_beginning(current, previous):
+        return  # no update made it, but a parent's round
     if entries and (previous.manifest.secure_aggregation is not None or aggregation.secure is not None):
         from fedcli.server.verify_masked import recompute_masked  # of no other federation: it needs cryptography
 

@@ -26,6 +26,7 @@ from fedcli.workspace.record import Natural as Natural
 from fedcli.workspace.record import Record as Record
 from fedcli.workspace.record import Sha256 as Sha256
 from fedcli.workspace.refusal import Refusal, RefusalCode
+from fedcli.workspace.relay_records import RelayedRound, RelayRecord
 
 PROTOCOL = 1
 LARGEST_COUNT = 2**53
@@ -247,6 +248,13 @@ class Manifest(Record):
     """The version that opened the round; None, and not written, where signatures are off."""
     privacy: PrivacyRecord | None = None
     """What the round guarantees; None, and not written, where nothing is asked for."""
+    relay: RelayRecord | None = None
+    """Of a region, where it stands in its parent's round; None, and not written, of other federations."""
+
+    @property
+    def waits_for_parent(self) -> bool:
+        """Whether nobody trains in the open round: its adapter goes to a parent, and the next begins from there."""
+        return self.relay is not None and self.relay.left == 0 and self.state == "open"
 
     @property
     def withholds(self) -> bool:
@@ -281,7 +289,7 @@ class Manifest(Record):
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("update_tensors", "enrolment", "fedcli", "privacy")
+        optional = ("update_tensors", "enrolment", "fedcli", "privacy", "relay")
         return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
@@ -328,10 +336,12 @@ class UpdateRecord(Record):
 
     None, and not written, where privacy has no unit.
     """
+    relay: RelayedRound | None = None
+    """Of a region, whose adapter this is; None, and not written, of other clients."""
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("privacy", "salt")
+        optional = ("privacy", "salt", "relay")
         return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 

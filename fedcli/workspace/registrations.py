@@ -17,6 +17,7 @@ from fedcli.workspace.history import read_record
 from fedcli.workspace.layout import Home, Workspace, default_home, server_home
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
 from fedcli.workspace.records import Identity, Natural, PublicKeys, Record
+from fedcli.workspace.relay_records import WorkspaceId
 
 MAX_REGISTRATION_BYTES = 64 * 1024
 _MADE_HERE = "made-here"
@@ -34,6 +35,8 @@ class DataCard(Record):
     format: str | None = None
     left_out: dict[str, Natural] | None = None
     token_quantiles: dict[str, Natural] | None = None
+    region: WorkspaceId | None = None
+    """The workspace whose parties hold the rows; None, and not written, of a party that holds its own."""
 
 
 class Registration(Record):
@@ -52,13 +55,22 @@ class Registration(Record):
         return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True, indent=1).encode() + b"\n"
 
 
+class RegionRecord(Record):
+    """party.json's region: whose parties hold the rows, where that workspace lies, and its parent."""
+
+    workspace: WorkspaceId
+    child: str
+    parent: str
+
+
 class PartyRecord(Record):
     """party.json in a party's home: where its rows and its base model lie, and whether remote code is trusted."""
 
     workspace: str
     client: Natural
     source: str
-    format: DataFormat
+    format: DataFormat | None
+    """None of a region alone."""
     subset: str | None
     split: str | None
     base: str | None
@@ -73,10 +85,13 @@ class PartyRecord(Record):
     floors: Floors = USUAL_FLOORS
     num_rows: Natural | None = None
     """What its registration does not tell, where privacy has a unit; None, and not written, where it tells it."""
+    region: RegionRecord | None = None
+    """None, and not written, of a party that holds its rows itself."""
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "num_rows" or value is not None}
+        optional = ("num_rows", "region")
+        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:
