@@ -4,8 +4,11 @@ import re
 
 import pytest
 from support.fault_proxy import KINDS, FaultProxy, Faults
+from support.federation import configure, train_as
+from support.object_stores import upload
 from support.servers import new_bucket, s3_environment, s3_server
 
+from fedcli import Federation
 from fedcli.cli import main
 from fedcli.errors import WorkspaceError
 from fedcli.stores import cloud
@@ -89,3 +92,24 @@ def test_doctor_refuses_a_store_that_ignores_the_condition_and_no_other(ignores,
     told = capsys.readouterr()
     assert ("ignores its condition" in told.out) == ignores, told
     assert code == 8  # of a URL at which no workspace lies; a store that will not do is no reason less
+
+
+@pytest.mark.slow
+def test_what_a_round_costs_does_not_grow_with_the_rounds_before_it(small, tmp_path, monkeypatch):
+    configure(small, "federation.rounds=9")
+    server = s3_server()
+    with FaultProxy(server.url) as proxy:
+        for name, value in s3_environment(proxy.url).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        url = upload(small, f"s3://{new_bucket(server.url)}/study")
+        requests = []
+        for _ in range(8):
+            proxy.forget()
+            for client in range(3):
+                train_as(client, url)
+            Federation.open(url).server.aggregate()
+            requests.append(proxy.count())
+    print(sorted((h.method + " " + h.path) for h in proxy.log))
+    assert max(requests[2:]) == min(requests[2:]), requests

@@ -286,20 +286,21 @@ class ObjectStore(Store):
 
     def _sweep(self, folder: str, *, older_than: float) -> None:
         start = f"{folder}/" if folder else ""
-        attempts: dict[str, str] = {}
-        for path in self.objects.below(folder):
+        found = self.objects.below(folder)
+        attempts: dict[str, dict[str, list[str]]] = {}
+        for path in found:
             logical, attempt = _without_attempt(start + path)
-            record = record_of(logical)
-            if attempt is None or record is None:
-                continue
-            if record not in attempts:
-                attempts[record] = self._attempt(record)
-            if attempt == attempts[record]:
-                continue
-            entry = None if attempts[record] else self.objects.head(start + path)
-            if entry is None or time.time() - entry.modified > older_than:
-                with suppress(DeniedError):  # whose key may not delete leaves that to whoever may
-                    self.objects.delete(start + path)
+            if attempt is not None and (record := record_of(logical)) is not None:
+                attempts.setdefault(record, {}).setdefault(attempt, []).append(start + path)
+        for record, keys_of in attempts.items():
+            if record.removeprefix(start) in found and len(keys_of) == 1:
+                continue  # its own, most likely, and not worth a request for each round there ever was
+            own = self._attempt(record)
+            for key in (key for attempt, keys in keys_of.items() if attempt != own for key in keys):
+                entry = None if own else self.objects.head(key)
+                if entry is None or time.time() - entry.modified > older_than:
+                    with suppress(DeniedError):  # whose key may not delete leaves that to whoever may
+                        self.objects.delete(key)
 
 
 class _ObjectFolder(Folder):
