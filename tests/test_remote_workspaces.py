@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.object_stores import DyingObjects, new_objects
 from support.processes import ENVIRONMENT
-from test_store import answer, protocol_files
+from support.updates import answer, protocol_files
 
 from fedcli import Federation
 from fedcli.errors import ConfigError, UsageError

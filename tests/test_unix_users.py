@@ -4,37 +4,20 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from support.processes import ENVIRONMENT, SMALL, settings
+from support.processes import SMALL, settings
+from support.unix_users import several_users, skip_without_users
 from support.warm import Warm
-
-import fedcli
 
 pytestmark = pytest.mark.slow
 SERVER = 20_000
 """The user and group id of the server; party k has the k + 1-th after it."""
 ROUNDS = 3
-REACHABLE = """
-mkdir python packages repository tests
-mount --bind "$1" python
-mount --bind "$2" packages
-mount --bind "$3" repository
-mount --bind "$4" tests
-mount --bind passwd /etc/passwd
-export LD_LIBRARY_PATH="$PWD/python/lib" PYTHONPATH="$PWD/repository:$PWD/packages" PYTHONDONTWRITEBYTECODE=1
-program="$PWD/python/bin/$5"
-cd tests
-shift 5
-exec "$program" "$@"
-"""
-"""Runs Python where every user can reach it (a home of root's is closed); mounts and names end with the process."""
 
 
 @dataclass(frozen=True)
@@ -154,34 +137,15 @@ def make_parties(folder: Path) -> tuple[Party, ...]:
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     """A folder that all can reach, a workspace of the server's with round 0 open, and three parties' rows."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to be several users")
-    if subprocess.run(["unshare", "--mount", "--uts", "true"], capture_output=True).returncode:
-        pytest.skip("needs mounts and a host name of its own, and may not have them here")
+    skip_without_users()
     folder = Path(tempfile.mkdtemp(prefix="fedcli-users-", dir="/tmp"))
     folder.chmod(0o755)
     try:
         parties = make_parties(folder)
         entries = [(party.name, party.user, party.folder) for party in parties]
-        entries += [("root", 0, Path("/root")), ("server", SERVER, folder / "server")]
-        lines = [f"{name}:x:{number}:{number}::{home}:/bin/sh\n" for name, number, home in entries]
-        (folder / "passwd").write_text("".join(lines))
         (folder / "server").mkdir()
         os.chown(folder / "server", SERVER, SERVER)
-        stage = folder / "stage"
-        stage.mkdir()
-        (stage / "cache").mkdir()
-        (stage / "cache").chmod(0o1777)  # `datasets` locks what it reads
-        shutil.move(folder / "passwd", stage)
-        sources = [
-            sys.base_prefix,
-            sysconfig.get_path("purelib"),
-            Path(fedcli.__file__).parents[1],
-            Path(__file__).parent,
-        ]
-        program = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        python = ["unshare", "--mount", "--uts", "sh", "-ec", f"cd '{stage}'{REACHABLE}", "sh", *sources, program]
-        with Warm(list(map(str, python)), ENVIRONMENT | {"HF_DATASETS_CACHE": str(stage / "cache")}) as warm:
+        with several_users(folder / "stage", [*entries, ("server", SERVER, folder / "server")]) as warm:
             created = World(folder, folder / "server/workspace", parties, warm)
             done = warm("init", created.workspace, *settings(*SETTINGS), cwd=folder, user=SERVER)
             assert done.returncode == 0, done.stderr

@@ -106,8 +106,8 @@ def read_status(federation: FederationState) -> Status:
     workspace, config, head = federation.workspace, federation.config, federation.head
     manifest = head.manifest
     awaited = head.awaited_clients()
-    hidden = [client for client in awaited if is_hidden(workspace, client)]
     silent = {*head.missing_clients()}
+    hidden = [client for client in awaited if is_hidden(workspace, client)]
     foreign = foreign_clients(workspace, sorted({*awaited} - silent))
     missing = sorted((silent | {*foreign}) - {*hidden})
     half = arriving(head, sorted({*awaited} - {*missing} - {*hidden}), is_quick=True)

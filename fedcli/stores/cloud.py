@@ -4,19 +4,19 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from configparser import ConfigParser, Error
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from fedcli.errors import ConfigError, RequirementError, require_packages
+from fedcli.errors import ConfigError, RequirementError, WorkspaceError, require_packages
 from fedcli.printable import on_one_line, without_credentials
 from fedcli.stores.calls import at_once, interruptible
-from fedcli.stores.objects import Entry, Objects, TooLargeError
+from fedcli.stores.objects import TRY_AGAIN, Entry, Objects, TooLargeError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -25,10 +25,19 @@ _WRITER = "fedcliwriter"
 """The metadata of a created object that tells who created it: an answer that was lost may hide that it was we."""
 _CONFLICTS = 8
 """How often a creation is tried again that another one, which then failed, got in the way of (409 on S3)."""
+_BREAKS = 8
+"""How often is asked for what breaks off."""
+_BROKEN_OFF = re.compile(
+    "body error|error decoding response body|list response body|unexpected end|Content-Range header"
+)
+_TRIED = re.compile(r"after \d+ retries")
+_LOST = "HTTP error"
+"""What obstore says of a connection that broke; of an answer with an error it tells the status."""
 _AT_ONCE = 32
 _STATUS = re.compile(r"status code: (\d+ [A-Za-z ]+)")
 _CAUSE = re.compile(r"<Code>([A-Za-z]+)</Code>|\"(?:code|reason)\": ?\"([A-Za-z_]+)\"")
 _UNANSWERED = re.compile(r"(https?://[^/ ]+)\S* in .*?after (\d+) retries")
+T = TypeVar("T")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 RETRIES = {
@@ -55,33 +64,30 @@ class CloudObjects(Objects):
     def get(self, key: str, limit: int) -> bytes:
         import obstore
 
-        def get() -> bytes:
+        def read() -> bytes:
             found = obstore.get(self._store, key)
             if (num_bytes := found.meta["size"]) > limit:
                 raise TooLargeError(num_bytes)
             return bytes(found.bytes())
 
-        with self._explained("read", key):
-            return interruptible(get)
+        return self._asked("read", key, read)
 
     def get_part(self, key: str, start: int, end: int) -> bytes:
         import obstore
 
-        def get() -> bytes:
+        def read() -> bytes:
             size = obstore.head(self._store, key)["size"]
             if start >= min(end, size):
                 return b""
             return bytes(obstore.get_range(self._store, key, start=start, end=min(end, size)))
 
-        with self._explained("read", key):
-            return interruptible(get)
+        return self._asked("read", key, read)
 
     def head(self, key: str) -> Entry | None:
         import obstore
 
         try:
-            with self._explained("look at", key):
-                found = interruptible(lambda: obstore.head(self._store, key))
+            found = self._asked("look at", key, lambda: obstore.head(self._store, key))
         except FileNotFoundError:
             return None
         return Entry(found["size"], found["e_tag"] or str(found["last_modified"]), found["last_modified"].timestamp())
@@ -92,8 +98,7 @@ class CloudObjects(Objects):
     def put(self, key: str, contents: bytes) -> None:
         import obstore
 
-        with self._explained("write", key):
-            interruptible(lambda: obstore.put(self._bulk, key, contents))
+        self._asked("write", key, lambda: obstore.put(self._bulk, key, contents))
 
     def create(self, key: str, contents: bytes) -> bool:
         import obstore
@@ -108,52 +113,58 @@ class CloudObjects(Objects):
                 with self._explained("create", key):
                     interruptible(create)
                 return True
-            except FileExistsError:
+            except (FileExistsError, UnansweredError):  # obstore asks for no condition twice
                 standing = self._writer(key)
                 if standing is not None:
                     return standing == writer
             time.sleep(min(0.1 * 2**attempt, 5.0))  # S3 answers 409 while another creation of the name is under way
-        raise self.unreachable("create", key, "the store says again and again that it is there, and it is not")
+        raise self.unreachable("create", key, f"in {_CONFLICTS} tries it was neither made nor there")
 
     def _writer(self, key: str) -> str | None:
         """Return who created an object, "" where it does not tell; None where there is none."""
         import obstore
 
         try:
-            with self._explained("read", key):
-                found = interruptible(lambda: obstore.get(self._store, key, options={"head": True}))
-                return str(found.attributes.get(_WRITER, ""))
+            found = self._asked("read", key, lambda: obstore.get(self._store, key, options={"head": True}))
         except FileNotFoundError:
             return None
+        return str(found.attributes.get(_WRITER, ""))
 
     def below(self, folder: str) -> dict[str, int]:
         import obstore
 
         start = f"{folder}/" if folder else ""
 
-        def below() -> dict[str, int]:
+        def listed() -> dict[str, int]:
             pages = obstore.list(self._store, prefix=folder or None)
             return {entry["path"].removeprefix(start): entry["size"] for page in pages for entry in page}
 
-        with self._explained("list", folder):
-            return interruptible(below)
+        return self._asked("list", folder, listed)
 
     def names(self, folder: str) -> list[str]:
         import obstore
 
-        with self._explained("list", folder):
-            found = interruptible(lambda: obstore.list_with_delimiter(self._store, prefix=folder or None))
+        found = self._asked("list", folder, lambda: obstore.list_with_delimiter(self._store, prefix=folder or None))
         keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
         return sorted({key.rpartition("/")[2] for key in keys})
 
     def delete(self, key: str) -> None:
         import obstore
 
-        try:
-            with self._explained("delete", key):
-                interruptible(lambda: obstore.delete(self._store, key))
-        except FileNotFoundError:
-            return
+        with suppress(FileNotFoundError):
+            self._asked("delete", key, lambda: obstore.delete(self._store, key))
+
+    def _asked(self, action: str, key: str, ask: Callable[[], T]) -> T:
+        """Return what is answered; ask again for what may be asked twice where obstore does not."""
+        for attempt in range(1, _BREAKS + 1):
+            try:
+                with self._explained(action, key):
+                    return interruptible(ask)
+            except BrokenOffError:
+                if attempt == _BREAKS:
+                    raise
+                time.sleep(min(0.1 * 2**attempt, 5.0))
+        raise AssertionError  # the last one returns or raises
 
     @contextmanager
     def _explained(self, action: str, key: str) -> Iterator[None]:
@@ -179,9 +190,23 @@ class CloudObjects(Objects):
             raise self.denied(action, key) from None
         except (BaseError, OSError) as error:  # obstore's texts hold whole answers, and what was asked
             reason = _reason(error)
+            if _BROKEN_OFF.search(str(error)) or (_LOST in str(error) and not _TRIED.search(str(error))):
+                problem = f"cannot {action} {self.address}/{key}: the connection breaks off"
+                raise BrokenOffError(problem, hint=TRY_AGAIN) from None
             if reason.startswith(("401", "403")):
                 raise self.denied(action, key) from None
-            raise self.unreachable(action, key, reason) from None
+            unreachable = self.unreachable(action, key, reason)
+            if _LOST in str(error):
+                raise UnansweredError(unreachable.message, hint=unreachable.hint) from None
+            raise unreachable from None
+
+
+class UnansweredError(WorkspaceError):
+    """A connection broke: whether what was asked for is done nobody has said."""
+
+
+class BrokenOffError(UnansweredError):
+    """A connection broke, and obstore has not tried again: an answer had begun, or it takes no such request twice."""
 
 
 def _reason(error: Exception) -> str:

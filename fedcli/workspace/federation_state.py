@@ -101,8 +101,15 @@ class FederationState(Experiment):
         return {} if self.identity.simulation else joined_clients(self.workspace, self.config.federation.clients)
 
     def past(self) -> list[Round]:
-        """Return all rounds before the latest; raise IntegrityError where one is missing."""
-        return [read_past(self.workspace, number) for number in range(self.head.number)]
+        """Return all rounds before the latest; raise IntegrityError where one is missing.
+
+        Each names the hash of the one before, so that of a workspace elsewhere copies on this machine will do.
+        """
+        found, following = [], self.head
+        while following.number:
+            following = read_past(self.workspace, following.number - 1, digest=following.manifest.parent)
+            found.append(following)
+        return found[::-1]
 
     def round(self, name: int | str) -> Round:
         """Return a round by its number, or "latest".

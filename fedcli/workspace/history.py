@@ -227,10 +227,13 @@ def read_identity(workspace: Workspace, contents: bytes | None = None) -> Identi
     return identity
 
 
-def read_round(workspace: Workspace, number: int) -> Round | None:
-    """Read a round's manifest, or return None where the round has not been published."""
+def read_round(workspace: Workspace, number: int, *, digest: str | None = None) -> Round | None:
+    """Read a round's manifest, or return None where the round has not been published.
+
+    `digest` is the SHA-256 that it should have: a copy on this machine will do.
+    """
     path = workspace.round(number) / MANIFEST
-    contents = read_if_there(workspace, path, MAX_MANIFEST_BYTES)
+    contents = read_if_there(workspace, path, MAX_MANIFEST_BYTES, digest=digest)
     if contents is None:
         return None
     manifest = parse_record(Manifest, contents, path)
@@ -265,9 +268,9 @@ def read_start(workspace: Workspace) -> Round:
     return start
 
 
-def read_past(workspace: Workspace, number: int) -> Round:
-    """Return a round that a later one follows; raise IntegrityError where it is missing."""
-    past = read_round(workspace, number)
+def read_past(workspace: Workspace, number: int, *, digest: str | None = None) -> Round:
+    """Return a round that a later one follows; raise IntegrityError where there is none. `digest`: see `read_round`."""
+    past = read_round(workspace, number, digest=digest)
     if past is None:
         raise ArrivingError(f"{workspace.round(number)} is missing though a later round exists", hint=_WAIT)
     return past

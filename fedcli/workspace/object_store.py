@@ -77,6 +77,7 @@ class ObjectStore(Store):
         self._kept = kept
         self._entries = entries
         self._ahead: dict[str, bytes] = {}  # by key, what is to be read next
+        self._is_closed: dict[str, bool] = {}  # inboxes: whether this user may read nothing there
         self._hashes: dict[str, str] = {}  # of records that never change: what leads to their files
 
     def read(self, name: str, limit: int) -> bytes:
@@ -201,7 +202,7 @@ class ObjectStore(Store):
         if record is None or name == record:
             return self._is_there(name)
         if name == str(PurePosixPath(record).parent):
-            return self.objects.head(record) is not None
+            return self._is_seen(record)
         return any(entry is not None for entry in self.objects.heads([self._key(name), name]))
 
     def _is_there(self, name: str) -> bool:
@@ -218,8 +219,29 @@ class ObjectStore(Store):
 
     def existing(self, names: Sequence[str]) -> set[str]:
         records = [record_of(name) or name for name in names]
-        entries = self.objects.heads(records)
-        return {name for name, entry in zip(names, entries, strict=True) if entry is not None}
+        try:
+            there = [entry is not None for entry in self.objects.heads(records)]
+            self._is_closed |= dict.fromkeys(map(_inbox_of, records), False)
+        except DeniedError:
+            there = at_once([partial(self._is_seen, record) for record in records], _AT_ONCE)
+        return {name for name, is_there in zip(names, there, strict=True) if is_there}
+
+    def _is_seen(self, record: str) -> bool:
+        """Return whether a record is there; of one that may not be read a list of its folder tells."""
+        try:
+            is_there = self.objects.head(record) is not None
+        except DeniedError:
+            self._is_closed[_inbox_of(record)] = True
+            folder, _, name = record.rpartition("/")
+            return name in self.objects.names(folder)
+        self._is_closed[_inbox_of(record)] = False
+        return is_there
+
+    def is_hidden(self, folder: str) -> bool:
+        """Return whether nothing in an inbox may be read: that is told of what is not there, too."""
+        if folder not in self._is_closed:
+            self._is_seen(f"{folder}/-")
+        return self._is_closed[folder]
 
     def modified(self, name: str) -> float:
         entry = self.objects.head(record_of(name) or name)
@@ -308,20 +330,21 @@ class ObjectStore(Store):
 
     def _sweep(self, folder: str, *, older_than: float) -> None:
         start = f"{folder}/" if folder else ""
-        attempts: dict[str, str] = {}
-        for path in self.objects.below(folder):
+        found = self.objects.below(folder)
+        attempts: dict[str, dict[str, list[str]]] = {}
+        for path in found:
             logical, attempt = _without_attempt(start + path)
-            record = record_of(logical)
-            if attempt is None or record is None:
-                continue
-            if record not in attempts:
-                attempts[record] = self._attempt(record)
-            if attempt == attempts[record]:
-                continue
-            entry = None if attempts[record] else self.objects.head(start + path)
-            if entry is None or time.time() - entry.modified > older_than:
-                with suppress(DeniedError):  # whose key may not delete leaves that to whoever may
-                    self.objects.delete(start + path)
+            if attempt is not None and (record := record_of(logical)) is not None:
+                attempts.setdefault(record, {}).setdefault(attempt, []).append(start + path)
+        for record, keys_of in attempts.items():
+            if record.removeprefix(start) in found and len(keys_of) == 1:
+                continue  # its own, most likely, and not worth a request for each round there ever was
+            own = self._attempt(record)
+            for key in (key for attempt, keys in keys_of.items() if attempt != own for key in keys):
+                entry = None if own else self.objects.head(key)
+                if entry is None or time.time() - entry.modified > older_than:
+                    with suppress(DeniedError):  # whose key may not delete leaves that to whoever may
+                        self.objects.delete(key)
 
 
 class _ObjectFolder(Folder):
@@ -367,6 +390,11 @@ class _ObjectFolder(Folder):
         if self._record is None or self._contents is None:
             return [full]
         return [attempt_key(full, self._record, self._contents), full]
+
+
+def _inbox_of(name: str) -> str:
+    """Return the inbox that a file lies in, of others the folder at the top."""
+    return "/".join(name.split("/")[:2])
 
 
 def _without_attempt(path: str) -> tuple[str, str | None]:

@@ -139,9 +139,10 @@ class FaultProxy:
         self.guard = guard
         self._strips = {name.lower() for name in strips}
         self._target = urlsplit(target).netloc
-        self._cache: dict[tuple[str, str], tuple[float, Answer]] = {}
-        self._lock = Lock()
+        self._cache: dict[tuple[str, str, str], tuple[float, Answer]] = {}
+        self._lock, self._dying = Lock(), Lock()
         self._server = self._listening(0)
+        self.is_up = True
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -149,22 +150,23 @@ class FaultProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.is_up:
-            self.stop()
-
-    is_up = True
+        self.stop()
 
     def stop(self) -> None:
-        """Die: who connects is refused, and connections that stand are reset."""
-        self.is_up = False
-        self._server.shutdown()
-        self._server.server_close()
-        self._server.reset_connections()
+        """Die, if it lives: who connects is refused, and connections that stand are reset."""
+        with self._dying:
+            if self.is_up:
+                self._server.shutdown()
+                self._server.server_close()
+                self._server.reset_connections()
+                self.is_up = False
 
     def start(self) -> None:
-        """Come back, on the same port."""
-        self._server = self._listening(self.port)
-        self.is_up = True
+        """Come back, if it is dead, on the same port."""
+        with self._dying:
+            if not self.is_up:
+                self._server = self._listening(self.port)
+                self.is_up = True
 
     def forget(self) -> None:
         """Begin to count anew."""
@@ -194,17 +196,17 @@ class FaultProxy:
     def cached(self, request: Request, target: str) -> Answer | None:
         """Return what the server said to the same question a while ago."""
         with self._lock:
-            then, answer = self._cache.get((request.method, target), (0.0, None))
+            then, answer = self._cache.get(_question(request, target), (0.0, None))
         return answer if time.monotonic() - then < self.faults.stale_seconds else None
 
     def keep(self, request: Request, target: str, answer: Answer) -> None:
         """Keep an answer as a cache does, until it is too old; what is kept is not replaced before."""
-        if not request.is_read or answer.status not in (200, 404) or "stale" not in self.faults.rates:
+        if not request.is_read or answer.status not in (200, 206, 404) or "stale" not in self.faults.rates:
             return
         with self._lock:
-            then, _ = self._cache.get((request.method, target), (0.0, None))
+            then, _ = self._cache.get(_question(request, target), (0.0, None))
             if time.monotonic() - then >= self.faults.stale_seconds:
-                self._cache[request.method, target] = (time.monotonic(), answer)
+                self._cache[_question(request, target)] = (time.monotonic(), answer)
 
     def forward(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Ask the server itself."""
@@ -226,6 +228,11 @@ class FaultProxy:
         """Return whether an object is there."""
         signed = {"authorization": signed_by("AKIAPROXY")}
         return self.forward("HEAD", f"/{bucket}/{key}", signed, b"").status == 200
+
+
+def _question(request: Request, target: str) -> tuple[str, str, str]:
+    """Return what a cache tells answers apart by."""
+    return request.method, target, request.headers.get("range", "")
 
 
 def error_answer(status: int, code: str, message: str) -> Answer:

@@ -1,13 +1,16 @@
 """Stores of objects, in memory or on real servers of the loopback, and the process that dies at one of their calls."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from fedcli.stores.cloud import CloudObjects
 from fedcli.stores.objects import Entry, Objects
 from fedcli.stores.url import open_objects
+from fedcli.workspace.address import workspace_at
 from support.memory_store import Killed
 from support.servers import azure_server, new_bucket, new_container, new_sftp_folder, s3_server, sftp_server
 
@@ -35,6 +38,17 @@ def new_objects(kind: str, patch: pytest.MonkeyPatch) -> Objects:
 
         return CloudObjects("memory://objects", MemoryStore())
     return open_objects(new_place(kind, patch))
+
+
+def upload(folder: Path, url: str) -> str:
+    """Put what of a workspace on disk is the protocol's where a URL says, and rows on this machine; return the URL."""
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    parts = ("fedcli.yaml", "workspace.json", "rounds", "inbox", "clients", "enrolment")
+    files = {name.as_posix(): (folder / name).read_bytes() for name in names if name.parts[0] in parts}
+    fill(open_objects(url), files)
+    if (folder / "data").is_dir():
+        shutil.copytree(folder / "data", workspace_at(url).root / "data")
+    return url
 
 
 def contents(objects: Objects, folder: str = "") -> dict[str, bytes]:
