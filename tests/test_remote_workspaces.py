@@ -1,5 +1,6 @@
 """A workspace by URL: which URLs there are, whose credentials are used, what a poll costs, and what is kept here."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,14 +16,14 @@ from support.updates import answer, protocol_files
 from fedcli import Federation
 from fedcli.errors import ConfigError, UsageError
 from fedcli.printable import printable, show_as
-from fedcli.stores.cloud import _aws_profile, open_cloud
-from fedcli.stores.objects import Entry, Objects
+from fedcli.stores.cloud import PART, _aws_profile, open_cloud
+from fedcli.stores.objects import Entry, Objects, TooLargeError
 from fedcli.stores.probe import probe_store
 from fedcli.stores.url import is_url, open_objects
 from fedcli.workspace.address import workspace_at
 from fedcli.workspace.kept_entries import KeptEntries
 from fedcli.workspace.kept_objects import KeptObjects
-from fedcli.workspace.layout import ADAPTER_NAME, Workspace
+from fedcli.workspace.layout import ADAPTER_NAME, Workspace, default_home
 from fedcli.workspace.object_store import ObjectStore, attempt_key, record_of
 from fedcli.workspace.records import sha256
 from fedcli.workspace.registrations import is_own, mark_as_own
@@ -82,6 +83,9 @@ def remote(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tupl
         ("s3://bucket/a%2e%2e/%2E%2E", "will not do"),
         ("s3://bucket/\x1b[31m", "will not do"),
         ("s3://key:secret@bucket/study", "password"),
+        ("s3://key:with/secret@bucket/study", "is no URL"),
+        ("sftp://me:the/secret@host/study", "is no URL"),
+        ("az://container/study?sv=2026&sig=secret", "names no place"),
         ("s3://bucket:9000/study", "no bucket's name"),
         ("sftp://host:port/study", "is no URL"),
         ("ftp://host/study", "knows no ftp://"),
@@ -261,6 +265,50 @@ def test_a_poll_sees_the_next_round_and_that_its_update_was_set_aside(remote):
     assert Federation(workspace).client(1).train().round == 1
 
 
+def test_a_poll_for_any_client_sees_one_that_joins_from_this_machine(remote, tmp_path, monkeypatch):
+    workspace, _ = remote
+    document = json.loads(workspace.store.read("workspace.json", 2**16)) | {"simulation": False}
+    workspace.store.put("workspace.json", json.dumps(document).encode())
+    for rows in (workspace.root / "data").glob("client-*.jsonl"):
+        rows.unlink()
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "homes"))
+    for _ in range(2):
+        seen = Federation(workspace).look()
+        assert seen is not None
+        assert not seen.may_train
+    home = default_home(document["id"], 1)
+    home.folder.mkdir(parents=True)
+    home.party.write_text("{}")
+    seen = Federation(workspace).look()
+    assert seen is not None
+    assert seen.may_train
+
+
+def test_what_a_party_sends_while_its_last_update_is_set_aside_stays(monkeypatch):
+    class Interrupted(DyingObjects):
+        def delete(self, key: str) -> None:
+            super().delete(key)
+            if key.endswith("update.json") and "/." not in key and not sent:
+                sent.append(ObjectStore(self.objects).publish(folder, [("a", b"again")], ("update.json", b"second")))
+
+    sent: list[bool] = []
+    folder, objects = "inbox/0/round-00000", new_objects("objects", monkeypatch)
+    assert ObjectStore(objects).publish(folder, [("a", b"once")], ("update.json", b"first"))
+    assert ObjectStore(Interrupted(objects)).set_aside(folder)
+    assert sent == [True]
+    store = ObjectStore(objects)
+    assert (store.read(f"{folder}/update.json", 100), store.read(f"{folder}/a", 100)) == (b"second", b"again")
+
+
+def test_a_large_object_is_read_in_parts(monkeypatch):
+    objects = new_objects("objects", monkeypatch)
+    contents = os.urandom(2 * PART + 12345)
+    objects.put("large", contents)
+    assert objects.get("large", len(contents)) == contents
+    with pytest.raises(TooLargeError):
+        objects.get("large", len(contents) - 1)
+
+
 def test_a_poll_of_a_finished_federation_is_two_requests_for_any_client_here(remote):
     workspace, objects = remote
     for _ in range(2):
@@ -290,10 +338,10 @@ def test_a_rounds_adapter_is_fetched_once_and_verify_reads_the_store(remote):
 
 
 def test_entries_of_the_enrolment_are_fetched_once_and_those_of_another_workspace_are_none(tmp_path, monkeypatch):
-    objects, path = Counted(new_objects("objects", monkeypatch)), tmp_path / "enrolment.jsonl"
+    objects = Counted(new_objects("objects", monkeypatch))
 
     def opened() -> ObjectStore:
-        store = ObjectStore(objects, entries=KeptEntries(path))
+        store = ObjectStore(objects, entries=KeptEntries(tmp_path))
         store.read("workspace.json", 100)
         objects.requests.clear()
         return store
@@ -303,6 +351,7 @@ def test_entries_of_the_enrolment_are_fetched_once_and_those_of_another_workspac
         ObjectStore(objects).put_new_signed(f"enrolment/{number:05d}.json", b"%d" % number, b"signature %d" % number)
     names = [f"enrolment/{number:05d}.{kind}" for number in range(40) for kind in ("json", "sig")]
     first = [opened().read(name, 100) for name in names[:1]] + [opened().read(name, 100) for name in names[1:]]
+    assert len(objects.below("enrolment")) == 80
     assert first == [text for number in range(40) for text in (b"%d" % number, b"signature %d" % number)]
     again = opened()
     assert [again.read(name, 100) for name in names] == first
@@ -310,8 +359,12 @@ def test_entries_of_the_enrolment_are_fetched_once_and_those_of_another_workspac
     with pytest.raises(FileNotFoundError):
         again.read("enrolment/00040.json", 100)
     assert objects.requests == {"get": 1}
+    (path,) = tmp_path.glob("enrolment-*.jsonl")
     path.write_text(path.read_text() + '["enrolment/00001.json", ')
     assert opened().read(names[2], 100) == first[2]
+    again.forget()
+    assert not path.exists()
+    assert opened().read(names[0], 100) == first[0]
     objects.put("workspace.json", b"another")
     objects.put("enrolment/00000.json", b"of another")
     assert opened().read("enrolment/00000.json", 100) == b"of another"
@@ -338,8 +391,10 @@ def test_kept_files_are_bounded_and_a_damaged_one_is_none(tmp_path):
 def test_a_workspace_elsewhere_is_ones_own_where_it_was_made(remote):
     workspace, _ = remote
     assert not is_own(workspace)
-    mark_as_own(workspace)
+    mark_as_own(workspace, Federation(workspace).state.identity.id)
     assert is_own(workspace)
+    mark_as_own(workspace, "of what was at this URL before")
+    assert not is_own(workspace)
 
 
 def test_messages_show_the_url_and_paths_of_this_machine_as_they_are():

@@ -94,7 +94,7 @@ def remember_status(federation: FederationState, result: ClientResult) -> None:
     }
     names = {following: False, **beside.get(result.status, {name(workspace.identity): True})}
     if head.manifest.secure_aggregation is not None and result.status == "already_submitted":
-        names = {following: False, name(workspace.repair_of(head.number)): False}
+        names |= {name(workspace.repair_of(head.number)): False}
     note(workspace, str(result.client), {"status": result.status, "round": result.round}, names)
 
 

@@ -130,7 +130,10 @@ class Walk:
     def _config(self) -> None:
         """Carry fedcli.yaml; what a workspace's own user has there, nobody else changes."""
         if self.result.is_first and not self.scope.is_bundled:
-            (mark_as_own if self._is_own else mark_as_copy)(self.target)
+            if self._is_own:
+                mark_as_own(self.target, self.identity.id)
+            else:
+                mark_as_copy(self.target)
         if self._is_own or self.result.is_first or self.carrier.judge.replaces or not is_own(self.target):
             self.carrier.changing("fedcli.yaml", CONFIG_NAME)
             return

@@ -102,7 +102,6 @@ def create_workspace(
     with hold(workspace.server_lock, "the server's work"):
         if _is_open(workspace):
             return Creation(FederationState.open(workspace), False)
-        mark_as_own(workspace)
         sweep_workspace(workspace)
         orphan = read_round(workspace, 0)  # of no workspace.json, for otherwise it would be open
         open_to_parties(workspace, multi_user=config.federation.multi_user)
@@ -123,6 +122,7 @@ def create_workspace(
             simulation=is_simulation,
             signatures="required" if is_signed else None,
         )
+        mark_as_own(workspace, workspace_id)
         workspace.store.put(workspace.name(workspace.identity), identity.to_bytes())
         federation = open_first_round(experiment, identity, start, _found_trust(workspace, identity))
         return Creation(

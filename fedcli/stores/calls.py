@@ -1,10 +1,12 @@
-"""Calls that a signal interrupts, whatever they wait for: they are made in threads that nobody waits for in the end."""
+"""Calls in threads, so that a signal ends a command at once; what was under way may still arrive."""
 
 from collections.abc import Callable, Iterator, Sequence
 from threading import Lock, Semaphore, Thread
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+AT_ONCE = 32
+"""Requests, of those that are small."""
 
 
 def interruptible(call: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from fedcli.errors import ConfigError, RequirementError, WorkspaceError, require_packages
 from fedcli.printable import on_one_line, without_credentials
-from fedcli.stores.calls import at_once, interruptible
+from fedcli.stores.calls import AT_ONCE, at_once, interruptible
 from fedcli.stores.objects import TRY_AGAIN, Entry, Objects, TooLargeError
 
 if TYPE_CHECKING:
@@ -33,13 +33,14 @@ _BROKEN_OFF = re.compile(
 _TRIED = re.compile(r"after \d+ retries")
 _LOST = "HTTP error"
 """What obstore says of a connection that broke; of an answer with an error it tells the status."""
-_AT_ONCE = 32
 _STATUS = re.compile(r"status code: (\d+ [A-Za-z ]+)")
 _CAUSE = re.compile(r"<Code>([A-Za-z]+)</Code>|\"(?:code|reason)\": ?\"([A-Za-z_]+)\"")
 _UNANSWERED = re.compile(r"(https?://[^/ ]+)\S* in .*?after (\d+) retries")
 T = TypeVar("T")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
+_CREDENTIALS = ("aws_access_key_id", "credential_", "role_arn", "sso_", "web_identity_token_file")
+"""What settings of a profile begin with that say where its credentials come from."""
 RETRIES = {
     "max_retries": 8,
     "retry_timeout": timedelta(seconds=120),
@@ -49,7 +50,10 @@ RETRIES = {
 _CONNECT_SECONDS = 10
 _ANSWER_SECONDS = 60
 _REQUEST_SECONDS = 300
-"""A part of 5 MB may take so long: 17 kB a second."""
+PART = 5 * 2**20
+"""Bytes; large objects are written and read in such parts."""
+_PARTS_AT_ONCE = 2
+"""Two parts in _REQUEST_SECONDS need a line of 35 kB a second."""
 
 
 class CloudObjects(Objects):
@@ -68,9 +72,28 @@ class CloudObjects(Objects):
             found = obstore.get(self._store, key)
             if (num_bytes := found.meta["size"]) > limit:
                 raise TooLargeError(num_bytes)
+            if num_bytes > 2 * PART:
+                raise _Large(num_bytes)
             return bytes(found.bytes())
 
-        return self._asked("read", key, read)
+        try:
+            return self._asked("read", key, read)
+        except _Large as large:
+            return self._get_in_parts(key, large.num_bytes)
+
+    def _get_in_parts(self, key: str, num_bytes: int) -> bytes:
+        """Return a large object, of which a part that breaks off is asked for again alone."""
+        import obstore
+
+        contents = bytearray(num_bytes)
+
+        def fetch(start: int) -> None:
+            end = min(start + PART, num_bytes)
+            part = self._asked("read", key, lambda: obstore.get_range(self._store, key, start=start, end=end))
+            contents[start:end] = memoryview(part)
+
+        at_once([partial(fetch, start) for start in range(0, num_bytes, PART)], _PARTS_AT_ONCE)
+        return bytes(contents)
 
     def get_part(self, key: str, start: int, end: int) -> bytes:
         import obstore
@@ -93,12 +116,13 @@ class CloudObjects(Objects):
         return Entry(found["size"], found["e_tag"] or str(found["last_modified"]), found["last_modified"].timestamp())
 
     def heads(self, keys: Sequence[str]) -> list[Entry | None]:
-        return at_once([partial(self.head, key) for key in keys], _AT_ONCE)
+        return at_once([partial(self.head, key) for key in keys], AT_ONCE)
 
     def put(self, key: str, contents: bytes) -> None:
         import obstore
 
-        self._asked("write", key, lambda: obstore.put(self._bulk, key, contents))
+        put = partial(obstore.put, self._bulk, key, contents, chunk_size=PART, max_concurrency=_PARTS_AT_ONCE)
+        self._asked("write", key, put)
 
     def create(self, key: str, contents: bytes) -> bool:
         import obstore
@@ -201,6 +225,14 @@ class CloudObjects(Objects):
             raise unreachable from None
 
 
+class _Large(Exception):
+    """An object is read in parts."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(num_bytes)
+        self.num_bytes = num_bytes
+
+
 class UnansweredError(WorkspaceError):
     """A connection broke: whether what was asked for is done nobody has said."""
 
@@ -276,7 +308,7 @@ def _aws_profile() -> dict[str, Any]:
         told["region"] = settings.get("region", "us-east-1")
     if "AWS_ENDPOINT_URL" not in os.environ and "endpoint_url" in settings:
         told["endpoint"] = settings["endpoint_url"]
-    if "AWS_ACCESS_KEY_ID" in os.environ or not settings.keys() - {"region", "endpoint_url", "output"}:
+    if "AWS_ACCESS_KEY_ID" in os.environ or not any(key.startswith(_CREDENTIALS) for key in settings):
         return told
     if {"aws_access_key_id", "aws_secret_access_key"} <= settings.keys():
         names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}

@@ -26,7 +26,7 @@ def open_objects(address: str) -> Objects:
         parts = urlsplit(address)
         port = parts.port
     except ValueError as error:
-        raise UsageError(f"{_shown(address)} is no URL: {error}", hint=f"Give {_KNOWN}.") from error
+        raise UsageError(f"{_shown(address)} is no URL", hint=f"Give {_KNOWN}.") from error
     if parts.password is not None:
         raise UsageError(
             f"{_shown(address)} has a password in it, which logs and other users would see",
@@ -61,4 +61,4 @@ def _folder(address: str, path: str) -> str:
 
 def _shown(address: str) -> str:
     """Return a URL without what may be a password."""
-    return re.sub(r"//[^/@]*:[^/@]*@", "//***@", address)
+    return re.sub(r"//.*@", "//***@", re.split(r"[?#]", address)[0])

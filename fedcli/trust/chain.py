@@ -23,6 +23,14 @@ def read_chain(workspace: Workspace, identity: Identity, pins: Collection[str] =
 
     Raises IntegrityError with the first entry that is not the server's, or where the server is another.
     """
+    try:
+        return _checked(workspace, identity, pins)
+    except IntegrityError:
+        workspace.store.forget()  # a copy on this machine, that may have been made before the place was mended
+        raise
+
+
+def _checked(workspace: Workspace, identity: Identity, pins: Collection[str]) -> Enrolment:
     enrolment = read_enrolment(workspace, anew=True)
     if not enrolment.entries:
         raise IntegrityError(f"{workspace.enrolment} is empty: nothing says who the server is", hint=_ASK)

@@ -30,7 +30,7 @@ def workspace_at(address: Path | str) -> Workspace:
     objects = open_objects(text)
     root = remote_folder(objects.address)
     show_as(str(root), objects.address, (*LOCAL, "server.lock"))
-    remote = ObjectStore(objects, KeptObjects(_cache_folder()), KeptEntries(root / "enrolment.jsonl"))
+    remote = ObjectStore(objects, KeptObjects(_cache_folder()), KeptEntries(root))
     return Workspace(root, SplitStore(DirectoryStore(root), remote), objects.address)
 
 

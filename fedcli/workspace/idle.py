@@ -40,7 +40,7 @@ class Glance:
 
 def glance(workspace: Workspace) -> Glance | None:
     """Look at the latest round that a listing shows; None where that is not what it should be."""
-    if (noted := recall(workspace, _ANY)) is not None:
+    if (noted := recall(workspace, _ANY)) is not None and not _has_come(workspace, noted):
         return Glance(noted["round"], noted["is_finished"], noted["missing"], False, noted["identity"].encode())
     try:
         store, name = workspace.store, workspace.name
@@ -66,6 +66,13 @@ def glance(workspace: Workspace) -> Glance | None:
         return seen
     except (OSError, ValueError, KeyError, TypeError, RecursionError, FedError, Refusal):
         return None
+
+
+def _has_come(workspace: Workspace, noted: dict[str, Any]) -> bool:
+    """Return whether a client that is missing has joined from this machine since an answer was noted."""
+    document = json.loads(noted["identity"])
+    is_simulation = document.get("simulation") is True
+    return any(_may_train(workspace, document["id"], is_simulation, client) for client in noted["missing"])
 
 
 def _note_glance(workspace: Workspace, seen: Glance, here: list[int]) -> None:

@@ -9,45 +9,51 @@ from fedcli.workspace.publish import make_folder
 
 
 class KeptEntries:
-    """Files of one workspace by name, in a file of lines; of another workspace.json than theirs they are none.
+    """Files of one workspace by name, in memory and in a file of lines in a folder, named by its workspace.json's hash.
 
     A damaged line is none, and a disk that refuses only costs time.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._files: dict[str, bytes] | None = None
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path: Path | None = None
+        self._files: dict[str, bytes] = {}
 
     def open(self, identity: str) -> None:
-        """Take the copies up that are of the workspace.json with this SHA-256, and drop others."""
-        self._files = {}
-        with suppress(OSError, ValueError, TypeError):
-            first, *lines = self._path.read_text(encoding="utf-8").splitlines()
-            if json.loads(first) == identity:
-                for line in lines:
-                    with suppress(ValueError, TypeError, AttributeError):
-                        name, text = json.loads(line)
-                        self._files[name] = text.encode()
-                return
-        with suppress(OSError, FedError):
-            make_folder(self._path.parent)
-            self._path.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+        """Take up the copies that are of the workspace.json with this SHA-256."""
+        path = self._folder / f"enrolment-{identity[:16]}.jsonl"
+        if path == self._path:
+            return
+        self._path, self._files = path, {}
+        with suppress(OSError, UnicodeDecodeError):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError, TypeError, AttributeError):
+                    name, text = json.loads(line)
+                    self._files[name] = text.encode()
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no copy, or nothing is known of the workspace yet."""
+        """Whether there is no copy."""
         return not self._files
 
     def get(self, name: str) -> bytes | None:
         """Return the copy of a file; None where there is none."""
-        return None if self._files is None else self._files.get(name)
+        return self._files.get(name)
 
     def keep(self, name: str, contents: bytes) -> None:
         """Keep a copy of a text."""
-        if self._files is None:
+        self._files[name] = contents
+        if self._path is None:
             return
-        with suppress(OSError, UnicodeDecodeError):
+        with suppress(OSError, FedError, UnicodeDecodeError):
             line = json.dumps([name, contents.decode()])
+            make_folder(self._folder)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-            self._files[name] = contents
+
+    def forget(self) -> None:
+        """Let go of all copies."""
+        self._files = {}
+        with suppress(OSError):
+            if self._path is not None:
+                self._path.unlink()

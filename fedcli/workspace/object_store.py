@@ -6,7 +6,6 @@ put plainly beside the record is found, too (docs/PROTOCOL.md).
 """
 
 import re
-import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from fedcli.errors import DeniedError, FedError
-from fedcli.stores.calls import at_once
+from fedcli.stores.calls import AT_ONCE, at_once
 from fedcli.stores.objects import Objects, TooLargeError
 from fedcli.workspace.kept_entries import KeptEntries
 from fedcli.workspace.kept_objects import KeptObjects
@@ -37,7 +36,8 @@ _ATTEMPT = re.compile(r"\.[0-9a-f]{16}")
 _MOST_RECORD_BYTES = 2**28
 _ENROLMENT = "enrolment"
 _MOST_AHEAD = 64 * 1024
-_AT_ONCE = 32
+_MOST_ASIDE = 64
+_LARGEST_ASIDE = 2**32
 
 
 def record_of(name: str) -> str | None:
@@ -76,6 +76,7 @@ class ObjectStore(Store):
         self.objects = objects
         self._kept = kept
         self._entries = entries
+        self._has_fetched = False
         self._ahead: dict[str, bytes] = {}  # by key, what is to be read next
         self._is_closed: dict[str, bool] = {}  # inboxes: whether this user may read nothing there
         self._hashes: dict[str, str] = {}  # of records that never change: what leads to their files
@@ -88,7 +89,8 @@ class ObjectStore(Store):
             return contents
         if (kept := self._entries.get(name)) is not None and len(kept) <= limit:
             return kept
-        if self._entries.is_empty:
+        if self._entries.is_empty and not self._has_fetched:
+            self._has_fetched = True
             self._fetch_entries()
         contents = self._read(name, limit)
         self._entries.keep(name, contents)
@@ -113,7 +115,7 @@ class ObjectStore(Store):
             except (FileNotFoundError, TooLargeError, FedError):
                 return None  # whoever reads it is told why
 
-        found = zip(keys, at_once([partial(fetched, key) for key in keys], _AT_ONCE), strict=True)
+        found = zip(keys, at_once([partial(fetched, key) for key in keys], AT_ONCE), strict=True)
         self._ahead |= {key: contents for key, contents in found if contents is not None}
 
     def _read(self, name: str, limit: int) -> bytes:
@@ -134,6 +136,10 @@ class ObjectStore(Store):
         if self._kept is not None and sha256(contents) == digest:
             self._kept.keep(digest, contents)
         return contents
+
+    def forget(self) -> None:
+        if self._entries is not None:
+            self._entries.forget()
 
     def uncached(self) -> Store:
         return ObjectStore(self.objects)
@@ -223,7 +229,7 @@ class ObjectStore(Store):
             there = [entry is not None for entry in self.objects.heads(records)]
             self._is_closed |= dict.fromkeys(map(_inbox_of, records), False)
         except DeniedError:
-            there = at_once([partial(self._is_seen, record) for record in records], _AT_ONCE)
+            there = at_once([partial(self._is_seen, record) for record in records], AT_ONCE)
         return {name for name, is_there in zip(names, there, strict=True) if is_there}
 
     def _is_seen(self, record: str) -> bool:
@@ -277,35 +283,47 @@ class ObjectStore(Store):
             raise ValueError(f"{folder} is no folder that a record {record[0]} publishes")
         if self.objects.head(name) is not None:
             return False
+        found: dict[str, bytes] = {}
         for path, data in files:
             key = attempt_key(f"{folder}/{path}", name, contents)
             there = self.objects.head(key)
-            if there is None or there.num_bytes != len(data):
+            if there is not None and there.num_bytes == len(data):
+                found[key] = data
+            else:
                 self.objects.put(key, data)
-        return self.objects.create(name, contents)
+        is_new = self.objects.create(name, contents)
+        for key, data in found.items() if is_new else ():
+            if self.objects.head(key) is None:  # whoever set the last one aside was removing it
+                self.objects.put(key, data)
+        return is_new
 
     def set_aside(self, folder: str) -> bool:
-        """Copy a folder, then remove its record, then the rest: killed between, it is done again."""
+        """Copy a folder, then remove its record, then the rest: killed between, it is done again.
+
+        Of what a party has put there beside an update's few files of bounded size no copy is made.
+        """
         record = record_of(folder)
         if record is None or self.objects.head(record) is None:
             return False
         path = PurePosixPath(folder)
         aside = path.with_name(f"{DISCARDED_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
-        for name in self.files(folder):
-            self.objects.put(f"{aside}/{name}", self.read(f"{folder}/{name}", sys.maxsize))
+        for name, num_bytes in sorted(self.files(folder).items())[:_MOST_ASIDE]:
+            if num_bytes <= _LARGEST_ASIDE:
+                self.objects.put(f"{aside}/{name}", self.read(f"{folder}/{name}", _LARGEST_ASIDE))
         self.delete(folder)
         return True
 
     def delete(self, name: str) -> None:
         """Remove a file or a folder; of a published one the record first, without which the rest means nothing."""
         record = record_of(name)
+        below = {f"{name}/{path}" for path in self.objects.below(name)} - {record}
+        # listed before the record is removed: from then on its party may put the next ones
         if record is not None and name == str(PurePosixPath(record).parent):
             self.objects.delete(record)
         elif record is not None and name != record and (key := self._key(name)) != name:
             self.objects.delete(key)
-        below = self.objects.below(name)
-        for path in below:
-            self.objects.delete(f"{name}/{path}")
+        for key in below:
+            self.objects.delete(key)
         if not below:
             self.objects.delete(name)
 

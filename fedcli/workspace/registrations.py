@@ -13,7 +13,7 @@ from pydantic import SerializerFunctionWrapHandler, ValidationError, model_seria
 from fedcli.config import DataFormat
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
 from fedcli.workspace.floors import USUAL_FLOORS, Floors
-from fedcli.workspace.history import read_record
+from fedcli.workspace.history import read_identity, read_record
 from fedcli.workspace.layout import Home, Workspace, default_home, server_home
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
 from fedcli.workspace.records import Identity, Natural, PublicKeys, Record
@@ -110,17 +110,20 @@ def is_own(workspace: Workspace) -> bool:
     they were before.
     """
     if workspace.store.is_remote:
-        return (workspace.root / _MADE_HERE).exists()
+        with suppress(OSError):
+            return (workspace.root / _MADE_HERE).read_text() == read_identity(workspace).id
+        return False
     if os.path.lexists(workspace.root / _COPIED):
         return False
     files = [path for path in (workspace.config, workspace.identity) if os.path.lexists(path)]
     return all(os.lstat(path).st_uid == os.geteuid() for path in files)
 
 
-def mark_as_own(workspace: Workspace) -> None:
+def mark_as_own(workspace: Workspace, workspace_id: str) -> None:
     """Note on this machine that a workspace elsewhere is made here."""
     if workspace.store.is_remote:
-        publish_file(workspace.root / _MADE_HERE, b"", mode=0o600)
+        make_folder(workspace.root)
+        publish_file(workspace.root / _MADE_HERE, workspace_id.encode(), mode=0o600)
 
 
 def mark_as_copy(workspace: Workspace) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from fedcli.workspace.store import Folder, Store
 
@@ -19,7 +19,7 @@ class SplitStore(Store):
         self.is_remote = remote.is_remote
 
     def _of(self, name: str) -> Store:
-        return self.local if PurePosixPath(name or ".").parts[:1] and name.partition("/")[0] in LOCAL else self.remote
+        return self.local if name.partition("/")[0] in LOCAL else self.remote
 
     def read(self, name: str, limit: int) -> bytes:
         return self._of(name).read(name, limit)
@@ -29,6 +29,9 @@ class SplitStore(Store):
 
     def fetch_ahead(self, names: Sequence[str]) -> None:
         self.remote.fetch_ahead([name for name in names if self._of(name) is self.remote])
+
+    def forget(self) -> None:
+        self.remote.forget()
 
     def uncached(self) -> Store:
         return SplitStore(self.local, self.remote.uncached())

@@ -61,6 +61,10 @@ class Store(ABC):
     def exists(self, name: str) -> bool:
         """Return whether anything has this name, be it a broken link."""
 
+    def forget(self) -> None:
+        """Let go of copies on this machine that were never checked: what was made of them was damaged."""
+        return None
+
     def uncached(self) -> "Store":
         """Return the same store without copies on this machine."""
         return self
