@@ -32,7 +32,7 @@ from fedcli.scoring.targets import Targets
 DELTA = 1e-5
 EPSILONS = {
     "demo": {"row": (8, 64, 512), "client": (64, 4096)},
-    "fpb": {"row": (8, 512), "client": (8, 4096)},
+    "fpb": {"row": (8, 64, 512), "client": (8, 64, 4096)},
 }
 CLIP = 1.0
 FPB_LIMIT = 50
@@ -46,8 +46,6 @@ DEMO = {
 }
 """What differs from the preset demo: large batches and few numbers, which noise asks for; without privacy, too."""
 FPB = {
-    "train.batch_size": 32,
-    "train.steps": 10,
     "data.format": "fingpt",
     "data.partition": "iid",
     "federation.clients": 2,
