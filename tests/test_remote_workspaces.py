@@ -20,6 +20,7 @@ from fedcli.stores.objects import Entry, Objects
 from fedcli.stores.probe import probe_store
 from fedcli.stores.url import is_url, open_objects
 from fedcli.workspace.address import workspace_at
+from fedcli.workspace.kept_entries import KeptEntries
 from fedcli.workspace.kept_objects import KeptObjects
 from fedcli.workspace.layout import ADAPTER_NAME, Workspace
 from fedcli.workspace.object_store import ObjectStore, attempt_key, record_of
@@ -286,6 +287,34 @@ def test_a_rounds_adapter_is_fetched_once_and_verify_reads_the_store(remote):
     objects.put(f"rounds/{key}", contents[:-1] + bytes([contents[-1] ^ 1]))
     assert Federation(workspace).round().adapter()
     assert any("hash" in str(found) for found in Federation(workspace).verify().violations)
+
+
+def test_entries_of_the_enrolment_are_fetched_once_and_those_of_another_workspace_are_none(tmp_path, monkeypatch):
+    objects, path = Counted(new_objects("objects", monkeypatch)), tmp_path / "enrolment.jsonl"
+
+    def opened() -> ObjectStore:
+        store = ObjectStore(objects, entries=KeptEntries(path))
+        store.read("workspace.json", 100)
+        objects.requests.clear()
+        return store
+
+    objects.put("workspace.json", b"one")
+    for number in range(40):
+        ObjectStore(objects).put_new_signed(f"enrolment/{number:05d}.json", b"%d" % number, b"signature %d" % number)
+    names = [f"enrolment/{number:05d}.{kind}" for number in range(40) for kind in ("json", "sig")]
+    first = [opened().read(name, 100) for name in names[:1]] + [opened().read(name, 100) for name in names[1:]]
+    assert first == [text for number in range(40) for text in (b"%d" % number, b"signature %d" % number)]
+    again = opened()
+    assert [again.read(name, 100) for name in names] == first
+    assert objects.requests == {}
+    with pytest.raises(FileNotFoundError):
+        again.read("enrolment/00040.json", 100)
+    assert objects.requests == {"get": 1}
+    path.write_text(path.read_text() + '["enrolment/00001.json", ')
+    assert opened().read(names[2], 100) == first[2]
+    objects.put("workspace.json", b"another")
+    objects.put("enrolment/00000.json", b"of another")
+    assert opened().read("enrolment/00000.json", 100) == b"of another"
 
 
 def test_kept_files_are_bounded_and_a_damaged_one_is_none(tmp_path):

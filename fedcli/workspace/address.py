@@ -21,6 +21,7 @@ def workspace_at(address: Path | str) -> Workspace:
     if not (isinstance(address, str) and is_url(text)):
         return Workspace(Path(text).absolute())
     from fedcli.stores.url import open_objects
+    from fedcli.workspace.kept_entries import KeptEntries
     from fedcli.workspace.kept_objects import KeptObjects
     from fedcli.workspace.object_store import ObjectStore
     from fedcli.workspace.split_store import LOCAL, SplitStore
@@ -29,7 +30,7 @@ def workspace_at(address: Path | str) -> Workspace:
     objects = open_objects(text)
     root = remote_folder(objects.address)
     show_as(str(root), objects.address, (*LOCAL, "server.lock"))
-    remote = ObjectStore(objects, KeptObjects(_cache_folder()))
+    remote = ObjectStore(objects, KeptObjects(_cache_folder()), KeptEntries(root / "enrolment.jsonl"))
     return Workspace(root, SplitStore(DirectoryStore(root), remote), objects.address)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedcli.workspace.store import Store
 
 CONFIG_NAME = "fedcli.yaml"
+IDENTITY_NAME = "workspace.json"
 STUDY_NAME = "study.yaml"
 """What tells a study's folder, whose cells are workspaces."""
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -44,7 +45,7 @@ class Workspace:
         """What names it to users: its folder, or the URL of one elsewhere, of which `root` is this machine's part."""
         self._given_store = store
         self.config = root / CONFIG_NAME
-        self.identity = root / "workspace.json"
+        self.identity = root / IDENTITY_NAME
         self.server_lock = root / "server.lock"
         self.rounds = root / "rounds"
         self.inbox = root / "inbox"

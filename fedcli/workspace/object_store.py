@@ -12,12 +12,15 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import PurePosixPath
 
-from fedcli.errors import DeniedError
+from fedcli.errors import DeniedError, FedError
+from fedcli.stores.calls import at_once
 from fedcli.stores.objects import Objects, TooLargeError
+from fedcli.workspace.kept_entries import KeptEntries
 from fedcli.workspace.kept_objects import KeptObjects
-from fedcli.workspace.layout import MANIFEST, UPDATE_RECORD
+from fedcli.workspace.layout import IDENTITY_NAME, MANIFEST, UPDATE_RECORD
 from fedcli.workspace.publish import ABANDONED_SECONDS, DISCARDED_PREFIX
 from fedcli.workspace.records import sha256
 from fedcli.workspace.refusal import Refusal
@@ -33,6 +36,9 @@ _SIGNED = ("enrolment", "attempts", "repair")
 """Folders of records, each X.json with its X.sig."""
 _ATTEMPT = re.compile(r"\.[0-9a-f]{16}")
 _MOST_RECORD_BYTES = 2**28
+_ENROLMENT = "enrolment"
+_MOST_AHEAD = 64 * 1024
+_AT_ONCE = 32
 
 
 def record_of(name: str) -> str | None:
@@ -67,13 +73,51 @@ class ObjectStore(Store):
 
     is_remote = True
 
-    def __init__(self, objects: Objects, kept: KeptObjects | None = None) -> None:
+    def __init__(self, objects: Objects, kept: KeptObjects | None = None, entries: KeptEntries | None = None) -> None:
         self.objects = objects
         self._kept = kept
         self._is_closed: dict[str, bool] = {}  # inboxes: whether this user may read nothing there
+        self._entries = entries
+        self._ahead: dict[str, bytes] = {}  # by key, what is to be read next
         self._hashes: dict[str, str] = {}  # of records that never change: what leads to their files
 
     def read(self, name: str, limit: int) -> bytes:
+        if self._entries is None or not name.startswith(f"{_ENROLMENT}/"):
+            contents = self._read(name, limit)
+            if self._entries is not None and name == IDENTITY_NAME:
+                self._entries.open(sha256(contents))
+            return contents
+        if (kept := self._entries.get(name)) is not None and len(kept) <= limit:
+            return kept
+        if self._entries.is_empty:
+            self._fetch_entries()
+        contents = self._read(name, limit)
+        self._entries.keep(name, contents)
+        return contents
+
+    def _fetch_entries(self) -> None:
+        """Fetch all entries at once, and then all signatures."""
+        records = [f"{_ENROLMENT}/{name}" for name in self.names(_ENROLMENT) if name.endswith(".json")]
+        self.fetch_ahead(records)
+        for record in records:
+            if (contents := self._ahead.get(record)) is not None:
+                self._remember(record, contents)
+        self.fetch_ahead([f"{record.removesuffix('.json')}.sig" for record in records])
+
+    def fetch_ahead(self, names: Sequence[str]) -> None:
+        """Fetch small files at once, which are then read once each without a request."""
+        keys = [key for key in map(self._key, names) if key not in self._ahead]
+
+        def fetched(key: str) -> bytes | None:
+            try:
+                return self.objects.get(key, _MOST_AHEAD)
+            except (FileNotFoundError, TooLargeError, FedError):
+                return None  # whoever reads it is told why
+
+        found = zip(keys, at_once([partial(fetched, key) for key in keys], _AT_ONCE), strict=True)
+        self._ahead |= {key: contents for key, contents in found if contents is not None}
+
+    def _read(self, name: str, limit: int) -> bytes:
         record = record_of(name)
         if record is not None and name != record:
             with suppress(FileNotFoundError):
@@ -96,6 +140,8 @@ class ObjectStore(Store):
         return ObjectStore(self.objects)
 
     def _get(self, key: str, limit: int) -> bytes:
+        if (contents := self._ahead.pop(key, None)) is not None and len(contents) <= limit:
+            return contents
         try:
             return self.objects.get(key, limit)
         except TooLargeError as error:

@@ -159,6 +159,7 @@ def joined_clients(workspace: Workspace, num_clients: int) -> dict[int, Registra
     """Return the parties that have joined, by id; what any user may put there, and is no registration, is none."""
     names = {*workspace.store.names("clients")}
     joined = {}
+    workspace.store.fetch_ahead([f"clients/{name}" for name in sorted(names) if name.endswith(".json")])
     for client in range(num_clients):
         if f"{client}.json" in names:
             with suppress(IntegrityError, PermissionError):

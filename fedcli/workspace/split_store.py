@@ -27,6 +27,9 @@ class SplitStore(Store):
     def read_kept(self, name: str, limit: int, digest: str) -> bytes:
         return self._of(name).read_kept(name, limit, digest)
 
+    def fetch_ahead(self, names: Sequence[str]) -> None:
+        self.remote.fetch_ahead([name for name in names if self._of(name) is self.remote])
+
     def uncached(self) -> Store:
         return SplitStore(self.local, self.remote.uncached())
 

@@ -45,6 +45,10 @@ class Store(ABC):
         """Return a file that should have this SHA-256, from a copy on this machine where there is one."""
         return self.read(name, limit)
 
+    def fetch_ahead(self, names: Sequence[str]) -> None:
+        """Fetch small files that are read next, where one after another would take long."""
+        return None
+
     @abstractmethod
     def names(self, folder: str) -> list[str]:
         """Return the names of what lies in a folder, sorted; none where there is no folder."""
