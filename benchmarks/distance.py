@@ -31,6 +31,7 @@ from support.servers import new_bucket, s3_environment, s3_server
 
 from fedcli import Federation, Observer
 from fedcli.client.due import train_client
+from fedcli.errors import WorkspaceError
 from fedcli.stores.url import open_objects
 from fedcli.workspace.address import workspace_at
 from fedcli.workspace.history import read_identity
@@ -47,6 +48,7 @@ from fedcli.workspace.registrations import (
 from fedcli.workspace.split_store import SplitStore
 from fedcli.workspace.store import DirectoryStore
 
+MOST_VISITS = 5
 MOST_REQUESTS, MOST_SECONDS, MOST_BYTES = 2, 1.5, 1.02
 PRICES = {"write": 0.005 / 1000, "read": 0.0004 / 1000, "gigabyte out": 0.09}
 """US dollars, S3 Standard in US East (N. Virginia), https://aws.amazon.com/s3/pricing, list prices of 2024.
@@ -94,7 +96,8 @@ def main() -> int:
     }
     figures = {"poll": poll, f"{arguments.few} parties": few, f"{arguments.many} parties": many, "prices": PRICES}
     print({name: round(ratio, 3) for name, ratio in ratios.items()})
-    return record("distance", round(max(ratios.values()), 3), 1, figures | {"ratios": ratios})
+    is_kept = (arguments.few, arguments.many) == (10, 1000)
+    return record("distance", round(max(ratios.values()), 3), 1, figures | {"ratios": ratios}, is_kept=is_kept)
 
 
 class Untrained:
@@ -225,11 +228,18 @@ def play_many(scratch: Path, proxy: FaultProxy, world: dict, count: int) -> dict
     proxy.faults = Faults(**world)
     proxy.forget()
     seconds: list[float] = []
+    given_up: list[int] = []
 
     def visit(client: int) -> None:
         with tempfile.TemporaryDirectory(dir=scratch) as cache:
             workspace = own_machine(address, Path(cache))
-            seconds.append(timed(lambda: come(Federation(workspace), client)))
+            for _ in range(MOST_VISITS):
+                try:
+                    seconds.append(timed(lambda: come(Federation(workspace), client)))
+                    return
+                except WorkspaceError:  # whoever runs it, runs it again
+                    given_up.append(client)
+            raise AssertionError(f"client {client} did not come through")
 
     with ThreadPoolExecutor(16) as pool:
         taken = timed(lambda: list(pool.map(visit, range(count))))
@@ -245,6 +255,7 @@ def play_many(scratch: Path, proxy: FaultProxy, world: dict, count: int) -> dict
         "server requests a party": round(len(server) / count, 2),
         "server seconds": round(merged, 1),
         "failed requests": sum(bool(each.faults) for each in visits + server),
+        "visits that were made again": len(given_up),
         "kinds": dict(Counter(each.method for each in visits)),
         "dollars per 1,000 parties and round": round(dollars([visits, server]) / count * 1000, 4),
         "without what goes out": round(dollars([visits, server], 0) / count * 1000, 4),

@@ -1,4 +1,4 @@
-"""Federated fine-tuning of language models over a shared directory."""
+"""Federated fine-tuning of language models over a directory or bucket that all share."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -224,7 +224,7 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Federated fine-tuning of language models over a shared directory: no daemon, no port, no broker."""
+    """Federated fine-tuning of language models over files that all share: no daemon, no port, no broker."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

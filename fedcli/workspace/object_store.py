@@ -10,7 +10,6 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import PurePosixPath
@@ -76,9 +75,9 @@ class ObjectStore(Store):
     def __init__(self, objects: Objects, kept: KeptObjects | None = None, entries: KeptEntries | None = None) -> None:
         self.objects = objects
         self._kept = kept
-        self._is_closed: dict[str, bool] = {}  # inboxes: whether this user may read nothing there
         self._entries = entries
         self._ahead: dict[str, bytes] = {}  # by key, what is to be read next
+        self._is_closed: dict[str, bool] = {}  # inboxes: whether this user may read nothing there
         self._hashes: dict[str, str] = {}  # of records that never change: what leads to their files
 
     def read(self, name: str, limit: int) -> bytes:
@@ -224,8 +223,7 @@ class ObjectStore(Store):
             there = [entry is not None for entry in self.objects.heads(records)]
             self._is_closed |= dict.fromkeys(map(_inbox_of, records), False)
         except DeniedError:
-            with ThreadPoolExecutor(16) as pool:
-                there = list(pool.map(self._is_seen, records))
+            there = at_once([partial(self._is_seen, record) for record in records], _AT_ONCE)
         return {name for name, is_there in zip(names, there, strict=True) if is_there}
 
     def _is_seen(self, record: str) -> bool:
