@@ -235,7 +235,6 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "discards": ("server", "discard", "--id", 1),
     "enrols": ("server", "enrol", "--id", 1, "--fingerprint", "0000-" * 7 + "0000"),
     "joins as another": ("client", "join", "--id", 1, "--data", "rows.jsonl"),
-    "prunes": ("gc",),
 }
 
 
