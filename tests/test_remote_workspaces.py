@@ -77,6 +77,8 @@ def remote(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tupl
     ("address", "words"),
     [
         ("s3:/bucket/study", "names no place"),
+        ("s3:bucket/study", "names no place"),
+        ("s3://bucket/a%20b", "will not do"),
         ("s3://", "names no place"),
         ("s3://bucket/study?versionId=3", "names no place"),
         ("s3://bucket/a/../b", "'..' will not do"),

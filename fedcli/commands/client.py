@@ -126,9 +126,10 @@ def client_join(
         lines += [f"your keys:         {told}", f"the server's keys: {joining.record.server}"]
         standing = federation.keys().clients.get(client)
         if standing is None or (standing.state, standing.fingerprint) != ("enrolled", told):
+            place = at(federation.workspace.address) if federation.workspace.store.is_remote else ""
             hint = (
                 "compare both fingerprints with the server's operator by telephone, who then runs:\n"
-                f"  fedcli server enrol --id {client} --fingerprint {told}\n{hint}"
+                f"  fedcli server enrol --id {client} --fingerprint {told}{place}\n{hint}"
             )
     print_result(json_output, document | {"remarks": [*joining.remarks], "kept": [*joining.kept]}, lines, hint)
 

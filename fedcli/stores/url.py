@@ -6,10 +6,10 @@ from urllib.parse import unquote, urlsplit
 from fedcli.errors import UsageError
 from fedcli.stores.objects import Objects
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|(s3|gs|gcs|az|azure|abfs|sftp):")
 _CLOUD = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "azure": "az", "abfs": "az"}
 _KNOWN = "s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, az://CONTAINER/FOLDER or sftp://USER@HOST/FOLDER"
-_PART = re.compile(r"[A-Za-z0-9._~@+=,-]+( [A-Za-z0-9._~@+=,-]+)*")
+_PART = re.compile(r"[A-Za-z0-9._~@+=,-]+")
 
 
 def is_url(address: str) -> bool:
