@@ -16,7 +16,7 @@ from fedcli import Federation
 from fedcli.errors import ConfigError, UsageError
 from fedcli.printable import printable, show_as
 from fedcli.stores.cloud import _aws_profile, open_cloud
-from fedcli.stores.objects import Entry, Objects
+from fedcli.stores.objects import Entry, Objects, UnlistableError
 from fedcli.stores.probe import probe_store
 from fedcli.stores.url import is_url, open_objects
 from fedcli.workspace.address import workspace_at
@@ -25,7 +25,7 @@ from fedcli.workspace.kept_objects import KeptObjects
 from fedcli.workspace.layout import ADAPTER_NAME, Workspace
 from fedcli.workspace.object_store import ObjectStore, attempt_key, record_of
 from fedcli.workspace.records import sha256
-from fedcli.workspace.registrations import is_own, mark_as_own
+from fedcli.workspace.registrations import DataCard, Registration, is_own, joined_clients, mark_as_own, register
 from fedcli.workspace.split_store import SplitStore
 from fedcli.workspace.store import DirectoryStore
 
@@ -406,3 +406,62 @@ def test_a_folder_that_is_no_protocols_cannot_be_published(monkeypatch):
     store = ObjectStore(new_objects("objects", monkeypatch))
     with pytest.raises(ValueError, match="no folder that a record"):
         store.publish("rounds/00000", [], ("update.json", b""))
+
+
+# --- keys that are no paths
+
+
+class Littered(Counted):
+    """A store in which keys lie that obstore fails each list for, as a `//` in them does."""
+
+    keys: tuple[str, ...] = ()
+
+    def _check(self, folder: str, *, is_deep: bool) -> None:
+        for key in self.keys:
+            at = key.partition("//")[0]
+            if f"{key}/".startswith(f"{folder}/" if folder else "") and (is_deep or at == folder):
+                raise UnlistableError(f"cannot list {folder}", hint="")
+
+    def below(self, folder: str) -> dict[str, int]:
+        self._check(folder, is_deep=True)
+        return super().below(folder)
+
+    def names(self, folder: str) -> list[str]:
+        self._check(folder, is_deep=False)
+        return super().names(folder)
+
+
+def test_a_key_that_is_no_path_in_one_inbox_stops_nobody(remote, tmp_path):
+    workspace, objects = remote
+    littered = Littered(objects)
+    Littered.keys = ("inbox/1/round-00000//x", "inbox/2/round-00000//x", "inbox/7//x")
+    store = SplitStore(workspace.store.local, ObjectStore(littered, KeptObjects(tmp_path / "kept-2")))
+    workspace = Workspace(workspace.root, store, "memory://objects")
+    for client in (0, 1):
+        answer(workspace, client)
+    objects.put("inbox/5/round-00000/.0123456789abcdef/x", b"x")
+    objects.put("inbox/7/y", b"x")
+    status = Federation(workspace).status()
+    assert (status.answered, status.missing) == ([0, 1], [2])
+    merge = Federation(workspace).server.aggregate(partial=True).aggregation
+    assert [entry.client for entry in merge.counted] == [0, 1]
+    result = Federation(workspace).sync(tmp_path / "copy")
+    assert result.left == {"inbox/7": "cannot list inbox/7"}
+    assert workspace_at(tmp_path / "copy").has_round(1)
+    Federation(workspace).gc()
+    assert Federation(workspace).verify().violations == []
+
+
+def test_parties_are_found_by_name_where_clients_cannot_be_listed_and_strangers_registrations_are_not_read(
+    monkeypatch,
+):
+    objects = Littered(new_objects("objects", monkeypatch))
+    Littered.keys = ()
+    workspace = Workspace(Path("/nowhere"), ObjectStore(objects), "memory://objects")
+    for client in (0, 2, 7, 8):
+        register(workspace, Registration(workspace="w", client=client, data=DataCard(num_rows=3)))
+    objects.requests.clear()
+    assert [*joined_clients(workspace, 4)] == [0, 2]
+    assert objects.requests == {"list": 1, "get": 2}
+    Littered.keys = ("clients//x",)
+    assert [*joined_clients(workspace, 4)] == [0, 2]

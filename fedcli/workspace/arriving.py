@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 
+from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import MAX_UPDATE_RECORD_BYTES, SIGNATURE_BYTES
 from fedcli.workspace.layout import MANIFEST_SIGNATURE, UPDATE_RECORD, UPDATE_SIGNATURE, Home
@@ -45,7 +46,14 @@ def _missing_of(base: Round, client: int, is_quick: bool) -> str:
             for file, num_bytes in wanted.items():
                 if num_bytes and not folder.read_part(file, num_bytes - 1, num_bytes):
                     return f"{file} has {workspace.store.files(name)[file]:,} of {num_bytes:,} bytes"
-    except (OSError, Refusal, KeyError, TypeError, ValueError):  # there is none, or it is looked at when it is merged
+    except (
+        OSError,
+        Refusal,
+        UnlistableError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # there is none, or it is looked at when it is merged
         return ""
     return ""
 
