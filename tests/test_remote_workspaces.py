@@ -14,6 +14,7 @@ from support.updates import answer, protocol_files
 
 from fedcli import Federation
 from fedcli.errors import ConfigError, UsageError
+from fedcli.operations.doctor_store import _permissions
 from fedcli.printable import printable, show_as
 from fedcli.stores.cloud import _aws_profile, open_cloud
 from fedcli.stores.objects import Entry, Objects, UnlistableError
@@ -465,3 +466,30 @@ def test_parties_are_found_by_name_where_clients_cannot_be_listed_and_strangers_
     assert objects.requests == {"list": 1, "get": 2}
     Littered.keys = ("clients//x",)
     assert [*joined_clients(workspace, 4)] == [0, 2]
+
+
+class Halfway(DyingObjects):
+    """A store where a key may create in enrolment/ and delete nothing, and that fails for rounds/."""
+
+    def create(self, key: str, contents: bytes) -> bool:
+        if key.startswith("enrolment/"):
+            return self.objects.create(key, contents)
+        raise self.unreachable("create", key, "503") if key.startswith("rounds/") else self.denied("create", key)
+
+    def delete(self, key: str) -> None:
+        raise self.denied("delete", key)
+
+
+def test_doctor_tells_what_it_may_not_delete_and_goes_on_where_the_store_fails(monkeypatch):
+    objects = Halfway(new_objects("objects", monkeypatch))
+    workspace = Workspace(Path("/nowhere"), ObjectStore(objects), "memory://objects")
+    found = [*_permissions(workspace, objects, 3, ".doctor-1")]
+    assert [(each.name, each.state) for each in found] == [
+        ("store: permissions", "warning"),
+        ("store: clean up", "warning"),
+        ("store: permissions", "warning"),
+    ]
+    told = [each.detail for each in found]
+    assert told[0].startswith("not known for rounds/.doctor-1/: cannot create")
+    assert told[1].startswith("an object stays below enrolment/.doctor-1/: ")
+    assert "may also write in enrolment/" in told[2]
