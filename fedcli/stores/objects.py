@@ -79,6 +79,10 @@ class Objects(ABC):
         """Return what is known of several objects, in their order."""
         return [self.head(key) for key in keys]
 
+    def sweep_temporary(self, folder: str, older_than: float) -> None:
+        """Remove what killed writes left below a folder that many seconds ago, where a store has such."""
+        return None
+
     def denied(self, action: str, key: str) -> DeniedError:
         """Return the error for what the store forbids."""
         return DeniedError(

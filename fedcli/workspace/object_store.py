@@ -327,10 +327,12 @@ class ObjectStore(Store):
     def sweep(self, folder: str) -> None:
         """Remove attempts that lost, and of those that have no record the ones that a day has passed."""
         self._sweep(folder, older_than=ABANDONED_SECONDS)
+        self.objects.sweep_temporary(folder, ABANDONED_SECONDS)
 
     def sweep_abandoned(self) -> None:
         for folder in ("rounds", "inbox"):
             self._sweep(folder, older_than=ABANDONED_SECONDS)
+        self.objects.sweep_temporary("", ABANDONED_SECONDS)
 
     def _sweep(self, folder: str, *, older_than: float) -> None:
         start = f"{folder}/" if folder else ""
