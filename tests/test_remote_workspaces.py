@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from support.processes import ENVIRONMENT
 from support.updates import answer, protocol_files
 
 from fedcli import Federation
-from fedcli.errors import ConfigError, UsageError
+from fedcli.errors import ConfigError, NotReadyError, UsageError
 from fedcli.operations.doctor_store import _permissions
 from fedcli.printable import printable, show_as
 from fedcli.stores.cloud import _aws_profile, open_cloud
@@ -21,6 +22,7 @@ from fedcli.stores.objects import Entry, Objects, UnlistableError
 from fedcli.stores.probe import probe_store
 from fedcli.stores.url import is_url, open_objects
 from fedcli.workspace.address import workspace_at
+from fedcli.workspace.arriving import arriving
 from fedcli.workspace.kept_entries import KeptEntries
 from fedcli.workspace.kept_objects import KeptObjects
 from fedcli.workspace.layout import ADAPTER_NAME, Workspace
@@ -466,6 +468,49 @@ def test_parties_are_found_by_name_where_clients_cannot_be_listed_and_strangers_
     assert objects.requests == {"list": 1, "get": 2}
     Littered.keys = ("clients//x",)
     assert [*joined_clients(workspace, 4)] == [0, 2]
+
+
+# --- what a server's look costs
+
+
+class Together(Counted):
+    """Lists of three inboxes end only once all three are asked for."""
+
+    def __init__(self, objects: Objects) -> None:
+        super().__init__(objects)
+        self.asked: list[str] = []
+        self.waits = False
+        self._all = threading.Barrier(3)
+
+    def get(self, key: str, limit: int) -> bytes:
+        if key.startswith("inbox/") and not self.waits:
+            self.asked.append(key)
+        return super().get(key, limit)
+
+    def below(self, folder: str) -> dict[str, int]:
+        self.asked.append(folder)
+        if self.waits:
+            self._all.wait(timeout=20)
+        return super().below(folder)
+
+
+def test_a_server_looks_into_no_update_before_enough_have_come_and_then_into_all_at_once(remote):
+    workspace, objects = remote
+    together = Together(objects)
+    workspace = Workspace(workspace.root, SplitStore(workspace.store.local, ObjectStore(together)), "memory://objects")
+    for client in (0, 1):
+        answer(workspace, client)
+    server = Federation(workspace).server
+    together.asked.clear()
+    with pytest.raises(NotReadyError, match="waits for 1 more"):
+        server.aggregate()
+    assert together.asked == []
+    answer(workspace, 2)
+    head = Federation(workspace).state.head
+    together.asked.clear()
+    together.waits = True
+    assert arriving(head, range(3), is_quick=True) == {}
+    assert sorted(together.asked) == [f"inbox/{client}/round-00000" for client in range(3)]
 
 
 class Halfway(DyingObjects):

@@ -5,7 +5,9 @@ import json
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 
+from fedcli.stores.calls import at_once
 from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import MAX_UPDATE_RECORD_BYTES, SIGNATURE_BYTES
@@ -15,6 +17,8 @@ from fedcli.workspace.records import is_cut_short, parse_object
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import make_home
 
+_AT_ONCE = 32
+
 
 def arriving(base: Round, clients: Iterable[int], *, is_quick: bool = False) -> dict[int, str]:
     """Return those of some clients whose update of a round is not all there, with what is missing of it.
@@ -23,8 +27,10 @@ def arriving(base: Round, clients: Iterable[int], *, is_quick: bool = False) -> 
     a quick one sees which files are missing, and not which are short.
     """
     is_quick = is_quick and base.workspace.store.is_remote
-    found = {client: _missing_of(base, client, is_quick) for client in clients if client not in base.given_up}
-    return {client: missing for client, missing in found.items() if missing}
+    looks = {client: partial(_missing_of, base, client, is_quick) for client in clients if client not in base.given_up}
+    calls = [*looks.values()]
+    found = at_once(calls, _AT_ONCE) if base.workspace.store.is_remote else [call() for call in calls]
+    return {client: missing for client, missing in zip(looks, found, strict=True) if missing}
 
 
 def _missing_of(base: Round, client: int, is_quick: bool) -> str:
