@@ -81,6 +81,7 @@ def test_a_relayed_federation_is_the_flat_one_bit_for_bit_where_sums_are_exact(
 
 def test_a_call_with_nothing_to_do_changes_nothing_and_says_what_is_waited_for(
     nation: tuple[Path, Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parent, north, _ = nation
     with pytest.raises(NotReadyError, match="waits for its parent"):
@@ -99,6 +100,9 @@ def test_a_call_with_nothing_to_do_changes_nothing_and_says_what_is_waited_for(
     assert status.relay.parent is not None
     assert status.relay.parent.workspace == read_manifest(parent, 0)["workspace"]
     relay(parent, north, 0)
+    monkeypatch.setattr(
+        "fedcli.operations.relay.sum_up", lambda *_: pytest.fail("nothing is due: past rounds are read")
+    )
     assert relay(parent, north, 0).status == "waits_for_parent"
     assert Federation.open(parent).status().regions == {0: read_manifest(north, 0)["workspace"]}
 

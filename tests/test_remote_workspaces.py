@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +15,21 @@ from support.processes import ENVIRONMENT
 from support.updates import answer, protocol_files
 
 from fedcli import Federation
-from fedcli.errors import ConfigError, UsageError
+from fedcli.errors import ConfigError, NotReadyError, UsageError
+from fedcli.operations.doctor_store import _permissions
 from fedcli.printable import printable, show_as
 from fedcli.stores.cloud import PART, _aws_profile, open_cloud
-from fedcli.stores.objects import Entry, Objects, TooLargeError
+from fedcli.stores.objects import Entry, Objects, TooLargeError, UnlistableError
 from fedcli.stores.probe import probe_store
 from fedcli.stores.url import is_url, open_objects
 from fedcli.workspace.address import workspace_at
+from fedcli.workspace.arriving import arriving
 from fedcli.workspace.kept_entries import KeptEntries
 from fedcli.workspace.kept_objects import KeptObjects
 from fedcli.workspace.layout import ADAPTER_NAME, Workspace, default_home
 from fedcli.workspace.object_store import ObjectStore, attempt_key, record_of
 from fedcli.workspace.records import sha256
-from fedcli.workspace.registrations import is_own, mark_as_own
+from fedcli.workspace.registrations import DataCard, Registration, is_own, joined_clients, mark_as_own, register
 from fedcli.workspace.split_store import SplitStore
 from fedcli.workspace.store import DirectoryStore
 
@@ -463,3 +466,132 @@ def test_a_folder_that_is_no_protocols_cannot_be_published(monkeypatch):
     store = ObjectStore(new_objects("objects", monkeypatch))
     with pytest.raises(ValueError, match="no folder that a record"):
         store.publish("rounds/00000", [], ("update.json", b""))
+
+
+# --- keys that are no paths
+
+
+class Littered(Counted):
+    """A store in which keys lie that obstore fails each list for, as a `//` in them does."""
+
+    keys: tuple[str, ...] = ()
+
+    def _check(self, folder: str, *, is_deep: bool) -> None:
+        for key in self.keys:
+            at = key.partition("//")[0]
+            if f"{key}/".startswith(f"{folder}/" if folder else "") and (is_deep or at == folder):
+                raise UnlistableError(f"cannot list {folder}", hint="")
+
+    def below(self, folder: str) -> dict[str, int]:
+        self._check(folder, is_deep=True)
+        return super().below(folder)
+
+    def names(self, folder: str) -> list[str]:
+        self._check(folder, is_deep=False)
+        return super().names(folder)
+
+
+def test_a_key_that_is_no_path_in_one_inbox_stops_nobody(remote, tmp_path):
+    workspace, objects = remote
+    littered = Littered(objects)
+    Littered.keys = ("inbox/1/round-00000//x", "inbox/2/round-00000//x", "inbox/7//x")
+    store = SplitStore(workspace.store.local, ObjectStore(littered, KeptObjects(tmp_path / "kept-2")))
+    workspace = Workspace(workspace.root, store, "memory://objects")
+    for client in (0, 1):
+        answer(workspace, client)
+    objects.put("inbox/5/round-00000/.0123456789abcdef/x", b"x")
+    objects.put("inbox/7/y", b"x")
+    status = Federation(workspace).status()
+    assert (status.answered, status.missing) == ([0, 1], [2])
+    merge = Federation(workspace).server.aggregate(partial=True).aggregation
+    assert [entry.client for entry in merge.counted] == [0, 1]
+    result = Federation(workspace).sync(tmp_path / "copy")
+    assert result.left == {"inbox/7": "cannot list inbox/7"}
+    assert workspace_at(tmp_path / "copy").has_round(1)
+    Federation(workspace).gc()
+    assert Federation(workspace).verify().violations == []
+
+
+def test_parties_are_found_by_name_where_clients_cannot_be_listed_and_strangers_registrations_are_not_read(
+    monkeypatch,
+):
+    objects = Littered(new_objects("objects", monkeypatch))
+    Littered.keys = ()
+    workspace = Workspace(Path("/nowhere"), ObjectStore(objects), "memory://objects")
+    for client in (0, 2, 7, 8):
+        register(workspace, Registration(workspace="w", client=client, data=DataCard(num_rows=3)))
+    objects.requests.clear()
+    assert [*joined_clients(workspace, 4)] == [0, 2]
+    assert objects.requests == {"list": 1, "get": 2}
+    Littered.keys = ("clients//x",)
+    assert [*joined_clients(workspace, 4)] == [0, 2]
+
+
+# --- what a server's look costs
+
+
+class Together(Counted):
+    """Lists of three inboxes end only once all three are asked for."""
+
+    def __init__(self, objects: Objects) -> None:
+        super().__init__(objects)
+        self.asked: list[str] = []
+        self.waits = False
+        self._all = threading.Barrier(3)
+
+    def get(self, key: str, limit: int) -> bytes:
+        if key.startswith("inbox/") and not self.waits:
+            self.asked.append(key)
+        return super().get(key, limit)
+
+    def below(self, folder: str) -> dict[str, int]:
+        self.asked.append(folder)
+        if self.waits:
+            self._all.wait(timeout=20)
+        return super().below(folder)
+
+
+def test_a_server_looks_into_no_update_before_enough_have_come_and_then_into_all_at_once(remote):
+    workspace, objects = remote
+    together = Together(objects)
+    workspace = Workspace(workspace.root, SplitStore(workspace.store.local, ObjectStore(together)), "memory://objects")
+    for client in (0, 1):
+        answer(workspace, client)
+    server = Federation(workspace).server
+    together.asked.clear()
+    with pytest.raises(NotReadyError, match="waits for 1 more"):
+        server.aggregate()
+    assert together.asked == []
+    answer(workspace, 2)
+    head = Federation(workspace).state.head
+    together.asked.clear()
+    together.waits = True
+    assert arriving(head, range(3), is_quick=True) == {}
+    assert sorted(together.asked) == [f"inbox/{client}/round-00000" for client in range(3)]
+
+
+class Halfway(DyingObjects):
+    """A store where a key may create in enrolment/ and delete nothing, and that fails for rounds/."""
+
+    def create(self, key: str, contents: bytes) -> bool:
+        if key.startswith("enrolment/"):
+            return self.objects.create(key, contents)
+        raise self.unreachable("create", key, "503") if key.startswith("rounds/") else self.denied("create", key)
+
+    def delete(self, key: str) -> None:
+        raise self.denied("delete", key)
+
+
+def test_doctor_tells_what_it_may_not_delete_and_goes_on_where_the_store_fails(monkeypatch):
+    objects = Halfway(new_objects("objects", monkeypatch))
+    workspace = Workspace(Path("/nowhere"), ObjectStore(objects), "memory://objects")
+    found = [*_permissions(workspace, objects, 3, ".doctor-1")]
+    assert [(each.name, each.state) for each in found] == [
+        ("store: permissions", "warning"),
+        ("store: clean up", "warning"),
+        ("store: permissions", "warning"),
+    ]
+    told = [each.detail for each in found]
+    assert told[0].startswith("not known for rounds/.doctor-1/: cannot create")
+    assert told[1].startswith("an object stays below enrolment/.doctor-1/: ")
+    assert "may also write in enrolment/" in told[2]

@@ -130,6 +130,8 @@ FORBIDDEN: dict[str, tuple[str, str, dict[str, str]]] = {
     "its own update is replaced where its ETag is the one that it read": ("PUT", OWN, {"If_Match": "*"}),
     "another's registration is replaced": ("PUT", f"/{PREFIX}/clients/1.json", {}),
     "a client is registered whose number begins with its own": ("PUT", f"/{PREFIX}/clients/01.json", NEW),
+    "a name is put beside its registration": ("PUT", f"/{PREFIX}/clients/0.json//x", NEW),
+    "a name is put beside its registration, with a line break": ("PUT", f"/{PREFIX}/clients/0.%0A/x", NEW),
     "a round is replaced": ("PUT", ROUND, {}),
     "a round is removed": ("DELETE", ROUND, {}),
     "the next round is opened": ("PUT", f"/{PREFIX}/rounds/00002/manifest.json", NEW),
@@ -159,6 +161,10 @@ def test_the_documents_forbid_it_all_and_take_no_more_than_a_bucket_has_room_for
         assert policy(asked, lambda bucket, key: True), deed
     own = Act("s3:PutObject", "hospitals", f"{PREFIX}/inbox/14/x")
     assert [client for client in range(15) if policy.allows(PARTY.format(client), own)] == [14]
+    registered = [f"{PREFIX}/clients/3.{name}" for name in ("json", "sig", "leave", "acks/round-00001.sig")]
+    assert all(policy.allows(PARTY.format(3), Act("s3:PutObject", "hospitals", name)) for name in registered)
+    noted = Act("s3:GetObject", "hospitals", f"{PREFIX}/discarded/3/round-00000.json")
+    assert not policy.allows(PARTY.format(3), noted)
 
 
 @pytest.mark.slow

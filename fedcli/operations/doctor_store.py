@@ -59,20 +59,36 @@ def _permissions(workspace: Workspace, objects: Objects, client: int | None, nam
         yield Finding("store: permissions", "failed", error.message, _POLICY)
         return
     others = [f"rounds/{name}/x", f"enrolment/{name}/x", f"inbox/{client + 1}/{name}/x", f"{name}/x"]
-    allowed = [key for key in others if _may_create(objects, key)]
+    allowed: list[str] = []
+    left: list[str] = []
+    is_known = True
+    for key in others:
+        folder = key.rpartition("/")[0]
+        try:
+            objects.create(key, b"")
+        except DeniedError:
+            continue
+        except FedError as error:
+            is_known = False
+            yield Finding("store: permissions", "warning", f"not known for {folder}/: {error.message}", error.hint)
+            continue
+        allowed.append(key)
+        left += [] if _is_emptied(objects, folder) else [f"{folder}/"]
     who = f"client {client}"
+    if left:
+        told = f"an object stays below {' and '.join(left)}: this key may create it there, and not delete it"
+        yield Finding("store: clean up", "warning", told, "Let the operator of the store remove it.")
     if allowed:
         where = ", ".join(f"{key.rpartition(f'{name}/')[0] or 'the top'}" for key in allowed)
         told = f"{who}'s key may also write in {where}: signatures tell what is forged, not what is overwritten"
         yield Finding("store: permissions", "warning", told, _POLICY)
-    else:
+    elif is_known:
         yield Finding("store: permissions", "ok", f"{who} may read rounds/, and write only in its inbox")
 
 
-def _may_create(objects: Objects, key: str) -> bool:
+def _is_emptied(objects: Objects, folder: str) -> bool:
+    """Remove what was tried; return whether nothing of it stays, as far as this key can tell."""
     try:
-        objects.create(key, b"")
-    except DeniedError:
+        return empty(objects, folder) == 0
+    except FedError:
         return False
-    empty(objects, key.rpartition("/")[0])
-    return True

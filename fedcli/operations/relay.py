@@ -1,6 +1,7 @@
 """Hierarchy: a federation as a client of another, whose parties merge first, and only their sum travels."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -149,12 +150,13 @@ def _next_step(parent: FederationState, child: FederationState, client: int, hom
         return _Step("waits_for_parent" if above.waits_for_parent or standing != "not_selected" else "not_selected")
     if own.relay.left > 0:
         return _Step("waits_for_parties")
-    return _step_of_sum(standing, sum_up(cycle_of(child.past(), child.head), child.head))
+    return _step_of_sum(standing, lambda: sum_up(cycle_of(child.past(), child.head), child.head))
 
 
-def _step_of_sum(standing: str, summed: Summed) -> _Step:
-    """Return what is due for a region that has merged what goes up."""
+def _step_of_sum(standing: str, sum_of_rounds: Callable[[], Summed]) -> _Step:
+    """Return what is due for a region that has merged what goes up; only where that is due past rounds are read."""
     if standing == "due":
+        summed = sum_of_rounds()
         return _Step("sent", summed) if summed.num_samples else _Step("nothing_counted")
     return _Step("answered" if standing == "repair_due" else "waits_for_parent")
 
@@ -170,7 +172,7 @@ def _step_of_finished(parent: FederationState, child: FederationState, client: i
     check_began_there(parent, child.start)
     if standing == "finished":
         return _Step("finished")
-    return _step_of_sum(standing, sum_up(child.past(), child.head))
+    return _step_of_sum(standing, lambda: sum_up(child.past(), child.head))
 
 
 def _do(parent: FederationState, child: FederationState, region: Region, step: _Step, observer: Observer) -> _Step:

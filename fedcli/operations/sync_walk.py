@@ -1,12 +1,14 @@
 """Going through a workspace once, in an order that lets nothing arrive before what it refers to."""
 
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from fedcli.errors import FedError, IntegrityError
 from fedcli.operations.carry import MAX_SMALL_BYTES, Carried, Carrier
+from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.enrolment import MAX_ENTRY_BYTES, Enrolment
 from fedcli.workspace.history import (
     listed_rounds,
@@ -108,14 +110,16 @@ class Walk:
             for folder in ("inbox", "clients"):
                 self.target.store.share(folder, multi_user=False)
         for client in self._clients("clients"):
-            self._client(client)
+            with self._told_of(f"clients/{client}"):
+                self._client(client)
         if "rounds" in parts:
             self._rounds(rounds)
         self._signed("attempts", attempts)
         self._shares(repairs)
         self._signed("repair", repairs)
         for client, found in inboxes.items():
-            self._inbox(client, found)
+            with self._told_of(f"inbox/{client}"):
+                self._inbox(client, found)
         if "baselines" in parts and not (self.source.store.is_remote or self.target.store.is_remote):
             for name in names("baselines"):
                 if not name.startswith("."):
@@ -146,7 +150,17 @@ class Walk:
         if store.is_hidden(folder):
             self.result.left[folder] = "this user may not look into it"
             return []
-        return store.names(folder)
+        with self._told_of(folder):
+            return store.names(folder)
+        return []
+
+    @contextmanager
+    def _told_of(self, folder: str) -> Iterator[None]:
+        """Leave what is still to do of a folder where one cannot be listed."""
+        try:
+            yield
+        except UnlistableError as error:
+            self.result.left[folder] = error.message
 
     def _clients(self, folder: str) -> list[int]:
         """Return the clients that something of lies in inbox/ or clients/, and note what is nobody's."""

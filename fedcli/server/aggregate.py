@@ -230,7 +230,10 @@ def _merge_plain(
     missing = head.missing_clients()
     answered = [client for client in head.awaited_clients() if client not in missing]
     unenrolled = {} if trust is None else trust.unenrolled(answered)
-    absent = {*missing, *arriving(head, answered, is_quick=True), *foreign_clients(federation.workspace, answered)}
+    absent = {*missing, *foreign_clients(federation.workspace, answered)}
+    if federation.workspace.store.is_remote:  # where a look at what came of each costs requests
+        _check_answers(federation, sorted(absent), needed, unenrolled)
+    absent |= arriving(head, [client for client in answered if client not in absent], is_quick=True).keys()
     _check_answers(federation, sorted(absent), needed, unenrolled)
     federation.workspace.store.sweep("rounds")
     config = federation.config
@@ -326,7 +329,8 @@ def _check_answers(
     missing = [client for client in missing if client in awaited and client not in unenrolled]
     answered = len(awaited) - len(missing) - len(unenrolled)
     if answered < needed:
-        present = [client for client in missing if head.has_update(client)]
+        sent = federation.workspace.sent_updates(head.number, missing)
+        present = [client for client in missing if client in sent]
         absent = [client for client in missing if client not in present]
         foreign = foreign_clients(federation.workspace, present)
         half = [client for client in present if client not in foreign]

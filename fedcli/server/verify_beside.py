@@ -7,6 +7,7 @@ from contextlib import suppress
 from fedcli.config import algorithm_from
 from fedcli.errors import IntegrityError
 from fedcli.server.verification import Verification
+from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.baselines import published_baselines, read_baseline
 from fedcli.workspace.client_state import damaged_candidates, read_state
 from fedcli.workspace.history import Round, read_record
@@ -43,7 +44,10 @@ def check_leftovers(workspace: Workspace, result: Verification) -> None:
     found = [f"{folder}/{name}" for folder, known in _NAMES.items() for name in store.names(folder) if not known(name)]
     for inbox in store.names("inbox"):
         if inbox.isdecimal() and not store.is_hidden(f"inbox/{inbox}"):
-            found += [f"inbox/{inbox}/{name}" for name in store.names(f"inbox/{inbox}") if not _is_drop(name)]
+            try:
+                found += [f"inbox/{inbox}/{name}" for name in store.names(f"inbox/{inbox}") if not _is_drop(name)]
+            except UnlistableError as error:
+                result.remark(workspace.root / "inbox" / inbox, error.message)
     found = [name for name in found if not name.rpartition("/")[2].startswith((TEMPORARY_PREFIX, DISCARDED_PREFIX))]
     if found:
         what = "is one name" if len(found) == 1 else f"and {len(found) - 1} more are names"

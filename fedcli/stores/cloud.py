@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from fedcli.errors import ConfigError, RequirementError, WorkspaceError, require_packages
 from fedcli.printable import on_one_line, without_credentials
 from fedcli.stores.calls import AT_ONCE, at_once, interruptible
-from fedcli.stores.objects import TRY_AGAIN, Entry, Objects, TooLargeError
+from fedcli.stores.objects import TRY_AGAIN, Entry, Objects, TooLargeError, UnlistableError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -161,7 +161,8 @@ class CloudObjects(Objects):
 
         def listed() -> dict[str, int]:
             pages = obstore.list(self._store, prefix=folder or None)
-            return {entry["path"].removeprefix(start): entry["size"] for page in pages for entry in page}
+            found = {entry["path"]: entry["size"] for page in pages for entry in page}
+            return {key.removeprefix(start): size for key, size in found.items() if key.startswith(start)}
 
         return self._asked("list", folder, listed)
 
@@ -170,7 +171,7 @@ class CloudObjects(Objects):
 
         found = self._asked("list", folder, lambda: obstore.list_with_delimiter(self._store, prefix=folder or None))
         keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
-        return sorted({key.rpartition("/")[2] for key in keys})
+        return sorted({key.rpartition("/")[2] for key in keys if key != folder})
 
     def delete(self, key: str) -> None:
         import obstore
@@ -196,6 +197,7 @@ class CloudObjects(Objects):
         from obstore.exceptions import (
             AlreadyExistsError,
             BaseError,
+            InvalidPathError,
             PermissionDeniedError,
             PreconditionError,
             UnauthenticatedError,
@@ -212,6 +214,9 @@ class CloudObjects(Objects):
             raise FileExistsError(key) from error
         except (PermissionDeniedError, UnauthenticatedError):
             raise self.denied(action, key) from None
+        except InvalidPathError as error:
+            problem = f"cannot {action} {self.address}/{key}: {_reason(error)}"
+            raise UnlistableError(problem, hint="Remove the object of that name with the store's own tools.") from None
         except (BaseError, OSError) as error:  # obstore's texts hold whole answers, and what was asked
             reason = _reason(error)
             if _BROKEN_OFF.search(str(error)) or (_LOST in str(error) and not _TRIED.search(str(error))):

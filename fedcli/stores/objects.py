@@ -28,11 +28,15 @@ class TooLargeError(Exception):
         self.num_bytes = num_bytes
 
 
+class UnlistableError(WorkspaceError):
+    """A folder cannot be listed, as there is a key below it that is no path: whoever may write there can put one."""
+
+
 class Objects(ABC):
     """Objects by key, POSIX paths below the address; keys are relative, and never the empty string.
 
     What may be tried again is, with growing pauses. All methods raise WorkspaceError where the store cannot be reached,
-    and DeniedError where it forbids what is asked.
+    and DeniedError where it forbids what is asked. Lists raise UnlistableError where a key below is no path.
     """
 
     def __init__(self, address: str) -> None:
@@ -74,6 +78,10 @@ class Objects(ABC):
     def heads(self, keys: Sequence[str]) -> list[Entry | None]:
         """Return what is known of several objects, in their order."""
         return [self.head(key) for key in keys]
+
+    def sweep_temporary(self, folder: str, older_than: float) -> None:
+        """Remove what killed writes left below a folder that many seconds ago, where a store has such."""
+        return None
 
     def denied(self, action: str, key: str) -> DeniedError:
         """Return the error for what the store forbids."""

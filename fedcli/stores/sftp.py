@@ -3,6 +3,7 @@
 import errno
 import os
 import posixpath
+import re
 import socket
 import stat
 import threading
@@ -13,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedcli.errors import ConfigError, FedError, require_packages
+from fedcli.errors import ConfigError, DeniedError, FedError, require_packages
 from fedcli.printable import on_one_line
 from fedcli.stores.objects import Entry, Objects, TooLargeError
 
@@ -25,6 +26,8 @@ _ANSWER_SECONDS = 120
 _TRIES = 6
 TEMPORARY = ".tmp-"
 """Half-written objects begin with it, and are in no list."""
+_STANDING = re.compile(r"[a-z]+|inbox/[0-9]+|clients/[0-9]+\.acks")
+"""Folders that stay though they are empty: other processes write there."""
 T = TypeVar("T")
 
 
@@ -127,12 +130,22 @@ class SftpObjects(Objects):
             with suppress(FileNotFoundError):
                 sftp.remove(self._path(key))
             folder = posixpath.dirname(key)
-            while folder:
+            while folder and not _STANDING.fullmatch(folder):
                 with suppress(OSError):  # others lie there
                     sftp.rmdir(self._path(folder))
                 folder = posixpath.dirname(folder)
 
         self._tried(remove, "delete", key)
+
+    def sweep_temporary(self, folder: str, older_than: float) -> None:
+        with suppress(FileNotFoundError, DeniedError):
+            for entry in self._tried(lambda sftp: sftp.listdir_attr(self._path(folder)), "list", folder):
+                key = posixpath.join(folder, entry.filename)
+                if stat.S_ISDIR(entry.st_mode or 0):
+                    self.sweep_temporary(key, older_than)
+                elif entry.filename.startswith(TEMPORARY) and time.time() - float(entry.st_mtime or 0) > older_than:
+                    with suppress(DeniedError):
+                        self.delete(key)
 
     def _path(self, key: str) -> str:
         return posixpath.join(self._folder, key)
@@ -147,8 +160,13 @@ class SftpObjects(Objects):
 
     def _write(self, sftp: "paramiko.SFTPClient", path: str, contents: bytes) -> None:
         """Write a file that nobody reads yet; paramiko asks for its size in the end."""
-        _make_folder(sftp, posixpath.dirname(path))
-        with sftp.open(path, "wb") as file:
+        try:
+            _make_folder(sftp, posixpath.dirname(path))
+            opened = sftp.open(path, "wb")
+        except FileNotFoundError:  # another process has removed the folder, which was empty
+            _make_folder(sftp, posixpath.dirname(path))
+            opened = sftp.open(path, "wb")
+        with opened as file:
             file.set_pipelined(True)
             file.write(contents)
         if sftp.stat(path).st_size != len(contents):

@@ -5,7 +5,10 @@ import json
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 
+from fedcli.stores.calls import at_once
+from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import MAX_UPDATE_RECORD_BYTES, SIGNATURE_BYTES
 from fedcli.workspace.layout import MANIFEST_SIGNATURE, UPDATE_RECORD, UPDATE_SIGNATURE, Home
@@ -13,6 +16,8 @@ from fedcli.workspace.publish import PRIVATE_MODE, publish_file
 from fedcli.workspace.records import is_cut_short, parse_object
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import make_home
+
+_AT_ONCE = 32
 
 
 def arriving(base: Round, clients: Iterable[int], *, is_quick: bool = False) -> dict[int, str]:
@@ -22,8 +27,10 @@ def arriving(base: Round, clients: Iterable[int], *, is_quick: bool = False) -> 
     a quick one sees which files are missing, and not which are short.
     """
     is_quick = is_quick and base.workspace.store.is_remote
-    found = {client: _missing_of(base, client, is_quick) for client in clients if client not in base.given_up}
-    return {client: missing for client, missing in found.items() if missing}
+    looks = {client: partial(_missing_of, base, client, is_quick) for client in clients if client not in base.given_up}
+    calls = [*looks.values()]
+    found = at_once(calls, AT_ONCE) if base.workspace.store.is_remote else [call() for call in calls]
+    return {client: missing for client, missing in zip(looks, found, strict=True) if missing}
 
 
 def _missing_of(base: Round, client: int, is_quick: bool) -> str:
@@ -45,7 +52,14 @@ def _missing_of(base: Round, client: int, is_quick: bool) -> str:
             for file, num_bytes in wanted.items():
                 if num_bytes and not folder.read_part(file, num_bytes - 1, num_bytes):
                     return f"{file} has {workspace.store.files(name)[file]:,} of {num_bytes:,} bytes"
-    except (OSError, Refusal, KeyError, TypeError, ValueError):  # there is none, or it is looked at when it is merged
+    except (
+        OSError,
+        Refusal,
+        UnlistableError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # there is none, or it is looked at when it is merged
         return ""
     return ""
 

@@ -5,13 +5,14 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedcli.algos import Array
 from fedcli.algos.reducer import PIECE
 from fedcli.errors import ArrivingError, IntegrityError, WorkspaceError
+from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
 from fedcli.workspace.privacy_records import claim_fault
@@ -200,7 +201,11 @@ def opened_update(base: Round, client: int) -> Iterator[Folder]:
 @contextmanager
 def opened_drop(workspace: Workspace, client: int, path: Path) -> Iterator[Folder]:
     """Open what a client has dropped; raise FileNotFoundError, or Refusal where it is not of the user who joined."""
-    with workspace.store.opened(workspace.name(path)) as folder:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(workspace.store.opened(workspace.name(path)))
+        except UnlistableError as error:
+            raise Refusal("not_regular", error.message) from error
         registered = workspace.store.owner(workspace.name(workspace.registration(client)))
         if registered is None and is_stranger(workspace, folder.owner):
             raise Refusal("unknown_client", f"nobody has joined as client {client}")

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 
 from fedcli.errors import DeniedError, FedError
 from fedcli.stores.calls import AT_ONCE, at_once
-from fedcli.stores.objects import Objects, TooLargeError
+from fedcli.stores.objects import Objects, TooLargeError, UnlistableError
 from fedcli.workspace.kept_entries import KeptEntries
 from fedcli.workspace.kept_objects import KeptObjects
 from fedcli.workspace.layout import IDENTITY_NAME, MANIFEST, UPDATE_RECORD
@@ -239,15 +239,19 @@ class ObjectStore(Store):
         except DeniedError:
             self._is_closed[_inbox_of(record)] = True
             folder, _, name = record.rpartition("/")
-            return name in self.objects.names(folder)
+            try:
+                return name in self.objects.names(folder)
+            except UnlistableError:
+                return True  # something is there, and whoever may read it finds out what
         self._is_closed[_inbox_of(record)] = False
         return is_there
 
     def is_hidden(self, folder: str) -> bool:
         """Return whether nothing in an inbox may be read: that is told of what is not there, too."""
-        if folder not in self._is_closed:
+        inbox = _inbox_of(f"{folder}/-")
+        if inbox not in self._is_closed:
             self._is_seen(f"{folder}/-")
-        return self._is_closed[folder]
+        return self._is_closed[inbox]
 
     def modified(self, name: str) -> float:
         entry = self.objects.head(record_of(name) or name)
@@ -341,14 +345,22 @@ class ObjectStore(Store):
     def sweep(self, folder: str) -> None:
         """Remove attempts that lost, and of those that have no record the ones that a day has passed."""
         self._sweep(folder, older_than=ABANDONED_SECONDS)
+        self.objects.sweep_temporary(folder, ABANDONED_SECONDS)
 
     def sweep_abandoned(self) -> None:
         for folder in ("rounds", "inbox"):
             self._sweep(folder, older_than=ABANDONED_SECONDS)
+        self.objects.sweep_temporary("", ABANDONED_SECONDS)
 
     def _sweep(self, folder: str, *, older_than: float) -> None:
         start = f"{folder}/" if folder else ""
-        found = self.objects.below(folder)
+        try:
+            found = self.objects.below(folder)
+        except UnlistableError:  # what lies beside such a key is swept all the same
+            with suppress(UnlistableError):
+                for name in self.objects.names(folder):
+                    self._sweep(start + name, older_than=older_than)
+            return
         attempts: dict[str, dict[str, list[str]]] = {}
         for path in found:
             logical, attempt = _without_attempt(start + path)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from fedcli.errors import FedError
+from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.baselines import BASELINE_RECORD, BaselineRecord
 from fedcli.workspace.history import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, prunable
 from fedcli.workspace.inbox import MAX_UPDATE_RECORD_BYTES
@@ -62,7 +63,7 @@ class Parcel:
         Raises Incomplete where a file is missing, torn, another than the record says, or changes meanwhile; nothing
         has been published then.
         """
-        sizes = source.files(self.folder)
+        sizes = _sizes(source, self.folder)
         for name, entry in self.files.items():
             if name not in sizes:
                 raise Incomplete(f"{name} is missing")
@@ -147,9 +148,16 @@ def update_parcel(workspace: Workspace, base: Manifest, client: int, *, is_prune
             raise Incomplete(f"{name} has {files[name].bytes:,} bytes, at most {limits[name]:,} are allowed")
     more = {} if base.enrolment is None else {UPDATE_SIGNATURE: MAX_SIGNATURE_BYTES}
     if is_pruned:
-        there = store.files(folder)
+        there = _sizes(store, folder)
         files = {name: entry for name, entry in files.items() if name in there}
     return Parcel(folder, UPDATE_RECORD, contents, files, more)
+
+
+def _sizes(store: Store, folder: str) -> dict[str, int]:
+    try:
+        return store.files(folder)
+    except UnlistableError as error:
+        raise Incomplete(error.message) from error
 
 
 def answer_parcel(workspace: Workspace, number: int, client: int) -> Parcel:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedcli.errors import WorkspaceError
+from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.history import Round, prunable
 from fedcli.workspace.layout import PRUNED, UPDATE_RECORD, UPDATE_SIGNATURE, Workspace, attempt_name, update_name
 from fedcli.workspace.publish import DISCARDED_PREFIX
@@ -21,7 +22,7 @@ class Pruning:
     num_files: int = 0
     num_bytes: int = 0
     num_foreign: int = 0
-    """Updates that lie in the folder of another user, who alone can remove them."""
+    """Updates that lie in the folder of another user, who alone can remove them, or in one that cannot be listed."""
     _listings: dict[int, list[str]] = field(default_factory=dict)
 
     def prune(self, closed: Round, closing: Round) -> None:
@@ -46,7 +47,10 @@ class Pruning:
         assert closing.manifest.aggregation is not None
         counted = {entry.client for entry in closing.manifest.aggregation.counted}
         for client in closed.manifest.cohort:
-            self._prune_inbox(closed, client, client in counted)
+            try:
+                self._prune_inbox(closed, client, client in counted)
+            except UnlistableError:
+                self.num_foreign += 1
         if closed.manifest.secure_aggregation is not None:
             for path in repair_shares_of(self.workspace, closed.number):
                 self._remove(path)

@@ -12,6 +12,7 @@ from pydantic import SerializerFunctionWrapHandler, ValidationError, model_seria
 
 from fedcli.config import DataFormat
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
+from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.floors import USUAL_FLOORS, Floors
 from fedcli.workspace.history import read_identity, read_record
 from fedcli.workspace.layout import Home, Workspace, default_home, server_home
@@ -155,18 +156,25 @@ def is_server(workspace: Workspace) -> bool:
 
 def any_registered(workspace: Workspace) -> bool:
     """Return whether any party has joined."""
-    return any(re.fullmatch(r"[0-9]+\.json", name) for name in workspace.store.names("clients"))
+    try:
+        return any(re.fullmatch(r"[0-9]+\.json", name) for name in workspace.store.names("clients"))
+    except UnlistableError:  # simulated clients put nothing there
+        return True
 
 
 def joined_clients(workspace: Workspace, num_clients: int) -> dict[int, Registration]:
     """Return the parties that have joined, by id; what any user may put there, and is no registration, is none."""
-    names = {*workspace.store.names("clients")}
+    wanted = {f"clients/{client}.json": client for client in range(num_clients)}
+    try:
+        listed = {f"clients/{name}" for name in workspace.store.names("clients")}
+    except UnlistableError:  # somebody has put a key there that is no path
+        listed = workspace.store.existing([*wanted])
+    there = {name: client for name, client in wanted.items() if name in listed}
+    workspace.store.fetch_ahead([*there])
     joined = {}
-    workspace.store.fetch_ahead([f"clients/{name}" for name in sorted(names) if name.endswith(".json")])
-    for client in range(num_clients):
-        if f"{client}.json" in names:
-            with suppress(IntegrityError, PermissionError):
-                joined[client] = read_registration(workspace, client)
+    for client in there.values():
+        with suppress(IntegrityError, PermissionError):
+            joined[client] = read_registration(workspace, client)
     return {client: registration for client, registration in joined.items() if registration is not None}
 
 
