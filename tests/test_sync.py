@@ -12,14 +12,14 @@ from support.federation import all_take_part, configure
 from support.kills import copies_killed_at_every_call
 from support.memory_store import Killed, MemoryStore
 from support.processes import Run, runner
-from support.signed import at, join, make_signed, train, tree
+from support.signed import at, identity_of, join, make_signed, train, tree
 
 from fedcli import Federation, Observer
-from fedcli.errors import NotReadyError, UsageError, WorkspaceError
+from fedcli.errors import ConfigError, NotReadyError, UsageError, WorkspaceError
 from fedcli.operations.sync import sync
 from fedcli.workspace.address import workspace_at
 from fedcli.workspace.enrolment import entry_bytes, read_enrolment
-from fedcli.workspace.layout import Workspace
+from fedcli.workspace.layout import Workspace, default_home
 from fedcli.workspace.registrations import is_own
 
 slow = pytest.mark.slow
@@ -350,6 +350,16 @@ def test_an_update_under_revoked_keys_does_not_take_the_place_of_its_client(sign
             found = carry(place, server)
             assert found.left == {"inbox/0/round-00000": "client 0 was revoked: it counts no more"}
     assert not (server / "inbox/0/round-00000").exists()
+
+
+def test_what_a_damaged_home_knows_of_the_server_is_not_left_out(signed: Path) -> None:
+    with at(signed / "0/home"):
+        carry(signed / "server/W", signed / "0/W")
+        join(signed / "0/W", 0)
+        home = default_home(identity_of(signed / "0/W"), 0)
+        home.party.write_text("{")
+        with pytest.raises(ConfigError, match="is damaged"):
+            carry(signed / "server/W", signed / "0/W")
 
 
 @pytest.mark.parametrize("dies_after", [False, pytest.param(True, marks=slow)])

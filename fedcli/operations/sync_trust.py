@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 
-from fedcli.errors import FedError
+from fedcli.errors import FedError, WorkspaceError
 from fedcli.trust.attempts import check_server, is_signed_since, masked_check
 from fedcli.trust.chain import (
     MAX_SIGNATURE_BYTES,
@@ -28,14 +28,18 @@ from fedcli.workspace.store import Folder
 
 
 def known_servers(workspace_id: str) -> list[str]:
-    """Return the fingerprints of the server's keys that this user's homes know; none where it has none."""
-    found = set()
-    with suppress(FedError):
-        for home in own_homes(workspace_id).values():
-            record = read_party(home)
-            found |= {record.server} if record is not None and record.server is not None else set()
-        own = KeyPair.read(server_home(workspace_id).keys)
-        found |= set() if own is None else {fingerprint(own.public)}
+    """Return the fingerprints of the server's keys that this user's homes know; none where it has none.
+
+    Raises ConfigError where one of the homes is damaged: what it knows is not left out.
+    """
+    found, server = set[str](), None
+    for home in own_homes(workspace_id).values():
+        record = read_party(home)
+        found |= {record.server} if record is not None and record.server is not None else set()
+    with suppress(WorkspaceError):  # a user without a home directory has no keys
+        server = server_home(workspace_id)
+    own = None if server is None else KeyPair.read(server.keys)
+    found |= set() if own is None else {fingerprint(own.public)}
     return sorted(found)
 
 
