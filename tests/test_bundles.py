@@ -15,7 +15,10 @@ from support.signed import at, join, make_signed, train, tree
 
 from fedcli import Federation
 from fedcli.errors import IntegrityError, NotReadyError, UsageError
+from fedcli.trust.chain import steps_back
+from fedcli.workspace.history import read_start
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.records import EnrolmentHead
 
 slow = pytest.mark.slow
 
@@ -235,6 +238,29 @@ def test_another_servers_bundle_and_another_workspaces_are_refused(
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"id": "other"}))
     with at(sites / "0/home"), pytest.raises(IntegrityError, match="it is of workspace"):
         taken_in(signed_bundle, sites / "impostor/W")
+
+
+def test_a_server_key_that_was_rotated_out_signs_no_bundle_and_no_round_goes_back_before_it(sites: Path) -> None:
+    joined(sites, 0)
+    server = sites / "server/W"
+    shutil.copytree(sites / "server", sites / "thief")  # who has the old key, and the enrolment of its time
+    with at(sites / "server/home"):
+        Federation.open(server).server.rotate_keys()
+    with at(sites / "0/home"):
+        taken_in(bundle_round(sites), sites / "0/W")
+    with at(sites / "thief/home"):
+        Federation.open(sites / "thief/W").bundle_round(sites / "stolen")
+    with at(sites / "0/home"):
+        before = tree(sites / "0/W")
+        with pytest.raises(IntegrityError, match="it is not signed by the server"):
+            taken_in(sites / "stolen", sites / "0/W")
+        assert tree(sites / "0/W") == before
+    now = read_start(Workspace(server)).manifest
+    head = EnrolmentHead(number=1, sha256="0" * 64)
+    later = now.model_copy(update={"enrolment": head})
+    assert steps_back(now, later)
+    assert steps_back(now.model_copy(update={"enrolment": None}), later)
+    assert not steps_back(later, now)
 
 
 @slow

@@ -10,6 +10,7 @@ from fedcli.trust.chain import (
     read_chain,
     read_update_signature,
     round_fault,
+    steps_back,
     update_check,
 )
 from fedcli.trust.keys import KeyPair, fingerprint, is_signed
@@ -48,8 +49,12 @@ def checked_chain(source: Workspace, identity: Identity) -> Enrolment:
     return read_chain(source, identity, known_servers(identity.id))
 
 
-def check_round(source: Workspace, manifest: Manifest, record: bytes, enrolment: Enrolment) -> None:
-    """Raise Incomplete for a round that the server has not signed."""
+def check_round(
+    source: Workspace, manifest: Manifest, record: bytes, enrolment: Enrolment, before: Manifest | None
+) -> None:
+    """Raise Incomplete for a round that the server has not signed, or by an older enrolment than the one before."""
+    if before is not None and steps_back(manifest, before):
+        raise Incomplete("it names an earlier entry of the enrolment than the round before")
     if fault := round_fault(Round(source, manifest, sha256(record)), enrolment):
         raise Incomplete(f"it {fault}")
 

@@ -11,7 +11,6 @@ from fedcli.workspace.enrolment import MAX_ENTRY_BYTES, Enrolment
 from fedcli.workspace.history import Round, listed_rounds, read_if_there, read_round
 from fedcli.workspace.layout import (
     CONFIG_NAME,
-    MANIFEST,
     PRUNED,
     UPDATE_RECORD,
     Workspace,
@@ -273,12 +272,16 @@ class Walk:
     def _check_chain(self, number: int, contents: bytes) -> None:
         """Raise Incomplete where the target does not have what a round follows: the one before, and its enrolment."""
         manifest = read_manifest(self.source, number, contents, self.identity)
+        try:
+            before = read_round(self.target, number - 1) if number else None
+        except FedError as error:
+            raise Incomplete(error.message) from error
         if self.identity.signatures is not None:
             from fedcli.operations.sync_trust import check_round
 
-            check_round(self.source, manifest, contents, self._told_chain())
-        before = read_if_there(self.target, self.target.round(number - 1) / MANIFEST, MAX_BYTES) if number else None
-        if manifest.parent != (None if before is None else sha256(before)):
+            past = None if before is None else before.manifest
+            check_round(self.source, manifest, contents, self._told_chain(), past)
+        if manifest.parent != (None if before is None else before.sha256):
             raise Incomplete(f"it does not follow round {number - 1} of {self.target.address}")
         if (head := manifest.enrolment) is not None:
             path = self.target.enrolment / f"{round_name(head.number)}.json"
