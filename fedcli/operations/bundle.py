@@ -149,19 +149,16 @@ def import_bundle(path: Path, target: Workspace, *, server: str | None = None, o
                 unenrolled = check_update_bundle(bundle, target, identity)
                 assert record.client is not None
                 are_others = partial(are_other_keys, target, identity, record.client)
-        elif server is not None or _known_servers(identity.id):
-            raise _refused(path, "nothing in it is signed, and this workspace's server signs")
+        else:
+            from fedcli.operations.sync_trust import known_servers
+
+            if server is not None or known_servers(identity.id):
+                raise _refused(path, "nothing in it is signed, and this workspace's server signs")
         parts = _ROUND_PARTS if record.kind == "round" else _UPDATE_PARTS
         scope = Scope(record.client, parts, first_round=0, last_round=record.round)
         judge = _ByTime(SyncMemory(identity.id, "bundle", target.address), record.modified, are_others)
         carried = carry_all(source, target, identity, judge, scope, observer=observer)
         return Imported(record.kind, record.round, record.client, told, unenrolled, carried)
-
-
-def _known_servers(workspace_id: str) -> list[str]:
-    from fedcli.operations.sync_trust import known_servers
-
-    return known_servers(workspace_id)
 
 
 def _check_place(path: Path, target: Workspace, identity: Identity, record: BundleRecord, bundle: Bundle) -> None:

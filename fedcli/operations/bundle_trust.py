@@ -11,10 +11,11 @@ from fedcli.server.enrol import open_trust
 from fedcli.trust.chain import read_chain
 from fedcli.trust.keys import KeyPair, fingerprint, is_signed, parse_fingerprint
 from fedcli.trust.registration import keys_of, own_fault
-from fedcli.workspace.bundle_file import MAX_SIGNATURE_BYTES, Bundle
+from fedcli.workspace.bundle_file import Bundle
 from fedcli.workspace.enrolment import Enrolment
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import is_initialised
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import EnrolmentHead, Identity, PublicKeys, sha256
 from fedcli.workspace.refusal import Refusal

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from fedcli.observer import Observer
 from fedcli.workspace.history import MAX_MANIFEST_BYTES
-from fedcli.workspace.parcels import MAX_SIGNATURE_BYTES, Incomplete, Parcel
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES
+from fedcli.workspace.parcels import Incomplete, Parcel
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.store import Store
 

@@ -6,7 +6,6 @@ from contextlib import suppress
 from fedcli.errors import FedError, WorkspaceError
 from fedcli.trust.attempts import check_server, is_signed_since, masked_check
 from fedcli.trust.chain import (
-    MAX_SIGNATURE_BYTES,
     read_chain,
     read_update_signature,
     round_fault,
@@ -17,7 +16,7 @@ from fedcli.trust.keys import KeyPair, fingerprint, is_signed
 from fedcli.trust.registration import keys_of
 from fedcli.workspace.enrolment import Enrolment
 from fedcli.workspace.history import Round, read_if_there, read_round
-from fedcli.workspace.inbox import Authenticate
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES, Authenticate
 from fedcli.workspace.layout import UPDATE_SIGNATURE, Workspace, server_home
 from fedcli.workspace.parcels import Incomplete, Parcel
 from fedcli.workspace.records import Identity, Manifest, sha256

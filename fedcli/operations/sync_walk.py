@@ -9,6 +9,7 @@ from fedcli.errors import FedError, IntegrityError
 from fedcli.operations.carry import MAX_SMALL_BYTES, Carried, Carrier
 from fedcli.workspace.enrolment import MAX_ENTRY_BYTES, Enrolment
 from fedcli.workspace.history import Round, listed_rounds, read_if_there, read_round
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES
 from fedcli.workspace.layout import (
     CONFIG_NAME,
     PRUNED,
@@ -19,7 +20,6 @@ from fedcli.workspace.layout import (
     update_name,
 )
 from fedcli.workspace.parcels import (
-    MAX_SIGNATURE_BYTES,
     Incomplete,
     Parcel,
     answer_parcel,

@@ -12,6 +12,7 @@ from fedcli.errors import IntegrityError, UsageError, WorkspaceError
 from fedcli.secure_aggregation.fixed_point import Ring
 from fedcli.workspace.history import Round, read_checked, read_if_there
 from fedcli.workspace.inbox import (
+    MAX_SIGNATURE_BYTES,
     MAX_UPDATE_RECORD_BYTES,
     Authenticate,
     check_whole,
@@ -47,7 +48,6 @@ MAX_BYTES = 2**24
 """Of a record of an attempt, a repair or an answer, and of a client's shares."""
 MOST_SHARES_BYTES = 2**29
 """Of what a repair gathers of them."""
-MAX_SIGNATURE_BYTES = 4096
 RecordT = TypeVar("RecordT", bound=Record)
 
 
