@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from fedcli.errors import FedError, WorkspaceError
+from fedcli.operations.carry import MAX_SMALL_BYTES, Carrier
 from fedcli.trust.attempts import check_server, is_signed_since, masked_check
 from fedcli.trust.chain import (
     read_chain,
@@ -13,7 +14,7 @@ from fedcli.trust.chain import (
     update_check,
 )
 from fedcli.trust.keys import KeyPair, fingerprint, is_signed
-from fedcli.trust.registration import keys_of
+from fedcli.trust.registration import follows, keys_of, own_fault
 from fedcli.workspace.enrolment import Enrolment
 from fedcli.workspace.history import Round, read_if_there, read_round
 from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES, Authenticate
@@ -46,6 +47,26 @@ def known_servers(workspace_id: str) -> list[str]:
 def checked_chain(source: Workspace, identity: Identity) -> Enrolment:
     """Return the enrolment of a workspace, which the server that this user knows has signed; raise IntegrityError."""
     return read_chain(source, identity, known_servers(identity.id))
+
+
+def carry_registration(
+    carrier: Carrier, source: Workspace, target: Workspace, workspace_id: str, client: int, ours: bytes
+) -> None:
+    """Carry a signed registration; new keys that the old ones signed are newer, whatever else is known."""
+    name = source.name(source.registration(client))
+    signature = source.name(source.registration_signature(client))
+    signed = carrier.read(source.store, signature, MAX_SIGNATURE_BYTES) or b""
+    if fault := own_fault(workspace_id, client, ours, signed):
+        carrier.result.arriving[name] = fault
+        return
+    theirs = carrier.read(target.store, name, MAX_SMALL_BYTES)
+    newer = None
+    if theirs is not None and theirs != ours:
+        before = carrier.read(target.store, signature, MAX_SIGNATURE_BYTES) or b""
+        if not own_fault(workspace_id, client, theirs, before):
+            newer = follows(workspace_id, theirs, ours, signed)
+            newer = False if newer is None and follows(workspace_id, ours, theirs, before) else newer
+    carrier.changing("registrations", name, first=(signature, signed), newer=newer)
 
 
 def check_round(

@@ -208,21 +208,9 @@ class Walk:
         if self.identity.signatures is None:
             self.carrier.changing("registrations", name)
             return
-        from fedcli.trust.registration import follows, own_fault  # where nothing is signed nobody needs cryptography
+        from fedcli.operations.sync_trust import carry_registration  # where nothing is signed nobody needs cryptography
 
-        signature = self.source.name(self.source.registration_signature(client))
-        signed = self.carrier.read(self.source.store, signature, MAX_SIGNATURE_BYTES) or b""
-        if fault := own_fault(self.identity.id, client, ours, signed):
-            self.result.arriving[name] = fault
-            return
-        theirs = self.carrier.read(self.target.store, name, MAX_SMALL_BYTES)
-        newer = None
-        if theirs is not None and theirs != ours:
-            before = self.carrier.read(self.target.store, signature, MAX_SIGNATURE_BYTES) or b""
-            if not own_fault(self.identity.id, client, theirs, before):
-                newer = follows(self.identity.id, theirs, ours, signed)
-                newer = False if newer is None and follows(self.identity.id, ours, theirs, before) else newer
-        self.carrier.changing("registrations", name, first=(signature, signed), newer=newer)
+        carry_registration(self.carrier, *self._places, self.identity.id, client, ours)
 
     def _is_pruned(self, place: Workspace, number: int) -> bool:
         key = (place.address, number)
