@@ -13,9 +13,13 @@ from support.federation import all_take_part, read_adapter
 from support.processes import Run, results, runner
 from support.signed import at, join, make_signed, train, tree
 
-from fedcli import Federation
+from fedcli import Federation, Observer
 from fedcli.errors import IntegrityError, NotReadyError, UsageError
+from fedcli.operations.sync import sync
+from fedcli.trust.chain import steps_back
+from fedcli.workspace.history import read_start
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.records import EnrolmentHead
 
 slow = pytest.mark.slow
 
@@ -235,6 +239,58 @@ def test_another_servers_bundle_and_another_workspaces_are_refused(
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"id": "other"}))
     with at(sites / "0/home"), pytest.raises(IntegrityError, match="it is of workspace"):
         taken_in(signed_bundle, sites / "impostor/W")
+
+
+def test_a_strangers_bundle_replaces_no_registration_that_waits(sites: Path, signed_bundle: Path) -> None:
+    server, prints, bundles = sites / "server/W", {}, {}
+    for who in ("honest", "mallory"):
+        with at(sites / who / "home"):
+            taken_in(signed_bundle, sites / who / "W")
+            prints[who] = join(sites / who / "W", 0)
+            bundles[who] = sites / f"from-{who}"
+            Federation.open(sites / who / "W").client(0).bundle(bundles[who])
+    with at(sites / "honest/home"):
+        sync(Workspace(sites / "honest/W"), Workspace(server), observer=Observer())
+    waiting = (server / "clients/0.json").read_bytes()
+    with at(sites / "server/home"):
+        assert list(taken_in(bundles["mallory"], server).carried.changed) == ["clients/0.json"]
+        taken_in(bundles["honest"], server)  # what is remembered now is no reason to let mallory's later one in
+        assert list(taken_in(bundles["mallory"], server).carried.changed) == ["clients/0.json"]
+        assert (server / "clients/0.json").read_bytes() == waiting
+        Federation.open(server).server.enrol(0, prints["honest"])
+        Federation.open(server).server.revoke(0)
+        with pytest.raises(IntegrityError, match="client 0 was revoked"):
+            taken_in(bundles["honest"], server)
+    with at(sites / "anew/home"):  # new keys are asked to be enrolled
+        taken_in(signed_bundle, sites / "anew/W")
+        own = join(sites / "anew/W", 0)
+        Federation.open(sites / "anew/W").client(0).bundle(sites / "anew/update")
+    with at(sites / "server/home"):
+        found = taken_in(sites / "anew/update", server)
+        assert (found.unenrolled, found.carried.carried) == (own, {"registrations": 1})
+
+
+def test_a_server_key_that_was_rotated_out_signs_no_bundle_and_no_round_goes_back_before_it(sites: Path) -> None:
+    joined(sites, 0)
+    server = sites / "server/W"
+    shutil.copytree(sites / "server", sites / "thief")  # who has the old key, and the enrolment of its time
+    with at(sites / "server/home"):
+        Federation.open(server).server.rotate_keys()
+    with at(sites / "0/home"):
+        taken_in(bundle_round(sites), sites / "0/W")
+    with at(sites / "thief/home"):
+        Federation.open(sites / "thief/W").bundle_round(sites / "stolen")
+    with at(sites / "0/home"):
+        before = tree(sites / "0/W")
+        with pytest.raises(IntegrityError, match="it is not signed by the server"):
+            taken_in(sites / "stolen", sites / "0/W")
+        assert tree(sites / "0/W") == before
+    now = read_start(Workspace(server)).manifest
+    head = EnrolmentHead(number=1, sha256="0" * 64)
+    later = now.model_copy(update={"enrolment": head})
+    assert steps_back(now, later)
+    assert steps_back(now.model_copy(update={"enrolment": None}), later)
+    assert not steps_back(later, now)
 
 
 @slow

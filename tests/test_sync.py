@@ -7,19 +7,19 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import servers
+from support import secure, servers
 from support.federation import all_take_part, configure
 from support.kills import copies_killed_at_every_call
 from support.memory_store import Killed, MemoryStore
 from support.processes import Run, runner
-from support.signed import at, join, make_signed, train, tree
+from support.signed import at, identity_of, join, make_signed, train, tree
 
 from fedcli import Federation, Observer
-from fedcli.errors import UsageError, WorkspaceError
+from fedcli.errors import ConfigError, NotReadyError, UsageError, WorkspaceError
 from fedcli.operations.sync import sync
 from fedcli.workspace.address import workspace_at
 from fedcli.workspace.enrolment import entry_bytes, read_enrolment
-from fedcli.workspace.layout import Workspace
+from fedcli.workspace.layout import Workspace, default_home
 from fedcli.workspace.registrations import is_own
 
 slow = pytest.mark.slow
@@ -299,6 +299,67 @@ def test_rounds_and_entries_that_the_server_did_not_sign_are_not_carried(signed:
         found = carry(shared, server)
     assert "00001.json: is not signed by the server" in found.arriving["enrolment"]
     assert not (server / "enrolment/00001.json").exists()
+
+
+def test_planted_records_of_a_masked_round_do_not_take_the_real_ones_place(
+    small_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made").mkdir()
+    server = secure.used(secure.make(small_template, tmp_path / "made", "double", 4), tmp_path, monkeypatch)
+    shared = tmp_path / "shared"
+    for step in ("attempts", "repair"):
+        carry(server, shared)
+        with pytest.raises(NotReadyError):
+            secure.merge(server, partial=step == "repair")
+        (shared / step).mkdir(exist_ok=True)
+        name = f"{step}/round-00000-0"
+        shutil.copy(server / f"{name}.json", shared / f"{name}.json")
+        (shared / f"{name}.sig").write_text("0" * 128 + "\n")
+        planted = carry(shared, tmp_path / step)
+        assert "is not signed by the server" in planted.arriving[f"{name}.json"]
+        assert not (tmp_path / f"{name}.json").exists()
+        shutil.rmtree(shared / step)
+        carry(server, shared)
+        assert carry(shared, tmp_path / step).carried == {step: 1} | ({} if step == "attempts" else {"shares": 1})
+        secure.visit(server, *range(3))
+    answer = server / "inbox/1/repair-00000-0"
+    genuine = (answer / "answer.sig").read_bytes()
+    (answer / "answer.sig").write_bytes((server / "inbox/2/repair-00000-0/answer.sig").read_bytes())
+    found = carry(server, shared)
+    assert found.carried == {"answers": 2}
+    assert "answer.sig is not client 1's" in found.arriving["inbox/1/repair-00000-0"]
+    (answer / "answer.sig").write_bytes(genuine)
+    assert carry(server, shared).carried == {"answers": 1}
+
+
+def test_an_update_under_revoked_keys_does_not_take_the_place_of_its_client(signed: Path) -> None:
+    server, own, shared = signed / "server/W", signed / "0/W", signed / "shared"
+    with at(signed / "0/home"):
+        carry(server, own)
+        first = join(own, 0)
+        carry(own, server)
+    with at(signed / "server/home"):
+        Federation.open(server).server.enrol(0, first)
+    with at(signed / "0/home"):
+        carry(server, own)
+        train(own, 0)
+        carry(own, shared)
+    with at(signed / "server/home"):
+        Federation.open(server).server.revoke(0)
+        for place in (own, shared):  # which show the enrolment as it was before
+            found = carry(place, server)
+            assert found.left == {"inbox/0/round-00000": "client 0 was revoked: it counts no more"}
+    assert not (server / "inbox/0/round-00000").exists()
+
+
+def test_what_a_damaged_home_knows_of_the_server_is_not_left_out(signed: Path) -> None:
+    with at(signed / "0/home"):
+        carry(signed / "server/W", signed / "0/W")
+        join(signed / "0/W", 0)
+        home = default_home(identity_of(signed / "0/W"), 0)
+        home.party.write_text("{")
+        with pytest.raises(ConfigError, match="is damaged"):
+            carry(signed / "server/W", signed / "0/W")
 
 
 @pytest.mark.parametrize("dies_after", [False, pytest.param(True, marks=slow)])

@@ -68,7 +68,7 @@ def check_past(federation: FederationState, party: Member, past: Sequence[Round]
                 hint=_ASK,
             )
     else:
-        from fedcli.trust.chain import read_chain, round_fault  # where nothing is signed nobody needs cryptography
+        from fedcli.trust.chain import read_chain, round_fault, steps_back  # without signatures no cryptography
 
         enrolment = read_chain(federation.workspace, federation.identity, [] if pin is None else [pin])
         named = head.manifest.enrolment
@@ -79,6 +79,11 @@ def check_past(federation: FederationState, party: Member, past: Sequence[Round]
             )
         if fault := round_fault(head, enrolment):
             raise IntegrityError(f"{head.folder} {fault}", hint=_ASK)
+        for before, current in pairwise(rounds):
+            if steps_back(current.manifest, before.manifest):
+                raise IntegrityError(
+                    f"{current.folder} names an earlier entry of the enrolment than the round before", hint=_ASK
+                )
     _check_constant(federation, rounds)
     _note_outcomes(party, rounds, observer)
 

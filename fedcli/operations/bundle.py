@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -138,27 +139,26 @@ def import_bundle(path: Path, target: Workspace, *, server: str | None = None, o
         if identity.id != record.workspace:
             raise _refused(path, "workspace.json in it is another workspace's")
         _check_place(path, target, identity, record, bundle)
-        told = unenrolled = None
+        told = unenrolled = are_others = None
         if identity.signatures is not None:
-            from fedcli.operations.bundle_trust import check_round_bundle, check_update_bundle
+            from fedcli.operations.bundle_trust import are_other_keys, check_round_bundle, check_update_bundle
 
             if record.kind == "round":
                 told = check_round_bundle(source, bundle, target, identity, server)
             else:
                 unenrolled = check_update_bundle(bundle, target, identity)
-        elif server is not None or _known_servers(identity.id):
-            raise _refused(path, "nothing in it is signed, and this workspace's server signs")
+                assert record.client is not None
+                are_others = partial(are_other_keys, target, identity, record.client)
+        else:
+            from fedcli.operations.sync_trust import known_servers
+
+            if server is not None or known_servers(identity.id):
+                raise _refused(path, "nothing in it is signed, and this workspace's server signs")
         parts = _ROUND_PARTS if record.kind == "round" else _UPDATE_PARTS
         scope = Scope(record.client, parts, first_round=0, last_round=record.round)
-        judge = _ByTime(SyncMemory(identity.id, "bundle", target.address), record.modified)
+        judge = _ByTime(SyncMemory(identity.id, "bundle", target.address), record.modified, are_others)
         carried = carry_all(source, target, identity, judge, scope, observer=observer)
         return Imported(record.kind, record.round, record.client, told, unenrolled, carried)
-
-
-def _known_servers(workspace_id: str) -> list[str]:
-    from fedcli.operations.sync_trust import known_servers
-
-    return known_servers(workspace_id)
 
 
 def _check_place(path: Path, target: Workspace, identity: Identity, record: BundleRecord, bundle: Bundle) -> None:
@@ -211,14 +211,25 @@ class _Everything:
 
 @dataclass(frozen=True)
 class _ByTime:
-    """Of a bundle that is taken in: what was written later than what the last one brought is newer."""
+    """Of a bundle that is taken in: what was written later than what the last one brought is newer.
+
+    Nothing tells it of what stands and came by no bundle, nor of a registration with other keys.
+    """
 
     memory: SyncMemory
     modified: dict[str, float]
+    are_others: Callable[[bytes, bytes], bool] | None
+    """Whether a registration has other keys than the one that stands; None where nothing is signed."""
     replaces = False
 
     def is_newer(self, name: str, ours: bytes, theirs: bytes | None) -> bool | None:
         last = self.memory.modified(name)
+        if theirs is not None:
+            is_registration = name.startswith("clients/") and name.endswith(".json")
+            if is_registration and self.are_others is not None and self.are_others(ours, theirs):
+                return None
+            if last is None:
+                return None
         return last is None or self.modified.get(name, 0.0) > last
 
     def agreed(self, name: str, contents: bytes) -> None:

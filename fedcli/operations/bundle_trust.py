@@ -11,11 +11,13 @@ from fedcli.server.enrol import open_trust
 from fedcli.trust.chain import read_chain
 from fedcli.trust.keys import KeyPair, fingerprint, is_signed, parse_fingerprint
 from fedcli.trust.registration import keys_of, own_fault
-from fedcli.workspace.bundle_file import MAX_SIGNATURE_BYTES, Bundle
+from fedcli.workspace.bundle_file import Bundle
+from fedcli.workspace.enrolment import Enrolment
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import is_initialised
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.records import EnrolmentHead, Identity, sha256
+from fedcli.workspace.records import EnrolmentHead, Identity, PublicKeys, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import MAX_REGISTRATION_BYTES
 
@@ -49,11 +51,13 @@ def check_round_bundle(
     """
     pins = known_servers(identity.id) if server is None else [parse_fingerprint(server)]
     chain = read_chain(source, identity, pins)
-    assert chain.server is not None
     if is_initialised(target):
-        for ours, theirs in zip(chain.entries, read_chain(target, identity, pins).entries, strict=False):
+        known = read_chain(target, identity, pins)
+        for ours, theirs in zip(chain.entries, known.entries, strict=False):
             if ours.sha256 != theirs.sha256:
                 raise _refused(bundle, f"entry {ours.entry.number} of its enrolment is not that of {target.address}")
+        chain = max(chain, known, key=lambda each: len(each.entries))  # a key that was rotated out signs no more
+    assert chain.server is not None
     if not is_signed(chain.server, bundle.signature, "bundle", identity.id, sha256(bundle.record_bytes)):
         raise _refused(bundle, "it is not signed by the server")
     return fingerprint(chain.server)
@@ -76,6 +80,12 @@ def check_update_bundle(bundle: Bundle, target: Workspace, identity: Identity) -
     asked = keys_of(contents) if contents else None
     if contents and (fault := own_fault(identity.id, client, contents, signature)):
         raise _refused(bundle, f"{registered} in it: {fault}")
+    if (gone := chain.gone.get(client)) is not None and (asked is None or asked in _had(chain, client)):
+        raise _refused(
+            bundle,
+            f"client {client} {'has left' if gone == 'leave' else 'was revoked'}",
+            "It may join again with new keys.",
+        )
     member = chain.members.get(client)
     keys = chain.keys_since(client, _ALL) if member is not None else [asked] if asked is not None else []
     digest = sha256(bundle.record_bytes)
@@ -87,6 +97,20 @@ def check_update_bundle(bundle: Bundle, target: Workspace, identity: Identity) -
             f"Where the party has lost its keys, `fedcli server revoke --id {client}` lets it join with new ones.",
         )
     return None if asked is None or (member is not None and member.keys == asked) else fingerprint(asked)
+
+
+def are_other_keys(target: Workspace, identity: Identity, client: int, ours: bytes, theirs: bytes) -> bool:
+    """Return whether a registration has other keys than the one that stands, which may be somebody's who waits.
+
+    Keys of a client that is gone wait for nothing. Raises IntegrityError where the enrolment is not the server's.
+    """
+    chain, standing = read_chain(target, identity), keys_of(theirs)
+    is_over = client in chain.gone and standing in _had(chain, client)
+    return standing != keys_of(ours) and not is_over
+
+
+def _had(chain: Enrolment, client: int) -> list[PublicKeys | None]:
+    return [stored.entry.keys for stored in chain.entries if stored.entry.client == client and stored.entry.keys]
 
 
 def _refused(bundle: Bundle, problem: str, hint: str = "Nothing was taken from it.") -> IntegrityError:

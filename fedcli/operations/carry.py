@@ -7,7 +7,8 @@ from typing import Protocol
 
 from fedcli.observer import Observer
 from fedcli.workspace.history import MAX_MANIFEST_BYTES
-from fedcli.workspace.parcels import MAX_SIGNATURE_BYTES, Incomplete, Parcel
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES
+from fedcli.workspace.parcels import Incomplete, Parcel
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.store import Store
 
@@ -96,8 +97,19 @@ class Carrier:
             self.result.differing[name] = "it is not there, and the folder is" if theirs is None else "another is there"
         return theirs == parcel.record
 
-    def fixed(self, kind: str, name: str, limit: int, *, signature: str | None = None) -> bool:
-        """Carry a file that never changes, its signature first; return whether the same one is there now."""
+    def fixed(
+        self,
+        kind: str,
+        name: str,
+        limit: int,
+        *,
+        signature: str | None = None,
+        fault: Callable[[bytes, bytes], str] | None = None,
+    ) -> bool:
+        """Carry a file that never changes, its signature first; return whether the same one is there now.
+
+        `fault` tells what is wrong with the file and its signature: it would take the real one's place.
+        """
         ours = self.read(self.source, name, limit)
         if ours is None:
             self.result.arriving[name] = "it is not there, or no file"
@@ -105,7 +117,7 @@ class Carrier:
         theirs = self.read(self.target, name, limit)
         if theirs is None:
             self.observer.carrying(name, len(ours))
-            put = self.target.put_new if signature is None else self._signed(name, signature)
+            put = self.target.put_new if signature is None else self._signed(name, ours, signature, fault)
             if put is None:
                 return False
             if put(name, ours):
@@ -116,11 +128,16 @@ class Carrier:
             self.result.differing[name] = "another is there"
         return theirs == ours
 
-    def _signed(self, name: str, signature: str) -> Callable[[str, bytes], bool] | None:
-        """Return what writes a file behind its signature; None where that is not there, or another lies there."""
+    def _signed(
+        self, name: str, contents: bytes, signature: str, fault: Callable[[bytes, bytes], str] | None
+    ) -> Callable[[str, bytes], bool] | None:
+        """Return what writes a file behind its signature; None where that is not right, or another lies there."""
         ours = self.read(self.source, signature, MAX_SIGNATURE_BYTES)
         if not ours:
             self.result.arriving[name] = f"{signature} is missing"
+            return None
+        if fault is not None and (problem := fault(contents, ours)):
+            self.result.arriving[name] = problem
             return None
         if self.read(self.target, signature, MAX_SIGNATURE_BYTES) not in (None, ours):  # its writer may be at it
             self.result.differing[signature] = "another is there"

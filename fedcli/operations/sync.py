@@ -7,15 +7,8 @@ from fedcli.errors import FedError, UsageError, WorkspaceError
 from fedcli.observer import Observer
 from fedcli.operations.carry import Carried, Carrier, Judge
 from fedcli.operations.sync_walk import CARRIED, Scope, Walk
-from fedcli.workspace.history import (
-    is_initialised,
-    read_identity,
-    read_round,
-)
-from fedcli.workspace.layout import (
-    CONFIG_NAME,
-    Workspace,
-)
+from fedcli.workspace.history import is_initialised, read_identity, read_round
+from fedcli.workspace.layout import CONFIG_NAME, Workspace
 from fedcli.workspace.records import Identity, sha256
 from fedcli.workspace.split_store import LOCAL
 from fedcli.workspace.sync_memory import SyncMemory

@@ -10,14 +10,10 @@ from fedcli.errors import FedError, IntegrityError
 from fedcli.operations.carry import MAX_SMALL_BYTES, Carried, Carrier
 from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.enrolment import MAX_ENTRY_BYTES, Enrolment
-from fedcli.workspace.history import (
-    listed_rounds,
-    read_if_there,
-    read_round,
-)
+from fedcli.workspace.history import Round, listed_rounds, read_if_there, read_round
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES
 from fedcli.workspace.layout import (
     CONFIG_NAME,
-    MANIFEST,
     PRUNED,
     UPDATE_RECORD,
     Workspace,
@@ -26,7 +22,6 @@ from fedcli.workspace.layout import (
     update_name,
 )
 from fedcli.workspace.parcels import (
-    MAX_SIGNATURE_BYTES,
     Incomplete,
     Parcel,
     answer_parcel,
@@ -36,10 +31,11 @@ from fedcli.workspace.parcels import (
     update_parcel,
 )
 from fedcli.workspace.publish import DISCARDED_PREFIX
-from fedcli.workspace.records import Identity, Manifest, sha256
+from fedcli.workspace.records import Identity, sha256
 from fedcli.workspace.registrations import is_own, mark_as_copy, mark_as_own
 from fedcli.workspace.secure_files import MAX_BYTES, MOST_SHARES_BYTES, read_repair
 
+UNTOLD = "nothing tells whether the server has signed it, or let its party take part"
 CARRIED = ("rounds", "inbox", "clients", "enrolment", "attempts", "repair", "baselines")
 KEPT = ("private", "data", "eval", "report", "slurm", "logs", "discarded", "server.lock", "README.md", "cron")
 """What stays where it is: secrets, rows, scores, and what one machine keeps for itself."""
@@ -84,7 +80,7 @@ class Walk:
     _latest: int = 0
     _chain: Enrolment | None = None
     """What is signed by whom; None where nothing is, or nobody can tell."""
-    _manifests: dict[int, Manifest | None] = field(default_factory=dict)
+    _bases: dict[int, Round | None] = field(default_factory=dict)
     _pruned: dict[tuple[str, int], bool] = field(default_factory=dict)
 
     @property
@@ -106,6 +102,8 @@ class Walk:
         attempts, repairs = ([*names(folder)] if folder in parts else [] for folder in ("attempts", "repair"))
         if "enrolment" in parts:
             self._enrolment()
+        else:
+            self._read_chain(self.target if self.target.store.names("enrolment") else self.source)
         if self.result.is_first:
             for folder in ("inbox", "clients"):
                 self.target.store.share(folder, multi_user=False)
@@ -175,14 +173,8 @@ class Walk:
 
     def _enrolment(self) -> None:
         """Carry the chain, entry by entry, as far as it is the same one; nothing of one that is not the server's."""
-        if self.identity.signatures is not None:
-            from fedcli.operations.sync_trust import checked_chain  # where nothing is signed nobody needs cryptography
-
-            try:
-                self._chain = checked_chain(self.source, self.identity)
-            except IntegrityError as error:
-                self.result.arriving["enrolment"] = error.message
-                return
+        if not self._read_chain(self.source):
+            return
         names = self.source.store.names("enrolment")
         entries = {int(match[1]) for name in names if (match := _ENTRY.fullmatch(name)) and is_round_name(match[1])}
         known = {f"{round_name(number)}.{kind}" for number in entries for kind in ("json", "sig")}
@@ -192,6 +184,20 @@ class Walk:
             if not self.carrier.fixed("enrolment", f"{name}.json", MAX_ENTRY_BYTES, signature=f"{name}.sig"):
                 self._chain = None
                 return
+        if self.target.store.exists(f"enrolment/{round_name(max(entries, default=-1) + 1)}.json"):
+            self._read_chain(self.target)  # it begins with what was carried, and knows more
+
+    def _read_chain(self, place: Workspace) -> bool:
+        """Read what is signed by whom; return False where the server has not signed all of it."""
+        if self.identity.signatures is not None:
+            from fedcli.operations.sync_trust import checked_chain  # where nothing is signed nobody needs cryptography
+
+            try:
+                self._chain = checked_chain(place, self.identity)
+            except IntegrityError as error:
+                self._chain, self.result.arriving["enrolment"] = None, error.message
+                return False
+        return True
 
     def _client(self, client: int) -> None:
         """Carry what a party says of itself."""
@@ -219,21 +225,9 @@ class Walk:
         if self.identity.signatures is None:
             self.carrier.changing("registrations", name)
             return
-        from fedcli.trust.registration import follows, own_fault  # where nothing is signed nobody needs cryptography
+        from fedcli.operations.sync_trust import carry_registration  # where nothing is signed nobody needs cryptography
 
-        signature = self.source.name(self.source.registration_signature(client))
-        signed = self.carrier.read(self.source.store, signature, MAX_SIGNATURE_BYTES) or b""
-        if fault := own_fault(self.identity.id, client, ours, signed):
-            self.result.arriving[name] = fault
-            return
-        theirs = self.carrier.read(self.target.store, name, MAX_SMALL_BYTES)
-        newer = None
-        if theirs is not None and theirs != ours:
-            before = self.carrier.read(self.target.store, signature, MAX_SIGNATURE_BYTES) or b""
-            if not own_fault(self.identity.id, client, theirs, before):
-                newer = follows(self.identity.id, theirs, ours, signed)
-                newer = False if newer is None and follows(self.identity.id, ours, theirs, before) else newer
-        self.carrier.changing("registrations", name, first=(signature, signed), newer=newer)
+        carry_registration(self.carrier, *self._places, self.identity.id, client, ours)
 
     def _is_pruned(self, place: Workspace, number: int) -> bool:
         key = (place.address, number)
@@ -283,14 +277,16 @@ class Walk:
     def _check_chain(self, number: int, contents: bytes) -> None:
         """Raise Incomplete where the target does not have what a round follows: the one before, and its enrolment."""
         manifest = read_manifest(self.source, number, contents, self.identity)
+        try:
+            before = read_round(self.target, number - 1) if number else None
+        except FedError as error:
+            raise Incomplete(error.message) from error
         if self.identity.signatures is not None:
             from fedcli.operations.sync_trust import check_round
 
-            if self._chain is None:
-                raise Incomplete("nothing tells whether the server has signed it")
-            check_round(self.source, manifest, contents, self._chain)
-        before = read_if_there(self.target, self.target.round(number - 1) / MANIFEST, MAX_BYTES) if number else None
-        if manifest.parent != (None if before is None else sha256(before)):
+            past = None if before is None else before.manifest
+            check_round(self.source, manifest, contents, self._told_chain(), past)
+        if manifest.parent != (None if before is None else before.sha256):
             raise Incomplete(f"it does not follow round {number - 1} of {self.target.address}")
         if (head := manifest.enrolment) is not None:
             path = self.target.enrolment / f"{round_name(head.number)}.json"
@@ -305,7 +301,21 @@ class Walk:
         self._ignore(folder, [name for name in names if name not in known | sides and not name.endswith(".sig")])
         for name in sorted(known):
             signature = f"{folder}/{name.removesuffix('.json')}.sig"
-            self.carrier.fixed(folder, f"{folder}/{name}", MAX_BYTES, signature=signature)
+            fault = None if self.identity.signatures is None else partial(self._record_fault, folder, name)
+            self.carrier.fixed(folder, f"{folder}/{name}", MAX_BYTES, signature=signature, fault=fault)
+
+    def _record_fault(self, folder: str, name: str, contents: bytes, signature: bytes) -> str:
+        """Return what is wrong with an attempt or a repair that is not there yet."""
+        from fedcli.operations.sync_trust import record_fault
+
+        match = _RECORD.fullmatch(name)
+        assert match is not None
+        base = self._base(int(match[1]))
+        if base is None:
+            return f"round {int(match[1])} is in neither place"
+        if self._chain is None:
+            return UNTOLD
+        return record_fault(Round(self.source, base.manifest, base.sha256), folder, contents, signature, self._chain)
 
     def _shares(self, names: list[str]) -> None:
         """Carry sealed shares, each of which has its hash in its name; not of a round whose weights are gone there."""
@@ -342,33 +352,49 @@ class Walk:
             ):
                 continue
             if answer:
-                self.carrier.publish("answers", folder, partial(answer_parcel, self.source, number, client))
+                self.carrier.publish("answers", folder, partial(self._answer, number, client))
             elif reason := self._reason_to_leave(number, client, folder):
                 self.result.left[folder] = reason
             else:
                 self.carrier.publish("updates", folder, partial(self._update, number, client))
 
     def _update(self, number: int, client: int) -> Parcel:
-        base = self._manifest(number)
+        base = self._base(number)
         if base is None:
             raise Incomplete(f"round {number} is in neither place")
-        parcel = update_parcel(self.source, base, client, is_pruned=self._is_pruned(self.source, number))
-        if self._chain is not None:
+        parcel = update_parcel(self.source, base.manifest, client, is_pruned=self._is_pruned(self.source, number))
+        if self.identity.signatures is not None:
             from fedcli.operations.sync_trust import check_update
 
-            check_update(self.source, client, parcel.folder, parcel.record, self._chain)
+            check_update(self._places, base, client, parcel, self._told_chain())
         return parcel
 
-    def _manifest(self, number: int) -> Manifest | None:
-        if number not in self._manifests:
-            self._manifests[number] = None
+    def _answer(self, number: int, client: int) -> Parcel:
+        base = self._base(number)
+        if base is None:
+            raise Incomplete(f"round {number} is in neither place")
+        parcel = answer_parcel(self.source, number, client)
+        if self.identity.signatures is not None:
+            from fedcli.operations.sync_trust import check_answer
+
+            check_answer(self._places, base, client, parcel, self._told_chain())
+        return parcel
+
+    def _told_chain(self) -> Enrolment:
+        if self._chain is None:
+            raise Incomplete(UNTOLD)
+        return self._chain
+
+    def _base(self, number: int) -> Round | None:
+        if number not in self._bases:
+            self._bases[number] = None
             for place in (self.target, self.source):
                 with suppress(FedError):
                     found = read_round(place, number)
                     if found is not None and found.manifest.workspace == self.identity.id:
-                        self._manifests[number] = found.manifest
+                        self._bases[number] = found
                         break
-        return self._manifests[number]
+        return self._bases[number]
 
     def _reason_to_leave(self, number: int, client: int, folder: str) -> str:
         """Return why an update is not to be carried, although it is not there; nothing where it is."""
@@ -385,9 +411,15 @@ class Walk:
                         f"it was set aside there; `fedcli server discard --id {client} -w {self.source.address}` lets "
                         "the client send another"
                     )
-        base = self._manifest(number)
-        if base is not None and base.secure_aggregation is not None and self._is_unmasked(number, client):
-            return "a repair goes on without it, and would unmask it"
+        base = self._base(number)
+        if base is not None and base.manifest.secure_aggregation is not None:
+            return "a repair goes on without it, and would unmask it" if self._is_unmasked(number, client) else ""
+        if base is not None and self._chain is not None:
+            from fedcli.operations.sync_trust import enrolment_then
+
+            gone = enrolment_then(self.target, base, self._chain).gone.get(client)
+            if gone is not None:
+                return f"client {client} {'has left' if gone == 'leave' else 'was revoked'}: it counts no more"
         return ""
 
     def _is_unmasked(self, number: int, client: int) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fedcli.errors import IntegrityError, NotReadyError, UsageError, WorkspaceError
 from fedcli.quantities import plural
-from fedcli.trust.chain import MAX_SIGNATURE_BYTES, read_chain, read_small, update_check
+from fedcli.trust.chain import read_chain, read_small, update_check
 from fedcli.trust.history import note, read_history
 from fedcli.trust.keys import (
     KeyPair,
@@ -22,7 +22,7 @@ from fedcli.trust.keys import (
 from fedcli.workspace.enrolment import Action, Enrolment, EnrolmentEntry, entry_bytes, read_enrolment, write_entry
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_if_there
-from fedcli.workspace.inbox import Authenticate
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES, Authenticate
 from fedcli.workspace.layout import Home, Workspace, server_home
 from fedcli.workspace.locks import hold
 from fedcli.workspace.records import Identity, PublicKeys, sha256

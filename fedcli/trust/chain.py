@@ -7,13 +7,12 @@ from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.trust.keys import digest_of, fingerprint, is_signed
 from fedcli.workspace.enrolment import Enrolment, StoredEntry, read_enrolment
 from fedcli.workspace.history import Round, read_if_there
-from fedcli.workspace.inbox import SIGNATURE_BYTES, Authenticate
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES, SIGNATURE_BYTES, Authenticate
 from fedcli.workspace.layout import MANIFEST_SIGNATURE, UPDATE_SIGNATURE, Workspace
-from fedcli.workspace.records import Identity, PublicKeys, sha256
+from fedcli.workspace.records import Identity, Manifest, PublicKeys, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.store import Folder
 
-MAX_SIGNATURE_BYTES = 4096
 _WAIT = "Wait until it is copied. Where nothing copies it, ask the server's operator."
 _ASK = "Ask the server's operator by telephone for the server's fingerprint; docs/OPERATIONS.md says more."
 
@@ -99,6 +98,12 @@ def round_fault(current: Round, enrolment: Enrolment) -> str:
     if not is_signed(then.server, signature, "round", manifest.workspace, current.sha256):
         return f"has a {MANIFEST_SIGNATURE} that is not the server's, or of another manifest.json"
     return ""
+
+
+def steps_back(current: Manifest, before: Manifest) -> bool:
+    """Return whether a round names an earlier entry of the enrolment than the one before, as under rotated-out keys."""
+    named, known = current.enrolment, before.enrolment
+    return known is not None and (named is None or named.number < known.number)
 
 
 def update_check(base: Round, enrolment: Enrolment) -> Authenticate:

@@ -20,6 +20,7 @@ from typing import BinaryIO, Literal, NoReturn
 from pydantic import Field, ValidationError
 
 from fedcli.errors import IntegrityError, UsageError, WorkspaceError
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES
 from fedcli.workspace.layout import WORKSPACE_ID
 from fedcli.workspace.parcels import PLAIN_NAME
 from fedcli.workspace.publish import explained, sync, temporary_folder
@@ -30,7 +31,6 @@ from fedcli.workspace.store import Store
 
 RECORD, SIGNATURE = "bundle.json", "bundle.sig"
 MAX_RECORD_BYTES = 2**26
-MAX_SIGNATURE_BYTES = 4096
 MOST_FILES = 10**6
 _BLOCK = tarfile.BLOCKSIZE
 _PIECE = 2**20

@@ -25,6 +25,8 @@ from fedcli.workspace.tensors import Span, check_values, largest_file, locate, n
 MAX_UPDATE_RECORD_BYTES = 64 * 1024
 SIGNATURE_BYTES = 128
 """Of a signature in hexadecimal digits, at least: what is shorter is not whole."""
+MAX_SIGNATURE_BYTES = 4096
+"""Of a file of signatures."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
@@ -10,7 +10,7 @@ from fedcli.errors import FedError
 from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.baselines import BASELINE_RECORD, BaselineRecord
 from fedcli.workspace.history import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, prunable
-from fedcli.workspace.inbox import MAX_UPDATE_RECORD_BYTES
+from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES, MAX_UPDATE_RECORD_BYTES
 from fedcli.workspace.layout import (
     MANIFEST,
     MANIFEST_SIGNATURE,
@@ -28,7 +28,6 @@ from fedcli.workspace.secure_records import ANSWER_RECORD, ANSWER_SIGNATURE, mas
 from fedcli.workspace.store import Store
 from fedcli.workspace.tensors import largest_file
 
-MAX_SIGNATURE_BYTES = 4096
 PLAIN_NAME = re.compile(r"(?!\.)[A-Za-z0-9_.\-]{1,200}(/(?!\.)[A-Za-z0-9_.\-]{1,200}){0,3}")
 """What a file of a published folder may be called: no way out of it, no hidden name."""
 
@@ -176,11 +175,6 @@ def baseline_parcel(workspace: Workspace, name: str) -> Parcel:
     except FedError as error:
         raise Incomplete(error.message) from error
     return Parcel(folder, BASELINE_RECORD, contents, _plain(record.files), {})
-
-
-def without(parcel: Parcel, *names: str) -> Parcel:
-    """Return a parcel without some of its small files."""
-    return replace(parcel, more={name: limit for name, limit in parcel.more.items() if name not in names})
 
 
 def _record(store: Store, folder: str, name: str, limit: int) -> bytes:

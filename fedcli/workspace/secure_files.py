@@ -12,6 +12,7 @@ from fedcli.errors import IntegrityError, UsageError, WorkspaceError
 from fedcli.secure_aggregation.fixed_point import Ring
 from fedcli.workspace.history import Round, read_checked, read_if_there
 from fedcli.workspace.inbox import (
+    MAX_SIGNATURE_BYTES,
     MAX_UPDATE_RECORD_BYTES,
     Authenticate,
     check_whole,
@@ -47,7 +48,6 @@ MAX_BYTES = 2**24
 """Of a record of an attempt, a repair or an answer, and of a client's shares."""
 MOST_SHARES_BYTES = 2**29
 """Of what a repair gathers of them."""
-MAX_SIGNATURE_BYTES = 4096
 RecordT = TypeVar("RecordT", bound=Record)
 
 
@@ -75,6 +75,12 @@ def _read(base: Round, kind: type[RecordT], path: Path) -> Stored[RecordT] | Non
     contents = read_if_there(base.workspace, path, MAX_BYTES)
     if contents is None:
         return None
+    signature = read_if_there(base.workspace, path.with_suffix(".sig"), MAX_SIGNATURE_BYTES)
+    return parse_signed(base, kind, path, contents, signature or b"")
+
+
+def parse_signed(base: Round, kind: type[RecordT], path: Path, contents: bytes, signature: bytes) -> Stored[RecordT]:
+    """Return a record of a round as it lies there; raise IntegrityError where it is another round's."""
     record: Any = parse_record(kind, contents, path)
     if (record.workspace, record.round, record.attempt) != (base.manifest.workspace, base.number, ATTEMPT):
         raise IntegrityError(
@@ -83,8 +89,7 @@ def _read(base: Round, kind: type[RecordT], path: Path) -> Stored[RecordT] | Non
         )
     if record.base != base.sha256:
         raise IntegrityError(f"{path} is of another manifest of round {base.number}", hint="Ask the server's operator.")
-    signature = read_if_there(base.workspace, path.with_suffix(".sig"), MAX_SIGNATURE_BYTES)
-    return Stored(record, sha256(contents), signature or b"", path)
+    return Stored(record, sha256(contents), signature, path)
 
 
 Standing = Literal["waiting", "too_late", "due", "already_submitted", "repair_due", "already_answered"]
@@ -189,11 +194,16 @@ def read_answer(base: Round, client: int, repair: str) -> tuple[AnswerRecord, by
             signature = folder.read(ANSWER_SIGNATURE, MAX_SIGNATURE_BYTES)
     except FileNotFoundError:
         return None
+    return parse_answer(base, client, repair, contents), contents, signature
+
+
+def parse_answer(base: Round, client: int, repair: str, contents: bytes) -> AnswerRecord:
+    """Return a client's answer to the repair with this hash; raise Refusal where it is another's."""
     record = _parse(AnswerRecord, contents, ANSWER_RECORD)
     wanted = (base.manifest.workspace, base.number, ATTEMPT, client, repair)
     if (record.workspace, record.round, record.attempt, record.client, record.repair) != wanted:
         raise Refusal("wrong_round", "the answer is of another workspace, round, client or repair")
-    return record, contents, signature
+    return record
 
 
 @dataclass(frozen=True)
