@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 
-from fedcli.stores.calls import at_once
+from fedcli.stores.calls import AT_ONCE, at_once
 from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import MAX_UPDATE_RECORD_BYTES, SIGNATURE_BYTES
@@ -16,8 +16,6 @@ from fedcli.workspace.publish import PRIVATE_MODE, publish_file
 from fedcli.workspace.records import is_cut_short, parse_object
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import make_home
-
-_AT_ONCE = 32
 
 
 def arriving(base: Round, clients: Iterable[int], *, is_quick: bool = False) -> dict[int, str]:
