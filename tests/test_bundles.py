@@ -14,9 +14,10 @@ from support.processes import Run, results, runner
 from support.signed import at, join, make_signed, train, tree
 
 from fedcli import Federation, Observer
-from fedcli.errors import IntegrityError, NotReadyError, UsageError
+from fedcli.errors import IntegrityError, NotReadyError, UsageError, WorkspaceError
 from fedcli.operations.sync import sync
 from fedcli.trust.chain import steps_back
+from fedcli.workspace.bundle_file import opened_bundle
 from fedcli.workspace.history import read_start
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import EnrolmentHead
@@ -395,3 +396,8 @@ def test_masked_rounds_go_by_files_too_and_a_late_update_is_not_carried_to_be_un
     merge = secure.merge(server).aggregation
     assert ([entry.client for entry in merge.counted], merge.missing) == ([0, 1, 2], [3])
     assert Federation.open(server).verify().violations == []
+
+
+def test_a_folder_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError, match="is no regular file"), opened_bundle(tmp_path):
+        pass

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedcli.errors import ConfigError, DeniedError, FedError, require_packages
 from fedcli.printable import on_one_line
-from fedcli.stores.objects import Entry, Objects, TooLargeError
+from fedcli.stores.objects import Entry, Objects, TooLargeError, UnlistableError
 
 if TYPE_CHECKING:
     import paramiko
@@ -50,11 +50,11 @@ class SftpObjects(Objects):
 
     def get(self, key: str, limit: int) -> bytes:
         def read(sftp: "paramiko.SFTPClient") -> bytes:
-            with sftp.open(self._path(key), "rb") as file:
+            with _opened(sftp, self._path(key)) as file:
                 if (num_bytes := file.stat().st_size or 0) > limit:
                     raise TooLargeError(num_bytes)
                 file.prefetch(num_bytes)
-                contents = file.read()
+                contents = file.read(num_bytes)
             if len(contents) != num_bytes:
                 raise EOFError(f"{len(contents)} of {num_bytes} bytes came")
             return bytes(contents)
@@ -63,7 +63,7 @@ class SftpObjects(Objects):
 
     def get_part(self, key: str, start: int, end: int) -> bytes:
         def read(sftp: "paramiko.SFTPClient") -> bytes:
-            with sftp.open(self._path(key), "rb") as file:
+            with _opened(sftp, self._path(key)) as file:
                 file.seek(start)
                 return bytes(file.read(max(end - start, 0)))
 
@@ -156,6 +156,9 @@ class SftpObjects(Objects):
             found = self._tried(lambda sftp: sftp.listdir_attr(self._path(folder)), "list", folder)
         except FileNotFoundError:
             return []
+        except UnicodeDecodeError:  # paramiko takes no other names than UTF-8's
+            problem = f"{self.address}/{folder} holds a name that is not UTF-8"
+            raise UnlistableError(problem, hint="Remove the file of that name on the server.") from None
         return [entry for entry in found if not entry.filename.startswith(TEMPORARY)]
 
     def _write(self, sftp: "paramiko.SFTPClient", path: str, contents: bytes) -> None:
@@ -204,6 +207,13 @@ class SftpObjects(Objects):
         client, self._client, self._sftp = self._client, None, None
         if client is not None:
             client.close()
+
+
+def _opened(sftp: "paramiko.SFTPClient", path: str) -> "paramiko.SFTPFile":
+    """Open a regular file; of a link, a pipe or a device, which may have no end, there is none."""
+    if not stat.S_ISREG(sftp.lstat(path).st_mode or 0):
+        raise FileNotFoundError(path)
+    return sftp.open(path, "rb")
 
 
 def _is_there(sftp: "paramiko.SFTPClient", path: str) -> bool:

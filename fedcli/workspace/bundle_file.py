@@ -189,9 +189,10 @@ def opened_bundle(path: Path) -> Iterator[Bundle]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise WorkspaceError(f"cannot read {path}: {error.strerror}", hint="Name a bundle's file.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise WorkspaceError(f"{path} is no regular file", hint="Name a bundle's file.")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise WorkspaceError(f"{path} is no regular file", hint="Name a bundle's file.")
         bundle = Bundle(file, path)
         _index(bundle)
         record = _read_record(bundle)

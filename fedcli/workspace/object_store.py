@@ -193,7 +193,7 @@ class ObjectStore(Store):
             return self._hashes[record]
         try:
             contents = self._get(record, _MOST_RECORD_BYTES)
-        except FileNotFoundError:
+        except (FileNotFoundError, Refusal):  # one of too many bytes leads to no files
             return ""
         self._remember(record, contents)
         return _attempt_name(contents)
