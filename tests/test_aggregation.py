@@ -74,11 +74,12 @@ def test_partial_goes_ahead_with_one_update_but_not_with_none(here, capsys):
     assert "missing: 0, 1, 2" in capsys.readouterr().err
     take_part(here, 1)
     tear(here, 1)
-    assert main(["server", "aggregate", "--partial"]) == 6
+    refuse = ["server", "aggregate", "--partial", "--refuse-arriving"]
+    assert main(refuse) == 6
     assert "client 1: size" in capsys.readouterr().err
     assert published(here) == ["00000"]
     take_part(here, 2)
-    assert main(["server", "aggregate", "--partial"]) == 0
+    assert main(refuse) == 0
     aggregation = read_manifest(here, 1)["aggregation"]
     assert [(entry["client"], entry["weight"]) for entry in aggregation["counted"]] == [(2, 1.0)]
     assert [entry["client"] for entry in aggregation["refused"]] == [1]
@@ -90,7 +91,7 @@ def test_a_round_of_which_all_updates_are_refused_is_not_merged(here, capsys):
     for client in range(3):
         tear(here, client)
     (here / "inbox" / "2" / "round-00000" / "update.json").write_bytes(b"[]")
-    assert main(["server", "aggregate"]) == 6
+    assert main(["server", "aggregate", "--refuse-arriving"]) == 6
     error = capsys.readouterr().err
     assert "round 0 has no valid update:\n  client 0: size\n  client 1: size\n  client 2: json\n" in error
     assert "fedcli server discard --id N" in error
@@ -107,14 +108,14 @@ def test_a_dry_run_says_what_would_be_and_publishes_nothing(here, capsys):
     all_take_part(here)
     tear(here, 1)
     before = stored_hashes(here)
-    assert main(["server", "aggregate", "--dry-run"]) == 0
+    assert main(["server", "aggregate", "--refuse-arriving", "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert output.startswith("would merge 2 updates (clients 0, 2)\nrefused client 1: size: ")
-    assert main(["server", "aggregate", "--dry-run", "--json"]) == 0
+    assert main(["server", "aggregate", "--refuse-arriving", "--dry-run", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["status"], document["round"]) == ("dry_run", 0)
     assert stored_hashes(here) == before
-    assert main(["server", "aggregate"]) == 0
+    assert main(["server", "aggregate", "--refuse-arriving"]) == 0
     assert read_manifest(here, 1)["aggregation"] == document["aggregation"]
 
 

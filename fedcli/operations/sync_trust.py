@@ -93,9 +93,8 @@ def record_fault(base: Round, folder: str, contents: bytes, signature: bytes, en
     return ""
 
 
-def enrolment_then(target: Workspace, base: Round, enrolment: Enrolment) -> Enrolment:
-    """Return the enrolment by which a round's updates count: the next round's, or all of it before that is there."""
-    following = read_round(target, base.number + 1)
+def enrolment_then(following: Round | None, enrolment: Enrolment) -> Enrolment:
+    """Return the enrolment by which a round's updates count: that of the round that follows, or all of it before."""
     return enrolment if following is None else enrolment.up_to(following.manifest.enrolment) or enrolment
 
 
@@ -107,14 +106,15 @@ def check_update(
     Of a client that is not enrolled yet they are those that it has registered in the target.
     """
     source, target = places
-    then = enrolment_then(target, base, enrolment)
+    then = enrolment_then(read_round(target, base.number + 1), enrolment)
     if base.manifest.secure_aggregation is not None:
         is_counted = _found(places, base, read_repair) is not None
         check = masked_check(_attempt(places, base), then, is_counted=is_counted)
     elif client in then.members or client in then.gone:
         check = update_check(base, then)
     else:
-        check = _registered_check(target, base, client)
+        registered = read_if_there(target, target.registration(client), MAX_REGISTRATION_BYTES)
+        check = _registered_check(registered, base.manifest.workspace)
     try:
         with source.store.opened(parcel.folder) as found:
             check(client, parcel.record, found)
@@ -158,14 +158,13 @@ def _found(
     return None
 
 
-def _registered_check(target: Workspace, base: Round, client: int) -> Authenticate:
-    """Return what refuses an update that is not signed by the keys that its client has registered."""
-    contents = read_if_there(target, target.registration(client), MAX_REGISTRATION_BYTES)
-    keys = None if contents is None else keys_of(contents)
+def _registered_check(registration: bytes | None, workspace_id: str) -> Authenticate:
+    """Return what refuses an update that is not signed by the keys of a registration."""
+    keys = None if registration is None else keys_of(registration)
 
     def check(client: int, record: bytes, folder: Folder) -> None:
         signature = read_update_signature(folder)
-        if keys is None or not is_signed(keys, signature, "update", base.manifest.workspace, sha256(record)):
+        if keys is None or not is_signed(keys, signature, "update", workspace_id, sha256(record)):
             raise Refusal(
                 "signature", f"client {client} is not enrolled, nor is {UPDATE_SIGNATURE} by its registration"
             )

@@ -417,7 +417,7 @@ class Walk:
         if base is not None and self._chain is not None:
             from fedcli.operations.sync_trust import enrolment_then
 
-            gone = enrolment_then(self.target, base, self._chain).gone.get(client)
+            gone = enrolment_then(read_round(self.target, base.number + 1), self._chain).gone.get(client)
             if gone is not None:
                 return f"client {client} {'has left' if gone == 'leave' else 'was revoked'}: it counts no more"
         return ""
