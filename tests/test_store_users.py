@@ -1,6 +1,7 @@
-"""Three parties and a server, four unix users without a common folder: over S3 they get what one disk gives them.
+"""Three parties and a server, four unix users without a common folder: over S3, or by bundles, they get what one disk
+gives them.
 
-With signatures, SCAFFOLD and secure aggregation, in a bucket whose policy is that of docs/stores/.
+With signatures, SCAFFOLD and secure aggregation; the bucket's policy is that of docs/stores/.
 """
 
 import json
@@ -40,15 +41,43 @@ Run = Callable[..., str]
 def take_part(run: Run, folders: dict[int | None, Path]) -> None:
     """Let three parties join, be enrolled, train and be merged until the federation is finished."""
     for client in CLIENTS:
-        texts = [{"instruction": f"say {n} of {client}", "output": f"{n} it is"} for n in range(5 + client)]
-        rows = write_rows(folders[client] / "rows.jsonl", texts)
-        rows.chmod(0o644)
-        told = run(client, "client", "join", "--id", client, "--data", rows, "--share", "minimal", "--json")
-        fingerprint = json.loads(told)["fingerprint"]
+        fingerprint = join(run, client, folders[client])
         run(None, "server", "enrol", "--id", client, "--fingerprint", fingerprint)
     for _ in range(ROUNDS):
         for client in CLIENTS:
             assert "dropped its update" in run(client, "client", "train", "--id", client)
+        run(None, "server", "aggregate")
+    assert json.loads(run(None, "verify", "--json"))["violations"] == []
+
+
+def join(run: Run, client: int, folder: Path) -> str:
+    """Let a party join with rows in a folder; return the fingerprint of its keys."""
+    texts = [{"instruction": f"say {n} of {client}", "output": f"{n} it is"} for n in range(5 + client)]
+    rows = write_rows(folder / "rows.jsonl", texts)
+    rows.chmod(0o644)
+    told = run(client, "client", "join", "--id", client, "--data", rows, "--share", "minimal", "--json")
+    return str(json.loads(told)["fingerprint"])
+
+
+def take_part_by_stick(run: Run, folders: dict[int | None, Path], stick: Path) -> None:
+    """Do the same where nothing but bundles goes between the parties' folders and the server's."""
+
+    def carry_up(client: int) -> None:
+        run(client, "bundle", "update", "--id", client, stick / f"{client}.tar")
+        run(None, "bundle", "import", stick / f"{client}.tar")
+
+    run(None, "bundle", "round", stick / "round.tar")
+    for client in CLIENTS:
+        run(client, "bundle", "import", stick / "round.tar", "-w", folders[client] / "W")
+        fingerprint = join(run, client, folders[client])
+        carry_up(client)
+        run(None, "server", "enrol", "--id", client, "--fingerprint", fingerprint)
+    for _ in range(ROUNDS):
+        run(None, "bundle", "round", stick / "round.tar")
+        for client in CLIENTS:
+            run(client, "bundle", "import", stick / "round.tar")
+            assert "dropped its update" in run(client, "client", "train", "--id", client)
+            carry_up(client)
         run(None, "server", "aggregate")
     assert json.loads(run(None, "verify", "--json"))["violations"] == []
 
@@ -93,13 +122,24 @@ def reachable() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def test_four_users_without_a_common_folder_end_with_the_adapters_of_one_disk(reachable, tmp_path, monkeypatch):
-    members: list[int | None] = [*CLIENTS, None]
-    users = {member: USER + position for position, member in enumerate(members)}
-    folders = {member: reachable / f"user-{user}" for member, user in users.items()}
-    for member, folder in folders.items():
+@pytest.fixture
+def members(reachable: Path) -> dict[int | None, tuple[int, Path]]:
+    """The parties and the server (None): users, each with a folder that nobody else looks into."""
+    found: dict[int | None, tuple[int, Path]] = {}
+    for position, member in enumerate([*CLIENTS, None]):
+        user = USER + position
+        folder = reachable / f"user-{user}"
         folder.mkdir(mode=0o700)
-        os.chown(folder, users[member], users[member])
+        os.chown(folder, user, user)
+        found[member] = user, folder
+    return found
+
+
+def test_four_users_without_a_common_folder_end_with_the_adapters_of_one_disk(
+    reachable, members, tmp_path, monkeypatch
+):
+    users = {member: user for member, (user, _) in members.items()}
+    folders = {member: folder for member, (_, folder) in members.items()}
     server = s3_server()
     bucket = new_bucket(server.url)
     url = f"s3://{bucket}/apart"
@@ -130,3 +170,25 @@ def test_four_users_without_a_common_folder_end_with_the_adapters_of_one_disk(re
         owners = {path.lstat().st_uid for path in (folder, *folder.rglob("*")) if path.name != "rows.jsonl"}
         assert (owners, folder.stat().st_mode & 0o777) == ({users[member]}, 0o700)
         assert not any(SECRET.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_four_users_with_a_stick_between_them_end_with_the_adapters_of_one_disk(reachable, members, tmp_path):
+    folders = {member: folder for member, (_, folder) in members.items()}
+    stick = reachable / "stick"
+    stick.mkdir()
+    stick.chmod(0o1777)
+    entries = [(f"user{user}", user, folder) for user, folder in members.values()]
+    with several_users(reachable / "stage", entries) as machine:
+
+        def run(member: int | None, *arguments: object) -> str:
+            user, folder = members[member]
+            environment = {"HOME": str(folder), "FEDCLI_WORKSPACE": str(folder / "W")}
+            done = machine(*arguments, cwd=folder, user=user, environment=environment)
+            assert done.returncode == 0, f"{arguments}: {done.stderr}"
+            return done.stdout
+
+        run(None, "init", folders[None] / "W", *settings(*SETTINGS))
+        take_part_by_stick(run, folders, stick)
+    manifests = {path.parent.name: path.read_bytes() for path in (folders[None] / "W/rounds").glob("*/manifest.json")}
+    assert hashes(manifests) == on_one_disk(tmp_path)
+    assert {path.name for path in stick.iterdir()} == {"round.tar", *(f"{client}.tar" for client in CLIENTS)}
