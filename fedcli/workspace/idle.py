@@ -33,6 +33,7 @@ class Glance:
     round: int
     is_finished: bool
     missing: list[int]
+    """Who has not answered; none of an answer that was noted before, since which others may have."""
     may_train: bool
     identity: bytes
     """The contents of workspace.json, for whoever goes on from here."""
@@ -41,7 +42,7 @@ class Glance:
 def glance(workspace: Workspace) -> Glance | None:
     """Look at the latest round that a listing shows; None where that is not what it should be."""
     if (noted := recall(workspace, _ANY)) is not None and not _has_come(workspace, noted):
-        return Glance(noted["round"], noted["is_finished"], noted["missing"], False, noted["identity"].encode())
+        return Glance(noted["round"], noted["is_finished"], [], False, noted["identity"].encode())
     try:
         store, name = workspace.store, workspace.name
         contents = store.read(name(workspace.identity), MAX_BYTES)
