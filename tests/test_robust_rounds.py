@@ -183,7 +183,7 @@ def test_an_update_that_claims_more_rows_than_its_party_registered_is_refused(he
 def test_a_damaged_registration_lets_nobody_claim_any_number_of_rows(here, capsys):
     (here / "clients/1.json").write_text("{")
     all_take_part(here)
-    assert main(["server", "aggregate"]) == 0
+    assert main(["server", "aggregate", "--refuse-arriving"]) == 0
     assert "refused client 1: samples: it claims 50 rows, and " in capsys.readouterr().out
 
 
@@ -310,7 +310,7 @@ def test_a_damaged_update_is_refused_with_the_code_that_the_mean_gives(here, cap
     codes = {}
     for section in ("{}", "{rule: median}"):
         configure(here, f"aggregation={section}")
-        assert main(["server", "aggregate"]) == 0
+        assert main(["server", "aggregate", "--refuse-arriving"]) == 0
         aggregation = read_manifest(here, 1)["aggregation"]
         codes[section] = [(entry["client"], entry["code"]) for entry in aggregation["refused"]]
         assert [entry["client"] for entry in aggregation["counted"]] == [0, 2]

@@ -86,10 +86,11 @@ def give_up_arriving(federation: FederationState, *, all_of_them: bool) -> None:
     head, limit = replace(federation.head, given_up=frozenset()), federation.config.federation.arriving
     given_up: set[int] = set()
     if all_of_them or limit is not None:
-        found = arriving(head, [client for client in head.awaited_clients() if client not in head.missing_clients()])
+        missing = head.missing_clients()
+        answered = [client for client in head.awaited_clients() if client not in missing]
         if all_of_them:
-            given_up = {*found}
-        elif found and limit is not None:
+            given_up = {*answered}
+        elif (found := arriving(head, answered)) and limit is not None:
             from fedcli.workspace.noise_keys import keys_home
 
             given_up = waited_too_long(head, keys_home(federation.workspace, federation.identity), found, limit)
