@@ -611,7 +611,7 @@ def test_a_hostile_party_in_the_workspaces_group_stops_nobody_and_learns_and_for
     assert world.run(thief, "-c", code, workspace=workspace).returncode == 0
     for party in (honest, other):
         assert world.train(party, workspace).returncode == 0
-    done = world.server("server", "aggregate", workspace=workspace)
+    done = world.server("server", "aggregate", "--refuse-arriving", workspace=workspace)  # its signature never comes
     assert done.returncode == 0, done.stderr
     aggregation = json.loads((workspace / "rounds/00002/manifest.json").read_bytes())["aggregation"]
     assert [entry["client"] for entry in aggregation["counted"]] == [0, 2]  # 0 has not left
