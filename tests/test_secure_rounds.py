@@ -605,7 +605,7 @@ def test_pairwise_asks_for_no_repair_while_anything_of_a_missing_client_lies_the
             merge(place, partial=True)
         (own / name).rename(own / "round-00000")
     (own / "round-00000/masked.safetensors").write_bytes(b"x")
-    with pytest.raises(NotReadyError, match=r"would tell the server what is in it \(size\)"):
+    with pytest.raises(NotReadyError, match="would tell the server what is in it"):
         merge(place, partial=True)
     assert not (place / "repair").exists()
 
