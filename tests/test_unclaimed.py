@@ -46,6 +46,8 @@ def test_any_tells_a_finished_federation_and_a_damaged_round(small: Path) -> Non
     assert run_ok("client", "train", "--any", "--wait", 60, cwd=small) == {"status": "finished", "clients": []}
     manifest = small / "rounds" / "00001" / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-9])
+    assert fedcli("client", "train", "--any", cwd=small).returncode == 6  # as while it is copied
+    manifest.write_bytes(b"[]")
     assert fedcli("client", "train", "--any", cwd=small).returncode == 7
 
 
