@@ -18,7 +18,8 @@ from fedcli import Federation
 from fedcli.errors import ConfigError, NotReadyError, UsageError
 from fedcli.operations.doctor_store import _permissions
 from fedcli.printable import printable, show_as
-from fedcli.stores.cloud import PART, _aws_profile, open_cloud
+from fedcli.stores.aws_profile import profile_options
+from fedcli.stores.cloud import PART, open_cloud
 from fedcli.stores.objects import Entry, Objects, TooLargeError, UnlistableError
 from fedcli.stores.probe import probe_store
 from fedcli.stores.url import is_url, open_objects
@@ -27,7 +28,8 @@ from fedcli.workspace.arriving import arriving
 from fedcli.workspace.kept_entries import KeptEntries
 from fedcli.workspace.kept_objects import KeptObjects
 from fedcli.workspace.layout import ADAPTER_NAME, Workspace, default_home
-from fedcli.workspace.object_store import ObjectStore, attempt_key, record_of
+from fedcli.workspace.object_keys import attempt_key, record_of
+from fedcli.workspace.object_store import ObjectStore
 from fedcli.workspace.records import sha256
 from fedcli.workspace.registrations import DataCard, Registration, is_own, joined_clients, mark_as_own, register
 from fedcli.workspace.split_store import SplitStore
@@ -144,7 +146,7 @@ def test_a_password_in_a_url_is_printed_nowhere(tmp_path):
 
 def test_an_endpoint_without_tls_is_taken_for_this_machine_alone(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.hospital.example")
-    with pytest.raises(ConfigError, match="without TLS"):
+    with pytest.raises(ConfigError, match="has no TLS"):
         open_cloud("s3", "bucket", "study")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
     assert open_cloud("s3", "bucket", "study").address == "s3://bucket/study"
@@ -170,23 +172,23 @@ def test_the_profile_of_aws_configure_gives_keys_region_and_endpoint(profiles, m
         "[default]\naws_access_key_id = A\naws_secret_access_key = B%C\n"
         "[study]\naws_access_key_id = D\naws_secret_access_key = E\naws_session_token = F\n",
     )
-    assert _aws_profile() == {"region": "eu-west-1", "access_key_id": "A", "secret_access_key": "B%C"}
+    assert profile_options() == {"region": "eu-west-1", "access_key_id": "A", "secret_access_key": "B%C"}
     monkeypatch.setenv("AWS_PROFILE", "study")
     told = {"region": "eu-central-1", "endpoint": "https://s3.example", "access_key_id": "D", "secret_access_key": "E"}
-    assert _aws_profile() == told | {"session_token": "F"}
+    assert profile_options() == told | {"session_token": "F"}
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of the environment")
-    assert "access_key_id" not in _aws_profile()
+    assert "access_key_id" not in profile_options()
 
 
 def test_a_profile_that_is_not_there_or_damaged_is_named(profiles, monkeypatch):
     profiles("", "")
-    assert _aws_profile() == {"region": "us-east-1"}
+    assert profile_options() == {"region": "us-east-1"}
     monkeypatch.setenv("AWS_PROFILE", "study")
     with pytest.raises(ConfigError, match="no AWS profile study"):
-        _aws_profile()
+        profile_options()
     profiles("", "no section\n")
     with pytest.raises(ConfigError, match="cannot be read"):
-        _aws_profile()
+        profile_options()
 
 
 # --- what is where in a store
@@ -402,14 +404,11 @@ def test_a_workspace_elsewhere_is_ones_own_where_it_was_made(remote):
     assert not is_own(workspace)
 
 
-def test_messages_show_the_url_and_paths_of_this_machine_as_they_are():
-    show_as("/home/me/remote/s3-b", "s3://b/study", ("eval", "server.lock"))
-    told = (
-        "/home/me/remote/s3-b/rounds/00001 /home/me/remote/s3-b/eval/a.json /home/me/remote/s3-bc /home/me/remote/s3-b"
-    )
-    assert printable(told) == (
-        "s3://b/study/rounds/00001 /home/me/remote/s3-b/eval/a.json /home/me/remote/s3-bc s3://b/study"
-    )
+def test_messages_show_the_url_and_paths_of_this_machine_as_they_are(tmp_path):
+    own = tmp_path / "s3-b"
+    show_as(str(own), "s3://b/study", ("eval", "server.lock"))
+    told = f"{own}/rounds/00001 {own}/eval/a.json {own}c {own}"
+    assert printable(told) == f"s3://b/study/rounds/00001 {own}/eval/a.json {own}c s3://b/study"
 
 
 # --- doctor

@@ -1,8 +1,9 @@
 """Calls in threads, so that a signal ends a command at once; what was under way may still arrive."""
 
-from collections.abc import Callable, Iterator, Sequence
-from threading import Lock, Semaphore, Thread
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from threading import Lock, Thread
+from typing import TypeVar
 
 T = TypeVar("T")
 AT_ONCE = 32
@@ -15,40 +16,24 @@ def interruptible(call: Callable[[], T]) -> T:
 
 
 def at_once(calls: Sequence[Callable[[], T]], most: int) -> list[T]:
-    """Return what calls return, in their order, `most` of them at once; raise what the first that failed raised."""
-    waiting: Iterator[_Call[T]] = iter(made := [_Call(call) for call in calls])
-    lock, ended = Lock(), Semaphore(0)
+    """Return what calls return, in their order, `most` of them at once; raise what the first that failed raised.
+
+    The threads are daemons, which an executor's are not: Python waits for none of them when it ends.
+    """
+    futures: list[Future[T]] = [Future() for _ in calls]
+    waiting, lock = iter(zip(futures, calls, strict=True)), Lock()
 
     def work() -> None:
         while True:
             with lock:
-                call = next(waiting, None)
-            if call is None:
+                future, call = next(waiting, (None, None))
+            if future is None or call is None:
                 return
-            call.make()
-            ended.release()
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
 
     for _ in range(min(most, len(calls))):
         Thread(target=work, daemon=True).start()
-    for _ in made:
-        ended.acquire()
-    return [call.outcome() for call in made]
-
-
-class _Call(Generic[T]):
-    def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    def make(self) -> None:
-        try:
-            self._result = self._call()
-        except BaseException as error:
-            self._error = error
-
-    def outcome(self) -> T:
-        if self._error is not None:
-            raise self._error
-        result: T = self._result
-        return result
+    return [future.result() for future in futures]

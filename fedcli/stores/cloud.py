@@ -4,17 +4,16 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from configparser import ConfigParser, Error
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from fedcli.errors import ConfigError, RequirementError, WorkspaceError, require_packages
+from fedcli.errors import ConfigError, WorkspaceError, require_packages
 from fedcli.printable import on_one_line, without_credentials
+from fedcli.stores.aws_profile import profile_options
 from fedcli.stores.calls import AT_ONCE, at_once, interruptible
 from fedcli.stores.objects import TRY_AGAIN, Entry, Objects, TooLargeError, UnlistableError
 
@@ -39,8 +38,6 @@ _UNANSWERED = re.compile(r"(https?://[^/ ]+)\S* in .*?after (\d+) retries")
 T = TypeVar("T")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
-_CREDENTIALS = ("aws_access_key_id", "credential_", "role_arn", "sso_", "web_identity_token_file")
-"""What settings of a profile begin with that say where its credentials come from."""
 RETRIES = {
     "max_retries": 8,
     "retry_timeout": timedelta(seconds=120),
@@ -66,43 +63,37 @@ class CloudObjects(Objects):
         self._bulk = bulk or store
 
     def get(self, key: str, limit: int) -> bytes:
-        import obstore
-
-        def read() -> bytes:
-            found = obstore.get(self._store, key)
-            if (num_bytes := found.meta["size"]) > limit:
-                raise TooLargeError(num_bytes)
-            if num_bytes > 2 * PART:
-                raise _Large(num_bytes)
-            return bytes(found.bytes())
-
-        try:
-            return self._asked("read", key, read)
-        except _Large as large:
-            return self._get_in_parts(key, large.num_bytes)
-
-    def _get_in_parts(self, key: str, num_bytes: int) -> bytes:
-        """Return a large object, of which a part that breaks off is asked for again alone."""
-        import obstore
-
+        first, num_bytes = self._part(key, 0, min(limit + 1, 2 * PART))
+        if num_bytes > limit:
+            raise TooLargeError(num_bytes)
+        if num_bytes <= len(first):
+            return first
         contents = bytearray(num_bytes)
+        contents[: len(first)] = first
 
         def fetch(start: int) -> None:
             end = min(start + PART, num_bytes)
-            part = self._asked("read", key, lambda: obstore.get_range(self._store, key, start=start, end=end))
-            contents[start:end] = memoryview(part)
+            contents[start:end] = self._part(key, start, end)[0]
 
-        at_once([partial(fetch, start) for start in range(0, num_bytes, PART)], _PARTS_AT_ONCE)
+        at_once([partial(fetch, start) for start in range(len(first), num_bytes, PART)], _PARTS_AT_ONCE)
         return bytes(contents)
 
     def get_part(self, key: str, start: int, end: int) -> bytes:
-        import obstore
+        return self._part(key, start, end)[0] if end > start else b""
 
-        def read() -> bytes:
-            size = obstore.head(self._store, key)["size"]
-            if start >= min(end, size):
-                return b""
-            return bytes(obstore.get_range(self._store, key, start=start, end=min(end, size)))
+    def _part(self, key: str, start: int, end: int) -> tuple[bytes, int]:
+        """Return some bytes of an object, none behind its end, and how many it has."""
+        import obstore
+        from obstore.exceptions import BaseError
+
+        def read() -> tuple[bytes, int]:
+            try:
+                found = obstore.get(self._store, key, options={"range": (start, end)})
+                return bytes(found.bytes()), found.meta["size"]
+            except BaseError:
+                if start < (num_bytes := obstore.head(self._store, key)["size"]):
+                    raise
+                return b"", num_bytes  # of what ends before, stores answer that there is no such range
 
         return self._asked("read", key, read)
 
@@ -230,14 +221,6 @@ class CloudObjects(Objects):
             raise unreachable from None
 
 
-class _Large(Exception):
-    """An object is read in parts."""
-
-    def __init__(self, num_bytes: int) -> None:
-        super().__init__(num_bytes)
-        self.num_bytes = num_bytes
-
-
 class UnansweredError(WorkspaceError):
     """A connection broke: whether what was asked for is done nobody has said."""
 
@@ -262,36 +245,30 @@ def open_cloud(scheme: str, bucket: str, prefix: str) -> CloudObjects:
     """Return the objects below s3://, gs:// or az://; raise RequirementError without obstore. Nothing is asked yet."""
     require_packages(["obstore"])
     from obstore import store
+    from obstore.exceptions import BaseError
 
     address = f"{scheme}://{bucket}/{prefix}".rstrip("/")
-    options: dict[str, Any] = {"retry_config": RETRIES, "prefix": prefix or None}
-    options |= _aws_profile() if scheme == "s3" else {}
-    make = partial({"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[scheme], bucket, **options)
-    client = _client_options(scheme)
+    own = profile_options() if scheme == "s3" else {}
+    kinds = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}
+    make = partial(kinds[scheme], bucket, prefix=prefix or None, retry_config=RETRIES, **own)
+    client = _client_options(scheme, own.get("endpoint", ""))
     answers = client | {"read_timeout": timedelta(seconds=_ANSWER_SECONDS)}
     try:
         return CloudObjects(address, make(client_options=answers), make(client_options=client))
-    except store_errors() as error:
+    except (BaseError, ValueError, TypeError) as error:  # a URL or a setting that it refuses
         reason = on_one_line(without_credentials(str(error).partition("\n")[0]))[:200]
         hint = "Check the URL, and the credentials in the environment (docs/STORES.md)."
         raise ConfigError(f"{address} cannot be opened: {reason}", hint=hint) from None
 
 
-def store_errors() -> tuple[type[Exception], ...]:
-    """Return the errors by which obstore refuses a URL or a setting."""
-    from obstore.exceptions import BaseError
-
-    return (BaseError, ValueError, TypeError)
-
-
-def _client_options(scheme: str) -> dict[str, Any]:
-    """Return time limits, and whether the endpoint that the environment names may be asked without TLS."""
+def _client_options(scheme: str, endpoint_of_profile: str) -> dict[str, Any]:
+    """Return time limits, and whether the endpoint, which the environment names first, may be asked without TLS."""
     named = {"s3": "AWS_ENDPOINT_URL", "gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}[scheme]
-    endpoint = urlsplit(os.environ.get(named) or (_aws_settings().get("endpoint_url", "") if scheme == "s3" else ""))
+    endpoint = urlsplit(os.environ.get(named) or endpoint_of_profile)
     is_allowed = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
     if endpoint.scheme == "http" and endpoint.hostname not in _LOOPBACK and not is_allowed:
         raise ConfigError(
-            f"${named} names {endpoint.hostname} without TLS: whoever is on the way reads and changes what you send",
+            f"the endpoint {endpoint.hostname} has no TLS: whoever is on the way reads and changes what you send",
             hint="Name an https:// endpoint; or set AWS_ALLOW_HTTP=true for a network that you trust.",
         )
     return {
@@ -303,59 +280,3 @@ def _client_options(scheme: str) -> dict[str, Any]:
 
 def _emulates_azure() -> bool:
     return os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true")
-
-
-def _aws_profile() -> dict[str, Any]:
-    """Return S3's settings from the files that `aws configure` writes, where the environment does not have them."""
-    settings = _aws_settings()
-    told: dict[str, Any] = {}
-    if not ({"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys()):
-        told["region"] = settings.get("region", "us-east-1")
-    if "AWS_ENDPOINT_URL" not in os.environ and "endpoint_url" in settings:
-        told["endpoint"] = settings["endpoint_url"]
-    if "AWS_ACCESS_KEY_ID" in os.environ or not any(key.startswith(_CREDENTIALS) for key in settings):
-        return told
-    if {"aws_access_key_id", "aws_secret_access_key"} <= settings.keys():
-        names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
-        told |= {name: settings[key] for name, key in names.items()}
-        return told | ({"session_token": token} if (token := settings.get("aws_session_token")) else {})
-    return told | {"credential_provider": _boto3_credentials()}
-
-
-def _boto3_credentials() -> Any:
-    """Return what gets the credentials of a profile that has no keys: roles, SSO, processes."""
-    try:
-        from boto3 import Session
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ModuleNotFoundError as error:
-        raise RequirementError(
-            f"the AWS profile {_profile_name()} has no keys of its own, and boto3, which gets its, is not installed",
-            hint="Install it with `pip install boto3`; or export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
-        ) from error
-    return Boto3CredentialProvider(Session())
-
-
-def _profile_name() -> str:
-    return os.environ.get("AWS_PROFILE") or "default"
-
-
-def _aws_settings() -> Mapping[str, str]:
-    """Return what ~/.aws/config and ~/.aws/credentials say of the profile."""
-    found: dict[str, str] = {}
-    name = _profile_name()
-    for variable, file, section in (
-        ("AWS_CONFIG_FILE", "config", name if name == "default" else f"profile {name}"),
-        ("AWS_SHARED_CREDENTIALS_FILE", "credentials", name),
-    ):
-        path = Path(os.environ.get(variable) or Path("~/.aws", file)).expanduser()
-        parser = ConfigParser(interpolation=None)
-        try:
-            parser.read(path, encoding="utf-8")
-        except (Error, UnicodeDecodeError) as error:
-            hint = "Mend it, or name another one."
-            raise ConfigError(f"{path} cannot be read: {type(error).__name__}", hint=hint) from None
-        found |= parser[section] if parser.has_section(section) else {}
-    if "AWS_PROFILE" in os.environ and not found:
-        hint = "Name one of ~/.aws/config or ~/.aws/credentials in $AWS_PROFILE."
-        raise ConfigError(f"there is no AWS profile {name}", hint=hint)
-    return found

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedcli.errors import ConfigError, DeniedError, FedError, require_packages
+from fedcli.errors import ConfigError, DeniedError, require_packages
 from fedcli.printable import on_one_line
 from fedcli.stores.objects import Entry, Objects, TooLargeError, UnlistableError
 
@@ -185,10 +185,8 @@ class SftpObjects(Objects):
                 raise
             except PermissionError:
                 raise self.denied(action, key) from None
-            except Exception as error:
+            except _errors() as error:
                 self._disconnect()
-                if isinstance(error, FedError | TooLargeError) or not isinstance(error, _errors()):
-                    raise
                 if attempt == _TRIES or not _is_lost(error):
                     raise self.unreachable(action, key, on_one_line(str(error) or type(error).__name__)[:200]) from None
                 time.sleep(min(0.2 * 2**attempt, 5.0))
@@ -305,7 +303,7 @@ def _ssh_config(host: str) -> Any:
         return paramiko.SSHConfig.from_path(os.path.expanduser("~/.ssh/config")).lookup(host)
     except FileNotFoundError:
         return {}
-    except Exception as error:  # what paramiko cannot read, ssh may
+    except (OSError, UnicodeDecodeError, paramiko.SSHException) as error:  # what paramiko cannot read, ssh may
         path = Path("~/.ssh/config").expanduser()
         raise ConfigError(f"{path} cannot be read: {on_one_line(str(error))[:200]}", hint="Mend it.") from error
 

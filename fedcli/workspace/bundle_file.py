@@ -109,7 +109,7 @@ class Bundle(Store):
     def put(self, name: str, contents: bytes) -> None:
         """Append a file, while the bundle is written."""
         if self.record is not None:
-            raise WorkspaceError(f"{self.path} is a bundle, which never changes", hint="Name a folder to write to.")
+            raise self._refusal()
         try:
             header = _header(name, len(contents))
         except ValueError as error:
@@ -127,10 +127,13 @@ class Bundle(Store):
         return True
 
     def set_aside(self, folder: str) -> bool:
-        raise NotImplementedError
+        raise self._refusal()
 
     def delete(self, name: str) -> None:
-        raise NotImplementedError
+        raise self._refusal()
+
+    def _refusal(self) -> WorkspaceError:
+        return WorkspaceError(f"{self.path} is a bundle, which never changes", hint="Name a folder to write to.")
 
     def entries(self) -> dict[str, FileEntry]:
         """Return all files with their hashes, one piece in memory at a time."""

@@ -1,11 +1,9 @@
 """A workspace in an object store or on an SFTP server: what a rename is on a disk, a create-only write is there.
 
-A published folder is there once its record is: it is created last, and of two that race one stands. The other files lie
-below `.<hash>/`, the first 16 hexadecimal digits of the record's SHA-256, so that two attempts never mix; what others
-put plainly beside the record is found, too (docs/PROTOCOL.md).
+A published folder is there once its record is: it is created last, and of two that race one stands. Its other files lie
+where the record's hash leads (object_keys.py); what others put plainly beside the record is found, too.
 """
 
-import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,53 +16,26 @@ from fedcli.stores.calls import AT_ONCE, at_once
 from fedcli.stores.objects import Objects, TooLargeError, UnlistableError
 from fedcli.workspace.kept_entries import KeptEntries
 from fedcli.workspace.kept_objects import KeptObjects
-from fedcli.workspace.layout import IDENTITY_NAME, MANIFEST, UPDATE_RECORD
+from fedcli.workspace.layout import IDENTITY_NAME
+from fedcli.workspace.object_keys import (
+    ATTEMPT,
+    SIGNED_FOLDERS,
+    attempt_key,
+    attempt_name,
+    key_below,
+    record_of,
+    without_attempt,
+)
 from fedcli.workspace.publish import ABANDONED_SECONDS, DISCARDED_PREFIX
 from fedcli.workspace.records import sha256
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.secure_records import ANSWER_RECORD
 from fedcli.workspace.store import Folder, Store
 
-_RECORDS = (
-    (re.compile(r"rounds/[0-9]{5,}"), MANIFEST),
-    (re.compile(r"inbox/[0-9]+/round-[0-9]{5,}"), UPDATE_RECORD),
-    (re.compile(r"inbox/[0-9]+/repair-[0-9]{5,}-[0-9]+"), ANSWER_RECORD),
-)
-_SIGNED = ("enrolment", "attempts", "repair")
-"""Folders of records, each X.json with its X.sig."""
-_ATTEMPT = re.compile(r"\.[0-9a-f]{16}")
 _MOST_RECORD_BYTES = 2**28
 _ENROLMENT = "enrolment"
 _MOST_AHEAD = 64 * 1024
 _MOST_ASIDE = 64
 _LARGEST_ASIDE = 2**32
-
-
-def record_of(name: str) -> str | None:
-    """Return the name of the record by which a file or folder is there; None for what is there by itself."""
-    parts = PurePosixPath(name).parts
-    for depth in (2, 3):
-        folder = "/".join(parts[:depth])
-        for pattern, record in _RECORDS:
-            if len(parts) >= depth and pattern.fullmatch(folder):
-                return f"{folder}/{record}"
-    if len(parts) == 2 and parts[0] in _SIGNED and name.endswith(".sig"):
-        return name.removesuffix(".sig") + ".json"
-    return None
-
-
-def attempt_key(name: str, record: str, contents: bytes) -> str:
-    """Return where a file lies whose record has these contents."""
-    return _key_below(name, record, _attempt_name(contents))
-
-
-def _attempt_name(contents: bytes) -> str:
-    return f".{sha256(contents)[:16]}"
-
-
-def _key_below(name: str, record: str, attempt: str) -> str:
-    folder = PurePosixPath(record).parent
-    return f"{folder}/{attempt}/{PurePosixPath(name).relative_to(folder)}"
 
 
 class ObjectStore(Store):
@@ -124,7 +95,7 @@ class ObjectStore(Store):
             with suppress(FileNotFoundError):
                 return self._get(self._key(name), limit)
         contents = self._get(name, limit)
-        if name == record or PurePosixPath(name).parts[0] in _SIGNED:
+        if name == record or PurePosixPath(name).parts[0] in SIGNED_FOLDERS:
             self._remember(name, contents)
         return contents
 
@@ -155,7 +126,7 @@ class ObjectStore(Store):
     def names(self, folder: str) -> list[str]:
         if record_of(folder) is not None:
             return sorted({path.partition("/")[0] for path in self.files(folder)})
-        found = [name for name in self.objects.names(folder) if not _ATTEMPT.fullmatch(name)]
+        found = [name for name in self.objects.names(folder) if not ATTEMPT.fullmatch(name)]
         while folder == "rounds" and found and not self._is_begun(f"rounds/{found[-1]}"):
             found.pop()
         return found
@@ -176,7 +147,7 @@ class ObjectStore(Store):
         attempts: dict[str, str] = {}
         files: dict[str, int] = {}
         for path, num_bytes in sorted(found.items()):
-            logical, attempt = _without_attempt(start + path)
+            logical, attempt = without_attempt(start + path)
             if attempt is not None and (record := record_of(logical)) is not None:
                 if record not in attempts:
                     attempts[record] = self._attempt(record)
@@ -196,12 +167,12 @@ class ObjectStore(Store):
         except (FileNotFoundError, Refusal):  # one of too many bytes leads to no files
             return ""
         self._remember(record, contents)
-        return _attempt_name(contents)
+        return attempt_name(contents)
 
     def _remember(self, record: str, contents: bytes) -> None:
         """Keep the hash of a record that nobody replaces: updates may be set aside, and sent again."""
         if not record.startswith("inbox/"):
-            self._hashes[record] = _attempt_name(contents)
+            self._hashes[record] = attempt_name(contents)
 
     def exists(self, name: str) -> bool:
         record = record_of(name)
@@ -221,7 +192,7 @@ class ObjectStore(Store):
         """Return where a file lies: below its attempt's folder where its record is there."""
         record = record_of(name)
         attempt = "" if record is None or name == record else self._attempt(record)
-        return _key_below(name, record, attempt) if record is not None and attempt else name
+        return key_below(name, record, attempt) if record is not None and attempt else name
 
     def existing(self, names: Sequence[str]) -> set[str]:
         records = [record_of(name) or name for name in names]
@@ -363,7 +334,7 @@ class ObjectStore(Store):
             return
         attempts: dict[str, dict[str, list[str]]] = {}
         for path in found:
-            logical, attempt = _without_attempt(start + path)
+            logical, attempt = without_attempt(start + path)
             if attempt is not None and (record := record_of(logical)) is not None:
                 attempts.setdefault(record, {}).setdefault(attempt, []).append(start + path)
         for record, keys_of in attempts.items():
@@ -388,9 +359,9 @@ class _ObjectFolder(Folder):
 
     def names(self) -> list[str]:
         found = set()
-        own = None if self._contents is None else _attempt_name(self._contents)
+        own = None if self._contents is None else attempt_name(self._contents)
         for path in self._objects.below(self._name):
-            logical, attempt = _without_attempt(path)
+            logical, attempt = without_attempt(path)
             if attempt in (None, own):
                 found.add(logical.partition("/")[0])
         return sorted(found)
@@ -425,12 +396,3 @@ class _ObjectFolder(Folder):
 def _inbox_of(name: str) -> str:
     """Return the inbox that a file lies in, of others the folder at the top."""
     return "/".join(name.split("/")[:2])
-
-
-def _without_attempt(path: str) -> tuple[str, str | None]:
-    """Return a path without the folder of an attempt in it, and that folder's name."""
-    parts = path.split("/")
-    for position, part in enumerate(parts[:-1]):
-        if _ATTEMPT.fullmatch(part):
-            return "/".join(parts[:position] + parts[position + 1 :]), part
-    return path, None
