@@ -17,6 +17,7 @@ from fedcli.stores.objects import Objects, TooLargeError, UnlistableError
 from fedcli.workspace.kept_entries import KeptEntries
 from fedcli.workspace.kept_objects import KeptObjects
 from fedcli.workspace.layout import IDENTITY_NAME
+from fedcli.workspace.object_folder import ObjectFolder
 from fedcli.workspace.object_keys import (
     ATTEMPT,
     SIGNED_FOLDERS,
@@ -311,7 +312,7 @@ class ObjectStore(Store):
                 contents = self._get(record, _MOST_RECORD_BYTES)
         if contents is None and not self.names(folder):
             raise FileNotFoundError(folder)
-        yield _ObjectFolder(self, folder, record, contents)
+        yield ObjectFolder(self, self.objects, folder, record, contents)
 
     def sweep(self, folder: str) -> None:
         """Remove attempts that lost, and of those that have no record the ones that a day has passed."""
@@ -346,51 +347,6 @@ class ObjectStore(Store):
                 if entry is None or time.time() - entry.modified > older_than:
                     with suppress(DeniedError):  # whose key may not delete leaves that to whoever may
                         self.objects.delete(key)
-
-
-class _ObjectFolder(Folder):
-    """A published folder as its record stood when it was opened."""
-
-    def __init__(self, store: ObjectStore, name: str, record: str | None, contents: bytes | None) -> None:
-        super().__init__(store, name)
-        self._objects = store.objects
-        self._record = record
-        self._contents = contents
-
-    def names(self) -> list[str]:
-        found = set()
-        own = None if self._contents is None else attempt_name(self._contents)
-        for path in self._objects.below(self._name):
-            logical, attempt = without_attempt(path)
-            if attempt in (None, own):
-                found.add(logical.partition("/")[0])
-        return sorted(found)
-
-    def read(self, name: str, limit: int) -> bytes:
-        full = f"{self._name}/{name}"
-        try:
-            if full == self._record and self._contents is not None:
-                if len(self._contents) > limit:
-                    raise TooLargeError(len(self._contents))
-                return self._contents
-            for key in self._keys(full):
-                with suppress(FileNotFoundError):
-                    return self._objects.get(key, limit)
-        except TooLargeError as error:
-            raise Refusal("size", f"{name} has {error.num_bytes} bytes, at most {limit} are allowed") from error
-        raise FileNotFoundError(full)
-
-    def read_part(self, name: str, start: int, end: int) -> bytes:
-        full = f"{self._name}/{name}"
-        for key in self._keys(full):
-            with suppress(FileNotFoundError):
-                return self._objects.get_part(key, start, end)
-        raise FileNotFoundError(full)
-
-    def _keys(self, full: str) -> list[str]:
-        if self._record is None or self._contents is None:
-            return [full]
-        return [attempt_key(full, self._record, self._contents), full]
 
 
 def _inbox_of(name: str) -> str:
