@@ -23,6 +23,16 @@ def small(small_template: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def signed_template(small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A signed workspace `server/W` and the keys of its server; it is never changed."""
+    from support.signed import make_signed  # it loads what most tests need not
+
+    folder = tmp_path_factory.mktemp("signed")
+    make_signed(small_template, folder / "server/W", folder / "server/home")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sandbox() -> Sandbox:
     """Return the sandbox for code; tests that need it are skipped where this machine has none."""
     try:

@@ -30,14 +30,6 @@ def run(capsys: pytest.CaptureFixture) -> Run:
     return runner(capsys)
 
 
-@pytest.fixture(scope="session")
-def signed_template(small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A signed workspace `server/W` and the keys of its server; it is never changed."""
-    folder = tmp_path_factory.mktemp("signed")
-    make_signed(small_template, folder / "server/W", folder / "server/home")
-    return folder
-
-
 @pytest.fixture
 def sites(signed_template: Path, tmp_path: Path) -> Path:
     """Sites that nothing but files connects: server/W, and a home for each."""

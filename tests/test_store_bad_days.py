@@ -33,7 +33,8 @@ def test_a_bad_day_costs_time_and_nothing_else(kind, monkeypatch):
             name = f"rounds/{number}.json"
             assert objects.create(name, b"first" * 20)
             assert not objects.create(name, b"second")
-            assert objects.get(name, 2**20) == b"first" * 20
+            for _ in range(2):  # a cache may have what was asked before
+                assert objects.get(name, 2**20) == b"first" * 20
             assert objects.head("rounds/nothing.json") is None
             assert objects.get_part(name, 5, 9) == b"firs"
             objects.put("settings", str(number).encode())

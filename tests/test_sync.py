@@ -12,7 +12,7 @@ from support.federation import all_take_part, configure
 from support.kills import copies_killed_at_every_call
 from support.memory_store import Killed, MemoryStore
 from support.processes import Run, runner
-from support.signed import at, identity_of, join, make_signed, train, tree
+from support.signed import at, identity_of, join, train, tree
 
 from fedcli import Federation, Observer
 from fedcli.errors import ConfigError, NotReadyError, UsageError, WorkspaceError
@@ -218,17 +218,20 @@ def test_a_hostile_update_leads_nowhere(played: Path, tmp_path: Path) -> None:
     assert {name for name in tree(tmp_path) if "stolen" in name} == set()
 
 
-@pytest.fixture(scope="session")
-def signed_template(small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A signed workspace `server/W` and the keys of its server; it is never changed."""
-    folder = tmp_path_factory.mktemp("signed")
-    make_signed(small_template, folder / "server/W", folder / "server/home")
-    return folder
-
-
 @pytest.fixture
 def signed(signed_template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(signed_template, tmp_path / "sites"))
+
+
+def enrolled(signed: Path) -> None:
+    """Let party 0 join from a copy of its own, and be enrolled."""
+    server, own = signed / "server/W", signed / "0/W"
+    with at(signed / "0/home"):
+        carry(server, own)
+        first = join(own, 0)
+        carry(own, server)
+    with at(signed / "server/home"):
+        Federation.open(server).server.enrol(0, first)
 
 
 @slow
@@ -268,12 +271,7 @@ def test_parties_that_see_only_their_own_copy_train_with_a_server_that_sees_only
 
 def test_new_keys_that_the_old_ones_signed_are_newer_without_any_memory(signed: Path, tmp_path: Path) -> None:
     server, own = signed / "server/W", signed / "0/W"
-    with at(signed / "0/home"):
-        carry(server, own)
-        first = join(own, 0)
-        carry(own, server)
-    with at(signed / "server/home"):
-        Federation.open(server).server.enrol(0, first)
+    enrolled(signed)
     with at(signed / "0/home"):
         carry(server, own)
         Federation.open(own).client(0).rotate_keys()
@@ -334,12 +332,7 @@ def test_planted_records_of_a_masked_round_do_not_take_the_real_ones_place(
 
 def test_an_update_under_revoked_keys_does_not_take_the_place_of_its_client(signed: Path) -> None:
     server, own, shared = signed / "server/W", signed / "0/W", signed / "shared"
-    with at(signed / "0/home"):
-        carry(server, own)
-        first = join(own, 0)
-        carry(own, server)
-    with at(signed / "server/home"):
-        Federation.open(server).server.enrol(0, first)
+    enrolled(signed)
     with at(signed / "0/home"):
         carry(server, own)
         train(own, 0)
