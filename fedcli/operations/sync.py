@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fedcli.errors import FedError, UsageError, WorkspaceError
 from fedcli.observer import Observer
 from fedcli.operations.carry import Carried, Carrier, Judge
+from fedcli.operations.sync_pair import Pair
 from fedcli.operations.sync_walk import CARRIED, Scope, Walk
 from fedcli.workspace.history import is_initialised, read_identity, read_round
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
@@ -51,7 +52,7 @@ def carry_all(
         raise UsageError(f"{source.address} is both places", hint="Name two: where it comes from, and where it goes.")
     result = Carried(source.address, target.address, identity.id, is_first=_check_target(target, identity))
     carrier = Carrier(source.store, target.store, judge, result, observer)
-    Walk(source, target, identity, scope, carrier, result).run()
+    Walk(Pair(source, target, identity), scope, carrier, result).run()
     return result
 
 

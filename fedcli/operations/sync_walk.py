@@ -2,40 +2,36 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 from fedcli.errors import FedError, IntegrityError
 from fedcli.operations.carry import MAX_SMALL_BYTES, Carried, Carrier
+from fedcli.operations.sync_inbox import SyncInbox
+from fedcli.operations.sync_pair import UNTOLD, Pair
 from fedcli.stores.objects import UnlistableError
-from fedcli.workspace.enrolment import MAX_ENTRY_BYTES, Enrolment
+from fedcli.workspace.enrolment import MAX_ENTRY_BYTES
 from fedcli.workspace.history import Round, listed_rounds, read_if_there, read_round
 from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES
 from fedcli.workspace.layout import (
     CONFIG_NAME,
     PRUNED,
-    UPDATE_RECORD,
     Workspace,
     is_round_name,
     round_name,
-    update_name,
 )
 from fedcli.workspace.parcels import (
     Incomplete,
     Parcel,
-    answer_parcel,
     baseline_parcel,
     read_manifest,
     round_parcel,
-    update_parcel,
 )
-from fedcli.workspace.publish import DISCARDED_PREFIX
-from fedcli.workspace.records import Identity, sha256
+from fedcli.workspace.records import sha256
 from fedcli.workspace.registrations import is_own, mark_as_copy, mark_as_own
-from fedcli.workspace.secure_files import MAX_BYTES, MOST_SHARES_BYTES, read_repair
+from fedcli.workspace.secure_files import MAX_BYTES, MOST_SHARES_BYTES
 
-UNTOLD = "nothing tells whether the server has signed it, or let its party take part"
 CARRIED = ("rounds", "inbox", "clients", "enrolment", "attempts", "repair", "baselines")
 KEPT = ("private", "data", "eval", "report", "slurm", "logs", "discarded", "server.lock", "README.md", "cron")
 """What stays where it is: secrets, rows, scores, and what one machine keeps for itself."""
@@ -71,21 +67,13 @@ class Scope:
 class Walk:
     """Goes through a workspace once, in an order that lets nothing arrive before what it refers to."""
 
-    source: Workspace
-    target: Workspace
-    identity: Identity
+    pair: Pair
     scope: Scope
     carrier: Carrier
     result: Carried
-    _latest: int = 0
-    _chain: Enrolment | None = None
-    """What is signed by whom; None where nothing is, or nobody can tell."""
-    _bases: dict[int, Round | None] = field(default_factory=dict)
-    _pruned: dict[tuple[str, int], bool] = field(default_factory=dict)
 
-    @property
-    def _places(self) -> tuple[Workspace, Workspace]:
-        return self.source, self.target
+    def __post_init__(self) -> None:
+        self.source, self.target = self.pair.places
 
     @cached_property
     def _is_own(self) -> bool:
@@ -98,7 +86,7 @@ class Walk:
         inboxes = {each: self._names(f"inbox/{each}") for each in self._clients("inbox")}
         last = self.scope.last_round
         rounds = [each for each in listed_rounds(self.source) if last is None or each <= last]
-        self._latest = max(rounds, default=0)
+        inbox = SyncInbox(self.pair, self.scope.first_round, max(rounds, default=0), self.carrier, self.result)
         attempts, repairs = ([*names(folder)] if folder in parts else [] for folder in ("attempts", "repair"))
         if "enrolment" in parts:
             self._enrolment()
@@ -117,7 +105,7 @@ class Walk:
         self._signed("repair", repairs)
         for client, found in inboxes.items():
             with self._told_of(f"inbox/{client}"):
-                self._inbox(client, found)
+                inbox.carry(client, found)
         if "baselines" in parts and not (self.source.store.is_remote or self.target.store.is_remote):
             for name in names("baselines"):
                 if not name.startswith("."):
@@ -133,13 +121,13 @@ class Walk:
         """Carry fedcli.yaml; what a workspace's own user has there, nobody else changes."""
         if self.result.is_first and not self.scope.is_bundled:
             if self._is_own:
-                mark_as_own(self.target, self.identity.id)
+                mark_as_own(self.target, self.pair.identity.id)
             else:
                 mark_as_copy(self.target)
         if self._is_own or self.result.is_first or self.carrier.judge.replaces or not is_own(self.target):
             self.carrier.changing("fedcli.yaml", CONFIG_NAME)
             return
-        ours, theirs = (self.carrier.read(place.store, CONFIG_NAME, MAX_SMALL_BYTES) for place in self._places)
+        ours, theirs = (self.carrier.read(place.store, CONFIG_NAME, MAX_SMALL_BYTES) for place in self.pair.places)
         if ours != theirs:
             self.result.changed[CONFIG_NAME] = "there it is this user's own, and here another's: --replace takes it"
 
@@ -182,20 +170,20 @@ class Walk:
         for number in range(max(entries, default=-1) + 1):
             name = f"enrolment/{round_name(number)}"
             if not self.carrier.fixed("enrolment", f"{name}.json", MAX_ENTRY_BYTES, signature=f"{name}.sig"):
-                self._chain = None
+                self.pair.chain = None
                 return
         if self.target.store.exists(f"enrolment/{round_name(max(entries, default=-1) + 1)}.json"):
             self._read_chain(self.target)  # it begins with what was carried, and knows more
 
     def _read_chain(self, place: Workspace) -> bool:
         """Read what is signed by whom; return False where the server has not signed all of it."""
-        if self.identity.signatures is not None:
+        if self.pair.identity.signatures is not None:
             from fedcli.operations.sync_trust import checked_chain  # where nothing is signed nobody needs cryptography
 
             try:
-                self._chain = checked_chain(place, self.identity)
+                self.pair.chain = checked_chain(place, self.pair.identity)
             except IntegrityError as error:
-                self._chain, self.result.arriving["enrolment"] = None, error.message
+                self.pair.chain, self.result.arriving["enrolment"] = None, error.message
                 return False
         return True
 
@@ -222,18 +210,12 @@ class Walk:
 
     def _registration(self, client: int, name: str, ours: bytes) -> None:
         """Carry a registration; new keys that the old ones signed are newer, whatever else is known."""
-        if self.identity.signatures is None:
+        if self.pair.identity.signatures is None:
             self.carrier.changing("registrations", name)
             return
         from fedcli.operations.sync_trust import carry_registration  # where nothing is signed nobody needs cryptography
 
-        carry_registration(self.carrier, *self._places, self.identity.id, client, ours)
-
-    def _is_pruned(self, place: Workspace, number: int) -> bool:
-        key = (place.address, number)
-        if key not in self._pruned:
-            self._pruned[key] = place.store.exists(place.name(place.round(number) / PRUNED))
-        return self._pruned[key]
+        carry_registration(self.carrier, *self.pair.places, self.pair.identity.id, client, ours)
 
     def _rounds(self, rounds: list[int]) -> None:
         """Carry the rounds in their order, each only behind the one that it follows.
@@ -256,7 +238,7 @@ class Walk:
     def _note_pruned(self, rounds: set[int]) -> None:
         """Tell where one place has pruned a round and the other has not: weights go neither way."""
         names = {self.source.name(self.source.round(number) / PRUNED): number for number in rounds}
-        here, there = (place.store.existing([*names]) for place in self._places)
+        here, there = (place.store.existing([*names]) for place in self.pair.places)
         for name in sorted(here ^ there):
             who = (self.source if name in here else self.target).address
             self.result.left[name.rpartition("/")[0]] = (
@@ -267,7 +249,7 @@ class Walk:
         with_weights = not self.scope.is_lean or number in (0, latest)
 
         def read() -> Parcel:
-            parcel = round_parcel(self.source, number, self.identity, with_weights=with_weights)
+            parcel = round_parcel(self.source, number, self.pair.identity, with_weights=with_weights)
             if not self.target.has_round(number):
                 self._check_chain(number, parcel.record)
             return parcel
@@ -276,16 +258,16 @@ class Walk:
 
     def _check_chain(self, number: int, contents: bytes) -> None:
         """Raise Incomplete where the target does not have what a round follows: the one before, and its enrolment."""
-        manifest = read_manifest(self.source, number, contents, self.identity)
+        manifest = read_manifest(self.source, number, contents, self.pair.identity)
         try:
             before = read_round(self.target, number - 1) if number else None
         except FedError as error:
             raise Incomplete(error.message) from error
-        if self.identity.signatures is not None:
+        if self.pair.identity.signatures is not None:
             from fedcli.operations.sync_trust import check_round
 
             past = None if before is None else before.manifest
-            check_round(self.source, manifest, contents, self._told_chain(), past)
+            check_round(self.source, manifest, contents, self.pair.told_chain(), past)
         if manifest.parent != (None if before is None else before.sha256):
             raise Incomplete(f"it does not follow round {number - 1} of {self.target.address}")
         if (head := manifest.enrolment) is not None:
@@ -301,7 +283,7 @@ class Walk:
         self._ignore(folder, [name for name in names if name not in known | sides and not name.endswith(".sig")])
         for name in sorted(known):
             signature = f"{folder}/{name.removesuffix('.json')}.sig"
-            fault = None if self.identity.signatures is None else partial(self._record_fault, folder, name)
+            fault = None if self.pair.identity.signatures is None else partial(self._record_fault, folder, name)
             self.carrier.fixed(folder, f"{folder}/{name}", MAX_BYTES, signature=signature, fault=fault)
 
     def _record_fault(self, folder: str, name: str, contents: bytes, signature: bytes) -> str:
@@ -310,12 +292,14 @@ class Walk:
 
         match = _RECORD.fullmatch(name)
         assert match is not None
-        base = self._base(int(match[1]))
+        base = self.pair.base(int(match[1]))
         if base is None:
             return f"round {int(match[1])} is in neither place"
-        if self._chain is None:
+        if self.pair.chain is None:
             return UNTOLD
-        return record_fault(Round(self.source, base.manifest, base.sha256), folder, contents, signature, self._chain)
+        return record_fault(
+            Round(self.source, base.manifest, base.sha256), folder, contents, signature, self.pair.chain
+        )
 
     def _shares(self, names: list[str]) -> None:
         """Carry sealed shares, each of which has its hash in its name; not of a round whose weights are gone there."""
@@ -323,7 +307,7 @@ class Walk:
             match = _SHARES.fullmatch(name)
             if (
                 match is None
-                or self._is_pruned(self.target, int(match[1]))
+                or self.pair.is_pruned(self.target, int(match[1]))
                 or self.target.store.exists(f"repair/{name}")
             ):
                 continue
@@ -332,103 +316,6 @@ class Walk:
                 self.result.arriving[f"repair/{name}"] = "it is not whole"
             else:
                 self.carrier.fixed("shares", f"repair/{name}", MOST_SHARES_BYTES)
-
-    def _inbox(self, client: int, names: list[str]) -> None:
-        """Carry a client's updates and answers; of rounds long closed one that stands there is not looked at again."""
-        own = f"inbox/{client}"
-        there = set() if self.target.store.is_hidden(own) else {*self.target.store.names(own)}
-        for name in names:
-            update = re.fullmatch(rf"round-{_ROUND}", name)
-            answer = re.fullmatch(rf"repair-{_ROUND}-0", name)
-            match = update or answer
-            if match is None or not is_round_name(match[1]):
-                self._ignore(f"inbox/{client}", [name])
-                continue
-            number, folder = int(match[1]), f"inbox/{client}/{name}"
-            if number < self.scope.first_round:
-                continue
-            if number < self._latest - 1 and (
-                name in there or (self._is_pruned(self.target, number) and not self._is_pruned(self.source, number))
-            ):
-                continue
-            if answer:
-                self.carrier.publish("answers", folder, partial(self._answer, number, client))
-            elif reason := self._reason_to_leave(number, client, folder):
-                self.result.left[folder] = reason
-            else:
-                self.carrier.publish("updates", folder, partial(self._update, number, client))
-
-    def _update(self, number: int, client: int) -> Parcel:
-        base = self._base(number)
-        if base is None:
-            raise Incomplete(f"round {number} is in neither place")
-        parcel = update_parcel(self.source, base.manifest, client, is_pruned=self._is_pruned(self.source, number))
-        if self.identity.signatures is not None:
-            from fedcli.operations.sync_trust import check_update
-
-            check_update(self._places, base, client, parcel, self._told_chain())
-        return parcel
-
-    def _answer(self, number: int, client: int) -> Parcel:
-        base = self._base(number)
-        if base is None:
-            raise Incomplete(f"round {number} is in neither place")
-        parcel = answer_parcel(self.source, number, client)
-        if self.identity.signatures is not None:
-            from fedcli.operations.sync_trust import check_answer
-
-            check_answer(self._places, base, client, parcel, self._told_chain())
-        return parcel
-
-    def _told_chain(self) -> Enrolment:
-        if self._chain is None:
-            raise Incomplete(UNTOLD)
-        return self._chain
-
-    def _base(self, number: int) -> Round | None:
-        if number not in self._bases:
-            self._bases[number] = None
-            for place in (self.target, self.source):
-                with suppress(FedError):
-                    found = read_round(place, number)
-                    if found is not None and found.manifest.workspace == self.identity.id:
-                        self._bases[number] = found
-                        break
-        return self._bases[number]
-
-    def _reason_to_leave(self, number: int, client: int, folder: str) -> str:
-        """Return why an update is not to be carried, although it is not there; nothing where it is."""
-        if self.target.store.names(folder):
-            return ""
-        ours = self.carrier.read(self.source.store, f"{folder}/{UPDATE_RECORD}", MAX_BYTES)
-        aside = f"{DISCARDED_PREFIX}{update_name(number)}-"
-        hidden = self.target.store.is_hidden(f"inbox/{client}")
-        for name in [] if hidden else self.target.store.names(f"inbox/{client}"):
-            if name.startswith(aside) and ours is not None:
-                theirs = self.carrier.read(self.target.store, f"inbox/{client}/{name}/{UPDATE_RECORD}", MAX_BYTES)
-                if theirs == ours:
-                    return (
-                        f"it was set aside there; `fedcli server discard --id {client} -w {self.source.address}` lets "
-                        "the client send another"
-                    )
-        base = self._base(number)
-        if base is not None and base.manifest.secure_aggregation is not None:
-            return "a repair goes on without it, and would unmask it" if self._is_unmasked(number, client) else ""
-        if base is not None and self._chain is not None:
-            from fedcli.operations.sync_trust import enrolment_then
-
-            gone = enrolment_then(read_round(self.target, base.number + 1), self._chain).gone.get(client)
-            if gone is not None:
-                return f"client {client} {'has left' if gone == 'leave' else 'was revoked'}: it counts no more"
-        return ""
-
-    def _is_unmasked(self, number: int, client: int) -> bool:
-        for place in self._places:
-            current = read_round(place, number)
-            repair = None if current is None else read_repair(current)
-            if repair is not None and client not in repair.record.clients:
-                return True
-        return False
 
 
 def _is_id(name: str) -> bool:
