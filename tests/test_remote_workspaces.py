@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.object_stores import DyingObjects, new_objects
+from support.object_stores import SERVERS, DyingObjects, new_objects
 from support.processes import ENVIRONMENT
 from support.updates import answer, protocol_files
 
@@ -444,8 +444,9 @@ def test_doctor_names_what_a_careless_store_did(answers, writes, words, monkeypa
     assert objects.below("") == {}
 
 
-def test_doctor_finds_nothing_wrong_with_a_store_that_keeps_its_word(monkeypatch):
-    objects = new_objects("objects", monkeypatch)
+@pytest.mark.parametrize("kind", ["objects", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SERVERS)])
+def test_doctor_finds_nothing_wrong_with_a_store_that_keeps_its_word(kind, monkeypatch):
+    objects = new_objects(kind, monkeypatch)
     found = list(probe_store(objects, ".doctor"))
     assert [probed.problem for probed in found] == [None] * len(found)
     assert {probed.name for probed in found} >= {"latency", "create twice", "race", "read back", "clock", "bandwidth"}

@@ -75,6 +75,10 @@ class Objects(ABC):
     def delete(self, key: str) -> None:
         """Remove an object; what is not there is no error."""
 
+    def another(self) -> "Objects":
+        """Return the same place for another writer at the same time; itself where calls do not wait for each other."""
+        return self
+
     def heads(self, keys: Sequence[str]) -> list[Entry | None]:
         """Return what is known of several objects, in their order."""
         return [self.head(key) for key in keys]

@@ -92,10 +92,11 @@ def _create_twice(objects: Objects, scratch: str) -> Probed:
 
 def _race(objects: Objects, scratch: str) -> Probed:
     """Let writers create one name at once, each with contents of its own."""
+    writers = [objects.another() for _ in range(WRITERS)]
     for race in range(_RACES):
         key = f"{scratch}/race-{race}"
         with ThreadPoolExecutor(WRITERS) as pool:
-            calls = [pool.submit(objects.create, key, f"{writer}".encode() * 100) for writer in range(WRITERS)]
+            calls = [pool.submit(each.create, key, f"{writer}".encode() * 100) for writer, each in enumerate(writers)]
             won = [writer for writer, call in enumerate(calls) if call.result()]
         stands = objects.get(key, 1000)
         if len(won) != 1:

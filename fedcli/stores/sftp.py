@@ -48,6 +48,10 @@ class SftpObjects(Objects):
         """Hang up: a connection has a thread and a socket, and a process may open many workspaces."""
         self._disconnect()
 
+    def another(self) -> Objects:
+        """Return the same folder over a connection of its own."""
+        return SftpObjects(*self._target, self._folder)
+
     def get(self, key: str, limit: int) -> bytes:
         def read(sftp: "paramiko.SFTPClient") -> bytes:
             with _opened(sftp, self._path(key)) as file:
