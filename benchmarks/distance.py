@@ -24,10 +24,10 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import numpy as np
 from record import record
 from support.fault_proxy import FaultProxy, Faults, Handled
 from support.servers import new_bucket, s3_environment, s3_server
+from untrained import Untrained
 
 from fedcli import Federation, Observer
 from fedcli.client.due import train_client
@@ -98,31 +98,6 @@ def main() -> int:
     print({name: round(ratio, 3) for name, ratio in ratios.items()})
     is_kept = (arguments.few, arguments.many) == (10, 1000)
     return record("distance", round(max(ratios.values()), 3), 1, figures | {"ratios": ratios}, is_kept=is_kept)
-
-
-class Untrained:
-    """Stands in for the model: a client's values are the adapter's and a little."""
-
-    num_truncated, num_own = 0, 10
-
-    def load(self, party, observer):
-        """Stand in for the process's models, too."""
-        return self
-
-    def rows(self, party, train, *, group_by=None):
-        """Return ten rows, of which nothing is looked at."""
-        return self
-
-    def __len__(self) -> int:
-        return 10
-
-    def counts(self) -> dict:
-        """Return nothing that is odd."""
-        return {"left_out": {}, "notes": {}, "first_cases": {}, "unused": {}}
-
-    def train(self, adapter, train, *, party, **_):
-        """Return the values after the round's steps, and the steps' losses."""
-        return {name: array + np.float32(0.01) for name, array in adapter.items()}, [1.0] * train.steps
 
 
 def come(federation: Federation, client: int) -> None:

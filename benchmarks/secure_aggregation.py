@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from aggregate import enlarged
 from record import record
+from untrained import Untrained
 
 from fedcli import Federation, Observer
 from fedcli.client.due import train_client
@@ -54,31 +54,6 @@ def main() -> int:
     print(ratios)
     facts = {"clients": arguments.clients, "dropped": arguments.dropped, "figures": figures, "ratios": ratios}
     return record("secure_aggregation", ratios["double"]["client_cpu_seconds"], MOST_RATIO, facts)
-
-
-class Untrained:
-    """Stands in for the model: a client's values are the adapter's and a little."""
-
-    num_truncated = 0
-
-    def load(self, party, observer):
-        """Stand in for the process's models, too."""
-        return self
-
-    def rows(self, party, train):
-        """Return ten rows, of which nothing is looked at."""
-        return self
-
-    def __len__(self) -> int:
-        return 10
-
-    def counts(self) -> dict:
-        """Return nothing that is odd."""
-        return {"left_out": {}, "notes": {}, "first_cases": {}, "unused": {}}
-
-    def train(self, adapter, train, *, party, **_):
-        """Return the values after the round's steps, and the steps' losses."""
-        return {name: array + np.float32(0.01) for name, array in adapter.items()}, [1.0] * train.steps
 
 
 def make_workspace(root: Path, clients: int, mode: str) -> Workspace:

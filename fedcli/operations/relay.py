@@ -139,7 +139,7 @@ def _next_step(parent: FederationState, child: FederationState, client: int, hom
     if standing == "gone":
         return _Step("gone")
     if own.relay is None:
-        return _Step("waits_for_parties") if own.state == "open" else _step_of_finished(parent, child, client, home)
+        return _Step("waits_for_parties") if own.state == "open" else _step_of_finished(parent, child, standing, home)
     if own.state == "finished":
         return _Step("finished")
     if own.relay.parent is None or own.relay.parent.round < parent.head.number:
@@ -161,9 +161,8 @@ def _step_of_sum(standing: str, sum_of_rounds: Callable[[], Summed]) -> _Step:
     return _Step("answered" if standing == "repair_due" else "waits_for_parent")
 
 
-def _step_of_finished(parent: FederationState, child: FederationState, client: int, home: Home) -> _Step:
+def _step_of_finished(parent: FederationState, child: FederationState, standing: str, home: Home) -> _Step:
     """Return what is due for a federation that is no region: the whole of it is one round of the parent."""
-    standing = client_status(parent, client).status
     start, head = child.start.manifest.files[ADAPTER_NAME], parent.head.manifest.files[ADAPTER_NAME]
     if start != head and any(line.get("event") == "sent" for line in read_history(home.history)):
         return _Step("finished")

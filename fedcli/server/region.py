@@ -94,8 +94,8 @@ def client_algorithm(parent: Manifest) -> Algorithm:
     if algorithm.name == "fedprox":
         return algorithm
     raise ConfigError(
-        f"a region cannot take part in {algorithm.name}: its clients send or keep more than an adapter "
-        f"{'(their control variates) ' if algorithm.name == 'scaffold' else ''}, and a region has no such thing",
+        f"a region cannot take part in {algorithm.name}: its clients send or keep more than an adapter"
+        f"{' (their control variates)' if algorithm.name == 'scaffold' else ''}, and a region has no such thing",
         hint="Let the parent use fedavg, fedprox or fedavgm, whose rounds equal the flat mean.",
     )
 
