@@ -6,9 +6,9 @@ depends on the number of threads.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
@@ -22,14 +22,31 @@ _MOST_STACKED = 2**23
 """Numbers of all updates together that are in memory at once when updates are read again, if a piece of each fits."""
 
 
-class Stacks:
-    """The counted updates' differences from `origin` side by side, read again from their files.
+Fill: TypeAlias = "Callable[[str, slice, Array], None]"
+"""Writes a slice of a flattened tensor of an update's difference, by the tensor's name, into float64 memory."""
 
-    `members` return a slice of a flattened tensor, by its name, one function for each update.
+
+def filling(numbers: "Callable[[str, slice], Array]", origin: "Arrays | None") -> Fill:
+    """Return what fills memory with the difference of an update's numbers from `origin`, zero for None."""
+
+    def fill(name: str, block: slice, out: Array) -> None:
+        found = numbers(name, block)
+        if origin is None:
+            np.copyto(out, found)
+        else:
+            np.subtract(found, origin[name].reshape(-1)[block], out=out, dtype=np.float64)
+
+    return fill
+
+
+class Stacks:
+    """The counted updates' differences side by side, read again from their files.
+
+    `shapes` are by tensor; `members` fill memory with a slice, one for each update.
     """
 
-    def __init__(self, origin: Arrays, members: "Sequence[Callable[[str, slice], Array]]") -> None:
-        self._origin = origin
+    def __init__(self, shapes: "Mapping[str, tuple[int, ...]]", members: Sequence[Fill]) -> None:
+        self._shapes = shapes
         self._members = members
 
     def blocks(self) -> "Iterator[tuple[str, slice, Array]]":
@@ -41,9 +58,9 @@ class Stacks:
         length = PIECE * max(1, _MOST_STACKED // (PIECE * len(self._members)))
         memory = [np.empty((len(self._members), length)) for _ in range(2)]
         blocks = [
-            (name, slice(begin, min(begin + length, array.size)))
-            for name, array in self._origin.items()
-            for begin in range(0, array.size, length)
+            (name, slice(begin, min(begin + length, math.prod(shape))))
+            for name, shape in self._shapes.items()
+            for begin in range(0, math.prod(shape), length)
         ]
         with ThreadPoolExecutor(2) as readers:  # each reads every other update, block after block
 
@@ -61,9 +78,8 @@ class Stacks:
 
     def _fill(self, rows: Array, name: str, block: slice, first: int) -> None:
         """Fill every other row with a part of an update's difference."""
-        start = self._origin[name].reshape(-1)[block]
-        for row, member in list(zip(rows, self._members, strict=True))[first::2]:
-            np.subtract(member(name, block), start, out=row, dtype=np.float64)
+        for row, fill in list(zip(rows, self._members, strict=True))[first::2]:
+            fill(name, block, row)
 
     def products(self) -> Array:
         """Return the Gram matrix of the updates' differences, by one pass."""
@@ -74,7 +90,7 @@ class Stacks:
 
     def reduce(self, function: "Callable[[Array], Array]") -> "dict[str, Array]":
         """Return what a function makes of the rows of each block: one number for each column."""
-        result = {name: np.empty(array.shape) for name, array in self._origin.items()}
+        result = {name: np.empty(shape) for name, shape in self._shapes.items()}
         for name, block, rows in self.blocks():
             result[name].reshape(-1)[block] = function(rows)
         return result

@@ -14,7 +14,7 @@ from fedcli.observer import Observer
 from fedcli.parties.party import Party
 from fedcli.tasks import TASKS
 from fedcli.training.reports import StepReport
-from fedcli.workspace.client_state import read_state, remove_old_candidates, save_candidate
+from fedcli.workspace.client_state import read_states, remove_old_candidates, save_candidates
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.privacy_ledger import check_budget
@@ -89,7 +89,8 @@ def train_and_drop(
     )
     algorithm = algorithm_from(manifest.algorithm)
     state = head.state(algorithm) if algorithm.clients_read_state else {}
-    own = read_state(party.home, [*past, head], algorithm, client)
+    kept = read_states(party.home, [*past, head], client)
+    own = kept.get(algorithm.private_state, {})
     privacy = manifest.privacy if manifest.privacy is not None and manifest.privacy.is_at_party else None
     runtime = runtimes.load(party, observer)
     rows = runtime.rows(party, manifest.train, group_by=None if privacy is None else privacy.group_by)
@@ -129,9 +130,11 @@ def train_and_drop(
         withholds=manifest.withholds,
         **rows.counts() | ({} if party.is_handwritten else {"unused": {}}),
     )
-    sent, kept = algorithm.client_step(
+    sent, own = algorithm.client_step(
         adapter, values, state, own, steps=training.steps, learning_rate=manifest.train.learning_rate
     )
+    if algorithm.private_state:
+        kept[algorithm.private_state] = own
     if masked is not None:
         from fedcli.client.secure_round import mask_and_drop
 
@@ -158,7 +161,6 @@ def train_and_drop(
         salt=os.urandom(32).hex() if manifest.withholds else None,
     )
     record = sealed(update)
-    if algorithm.private_state:
-        remove_old_candidates(party.home, algorithm, client, [*past, head])
-        save_candidate(party.home, algorithm, head.number, sha256(record), kept)
+    remove_old_candidates(party.home, client, [*past, head])
+    save_candidates(party.home, head.number, sha256(record), kept)
     return training, commit_update(federation, party, [*files.items()], record, observer)

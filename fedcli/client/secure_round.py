@@ -27,7 +27,7 @@ from fedcli.trust.attempts import check_server, terms_of, unproven
 from fedcli.trust.chain import read_chain
 from fedcli.trust.history import note, read_history
 from fedcli.trust.keys import KeyPair
-from fedcli.workspace.client_state import remove_old_candidates, save_candidate
+from fedcli.workspace.client_state import remove_old_candidates, save_candidates
 from fedcli.workspace.enrolment import Enrolment
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
@@ -152,14 +152,15 @@ def mask_and_drop(
     algorithm: Algorithm,
     adapter: Arrays,
     files: Mapping[str, Arrays],
-    kept: Arrays,
+    kept: Mapping[str, Arrays],
     num_samples: int,
     observer: Observer,
     claim: PrivacyClaim | None = None,
 ) -> bool:
     """Mask what a client trained, and drop it; return False where an update stood there already.
 
-    `files` are by name what the client would send in the clear: its adapter's values, and what the algorithm adds.
+    `files` are by name what the client would send in the clear: its adapter's values, and what the algorithm adds;
+    `kept` is by folder what it keeps for the next round.
     """
     party, base = round_.party, round_.base
     numbers = _to_ring(base, algorithm, adapter, files, num_samples, party.client)
@@ -187,9 +188,8 @@ def mask_and_drop(
         privacy=claim,
     )
     record = sealed(update)
-    if algorithm.private_state:
-        remove_old_candidates(party.home, algorithm, party.client, [*round_.federation.past(), base])
-        save_candidate(party.home, algorithm, base.number, sha256(record), kept)
+    remove_old_candidates(party.home, party.client, [*round_.federation.past(), base])
+    save_candidates(party.home, base.number, sha256(record), kept)
     journal = Journal(
         workspace=base.manifest.workspace,
         round=base.number,

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from fedcli.algos import ALGORITHMS, Algorithm, FedAvg
 from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.data import DataConfig, TaskName, check_format
+from fedcli.config.exclusions import excluded
 from fedcli.config.privacy import PrivacyConfig
 from fedcli.config.section import Count, Section
 from fedcli.config.slurm import SlurmConfig
@@ -247,6 +248,8 @@ class Config(Section):
         )
         if federation.relay_every is not None:
             self._check_region()
+        for problem in excluded(self, Config.model_construct()):
+            raise ValueError(problem)
         return self
 
     def _check_region(self) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from fedcli.algos import Algorithm, Array, Arrays, MergedUpdates
-from fedcli.algos.reducer import Reducer, Stacks
+from fedcli.algos.reducer import Reducer, Stacks, filling
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.workspace.history import Round
@@ -138,12 +138,13 @@ class Merge:
         zeros = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in self.adapter.items()}
         return MergedUpdates(
             zeros | self._reduce(self.differences, ADAPTER_FILE, self.adapter),
-            {name: zeros | self._reduce(reducer, name, zeros) for name, reducer in self.files.items()},
+            {name: zeros | self._reduce(reducer, name, None) for name, reducer in self.files.items()},
         )
 
-    def _reduce(self, reducer: Reducer, name: str, origin: Arrays) -> "dict[str, Array]":
-        members = [stored[name].numbers for stored in self.stored if stored]
-        return reducer.result(Stacks({tensor: origin[tensor] for tensor in self.base.manifest.sent_tensors}, members))
+    def _reduce(self, reducer: Reducer, name: str, origin: "Arrays | None") -> "dict[str, Array]":
+        members = [filling(stored[name].numbers, origin) for stored in self.stored if stored]
+        shapes = {tensor: entry.shape for tensor, entry in self.base.manifest.sent_tensors.items()}
+        return reducer.result(Stacks(shapes, members))
 
     def aggregation(self) -> Aggregation:
         """Return the record of the merge, every list sorted by client; weights add up to 1."""

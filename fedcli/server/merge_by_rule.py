@@ -7,6 +7,7 @@ at each number of all of them. Memory holds blocks only, and n x n numbers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -130,6 +131,11 @@ class _Survey:
     missing: list[int] = field(default_factory=list)
     surplus: list[int] = field(default_factory=list)
 
+    @cached_property
+    def adapter(self) -> Arrays:
+        """The round's global adapter."""
+        return self.base.adapter()
+
     def read(self, order: Sequence[int], count: int) -> None:
         """Find the first `count` valid updates in this order, and read them side by side."""
         remaining = list(order)
@@ -171,7 +177,7 @@ class _Survey:
         """Read each file of all that were found side by side; return the positions of those that are faulty."""
         faulty = set()
         for name in self.base.manifest.update_files if self.found else ():
-            reading = SideBySide(self.base, self.found, name, _origin(self.base, name))
+            reading = SideBySide(self.base, self.found, name, self.adapter if name == ADAPTER_FILE else None)
             self.products[name] = reading.stacks.products()
             faulty |= {*reading.faulty()}
         for submission in self.found:
@@ -217,7 +223,7 @@ class _Merge:
     survey: _Survey
 
     def __post_init__(self) -> None:
-        self.adapter = self.base.adapter()
+        self.adapter = self.survey.adapter
 
     def counted(self) -> list[CountedUpdate]:
         """Return what the manifest will say of each valid update, with the weights that the rule gives, in order."""
@@ -266,7 +272,7 @@ class _Merge:
         weights = {entry.client: {ADAPTER_FILE: entry.weight or 0.0} | (entry.file_weights or {}) for entry in entries}
         hashes = {submission.client: submission.sha256 for submission in self.survey.found}
         sums = {name: WeightedMean(divisor=1.0) for name in self.base.manifest.update_files}
-        origins = {name: _origin(self.base, name, self.adapter) for name in sums}
+        origins = {name: self.adapter if name == ADAPTER_FILE else None for name in sums}
         weighing = [client for client, given in weights.items() if any(given.values())]
         for client, reading in read_pairs(self.base, weighing):
             try:
@@ -282,16 +288,8 @@ class _Merge:
     def _blockwise(self, name: str) -> dict[str, Array]:
         """Return what the rule makes of each number of all updates."""
         mixing = self.rule.mixing(self.survey.products[name])
-        reading = SideBySide(self.base, self.survey.found, name, _origin(self.base, name, self.adapter))
+        reading = SideBySide(self.base, self.survey.found, name, self.adapter if name == ADAPTER_FILE else None)
         found = reading.stacks.reduce(lambda rows: self.rule.combine(rows, mixing))
         if faulty := reading.faulty():
             raise ChangedUpdate(self.survey.found[faulty[0]].client)
         return found
-
-
-def _origin(base: Round, name: str, adapter: "Arrays | None" = None) -> Arrays:
-    """Return what a file's numbers are taken from: the global adapter; of other files they are differences already."""
-    adapter = base.adapter() if adapter is None else adapter
-    if name == ADAPTER_FILE:
-        return adapter
-    return {tensor: np.broadcast_to(np.float32(0), array.shape) for tensor, array in adapter.items()}

@@ -1,15 +1,15 @@
 """What `fedcli verify` checks beside rounds and updates: baselines, scores, and what simulated clients keep."""
 
+import itertools
 import re
 from collections.abc import Callable
 from contextlib import suppress
 
-from fedcli.config import algorithm_from
 from fedcli.errors import IntegrityError
 from fedcli.server.verification import Verification
 from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.baselines import published_baselines, read_baseline
-from fedcli.workspace.client_state import damaged_candidates, read_state
+from fedcli.workspace.client_state import damaged_candidates, kept_states, read_state
 from fedcli.workspace.history import Round, read_record
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.publish import DISCARDED_PREFIX, TEMPORARY_PREFIX
@@ -67,19 +67,20 @@ _NAMES: dict[str, Callable[[str], object]] = {
 
 
 def check_private(rounds: list[Round], result: Verification) -> None:
-    """What simulated clients keep for the latest algorithm is as they wrote it, and there where they need it."""
+    """What simulated clients keep for the latest round is as they wrote it, and there where they need it."""
     workspace, head = rounds[-1].workspace, rounds[-1]
     with suppress(IntegrityError):  # an algorithm that is not known is told once
-        algorithm = algorithm_from(head.manifest.algorithm)
-        for client in sorted(int(name) for name in workspace.store.names("private") if name.isdecimal()):
+        states = kept_states(head.manifest)
+        clients = sorted(int(name) for name in workspace.store.names("private") if name.isdecimal()) if states else []
+        for client, state in itertools.product(clients, states):
             if workspace.store.is_hidden(f"private/{client}"):
                 continue
-            damaged = dict(damaged_candidates(workspace.private(client), algorithm))
+            damaged = dict(damaged_candidates(workspace.private(client), state))
             for path, problem in damaged.items():
                 result.report(path, problem)
-            is_kept = workspace.store.names(f"private/{client}/{algorithm.private_state}")
+            is_kept = workspace.store.names(f"private/{client}/{state.folder}")
             if is_kept and not damaged and len(rounds) == head.number + 1:
                 try:
-                    read_state(workspace.private(client), rounds, algorithm, client)
+                    read_state(workspace.private(client), rounds, state, client)
                 except IntegrityError as error:
                     result.report(workspace.private(client).folder, error.message)

@@ -72,7 +72,7 @@ class Floors(BaseModel):
     """The most that epsilon is told for; None: USUAL_DELTA where there is a floor max_epsilon."""
 
     @model_serializer(mode="wrap")
-    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unwritten(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in write(self).items() if getattr(self, key) != getattr(USUAL_FLOORS, key)}
 
 

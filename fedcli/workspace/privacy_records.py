@@ -16,7 +16,7 @@ class _Sparse(Record):
     """A record whose keys that are null are not written."""
 
     @model_serializer(mode="wrap")
-    def _without_null(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unwritten(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in write(self).items() if value is not None}
 
 

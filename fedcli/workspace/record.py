@@ -1,9 +1,9 @@
 """What all JSON records of the protocol have in common."""
 
 import json
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -17,9 +17,15 @@ class Record(BaseModel):
 
     arrives: ClassVar[bool] = False
     """Whether other tools bring it from elsewhere: one that is cut short is then not whole yet."""
+    unwritten: ClassVar[tuple[str, ...]] = ()
+    """Keys that are not written where they are None: records of versions without them have the same bytes."""
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", defer_build=True)
 
     def to_bytes(self) -> bytes:
         """Return UTF-8 JSON with sorted keys."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
         return text.encode() + b"\n"
+
+    @model_serializer(mode="wrap")
+    def _without_unwritten(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value is not None or key not in self.unwritten}

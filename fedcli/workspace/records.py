@@ -10,9 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 from pydantic import (
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -88,6 +86,8 @@ class Schedule(Record):
 class TrainRecord(Record):
     """All that a client must obey in its round; `learning_rate` is this round's."""
 
+    unwritten = ("date",)
+
     steps: Steps
     batch_size: BatchSize
     micro_batch_size: BatchSize | None
@@ -113,13 +113,11 @@ class TrainRecord(Record):
             Date.fromisoformat(self.date)
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "date" or value is not None}
-
 
 class CountedUpdate(Record):
     """An update that went into the aggregate; `update` is the hash of its update.json, weights add up to 1."""
+
+    unwritten = ("cosine", "change", "file_weights", "privacy")
 
     client: Natural
     update: Sha256
@@ -139,14 +137,11 @@ class CountedUpdate(Record):
     privacy: PrivacyClaim | None = None
     """What its client says that all its steps so far have spent; None, and not written, but for rows and groups."""
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("cosine", "change", "file_weights", "privacy")
-        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
-
 
 class RefusedUpdate(Record):
     """An update that was not counted, and why."""
+
+    unwritten = ("update",)
 
     client: Natural
     code: RefusalCode
@@ -159,13 +154,11 @@ class RefusedUpdate(Record):
         """Return the record of a refusal."""
         return cls(client=client, code=refusal.code, reason=refusal.reason, update=refusal.update)
 
-    @model_serializer(mode="wrap")
-    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "update" or value is not None}
-
 
 class Aggregation(Record):
     """How a round's adapter came to be; all lists are sorted by client."""
+
+    unwritten = ("rule", "privacy", "secure")
 
     algorithm: dict[str, Any]
     counted: list[CountedUpdate]
@@ -179,11 +172,6 @@ class Aggregation(Record):
     """The noise of a round of unit client; None for others, and then it is not written."""
     secure: SecureSum | None = None
     """How the sum of masked updates was had; None, and not written, where they were not masked."""
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("rule", "privacy", "secure")
-        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 class Selection(Record):
@@ -217,6 +205,8 @@ class AlgorithmRun(Record):
 
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
+
+    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay")
 
     arrives = True
     protocol: Literal[1] = 1
@@ -287,14 +277,11 @@ class Manifest(Record):
         cosine = (1 + math.cos(math.pi * self.round / max(1, self.train.schedule.rounds))) / 2
         return last + (first - last) * cosine
 
-    @model_serializer(mode="wrap")
-    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("update_tensors", "enrolment", "fedcli", "privacy", "relay")
-        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
-
 
 class Identity(Record):
     """workspace.json: who this workspace is, and the settings that `init` fixed."""
+
+    unwritten = ("signatures",)
 
     protocol: Literal[1] = 1
     id: Annotated[str, Field(pattern=WORKSPACE_ID)]
@@ -303,10 +290,6 @@ class Identity(Record):
     """Whether its clients are simulated, with rows in data/; None in workspaces of versions that did not say."""
     signatures: Literal["required"] | None = None
     """Whether updates and rounds must be signed; None, and not written, where they need not."""
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "signatures" or value is not None}
 
 
 class PrunedRecord(Record):
@@ -319,6 +302,8 @@ class PrunedRecord(Record):
 
 class UpdateRecord(Record):
     """update.json: what a client says of its update."""
+
+    unwritten = ("privacy", "salt", "relay")
 
     protocol: int
     workspace: str
@@ -338,11 +323,6 @@ class UpdateRecord(Record):
     """
     relay: RelayedRound | None = None
     """Of a region, whose adapter this is; None, and not written, of other clients."""
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("privacy", "salt", "relay")
-        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 def file_entry(contents: bytes | memoryview) -> FileEntry:

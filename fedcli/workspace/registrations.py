@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import ValidationError
 
 from fedcli.config import DataFormat
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
@@ -67,6 +67,8 @@ class RegionRecord(Record):
 class PartyRecord(Record):
     """party.json in a party's home: where its rows and its base model lie, and whether remote code is trusted."""
 
+    unwritten = ("num_rows", "region")
+
     workspace: str
     client: Natural
     source: str
@@ -88,11 +90,6 @@ class PartyRecord(Record):
     """What its registration does not tell, where privacy has a unit; None, and not written, where it tells it."""
     region: RegionRecord | None = None
     """None, and not written, of a party that holds its rows itself."""
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("num_rows", "region")
-        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:

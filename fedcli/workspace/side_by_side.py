@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedcli.algos import Array, Arrays
-from fedcli.algos.reducer import Stacks
+from fedcli.algos.reducer import Stacks, filling
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import StoredFile, Submission, read_update
 from fedcli.workspace.refusal import Refusal
@@ -19,11 +19,11 @@ class SideBySide:
     Then `faulty` tells whose file is not what its update.json says, or holds what no update may hold.
     """
 
-    def __init__(self, base: Round, submissions: Sequence[Submission], name: str, origin: Arrays) -> None:
+    def __init__(self, base: Round, submissions: Sequence[Submission], name: str, origin: "Arrays | None") -> None:
         self._members = [_member(base, submission, name) for submission in submissions]
         self.stacks = Stacks(
-            {tensor: origin[tensor] for tensor in sorted(base.manifest.sent_tensors)},
-            [member.numbers for member in self._members],
+            {tensor: entry.shape for tensor, entry in sorted(base.manifest.sent_tensors.items())},
+            [filling(member.numbers, origin) for member in self._members],
         )
 
     def faulty(self) -> list[int]:

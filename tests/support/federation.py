@@ -17,7 +17,7 @@ from fedcli.client.due import train_client
 from fedcli.config import apply_overrides, read_document
 from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
 from fedcli.parties.party import Party
-from fedcli.workspace.client_state import read_state
+from fedcli.workspace.client_state import read_states
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import TrainRecord
 
@@ -116,7 +116,7 @@ def own(workspace: Path, client: int) -> dict[str, np.ndarray]:
     """Return a client's c_k for the open round as fedcli finds it; empty for zero."""
     state = Federation.open(workspace).state
     rounds = [*state.past(), state.head]
-    return read_state(Workspace(workspace).private(client), rounds, Scaffold(), client)
+    return read_states(Workspace(workspace).private(client), rounds, client).get(Scaffold.private_state, {})
 
 
 def stored_hashes(workspace: Path) -> dict[str, str]:

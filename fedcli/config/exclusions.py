@@ -1,0 +1,51 @@
+"""What cannot stand together in fedcli.yaml, and why: one table, whose rows name both keys.
+
+A condition is a dotted key: it holds where the key has another value than its default, or with `key: a|b` one of these
+values. What an algorithm brings along is a key, too: `algorithm.state_prefixes`.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from fedcli.config.sections import Config
+
+
+class Exclusion(NamedTuple):
+    """Two conditions that exclude each other."""
+
+    first: str
+    second: str
+    why: str
+
+
+EXCLUSIONS: tuple[Exclusion, ...] = ()
+
+
+def excluded(config: "Config", plain: "Config") -> Iterator[str]:
+    """Yield what is to be told of each pair that stands in a configuration; `plain` has every key's default."""
+    for first, second, why in EXCLUSIONS:
+        if holds(config, plain, first) and holds(config, plain, second):
+            yield f"{_told(config, first)} and {_told(config, second)} exclude each other: {why}"
+
+
+def holds(config: "Config", plain: "Config", condition: str) -> bool:
+    """Return whether a condition holds."""
+    key, _, values = condition.partition(": ")
+    found = _value(config, key)
+    return str(found) in values.split("|") if values else found != _value(plain, key)
+
+
+def _value(config: "Config", key: str) -> Any:
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _told(config: "Config", condition: str) -> str:
+    """Return a key with its value, as fedcli.yaml has it."""
+    key = condition.partition(": ")[0]
+    if key.startswith("algorithm."):
+        key = "algorithm.name"
+    return f"{key}: {_value(config, key)}"
