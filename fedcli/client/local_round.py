@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedcli.client.cluster import cluster_of
 from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
@@ -96,6 +97,9 @@ def train_and_drop(
     rows = runtime.rows(party, manifest.train, group_by=None if privacy is None else privacy.group_by)
     private = None if privacy is None else plan_private(party, head, past, rows)
     head.check_unchanged()
+    if manifest.clusters is not None:
+        head = head.of_cluster(cluster_of(head, party, runtime, federation.config.federation.clients, observer))
+        adapter = head.adapter()
     if private is not None:
         from fedcli.training.dp_sgd import check_task
 
@@ -158,6 +162,7 @@ def train_and_drop(
         train_loss=training.mean_loss if private is None else None,
         files={name: file_entry(contents) for name, contents in files.items()},
         privacy=training.spent,
+        cluster=None if manifest.clusters is None else head.cluster,
         salt=os.urandom(32).hex() if manifest.withholds else None,
     )
     record = sealed(update)
