@@ -18,13 +18,13 @@ from fedcli.operations.report import read_metrics
 from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.parties.party import find_same_base, trusts_code
 from fedcli.parties.simulate import DataSummary, read_summary
-from fedcli.quantities import plural
+from fedcli.quantities import name_clients, plural
 from fedcli.report.card import Card, ClientData, render_card
 from fedcli.scoring.table import best_rounds
 from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, check_outside
+from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, adapter_name, check_outside
 from fedcli.workspace.publish import check_free, is_free, new_folder
 from fedcli.workspace.registrations import DataCard
 
@@ -74,7 +74,10 @@ def export(
             if _holds_card(output, render_card(_card(federation, found, config, merged_dtype))):
                 return _exported(output, output, found, merged_dtype, is_new=False)
     check_free(output)
-    adapter = {ADAPTER_FILE: found.read(ADAPTER_NAME), ADAPTER_CONFIG_FILE: found.read(ADAPTER_CONFIG_NAME)}
+    adapter = {
+        ADAPTER_FILE: found.read(adapter_name(found.cluster)),
+        ADAPTER_CONFIG_FILE: found.read(ADAPTER_CONFIG_NAME),
+    }
     adapter_config = parse_adapter_config(adapter[ADAPTER_CONFIG_FILE], found.folder / ADAPTER_CONFIG_NAME)
     with new_folder(output) as folder:
         merged_dtype = None
@@ -130,7 +133,13 @@ def _find_round(federation: FederationState, number: str, best: str | None) -> R
         if number != "latest":
             raise UsageError("--best names a round by its score, and --round by its number", hint="Leave one out.")
         number = str(best_rounds(federation.workspace, best)[0][0])
-    return federation.round(number)
+    found = federation.round(number)
+    if found.manifest.num_clusters > 1 and ":" not in number:
+        raise UsageError(
+            f"round {found.number} has {found.manifest.num_clusters} adapters, one for each cluster",
+            hint=f"Name one: --round {number}:0.",
+        )
+    return found
 
 
 def _card(federation: FederationState, found: Round, adapter_config: dict[str, Any], merged_dtype: str | None) -> Card:
@@ -154,7 +163,8 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
         "seed": str(train.seed),
         "workspace": manifest.workspace,
         "SHA-256 of the round's manifest": found.sha256,
-        "SHA-256 of its adapter": manifest.files[ADAPTER_NAME].sha256,
+        "SHA-256 of its adapter": manifest.files[adapter_name(found.cluster)].sha256,
+        "cluster": _cluster(found),
         "type of the merged weights": merged_dtype or "",
     }
     metrics, _ = read_metrics(workspace)
@@ -179,6 +189,16 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
         version=version("fedcli"),
         privacy=sentence_of(federation, found.number),
     )
+
+
+def _cluster(found: Round) -> str:
+    """Return whose adapter it is, of several; empty where there is one for all."""
+    clusters, merge = found.manifest.clusters, found.manifest.aggregation
+    if clusters is None:
+        return ""
+    counted = [entry.client for entry in merge.counted if entry.cluster == found.cluster] if merge else []
+    name = f" ({clusters.names[found.cluster]})" if clusters.names else ""
+    return f"{found.cluster}{name} of {clusters.count}, {name_clients(counted)}" if counted else str(found.cluster)
 
 
 def _clients(federation: FederationState, summary: DataSummary | None) -> list[ClientData]:

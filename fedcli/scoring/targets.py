@@ -17,7 +17,7 @@ from fedcli.workspace import baselines
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.inbox import Update, read_update, submitted_rounds
-from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, adapter_name
 from fedcli.workspace.records import sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.target_name import TargetName
@@ -30,7 +30,7 @@ class Targets:
     """Which targets a user named; with none named, all that a workspace holds: base, baselines, the latest round."""
 
     rounds: Sequence[str] = ()
-    """Numbers, or "latest"."""
+    """Numbers, or "latest"; with :J behind one a cluster's adapter, else all of a round's."""
     base: bool = False
     clients: Sequence[int] = ()
     alone: Sequence[int] = ()
@@ -69,11 +69,12 @@ def find_targets(federation: FederationState, asked: Targets) -> list[Target]:
     named = [*asked.alone, *([None] if asked.pooled else [])]
     found = [_base(start)] if asked.base or everything else []
     if everything and config.adapter.init is not None:
-        found.append(_round(start))
+        found += _rounds(start, is_one=False)
     names = baselines.published_baselines(workspace) if everything else map(baselines.baseline_name, named)
     found += [_baseline(start, name) for name in names]
     found += [_update(workspace, client) for client in asked.clients]
-    found += [_round(federation.round(name)) for name in (("latest",) if everything else asked.rounds)]
+    for name in ("latest",) if everything else asked.rounds:
+        found += _rounds(federation.round(name), is_one=":" in name)
     found += [_folder(folder) for folder in asked.adapters]
     found += [_model(workspace, model) for model in asked.models]
     found += [_api(name, asked.api_url) for name in asked.apis]
@@ -95,10 +96,18 @@ def _base(start: Round) -> Target:
     )
 
 
+def _rounds(found: Round, *, is_one: bool) -> list[Target]:
+    """Return a round's adapter; of one with clusters all of them, or the one that is meant."""
+    if found.manifest.clusters is not None and not is_one:
+        return [_round(found.of_cluster(cluster)) for cluster in range(found.manifest.num_clusters)]
+    return [_round(found)]
+
+
 def _round(found: Round) -> Target:
-    return Target(
-        str(TargetName.of_round(found.number)), {"adapter": found.manifest.files[ADAPTER_NAME].sha256}, found.adapter
-    )
+    name = TargetName.of_round(found.number)
+    if found.manifest.clusters is not None:
+        name = TargetName.of_cluster(found.cluster, found.number)
+    return Target(str(name), {"adapter": found.manifest.files[adapter_name(found.cluster)].sha256}, found.adapter)
 
 
 def _baseline(start: Round, name: str) -> Target:

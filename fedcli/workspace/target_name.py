@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from fedcli.workspace.layout import update_name
 
-KINDS = ("base", "alone", "pooled", "client", "round", "adapter", "model", "api")
+KINDS = ("base", "alone", "pooled", "client", "cluster", "round", "adapter", "model", "api")
 """In the order of a table."""
 
 
 @dataclass(frozen=True)
 class TargetName:
-    """A kind, and which one of it: base, alone-3, pooled, client-3-round-00010, round-00010, adapter-NAME-HASH, ..."""
+    """A kind, and which one of it: base, alone-3, pooled, client-3-round-00010, cluster-1-round-00010, round-00010."""
 
     kind: str
     which: str = ""
@@ -30,6 +30,11 @@ class TargetName:
     def of_update(cls, client: int, round_number: int) -> "TargetName":
         """Return the name of a client's update of a round."""
         return cls("client", f"{client}-{update_name(round_number)}")
+
+    @classmethod
+    def of_cluster(cls, cluster: int, round_number: int) -> "TargetName":
+        """Return the name of a cluster's adapter of a round."""
+        return cls("cluster", f"{cluster}-{update_name(round_number)}")
 
     @property
     def number(self) -> int | None:
