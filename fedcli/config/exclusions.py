@@ -19,7 +19,18 @@ class Exclusion(NamedTuple):
     why: str
 
 
-EXCLUSIONS: tuple[Exclusion, ...] = ()
+EXCLUSIONS: tuple[Exclusion, ...] = (
+    Exclusion(
+        "aggregation.encoding",
+        "privacy.secure_aggregation",
+        "masked numbers add up to a sum only in full, 8 bytes each, and what is encoded has scales of its own",
+    ),
+    Exclusion(
+        "aggregation.encoding: top_k",
+        "aggregation.rule: median|trimmed_mean",
+        "of each number most updates send nothing, so that its middle is zero: take int8, or another rule",
+    ),
+)
 
 
 def excluded(config: "Config", plain: "Config") -> Iterator[str]:

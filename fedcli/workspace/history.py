@@ -10,6 +10,7 @@ from fedcli.errors import ArrivingError, IntegrityError, NotReadyError, Workspac
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
+    DELTA_NAME,
     MANIFEST,
     MANIFEST_SIGNATURE,
     PRUNED,
@@ -149,10 +150,15 @@ class Round:
             raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
 
     def read(self, name: str) -> bytes:
-        """Return the contents of one of the round's files.
+        """Return the contents of one of the round's files; an adapter may be computed from a copy of the one before.
 
         Raises IntegrityError where its hash is another, WorkspaceError where `gc` has removed it.
         """
+        if name == ADAPTER_NAME and DELTA_NAME in self.manifest.files and self.workspace.store.is_remote:
+            from fedcli.workspace.adapter_delta import adapter_of_delta
+
+            if (contents := adapter_of_delta(self)) is not None:
+                return contents
         try:
             return read_checked(self.workspace, self.folder / name, self.manifest.files[name])
         except IntegrityError:

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from fedcli.config import Quantization, TaskName, TemplateChoice
+from fedcli.config.aggregation import DownEncodingName, EncodingName
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
@@ -114,6 +115,28 @@ class TrainRecord(Record):
         return self
 
 
+class EncodingRecord(Record):
+    """How a round's differences may be sent: up by its clients, and down by the server in the round behind it."""
+
+    unwritten = ("top_k",)
+
+    name: EncodingName
+    top_k: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share of the numbers that is sent; None, and not written, where all are."""
+    down: DownEncodingName
+
+    @property
+    def of_step(self) -> "EncodingRecord":
+        """How the server sends its step."""
+        return EncodingRecord(name=self.down, down=self.down)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.name == "top_k") != (self.top_k is not None):
+            raise ValueError("top_k is the share of the encoding of that name, and of no other")
+        return self
+
+
 class CountedUpdate(Record):
     """An update that went into the aggregate; `update` is the hash of its update.json, weights add up to 1."""
 
@@ -206,7 +229,7 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
-    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay")
+    unwritten = ("update_tensors", "encoding", "enrolment", "fedcli", "privacy", "relay")
 
     arrives = True
     protocol: Literal[1] = 1
@@ -232,6 +255,8 @@ class Manifest(Record):
     """When the round was opened, in seconds since 1970 by the server's clock; None without a deadline."""
     update_tensors: list[str] | None = None
     """Which of `tensors` updates carry; None for all, and then it is not written."""
+    encoding: EncodingRecord | None = None
+    """How clients may send their differences; None, and not written, where they send values."""
     enrolment: EnrolmentHead | None = None
     """Who took part when the round was opened; None, and not written, where signatures are off."""
     fedcli: str | None = None
@@ -303,7 +328,7 @@ class PrunedRecord(Record):
 class UpdateRecord(Record):
     """update.json: what a client says of its update."""
 
-    unwritten = ("privacy", "salt", "relay")
+    unwritten = ("encoding", "privacy", "salt", "relay")
 
     protocol: int
     workspace: str
@@ -314,6 +339,8 @@ class UpdateRecord(Record):
     steps: Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
     train_loss: Finite | None
     files: dict[str, FileEntry]
+    encoding: Annotated[str, Field(max_length=40)] | None = None
+    """How its adapter's file holds differences; None, and not written, where it holds values."""
     privacy: PrivacyClaim | None = None
     """What a client of row or group level claims; None, and not written, for others."""
     salt: Sha256 | None = None
