@@ -169,6 +169,12 @@ class Round:
                 ) from None
             raise
 
+    def previous(self) -> "Round | None":
+        """Return the round that this one names as its parent; None where there is none, or another one stands."""
+        digest = self.manifest.parent
+        found = None if digest is None else read_round(self.workspace, self.number - 1, digest=digest)
+        return found if found is not None and found.sha256 == digest else None
+
     def check_unchanged(self) -> None:
         """Raise IntegrityError where manifest.json is not as the server wrote it, as far as it can be told."""
         path = self.folder / MANIFEST
