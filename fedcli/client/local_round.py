@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcli.client.cluster import cluster_of
+from fedcli.client.encoded_update import encode_adapter
 from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
@@ -151,6 +152,9 @@ def train_and_drop(
         name: encode({tensor: arrays[tensor] for tensor in manifest.sent_tensors})
         for name, arrays in ({ADAPTER_FILE: values} | sent).items()
     }
+    if manifest.encoding is not None:
+        files[ADAPTER_FILE], residual = encode_adapter(head, [*past, head], client, values, kept)
+        kept |= residual
     update = UpdateRecord(
         protocol=PROTOCOL,
         workspace=manifest.workspace,
@@ -161,6 +165,7 @@ def train_and_drop(
         steps=training.steps,
         train_loss=training.mean_loss if private is None else None,
         files={name: file_entry(contents) for name, contents in files.items()},
+        encoding=None if manifest.encoding is None else manifest.encoding.name,
         privacy=training.spent,
         cluster=None if manifest.clusters is None else head.cluster,
         salt=os.urandom(32).hex() if manifest.withholds else None,

@@ -1,30 +1,40 @@
 """fedcli.yaml's section `aggregation`, which is also how a manifest records the rule that made a round."""
 
 from dataclasses import asdict
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from fedcli.algos.robust import Rule, RuleName
 from fedcli.config.section import Section
 
+EncodingName: TypeAlias = Literal["f16", "bf16", "int8", "top_k"]
+DownEncodingName: TypeAlias = Literal["f16", "bf16", "int8"]
+TOP_K = 0.1
+"""The share of the numbers that top_k sends where fedcli.yaml does not say."""
+
 
 class AggregationConfig(Section):
     """What takes the place of the weighted mean of the updates' differences, in every algorithm.
 
     `tolerate` is how many updates may be hostile; `nearest_mixing` replaces each update by the mean of its nearest
-    before the rule; `weight_cap` is the most that an update may weigh in the mean, in medians.
+    before the rule; `weight_cap` is the most that an update may weigh in the mean, in medians. With an `encoding`
+    clients and server send differences in fewer bytes; of those `top_k` is the share that is sent.
     """
 
     rule: RuleName = "mean"
     tolerate: Annotated[int, Field(ge=0)] = 1
     nearest_mixing: bool = False
     weight_cap: Annotated[float, Field(ge=1)] | None = None
+    encoding: Literal["f32"] | EncodingName = "f32"
+    top_k: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.weight_cap is not None and self.rule != "mean":
             raise ValueError(f"weight_cap is set, and {self.rule} takes no account of rows: only the mean is weighted")
+        if self.top_k is not None and self.encoding != "top_k":
+            raise ValueError(f"top_k is set, and encoding is {self.encoding}: only top_k sends a share of the numbers")
         return self
 
     def as_rule(self) -> Rule:

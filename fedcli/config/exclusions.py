@@ -30,8 +30,19 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion("clusters.by", "federation.relay_every", "a region sends its parent one adapter"),
     Exclusion("clusters.by", "privacy.secure_aggregation", "masks cancel in the sum of all clients alone"),
     Exclusion("clusters.by", "privacy.unit: client", "noise is made for the sum of all clients"),
+    Exclusion("clusters.by", "aggregation.encoding", "the server sends one adapter's differences"),
     Exclusion("clusters.by: loss", "privacy.unit", "the choice of a cluster tells of rows, without noise"),
     Exclusion("clusters.by", "eval.every", "a round has several adapters: score them with `fedcli eval`"),
+    Exclusion(
+        "aggregation.encoding",
+        "privacy.secure_aggregation",
+        "masked numbers add up to a sum only in full, 8 bytes each, and what is encoded has scales of its own",
+    ),
+    Exclusion(
+        "aggregation.encoding: top_k",
+        "aggregation.rule: median|trimmed_mean",
+        "of each number most updates send nothing, so that its middle is zero: take int8, or another rule",
+    ),
 )
 
 

@@ -140,7 +140,7 @@ def _update(workspace: Workspace, client: int) -> Target:
         with suppress(Refusal):
             again = read_update(base, client)
             if again is not None and again.sha256 == digest:
-                return again.files[ADAPTER_FILE]
+                return again.files[ADAPTER_FILE] if again.record.encoding is None else again.values(base.adapter())
         raise NotReadyError(
             f"client {client}'s update of round {base.number} is no longer what it was when the scoring began",
             hint="Run the command again: what has been answered is not asked again.",

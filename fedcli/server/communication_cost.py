@@ -1,9 +1,8 @@
 """What a federation has communicated, and which algorithms merged it: running totals that every manifest carries on."""
 
-import math
-
 from fedcli.config import algorithm_from
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapter_name
+from fedcli.workspace.encoded_differences import differences_size, numbers_sent
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, DELTA_NAME, adapter_name
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 from fedcli.workspace.tensors import encoded_size
 
@@ -13,15 +12,14 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
 
     Raises IntegrityError where this version does not know the round's algorithm.
     """
-    num_files = len(manifest.update_files)
     algorithm = algorithm_from(manifest.algorithm)
-    read = {ADAPTER_NAME, ADAPTER_CONFIG_NAME} | ({algorithm.state_file} if algorithm.clients_read_state else set())
+    read = {DELTA_NAME if DELTA_NAME in manifest.files else ADAPTER_NAME, ADAPTER_CONFIG_NAME} | (
+        {algorithm.state_file} if algorithm.clients_read_state else set()
+    )
     if manifest.clusters is not None and manifest.clusters.of is None:  # a client compares all of them
         read |= {*map(adapter_name, range(manifest.num_clusters))}
-    trainable, sent = (
-        sum(math.prod(entry.shape) for entry in tensors.values())
-        for tensors in (manifest.tensors, manifest.sent_tensors)
-    )
+    tensors = manifest.sent_tensors
+    num_plain = len(manifest.update_files) - 1  # beside the adapter, which alone is encoded
     down = up = 0
     if manifest.aggregation is not None and previous is not None and previous.cost is not None:
         merge = manifest.aggregation
@@ -30,10 +28,10 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
         up = previous.cost.total_bytes_up + sum(entry.bytes or 0 for entry in merge.counted)
     return Cost(
         base_parameters=manifest.model.num_parameters,
-        trainable_parameters=trainable,
-        communicated_parameters=sent * num_files,
+        trainable_parameters=numbers_sent(manifest.tensors, None),
+        communicated_parameters=numbers_sent(tensors, manifest.encoding) + num_plain * numbers_sent(tensors, None),
         client_bytes_down=sum(entry.bytes for name, entry in manifest.files.items() if name in read),
-        client_bytes_up=_bytes_up(manifest, num_files),
+        client_bytes_up=_bytes_up(manifest, num_plain),
         total_bytes_down=down,
         total_bytes_up=up,
     )
@@ -49,10 +47,12 @@ def history_of(manifest: Manifest, previous: Manifest | None) -> list[AlgorithmR
     return [*history, AlgorithmRun(round=previous.round, algorithm=manifest.aggregation.algorithm)]
 
 
-def _bytes_up(manifest: Manifest, num_files: int) -> int:
+def _bytes_up(manifest: Manifest, num_plain: int) -> int:
     """Return the bytes that a client sends: masked, eight a number, and its weight with them."""
     if manifest.secure_aggregation is None:
-        return num_files * encoded_size(manifest.sent_tensors)
+        tensors, encoding = manifest.sent_tensors, manifest.encoding
+        adapter = encoded_size(tensors) if encoding is None else differences_size(tensors, encoding)
+        return adapter + num_plain * encoded_size(tensors)
     from fedcli.workspace.secure_records import masked_header, num_masked
 
     return len(masked_header(manifest)) + 8 * num_masked(manifest)

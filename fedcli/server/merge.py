@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from fedcli.algos import Algorithm, Array, Arrays, MergedUpdates
-from fedcli.algos.reducer import Reducer, Stacks, filling
+from fedcli.algos.reducer import Reducer, Stacks
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.workspace.history import Round
@@ -114,7 +114,7 @@ class Merge:
     def add(self, client: int, update: Update) -> None:
         """Count one client's update."""
         weight = weight_of(self.base, self.algorithm, client, update.record)
-        delta_norm = self.differences.add(update.files[ADAPTER_FILE], weight, self.adapter)
+        delta_norm = self.differences.add(update.files[ADAPTER_FILE], weight, update.origin(self.adapter))
         norms = [reducer.add(update.files[name], 1.0) for name, reducer in self.files.items()]
         self.magnitudes[client] = max(delta_norm, *norms, 0.0)
         self.note(client, update, weight, delta_norm)
@@ -145,7 +145,7 @@ class Merge:
         )
 
     def _reduce(self, reducer: Reducer, name: str, origin: "Arrays | None") -> "dict[str, Array]":
-        members = [filling(stored[name].numbers, origin) for stored in self.stored if stored]
+        members = [stored[name].filling(origin) for stored in self.stored if stored]
         shapes = {tensor: entry.shape for tensor, entry in self.base.manifest.sent_tensors.items()}
         return reducer.result(Stacks(shapes, members))
 

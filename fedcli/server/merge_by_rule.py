@@ -19,7 +19,15 @@ from fedcli.errors import ConfigError, NotReadyError
 from fedcli.observer import Observer
 from fedcli.server.merge import check_finite, combine, files_of, read_pairs, weight_of
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import Authenticate, ChangedUpdate, Submission, check_rows, look_at_update, read_update
+from fedcli.workspace.inbox import (
+    Authenticate,
+    ChangedUpdate,
+    Submission,
+    check_rows,
+    look_at_update,
+    origin_of,
+    read_update,
+)
 from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.refusal import Arriving, Refusal
@@ -272,7 +280,6 @@ class _Merge:
         weights = {entry.client: {ADAPTER_FILE: entry.weight or 0.0} | (entry.file_weights or {}) for entry in entries}
         hashes = {submission.client: submission.sha256 for submission in self.survey.found}
         sums = {name: WeightedMean(divisor=1.0) for name in self.base.manifest.update_files}
-        origins = {name: self.adapter if name == ADAPTER_FILE else None for name in sums}
         weighing = [client for client, given in weights.items() if any(given.values())]
         for client, reading in read_pairs(self.base, weighing):
             try:
@@ -282,7 +289,8 @@ class _Merge:
             if update is None or update.sha256 != hashes[client]:
                 raise ChangedUpdate(client)
             for name, reducer in sums.items():
-                reducer.add(update.files[name], weights[client][name], origins[name])
+                origin = origin_of(update.record, name, self.adapter)
+                reducer.add(update.files[name], weights[client][name], origin)
         return {name: reducer.sums() for name, reducer in sums.items()}
 
     def _blockwise(self, name: str) -> dict[str, Array]:

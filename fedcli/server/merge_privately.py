@@ -110,14 +110,14 @@ class _PrivateMerge(Merge):
         clip = self.privacy.clip
         assert clip is not None
         norm = math.hypot(
-            _Norm().add(update.files[ADAPTER_FILE], 0.0, self.adapter),
+            _Norm().add(update.files[ADAPTER_FILE], 0.0, update.origin(self.adapter)),
             *(_Norm().add(update.files[name], 0.0) for name in self.files),
         )
         self.num_below += norm <= clip
         factor = 1.0 if norm <= clip else _cut(clip / norm)
         weight = self._weight(update.record.num_samples)
         assert isinstance(self.differences, WeightedMean)
-        self.differences.add(update.files[ADAPTER_FILE], weight * factor, self.adapter)
+        self.differences.add(update.files[ADAPTER_FILE], weight * factor, update.origin(self.adapter))
         for name, reducer in self.files.items():
             reducer.add(update.files[name], factor)
         self.note(client, update, 1.0, norm)

@@ -7,6 +7,7 @@ from fedcli.algos import Algorithm
 from fedcli.algos.robust import Rule
 from fedcli.errors import ConfigError
 from fedcli.observer import Observer
+from fedcli.server.encoded_step import with_encoded_step
 from fedcli.server.merge_by_rule import combine_with
 from fedcli.server.withheld import without_figures
 from fedcli.workspace.history import Round
@@ -47,7 +48,7 @@ def merge_round(
         files, found = combine_with(
             rule, base, algorithm, num_clients, order, count, observer, recorded=recorded, authenticate=authenticate
         )
-        return files, without_figures(base, found)
+        return with_encoded_step(base, files), without_figures(base, found)
     if rule is not None and not rule.is_plain_mean:
         raise ConfigError(
             f"round {base.number} was opened with privacy.unit: client, and aggregation.rule is {rule.rule}: they "
@@ -67,4 +68,4 @@ def merge_round(
         refuses_incomplete=recorded is not None,
         authenticate=authenticate,
     )
-    return files, without_figures(base, found)
+    return with_encoded_step(base, files), without_figures(base, found)

@@ -11,6 +11,7 @@ from fedcli.randomness import draw_cohort
 from fedcli.secure_aggregation.terms import FEWEST
 from fedcli.server.cluster_terms import first_clusters, next_clusters, start_files
 from fedcli.server.communication_cost import cost_of, history_of
+from fedcli.server.encoded_step import encoding_record
 from fedcli.server.region import Place, begin_place, next_place
 from fedcli.workspace.federation_state import Experiment, FederationState, train_record
 from fedcli.workspace.history import Round, publish_round
@@ -126,6 +127,7 @@ def _manifest(
         cohort=sorted(drawn),
         update_files=[ADAPTER_FILE, *algorithm.update_files],
         update_tensors=algorithm.update_tensors(start.tensors),
+        encoding=encoding_record(config.aggregation) if draws else None,
         model=start.model,
         train=train or train_record(config, number, rounds, date=start.date),
         files={name: file_entry(contents) for name, contents in start.files.items()},

@@ -18,6 +18,12 @@ from fedcli.workspace.records import Aggregation, Manifest, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode, read_metadata
 
+RESIDUAL = "residual"
+"""The folder in a client's home of what its sparse updates have not sent yet."""
+_HINT_SPARSE = (
+    "or let one round be opened with another aggregation.encoding, after which all clients' error feedback starts "
+    "afresh"
+)
 _DIGEST = "sha256"
 """The key, in a candidate's metadata, of the hash that its arrays have without it."""
 
@@ -49,7 +55,14 @@ def kept_states(manifest: Manifest) -> list[KeptState]:
                 "which all clients' private states start afresh",
             )
         )
+    if manifest.encoding is not None and manifest.encoding.top_k is not None:
+        found.append(KeptState(RESIDUAL, "aggregation.encoding", _goes_on_sparsely, _HINT_SPARSE))
     return found
+
+
+def _goes_on_sparsely(base: Manifest, _: Aggregation) -> bool:
+    """Return whether a round's updates were sparse: whoever sent one has told the rest later, or not yet."""
+    return base.encoding is not None and base.encoding.top_k is not None
 
 
 def read_states(home: Home, rounds: Sequence[Round], client: int) -> "dict[str, dict[str, Array]]":

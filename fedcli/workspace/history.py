@@ -9,6 +9,8 @@ from fedcli.algos import Algorithm, Array
 from fedcli.errors import ArrivingError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    DELTA_NAME,
     MANIFEST,
     MANIFEST_SIGNATURE,
     PRUNED,
@@ -155,10 +157,15 @@ class Round:
             raise IntegrityError(f"{path} is damaged: {refusal.reason}", hint=_RESTORE) from refusal
 
     def read(self, name: str) -> bytes:
-        """Return the contents of one of the round's files.
+        """Return the contents of one of the round's files; an adapter may be computed from a copy of the one before.
 
         Raises IntegrityError where its hash is another, WorkspaceError where `gc` has removed it.
         """
+        if name == ADAPTER_NAME and DELTA_NAME in self.manifest.files and self.workspace.store.is_remote:
+            from fedcli.workspace.adapter_delta import adapter_of_delta
+
+            if (contents := adapter_of_delta(self)) is not None:
+                return contents
         try:
             return read_checked(self.workspace, self.folder / name, self.manifest.files[name])
         except IntegrityError:
@@ -168,6 +175,12 @@ class Round:
                     hint="Choose a round that is still whole; `retention` in fedcli.yaml says which rounds stay so.",
                 ) from None
             raise
+
+    def previous(self) -> "Round | None":
+        """Return the round that this one names as its parent; None where there is none, or another one stands."""
+        digest = self.manifest.parent
+        found = None if digest is None else read_round(self.workspace, self.number - 1, digest=digest)
+        return found if found is not None and found.sha256 == digest else None
 
     def check_unchanged(self) -> None:
         """Raise IntegrityError where manifest.json is not as the server wrote it, as far as it can be told."""

@@ -9,18 +9,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcli.algos import Array
-from fedcli.algos.reducer import PIECE
+from fedcli.algos import Array, Arrays
+from fedcli.algos.reducer import PIECE, Fill, filling
 from fedcli.errors import ArrivingError, IntegrityError, WorkspaceError
 from fedcli.stores.objects import UnlistableError
+from fedcli.workspace.encoded_differences import locate_differences
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import UPDATE_RECORD, Workspace, is_round_name
+from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD, Workspace, is_round_name
 from fedcli.workspace.privacy_records import claim_fault
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, is_cut_short, parse_update_record, sha256
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.registrations import inbox_owner, is_server, is_stranger, read_registration
 from fedcli.workspace.store import Folder
-from fedcli.workspace.tensors import Span, check_values, largest_file, locate, numbers
+from fedcli.workspace.tensors import Span, check_values, largest_file, numbers
 
 MAX_UPDATE_RECORD_BYTES = 64 * 1024
 SIGNATURE_BYTES = 128
@@ -40,6 +41,20 @@ class Update:
     """Of all its files."""
     stored: "dict[str, StoredFile]" = field(default_factory=dict)
     """Its files on disk, if they are to be read again."""
+
+    def origin(self, adapter: "Arrays | None") -> "Arrays | None":
+        """Return what its adapter file is to be compared with: the round's adapter, or None where it is encoded."""
+        return origin_of(self.record, ADAPTER_FILE, adapter)
+
+    def values(self, adapter: Arrays) -> "dict[str, Array]":
+        """Return the values of the tensors that it carries, float32 where it sent differences from the adapter."""
+        found = self.files[ADAPTER_FILE]
+        return found if self.record.encoding is None else {name: adapter[name] + found[name] for name in found}
+
+
+def origin_of(record: UpdateRecord, name: str, adapter: "Arrays | None") -> "Arrays | None":
+    """Return what one of an update's files is to be compared with; None where it holds differences already."""
+    return adapter if name == ADAPTER_FILE and record.encoding is None else None
 
 
 Authenticate = Callable[[int, bytes, Folder], None]
@@ -78,6 +93,11 @@ class StoredFile:
     spans: dict[str, Span]
     digests: dict[str, list[bytes]]
     """By tensor, the hashes of its pieces of PIECE numbers."""
+    holds_differences: bool = False
+
+    def filling(self, adapter: "Arrays | None") -> Fill:
+        """Return what fills memory with the file's differences; `adapter` is what its values are compared with."""
+        return filling(self.numbers, None if self.holds_differences else adapter)
 
     def numbers(self, tensor: str, part: slice) -> Array:
         """Return a part of a flattened tensor; it begins at a multiple of PIECE, and ends at one or at the end.
@@ -91,7 +111,7 @@ class StoredFile:
                 data = folder.read_part(self.name, span.start, span.end)
         except (FileNotFoundError, Refusal):
             data = b""
-        whole = Span(span.dtype, 0, span.end - span.start)
+        whole = span.moved(0)
         if _digests(data, whole) != self.digests[tensor][part.start // PIECE : -(-part.stop // PIECE)]:
             raise ChangedUpdate(self.client)
         return numbers(data, whole)
@@ -258,7 +278,7 @@ def look_at_update(base: Round, client: int, authenticate: Authenticate | None =
             spans = {}
             for name, entry in files.items():
                 with expected(name):
-                    spans[name] = _read_spans(folder, name, entry.bytes, base)
+                    spans[name] = _read_spans(folder, name, entry.bytes, base, record)
     except FileNotFoundError:
         return None
     except Arriving as refusal:
@@ -275,14 +295,22 @@ def read_update_record(base: Round, client: int) -> bytes:
     return base.workspace.store.read(base.workspace.name(path), MAX_UPDATE_RECORD_BYTES)
 
 
-def _read_spans(folder: Folder, name: str, num_bytes: int, base: Round) -> dict[str, Span]:
+def _read_spans(folder: Folder, name: str, num_bytes: int, base: Round, record: UpdateRecord) -> dict[str, Span]:
     """Return where a file's tensors lie, by its header alone."""
     tensors = base.manifest.sent_tensors
     if num_bytes > largest_file(tensors):
         raise Refusal("size", f"{name} has {num_bytes} bytes, at most {largest_file(tensors)} are allowed")
     beginning = folder.read_part(name, 0, 8)
     length = int.from_bytes(beginning, "little") if len(beginning) == 8 else 0
-    return locate(folder.read_part(name, 0, min(8 + length, num_bytes)), tensors, num_bytes)
+    return _locate(folder.read_part(name, 0, min(8 + length, num_bytes)), name, base, record, num_bytes)
+
+
+def _locate(
+    data: bytes | memoryview, name: str, base: Round, record: UpdateRecord, num_bytes: int | None = None
+) -> dict[str, Span]:
+    """Return where one of an update's files has its tensors; the adapter's may be encoded."""
+    encoding = base.manifest.encoding if name == ADAPTER_FILE and record.encoding is not None else None
+    return locate_differences(data, base.manifest.sent_tensors, encoding, num_bytes)
 
 
 def _read_folder(
@@ -317,11 +345,12 @@ def _read_folder(
             raise Refusal("size", f"{name} has {len(data)} bytes, update.json says {entry.bytes}")
         if digest != entry.sha256:
             raise Refusal("hash", f"{name} does not have the hash that update.json gives")
-        spans = locate(data, tensors)
+        spans = _locate(data, name, base, record)
         files[name] = {tensor: numbers(data, span).reshape(tensors[tensor].shape) for tensor, span in spans.items()}
         if reads_again:
             digests = {tensor: _digests(data, span) for tensor, span in spans.items()}
-            stored[name] = StoredFile(base, client, name, spans, digests)
+            is_encoded = name == ADAPTER_FILE and record.encoding is not None
+            stored[name] = StoredFile(base, client, name, spans, digests, is_encoded)
         num_bytes += len(data)
     return Update(record, sha256(contents), files, num_bytes, stored)
 
@@ -342,7 +371,7 @@ def check_whole(contents: bytes) -> None:
 
 def _digests(data: bytes | memoryview, span: Span) -> list[bytes]:
     """Return the hashes of a tensor's pieces."""
-    tensor, step = memoryview(data)[span.start : span.end], PIECE * span.itemsize
+    tensor, step = memoryview(data)[span.start : span.end], span.num_bytes(PIECE)
     return [hashlib.sha256(tensor[begin : begin + step]).digest() for begin in range(0, len(tensor), step)]
 
 
@@ -374,5 +403,9 @@ def _check_record(record: UpdateRecord, base: Round, client: int) -> None:
         raise Refusal("wrong_client", f"made by client {record.client}, dropped by client {client}")
     if base.manifest.clusters is not None and (fault := base.manifest.clusters.fault(client, record.cluster)):
         raise Refusal("wrong_cluster", fault)
+    asked = base.manifest.encoding
+    if record.encoding is not None and (asked is None or record.encoding != asked.name):
+        wanted = "values" if asked is None else f"{asked.name}, or values"
+        raise Refusal("schema", f"update.json names the encoding {record.encoding!r}: the round asks for {wanted}")
     if fault := claim_fault(base.manifest.privacy, record.privacy, record.num_samples, record.train_loss):
         raise Refusal("privacy", fault)

@@ -102,12 +102,19 @@ class ObjectStore(Store):
 
     def read_kept(self, name: str, limit: int, digest: str) -> bytes:
         """Return a file by its SHA-256, from this machine's cache where it is there."""
-        if self._kept is not None and (contents := self._kept.get(digest)) is not None and len(contents) <= limit:
-            return contents
+        if (kept := self.kept(digest)) is not None and len(kept) <= limit:
+            return kept
         contents = self.read(name, limit)
-        if self._kept is not None and sha256(contents) == digest:
-            self._kept.keep(digest, contents)
+        if sha256(contents) == digest:
+            self.keep(digest, contents)
         return contents
+
+    def kept(self, digest: str) -> bytes | None:
+        return None if self._kept is None else self._kept.get(digest)
+
+    def keep(self, digest: str, contents: bytes) -> None:
+        if self._kept is not None:
+            self._kept.keep(digest, contents)
 
     def forget(self) -> None:
         if self._entries is not None:

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from fedcli.config import Quantization, TaskName, TemplateChoice
+from fedcli.config.aggregation import DownEncodingName, EncodingName
 from fedcli.config.clusters import MOST_CLUSTERS
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
@@ -113,6 +114,28 @@ class TrainRecord(Record):
             raise ValueError(f"steps x batch_size is more than {MOST_ROWS:,}")
         if self.date is not None:
             Date.fromisoformat(self.date)
+        return self
+
+
+class EncodingRecord(Record):
+    """How a round's differences may be sent: up by its clients, and down by the server in the round behind it."""
+
+    unwritten = ("top_k",)
+
+    name: EncodingName
+    top_k: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share of the numbers that is sent; None, and not written, where all are."""
+    down: DownEncodingName
+
+    @property
+    def of_step(self) -> "EncodingRecord":
+        """How the server sends its step."""
+        return EncodingRecord(name=self.down, down=self.down)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.name == "top_k") != (self.top_k is not None):
+            raise ValueError("top_k is the share of the encoding of that name, and of no other")
         return self
 
 
@@ -248,7 +271,7 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
-    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay", "clusters")
+    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay", "clusters", "encoding")
 
     arrives = True
     protocol: Literal[1] = 1
@@ -274,6 +297,8 @@ class Manifest(Record):
     """When the round was opened, in seconds since 1970 by the server's clock; None without a deadline."""
     update_tensors: list[str] | None = None
     """Which of `tensors` updates carry; None for all, and then it is not written."""
+    encoding: EncodingRecord | None = None
+    """How clients may send their differences; None, and not written, where they send values."""
     enrolment: EnrolmentHead | None = None
     """Who took part when the round was opened; None, and not written, where signatures are off."""
     fedcli: str | None = None
@@ -352,7 +377,7 @@ class PrunedRecord(Record):
 class UpdateRecord(Record):
     """update.json: what a client says of its update."""
 
-    unwritten = ("privacy", "salt", "relay", "cluster")
+    unwritten = ("privacy", "salt", "relay", "cluster", "encoding")
 
     protocol: int
     workspace: str
@@ -363,6 +388,8 @@ class UpdateRecord(Record):
     steps: Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
     train_loss: Finite | None
     files: dict[str, FileEntry]
+    encoding: Annotated[str, Field(max_length=40)] | None = None
+    """How its adapter's file holds differences; None, and not written, where it holds values."""
     privacy: PrivacyClaim | None = None
     """What a client of row or group level claims; None, and not written, for others."""
     salt: Sha256 | None = None

@@ -2,15 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from fedcli.algos import Array, Arrays
 from fedcli.algos.reducer import Stacks, filling
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import StoredFile, Submission, read_update
+from fedcli.workspace.inbox import StoredFile, Submission, origin_of, read_update
 from fedcli.workspace.refusal import Refusal
-from fedcli.workspace.tensors import Span, are_values, numbers
+from fedcli.workspace.tensors import are_values, numbers
 
 
 class SideBySide:
@@ -23,7 +24,10 @@ class SideBySide:
         self._members = [_member(base, submission, name) for submission in submissions]
         self.stacks = Stacks(
             {tensor: entry.shape for tensor, entry in sorted(base.manifest.sent_tensors.items())},
-            [filling(member.numbers, origin) for member in self._members],
+            [
+                filling(member.numbers, origin_of(each.record, name, origin))
+                for member, each in zip(self._members, submissions, strict=True)
+            ],
         )
 
     def faulty(self) -> list[int]:
@@ -48,9 +52,10 @@ class _OnePass:
         data = self._read(span.end)
         skipped = len(data) - (span.end - span.start)
         if self._is_good:
-            found = numbers(data, Span(span.dtype, skipped, len(data)))
-            if are_values(found):
-                return found
+            with suppress(Refusal):
+                found = numbers(data, span.moved(skipped))
+                if are_values(found):
+                    return found
             self._is_good = False
         return np.zeros(part.stop - part.start, np.float32)
 

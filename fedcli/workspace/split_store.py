@@ -27,6 +27,12 @@ class SplitStore(Store):
     def read_kept(self, name: str, limit: int, digest: str) -> bytes:
         return self._of(name).read_kept(name, limit, digest)
 
+    def kept(self, digest: str) -> bytes | None:
+        return self.remote.kept(digest)
+
+    def keep(self, digest: str, contents: bytes) -> None:
+        self.remote.keep(digest, contents)
+
     def fetch_ahead(self, names: Sequence[str]) -> None:
         self.remote.fetch_ahead([name for name in names if self._of(name) is self.remote])
 

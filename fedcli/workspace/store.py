@@ -45,6 +45,14 @@ class Store(ABC):
         """Return a file that should have this SHA-256, from a copy on this machine where there is one."""
         return self.read(name, limit)
 
+    def kept(self, digest: str) -> bytes | None:
+        """Return this machine's copy of a file by its SHA-256; None where it has none."""
+        return None
+
+    def keep(self, digest: str, contents: bytes) -> None:
+        """Keep a file that was made here of others, where copies are kept."""
+        return None
+
     def fetch_ahead(self, names: Sequence[str]) -> None:
         """Fetch small files that are read next, where one after another would take long."""
         return None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedcli.algos import Array, Arrays
+from fedcli.algos.packing import MalformedError, Packing
 from fedcli.workspace.records import TensorEntry, parse_object
 from fedcli.workspace.refusal import Refusal
 
@@ -18,10 +19,13 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "U64": np.dtype("<u8"),
+    "U8": np.dtype("u1"),
 }
 FLOATS = ("F32", "F16", "BF16")
 RING = ("U64",)
 """Of masked updates: numbers of the ring of 2^64."""
+PACKED = ("U8",)
+"""Of tensors whose numbers are packed (fedcli/algos/packing.py)."""
 _MINIMUM_HEADER_LIMIT = 2**20
 LARGEST_VALUE = 2.0**32
 """Of an adapter's numbers: far beyond any that trained, and what is made of such in float32 stays finite."""
@@ -33,15 +37,23 @@ class Span(NamedTuple):
     dtype: str
     start: int
     end: int
+    size: int
+    """Its numbers."""
+    packing: Packing | None = None
+    """How they lie in these bytes, where `dtype` does not tell."""
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one number."""
-        return _DTYPES[self.dtype].itemsize
+    def num_bytes(self, count: int) -> int:
+        """Return the bytes of its first numbers."""
+        return count * _DTYPES[self.dtype].itemsize if self.packing is None else self.packing.num_bytes(count)
 
     def part(self, numbers: slice) -> "Span":
-        """Return where some of the flattened tensor's numbers lie."""
-        return Span(self.dtype, *(self.start + number * self.itemsize for number in (numbers.start, numbers.stop)))
+        """Return where some of the flattened tensor's numbers lie; packed ones begin at a multiple of PIECE."""
+        start, end = (self.start + self.num_bytes(number) for number in (numbers.start, numbers.stop))
+        return self._replace(start=start, end=end, size=numbers.stop - numbers.start)
+
+    def moved(self, start: int) -> "Span":
+        """Return the same bytes where they begin elsewhere."""
+        return self._replace(start=start, end=start + self.end - self.start)
 
 
 def encode(arrays: Arrays, metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
@@ -68,6 +80,16 @@ def encoded_size(schema: Mapping[str, TensorEntry]) -> int:
 def header_of(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
     """Return what stands before the numbers of tensors of the ring, which lie in the order of their names."""
     return _header(shapes, {}, "U64")
+
+
+def file_of(shapes: Mapping[str, tuple[int, ...]], dtype: str, parts: Sequence[bytes]) -> bytes:
+    """Return a safetensors file of tensors of one type; their bytes lie in the order of their names."""
+    return b"".join([_header(shapes, {}, dtype), *parts])
+
+
+def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+    """Return the bytes that stand before the numbers of `file_of`."""
+    return len(_header(shapes, {}, dtype))
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], dtype: str = "F32") -> bytes:
@@ -104,7 +126,15 @@ def decode(data: bytes | memoryview, schema: Mapping[str, TensorEntry]) -> dict[
 
 
 def numbers(data: bytes | memoryview, span: Span) -> Array:
-    """Return a tensor's numbers, flat: F32 and F16 as a view of `data`, BF16 as float32."""
+    """Return a tensor's numbers, flat: F32 and F16 as a view of `data`, BF16 and packed ones as float32.
+
+    Raises Refusal(schema) or (nonfinite) for bytes that no packing wrote.
+    """
+    if span.packing is not None:
+        try:
+            return span.packing.unpack(memoryview(data)[span.start : span.end], span.size)
+        except MalformedError as error:
+            raise Refusal("nonfinite" if error.is_number else "schema", str(error)) from error
     found = np.frombuffer(memoryview(data)[span.start : span.end], dtype=_DTYPES[span.dtype])
     return (found.astype(np.uint32) << 16).view(np.float32) if span.dtype == "BF16" else found
 
@@ -160,7 +190,7 @@ def locate(
         if end > size:
             raise Refusal("header", f"tensor {name!r} ends at byte {end} of {size}")
         position = end
-        spans[name] = Span(dtype, begin + start, begin + end)
+        spans[name] = Span(dtype, begin + start, begin + end, math.prod(entry["shape"]))
     if position != size:
         raise Refusal("header", f"{size - position} bytes follow the last tensor")
     return spans
