@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedcli.algos.lora import cut
 from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
@@ -81,7 +82,9 @@ def train_and_drop(
     party.check_floors(manifest)
     if manifest.privacy is not None:
         check_budget([*past, head], [client])
-    adapter = head.adapter()
+    adapter, rank = head.adapter(), manifest.rank_of(client)
+    if rank is not None:
+        adapter = cut(adapter, rank)
     first_draw = sum(
         earlier.manifest.train.steps * earlier.manifest.train.batch_size
         for earlier in past
@@ -118,6 +121,7 @@ def train_and_drop(
         rule=algorithm.client_rule(adapter, state, own),
         on_step=count,
         private=private,
+        frozen=head.base_delta(),
     )
     training = Training(
         num_samples=rows.num_own,
@@ -159,6 +163,7 @@ def train_and_drop(
         files={name: file_entry(contents) for name, contents in files.items()},
         privacy=training.spent,
         salt=os.urandom(32).hex() if manifest.withholds else None,
+        base_delta=manifest.base_delta,
     )
     record = sealed(update)
     remove_old_candidates(party.home, client, [*past, head])

@@ -5,6 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from fedcli.algos.lora import LoraName, LoraRule, LoraWeights
 from fedcli.algos.robust import Rule, RuleName
 from fedcli.config.section import Section
 
@@ -13,23 +14,43 @@ class AggregationConfig(Section):
     """What takes the place of the weighted mean of the updates' differences, in every algorithm.
 
     `tolerate` is how many updates may be hostile; `nearest_mixing` replaces each update by the mean of its nearest
-    before the rule; `weight_cap` is the most that an update may weigh in the mean, in medians.
+    before the rule; `weight_cap` is the most that an update may weigh in the mean, in medians. `lora` and what begins
+    with it say how products of LoRA's factors are merged; `max_rank` is of what `lora: exact` keeps beside the adapter.
     """
 
     rule: RuleName = "mean"
     tolerate: Annotated[int, Field(ge=0)] = 1
     nearest_mixing: bool = False
     weight_cap: Annotated[float, Field(ge=1)] | None = None
+    lora: LoraName = "factors"
+    lora_weights: LoraWeights = "rows"
+    lora_fair: Annotated[float, Field(ge=0)] | None = None
+    lora_fresh: bool = False
+    lora_error: bool = False
+    max_rank: Annotated[int, Field(ge=1, le=8192)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.weight_cap is not None and self.rule != "mean":
             raise ValueError(f"weight_cap is set, and {self.rule} takes no account of rows: only the mean is weighted")
+        if self.lora != "exact" and (odd := [name for name in ("lora_fresh", "max_rank") if getattr(self, name)]):
+            raise ValueError(f"{odd[0]} is set, and lora is {self.lora}: it would do nothing. It belongs to lora: exact")
+        if self.lora != "factors" and self.lora_fair is not None:
+            raise ValueError(f"lora_fair is set, and lora is {self.lora}: it corrects the means of lora: factors")
         return self
 
     def as_rule(self) -> Rule:
         """Return the rule."""
         return Rule(**{name: getattr(self, name) for name in asdict(Rule())})
+
+    @property
+    def keeps_residual(self) -> bool:
+        """Whether the adapter is the mean of the clients' factors, and base_delta/ has what their product lacks."""
+        return self.lora == "exact" and not self.lora_fresh
+
+    def as_lora(self) -> LoraRule:
+        """Return how products of factors are merged."""
+        return LoraRule(**{name: getattr(self, name) for name in asdict(LoraRule())})
 
     def check_enough(self, num_counted: int) -> None:
         """Raise ValueError where so few updates count in a round that the rule cannot tolerate what it should."""

@@ -3,7 +3,7 @@
 import math
 
 from fedcli.config import algorithm_from
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, BASE_DELTA_CONFIG_NAME, BASE_DELTA_NAME
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 from fedcli.workspace.tensors import encoded_size
 
@@ -15,7 +15,8 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
     """
     num_files = len(manifest.update_files)
     algorithm = algorithm_from(manifest.algorithm)
-    read = {ADAPTER_NAME, ADAPTER_CONFIG_NAME} | ({algorithm.state_file} if algorithm.clients_read_state else set())
+    read = {ADAPTER_NAME, ADAPTER_CONFIG_NAME, BASE_DELTA_NAME, BASE_DELTA_CONFIG_NAME}
+    read |= {algorithm.state_file} if algorithm.clients_read_state else set()
     trainable, sent = (
         sum(math.prod(entry.shape) for entry in tensors.values())
         for tensors in (manifest.tensors, manifest.sent_tensors)

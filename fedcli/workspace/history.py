@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcli.algos import Algorithm, Array
+from fedcli.algos import Algorithm, Array, Arrays
+from fedcli.algos.lora import joined
 from fedcli.errors import ArrivingError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
+    BASE_DELTA_NAME,
     MANIFEST,
     MANIFEST_SIGNATURE,
     PRUNED,
@@ -125,6 +127,21 @@ class Round:
     def adapter(self) -> "dict[str, Array]":
         """Return the round's global adapter, float32; raise IntegrityError where it is damaged."""
         return self.arrays(ADAPTER_NAME, self.manifest.tensors)
+
+    def base_delta(self) -> "dict[str, Array] | None":
+        """Return the frozen second adapter, float32; None where there is none, IntegrityError where it is damaged."""
+        if (tensors := self.manifest.delta_tensors) and BASE_DELTA_NAME in self.manifest.files:
+            return self.arrays(BASE_DELTA_NAME, tensors)
+        return None
+
+    def whole_adapter(self) -> "dict[str, Array]":
+        """Return both adapters as one, of both ranks together and the same scale: what the round computes."""
+        return self.with_delta(self.adapter())
+
+    def with_delta(self, adapter: "Arrays") -> "dict[str, Array]":
+        """Return an adapter that was trained in the round together with the frozen second one."""
+        delta = self.base_delta()
+        return {**adapter} if delta is None else joined(adapter, delta)
 
     def weight(self, algorithm: Algorithm, num_rows: int) -> float:
         """Return what a client with so many rows weighs: where privacy has a unit all weigh the same."""

@@ -258,7 +258,7 @@ def look_at_update(base: Round, client: int, authenticate: Authenticate | None =
             spans = {}
             for name, entry in files.items():
                 with expected(name):
-                    spans[name] = _read_spans(folder, name, entry.bytes, base)
+                    spans[name] = _read_spans(folder, name, entry.bytes, base, client)
     except FileNotFoundError:
         return None
     except Arriving as refusal:
@@ -275,9 +275,9 @@ def read_update_record(base: Round, client: int) -> bytes:
     return base.workspace.store.read(base.workspace.name(path), MAX_UPDATE_RECORD_BYTES)
 
 
-def _read_spans(folder: Folder, name: str, num_bytes: int, base: Round) -> dict[str, Span]:
+def _read_spans(folder: Folder, name: str, num_bytes: int, base: Round, client: int) -> dict[str, Span]:
     """Return where a file's tensors lie, by its header alone."""
-    tensors = base.manifest.sent_tensors
+    tensors = base.manifest.sent_by(client)
     if num_bytes > largest_file(tensors):
         raise Refusal("size", f"{name} has {num_bytes} bytes, at most {largest_file(tensors)} are allowed")
     beginning = folder.read_part(name, 0, 8)
@@ -300,7 +300,7 @@ def _read_folder(
         authenticate(client, contents, folder)
     files, stored = {}, {}
     num_bytes = len(contents)
-    tensors = base.manifest.sent_tensors
+    tensors = base.manifest.sent_by(client)
     for name in base.manifest.update_files:
         entry = record.files.get(name)
         if entry is None:
@@ -308,7 +308,7 @@ def _read_folder(
         if entry.bytes > largest_file(tensors):
             raise Refusal("size", f"{name} would have {entry.bytes} bytes, at most {largest_file(tensors)} are allowed")
         if name not in buffers:
-            buffers[name] = new_buffer(largest_file(tensors) + 1)
+            buffers[name] = new_buffer(largest_file(base.manifest.sent_tensors) + 1)  # of any client
         with expected(name):
             data, digest = folder.read_hashed(name, buffers[name])
         if len(data) < entry.bytes:
@@ -372,5 +372,8 @@ def _check_record(record: UpdateRecord, base: Round, client: int) -> None:
         raise Refusal("wrong_base", "made from another manifest of this round")
     if record.client != client:
         raise Refusal("wrong_client", f"made by client {record.client}, dropped by client {client}")
+    if record.base_delta != base.manifest.base_delta:
+        has = "trained without base_delta/, or with another" if base.manifest.base_delta else "names a base_delta/"
+        raise Refusal("wrong_base", f"it {has}: the round's is {base.manifest.base_delta}")
     if fault := claim_fault(base.manifest.privacy, record.privacy, record.num_samples, record.train_loss):
         raise Refusal("privacy", fault)
