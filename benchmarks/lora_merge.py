@@ -63,7 +63,9 @@ def main() -> int:
         for name, taken in seconds.items()
     }
     print(figures)
-    code = record("lora_merge", figures[arguments.rules[0]]["ratio"], MOST_RATIO, figures | {"clients": arguments.clients})
+    code = record(
+        "lora_merge", figures[arguments.rules[0]]["ratio"], MOST_RATIO, figures | {"clients": arguments.clients}
+    )
     return code or int(max(peaks.values()) > MOST_BYTES)
 
 

@@ -34,7 +34,9 @@ class AggregationConfig(Section):
         if self.weight_cap is not None and self.rule != "mean":
             raise ValueError(f"weight_cap is set, and {self.rule} takes no account of rows: only the mean is weighted")
         if self.lora != "exact" and (odd := [name for name in ("lora_fresh", "max_rank") if getattr(self, name)]):
-            raise ValueError(f"{odd[0]} is set, and lora is {self.lora}: it would do nothing. It belongs to lora: exact")
+            raise ValueError(
+                f"{odd[0]} is set, and lora is {self.lora}: it would do nothing. It belongs to lora: exact"
+            )
         if self.lora != "factors" and self.lora_fair is not None:
             raise ValueError(f"lora_fair is set, and lora is {self.lora}: it corrects the means of lora: factors")
         return self

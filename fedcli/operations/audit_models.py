@@ -108,7 +108,9 @@ def _own(federation: FederationState, client: int, planted: Planted, number: int
             continue
         claim = update.record.privacy
         promise = None if claim is None else Promise(claim.unit, claim.epsilon, claim.delta)
-        arrays = base.with_delta({**base.adapter(), **update.files[ADAPTER_FILE]})  # what is not sent is frozen, or the client's alone
+        arrays = base.with_delta(
+            {**base.adapter(), **update.files[ADAPTER_FILE]}
+        )  # what is not sent is frozen, or the client's alone
         return AuditedModel(OWN, f"client {client}'s update of round {answered}", arrays, promise)
     return "no update was sent since they were planted" + ("" if number is None else f", before round {number}")
 

@@ -7,6 +7,7 @@ all updates, in float64, a few times over.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -135,9 +136,14 @@ class _LoraMerge(Merge):
         self._next_delta: dict[str, dict[str, Array]] = {}
         following = {name: np.zeros(array.shape) for name, array in self.adapter.items()}
         modules = pairs(self.adapter)
-        for module, (first, second) in modules.items():
+
+        def merge(module: str) -> None:
+            first, second = modules[module]
             a, b = self._module(module, self._values(first), self._values(second), shares)
             following[first], following[second] = a, b
+
+        with ThreadPoolExecutor(2) as both:  # numpy's arithmetic, reading and hashing let other threads run
+            list(both.map(merge, modules))
         for name in self.adapter.keys() - {each for names in modules.values() for each in names}:
             following[name] = sum(share * y for share, y in zip(shares, self._values(name), strict=True))
         self._finish_delta()
@@ -161,7 +167,9 @@ class _LoraMerge(Merge):
         found = found.model_copy(update={"lora": record})
         if self.rule.is_plain_mean or not self.counted:
             return found
-        shares = dict(zip([each.client for each in self.counted], self.rule.shares(np.array(self.weights)), strict=True))
+        shares = dict(
+            zip([each.client for each in self.counted], self.rule.shares(np.array(self.weights)), strict=True)
+        )
         counted = [each.model_copy(update={"weight": float(shares[each.client])}) for each in found.counted]
         return found.model_copy(update={"counted": counted, "rule": asdict(self.rule)})
 
@@ -192,9 +200,7 @@ class _LoraMerge(Merge):
         array = self.adapter[tensor]
         return array if rank is None else np.ascontiguousarray(cut({tensor: array}, rank)[tensor])
 
-    def _module(
-        self, module: str, as_: "list[Array]", bs: "list[Array]", shares: Array
-    ) -> "tuple[Array, Array]":
+    def _module(self, module: str, as_: "list[Array]", bs: "list[Array]", shares: Array) -> "tuple[Array, Array]":
         """Return a module's next A and B; note its errors, and its part of base_delta/."""
         first, second = pairs(self.adapter)[module]
         old, rank = self.adapter[first].astype(np.float64), self.adapter[first].shape[0]
@@ -283,7 +289,10 @@ def _norm(arrays: Arrays) -> float:
     """Return the norm of all of an update's products."""
     modules = pairs(arrays).values()
     return math.hypot(
-        *(products.norm(arrays[second].astype(np.float64), arrays[first].astype(np.float64)) for first, second in modules)
+        *(
+            products.norm(arrays[second].astype(np.float64), arrays[first].astype(np.float64))
+            for first, second in modules
+        )
     )
 
 

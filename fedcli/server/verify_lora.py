@@ -50,14 +50,18 @@ def _difference(stored: Arrays, contents: bytes, tensors: Mapping[str, TensorEnt
         return refusal.reason
     modules = pairs(tensors)
     for module, (first, second) in modules.items():
-        (a, b), (found_a, found_b) = ((each[first].astype(float), each[second].astype(float)) for each in (again, stored))
+        (a, b), (found_a, found_b) = (
+            (each[first].astype(float), each[second].astype(float)) for each in (again, stored)
+        )
         if (apart := _apart(b, a, found_b, found_a)) > CLOSE:
             return f"{module}: products or factors differ by {apart:.2g} of their norm"
         unused = ~b.any(axis=0)
         if not np.array_equal(a[unused], found_a[unused]):
             return f"{module}: rows of A that no column of B uses differ"
     paired = {name for names in modules.values() for name in names}
-    return next((f"{name} differs" for name in tensors if name not in paired and (again[name] != stored[name]).any()), None)
+    return next(
+        (f"{name} differs" for name in tensors if name not in paired and (again[name] != stored[name]).any()), None
+    )
 
 
 def _apart(b: Array, a: Array, found_b: Array, found_a: Array) -> float:
