@@ -115,7 +115,7 @@ def test_clients_of_smaller_ranks_send_the_first_components_and_the_product_take
     restart_with(here, MIXED)
     configure(here, "aggregation.lora=product")
     assert read_manifest(here, 0)["lora"] == {"ranks": {"0": 2, "1": 3}}
-    sent, record = merge(here)
+    sent, _ = merge(here)
     assert [
         sent[client]["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape[0] for client in sent
     ] == [2, 3, 4]
@@ -154,7 +154,7 @@ def test_means_of_factors_of_mixed_ranks_count_what_is_beyond_a_rank_as_zero(her
 
 def test_exact_keeps_what_the_means_lack_in_a_second_adapter_and_recompresses_it_at_a_limit(here: Path):
     configure(here, "aggregation.lora=exact", "aggregation.max_rank=16")
-    before = {module: 0.0 for module in pairs(read_adapter(here, 0))}
+    before = dict.fromkeys(pairs(read_adapter(here, 0)), 0.0)
     for number in (1, 2, 3):
         sent, record = merge(here)
         manifest = head_of(here).manifest
@@ -188,7 +188,7 @@ def test_an_update_that_does_not_say_that_it_trained_beside_the_second_adapter_i
 def test_fresh_factors_leave_all_of_the_mean_product_in_the_second_adapter(here: Path):
     restart_with(here, MIXED)
     configure(here, "aggregation.lora=exact", "aggregation.lora_fresh=true", "aggregation.max_rank=18")
-    sent, record = merge(here)
+    sent, _ = merge(here)
     delta, adapter = (load_file(here / "rounds/00001" / name / ADAPTER) for name in ("base_delta", "adapter"))
     for module, product in mean_product(sent, ROWS).items():
         assert dense(delta)[module] == pytest.approx(product, abs=1e-6)

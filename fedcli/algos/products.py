@@ -88,8 +88,10 @@ def truncated(left: Array, right: Array, rank: int, warm: "Array | None" = None)
 
 def with_old_rows(factors: Factors, old: Array) -> Factors:
     """Return factors with the old A's rows where S is zero: an A and a B that are both zero have no gradient."""
-    is_zero = ~factors.b.any(axis=0)
-    return factors._replace(a=np.where(is_zero[:, None], old, factors.a))
+    a = factors.a.copy()
+    unused = np.flatnonzero(~factors.b.any(axis=0))
+    a[unused] = old[unused]
+    return factors._replace(a=a)
 
 
 def corrected(bs: "Sequence[Array]", as_: "Sequence[Array]", shares: Array, penalty: float) -> Array:

@@ -148,12 +148,13 @@ class AdaptedModel:
         import torch
         from peft import LoraConfig
 
-        own = self.model.peft_config["default"]
+        own: Any = self.model.peft_config["default"]
+        base: Any = self.model.base_model
         rank = next(array.shape[0] for name, array in frozen.items() if is_first_factor(name))
         settings = own.to_dict() | {"r": rank, "lora_alpha": own.lora_alpha / own.r * rank, "lora_dropout": 0.0}
         with quiet_libraries():
             self.model.add_adapter(_FROZEN, LoraConfig.from_peft_type(**settings))
-            self.model.base_model.set_adapter(["default", _FROZEN])
+            base.set_adapter(["default", _FROZEN])
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if f".{_FROZEN}" in name:

@@ -202,16 +202,14 @@ class _LoraMerge(Merge):
 
     def _module(self, module: str, as_: "list[Array]", bs: "list[Array]", shares: Array) -> "tuple[Array, Array]":
         """Return a module's next A and B; note its errors, and its part of base_delta/."""
-        first, second = pairs(self.adapter)[module]
+        first, _ = pairs(self.adapter)[module]
         old, rank = self.adapter[first].astype(np.float64), self.adapter[first].shape[0]
         mean_a, mean_b = _padded_mean(as_, shares, rank, axis=0), _padded_mean(bs, shares, rank, axis=1)
-        left = right = None
-        if self.lora.tells_errors or self.lora.lora_fresh:
-            left, right = products.stacked(bs, as_, shares)
-        if self.lora.tells_errors and left is not None and right is not None:
-            self.factor_errors[module] = products.shortfall(left, right, mean_b, mean_a)
+        if not self.lora.tells_errors:
+            return mean_a, mean_b
+        left, right = products.stacked(bs, as_, shares)
+        self.factor_errors[module] = products.shortfall(left, right, mean_b, mean_a)
         if self.lora.lora == "product":
-            assert left is not None and right is not None
             found = products.with_old_rows(products.truncated(left, right, rank, mean_a), old)
             self.is_factorised = True
             self.merged_errors[module] = found.error
@@ -220,18 +218,17 @@ class _LoraMerge(Merge):
             mean_b = mean_b + products.corrected(
                 [_padded(b, rank, 1) for b in bs], [_padded(a, rank, 0) for a in as_], shares, self.lora.lora_fair
             )
-            assert left is not None and right is not None
             self.merged_errors[module] = products.shortfall(left, right, mean_b, mean_a)
             self.is_factorised = True
         if self.lora.lora == "factors":
             return mean_a, mean_b
-        rest = (left, right) if self.lora.lora_fresh else products.residual(bs, as_, shares)
-        assert rest[0] is not None and rest[1] is not None
-        if self.lora.lora_fresh:
+        if not self.lora.lora_fresh:
+            left, right = products.residual(bs, as_, shares)
+        else:
             bound = 1 / math.sqrt(old.shape[1])
             fresh = stream(self.base.manifest.train.seed, "lora", round_number=self.base.number + 1, part=first)
             mean_a, mean_b = fresh.uniform(-bound, bound, old.shape), np.zeros_like(mean_b)
-        self._extend_delta(module, rest[0], rest[1], mean_a, mean_b)
+        self._extend_delta(module, left, right, mean_a, mean_b)
         return mean_a, mean_b
 
     def _extend_delta(self, module: str, left: Array, right: Array, a: Array, b: Array) -> None:
@@ -256,7 +253,7 @@ class _LoraMerge(Merge):
         """Return the rank that base_delta/ may have: no more than the widest module can use."""
         modules = pairs(self.adapter).values()
         rank = max(self.adapter[first].shape[0] for first, _ in modules)
-        widest = max(min(self.adapter[first].shape[1], self.adapter[second].shape[0]) for first, second in modules)
+        widest: int = max(min(self.adapter[first].shape[1], self.adapter[second].shape[0]) for first, second in modules)
         return min(self.lora.max_rank or MOST_RANKS * rank, widest)
 
     def _finish_delta(self) -> None:

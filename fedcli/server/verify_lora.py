@@ -1,4 +1,4 @@
-"""Merges of products computed again: what another processor's LAPACK gives differs in last digits, and is compared so."""
+"""Merges of products computed again: another processor's LAPACK gives other last digits, and they are compared so."""
 
 import math
 from collections.abc import Mapping

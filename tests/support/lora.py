@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from support.federation import configure
 
 from fedcli import Federation
 from fedcli.algos.lora import cut, pairs
@@ -14,6 +13,7 @@ from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD, Workspace
 from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry
 from fedcli.workspace.tensors import encode
+from support.federation import configure
 
 ROWS = {0: 3, 1: 50, 2: 47}
 
