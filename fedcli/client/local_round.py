@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedcli.algos.lora import cut
 from fedcli.client.cluster import cluster_of
 from fedcli.client.encoded_update import encode_adapter
 from fedcli.client.private_round import plan_private
@@ -83,7 +84,9 @@ def train_and_drop(
     party.check_floors(manifest)
     if manifest.privacy is not None:
         check_budget([*past, head], [client])
-    adapter = head.adapter()
+    adapter, rank = head.adapter(), manifest.rank_of(client)
+    if rank is not None:
+        adapter = cut(adapter, rank)
     first_draw = sum(
         earlier.manifest.train.steps * earlier.manifest.train.batch_size
         for earlier in past
@@ -123,6 +126,7 @@ def train_and_drop(
         rule=algorithm.client_rule(adapter, state, own),
         on_step=count,
         private=private,
+        frozen=head.base_delta(),
     )
     training = Training(
         num_samples=rows.num_own,
@@ -169,6 +173,7 @@ def train_and_drop(
         privacy=training.spent,
         cluster=None if manifest.clusters is None else head.cluster,
         salt=os.urandom(32).hex() if manifest.withholds else None,
+        base_delta=manifest.base_delta,
     )
     record = sealed(update)
     remove_old_candidates(party.home, client, [*past, head])

@@ -161,11 +161,13 @@ class Runtime:
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
         private: "PrivateSteps | None" = None,
+        frozen: "Arrays | None" = None,
     ) -> tuple[dict[str, Array], list[float]]:
         """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
 
         `first_draw` is the number of rows that the client drew in its earlier rounds; `private` draws otherwise, and
-        protects its units; batches without rows have no loss then. Raises ConfigError where the training diverged,
+        protects its units; batches without rows have no loss then. `frozen` is a second adapter that the base is
+        trained with. Raises ConfigError where the training diverged,
         RequirementError where memory is too small.
         """
         from fedcli.model.finite import check_weights
@@ -187,10 +189,11 @@ class Runtime:
                 count = train.steps * train.batch_size
                 usable = self._told_rows(party, train)
                 order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
-                losses = self._fit(adapter, [usable[index] for index in order], settings, party, rule, stepped)
+                drawn = [usable[index] for index in order]
+                losses = self._fit(adapter, frozen, drawn, settings, party, rule, stepped)
             else:
                 assert party is not None
-                losses = self._fit_privately(adapter, train, settings, private, party, rule, stepped)
+                losses = self._fit_privately(adapter, frozen, train, settings, private, party, rule, stepped)
         values = self.adapted.values()
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
             check_weights(self.adapted.base)
@@ -238,6 +241,7 @@ class Runtime:
     def _fit(
         self,
         adapter: Arrays,
+        frozen: "Arrays | None",
         rows: "list[EncodedRow]",
         settings: TrainSettings,
         party: Party | None,
@@ -252,13 +256,14 @@ class Runtime:
                 rows += self._task.batch_rows(rows[start : start + settings.batch_size])
         if self._task.uses_reference:
             rows = self._with_reference(rows, self._federation.workspace.pooled_home if party is None else party.home)
-        self.adapted.load(adapter)
+        self.adapted.load(adapter, frozen)
         drawn, others = rows[:count], rows[count:]
         return fit(self.adapted, drawn, self._task, settings, batch_rows=others, rule=rule, on_step=on_step)
 
     def _fit_privately(
         self,
         adapter: Arrays,
+        frozen: "Arrays | None",
         train: TrainRecord,
         settings: TrainSettings,
         private: "PrivateSteps",
@@ -277,7 +282,7 @@ class Runtime:
             found = self._with_reference(found, party.home)
         rows = dict(zip(places, found, strict=True))
         batches = ([[rows[place] for place in unit] for unit in batch] for batch in drawn)
-        self.adapted.load(adapter)
+        self.adapted.load(adapter, frozen)
         protection = private.protection
         return fit_privately(self.adapted, batches, self._task, settings, protection, rule=rule, on_step=on_step)
 

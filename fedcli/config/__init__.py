@@ -17,6 +17,7 @@ from fedcli.config.data import TemplateName as TemplateName
 from fedcli.config.parsing import algorithm_from as algorithm_from
 from fedcli.config.parsing import apply_overrides as apply_overrides
 from fedcli.config.parsing import describe_overrides as describe_overrides
+from fedcli.config.parsing import lora_from as lora_from
 from fedcli.config.parsing import parse_config as parse_config
 from fedcli.config.parsing import parse_format as parse_format
 from fedcli.config.parsing import read_document as read_document

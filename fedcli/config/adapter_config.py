@@ -61,6 +61,11 @@ def parse_adapter_config(contents: bytes, where: object) -> dict[str, Any]:
         ) from error
 
 
+def at_rank(settings: Mapping[str, Any], rank: int, **changed: Any) -> dict[str, Any]:
+    """Return an adapter's settings at another rank and the same scale, alpha / r."""
+    return {**settings, "r": rank, "lora_alpha": settings["lora_alpha"] / settings["r"] * rank, **changed}
+
+
 def parse_outside_config(contents: bytes) -> dict[str, Any]:
     """Return the settings of an adapter from elsewhere, which PEFT wrote with all of its keys.
 

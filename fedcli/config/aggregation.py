@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
+from fedcli.algos.lora import LoraName, LoraRule, LoraWeights
 from fedcli.algos.robust import Rule, RuleName
 from fedcli.config.section import Section
 
@@ -19,7 +20,9 @@ class AggregationConfig(Section):
 
     `tolerate` is how many updates may be hostile; `nearest_mixing` replaces each update by the mean of its nearest
     before the rule; `weight_cap` is the most that an update may weigh in the mean, in medians. With an `encoding`
-    clients and server send differences in fewer bytes; of those `top_k` is the share that is sent.
+    clients and server send differences in fewer bytes; of those `top_k` is the share that is sent. `lora` and what
+    begins with it say how products of LoRA's factors are merged; `max_rank` is of what `lora: exact` keeps beside the
+    adapter.
     """
 
     rule: RuleName = "mean"
@@ -28,6 +31,12 @@ class AggregationConfig(Section):
     weight_cap: Annotated[float, Field(ge=1)] | None = None
     encoding: Literal["f32"] | EncodingName = "f32"
     top_k: Annotated[float, Field(gt=0, lt=1)] | None = None
+    lora: LoraName = "factors"
+    lora_weights: LoraWeights = "rows"
+    lora_fair: Annotated[float, Field(ge=0)] | None = None
+    lora_fresh: bool = False
+    lora_error: bool = False
+    max_rank: Annotated[int, Field(ge=1, le=8192)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -35,11 +44,26 @@ class AggregationConfig(Section):
             raise ValueError(f"weight_cap is set, and {self.rule} takes no account of rows: only the mean is weighted")
         if self.top_k is not None and self.encoding != "top_k":
             raise ValueError(f"top_k is set, and encoding is {self.encoding}: only top_k sends a share of the numbers")
+        if self.lora != "exact" and (odd := [name for name in ("lora_fresh", "max_rank") if getattr(self, name)]):
+            raise ValueError(
+                f"{odd[0]} is set, and lora is {self.lora}: it would do nothing. It belongs to lora: exact"
+            )
+        if self.lora != "factors" and self.lora_fair is not None:
+            raise ValueError(f"lora_fair is set, and lora is {self.lora}: it corrects the means of lora: factors")
         return self
 
     def as_rule(self) -> Rule:
         """Return the rule."""
         return Rule(**{name: getattr(self, name) for name in asdict(Rule())})
+
+    @property
+    def keeps_residual(self) -> bool:
+        """Whether the adapter is the mean of the clients' factors, and base_delta/ has what their product lacks."""
+        return self.lora == "exact" and not self.lora_fresh
+
+    def as_lora(self) -> LoraRule:
+        """Return how products of factors are merged."""
+        return LoraRule(**{name: getattr(self, name) for name in asdict(LoraRule())})
 
     def check_enough(self, num_counted: int) -> None:
         """Raise ValueError where so few updates count in a round that the rule cannot tolerate what it should."""

@@ -20,6 +20,13 @@ class Exclusion(NamedTuple):
 
 
 _STATEFUL = "the server's state belongs to one adapter"
+_PRODUCTS = "aggregation.lora: product|exact"
+_NEW_GAUGE = "the factors are new ones after each merge, and what a server or a client keeps of them means nothing then"
+_NO_UPDATES = "products are made of each client's factors, and the server sees their sum alone"
+_NOISY_MEAN = "the noise is that of a bounded mean of factors, and this is none"
+_REGION = "a region sends its parent the mean of its updates' factors by rows"
+_ONE_SHAPE = "the clients' updates differ in shape"
+
 EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion("clusters.by", "algorithm.state_prefixes", _STATEFUL),
     Exclusion("clusters.by", "algorithm.update_files", "what a client sends beside its adapter belongs to one adapter"),
@@ -43,7 +50,46 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         "aggregation.rule: median|trimmed_mean",
         "of each number most updates send nothing, so that its middle is zero: take int8, or another rule",
     ),
+    Exclusion(_PRODUCTS, "algorithm.state_prefixes", _NEW_GAUGE),
+    Exclusion(_PRODUCTS, "algorithm.private_state", _NEW_GAUGE),
+    Exclusion(_PRODUCTS, "algorithm.update_files", _NEW_GAUGE),
+    *(
+        Exclusion(first, second, why)
+        for first in (_PRODUCTS, "aggregation.lora_weights: norm", "aggregation.lora_fair", "aggregation.lora_error")
+        for second, why in (
+            ("aggregation.rule", "the rule takes the place of the mean that this one is made of"),
+            ("aggregation.nearest_mixing", "mixing makes means of updates, and this one is made of single ones"),
+            ("privacy.secure_aggregation", _NO_UPDATES),
+            ("privacy.unit: client", _NOISY_MEAN),
+        )
+    ),
+    Exclusion(_PRODUCTS, "aggregation.encoding", "the factors are new ones after each merge, and no small difference"),
+    Exclusion(_PRODUCTS, "clusters.by", "it is made for one adapter"),
+    Exclusion("aggregation.lora_weights: norm", "clusters.by", "it is made for one adapter"),
+    Exclusion("aggregation.lora_fair", "clusters.by", "it is made for one adapter"),
+    Exclusion("aggregation.lora_error", "clusters.by", "it is made for one adapter"),
+    Exclusion(_PRODUCTS, "federation.relay_every", _REGION),
+    Exclusion("aggregation.lora_weights: norm", "federation.relay_every", _REGION),
+    Exclusion("aggregation.lora_fair", "federation.relay_every", _REGION),
+    Exclusion("aggregation.lora_weights: norm", "privacy.unit", "the weights would tell how far each client moved"),
+    Exclusion("aggregation.lora_fair", "algorithm.update_files", "control variates follow the mean of the factors"),
+    Exclusion("adapter.is_mixed: True", "aggregation.rule", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "aggregation.encoding", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "clusters.by", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "aggregation.nearest_mixing", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "privacy.secure_aggregation", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "privacy.unit: client", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "federation.relay_every", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "algorithm.update_files", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "algorithm.private_state", _ONE_SHAPE),
+    Exclusion(
+        "adapter.is_mixed: True",
+        "aggregation.keeps_residual: True",
+        "factors of several ranks have no mean. Set lora_fresh, which needs none, or lora to product",
+    ),
 )
+_SHOWN = {"adapter.is_mixed": "adapter.rank", "aggregation.keeps_residual": "aggregation.lora"}
+"""Keys of fedcli.yaml in whose place a condition looks at what follows from them."""
 
 
 def excluded(config: "Config", plain: "Config") -> Iterator[str]:
@@ -70,6 +116,7 @@ def _value(config: "Config", key: str) -> Any:
 def _told(config: "Config", condition: str) -> str:
     """Return a key with its value, as fedcli.yaml has it."""
     key = condition.partition(": ")[0]
+    key = _SHOWN.get(key, key)
     if key.startswith("algorithm."):
         key = "algorithm.name"
     return f"{key}: {_value(config, key)}"

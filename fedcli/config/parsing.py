@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fedcli.algos import ALGORITHMS, Algorithm
+from fedcli.algos.lora import LoraRule
 from fedcli.algos.robust import Rule
 from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.data import PARTITIONS, TAGS, DataFormat, check_format
@@ -43,6 +44,17 @@ def rule_from(record: dict[str, Any] | None) -> Rule | None:
     except ValidationError as error:
         raise IntegrityError(
             f"a manifest was merged by a rule that this version does not know: {str(record)[:200]}",
+            hint="Use the version of fedcli that merged the round, or a later one.",
+        ) from error
+
+
+def lora_from(record: dict[str, Any] | None) -> LoraRule:
+    """Return how a manifest says that factors were merged, None for their means; raise IntegrityError if unknown."""
+    try:
+        return AggregationConfig.model_validate(record or {}).as_lora()
+    except ValidationError as error:
+        raise IntegrityError(
+            f"a manifest was merged by an aggregation.lora that this version does not know: {str(record)[:200]}",
             hint="Use the version of fedcli that merged the round, or a later one.",
         ) from error
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, TypeAdapter, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedcli.algos import ALGORITHMS, Algorithm, FedAvg
@@ -52,14 +52,52 @@ def _target_modules(value: Any) -> Any:
     return tuple(value)
 
 
-class AdapterConfig(Section):
-    """The LoRA adapter (Hu et al. 2021); `init` names a folder with an adapter to start from."""
+Rank: TypeAlias = Annotated[int, Field(ge=1, le=8192)]
+_RANK: TypeAdapter[int] = TypeAdapter(Rank, config=ConfigDict(defer_build=True))
+_RANKS: TypeAdapter[dict[str, int]] = TypeAdapter(
+    dict[Annotated[str, Field(pattern=r"^(default|0|[1-9][0-9]{0,5})$")], Rank], config=ConfigDict(defer_build=True)
+)
 
-    rank: Annotated[int, Field(ge=1, le=8192)] = 32
+
+def _ranks(value: Any) -> Any:
+    """Return a rank, or ranks by client in the order of their names, with `default` for all others."""
+    if not isinstance(value, dict):
+        return _RANK.validate_python(value)
+    if "default" not in value:
+        raise ValueError(f"ranks by client need `default`, the rank of all others (found {value!r})")
+    found = _RANKS.validate_python({str(key): rank for key, rank in value.items()})
+    return dict(sorted(found.items()))
+
+
+class AdapterConfig(Section):
+    """The LoRA adapter (Hu et al. 2021); `init` names a folder with an adapter to start from.
+
+    `rank` is one for all, or a mapping of clients to theirs, with `default` for the others; the global adapter has the
+    largest, and `alpha` belongs to that: all have the scale alpha / rank.
+    """
+
+    rank: Annotated[int | dict[str, int], PlainValidator(_ranks)] = 32
     alpha: Annotated[float, Field(gt=0)] = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     target_modules: Annotated[tuple[str, ...] | Literal["all-linear"] | None, BeforeValidator(_target_modules)] = None
     init: str | None = None
+
+    @property
+    def global_rank(self) -> int:
+        """The global adapter's rank, the largest of all."""
+        return max(self.rank.values()) if isinstance(self.rank, dict) else self.rank
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether clients have ranks of their own."""
+        return isinstance(self.rank, dict)
+
+    def smaller_ranks(self, num_clients: int) -> dict[str, int] | None:
+        """Return the ranks of the clients that have a smaller one than the global adapter; None where none has."""
+        if not isinstance(self.rank, dict):
+            return None
+        ranks = {str(client): self.rank.get(str(client), self.rank["default"]) for client in range(num_clients)}
+        return {client: rank for client, rank in ranks.items() if rank < self.global_rank} or None
 
 
 Steps: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
@@ -242,6 +280,12 @@ class Config(Section):
         for given in (self.data.format, *(entry.format for entry in self.data.sources)):
             if given is not None:
                 check_format(given, self.task)
+        if isinstance(self.adapter.rank, dict):
+            for client in self.adapter.rank.keys() - {"default"}:
+                if int(client) >= self.federation.clients:
+                    raise ValueError(
+                        f"adapter.rank names client {client}, and federation.clients is {self.federation.clients}"
+                    )
         self.aggregation.check_enough(self.federation.num_counted)
         federation = self.federation
         self.clusters.check_clients(federation.clients)

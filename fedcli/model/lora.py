@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from fedcli.algos import Array, Arrays
+from fedcli.algos.lora import is_first_factor, of_rank
 from fedcli.config import Quantization
 from fedcli.config.adapter_config import AdapterConfig, parse_outside_config
 from fedcli.errors import ConfigError
@@ -22,6 +23,8 @@ _BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, Saf
 """What PEFT raises for a folder that holds no whole adapter."""
 _OUTSIDE = "outside"
 """PEFT's name for an adapter that came from a folder."""
+_FROZEN = "base_delta"
+"""PEFT's name for an adapter that is not trained."""
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +77,9 @@ def start_adapter(
 
 
 class AdaptedModel:
-    """A base model that carries one LoRA adapter, whose values are copied in and out in place.
+    """A base model that carries one LoRA adapter of any rank, whose values are copied in and out in place.
+
+    Beside it there may be a frozen one, which is as a part of the base.
 
     `base` is the transformers model, LoRA's layers in it; `model` is PEFT's wrapper of it.
     """
@@ -115,19 +120,46 @@ class AdaptedModel:
             ):
                 module.training = True
 
-    def load(self, arrays: Arrays) -> None:
-        """Put an adapter's values in place; raise KeyError or ValueError where names or shapes are not this model's."""
+    def load(self, arrays: Arrays, frozen: "Arrays | None" = None) -> None:
+        """Put an adapter's values in place, of whatever rank, and a frozen one's beside it, of the same scale.
+
+        Raises KeyError or ValueError where names or shapes are not this model's.
+        """
         import torch
 
         self._take_off()
         if arrays.keys() != self.parameters.keys():
             raise KeyError(f"adapter names differ: {sorted(arrays.keys() ^ self.parameters.keys())[:3]}")
         for name, parameter in self.parameters.items():
-            if arrays[name].shape != tuple(parameter.shape):
+            if of_rank(name, arrays[name].shape, 0) != of_rank(name, tuple(parameter.shape), 0):
                 raise ValueError(f"{name} has shape {arrays[name].shape}, not {tuple(parameter.shape)}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(torch.tensor(arrays[name]))
+                if arrays[name].shape == tuple(parameter.shape):
+                    parameter.copy_(torch.tensor(arrays[name]))
+                else:  # the scale alpha / r stays: it is that of all ranks of a federation
+                    parameter.grad = None
+                    parameter.data = torch.tensor(arrays[name], device=parameter.device)
+        if frozen is not None:
+            self._put_beside(frozen)
+
+    def _put_beside(self, frozen: Arrays) -> None:
+        """Let a second adapter be active, too, in evaluation as in training, and not be trained."""
+        import torch
+        from peft import LoraConfig
+
+        own: Any = self.model.peft_config["default"]
+        base: Any = self.model.base_model
+        rank = next(array.shape[0] for name, array in frozen.items() if is_first_factor(name))
+        settings = own.to_dict() | {"r": rank, "lora_alpha": own.lora_alpha / own.r * rank, "lora_dropout": 0.0}
+        with quiet_libraries():
+            self.model.add_adapter(_FROZEN, LoraConfig.from_peft_type(**settings))
+            base.set_adapter(["default", _FROZEN])
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if f".{_FROZEN}" in name:
+                    parameter.requires_grad_(False)
+                    parameter.data = torch.tensor(frozen[name.replace(f".{_FROZEN}", "")], device=parameter.device)
 
     def load_folder(self, folder: Path) -> None:
         """Let the model use the adapter of a folder, of whatever rank and modules, until another one is loaded.
@@ -156,10 +188,11 @@ class AdaptedModel:
             ) from error
 
     def _take_off(self) -> None:
-        """Go back to the adapter that the model was made with."""
-        if _OUTSIDE in self.model.peft_config:
-            self.model.set_adapter("default")
-            self.model.delete_adapter(_OUTSIDE)
+        """Go back to the adapter that the model was made with, alone."""
+        for name in (_OUTSIDE, _FROZEN):
+            if name in self.model.peft_config:
+                self.model.set_adapter("default")
+                self.model.delete_adapter(name)
 
     def values(self) -> dict[str, Array]:
         """Return a copy of the adapter's values, float32."""

@@ -109,7 +109,7 @@ def _own(federation: FederationState, client: int, planted: Planted, number: int
         claim = update.record.privacy
         promise = None if claim is None else Promise(claim.unit, claim.epsilon, claim.delta)
         adapter = base.adapter()
-        arrays = {**adapter, **update.values(adapter)}  # what is not sent is frozen, or the client's alone
+        arrays = base.with_delta({**adapter, **update.values(adapter)})  # what is not sent is frozen, or its own
         return AuditedModel(OWN, f"client {client}'s update of round {answered}", arrays, promise)
     return "no update was sent since they were planted" + ("" if number is None else f", before round {number}")
 
@@ -119,7 +119,7 @@ def _aggregate(federation: FederationState, client: int, planted: Planted, found
     if not counted:
         return f"round {found.number} holds no update of client {client} that was trained with them"
     promise = promised(federation, client, found.number)
-    return AuditedModel(AGGREGATE, f"round {found.number}", found.adapter(), promise)
+    return AuditedModel(AGGREGATE, f"round {found.number}", found.whole_adapter(), promise)
 
 
 def _alone(federation: FederationState, client: int, planted: Planted) -> AuditedModel | str:

@@ -307,7 +307,7 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     estimate = estimate_memory(
         model,
         quantization=config.model.quantization,
-        rank=config.adapter.rank,
+        rank=config.adapter.global_rank,
         target_modules=targets,
         rows=_rows_at_once(train, config.task, "cuda" if torch.cuda.is_available() else "cpu"),
         length=train.max_length,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcli.config import CustomTemplate
-from fedcli.config.adapter_config import parse_adapter_config
+from fedcli.config.adapter_config import at_rank, parse_adapter_config
 from fedcli.data.formats import known_format
 from fedcli.data.row_report import describe_counts
 from fedcli.errors import UsageError
@@ -27,6 +27,7 @@ from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, adapter_name, check_outside
 from fedcli.workspace.publish import check_free, is_free, new_folder
 from fedcli.workspace.registrations import DataCard
+from fedcli.workspace.tensors import encode
 
 CARD_NAME = "README.md"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -69,16 +70,12 @@ def export(
     check_outside(federation.workspace, output)
     found = _find_round(federation, number, best)
     if not is_free(output):
-        config = parse_adapter_config(found.read(ADAPTER_CONFIG_NAME), found.folder / ADAPTER_CONFIG_NAME)
+        config = _adapter(found)[0]
         for merged_dtype in ((dtype,) if dtype else DTYPES) if merge else (None,):
             if _holds_card(output, render_card(_card(federation, found, config, merged_dtype))):
                 return _exported(output, output, found, merged_dtype, is_new=False)
     check_free(output)
-    adapter = {
-        ADAPTER_FILE: found.read(adapter_name(found.cluster)),
-        ADAPTER_CONFIG_FILE: found.read(ADAPTER_CONFIG_NAME),
-    }
-    adapter_config = parse_adapter_config(adapter[ADAPTER_CONFIG_FILE], found.folder / ADAPTER_CONFIG_NAME)
+    adapter_config, adapter = _adapter(found)
     with new_folder(output) as folder:
         merged_dtype = None
         if merge:
@@ -90,7 +87,7 @@ def export(
             merged_dtype = write_merged(
                 base,
                 adapter_config,
-                found.adapter(),
+                found.whole_adapter(),
                 folder,
                 dtype=dtype,
                 max_shard_size=max_shard_size or SHARD_SIZE,
@@ -104,6 +101,19 @@ def export(
         (folder / CARD_NAME).write_text(render_card(card), encoding="utf-8")
         done = _exported(output, folder, found, merged_dtype, is_new=True)
     return done
+
+
+def _adapter(found: Round) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return the settings and the files of a round's adapter: with base_delta/ as one, of both ranks together."""
+    weights = found.read(adapter_name(found.cluster))
+    files = {ADAPTER_FILE: weights, ADAPTER_CONFIG_FILE: found.read(ADAPTER_CONFIG_NAME)}
+    config = parse_adapter_config(files[ADAPTER_CONFIG_FILE], found.folder / ADAPTER_CONFIG_NAME)
+    terms = found.manifest.lora
+    if terms is None or terms.base_delta is None:
+        return config, files
+    config = at_rank(config, config["r"] + terms.base_delta)
+    text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+    return config, {ADAPTER_FILE: encode(found.whole_adapter()), ADAPTER_CONFIG_FILE: text.encode()}
 
 
 def _holds_card(folder: Path, card: str) -> bool:

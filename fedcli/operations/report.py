@@ -94,7 +94,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         "base model": manifest.model.base,
         "fingerprint": manifest.model.fingerprint,
         "quantisation": manifest.model.quantization,
-        "adapter": f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, of {layers}",
+        "adapter": f"LoRA, rank {adapter.global_rank}, alpha {adapter.alpha:g}, of {layers}",
         "algorithm": describe_algorithm(manifest.algorithm),
         "algorithms so far": describe_history(manifest, ", "),
         "secure aggregation": manifest.secure_aggregation or "",

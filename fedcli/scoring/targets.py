@@ -107,7 +107,13 @@ def _round(found: Round) -> Target:
     name = TargetName.of_round(found.number)
     if found.manifest.clusters is not None:
         name = TargetName.of_cluster(found.cluster, found.number)
-    return Target(str(name), {"adapter": found.manifest.files[adapter_name(found.cluster)].sha256}, found.adapter)
+    identity = {"adapter": found.manifest.files[adapter_name(found.cluster)].sha256} | _delta(found)
+    return Target(str(name), identity, found.whole_adapter)
+
+
+def _delta(found: Round) -> dict[str, str]:
+    """Return what tells a round's frozen second adapter from others; nothing where there is none."""
+    return {} if found.manifest.base_delta is None else {"base_delta": found.manifest.base_delta}
 
 
 def _baseline(start: Round, name: str) -> Target:
@@ -140,13 +146,15 @@ def _update(workspace: Workspace, client: int) -> Target:
         with suppress(Refusal):
             again = read_update(base, client)
             if again is not None and again.sha256 == digest:
-                return again.files[ADAPTER_FILE] if again.record.encoding is None else again.values(base.adapter())
+                if again.record.encoding is not None:
+                    return base.with_delta(again.values(base.adapter()))
+                return base.with_delta(again.files[ADAPTER_FILE])
         raise NotReadyError(
             f"client {client}'s update of round {base.number} is no longer what it was when the scoring began",
             hint="Run the command again: what has been answered is not asked again.",
         )
 
-    return Target(str(TargetName.of_update(client, base.number)), {"adapter": found}, arrays)
+    return Target(str(TargetName.of_update(client, base.number)), {"adapter": found} | _delta(base), arrays)
 
 
 def _last_update(workspace: Workspace, client: int) -> tuple[Round, Update]:

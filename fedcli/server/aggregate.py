@@ -248,6 +248,7 @@ def _merge_plain(
         observer,
         authenticate=None if trust is None else trust.check_updates(head),
         noise=_noise(federation, needed, dry_run),
+        lora=config.aggregation.as_lora(),
     )
     _check_answers(federation, aggregation.missing, needed)
     if files is None and not head.awaited_clients():

@@ -2,7 +2,14 @@
 
 from fedcli.config import algorithm_from
 from fedcli.workspace.encoded_differences import differences_size, numbers_sent
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, DELTA_NAME, adapter_name
+from fedcli.workspace.layout import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    BASE_DELTA_CONFIG_NAME,
+    BASE_DELTA_NAME,
+    DELTA_NAME,
+    adapter_name,
+)
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 from fedcli.workspace.tensors import encoded_size
 
@@ -13,9 +20,9 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
     Raises IntegrityError where this version does not know the round's algorithm.
     """
     algorithm = algorithm_from(manifest.algorithm)
-    read = {DELTA_NAME if DELTA_NAME in manifest.files else ADAPTER_NAME, ADAPTER_CONFIG_NAME} | (
-        {algorithm.state_file} if algorithm.clients_read_state else set()
-    )
+    read = {DELTA_NAME if DELTA_NAME in manifest.files else ADAPTER_NAME, ADAPTER_CONFIG_NAME}
+    read |= {BASE_DELTA_NAME, BASE_DELTA_CONFIG_NAME}
+    read |= {algorithm.state_file} if algorithm.clients_read_state else set()
     if manifest.clusters is not None and manifest.clusters.of is None:  # a client compares all of them
         read |= {*map(adapter_name, range(manifest.num_clusters))}
     tensors = manifest.sent_tensors

@@ -69,7 +69,7 @@ def prepare_start(experiment: Experiment) -> Start:
     Encoder(tokenizer, config.data.template)
     with without_bitsandbytes(config.model.quantization == "none"):
         peft_config = lora_config(
-            rank=adapter.rank,
+            rank=adapter.global_rank,
             alpha=adapter.alpha,
             dropout=adapter.dropout,
             target_modules=find_targets(folder, adapter.target_modules, trust_remote_code=trust_remote_code),

@@ -14,7 +14,7 @@ from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate, StoredFile, Update, check_rows, read_update
-from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, adapter_name
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, BASE_DELTA_CONFIG_NAME, BASE_DELTA_NAME, adapter_name
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate, UpdateRecord
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.tensors import encode
@@ -68,7 +68,13 @@ def unchanged_files(base: Round, algorithm: Algorithm) -> dict[str, bytes]:
         *map(adapter_name, range(base.manifest.num_clusters)),
         *([algorithm.state_file] if base.state(algorithm) else []),
     ]
-    return {name: base.read(name) for name in names}
+    return {name: base.read(name) for name in names} | delta_files(base)
+
+
+def delta_files(base: Round) -> dict[str, bytes]:
+    """Return base_delta/ as it is in a round: it stays so unless a merge changes it."""
+    names = (BASE_DELTA_NAME, BASE_DELTA_CONFIG_NAME)
+    return {name: base.read(name) for name in names if name in base.manifest.files}
 
 
 def weight_of(base: Round, algorithm: Algorithm, client: int, record: UpdateRecord) -> float:

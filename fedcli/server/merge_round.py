@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedcli.algos import Algorithm
+from fedcli.algos.lora import LoraRule
 from fedcli.algos.robust import Rule
 from fedcli.errors import ConfigError
 from fedcli.observer import Observer
 from fedcli.server.encoded_step import with_encoded_step
+from fedcli.server.merge import delta_files
 from fedcli.server.merge_by_rule import combine_with
 from fedcli.server.withheld import without_figures
 from fedcli.workspace.history import Round
@@ -30,13 +32,15 @@ def merge_round(
     recorded: Mapping[int, CountedUpdate] | None = None,
     authenticate: Authenticate | None = None,
     noise: "NoiseSource | None" = None,
+    lora: LoraRule | None = None,
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Merge a round as `combine_with` does, or with noise where it is of unit client; return what may be published.
 
+    `lora` says what becomes of products of factors; None and what is plain are their means.
     Without `noise`, or where it gives no key, such a round is checked alone: there are no files. Raises what
     `combine_with` and `combine_privately` do, ConfigError where a rule stands beside unit client.
     """
-    privacy = base.manifest.privacy
+    privacy, lora = base.manifest.privacy, lora or LoraRule()
     if base.manifest.clusters is not None:
         from fedcli.server.merge_clusters import combine_clusters
 
@@ -44,11 +48,34 @@ def merge_round(
             base, algorithm, num_clients, order, observer, recorded=recorded, authenticate=authenticate
         )
         return files, without_figures(base, found)
+    is_mixed = base.manifest.lora is not None and base.manifest.lora.ranks is not None
+    if not lora.is_plain or is_mixed:
+        from fedcli.server.merge_lora import combine_lora  # other rounds need no linear algebra
+
+        if privacy is not None and privacy.is_at_server:
+            raise ConfigError(
+                f"round {base.number} was opened with privacy.unit: client, and aggregation.lora is {lora.lora} "
+                "(lora_weights, lora_error and lora_fair count, too): they exclude each other",
+                hint="Leave what begins with lora out of the section aggregation.",
+            )
+        files, found = combine_lora(
+            lora,
+            rule,
+            base,
+            algorithm,
+            num_clients,
+            order,
+            count,
+            observer,
+            refuses_incomplete=recorded is not None,
+            authenticate=authenticate,
+        )
+        return _published(base, files), without_figures(base, found)
     if privacy is None or not privacy.is_at_server:
         files, found = combine_with(
             rule, base, algorithm, num_clients, order, count, observer, recorded=recorded, authenticate=authenticate
         )
-        return with_encoded_step(base, files), without_figures(base, found)
+        return _published(base, files), without_figures(base, found)
     if rule is not None and not rule.is_plain_mean:
         raise ConfigError(
             f"round {base.number} was opened with privacy.unit: client, and aggregation.rule is {rule.rule}: they "
@@ -68,4 +95,9 @@ def merge_round(
         refuses_incomplete=recorded is not None,
         authenticate=authenticate,
     )
-    return with_encoded_step(base, files), without_figures(base, found)
+    return _published(base, files), without_figures(base, found)
+
+
+def _published(base: Round, files: dict[str, bytes] | None) -> dict[str, bytes] | None:
+    """Return a round's merged files as they are published: encoded, and with base_delta/, which the merge may leave."""
+    return with_encoded_step(base, None if files is None else {**delta_files(base), **files})

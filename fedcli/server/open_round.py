@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedcli import __version__
 from fedcli.config import Config
+from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import ConfigError, NotReadyError
 from fedcli.randomness import draw_cohort
 from fedcli.secure_aggregation.terms import FEWEST
@@ -15,7 +16,8 @@ from fedcli.server.encoded_step import encoding_record
 from fedcli.server.region import Place, begin_place, next_place
 from fedcli.workspace.federation_state import Experiment, FederationState, train_record
 from fedcli.workspace.history import Round, publish_round
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, BASE_DELTA_CONFIG_NAME
+from fedcli.workspace.lora_records import LoraTerms
 from fedcli.workspace.privacy_records import next_clip, privacy_record
 from fedcli.workspace.records import Aggregation, Identity, Manifest, ModelRecord, Selection, TensorEntry, file_entry
 
@@ -145,8 +147,17 @@ def _manifest(
         ),
         relay=None if place is None else place.relay,
         clusters=first_clusters(config) if before is None else next_clusters(config, before, aggregation),
+        lora=_lora_terms(config, start),
     )
     return manifest.model_copy(update={"cost": cost_of(manifest, before), "history": history_of(manifest, before)})
+
+
+def _lora_terms(config: Config, start: Start) -> LoraTerms | None:
+    """Return what clients must know of ranks and of base_delta/; None where there is nothing."""
+    ranks = config.adapter.smaller_ranks(config.federation.clients)
+    contents = start.files.get(BASE_DELTA_CONFIG_NAME)
+    delta = None if contents is None else parse_adapter_config(contents, BASE_DELTA_CONFIG_NAME)["r"]
+    return None if ranks is None and delta is None else LoraTerms(ranks=ranks, base_delta=delta)
 
 
 def _clip(previous: Round | None, aggregation: Aggregation | None) -> float | None:

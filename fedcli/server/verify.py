@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fedcli.config import algorithm_from, rule_from
+from fedcli.config import algorithm_from, lora_from, rule_from
 from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
@@ -43,6 +43,8 @@ from fedcli.workspace.history import (
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILE,
+    BASE_DELTA_CONFIG_NAME,
+    BASE_DELTA_NAME,
     MANIFEST,
     MANIFEST_SIGNATURE,
     PRUNED,
@@ -52,7 +54,7 @@ from fedcli.workspace.layout import (
     round_name,
 )
 from fedcli.workspace.publish import TEMPORARY_PREFIX
-from fedcli.workspace.records import Aggregation, Identity, file_entry
+from fedcli.workspace.records import Aggregation, Identity, Manifest, file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
 
@@ -160,7 +162,9 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
             result.num_files += 1
             if name in map(adapter_name, range(manifest.num_clusters)):
                 decode(contents, manifest.tensors)
-            elif name == ADAPTER_CONFIG_NAME:
+            elif name == BASE_DELTA_NAME:
+                decode(contents, manifest.delta_tensors)
+            elif name in (ADAPTER_CONFIG_NAME, BASE_DELTA_CONFIG_NAME):
                 parse_adapter_config(contents, "it")
         except FedError as error:
             if isinstance(error.__cause__, OSError):
@@ -243,8 +247,14 @@ def _check_links(current: Round, previous: Round | None, number: int, result: Ve
     for key in ("task", "model", "tensors"):
         if getattr(manifest, key) != getattr(previous.manifest, key):
             result.report(current.folder, f"changes {key}, which is fixed")
+    if _ranks(manifest) != _ranks(previous.manifest):
+        result.report(current.folder, "changes the clients' ranks, which are fixed")
     if manifest.files.get(ADAPTER_CONFIG_NAME) != previous.manifest.files.get(ADAPTER_CONFIG_NAME):
         result.report(current.folder, f"changes {ADAPTER_CONFIG_NAME}, which is fixed")
+
+
+def _ranks(manifest: Manifest) -> Mapping[str, int]:
+    return {} if manifest.lora is None else manifest.lora.ranks or {}
 
 
 def _check_aggregation(
@@ -330,6 +340,7 @@ def _recompute(
             recorded=entries,
             authenticate=check_of_merge(current, previous),
             noise=noise_again(aggregation, keys),
+            lora=lora_from(None if aggregation.lora is None else aggregation.lora.settings()),
         )
     except FedError as error:
         if isinstance(error.__cause__, OSError):
@@ -346,6 +357,14 @@ def _recompute(
         return
     if not all(map(is_same_record, again.counted, aggregation.counted)):
         result.report(current.folder, "records other weights, losses or norms than the counted updates give")
+    if (aggregation.lora is None) != (again.lora is None):
+        result.report(current.folder, "does not tell how products of factors were merged, or tells it for nothing")
+        return
+    if files is not None and again.lora is not None:
+        from fedcli.server.verify_lora import check_products  # other rounds are compared byte for byte
+
+        check_products(current, again.lora, files, result)
+        return
     if files is None:
         result.noisy_rounds.append(current.number)
         return

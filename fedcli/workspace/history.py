@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedcli.algos import Algorithm, Array
+from fedcli.algos import Algorithm, Array, Arrays
+from fedcli.algos.lora import joined
 from fedcli.errors import ArrivingError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
+    BASE_DELTA_NAME,
     DELTA_NAME,
     MANIFEST,
     MANIFEST_SIGNATURE,
@@ -133,6 +135,21 @@ class Round:
     def of_cluster(self, cluster: int) -> "Round":
         """Return the round with another cluster's adapter."""
         return replace(self, cluster=cluster)
+
+    def base_delta(self) -> "dict[str, Array] | None":
+        """Return the frozen second adapter, float32; None where there is none, IntegrityError where it is damaged."""
+        if (tensors := self.manifest.delta_tensors) and BASE_DELTA_NAME in self.manifest.files:
+            return self.arrays(BASE_DELTA_NAME, tensors)
+        return None
+
+    def whole_adapter(self) -> "dict[str, Array]":
+        """Return both adapters as one, of both ranks together and the same scale: what the round computes."""
+        return self.with_delta(self.adapter())
+
+    def with_delta(self, adapter: "Arrays") -> "dict[str, Array]":
+        """Return an adapter that was trained in the round together with the frozen second one."""
+        delta = self.base_delta()
+        return {**adapter} if delta is None else joined(adapter, delta)
 
     def weight(self, algorithm: Algorithm, num_rows: int) -> float:
         """Return what a client with so many rows weighs: where privacy has a unit all weigh the same."""

@@ -297,7 +297,7 @@ def read_update_record(base: Round, client: int) -> bytes:
 
 def _read_spans(folder: Folder, name: str, num_bytes: int, base: Round, record: UpdateRecord) -> dict[str, Span]:
     """Return where a file's tensors lie, by its header alone."""
-    tensors = base.manifest.sent_tensors
+    tensors = base.manifest.sent_by(record.client)
     if num_bytes > largest_file(tensors):
         raise Refusal("size", f"{name} has {num_bytes} bytes, at most {largest_file(tensors)} are allowed")
     beginning = folder.read_part(name, 0, 8)
@@ -328,7 +328,7 @@ def _read_folder(
         authenticate(client, contents, folder)
     files, stored = {}, {}
     num_bytes = len(contents)
-    tensors = base.manifest.sent_tensors
+    tensors = base.manifest.sent_by(client)
     for name in base.manifest.update_files:
         entry = record.files.get(name)
         if entry is None:
@@ -336,7 +336,7 @@ def _read_folder(
         if entry.bytes > largest_file(tensors):
             raise Refusal("size", f"{name} would have {entry.bytes} bytes, at most {largest_file(tensors)} are allowed")
         if name not in buffers:
-            buffers[name] = new_buffer(largest_file(tensors) + 1)
+            buffers[name] = new_buffer(largest_file(base.manifest.sent_tensors) + 1)  # of any client
         with expected(name):
             data, digest = folder.read_hashed(name, buffers[name])
         if len(data) < entry.bytes:
@@ -407,5 +407,8 @@ def _check_record(record: UpdateRecord, base: Round, client: int) -> None:
     if record.encoding is not None and (asked is None or record.encoding != asked.name):
         wanted = "values" if asked is None else f"{asked.name}, or values"
         raise Refusal("schema", f"update.json names the encoding {record.encoding!r}: the round asks for {wanted}")
+    if record.base_delta != base.manifest.base_delta:
+        has = "trained without base_delta/, or with another" if base.manifest.base_delta else "names a base_delta/"
+        raise Refusal("wrong_base", f"it {has}: the round's is {base.manifest.base_delta}")
     if fault := claim_fault(base.manifest.privacy, record.privacy, record.num_samples, record.train_loss):
         raise Refusal("privacy", fault)

@@ -14,12 +14,14 @@ from pydantic import (
     model_validator,
 )
 
+from fedcli.algos.lora import is_first_factor, of_rank
 from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.aggregation import DownEncodingName, EncodingName
 from fedcli.config.clusters import MOST_CLUSTERS
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
-from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
+from fedcli.workspace.layout import BASE_DELTA_NAME, MASKED_FILE, SHARES_FILE, WORKSPACE_ID
+from fedcli.workspace.lora_records import LoraMerge, LoraTerms
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
 from fedcli.workspace.record import Finite as Finite
 from fedcli.workspace.record import Id as Id
@@ -221,7 +223,7 @@ class ClustersRecord(Record):
 class Aggregation(Record):
     """How a round's adapter came to be; all lists are sorted by client."""
 
-    unwritten = ("rule", "privacy", "secure", "splits")
+    unwritten = ("rule", "privacy", "secure", "splits", "lora")
 
     algorithm: dict[str, Any]
     counted: list[CountedUpdate]
@@ -237,6 +239,8 @@ class Aggregation(Record):
     """How the sum of masked updates was had; None, and not written, where they were not masked."""
     splits: list[Split] | None = None
     """Which clusters split; None, and not written, where none did."""
+    lora: LoraMerge | None = None
+    """How products of factors were merged; None, and not written, where factors were averaged and no more is told."""
 
 
 class Selection(Record):
@@ -271,7 +275,7 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
-    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay", "clusters", "encoding")
+    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay", "clusters", "encoding", "lora")
 
     arrives = True
     protocol: Literal[1] = 1
@@ -307,6 +311,8 @@ class Manifest(Record):
     """What the round guarantees; None, and not written, where nothing is asked for."""
     relay: RelayRecord | None = None
     """Of a region, where it stands in its parent's round; None, and not written, of other federations."""
+    lora: LoraTerms | None = None
+    """Ranks of clients, and the rank of base_delta/; None, and not written, where there are neither."""
     clusters: ClustersRecord | None = None
     """Which adapters there are; None, and not written, where there is one for all."""
 
@@ -331,6 +337,25 @@ class Manifest(Record):
         if (names := self.update_tensors) is None:
             return self.tensors
         return {name: entry for name, entry in self.tensors.items() if name in names}
+
+    def rank_of(self, client: int) -> int | None:
+        """Return the rank that a client trains; None for the adapter's."""
+        return None if self.lora is None or self.lora.ranks is None else self.lora.ranks.get(str(client))
+
+    def sent_by(self, client: int) -> dict[str, TensorEntry]:
+        """Return the tensors of each file of a client's update: of its rank."""
+        return self.sent_tensors if (rank := self.rank_of(client)) is None else at_rank(self.sent_tensors, rank)
+
+    @property
+    def delta_tensors(self) -> dict[str, TensorEntry]:
+        """The tensors of base_delta/; none where there is none."""
+        rank = None if self.lora is None else self.lora.base_delta
+        return {} if rank is None else at_rank(self.tensors, rank, is_exact=True)
+
+    @property
+    def base_delta(self) -> str | None:
+        """The SHA-256 of the second adapter; None where there is none."""
+        return self.files[BASE_DELTA_NAME].sha256 if BASE_DELTA_NAME in self.files else None
 
     @property
     def dropped_files(self) -> list[str]:
@@ -377,7 +402,7 @@ class PrunedRecord(Record):
 class UpdateRecord(Record):
     """update.json: what a client says of its update."""
 
-    unwritten = ("privacy", "salt", "relay", "cluster", "encoding")
+    unwritten = ("privacy", "salt", "relay", "cluster", "encoding", "base_delta")
 
     protocol: int
     workspace: str
@@ -401,6 +426,19 @@ class UpdateRecord(Record):
     """Of a region, whose adapter this is; None, and not written, of other clients."""
     cluster: Natural | None = None
     """Whose adapter it was made from; None, and not written, where there are no clusters, and then it is 0."""
+    base_delta: Sha256 | None = None
+    """The hash of the frozen second adapter that it trained beside; None, and not written, where there is none."""
+
+
+def at_rank(tensors: Mapping[str, TensorEntry], rank: int, *, is_exact: bool = False) -> dict[str, TensorEntry]:
+    """Return factors' shapes at a smaller rank, or with `is_exact` at a rank of any size."""
+    found = {}
+    for name, entry in tensors.items():
+        shape = of_rank(name, entry.shape, rank)
+        if is_exact:
+            shape = (rank, *shape[1:]) if is_first_factor(name) else (*shape[:-1], rank)
+        found[name] = TensorEntry(shape=shape, dtype=entry.dtype)
+    return found
 
 
 def file_entry(contents: bytes | memoryview) -> FileEntry:
