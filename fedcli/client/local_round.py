@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedcli.client.own_factors import OwnFactors
 from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
@@ -91,6 +92,8 @@ def train_and_drop(
     state = head.state(algorithm) if algorithm.clients_read_state else {}
     kept = read_states(party.home, [*past, head], client)
     own = kept.get(algorithm.private_state, {})
+    factors = OwnFactors(manifest, algorithm)
+    adapter = factors.put_in(adapter, kept)
     privacy = manifest.privacy if manifest.privacy is not None and manifest.privacy.is_at_party else None
     runtime = runtimes.load(party, observer)
     rows = runtime.rows(party, manifest.train, group_by=None if privacy is None else privacy.group_by)
@@ -115,7 +118,7 @@ def train_and_drop(
         party=party,
         round_number=head.number,
         first_draw=first_draw,
-        rule=algorithm.client_rule(adapter, state, own),
+        rule=factors.rule(algorithm.client_rule(adapter, state, own), adapter),
         on_step=count,
         private=private,
     )
@@ -130,11 +133,12 @@ def train_and_drop(
         withholds=manifest.withholds,
         **rows.counts() | ({} if party.is_handwritten else {"unused": {}}),
     )
-    sent, own = algorithm.client_step(
+    sent, own_after = algorithm.client_step(
         adapter, values, state, own, steps=training.steps, learning_rate=manifest.train.learning_rate
     )
     if algorithm.private_state:
-        kept[algorithm.private_state] = own
+        kept[algorithm.private_state] = factors.without_unsent(own_after, own)
+    kept |= factors.kept(values)
     if masked is not None:
         from fedcli.client.secure_round import mask_and_drop
 

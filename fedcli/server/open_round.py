@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from fedcli import __version__
+from fedcli.algos import Algorithm
+from fedcli.algos.share import sent_tensors
 from fedcli.config import Config
 from fedcli.errors import ConfigError, NotReadyError
 from fedcli.randomness import draw_cohort
@@ -123,7 +125,8 @@ def _manifest(
         algorithm=asdict(algorithm),
         cohort=sorted(drawn),
         update_files=[ADAPTER_FILE, *algorithm.update_files],
-        update_tensors=algorithm.update_tensors(start.tensors),
+        update_tensors=_update_tensors(config, algorithm, number, start),
+        share=config.aggregation.shared_factor,
         model=start.model,
         train=train or train_record(config, number, rounds, date=start.date),
         files={name: file_entry(contents) for name, contents in start.files.items()},
@@ -143,6 +146,19 @@ def _manifest(
     )
     before = None if previous is None else previous.manifest
     return manifest.model_copy(update={"cost": cost_of(manifest, before), "history": history_of(manifest, before)})
+
+
+def _update_tensors(config: Config, algorithm: Algorithm, number: int, start: Start) -> list[str] | None:
+    """Return which tensors updates carry; raise ConfigError where the algorithm and `share` leave none."""
+    aggregation = config.aggregation
+    found = sent_tensors(algorithm, aggregation.shared_factor, number, start.tensors)
+    if found == []:
+        raise ConfigError(
+            f"algorithm.name: {algorithm.name} and aggregation.share: {aggregation.share} exclude each other: what the "
+            "one has updates carry the other keeps out of them",
+            hint="Set aggregation.share to [A, B].",
+        )
+    return found
 
 
 def _clip(previous: Round | None, aggregation: Aggregation | None) -> float | None:

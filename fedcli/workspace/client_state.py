@@ -35,10 +35,21 @@ class KeptState:
     """What else than a backup helps where it is gone."""
 
 
+OWN_FACTORS = KeptState(
+    "own-factors",
+    "aggregation.share",
+    lambda base, _: base.share == "A",
+    "or let one round be opened with aggregation.share: [A, B], after which all clients' own factors start afresh",
+)
+"""The factors B that clients keep to themselves with aggregation.share: [A]."""
+
+
 def kept_states(manifest: Manifest) -> list[KeptState]:
     """Return what clients keep in a round; raise IntegrityError for an algorithm that this version does not know."""
     algorithm = algorithm_from(manifest.algorithm)
     found = []
+    if manifest.share == "A":
+        found.append(OWN_FACTORS)
     if algorithm.private_state:
         found.append(
             KeptState(

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedcli.algos.share import Share, is_sent
 from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
@@ -206,7 +207,7 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
-    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay")
+    unwritten = ("update_tensors", "share", "enrolment", "fedcli", "privacy", "relay")
 
     arrives = True
     protocol: Literal[1] = 1
@@ -232,6 +233,8 @@ class Manifest(Record):
     """When the round was opened, in seconds since 1970 by the server's clock; None without a deadline."""
     update_tensors: list[str] | None = None
     """Which of `tensors` updates carry; None for all, and then it is not written."""
+    share: Share | None = None
+    """Which of LoRA's factors is sent where not both are, and what becomes of the other; not written for both."""
     enrolment: EnrolmentHead | None = None
     """Who took part when the round was opened; None, and not written, where signatures are off."""
     fedcli: str | None = None
@@ -257,6 +260,11 @@ class Manifest(Record):
         if (names := self.update_tensors) is None:
             return self.tensors
         return {name: entry for name, entry in self.tensors.items() if name in names}
+
+    @property
+    def unshared_tensors(self) -> set[str]:
+        """The tensors that `share` keeps out of updates: frozen, or with [A] each client's own."""
+        return {name for name in self.tensors if not is_sent(self.share, self.round, name)}
 
     @property
     def dropped_files(self) -> list[str]:
