@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcli.client.own_factors import OwnFactors
+from fedcli.client.personal import train_own
 from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
@@ -122,6 +123,7 @@ def train_and_drop(
         on_step=count,
         private=private,
     )
+    own_adapter = train_own(runtime, party, head, adapter, kept, first_draw=first_draw, on_step=count)
     training = Training(
         num_samples=rows.num_own,
         num_truncated=rows.num_truncated,
@@ -138,7 +140,7 @@ def train_and_drop(
     )
     if algorithm.private_state:
         kept[algorithm.private_state] = factors.without_unsent(own_after, own)
-    kept |= factors.kept(values)
+    kept |= factors.kept(values) | own_adapter
     if masked is not None:
         from fedcli.client.secure_round import mask_and_drop
 

@@ -4,10 +4,12 @@ import functools
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -158,8 +160,12 @@ class Runtime:
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
         private: "PrivateSteps | None" = None,
+        beside: Mapping[str, Arrays] = MappingProxyType({}),
+        weight: float = 1.0,
     ) -> tuple[dict[str, Array], list[float]]:
         """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
+
+        `beside` are frozen adapters by name that the model uses, too, and `weight` is the trained one's among them.
 
         `first_draw` is the number of rows that the client drew in its earlier rounds; `private` draws otherwise, and
         protects its units; batches without rows have no loss then. Raises ConfigError where the training diverged,
@@ -184,7 +190,8 @@ class Runtime:
                 count = train.steps * train.batch_size
                 usable = self._told_rows(party, train)
                 order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
-                losses = self._fit(adapter, [usable[index] for index in order], settings, party, rule, stepped)
+                put_in = partial(self.adapted.load, adapter, beside, weight=weight)
+                losses = self._fit(put_in, [usable[index] for index in order], settings, party, rule, stepped)
             else:
                 assert party is not None
                 losses = self._fit_privately(adapter, train, settings, private, party, rule, stepped)
@@ -213,7 +220,7 @@ class Runtime:
 
     def _fit(
         self,
-        adapter: Arrays,
+        put_in: Callable[[], None],
         rows: "list[EncodedRow]",
         settings: TrainSettings,
         party: Party | None,
@@ -228,7 +235,7 @@ class Runtime:
                 rows += self._task.batch_rows(rows[start : start + settings.batch_size])
         if self._task.uses_reference:
             rows = self._with_reference(rows, self._federation.workspace.pooled_home if party is None else party.home)
-        self.adapted.load(adapter)
+        put_in()
         drawn, others = rows[:count], rows[count:]
         return fit(self.adapted, drawn, self._task, settings, batch_rows=others, rule=rule, on_step=on_step)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def start_adapter(
 
 
 class AdaptedModel:
-    """A base model that carries one LoRA adapter, whose values are copied in and out in place.
+    """A base model that carries one LoRA adapter, whose values are copied in and out in place; others beside it.
 
     `base` is the transformers model, LoRA's layers in it; `model` is PEFT's wrapper of it.
     """
@@ -88,6 +89,9 @@ class AdaptedModel:
             self.base: PreTrainedModel = base
             self.model: PeftModel = with_lora(base, config)
         self.pad_id = pad_id_of(self.tokenizer, base)
+        self._config = config
+        self._beside: list[str] = []
+        self._weight = 1.0
         self.parameters: dict[str, torch.nn.Parameter] = {
             name.replace(".default.", "."): parameter.requires_grad_()
             for name, parameter in self.model.named_parameters()
@@ -115,8 +119,12 @@ class AdaptedModel:
             ):
                 module.training = True
 
-    def load(self, arrays: Arrays) -> None:
-        """Put an adapter's values in place; raise KeyError or ValueError where names or shapes are not this model's."""
+    def load(self, arrays: Arrays, beside: Mapping[str, Arrays] = MappingProxyType({}), *, weight: float = 1.0) -> None:
+        """Put an adapter's values in place; raise KeyError or ValueError where names or shapes are not this model's.
+
+        `beside` are further adapters by name, of the same layers and of any rank, which are frozen, and drop nothing
+        in training: the model computes W x + s (weight B A + the sum of their products) x, with the adapter's own s.
+        """
         import torch
 
         self._take_off()
@@ -128,6 +136,39 @@ class AdaptedModel:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(torch.tensor(arrays[name]))
+        for name, further in beside.items():
+            self._put_beside(name, further)
+        if weight != 1.0:
+            self._weigh(weight)
+
+    def _put_beside(self, name: str, arrays: Arrays) -> None:
+        """Let the model use a further adapter, frozen, until another one is loaded."""
+        import torch
+        from peft import LoraConfig
+
+        rank = next(array.shape[0] for key, array in arrays.items() if ".lora_A." in key)
+        scale = self._config["lora_alpha"] / self._config["r"]
+        config = {**self._config, "r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0, "inference_mode": False}
+        self._beside.append(name)
+        with quiet_libraries():
+            self.model.add_adapter(name, LoraConfig.from_peft_type(**config))
+            tuner: Any = self.model.base_model  # PEFT's own wrapper takes one name alone
+            tuner.set_adapter(["default", *self._beside])
+        with torch.no_grad():
+            for key, parameter in self.model.named_parameters():
+                if f".{name}." in key and ".lora_" in key:
+                    parameter.data = parameter.data.float()
+                    parameter.copy_(torch.tensor(arrays[key.replace(f".{name}.", ".")]))
+                    parameter.requires_grad_(False)
+
+    def _weigh(self, weight: float) -> None:
+        """Multiply the product of the adapter that the model was made with."""
+        from peft.tuners.lora import LoraLayer
+
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", weight)
+        self._weight = weight
 
     def load_folder(self, folder: Path) -> None:
         """Let the model use the adapter of a folder, of whatever rank and modules, until another one is loaded.
@@ -156,7 +197,14 @@ class AdaptedModel:
             ) from error
 
     def _take_off(self) -> None:
-        """Go back to the adapter that the model was made with."""
+        """Go back to the adapter that the model was made with, alone."""
+        if self._beside:
+            self.model.set_adapter("default")
+            for name in self._beside:
+                self.model.delete_adapter(name)
+            self._beside = []
+        if self._weight != 1.0:
+            self._weigh(1.0)
         if _OUTSIDE in self.model.peft_config:
             self.model.set_adapter("default")
             self.model.delete_adapter(_OUTSIDE)

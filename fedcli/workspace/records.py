@@ -16,6 +16,7 @@ from pydantic import (
 
 from fedcli.algos.share import Share, is_sent
 from fedcli.config import Quantization, TaskName, TemplateChoice
+from fedcli.config.personal import PersonalName
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
@@ -84,10 +85,22 @@ class Schedule(Record):
     rounds: Annotated[int, Field(le=LARGEST_COUNT)]
 
 
+class PersonalRecord(Record):
+    """The adapter of its own that a client trains beside the shared one; it is never sent."""
+
+    unwritten = ("pull", "weight")
+
+    name: PersonalName
+    pull: Annotated[Finite, Field(ge=0)] | None = None
+    """Of ditto: the lambda that holds it near the global adapter."""
+    weight: Annotated[Finite, Field(gt=0)] | None = None
+    """Of feddpa: what its product is multiplied by, beside the global adapter's."""
+
+
 class TrainRecord(Record):
     """All that a client must obey in its round; `learning_rate` is this round's."""
 
-    unwritten = ("date",)
+    unwritten = ("date", "personal")
 
     steps: Steps
     batch_size: BatchSize
@@ -104,6 +117,8 @@ class TrainRecord(Record):
     template: TemplateChoice
     date: Annotated[str, Field(max_length=10)] | None = None
     """The day that the base's chat template writes, as 2026-11-29; not written where it writes none."""
+    personal: PersonalRecord | None = None
+    """None, and not written, where clients train the shared adapter alone."""
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
