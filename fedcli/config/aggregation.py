@@ -14,10 +14,10 @@ Shared: TypeAlias = Literal["[A, B]", "[A]", "[B]", "alternate"]
 
 
 def _shared(value: Any) -> Any:
-    if isinstance(value, list | tuple) and {*value} <= {"A", "B"}:
+    if isinstance(value, list | tuple) and all(factor in ("A", "B") for factor in value):
         value = f"[{', '.join(sorted(value))}]"
-    if value not in get_args(Shared):
-        raise ValueError(f"not one of {'; '.join(get_args(Shared))} (found {str(value)[:40]})")
+    if not isinstance(value, str) or value not in get_args(Shared):
+        raise ValueError(f"it is none of {'; '.join(get_args(Shared))} (found {str(value)[:40]})")
     return value
 
 

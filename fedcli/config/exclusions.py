@@ -19,7 +19,34 @@ class Exclusion(NamedTuple):
     why: str
 
 
-EXCLUSIONS: tuple[Exclusion, ...] = ()
+EXCLUSIONS: tuple[Exclusion, ...] = (
+    Exclusion(
+        "aggregation.share: [A]",
+        "train.personal",
+        "each gives a client an adapter of its own, and eval, chat and export would have two to choose from",
+    ),
+    Exclusion(
+        "aggregation.share: [A]",
+        "eval.every",
+        "clients keep a B of their own, so that no round has a global adapter to score; fedcli eval --client scores "
+        "theirs",
+    ),
+    Exclusion(
+        "aggregation.share",
+        "federation.relay_every",
+        "a region sends its parent whole adapters (docs/HIERARCHY.md)",
+    ),
+    Exclusion(
+        "train.personal",
+        "federation.relay_every",
+        "a region's parties train as the parent's rounds ask: set train.personal there (docs/HIERARCHY.md)",
+    ),
+    Exclusion(
+        "train.personal",
+        "privacy.unit: row|group",
+        "the second adapter would learn the same rows without noise, and what it answers would tell of them",
+    ),
+)
 
 
 def excluded(config: "Config", plain: "Config") -> Iterator[str]:

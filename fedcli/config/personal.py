@@ -22,6 +22,9 @@ class PersonalConfig(Section):
     pull: Annotated[float, Field(ge=0)] = 0.1
     weight: Annotated[float, Field(gt=0)] = 0.5
 
+    def __str__(self) -> str:
+        return f"{{name: {self.name}}}"
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         odd, of = ("weight", "feddpa") if self.name == "ditto" else ("pull", "ditto")

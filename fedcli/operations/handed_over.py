@@ -15,7 +15,6 @@ from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, AD
 from fedcli.workspace.records import sha256
 from fedcli.workspace.tensors import encode
 
-
 MOST_RANK = 8192
 """Of an adapter_config.json."""
 

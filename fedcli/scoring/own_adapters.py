@@ -117,6 +117,17 @@ def own_clients(federation: FederationState) -> list[int]:
     return found
 
 
+def whole_update(base: Round, sent: Arrays) -> "Arrays | None":
+    """Return an update's whole adapter: what aggregation.share freezes is the round's.
+
+    None where a client keeps a part to itself.
+    """
+    frozen = base.manifest.unshared_tensors if base.manifest.share != "A" else set()
+    if {*base.manifest.sent_tensors, *frozen} != {*base.manifest.tensors}:
+        return None
+    return {**base.adapter(), **sent} if frozen else sent
+
+
 def check_has_global(found: Round) -> None:
     """Raise UsageError for a round whose adapter is none: with aggregation.share: [A] each client has its own B."""
     before = read_round(found.workspace, found.number - 1) if found.number else None

@@ -20,6 +20,7 @@ from fedcli.scoring.own_adapters import (
     own_adapter,
     own_clients,
     own_weight,
+    whole_update,
 )
 from fedcli.workspace import baselines
 from fedcli.workspace.federation_state import FederationState
@@ -167,10 +168,7 @@ def _client(federation: FederationState, client: int) -> Target:
 
 def _update(workspace: Workspace, client: int) -> Target:
     base, update = _last_update(workspace, client)
-    frozen = base.manifest.share in ("B", "alternate")
-    if base.manifest.sent_tensors.keys() | (base.manifest.unshared_tensors if frozen else set()) != {
-        *base.manifest.tensors
-    }:
+    if whole_update(base, update.files[ADAPTER_FILE]) is None:
         raise UsageError(
             f"client {client}'s update of round {base.number} is no whole model: the client keeps a part to itself",
             hint=f"Score the global adapter: --round {base.number}.",
@@ -182,7 +180,9 @@ def _update(workspace: Workspace, client: int) -> Target:
         with suppress(Refusal):
             again = read_update(base, client)
             if again is not None and again.sha256 == digest:
-                return {**(base.adapter() if frozen else {}), **again.files[ADAPTER_FILE]}
+                whole = whole_update(base, again.files[ADAPTER_FILE])
+                assert whole is not None  # it was a moment ago
+                return whole
         raise NotReadyError(
             f"client {client}'s update of round {base.number} is no longer what it was when the scoring began",
             hint="Run the command again: what has been answered is not asked again.",
