@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 
-def take_part(workspace, client, train=lambda array: array + 0.01, num_samples=10):
+def take_part(workspace, client, train=lambda array: array + 0.01, num_samples=10, cluster=None):
     """Do what is due for a client; return whether its update lies in the inbox now."""
     number = 0
     while os.path.exists(f"{workspace}/rounds/{number + 1:05d}/manifest.json"):
@@ -19,12 +19,14 @@ def take_part(workspace, client, train=lambda array: array + 0.01, num_samples=1
     inbox, final = f"{workspace}/inbox/{client}", f"{workspace}/inbox/{client}/round-{number:05d}"
     if client not in manifest["cohort"] or os.path.lexists(final):
         return os.path.lexists(final)
-    with open(f"{workspace}/rounds/{number:05d}/adapter/adapter_model.safetensors", "rb") as file:
+    name = f"cluster-{cluster}" if cluster else "adapter_model"
+    with open(f"{workspace}/rounds/{number:05d}/adapter/{name}.safetensors", "rb") as file:
         arrays = load(file.read())
     adapter = save({name: np.asarray(train(array), np.float32) for name, array in arrays.items()})
     entry = {"sha256": hashlib.sha256(adapter).hexdigest(), "bytes": len(adapter)}
     update = {"protocol": 1, "workspace": manifest["workspace"], "round": number, "client": client, "steps": 1}
     update |= {"base": hashlib.sha256(contents).hexdigest(), "num_samples": num_samples, "train_loss": None}
+    update |= {} if cluster is None else {"cluster": cluster}
     update["files"] = {"adapter_model.safetensors": entry}
     os.makedirs(inbox, exist_ok=True)
     temporary = f"{inbox}/.tmp-{os.getpid()}-{os.urandom(4).hex()}"

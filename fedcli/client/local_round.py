@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedcli.client.cluster import cluster_of
 from fedcli.client.own_factors import OwnFactors
 from fedcli.client.personal import train_own
 from fedcli.client.private_round import plan_private
@@ -94,12 +95,15 @@ def train_and_drop(
     kept = read_states(party.home, [*past, head], client)
     own = kept.get(algorithm.private_state, {})
     factors = OwnFactors(manifest, algorithm)
-    adapter = factors.put_in(adapter, kept)
     privacy = manifest.privacy if manifest.privacy is not None and manifest.privacy.is_at_party else None
     runtime = runtimes.load(party, observer)
     rows = runtime.rows(party, manifest.train, group_by=None if privacy is None else privacy.group_by)
     private = None if privacy is None else plan_private(party, head, past, rows)
     head.check_unchanged()
+    if manifest.clusters is not None:
+        head = head.of_cluster(cluster_of(head, party, runtime, federation.config.federation.clients, observer))
+        adapter = head.adapter()
+    adapter = factors.put_in(adapter, kept)
     if private is not None:
         from fedcli.training.dp_sgd import check_task
 
@@ -164,6 +168,7 @@ def train_and_drop(
         train_loss=training.mean_loss if private is None else None,
         files={name: file_entry(contents) for name, contents in files.items()},
         privacy=training.spent,
+        cluster=None if manifest.clusters is None else head.cluster,
         salt=os.urandom(32).hex() if manifest.withholds else None,
     )
     record = sealed(update)

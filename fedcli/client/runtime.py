@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from fedcli.data.encoded import EncodedRow, EncodedRows
     from fedcli.data.encoding import Encoder
 
+LOSS_ROWS = 256
+"""Rows on which adapters are compared, at most: fewer tell little."""
+
 
 class Runtime:
     """The loaded model of a workspace; one process makes one and trains any client of any round with it.
@@ -206,6 +209,27 @@ class Runtime:
                 hint="Lower train.learning_rate in fedcli.yaml; it takes effect with the next round that is opened.",
             )
         return values, losses
+
+    def mean_loss(self, adapter: Arrays, train: TrainRecord, *, party: Party) -> float:
+        """Return the task's mean loss of an adapter over a party's rows, LOSS_ROWS at most, which are always the same.
+
+        Raises RequirementError where memory is too small.
+        """
+        from fedcli.training.trainer import mean_loss
+
+        usable = self.rows(party, train)
+        count = min(LOSS_ROWS, len(usable))
+        rows = [
+            usable[index] for index in draw(len(usable), seed=train.seed, client=party.client, first=0, count=count)
+        ]
+        settings = TrainSettings.of(
+            train, hyperparameters={name: getattr(train, name) for name in self._task.hyperparameters}, seed=0
+        )
+        with _enough_memory():
+            if self._task.uses_reference:
+                rows = self._with_reference(rows, party.home)
+            self.adapted.load(adapter)
+            return mean_loss(self.adapted, rows, self._task, settings)
 
     def _told_rows(self, party: Party | None, train: TrainRecord, group_by: str | None = None) -> "EncodedRows":
         """Return rows to train on, and tell of canaries among them."""

@@ -111,6 +111,9 @@ def _print(result: "Status") -> None:
     if result.last_losses and not result.is_withheld:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
         tell(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
+    if result.clusters is not None:
+        named = "; ".join(f"{name}: {name_clients(members)}" for name, members in result.clusters.items())
+        tell(f"clusters   {named}")
     if result.last_rule is not None:
         weights = ", ".join(f"{update.client}: {update.weight or 0.0:.3f}" for update in result.last_updates)
         tell(f"rule       {describe_rule(result.last_rule)}; weights {weights} (by client, round {result.round - 1})")

@@ -19,7 +19,19 @@ class Exclusion(NamedTuple):
     why: str
 
 
+_STATEFUL = "the server's state belongs to one adapter"
 EXCLUSIONS: tuple[Exclusion, ...] = (
+    Exclusion("clusters.by", "algorithm.state_prefixes", _STATEFUL),
+    Exclusion("clusters.by", "algorithm.update_files", "what a client sends beside its adapter belongs to one adapter"),
+    Exclusion("clusters.by", "aggregation.rule", "a cluster may have fewer updates than the rule needs"),
+    Exclusion("clusters.by", "aggregation.nearest_mixing", "a cluster may have fewer updates than it needs"),
+    Exclusion("clusters.by", "aggregation.weight_cap", "a cluster may have too few updates for a median"),
+    Exclusion("clusters.by", "federation.select", "the first that answer count, whatever their clusters"),
+    Exclusion("clusters.by", "federation.relay_every", "a region sends its parent one adapter"),
+    Exclusion("clusters.by", "privacy.secure_aggregation", "masks cancel in the sum of all clients alone"),
+    Exclusion("clusters.by", "privacy.unit: client", "noise is made for the sum of all clients"),
+    Exclusion("clusters.by: loss", "privacy.unit", "the choice of a cluster tells of rows, without noise"),
+    Exclusion("clusters.by", "eval.every", "a round has several adapters: score them with `fedcli eval`"),
     Exclusion(
         "aggregation.share: [A]",
         "train.personal",
@@ -46,6 +58,8 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         "privacy.unit: row|group",
         "the second adapter would learn the same rows without noise, and what it answers would tell of them",
     ),
+    Exclusion("clusters.by", "aggregation.share: [A]", "a client's own factors belong to one global adapter's"),
+    Exclusion("clusters.by", "train.personal", "an adapter of a client's own stands beside one global adapter"),
 )
 
 

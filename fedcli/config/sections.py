@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from fedcli.algos import ALGORITHMS, Algorithm, FedAvg
 from fedcli.config.aggregation import AggregationConfig
+from fedcli.config.clusters import ClustersConfig
 from fedcli.config.data import DataConfig, TaskName, check_format
 from fedcli.config.exclusions import excluded
 from fedcli.config.personal import PersonalConfig
@@ -231,6 +232,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig.model_construct()
     algorithm: AlgorithmSection = FedAvg()
     aggregation: AggregationConfig = AggregationConfig.model_construct()
+    clusters: ClustersConfig = ClustersConfig.model_construct()
     federation: FederationConfig = FederationConfig.model_construct()
     privacy: PrivacyConfig = PrivacyConfig.model_construct()
     eval: EvalConfig = EvalConfig.model_construct()
@@ -244,6 +246,7 @@ class Config(Section):
                 check_format(given, self.task)
         self.aggregation.check_enough(self.federation.num_counted)
         federation = self.federation
+        self.clusters.check_clients(federation.clients)
         self.privacy.check_adaptive(federation.num_counted, federation.rounds)
         self.privacy.check_against(
             self.aggregation, federation.signatures, federation.num_counted, federation.cohort_size

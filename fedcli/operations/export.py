@@ -17,7 +17,7 @@ from fedcli.operations.report import read_metrics
 from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.parties.party import find_same_base, trusts_code
 from fedcli.parties.simulate import DataSummary, read_summary
-from fedcli.quantities import plural
+from fedcli.quantities import name_clients, plural
 from fedcli.report.card import Card, ClientData, render_card
 from fedcli.scoring.own_adapters import check_has_global, kind_of, own_adapter
 from fedcli.scoring.table import best_rounds
@@ -130,7 +130,13 @@ def _find_round(federation: FederationState, number: str, best: str | None) -> R
         if number != "latest":
             raise UsageError("--best names a round by its score, and --round by its number", hint="Leave one out.")
         number = str(best_rounds(federation.workspace, best)[0][0])
-    return federation.round(number)
+    found = federation.round(number)
+    if found.manifest.num_clusters > 1 and ":" not in number:
+        raise UsageError(
+            f"round {found.number} has {found.manifest.num_clusters} adapters, one for each cluster",
+            hint=f"Name one: --round {number}:0.",
+        )
+    return found
 
 
 def _handed(federation: FederationState, found: Round, client: int | None) -> Handed:
@@ -175,6 +181,7 @@ def _card(federation: FederationState, found: Round, handed: Handed, merged_dtyp
         "workspace": manifest.workspace,
         "SHA-256 of the round's manifest": found.sha256,
         "SHA-256 of its adapter": handed.digest,
+        "cluster": _cluster(found),
         "type of the merged weights": merged_dtype or "",
     }
     metrics, _ = read_metrics(workspace)
@@ -199,6 +206,16 @@ def _card(federation: FederationState, found: Round, handed: Handed, merged_dtyp
         version=version("fedcli"),
         privacy=sentence_of(federation, found.number),
     )
+
+
+def _cluster(found: Round) -> str:
+    """Return whose adapter it is, of several; empty where there is one for all."""
+    clusters, merge = found.manifest.clusters, found.manifest.aggregation
+    if clusters is None:
+        return ""
+    counted = [entry.client for entry in merge.counted if entry.cluster == found.cluster] if merge else []
+    name = f" ({clusters.names[found.cluster]})" if clusters.names else ""
+    return f"{found.cluster}{name} of {clusters.count}, {name_clients(counted)}" if counted else str(found.cluster)
 
 
 def _clients(federation: FederationState, summary: DataSummary | None) -> list[ClientData]:

@@ -11,7 +11,7 @@ from fedcli.config.adapter_config import AdapterConfig, parse_adapter_config
 from fedcli.errors import UsageError
 from fedcli.scoring.own_adapters import OwnAdapter
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME
+from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, adapter_name
 from fedcli.workspace.records import sha256
 from fedcli.workspace.tensors import encode
 
@@ -38,10 +38,10 @@ def of_round(found: Round) -> Handed:
     contents = found.read(ADAPTER_CONFIG_NAME)
 
     def files() -> dict[str, bytes]:
-        return {ADAPTER_FILE: found.read(ADAPTER_NAME), ADAPTER_CONFIG_FILE: contents}
+        return {ADAPTER_FILE: found.read(adapter_name(found.cluster)), ADAPTER_CONFIG_FILE: contents}
 
     config = parse_adapter_config(contents, found.folder / ADAPTER_CONFIG_NAME)
-    return Handed(config, found.adapter, files, found.manifest.files[ADAPTER_NAME].sha256)
+    return Handed(config, found.adapter, files, found.manifest.files[adapter_name(found.cluster)].sha256)
 
 
 def of_client(found: Round, own: OwnAdapter) -> Handed:

@@ -213,7 +213,7 @@ def _similarities(
     """
     found: list[Similarity] = []
     figures: dict[int, dict[int, Diagnosis]] = {}
-    notes, withheld, masked = [], list[int](), list[int]()
+    notes, withheld, masked, clustered = [], list[int](), list[int](), list[int]()
     num_bytes = 0
     for before, after in reversed(list(pairwise(rounds))):
         done = after.manifest.aggregation
@@ -225,6 +225,9 @@ def _similarities(
             continue
         if before.manifest.withholds:
             withheld.append(before.number)
+            continue
+        if before.manifest.num_clusters > 1:
+            clustered.append(before.number)
             continue
         num_bytes += len(hashes) * before.manifest.files[ADAPTER_NAME].bytes
         if found and num_bytes > COMPARED_BYTES:
@@ -254,6 +257,8 @@ def _similarities(
                 }
     if withheld:
         notes.append(f"cosines: privacy withholds those of {plural(len(withheld), 'round')}")
+    if clustered:
+        notes.append(f"cosines: updates of {plural(len(clustered), 'round')} start from several adapters")
     if masked:
         notes.append(f"cosines: updates of rounds {masked[-1]} to {masked[0]} are masked, and nobody can compare them")
     return found[::-1], figures, notes

@@ -80,6 +80,8 @@ class Status:
     """Of the updates that went into the open round's adapter, what tells unusual ones."""
     last_rule: dict[str, Any] | None
     """What took the place of the weighted mean then; None for that itself."""
+    clusters: dict[str, list[int]] | None
+    """Whose updates went into each of the open round's adapters; None where there is one for all."""
     last_refused: dict[int, str]
     last_missing: list[int]
     last_surplus: list[int]
@@ -163,6 +165,7 @@ def read_status(federation: FederationState) -> Status:
         is_withheld=last is not None and any(entry.num_samples is None for entry in last.counted),
         last_updates=figures_of(last.counted) if last else [],
         last_rule=last.rule if last else None,
+        clusters=_clusters(manifest),
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
         last_missing=last_missing,
         last_surplus=last.surplus if last else [],
@@ -176,6 +179,16 @@ def read_status(federation: FederationState) -> Status:
         next_command=next_command,
         **membership,
     )
+
+
+def _clusters(manifest: Manifest) -> dict[str, list[int]] | None:
+    clusters, merge = manifest.clusters, manifest.aggregation
+    if clusters is None:
+        return None
+    names = clusters.names or [str(cluster) for cluster in range(clusters.count)]
+    entries = merge.counted if merge else []
+    of = {entry.client: clusters.of_client(entry.client, entry.cluster) for entry in entries}
+    return {name: [client for client in of if of[client] == cluster] for cluster, name in enumerate(names)}
 
 
 def _budget(federation: FederationState) -> Budget | None:

@@ -12,6 +12,8 @@ from fedcli.parties.party import find_own
 from fedcli.workspace.client_state import OWN_FACTORS, PERSONAL, read_states
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
+from fedcli.workspace.inbox import Update
+from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.records import Manifest, sha256
 from fedcli.workspace.tensors import encode
 
@@ -117,7 +119,7 @@ def own_clients(federation: FederationState) -> list[int]:
     return found
 
 
-def whole_update(base: Round, sent: Arrays) -> "Arrays | None":
+def whole_update(base: Round, update: Update) -> "Arrays | None":
     """Return an update's whole adapter: what aggregation.share freezes is the round's.
 
     None where a client keeps a part to itself.
@@ -125,7 +127,8 @@ def whole_update(base: Round, sent: Arrays) -> "Arrays | None":
     frozen = base.manifest.unshared_tensors if base.manifest.share != "A" else set()
     if {*base.manifest.sent_tensors, *frozen} != {*base.manifest.tensors}:
         return None
-    return {**base.adapter(), **sent} if frozen else sent
+    sent = update.files[ADAPTER_FILE]
+    return {**base.of_cluster(update.record.cluster or 0).adapter(), **sent} if frozen else sent
 
 
 def check_has_global(found: Round) -> None:

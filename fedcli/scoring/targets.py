@@ -26,7 +26,7 @@ from fedcli.workspace import baselines
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.inbox import Update, read_update, submitted_rounds
-from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, adapter_name
 from fedcli.workspace.records import sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.target_name import TargetName
@@ -39,7 +39,7 @@ class Targets:
     """Which targets a user named; with none named, all that a workspace holds: base, baselines, the latest round."""
 
     rounds: Sequence[str] = ()
-    """Numbers, or "latest"."""
+    """Numbers, or "latest"; with :J behind one a cluster's adapter, else all of a round's."""
     base: bool = False
     clients: Sequence[int] = ()
     alone: Sequence[int] = ()
@@ -84,14 +84,15 @@ def find_targets(federation: FederationState, asked: Targets) -> list[Target]:
     named = [*asked.alone, *([None] if asked.pooled else [])]
     found = [_base(start)] if asked.base or everything else []
     if everything and config.adapter.init is not None:
-        found.append(_round(start))
+        found += _rounds(start, is_one=False)
     names = baselines.published_baselines(workspace) if everything else map(baselines.baseline_name, named)
     found += [_baseline(start, name) for name in names]
     found += [_client(federation, client) for client in (*asked.clients, *_all(federation, asked))]
     if everything and federation.head.number and kind_of(federation.head.manifest) == "own factors":
         found += [_client(federation, client) for client in own_clients(federation)]
     else:
-        found += [_round(federation.round(name)) for name in (("latest",) if everything else asked.rounds)]
+        for name in ("latest",) if everything else asked.rounds:
+            found += _rounds(federation.round(name), is_one=":" in name)
     found += [_folder(folder) for folder in asked.adapters]
     found += [_model(workspace, model) for model in asked.models]
     found += [_api(name, asked.api_url) for name in asked.apis]
@@ -113,11 +114,19 @@ def _base(start: Round) -> Target:
     )
 
 
+def _rounds(found: Round, *, is_one: bool) -> list[Target]:
+    """Return a round's adapter; of one with clusters all of them, or the one that is meant."""
+    if found.manifest.clusters is not None and not is_one:
+        return [_round(found.of_cluster(cluster)) for cluster in range(found.manifest.num_clusters)]
+    return [_round(found)]
+
+
 def _round(found: Round) -> Target:
     check_has_global(found)
-    return Target(
-        str(TargetName.of_round(found.number)), {"adapter": found.manifest.files[ADAPTER_NAME].sha256}, found.adapter
-    )
+    name = TargetName.of_round(found.number)
+    if found.manifest.clusters is not None:
+        name = TargetName.of_cluster(found.cluster, found.number)
+    return Target(str(name), {"adapter": found.manifest.files[adapter_name(found.cluster)].sha256}, found.adapter)
 
 
 def _baseline(start: Round, name: str) -> Target:
@@ -168,7 +177,7 @@ def _client(federation: FederationState, client: int) -> Target:
 
 def _update(workspace: Workspace, client: int) -> Target:
     base, update = _last_update(workspace, client)
-    if whole_update(base, update.files[ADAPTER_FILE]) is None:
+    if whole_update(base, update) is None:
         raise UsageError(
             f"client {client}'s update of round {base.number} is no whole model: the client keeps a part to itself",
             hint=f"Score the global adapter: --round {base.number}.",
@@ -180,7 +189,7 @@ def _update(workspace: Workspace, client: int) -> Target:
         with suppress(Refusal):
             again = read_update(base, client)
             if again is not None and again.sha256 == digest:
-                whole = whole_update(base, again.files[ADAPTER_FILE])
+                whole = whole_update(base, again)
                 assert whole is not None  # it was a moment ago
                 return whole
         raise NotReadyError(

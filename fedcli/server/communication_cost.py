@@ -3,7 +3,7 @@
 import math
 
 from fedcli.config import algorithm_from
-from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME
+from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapter_name
 from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
 from fedcli.workspace.tensors import encoded_size
 
@@ -16,6 +16,8 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
     num_files = len(manifest.update_files)
     algorithm = algorithm_from(manifest.algorithm)
     read = {ADAPTER_NAME, ADAPTER_CONFIG_NAME} | ({algorithm.state_file} if algorithm.clients_read_state else set())
+    if manifest.clusters is not None and manifest.clusters.of is None:  # a client compares all of them
+        read |= {*map(adapter_name, range(manifest.num_clusters))}
     trainable, sent = (
         sum(math.prod(entry.shape) for entry in tensors.values())
         for tensors in (manifest.tensors, manifest.sent_tensors)

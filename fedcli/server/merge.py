@@ -16,7 +16,7 @@ from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate, StoredFile, Update, check_rows, read_update
-from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME
+from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, adapter_name
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate, UpdateRecord
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.tensors import encode
@@ -73,7 +73,10 @@ def files_of(algorithm: Algorithm, adapter: Arrays, state: Arrays) -> dict[str, 
 
 def unchanged_files(base: Round, algorithm: Algorithm) -> dict[str, bytes]:
     """Return the files of the round behind one that ends without an update: the same adapter, the same state."""
-    names = [ADAPTER_NAME, *([algorithm.state_file] if base.state(algorithm) else [])]
+    names = [
+        *map(adapter_name, range(base.manifest.num_clusters)),
+        *([algorithm.state_file] if base.state(algorithm) else []),
+    ]
     return {name: base.read(name) for name in names}
 
 

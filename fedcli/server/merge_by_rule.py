@@ -59,7 +59,7 @@ def combine_with(
     _check_algorithm(algorithm, rule)
     changed: list[int] = []
     while True:
-        survey = _Survey(base, observer, recorded, authenticate, {each for each in changed if changed.count(each) > 1})
+        survey = Survey(base, observer, recorded, authenticate, {each for each in changed if changed.count(each) > 1})
         try:
             survey.read(order, count)
             return _combine(rule, base, algorithm, num_clients, survey)
@@ -70,7 +70,7 @@ def combine_with(
 
 
 def _combine(
-    rule: Rule, base: Round, algorithm: Algorithm, num_clients: int, survey: "_Survey"
+    rule: Rule, base: Round, algorithm: Algorithm, num_clients: int, survey: "Survey"
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Merge the updates of a first pass."""
     recorded = survey.recorded
@@ -115,7 +115,7 @@ def _adjusted(rule: Rule, num_valid: int, num_refused: int) -> Rule:
 
 
 @dataclass
-class _Survey:
+class Survey:
     """The first pass: who sent a valid update, and the Gram matrix of their differences for each file."""
 
     base: Round
@@ -220,7 +220,7 @@ class _Merge:
     base: Round
     algorithm: Algorithm
     rule: Rule
-    survey: _Survey
+    survey: Survey
 
     def __post_init__(self) -> None:
         self.adapter = self.survey.adapter

@@ -36,6 +36,13 @@ def merge_round(
     `combine_with` and `combine_privately` do, ConfigError where a rule stands beside unit client.
     """
     privacy = base.manifest.privacy
+    if base.manifest.clusters is not None:
+        from fedcli.server.merge_clusters import combine_clusters
+
+        files, found = combine_clusters(
+            base, algorithm, num_clients, order, observer, recorded=recorded, authenticate=authenticate
+        )
+        return files, without_figures(base, found)
     if privacy is None or not privacy.is_at_server:
         files, found = combine_with(
             rule, base, algorithm, num_clients, order, count, observer, recorded=recorded, authenticate=authenticate

@@ -1,7 +1,7 @@
 """Opening rounds: round 0 from its start, round n + 1 from an aggregation."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcli import __version__
@@ -11,6 +11,7 @@ from fedcli.config import Config
 from fedcli.errors import ConfigError, NotReadyError
 from fedcli.randomness import draw_cohort
 from fedcli.secure_aggregation.terms import FEWEST
+from fedcli.server.cluster_terms import first_clusters, next_clusters, start_files
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.region import Place, begin_place, next_place
 from fedcli.workspace.federation_state import Experiment, FederationState, train_record
@@ -39,6 +40,7 @@ def open_first_round(
 ) -> FederationState:
     """Publish rounds/00000, unless another server was first, and return the federation as it stands then."""
     config = experiment.config
+    start = replace(start, files=start_files(start.files, first_clusters(config)))
     manifest = _manifest(config, identity.id, start, trust=trust, place=next_place(config, None))
     is_first = publish_round(experiment.workspace, manifest, start.files, None if trust is None else trust.sign_round)
     federation = FederationState.open(experiment.workspace)
@@ -96,7 +98,7 @@ def _manifest(
     place: Place | None = None,
 ) -> Manifest:
     """Shape a round's manifest from fedcli.yaml as it stands now; of a region's round `place` says the rest."""
-    federation = config.federation
+    federation, before = config.federation, None if previous is None else previous.manifest
     number = 0 if previous is None else previous.number + 1
     rounds = max(federation.rounds, number) if place is None else place.rounds
     algorithm = config.algorithm if place is None else place.algorithm
@@ -143,8 +145,8 @@ def _manifest(
             clip=_clip(previous, aggregation),
         ),
         relay=None if place is None else place.relay,
+        clusters=first_clusters(config) if before is None else next_clusters(config, before, aggregation),
     )
-    before = None if previous is None else previous.manifest
     return manifest.model_copy(update={"cost": cost_of(manifest, before), "history": history_of(manifest, before)})
 
 

@@ -17,7 +17,18 @@ from fedcli.workspace.refusal import Refusal
 
 ANOTHER = "is not the update that was counted"
 _OF_ITS_BYTES = frozenset(
-    ("json", "duplicate", "protocol", "workspace", "wrong_round", "wrong_base", "wrong_client", "header", "schema")
+    (
+        "json",
+        "duplicate",
+        "protocol",
+        "workspace",
+        "wrong_round",
+        "wrong_base",
+        "wrong_client",
+        "wrong_cluster",
+        "header",
+        "schema",
+    )
 )
 """Codes that the same bytes get whenever they are looked at; others depend on files, owners and registrations."""
 _NO_FILE = frozenset(("not_regular", "symlink"))

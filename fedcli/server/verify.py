@@ -10,6 +10,7 @@ from fedcli.config import algorithm_from, rule_from
 from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
+from fedcli.server.cluster_terms import split_clusters
 from fedcli.server.communication_cost import cost_of, history_of
 from fedcli.server.merge import unchanged_files
 from fedcli.server.merge_round import merge_round
@@ -43,11 +44,11 @@ from fedcli.workspace.history import (
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILE,
-    ADAPTER_NAME,
     MANIFEST,
     MANIFEST_SIGNATURE,
     PRUNED,
     Workspace,
+    adapter_name,
     is_round_name,
     round_name,
 )
@@ -158,7 +159,7 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
         try:
             contents = current.read(name)
             result.num_files += 1
-            if name == ADAPTER_NAME:
+            if name in map(adapter_name, range(manifest.num_clusters)):
                 decode(contents, manifest.tensors)
             elif name == ADAPTER_CONFIG_NAME:
                 parse_adapter_config(contents, "it")
@@ -238,6 +239,8 @@ def _check_links(current: Round, previous: Round | None, number: int, result: Ve
             result.report(current.folder, "states another cost than its files and counted updates give")
     if manifest.cost is not None and manifest.history != history_of(manifest, previous.manifest):
         result.report(current.folder, "states another history of algorithms than the rounds before it")
+    if manifest.clusters != split_clusters(previous.manifest.clusters, manifest.aggregation):
+        result.report(current.folder, "has other clusters than the round before it leaves")
     for key in ("task", "model", "tensors"):
         if getattr(manifest, key) != getattr(previous.manifest, key):
             result.report(current.folder, f"changes {key}, which is fixed")
@@ -347,6 +350,8 @@ def _recompute(
     if files is None:
         result.noisy_rounds.append(current.number)
         return
+    if again.splits != aggregation.splits:
+        result.report(current.folder, "splits other clusters than the counted updates do")
     if again.privacy is not None and not is_same_noise(again.privacy, aggregation.privacy):
         result.report(current.folder, "records another noise than the counted updates and the key give")
     _check_merged(current, files, result)

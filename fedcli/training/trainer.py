@@ -104,6 +104,15 @@ def loss_of(
         return task.loss(likelihood_of(adapted.base, part, adapted.pad_id), **arguments)
 
 
+@torch.no_grad()
+def mean_loss(adapted: AdaptedModel, rows: Sequence[EncodedRow], task: Task, settings: TrainSettings) -> float:
+    """Return a task's mean loss over rows, or their supervised tokens, without dropout; no task with batch terms."""
+    adapted.model.eval()
+    num_parts = len(rows) if task.mean_over == "rows" else sum(row.num_supervised for row in rows)
+    parts = micro_batches(adapted, rows, settings)
+    return sum(loss_of(adapted, part, task, settings.hyperparameters).item() for part in parts) / num_parts
+
+
 def _plain_steps(
     adapted: AdaptedModel,
     rows: Sequence[EncodedRow],

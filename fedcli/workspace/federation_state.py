@@ -112,13 +112,23 @@ class FederationState(Experiment):
         return found[::-1]
 
     def round(self, name: int | str) -> Round:
-        """Return a round by its number, or "latest".
+        """Return a round by its number, or "latest"; with `:J` behind it cluster J's adapter is meant.
 
-        Raises UsageError for what is neither, NotReadyError for a round that is not there yet.
+        Raises UsageError for what is neither, and for a cluster that there is not, NotReadyError for a round that is
+        not there yet.
         """
-        if name == "latest":
-            return self.head
-        text = str(name)
+        text, _, cluster = str(name).partition(":")
+        found = self.head if text == "latest" else self._numbered(text)
+        if not cluster:
+            return found
+        if not (cluster.isascii() and cluster.isdigit() and int(cluster[:20]) < found.manifest.num_clusters):
+            raise UsageError(
+                f"--round {str(name)[:80]}: round {found.number} has {found.manifest.num_clusters} adapters",
+                hint="They are counted from 0: name one as in --round latest:1.",
+            )
+        return found.of_cluster(int(cluster))
+
+    def _numbered(self, text: str) -> Round:
         if not (text.isascii() and text.isdigit() and len(text) < 20):
             raise UsageError(f"--round {text[:80]}: no such round", hint="Give a round's number, or latest.")
         found = self.head if int(text) == self.head.number else read_round(self.workspace, int(text))

@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedcli.algos import Algorithm, Array
 from fedcli.errors import ArrivingError, IntegrityError, NotReadyError, WorkspaceError
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
-    ADAPTER_NAME,
     MANIFEST,
     MANIFEST_SIGNATURE,
     PRUNED,
     Workspace,
+    adapter_name,
     is_round_name,
 )
 from fedcli.workspace.records import (
@@ -48,6 +48,8 @@ class Round:
     """The hash of manifest.json, which updates name as their base."""
     given_up: frozenset[int] = frozenset()
     """The clients of whose updates nothing more is waited for: what is not whole of them is refused."""
+    cluster: int = 0
+    """Whose adapter of the round is meant."""
 
     @property
     def number(self) -> int:
@@ -124,7 +126,11 @@ class Round:
 
     def adapter(self) -> "dict[str, Array]":
         """Return the round's global adapter, float32; raise IntegrityError where it is damaged."""
-        return self.arrays(ADAPTER_NAME, self.manifest.tensors)
+        return self.arrays(adapter_name(self.cluster), self.manifest.tensors)
+
+    def of_cluster(self, cluster: int) -> "Round":
+        """Return the round with another cluster's adapter."""
+        return replace(self, cluster=cluster)
 
     def weight(self, algorithm: Algorithm, num_rows: int) -> float:
         """Return what a client with so many rows weighs: where privacy has a unit all weigh the same."""

@@ -372,5 +372,7 @@ def _check_record(record: UpdateRecord, base: Round, client: int) -> None:
         raise Refusal("wrong_base", "made from another manifest of this round")
     if record.client != client:
         raise Refusal("wrong_client", f"made by client {record.client}, dropped by client {client}")
+    if base.manifest.clusters is not None and (fault := base.manifest.clusters.fault(client, record.cluster)):
+        raise Refusal("wrong_cluster", fault)
     if fault := claim_fault(base.manifest.privacy, record.privacy, record.num_samples, record.train_loss):
         raise Refusal("privacy", fault)

@@ -22,6 +22,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_NAME = f"adapter/{ADAPTER_FILE}"
 ADAPTER_CONFIG_NAME = f"adapter/{ADAPTER_CONFIG_FILE}"
+CLUSTER_NAME = "adapter/cluster-{}.safetensors"
+"""The adapter of a cluster behind the first, whose own is ADAPTER_NAME."""
 UPDATE_RECORD = "update.json"
 UPDATE_SIGNATURE = "update.sig"
 MASKED_FILE = "masked.safetensors"
@@ -34,6 +36,11 @@ ATTEMPT = 0
 """Of a round's secure aggregation: names and labels tell attempts apart, and there is one (docs/PROTOCOL.md)."""
 WORKSPACE_ID = "^[a-z0-9-]{1,64}$"
 """What a workspace's id may be: a part of the path of parties' homes, and never a path itself."""
+
+
+def adapter_name(cluster: int) -> str:
+    """Return the file of a round that holds the adapter of a cluster; 0 where there are none."""
+    return CLUSTER_NAME.format(cluster) if cluster else ADAPTER_NAME
 
 
 class Workspace:

@@ -16,12 +16,14 @@ from pydantic import (
 
 from fedcli.algos.share import Share, is_sent
 from fedcli.config import Quantization, TaskName, TemplateChoice
+from fedcli.config.clusters import MOST_CLUSTERS
 from fedcli.config.personal import PersonalName
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
 from fedcli.workspace.record import Finite as Finite
+from fedcli.workspace.record import Id as Id
 from fedcli.workspace.record import Natural as Natural
 from fedcli.workspace.record import Record as Record
 from fedcli.workspace.record import Sha256 as Sha256
@@ -133,7 +135,7 @@ class TrainRecord(Record):
 class CountedUpdate(Record):
     """An update that went into the aggregate; `update` is the hash of its update.json, weights add up to 1."""
 
-    unwritten = ("cosine", "change", "file_weights", "privacy")
+    unwritten = ("cosine", "change", "file_weights", "privacy", "cluster")
 
     client: Natural
     update: Sha256
@@ -152,6 +154,8 @@ class CountedUpdate(Record):
     """Its weight in what is made of each file beside the adapter."""
     privacy: PrivacyClaim | None = None
     """What its client says that all its steps so far have spent; None, and not written, but for rows and groups."""
+    cluster: Natural | None = None
+    """Whose adapter it was made from, where there are clusters; weights add up to 1 in each."""
 
 
 class RefusedUpdate(Record):
@@ -171,10 +175,46 @@ class RefusedUpdate(Record):
         return cls(client=client, code=refusal.code, reason=refusal.reason, update=refusal.update)
 
 
+class Split(Record):
+    """A cluster that split in two: these clients go on with an adapter of their own."""
+
+    cluster: Natural
+    into: Natural
+    clients: list[Natural]
+
+
+class ClustersRecord(Record):
+    """Which adapters a round has, and whose they are."""
+
+    unwritten = ("of", "names", "most", "split_below")
+
+    by: Literal["groups", "loss", "direction"]
+    count: Annotated[int, Field(ge=1, le=MOST_CLUSTERS)]
+    of: dict[Id, Natural] | None = None
+    """The cluster of each client; None by loss, where each chooses in each round."""
+    names: list[str] | None = None
+    """Of the groups."""
+    most: Annotated[int, Field(ge=2, le=MOST_CLUSTERS)] | None = None
+    """By direction: how many there may be; the next is the share of the largest norm below which one splits."""
+    split_below: Finite | None = None
+
+    def of_client(self, client: int, chosen: int | None) -> int:
+        """Return the cluster that a client's update is made for, by its own word where it may choose; 0 without one."""
+        return (chosen or 0) if self.of is None else self.of.get(str(client), 0)
+
+    def fault(self, client: int, chosen: int | None) -> str | None:
+        """Return what is wrong with the cluster that a client's update names; None for nothing."""
+        if (chosen or 0) >= self.count:
+            return f"made for cluster {chosen} of {self.count}"
+        if (chosen or 0) != self.of_client(client, chosen):
+            return f"made for cluster {chosen or 0}, the client is of cluster {self.of_client(client, chosen)}"
+        return None
+
+
 class Aggregation(Record):
     """How a round's adapter came to be; all lists are sorted by client."""
 
-    unwritten = ("rule", "privacy", "secure")
+    unwritten = ("rule", "privacy", "secure", "splits")
 
     algorithm: dict[str, Any]
     counted: list[CountedUpdate]
@@ -188,6 +228,8 @@ class Aggregation(Record):
     """The noise of a round of unit client; None for others, and then it is not written."""
     secure: SecureSum | None = None
     """How the sum of masked updates was had; None, and not written, where they were not masked."""
+    splits: list[Split] | None = None
+    """Which clusters split; None, and not written, where none did."""
 
 
 class Selection(Record):
@@ -222,7 +264,7 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
-    unwritten = ("update_tensors", "share", "enrolment", "fedcli", "privacy", "relay")
+    unwritten = ("update_tensors", "share", "enrolment", "fedcli", "privacy", "relay", "clusters")
 
     arrives = True
     protocol: Literal[1] = 1
@@ -258,6 +300,13 @@ class Manifest(Record):
     """What the round guarantees; None, and not written, where nothing is asked for."""
     relay: RelayRecord | None = None
     """Of a region, where it stands in its parent's round; None, and not written, of other federations."""
+    clusters: ClustersRecord | None = None
+    """Which adapters there are; None, and not written, where there is one for all."""
+
+    @property
+    def num_clusters(self) -> int:
+        """The number of the round's adapters."""
+        return 1 if self.clusters is None else self.clusters.count
 
     @property
     def waits_for_parent(self) -> bool:
@@ -326,7 +375,7 @@ class PrunedRecord(Record):
 class UpdateRecord(Record):
     """update.json: what a client says of its update."""
 
-    unwritten = ("privacy", "salt", "relay")
+    unwritten = ("privacy", "salt", "relay", "cluster")
 
     protocol: int
     workspace: str
@@ -346,6 +395,8 @@ class UpdateRecord(Record):
     """
     relay: RelayedRound | None = None
     """Of a region, whose adapter this is; None, and not written, of other clients."""
+    cluster: Natural | None = None
+    """Whose adapter it was made from; None, and not written, where there are no clusters, and then it is 0."""
 
 
 def file_entry(contents: bytes | memoryview) -> FileEntry:

@@ -20,6 +20,7 @@ RefusalCode = Literal[
     "wrong_round",
     "wrong_base",
     "wrong_client",
+    "wrong_cluster",
     "unknown_client",
     "unsigned",
     "signature",

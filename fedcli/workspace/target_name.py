@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fedcli.workspace.layout import update_name
 
-KINDS = ("base", "alone", "pooled", "client", "own", "round", "adapter", "model", "api")
+KINDS = ("base", "alone", "pooled", "client", "own", "cluster", "round", "adapter", "model", "api")
 """In the order of a table."""
 
 
@@ -12,7 +12,8 @@ KINDS = ("base", "alone", "pooled", "client", "own", "round", "adapter", "model"
 class TargetName:
     """A kind, and which one of it.
 
-    base, alone-3, pooled, client-3-round-00010, own-3-round-00010, round-00010, adapter-NAME-HASH, ...
+    base, alone-3, pooled, client-3-round-00010, own-3-round-00010, cluster-1-round-00010, round-00010,
+    adapter-NAME-HASH, ...
     """
 
     kind: str
@@ -33,6 +34,11 @@ class TargetName:
     def of_update(cls, client: int, round_number: int) -> "TargetName":
         """Return the name of a client's update of a round."""
         return cls("client", f"{client}-{update_name(round_number)}")
+
+    @classmethod
+    def of_cluster(cls, cluster: int, round_number: int) -> "TargetName":
+        """Return the name of a cluster's adapter of a round."""
+        return cls("cluster", f"{cluster}-{update_name(round_number)}")
 
     @classmethod
     def of_own(cls, client: int, round_number: int) -> "TargetName":
