@@ -326,15 +326,23 @@ class Federation:
         *,
         round: str = "latest",
         best: str | None = None,
+        client: int | None = None,
         merge: bool = False,
         dtype: str | None = None,
         max_shard_size: str | None = None,
     ) -> "Exported":
-        """Write a round's adapter with a model card into a new folder, or merged into the base model."""
+        """Write a round's or a client's own adapter with a model card into a new folder, or merged into the base."""
         from fedcli.operations.export import export
 
         return export(
-            self.state, Path(output), number=round, best=best, merge=merge, dtype=dtype, max_shard_size=max_shard_size
+            self.state,
+            Path(output),
+            number=round,
+            best=best,
+            client=client,
+            merge=merge,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
         )
 
     def gc(self, *, dry_run: bool = False) -> "Collection | None":

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from fedcli.algos.lora import cut
 from fedcli.client.cluster import cluster_of
 from fedcli.client.encoded_update import encode_adapter
+from fedcli.client.own_factors import OwnFactors
+from fedcli.client.personal import train_own
 from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
@@ -96,6 +98,7 @@ def train_and_drop(
     state = head.state(algorithm) if algorithm.clients_read_state else {}
     kept = read_states(party.home, [*past, head], client)
     own = kept.get(algorithm.private_state, {})
+    factors = OwnFactors(manifest, algorithm)
     privacy = manifest.privacy if manifest.privacy is not None and manifest.privacy.is_at_party else None
     runtime = runtimes.load(party, observer)
     rows = runtime.rows(party, manifest.train, group_by=None if privacy is None else privacy.group_by)
@@ -104,6 +107,7 @@ def train_and_drop(
     if manifest.clusters is not None:
         head = head.of_cluster(cluster_of(head, party, runtime, federation.config.federation.clients, observer))
         adapter = head.adapter()
+    adapter = factors.put_in(adapter, kept)
     if private is not None:
         from fedcli.training.dp_sgd import check_task
 
@@ -123,11 +127,12 @@ def train_and_drop(
         party=party,
         round_number=head.number,
         first_draw=first_draw,
-        rule=algorithm.client_rule(adapter, state, own),
+        rule=factors.rule(algorithm.client_rule(adapter, state, own), adapter),
         on_step=count,
         private=private,
-        frozen=head.base_delta(),
+        beside=head.beside(),
     )
+    own_adapter = train_own(runtime, party, head, adapter, kept, first_draw=first_draw, on_step=count)
     training = Training(
         num_samples=rows.num_own,
         num_truncated=rows.num_truncated,
@@ -139,11 +144,12 @@ def train_and_drop(
         withholds=manifest.withholds,
         **rows.counts() | ({} if party.is_handwritten else {"unused": {}}),
     )
-    sent, own = algorithm.client_step(
+    sent, own_after = algorithm.client_step(
         adapter, values, state, own, steps=training.steps, learning_rate=manifest.train.learning_rate
     )
     if algorithm.private_state:
-        kept[algorithm.private_state] = own
+        kept[algorithm.private_state] = factors.without_unsent(own_after, own)
+    kept |= factors.kept(values) | own_adapter
     if masked is not None:
         from fedcli.client.secure_round import mask_and_drop
 

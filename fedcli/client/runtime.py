@@ -4,10 +4,12 @@ import functools
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -161,13 +163,15 @@ class Runtime:
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
         private: "PrivateSteps | None" = None,
-        frozen: "Arrays | None" = None,
+        beside: Mapping[str, Arrays] = MappingProxyType({}),
+        weight: float = 1.0,
     ) -> tuple[dict[str, Array], list[float]]:
         """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
 
+        `beside` are frozen adapters by name that the model uses, too, and `weight` is the trained one's among them.
+
         `first_draw` is the number of rows that the client drew in its earlier rounds; `private` draws otherwise, and
-        protects its units; batches without rows have no loss then. `frozen` is a second adapter that the base is
-        trained with. Raises ConfigError where the training diverged,
+        protects its units; batches without rows have no loss then. Raises ConfigError where the training diverged,
         RequirementError where memory is too small.
         """
         from fedcli.model.finite import check_weights
@@ -184,16 +188,16 @@ class Runtime:
                 check_weights(self.adapted.base)
             on_step(report)
 
+        put_in = partial(self.adapted.load, adapter, beside, weight=weight)
         with _enough_memory():
             if private is None:
                 count = train.steps * train.batch_size
                 usable = self._told_rows(party, train)
                 order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
-                drawn = [usable[index] for index in order]
-                losses = self._fit(adapter, frozen, drawn, settings, party, rule, stepped)
+                losses = self._fit(put_in, [usable[index] for index in order], settings, party, rule, stepped)
             else:
                 assert party is not None
-                losses = self._fit_privately(adapter, frozen, train, settings, private, party, rule, stepped)
+                losses = self._fit_privately(put_in, train, settings, private, party, rule, stepped)
         values = self.adapted.values()
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
             check_weights(self.adapted.base)
@@ -240,8 +244,7 @@ class Runtime:
 
     def _fit(
         self,
-        adapter: Arrays,
-        frozen: "Arrays | None",
+        put_in: Callable[[], None],
         rows: "list[EncodedRow]",
         settings: TrainSettings,
         party: Party | None,
@@ -256,14 +259,13 @@ class Runtime:
                 rows += self._task.batch_rows(rows[start : start + settings.batch_size])
         if self._task.uses_reference:
             rows = self._with_reference(rows, self._federation.workspace.pooled_home if party is None else party.home)
-        self.adapted.load(adapter, frozen)
+        put_in()
         drawn, others = rows[:count], rows[count:]
         return fit(self.adapted, drawn, self._task, settings, batch_rows=others, rule=rule, on_step=on_step)
 
     def _fit_privately(
         self,
-        adapter: Arrays,
-        frozen: "Arrays | None",
+        put_in: Callable[[], None],
         train: TrainRecord,
         settings: TrainSettings,
         private: "PrivateSteps",
@@ -282,7 +284,7 @@ class Runtime:
             found = self._with_reference(found, party.home)
         rows = dict(zip(places, found, strict=True))
         batches = ([[rows[place] for place in unit] for unit in batch] for batch in drawn)
-        self.adapted.load(adapter, frozen)
+        put_in()
         protection = private.protection
         return fit_privately(self.adapted, batches, self._task, settings, protection, rule=rule, on_step=on_step)
 

@@ -24,7 +24,9 @@ def chat(
         list[str] | None, Option("--round", metavar="N|latest", help="A round's adapter. Default: the latest.")
     ] = None,
     base: Annotated[bool, Option("--base", help="The base model.")] = False,
-    clients: Annotated[list[int] | None, Option("--client", metavar="N", help="Client N's last update.")] = None,
+    clients: Annotated[
+        list[int] | None, Option("--client", metavar="N", help="Client N's own adapter, or its last update.")
+    ] = None,
     alone: Annotated[list[int] | None, Option(metavar="N", help="Client N trained alone.")] = None,
     pooled: Annotated[bool, Option("--pooled", help="The baseline of all rows together.")] = False,
     compare: Annotated[
@@ -49,7 +51,7 @@ def chat(
         raise UsageError("--seed changes nothing of greedy answers", hint="Leave it out, or give a --temperature.")
     text = _read_prompt(prompt, json_output)
     federation = found_federation(workspace, threads)
-    named = Targets(tuple(rounds or ()), base, tuple(clients or ()), tuple(alone or ()), pooled)
+    named = Targets(tuple(rounds or ()), base, tuple(clients or ()), alone=tuple(alone or ()), pooled=pooled)
     with StepDisplay(json_output, "loading"):
         opened = federation.chat(
             named,

@@ -33,7 +33,10 @@ def eval_run(
     ],
     rounds: Annotated[list[str] | None, Option("--round", metavar="N|latest", help="A round's adapter.")] = None,
     base: Annotated[bool, Option("--base", help="The base model.")] = False,
-    clients: Annotated[list[int] | None, Option("--client", metavar="N", help="Client N's last update.")] = None,
+    clients: Annotated[
+        list[str] | None,
+        Option("--client", metavar="N|all", help="Client N's own adapter where it trains one, else its last update."),
+    ] = None,
     alone: Annotated[list[int] | None, Option(metavar="N", help="Client N trained alone.")] = None,
     pooled: Annotated[bool, Option("--pooled", help="The baseline of all rows together.")] = False,
     adapters: Annotated[
@@ -97,7 +100,8 @@ def eval_run(
     targets = Targets(
         rounds=tuple(rounds or ()),
         base=base,
-        clients=tuple(clients or ()),
+        clients=tuple(_client(name) for name in clients or () if name != "all"),
+        all_clients="all" in (clients or ()),
         alone=tuple(alone or ()),
         pooled=pooled,
         adapters=tuple(adapters or ()),
@@ -126,6 +130,12 @@ def eval_run(
         print_json({"scores": records})
         return
     _print(federation.workspace, records)
+
+
+def _client(name: str) -> int:
+    if not (name.isascii() and name.isdigit() and len(name) < 10):
+        raise UsageError(f"--client {name[:80]}: no such client", hint="Give a client's number, or all.")
+    return int(name)
 
 
 class _Display(FetchDisplay):
@@ -234,6 +244,7 @@ def eval_table(
 
     Of several workspaces the table is shown alone, and not written.
     """
+    from fedcli.scoring.client_table import as_documents
     from fedcli.scoring.table import as_rows, save_table
 
     named: Sequence[str | None] = workspaces or [None]
@@ -247,7 +258,8 @@ def eval_table(
         print_hint(f"the table is not written: {error.message}")
     if json_output:
         document = {"against": made.against, "average_rank": made.average_rank, "scores": as_rows(made)}
-        print_json({**document, "notes": made.notes, "files": paths})
+        clients = {"clients": as_documents(made.clients)} if made.clients else {}
+        print_json({**document, **clients, "notes": made.notes, "files": paths})
         return
     print_table(made)
     if paths:
@@ -259,6 +271,7 @@ def print_table(made: "ScoreTable") -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from fedcli.scoring.client_table import HEAD, as_cells
     from fedcli.scoring.table import show_difference, show_score
 
     console = terminal()
@@ -287,6 +300,13 @@ def print_table(made: "ScoreTable") -> None:
     for row in rows[1:]:
         grid.add_row(*row)
     console.print(grid)
+    if made.clients:
+        summary = Table(title="clients' own adapters")
+        for position, title in enumerate(HEAD):
+            summary.add_column(title, justify="right" if position else "left")
+        for cells in as_cells(made.clients):
+            summary.add_row(*map(escape, cells))
+        console.print(summary)
     for note in made.notes:
         print_hint(note)
 

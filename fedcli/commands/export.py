@@ -15,6 +15,9 @@ def export(
     best: Annotated[
         str | None, Option(metavar="METRIC", help="The round that is best in BENCHMARK or BENCHMARK.METRIC.")
     ] = None,
+    client: Annotated[
+        int | None, Option(metavar="N", help="Client N's own adapter, as it stands with the latest round.")
+    ] = None,
     merge: Annotated[bool, Option("--merge", help="Write the base model with the adapter merged into it.")] = False,
     dtype: Annotated[
         str | None,
@@ -32,10 +35,11 @@ def export(
     export is left as it is.
     """
     result = found_federation(workspace).export(
-        output, round=round_, best=best, merge=merge, dtype=dtype, max_shard_size=max_shard_size
+        output, round=round_, best=best, client=client, merge=merge, dtype=dtype, max_shard_size=max_shard_size
     )
     what = f"base and adapter merged, {result.merged_dtype}" if result.merged_dtype else "adapter"
-    exported = f"round {result.round} ({what}, {result.num_bytes:,} bytes)"
+    whose = "" if client is None else f", client {client}'s own"
+    exported = f"round {result.round}{whose} ({what}, {result.num_bytes:,} bytes)"
     done = f"exported {exported} to {result.output}"
     if not result.is_new:
         done = f"{result.output} holds this very export already: {exported}; nothing was written"

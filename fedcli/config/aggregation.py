@@ -1,18 +1,34 @@
 """fedcli.yaml's section `aggregation`, which is also how a manifest records the rule that made a round."""
 
 from dataclasses import asdict
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, cast, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from fedcli.algos.lora import LoraName, LoraRule, LoraWeights
 from fedcli.algos.robust import Rule, RuleName
+from fedcli.algos.share import Share
 from fedcli.config.section import Section
 
 EncodingName: TypeAlias = Literal["f16", "bf16", "int8", "top_k"]
 DownEncodingName: TypeAlias = Literal["f16", "bf16", "int8"]
 TOP_K = 0.1
 """The share of the numbers that top_k sends where fedcli.yaml does not say."""
+
+Shared: TypeAlias = Literal["[A, B]", "[A]", "[B]", "alternate"]
+"""Which of LoRA's factors are sent, as fedcli.yaml has it: a list of them, or one after the other."""
+
+
+def _shared(value: Any) -> Any:
+    if isinstance(value, list | tuple) and all(factor in ("A", "B") for factor in value):
+        value = f"[{', '.join(sorted(value))}]"
+    if not isinstance(value, str) or value not in get_args(Shared):
+        raise ValueError(f"it is none of {'; '.join(get_args(Shared))} (found {str(value)[:40]})")
+    return value
+
+
+def _as_written(value: Shared) -> str | list[str]:
+    return value if value == "alternate" else value.strip("[]").split(", ")
 
 
 class AggregationConfig(Section):
@@ -22,7 +38,7 @@ class AggregationConfig(Section):
     before the rule; `weight_cap` is the most that an update may weigh in the mean, in medians. With an `encoding`
     clients and server send differences in fewer bytes; of those `top_k` is the share that is sent. `lora` and what
     begins with it say how products of LoRA's factors are merged; `max_rank` is of what `lora: exact` keeps beside the
-    adapter.
+    adapter. `share` is which of LoRA's factors clients send (fedcli.algos.share).
     """
 
     rule: RuleName = "mean"
@@ -37,6 +53,7 @@ class AggregationConfig(Section):
     lora_fresh: bool = False
     lora_error: bool = False
     max_rank: Annotated[int, Field(ge=1, le=8192)] | None = None
+    share: Annotated[Shared, BeforeValidator(_shared), PlainSerializer(_as_written)] = "[A, B]"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -64,6 +81,11 @@ class AggregationConfig(Section):
     def as_lora(self) -> LoraRule:
         """Return how products of factors are merged."""
         return LoraRule(**{name: getattr(self, name) for name in asdict(LoraRule())})
+
+    @property
+    def shared_factor(self) -> Share | None:
+        """What is shared, as manifests have it; None where both factors are."""
+        return None if self.share == "[A, B]" else cast(Share, self.share.strip("[]"))
 
     def check_enough(self, num_counted: int) -> None:
         """Raise ValueError where so few updates count in a round that the rule cannot tolerate what it should."""

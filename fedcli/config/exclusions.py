@@ -63,11 +63,16 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
             ("privacy.unit: client", _NOISY_MEAN),
         )
     ),
+    *(
+        Exclusion(first, second, why)
+        for first in (_PRODUCTS, "aggregation.lora_weights: norm", "aggregation.lora_fair", "aggregation.lora_error")
+        for second, why in (
+            ("aggregation.share", "where one factor is common to all, the mean of the other is exact"),
+            ("clusters.by", "it is made for one adapter"),
+        )
+    ),
+    Exclusion(_PRODUCTS, "train.personal", "an adapter of a client's own stands beside the mean of the factors"),
     Exclusion(_PRODUCTS, "aggregation.encoding", "the factors are new ones after each merge, and no small difference"),
-    Exclusion(_PRODUCTS, "clusters.by", "it is made for one adapter"),
-    Exclusion("aggregation.lora_weights: norm", "clusters.by", "it is made for one adapter"),
-    Exclusion("aggregation.lora_fair", "clusters.by", "it is made for one adapter"),
-    Exclusion("aggregation.lora_error", "clusters.by", "it is made for one adapter"),
     Exclusion(_PRODUCTS, "federation.relay_every", _REGION),
     Exclusion("aggregation.lora_weights: norm", "federation.relay_every", _REGION),
     Exclusion("aggregation.lora_fair", "federation.relay_every", _REGION),
@@ -76,6 +81,8 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion("adapter.is_mixed: True", "aggregation.rule", _ONE_SHAPE),
     Exclusion("adapter.is_mixed: True", "aggregation.encoding", _ONE_SHAPE),
     Exclusion("adapter.is_mixed: True", "clusters.by", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "aggregation.share", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "train.personal", _ONE_SHAPE),
     Exclusion("adapter.is_mixed: True", "aggregation.nearest_mixing", _ONE_SHAPE),
     Exclusion("adapter.is_mixed: True", "privacy.secure_aggregation", _ONE_SHAPE),
     Exclusion("adapter.is_mixed: True", "privacy.unit: client", _ONE_SHAPE),
@@ -87,6 +94,34 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         "aggregation.keeps_residual: True",
         "factors of several ranks have no mean. Set lora_fresh, which needs none, or lora to product",
     ),
+    Exclusion(
+        "aggregation.share: [A]",
+        "train.personal",
+        "each gives a client an adapter of its own, and eval, chat and export would have two to choose from",
+    ),
+    Exclusion(
+        "aggregation.share: [A]",
+        "eval.every",
+        "clients keep a B of their own, so that no round has a global adapter to score; fedcli eval --client scores "
+        "theirs",
+    ),
+    Exclusion(
+        "aggregation.share",
+        "federation.relay_every",
+        "a region sends its parent whole adapters (docs/HIERARCHY.md)",
+    ),
+    Exclusion(
+        "train.personal",
+        "federation.relay_every",
+        "a region's parties train as the parent's rounds ask: set train.personal there (docs/HIERARCHY.md)",
+    ),
+    Exclusion(
+        "train.personal",
+        "privacy.unit: row|group",
+        "the second adapter would learn the same rows without noise, and what it answers would tell of them",
+    ),
+    Exclusion("clusters.by", "aggregation.share: [A]", "a client's own factors belong to one global adapter's"),
+    Exclusion("clusters.by", "train.personal", "an adapter of a client's own stands beside one global adapter"),
 )
 _SHOWN = {"adapter.is_mixed": "adapter.rank", "aggregation.keeps_residual": "aggregation.lora"}
 """Keys of fedcli.yaml in whose place a condition looks at what follows from them."""

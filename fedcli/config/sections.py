@@ -15,6 +15,7 @@ from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.clusters import ClustersConfig
 from fedcli.config.data import DataConfig, TaskName, check_format
 from fedcli.config.exclusions import excluded
+from fedcli.config.personal import PersonalConfig
 from fedcli.config.privacy import PrivacyConfig
 from fedcli.config.section import Count, Section
 from fedcli.config.slurm import SlurmConfig
@@ -124,6 +125,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    personal: PersonalConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

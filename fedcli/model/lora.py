@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError
 
 from fedcli.algos import Array, Arrays
-from fedcli.algos.lora import is_first_factor, of_rank
+from fedcli.algos.lora import of_rank
 from fedcli.config import Quantization
 from fedcli.config.adapter_config import AdapterConfig, parse_outside_config
 from fedcli.errors import ConfigError
@@ -23,8 +24,6 @@ _BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, Saf
 """What PEFT raises for a folder that holds no whole adapter."""
 _OUTSIDE = "outside"
 """PEFT's name for an adapter that came from a folder."""
-_FROZEN = "base_delta"
-"""PEFT's name for an adapter that is not trained."""
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +76,7 @@ def start_adapter(
 
 
 class AdaptedModel:
-    """A base model that carries one LoRA adapter of any rank, whose values are copied in and out in place.
-
-    Beside it there may be a frozen one, which is as a part of the base.
+    """A base model that carries one LoRA adapter of any rank, copied in and out in place; others may stand beside it.
 
     `base` is the transformers model, LoRA's layers in it; `model` is PEFT's wrapper of it.
     """
@@ -93,6 +90,9 @@ class AdaptedModel:
             self.base: PreTrainedModel = base
             self.model: PeftModel = with_lora(base, config)
         self.pad_id = pad_id_of(self.tokenizer, base)
+        self._config = config
+        self._beside: list[str] = []
+        self._weight = 1.0
         self.parameters: dict[str, torch.nn.Parameter] = {
             name.replace(".default.", "."): parameter.requires_grad_()
             for name, parameter in self.model.named_parameters()
@@ -120,10 +120,11 @@ class AdaptedModel:
             ):
                 module.training = True
 
-    def load(self, arrays: Arrays, frozen: "Arrays | None" = None) -> None:
-        """Put an adapter's values in place, of whatever rank, and a frozen one's beside it, of the same scale.
+    def load(self, arrays: Arrays, beside: Mapping[str, Arrays] = MappingProxyType({}), *, weight: float = 1.0) -> None:
+        """Put an adapter's values in place; raise KeyError or ValueError where names or shapes are not this model's.
 
-        Raises KeyError or ValueError where names or shapes are not this model's.
+        `beside` are further adapters by name, of the same layers and of any rank, which are frozen, and drop nothing
+        in training: the model computes W x + s (weight B A + the sum of their products) x, with the adapter's own s.
         """
         import torch
 
@@ -140,26 +141,39 @@ class AdaptedModel:
                 else:  # the scale alpha / r stays: it is that of all ranks of a federation
                     parameter.grad = None
                     parameter.data = torch.tensor(arrays[name], device=parameter.device)
-        if frozen is not None:
-            self._put_beside(frozen)
+        for name, further in beside.items():
+            self._put_beside(name, further)
+        if weight != 1.0:
+            self._weigh(weight)
 
-    def _put_beside(self, frozen: Arrays) -> None:
-        """Let a second adapter be active, too, in evaluation as in training, and not be trained."""
+    def _put_beside(self, name: str, arrays: Arrays) -> None:
+        """Let the model use a further adapter, frozen, until another one is loaded."""
         import torch
         from peft import LoraConfig
 
-        own: Any = self.model.peft_config["default"]
-        base: Any = self.model.base_model
-        rank = next(array.shape[0] for name, array in frozen.items() if is_first_factor(name))
-        settings = own.to_dict() | {"r": rank, "lora_alpha": own.lora_alpha / own.r * rank, "lora_dropout": 0.0}
+        rank = next(array.shape[0] for key, array in arrays.items() if ".lora_A." in key)
+        scale = self._config["lora_alpha"] / self._config["r"]
+        config = {**self._config, "r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0, "inference_mode": False}
+        self._beside.append(name)
         with quiet_libraries():
-            self.model.add_adapter(_FROZEN, LoraConfig.from_peft_type(**settings))
-            base.set_adapter(["default", _FROZEN])
+            self.model.add_adapter(name, LoraConfig.from_peft_type(**config))
+            tuner: Any = self.model.base_model  # PEFT's own wrapper takes one name alone
+            tuner.set_adapter(["default", *self._beside])
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if f".{_FROZEN}" in name:
+            for key, parameter in self.model.named_parameters():
+                if f".{name}." in key and ".lora_" in key:
+                    parameter.data = parameter.data.float()
+                    parameter.copy_(torch.tensor(arrays[key.replace(f".{name}.", ".")]))
                     parameter.requires_grad_(False)
-                    parameter.data = torch.tensor(frozen[name.replace(f".{_FROZEN}", "")], device=parameter.device)
+
+    def _weigh(self, weight: float) -> None:
+        """Multiply the product of the adapter that the model was made with."""
+        from peft.tuners.lora import LoraLayer
+
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", weight)
+        self._weight = weight
 
     def load_folder(self, folder: Path) -> None:
         """Let the model use the adapter of a folder, of whatever rank and modules, until another one is loaded.
@@ -189,10 +203,16 @@ class AdaptedModel:
 
     def _take_off(self) -> None:
         """Go back to the adapter that the model was made with, alone."""
-        for name in (_OUTSIDE, _FROZEN):
-            if name in self.model.peft_config:
-                self.model.set_adapter("default")
+        if self._beside:
+            self.model.set_adapter("default")
+            for name in self._beside:
                 self.model.delete_adapter(name)
+            self._beside = []
+        if self._weight != 1.0:
+            self._weigh(1.0)
+        if _OUTSIDE in self.model.peft_config:
+            self.model.set_adapter("default")
+            self.model.delete_adapter(_OUTSIDE)
 
     def values(self) -> dict[str, Array]:
         """Return a copy of the adapter's values, float32."""

@@ -1,6 +1,6 @@
 """A conversation with models of a federation: one loaded base, whose adapter is the one of whoever answers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,15 @@ class ChatAnswer:
     prompt_is_cut: bool
 
 
+@dataclass(frozen=True)
+class _Adapter:
+    """The values of who answers."""
+
+    arrays: Arrays
+    beside: Mapping[str, Arrays]
+    weight: float
+
+
 @dataclass
 class Chat:
     """A conversation with one model, or the same prompts to several, each of which sees its own answers.
@@ -55,7 +64,7 @@ class Chat:
     targets: Sequence[str]
     answering: Answering
     notes: Sequence[str]
-    _adapters: dict[str, Arrays]
+    _adapters: dict[str, "_Adapter"]
     _runtime: "Runtime"
     _model: "LocalModel"
     _turns: dict[str, list[Turn]] = field(default_factory=dict)
@@ -90,7 +99,8 @@ class Chat:
 
             self._current = None
             adapted: Any = self._runtime.adapted
-            adapted.load(self._adapters[target])
+            adapter = self._adapters[target]
+            adapted.load(adapter.arrays, adapter.beside, weight=adapter.weight)
             check_answers(adapted.model)
             self._current = target
 
@@ -154,9 +164,9 @@ def _trained_alone(federation: FederationState) -> list[int]:
     return sorted(name.number for name in names if name.kind == "alone" and name.number is not None)
 
 
-def _values(target: Target) -> Arrays:
+def _values(target: Target) -> _Adapter:
     assert target.arrays is not None  # neither folders, models nor endpoints are asked for
-    return target.arrays()
+    return _Adapter(target.arrays(), target.beside(), target.weight)
 
 
 def _system(answering: Answering) -> list[Turn]:

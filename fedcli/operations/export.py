@@ -6,13 +6,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from fedcli.config import CustomTemplate
-from fedcli.config.adapter_config import at_rank, parse_adapter_config
 from fedcli.data.formats import known_format
 from fedcli.data.row_report import describe_counts
 from fedcli.errors import UsageError
+from fedcli.operations.handed_over import Handed, of_client, of_round
 from fedcli.operations.privacy import sentence_of
 from fedcli.operations.report import read_metrics
 from fedcli.operations.status import describe_algorithm, describe_history
@@ -20,14 +19,14 @@ from fedcli.parties.party import find_same_base, trusts_code
 from fedcli.parties.simulate import DataSummary, read_summary
 from fedcli.quantities import name_clients, plural
 from fedcli.report.card import Card, ClientData, render_card
+from fedcli.scoring.own_adapters import check_has_global, kind_of, own_adapter
 from fedcli.scoring.table import best_rounds
 from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
-from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, adapter_name, check_outside
+from fedcli.workspace.layout import check_outside
 from fedcli.workspace.publish import check_free, is_free, new_folder
 from fedcli.workspace.registrations import DataCard
-from fedcli.workspace.tensors import encode
 
 CARD_NAME = "README.md"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -54,13 +53,15 @@ def export(
     *,
     number: str = "latest",
     best: str | None = None,
+    client: int | None = None,
     merge: bool = False,
     dtype: str | None = None,
     max_shard_size: str | None = None,
 ) -> Exported:
     """Write a round's adapter with a model card into a new folder, or with `merge` the base with the adapter in it.
 
-    `number` is a round's or "latest"; `best` a metric (BENCHMARK or BENCHMARK.METRIC) whose best round is taken.
+    `number` is a round's or "latest"; `best` a metric (BENCHMARK or BENCHMARK.METRIC) whose best round is taken;
+    `client` is whose own adapter is handed over, as it stands with the latest round.
     `dtype` and `max_shard_size` are of a merged model; by default the base's own type, and SHARD_SIZE. The folder
     appears whole or not at all. A folder that holds this very export is left as it is: a disk can do what it reports as
     failed. Raises WorkspaceError where something else stands there, UsageError for what cannot be done.
@@ -69,13 +70,12 @@ def export(
     output = output.resolve()  # a name such as . or a link could not be replaced
     check_outside(federation.workspace, output)
     found = _find_round(federation, number, best)
+    handed = _handed(federation, found, client)
     if not is_free(output):
-        config = _adapter(found)[0]
         for merged_dtype in ((dtype,) if dtype else DTYPES) if merge else (None,):
-            if _holds_card(output, render_card(_card(federation, found, config, merged_dtype))):
+            if _holds_card(output, render_card(_card(federation, found, handed, merged_dtype))):
                 return _exported(output, output, found, merged_dtype, is_new=False)
     check_free(output)
-    adapter_config, adapter = _adapter(found)
     with new_folder(output) as folder:
         merged_dtype = None
         if merge:
@@ -86,8 +86,8 @@ def export(
             check_mergeable(base)
             merged_dtype = write_merged(
                 base,
-                adapter_config,
-                found.whole_adapter(),
+                handed.config,
+                handed.arrays(),
                 folder,
                 dtype=dtype,
                 max_shard_size=max_shard_size or SHARD_SIZE,
@@ -95,25 +95,12 @@ def export(
                 trust_remote_code=trusts,
             )
         else:
-            for name, contents in adapter.items():
+            for name, contents in handed.files().items():
                 (folder / name).write_bytes(contents)
-        card = _card(federation, found, adapter_config, merged_dtype)
+        card = _card(federation, found, handed, merged_dtype)
         (folder / CARD_NAME).write_text(render_card(card), encoding="utf-8")
         done = _exported(output, folder, found, merged_dtype, is_new=True)
     return done
-
-
-def _adapter(found: Round) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return the settings and the files of a round's adapter: with base_delta/ as one, of both ranks together."""
-    weights = found.read(adapter_name(found.cluster))
-    files = {ADAPTER_FILE: weights, ADAPTER_CONFIG_FILE: found.read(ADAPTER_CONFIG_NAME)}
-    config = parse_adapter_config(files[ADAPTER_CONFIG_FILE], found.folder / ADAPTER_CONFIG_NAME)
-    terms = found.manifest.lora
-    if terms is None or terms.base_delta is None:
-        return config, files
-    config = at_rank(config, config["r"] + terms.base_delta)
-    text = json.dumps(config, indent=1, sort_keys=True) + "\n"
-    return config, {ADAPTER_FILE: encode(found.whole_adapter()), ADAPTER_CONFIG_FILE: text.encode()}
 
 
 def _holds_card(folder: Path, card: str) -> bool:
@@ -152,8 +139,27 @@ def _find_round(federation: FederationState, number: str, best: str | None) -> R
     return found
 
 
-def _card(federation: FederationState, found: Round, adapter_config: dict[str, Any], merged_dtype: str | None) -> Card:
-    workspace, config = federation.workspace, federation.config
+def _handed(federation: FederationState, found: Round, client: int | None) -> Handed:
+    """Return what is handed over; raise UsageError for a round without an adapter, or a client without one."""
+    if client is None:
+        check_has_global(found)
+        return of_round(found)
+    federation.check_clients([client])
+    if found.number != federation.head.number:
+        raise UsageError(
+            f"--client {client} names an adapter as it stands with the latest round, {federation.head.number}",
+            hint="Leave --round and --best out.",
+        )
+    if kind_of(found.manifest) is None:
+        raise UsageError(
+            f"client {client} has no adapter of its own: neither train.personal nor aggregation.share: [A] is set",
+            hint="Leave --client out: the round's adapter is everybody's.",
+        )
+    return of_client(found, own_adapter(federation, client))
+
+
+def _card(federation: FederationState, found: Round, handed: Handed, merged_dtype: str | None) -> Card:
+    workspace, config, adapter_config = federation.workspace, federation.config, handed.config
     manifest = found.manifest
     model, train = manifest.model, manifest.train
     last, summary = manifest.aggregation, read_summary(workspace)
@@ -162,6 +168,7 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
         "its revision": model.revision or "",
         "its fingerprint": model.fingerprint,
         "quantisation in training": model.quantization,
+        "whose": handed.whose,
         "adapter": f"LoRA, rank {adapter_config['r']}, alpha {adapter_config['lora_alpha']:g}, "
         f"of {', '.join(adapter_config['target_modules'])}",
         "algorithm": describe_history(manifest, "; ") or describe_algorithm(manifest.algorithm),
@@ -173,7 +180,7 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
         "seed": str(train.seed),
         "workspace": manifest.workspace,
         "SHA-256 of the round's manifest": found.sha256,
-        "SHA-256 of its adapter": manifest.files[adapter_name(found.cluster)].sha256,
+        "SHA-256 of its adapter": handed.digest,
         "cluster": _cluster(found),
         "type of the merged weights": merged_dtype or "",
     }
@@ -195,7 +202,7 @@ def _card(federation: FederationState, found: Round, adapter_config: dict[str, A
         clients=_clients(federation, summary),
         metrics=metrics,
         merged_dtype=merged_dtype,
-        notes=_notes(found, merged_dtype),
+        notes=[*handed.notes, *_notes(found, merged_dtype)],
         version=version("fedcli"),
         privacy=sentence_of(federation, found.number),
     )

@@ -51,8 +51,9 @@ def check_pair(parent: FederationState, child: FederationState) -> list[str]:
     client_algorithm(above)
     if above.update_tensors is not None:
         raise ConfigError(
-            f"the algorithm of {parent.workspace.address} has its clients keep a part of the adapter to themselves",
-            hint="A region has no part of its own: let the parent use fedavg, fedprox or fedavgm.",
+            f"{parent.workspace.address} has its clients send a part of the adapter alone",
+            hint="A region sends whole adapters: let the parent use fedavg, fedprox or fedavgm, and aggregation.share: "
+            "[A, B].",
         )
     for name, privacy in (("the parent", above.privacy), ("the region", own.privacy)):
         unit = None if privacy is None else privacy.unit

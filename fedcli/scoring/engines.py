@@ -75,7 +75,7 @@ class Models:
             runtime.adapted.load_folder(target.folder)
         else:
             assert target.arrays is not None
-            runtime.adapted.load(target.arrays())
+            runtime.adapted.load(target.arrays(), target.beside(), weight=target.weight)
         adapted = runtime.adapted
         return _local(adapted.model, adapted.tokenizer, self.template, self.batch_size, self.date, on_note)
 

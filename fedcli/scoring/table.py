@@ -13,6 +13,7 @@ from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.registry import BENCHMARKS, find_benchmarks, find_group
 from fedcli.eval.statistics import Score, average_ranks, difference
 from fedcli.printable import in_csv, in_markdown
+from fedcli.scoring.client_table import HEAD, ClientRow, as_cells, as_documents, client_rows
 from fedcli.scoring.several import gather
 from fedcli.scoring.targets import BASE
 from fedcli.workspace.layout import Workspace
@@ -70,6 +71,8 @@ class ScoreTable:
     """Over the columns that all targets have; empty where that is none, or there is one target only."""
     against: str
     notes: tuple[str, ...]
+    clients: tuple[ClientRow, ...] = ()
+    """What the columns say of clients' own adapters together."""
 
     def best(self, metric: str | None = None) -> str:
         """Return the best target in a column, named "BENCHMARK METRIC"; by default the first one.
@@ -145,12 +148,24 @@ def make_table(
                 lead = _difference(by_name, marks_of, column, target, reference)
             rank = 1 + sum(column.signed(other) > column.signed(entry) for other in in_column.values())
             cells[target, column] = Cell(entry, rank, lead)
+    clients: list[ClientRow] = []
+    for column in columns:
+        values = {of_row[row]: scores[row, column].value for row in rows if (row, column) in scores and not place[row]}
+        clients += client_rows(column.title, values, higher_is_better=column.higher_is_better)
     complete = [column for column in columns if all((target, column) in scores for target in rows)]
     ranks = average_ranks(
         {target: [scores[target, column].value for column in complete] for target in rows},
         [column.higher_is_better for column in complete],
     )
-    return ScoreTable(tuple(rows), tuple(columns), cells, ranks if len(rows) > 1 else {}, against, _notes(kept, stale))
+    return ScoreTable(
+        tuple(rows),
+        tuple(columns),
+        cells,
+        ranks if len(rows) > 1 else {},
+        against,
+        _notes(kept, stale),
+        tuple(clients),
+    )
 
 
 def best_rounds(
@@ -187,6 +202,7 @@ def save_table(workspace: Workspace, table: ScoreTable, name: str) -> list[str]:
     writer.writeheader()
     writer.writerows({name: in_csv(value) for name, value in row.items()} for row in rows)
     document = {"against": table.against, "average_rank": table.average_rank, "scores": rows, "notes": table.notes}
+    document |= {"clients": as_documents(table.clients)} if table.clients else {}
     files = {
         f"{name}.md": to_markdown(table),
         f"{name}.csv": text.getvalue(),
@@ -233,6 +249,10 @@ def to_markdown(table: ScoreTable) -> str:
             _grid(differences),
             "Paired by item, with 95 % intervals.",
         ]
+    if table.clients:
+        shown = [[*map(in_markdown, row)] for row in as_cells(table.clients)]
+        blocks += ["## Clients' own adapters", _grid([[*HEAD], ["---"] * len(HEAD), *shown])]
+        blocks += ["Gains are better where they are larger, client by client."]
     blocks += [f"- {in_markdown(note)}" for note in table.notes]
     return "\n\n".join(blocks) + "\n"
 

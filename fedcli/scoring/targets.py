@@ -13,6 +13,15 @@ from fedcli.errors import FedError, NotReadyError, UsageError, WorkspaceError
 from fedcli.model.base import find_base, fingerprint
 from fedcli.model.inspection import inspect
 from fedcli.printable import without_credentials
+from fedcli.scoring.own_adapters import (
+    OwnAdapter,
+    check_has_global,
+    kind_of,
+    own_adapter,
+    own_clients,
+    own_weight,
+    whole_update,
+)
 from fedcli.workspace import baselines
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
@@ -40,6 +49,8 @@ class Targets:
     apis: Sequence[str] = ()
     api_url: str | None = None
     """Of the models behind an endpoint; None: OpenAI's own."""
+    all_clients: bool = False
+    """All clients' last updates, or where clients train adapters of their own, those that are on this machine."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ class Target:
     identity: Mapping[str, Any] = field(default_factory=dict)
     arrays: Callable[[], Arrays] | None = None
     """Reads the values of an adapter of this federation."""
+    beside: Callable[[], Mapping[str, Arrays]] = dict
+    """Reads those of the adapters beside it, by name."""
+    weight: float = 1.0
+    """What its product is multiplied by, among theirs."""
     folder: Path | None = None
     """An adapter from elsewhere."""
     model: Path | None = None
@@ -72,9 +87,12 @@ def find_targets(federation: FederationState, asked: Targets) -> list[Target]:
         found += _rounds(start, is_one=False)
     names = baselines.published_baselines(workspace) if everything else map(baselines.baseline_name, named)
     found += [_baseline(start, name) for name in names]
-    found += [_update(workspace, client) for client in asked.clients]
-    for name in ("latest",) if everything else asked.rounds:
-        found += _rounds(federation.round(name), is_one=":" in name)
+    found += [_client(federation, client) for client in (*asked.clients, *_all(federation, asked))]
+    if everything and federation.head.number and kind_of(federation.head.manifest) == "own factors":
+        found += [_client(federation, client) for client in own_clients(federation)]
+    else:
+        for name in ("latest",) if everything else asked.rounds:
+            found += _rounds(federation.round(name), is_one=":" in name)
     found += [_folder(folder) for folder in asked.adapters]
     found += [_model(workspace, model) for model in asked.models]
     found += [_api(name, asked.api_url) for name in asked.apis]
@@ -104,6 +122,7 @@ def _rounds(found: Round, *, is_one: bool) -> list[Target]:
 
 
 def _round(found: Round) -> Target:
+    check_has_global(found)
     name = TargetName.of_round(found.number)
     if found.manifest.clusters is not None:
         name = TargetName.of_cluster(found.cluster, found.number)
@@ -132,9 +151,39 @@ def _baseline(start: Round, name: str) -> Target:
     return Target(name, {"adapter": record.files[ADAPTER_NAME].sha256}, arrays)
 
 
+def _all(federation: FederationState, asked: Targets) -> Sequence[int]:
+    if not asked.all_clients:
+        return ()
+    has_own = kind_of(federation.head.manifest) is not None
+    return own_clients(federation) if has_own else range(federation.config.federation.clients)
+
+
+def _client(federation: FederationState, client: int) -> Target:
+    """Return a client's own adapter where it trains one, else its last update."""
+    if kind_of(federation.head.manifest) is None:
+        return _update(federation.workspace, client)
+    own = own_adapter(federation, client)
+    name, digest = TargetName.of_own(client, own.round), own.digest
+    del own  # as of updates
+
+    def found() -> OwnAdapter:
+        again = own_adapter(federation, client)
+        if again.digest != digest:
+            raise NotReadyError(
+                f"client {client}'s own adapter is no longer what it was when the scoring began",
+                hint="Run the command again: what has been answered is not asked again.",
+            )
+        return again
+
+    def beside() -> Mapping[str, Arrays]:
+        return found().beside
+
+    return Target(str(name), {"adapter": digest}, lambda: found().arrays, beside, own_weight(federation))
+
+
 def _update(workspace: Workspace, client: int) -> Target:
     base, update = _last_update(workspace, client)
-    if base.manifest.update_tensors is not None:
+    if whole_update(base, update) is None:
         raise UsageError(
             f"client {client}'s update of round {base.number} is no whole model: the client keeps a part to itself",
             hint=f"Score the global adapter: --round {base.number}.",
@@ -146,9 +195,9 @@ def _update(workspace: Workspace, client: int) -> Target:
         with suppress(Refusal):
             again = read_update(base, client)
             if again is not None and again.sha256 == digest:
-                if again.record.encoding is not None:
-                    return base.with_delta(again.values(base.adapter()))
-                return base.with_delta(again.files[ADAPTER_FILE])
+                whole = whole_update(base, again)
+                assert whole is not None  # it was a moment ago
+                return whole
         raise NotReadyError(
             f"client {client}'s update of round {base.number} is no longer what it was when the scoring began",
             hint="Run the command again: what has been answered is not asked again.",

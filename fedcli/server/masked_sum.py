@@ -16,7 +16,7 @@ from fedcli.secure_aggregation.fixed_point import LARGEST, from_ring_in_place
 from fedcli.secure_aggregation.party import SELF
 from fedcli.secure_aggregation.summation import disagreements, recover, unmask
 from fedcli.secure_aggregation.terms import Terms
-from fedcli.server.merge import files_of
+from fedcli.server.merge import files_of, next_step
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate
 from fedcli.workspace.layout import ADAPTER_FILE
@@ -176,7 +176,7 @@ def finish(
     zeros = {name: np.broadcast_to(np.float64(0), array.shape) for name, array in adapter.items()}
     merged = MergedUpdates(zeros | differences, {file: zeros | found for file, found in arrays.items()})
     with np.errstate(over="ignore", invalid="ignore"):
-        following, state = algorithm.apply(adapter, merged, base.state(algorithm))
+        following, state = next_step(base, algorithm, adapter, merged)
     if not all(np.isfinite(array).all() for found in (following, state) for array in found.values()):
         raise IntegrityError(f"the sum of round {base.number} is too large for float32", hint=_ABANDON)
     accounted = {*reading.clients, *(entry.client for entry in reading.refused)}

@@ -9,7 +9,9 @@ from functools import cached_property, partial
 import numpy as np
 
 from fedcli.algos import Algorithm, Array, Arrays, MergedUpdates
+from fedcli.algos.algorithm import NextStep
 from fedcli.algos.reducer import Reducer, Stacks
+from fedcli.algos.share import without_unsent
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.workspace.history import Round
@@ -49,9 +51,16 @@ def combine(
     if not merge.counted:
         return None, aggregation
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
-        following, state = algorithm.apply(merge.adapter, merge.result(), base.state(algorithm))
+        following, state = next_step(base, algorithm, merge.adapter, merge.result())
     check_finite(base, following, state, merge.magnitudes)
     return files_of(algorithm, following, state), aggregation
+
+
+def next_step(base: Round, algorithm: Algorithm, adapter: Arrays, merged: MergedUpdates) -> NextStep:
+    """Return the algorithm's next adapter and state; what aggregation.share kept out of updates stays as it is."""
+    before, unshared = base.state(algorithm), base.manifest.unshared_tensors
+    found = algorithm.apply(adapter, merged, before)
+    return without_unsent(algorithm, found, unshared, adapter, before) if unshared else found
 
 
 def files_of(algorithm: Algorithm, adapter: Arrays, state: Arrays) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from fedcli.algos.reducer import WeightedMean
 from fedcli.algos.robust import Rule
 from fedcli.errors import ConfigError, NotReadyError
 from fedcli.observer import Observer
-from fedcli.server.merge import check_finite, combine, files_of, read_pairs, weight_of
+from fedcli.server.merge import check_finite, combine, files_of, next_step, read_pairs, weight_of
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import (
     Authenticate,
@@ -91,7 +91,7 @@ def _combine(
     before = None if recorded is None else [recorded[entry.client] for entry in counted]
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
         merged = merge.result(counted if before is None else before, num_clients)
-        following, state = algorithm.apply(merge.adapter, merged, base.state(algorithm))
+        following, state = next_step(base, algorithm, merge.adapter, merged)
     check_finite(base, following, state, {entry.client: entry.delta_norm or 0.0 for entry in counted})
     return files_of(algorithm, following, state), survey.aggregation(algorithm, rule, counted)
 

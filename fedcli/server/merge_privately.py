@@ -16,7 +16,7 @@ from fedcli.algos.reducer import Reducer, Stacks, WeightedMean
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.privacy.noise import NoiseStream, hash_of
-from fedcli.server.merge import Merge, files_of, read_all
+from fedcli.server.merge import Merge, files_of, next_step, read_all
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate, Update
 from fedcli.workspace.layout import ADAPTER_FILE
@@ -65,7 +65,7 @@ def combine_privately(
     stream = NoiseStream(key.key)
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
         merged = merge.noisy(stream, num_clients)
-        following, state = algorithm.apply(merge.adapter, merged, base.state(algorithm))
+        following, state = next_step(base, algorithm, merge.adapter, merged)
     if not all(np.isfinite(array).all() for arrays in (following, state) for array in arrays.values()):
         raise ConfigError(
             f"round {base.number}'s noise, {privacy.noise:g} x {privacy.clip:g}, is too large for float32",

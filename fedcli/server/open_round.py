@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcli import __version__
+from fedcli.algos import Algorithm
+from fedcli.algos.share import sent_tensors
 from fedcli.config import Config
 from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import ConfigError, NotReadyError
@@ -128,7 +130,8 @@ def _manifest(
         algorithm=asdict(algorithm),
         cohort=sorted(drawn),
         update_files=[ADAPTER_FILE, *algorithm.update_files],
-        update_tensors=algorithm.update_tensors(start.tensors),
+        update_tensors=_update_tensors(config, algorithm, number, start),
+        share=config.aggregation.shared_factor,
         encoding=encoding_record(config.aggregation) if draws else None,
         model=start.model,
         train=train or train_record(config, number, rounds, date=start.date),
@@ -158,6 +161,19 @@ def _lora_terms(config: Config, start: Start) -> LoraTerms | None:
     contents = start.files.get(BASE_DELTA_CONFIG_NAME)
     delta = None if contents is None else parse_adapter_config(contents, BASE_DELTA_CONFIG_NAME)["r"]
     return None if ranks is None and delta is None else LoraTerms(ranks=ranks, base_delta=delta)
+
+
+def _update_tensors(config: Config, algorithm: Algorithm, number: int, start: Start) -> list[str] | None:
+    """Return which tensors updates carry; raise ConfigError where the algorithm and `share` leave none."""
+    aggregation = config.aggregation
+    found = sent_tensors(algorithm, aggregation.shared_factor, number, start.tensors)
+    if found == []:
+        raise ConfigError(
+            f"algorithm.name: {algorithm.name} and aggregation.share: {aggregation.share} exclude each other: what the "
+            "one has updates carry the other keeps out of them",
+            hint="Set aggregation.share to [A, B].",
+        )
+    return found
 
 
 def _clip(previous: Round | None, aggregation: Aggregation | None) -> float | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fedcli.algos.share import sent_tensors
 from fedcli.config import algorithm_from, lora_from, rule_from
 from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import FedError, IntegrityError
@@ -186,7 +187,7 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
         algorithm = algorithm_from(manifest.algorithm)
         if manifest.update_files != [ADAPTER_FILE, *algorithm.update_files]:
             result.report(current.folder, f"asks for {manifest.update_files}, which its algorithm does not fit")
-        if manifest.update_tensors != algorithm.update_tensors(manifest.tensors):
+        if manifest.update_tensors != sent_tensors(algorithm, manifest.share, manifest.round, manifest.tensors):
             result.report(current.folder, "asks for other tensors than its algorithm has updates carry")
     except IntegrityError as error:
         result.report(current.folder, error.message)

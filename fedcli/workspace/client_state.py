@@ -41,10 +41,36 @@ class KeptState:
     """What else than a backup helps where it is gone."""
 
 
+OWN_FACTORS = KeptState(
+    "own-factors",
+    "aggregation.share",
+    lambda base, _: base.share == "A",
+    "or let one round be opened with aggregation.share: [A, B], after which all clients' own factors start afresh",
+)
+"""The factors B that clients keep to themselves with aggregation.share: [A]."""
+
+
+PERSONAL = "personal"
+"""The folder of the adapters that clients train for themselves."""
+
+
+def _personal(name: str) -> KeptState:
+    return KeptState(
+        PERSONAL,
+        "train.personal",
+        lambda base, _: base.train.personal is not None and base.train.personal.name == name,
+        "or let one round be opened without train.personal, after which all clients' own adapters start afresh",
+    )
+
+
 def kept_states(manifest: Manifest) -> list[KeptState]:
     """Return what clients keep in a round; raise IntegrityError for an algorithm that this version does not know."""
     algorithm = algorithm_from(manifest.algorithm)
     found = []
+    if manifest.share == "A":
+        found.append(OWN_FACTORS)
+    if (personal := manifest.train.personal) is not None:
+        found.append(_personal(personal.name))
     if algorithm.private_state:
         found.append(
             KeptState(

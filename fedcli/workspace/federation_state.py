@@ -10,7 +10,7 @@ from fedcli.tasks import TASKS
 from fedcli.tasks.task import Hyperparameter
 from fedcli.workspace.history import Round, is_initialised, read_head, read_identity, read_past, read_round, read_start
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
-from fedcli.workspace.records import Identity, Schedule, TrainRecord
+from fedcli.workspace.records import Identity, PersonalRecord, Schedule, TrainRecord
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import Registration, any_registered, joined_clients
 
@@ -166,9 +166,18 @@ def train_record(config: Config, number: int, rounds: int, *, date: str | None =
         "schedule": schedule,
         "template": config.data.template,
         "date": date,
+        "personal": _personal_record(train),
         "seed": config.federation.seed,
     }
     return TrainRecord(**{name: getattr(train, name) for name in shared} | own)
+
+
+def _personal_record(train: TrainConfig) -> PersonalRecord | None:
+    if (found := train.personal) is None:
+        return None
+    if found.name == "ditto":
+        return PersonalRecord(name=found.name, pull=found.pull)
+    return PersonalRecord(name=found.name, weight=found.weight)
 
 
 def _checked_config(workspace: Workspace, identity: Identity | None) -> Config:

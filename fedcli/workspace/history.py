@@ -142,6 +142,10 @@ class Round:
             return self.arrays(BASE_DELTA_NAME, tensors)
         return None
 
+    def beside(self) -> "dict[str, dict[str, Array]]":
+        """Return what stands frozen beside the adapter in training, by name."""
+        return {} if (delta := self.base_delta()) is None else {"base_delta": delta}
+
     def whole_adapter(self) -> "dict[str, Array]":
         """Return both adapters as one, of both ranks together and the same scale: what the round computes."""
         return self.with_delta(self.adapter())

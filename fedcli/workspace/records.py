@@ -15,9 +15,11 @@ from pydantic import (
 )
 
 from fedcli.algos.lora import is_first_factor, of_rank
+from fedcli.algos.share import Share, is_sent
 from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.aggregation import DownEncodingName, EncodingName
 from fedcli.config.clusters import MOST_CLUSTERS
+from fedcli.config.personal import PersonalName
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.workspace.layout import BASE_DELTA_NAME, MASKED_FILE, SHARES_FILE, WORKSPACE_ID
@@ -88,10 +90,22 @@ class Schedule(Record):
     rounds: Annotated[int, Field(le=LARGEST_COUNT)]
 
 
+class PersonalRecord(Record):
+    """The adapter of its own that a client trains beside the shared one; it is never sent."""
+
+    unwritten = ("pull", "weight")
+
+    name: PersonalName
+    pull: Annotated[Finite, Field(ge=0)] | None = None
+    """Of ditto: the lambda that holds it near the global adapter."""
+    weight: Annotated[Finite, Field(gt=0)] | None = None
+    """Of feddpa: what its product is multiplied by, beside the global adapter's."""
+
+
 class TrainRecord(Record):
     """All that a client must obey in its round; `learning_rate` is this round's."""
 
-    unwritten = ("date",)
+    unwritten = ("date", "personal")
 
     steps: Steps
     batch_size: BatchSize
@@ -108,6 +122,8 @@ class TrainRecord(Record):
     template: TemplateChoice
     date: Annotated[str, Field(max_length=10)] | None = None
     """The day that the base's chat template writes, as 2026-11-29; not written where it writes none."""
+    personal: PersonalRecord | None = None
+    """None, and not written, where clients train the shared adapter alone."""
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
@@ -275,7 +291,7 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
-    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay", "clusters", "encoding", "lora")
+    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay", "clusters", "encoding", "lora", "share")
 
     arrives = True
     protocol: Literal[1] = 1
@@ -303,6 +319,8 @@ class Manifest(Record):
     """Which of `tensors` updates carry; None for all, and then it is not written."""
     encoding: EncodingRecord | None = None
     """How clients may send their differences; None, and not written, where they send values."""
+    share: Share | None = None
+    """Which of LoRA's factors is sent where not both are, and what becomes of the other; not written for both."""
     enrolment: EnrolmentHead | None = None
     """Who took part when the round was opened; None, and not written, where signatures are off."""
     fedcli: str | None = None
@@ -356,6 +374,11 @@ class Manifest(Record):
     def base_delta(self) -> str | None:
         """The SHA-256 of the second adapter; None where there is none."""
         return self.files[BASE_DELTA_NAME].sha256 if BASE_DELTA_NAME in self.files else None
+
+    @property
+    def unshared_tensors(self) -> set[str]:
+        """The tensors that `share` keeps out of updates: frozen, or with [A] each client's own."""
+        return {name for name in self.tensors if not is_sent(self.share, self.round, name)}
 
     @property
     def dropped_files(self) -> list[str]:

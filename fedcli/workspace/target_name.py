@@ -4,13 +4,17 @@ from dataclasses import dataclass
 
 from fedcli.workspace.layout import update_name
 
-KINDS = ("base", "alone", "pooled", "client", "cluster", "round", "adapter", "model", "api")
+KINDS = ("base", "alone", "pooled", "client", "own", "cluster", "round", "adapter", "model", "api")
 """In the order of a table."""
 
 
 @dataclass(frozen=True)
 class TargetName:
-    """A kind, and which one of it: base, alone-3, pooled, client-3-round-00010, cluster-1-round-00010, round-00010."""
+    """A kind, and which one of it.
+
+    base, alone-3, pooled, client-3-round-00010, own-3-round-00010, cluster-1-round-00010, round-00010,
+    adapter-NAME-HASH, ...
+    """
 
     kind: str
     which: str = ""
@@ -35,6 +39,23 @@ class TargetName:
     def of_cluster(cls, cluster: int, round_number: int) -> "TargetName":
         """Return the name of a cluster's adapter of a round."""
         return cls("cluster", f"{cluster}-{update_name(round_number)}")
+
+    @classmethod
+    def of_own(cls, client: int, round_number: int) -> "TargetName":
+        """Return the name of a client's own adapter, as it stood with a round."""
+        return cls("own", f"{client}-{update_name(round_number)}")
+
+    @property
+    def client(self) -> int | None:
+        """The client that a model is of: one alone, an update or an own adapter; None for the other kinds."""
+        client = self.which.partition("-")[0]
+        return int(client) if self.kind in ("alone", "client", "own") and client.isdecimal() else None
+
+    @property
+    def round(self) -> int | None:
+        """The round that a model stands with; None for the kinds that stand with none."""
+        number = self.which.rpartition("-")[2] if self.kind in ("client", "own", "round") else ""
+        return int(number) if number.isdecimal() else None
 
     @property
     def number(self) -> int | None:

@@ -82,10 +82,14 @@ class Stub:
         """Return the values after the round's steps, and the steps' losses."""
         values = {}
         for name, weight in adapter.items():
-            for _step in range(train.steps):
-                weight = weight - train.learning_rate * (weight - (party.client - self.goal))
+            for _step in range(train.steps if rule is None or rule.trains(name) else 0):
+                gradient, term = weight - (party.client - self.goal), None
                 if rule is not None:
-                    weight = weight + rule.weight_term(rule.arrays[name], train.learning_rate)
+                    pull = rule.gradient_term(weight, rule.arrays[name])
+                    gradient = gradient if pull is None else gradient + pull
+                    term = rule.weight_term(rule.arrays[name], train.learning_rate)
+                weight = weight - train.learning_rate * gradient
+                weight = weight if term is None else weight + term
             values[name] = weight.astype("float32")
         return values, [1.0] * train.steps
 

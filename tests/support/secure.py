@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fedcli import Federation, Observer
+from fedcli.algos.share import sent_tensors
 from fedcli.client.due import ClientResult, train_client
 from fedcli.server.enrol import found_trust
 from fedcli.workspace.history import publish_round, read_identity, read_start
@@ -60,7 +61,14 @@ class range_of:
 
 
 def make(
-    template: Path, folder: Path, mode: str, clients: int = 3, *, algorithm: str = "fedavg", rounds: int = 2
+    template: Path,
+    folder: Path,
+    mode: str,
+    clients: int = 3,
+    *,
+    algorithm: str = "fedavg",
+    rounds: int = 2,
+    share: str = "[A, B]",
 ) -> Path:
     """Make a workspace that waits for parties of a masked federation, and let all join and be enrolled."""
     workspace = Workspace(Path(shutil.copytree(template, folder / "W", ignore=shutil.ignore_patterns("data"))))
@@ -72,6 +80,7 @@ def make(
         "federation.per_round=null",
         f"federation.rounds={rounds}",
         f"algorithm.name={algorithm}",
+        f"aggregation.share={share}",
     )
     old, start = read_identity(workspace), read_start(workspace)
     fixed = old.fixed | {"federation.clients": clients}
@@ -85,7 +94,8 @@ def make(
         assert trust is not None
         from fedcli.workspace.federation_state import Experiment
 
-        chosen = Experiment.read(workspace).config.algorithm
+        config = Experiment.read(workspace).config
+        chosen, shared = config.algorithm, config.aggregation.shared_factor
         named = {
             "enrolment": trust.enrolment.head,
             "fedcli": "1",
@@ -94,6 +104,8 @@ def make(
             "algorithm": {"name": algorithm} | {k: v for k, v in vars(chosen).items() if k != "name"},
             "update_files": ["adapter_model.safetensors", *chosen.update_files],
             "cost": None,
+            "share": shared,
+            "update_tensors": sent_tensors(chosen, shared, 0, start.manifest.tensors),
         }
         train = start.manifest.train.model_copy(
             update={"schedule": start.manifest.train.schedule.model_copy(update={"rounds": rounds})}

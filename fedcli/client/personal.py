@@ -1,0 +1,75 @@
+"""The adapter of its own that a client trains beside the shared one, as train.personal asks; it is never sent.
+
+It makes as many steps again, on the rows that were drawn for the shared one, and so costs as much again.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedcli.algos import Array, Arrays
+from fedcli.algos.client_rule import Proximal
+from fedcli.parties.party import Party
+from fedcli.randomness import stream
+from fedcli.training.reports import StepReport
+from fedcli.workspace.client_state import PERSONAL
+from fedcli.workspace.history import Round
+from fedcli.workspace.records import PersonalRecord
+
+if TYPE_CHECKING:
+    from fedcli.client.runtime import Runtime
+
+GLOBAL = "global"
+"""PEFT's name of the frozen global adapter beside FedDPA's local one."""
+
+
+def train_own(
+    runtime: "Runtime",
+    party: Party,
+    head: Round,
+    adapter: Arrays,
+    kept: Mapping[str, Arrays],
+    *,
+    first_draw: int,
+    on_step: Callable[[StepReport], None],
+) -> "dict[str, dict[str, Array]]":
+    """Train a client's own adapter for a round; return what it keeps if its update counts, by folder.
+
+    `adapter` is the round's global one, x. Ditto's v begins with x, FedDPA's local adapter as LoRA does: A drawn, B
+    zero. Steps are told behind those of the shared adapter. Nothing happens where the round asks for none.
+    """
+    train = head.manifest.train
+    if (personal := train.personal) is None:
+        return {}
+    own = kept.get(PERSONAL) or begin(personal, adapter, train.seed, party.client)
+    is_ditto = personal.name == "ditto"
+    values, _ = runtime.train(
+        own,
+        train,
+        party=party,
+        round_number=head.number,
+        first_draw=first_draw,
+        rule=Proximal(adapter, personal.pull or 0.0) if is_ditto else None,
+        on_step=lambda report: on_step(replace(report, step=train.steps + report.step)),
+        beside={} if is_ditto else {GLOBAL: adapter},
+        weight=personal.weight or 1.0,
+    )
+    return {PERSONAL: values}
+
+
+def begin(personal: PersonalRecord, adapter: Arrays, seed: int, client: int) -> Arrays:
+    """Return what a client's own adapter starts from: x, or for FedDPA a drawn A and B zero."""
+    if personal.name == "ditto":
+        return adapter
+    found = {}
+    for name, array in adapter.items():
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(array.shape[1])
+            draw = stream(seed, "personal", client=client, part=name)
+            found[name] = draw.uniform(-bound, bound, array.shape).astype(np.float32)
+        else:
+            found[name] = np.zeros(array.shape, np.float32)
+    return found

@@ -1,0 +1,78 @@
+"""The adapter that an export hands over: a round's, as it is published, or a client's own, joined into one."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fedcli.algos import Arrays
+from fedcli.config.adapter_config import AdapterConfig, at_rank, parse_adapter_config
+from fedcli.errors import UsageError
+from fedcli.scoring.own_adapters import OwnAdapter
+from fedcli.workspace.history import Round
+from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, adapter_name
+from fedcli.workspace.records import sha256
+from fedcli.workspace.tensors import encode
+
+MOST_RANK = 8192
+"""Of an adapter_config.json."""
+
+
+@dataclass(frozen=True)
+class Handed:
+    """An adapter in PEFT's layout, and what its card says of it."""
+
+    config: dict[str, Any]
+    arrays: Callable[[], Arrays]
+    files: Callable[[], dict[str, bytes]]
+    digest: str
+    """Of its adapter_model.safetensors."""
+    whose: str = ""
+    """Empty for everybody's."""
+    notes: tuple[str, ...] = ()
+
+
+def of_round(found: Round) -> Handed:
+    """Return a round's adapter as it is published, or with base_delta/ as one, of both ranks together."""
+    contents, terms = found.read(ADAPTER_CONFIG_NAME), found.manifest.lora
+
+    def files() -> dict[str, bytes]:
+        return {ADAPTER_FILE: found.read(adapter_name(found.cluster)), ADAPTER_CONFIG_FILE: contents}
+
+    config = parse_adapter_config(contents, found.folder / ADAPTER_CONFIG_NAME)
+    if terms is not None and terms.base_delta is not None:
+        config = at_rank(config, config["r"] + terms.base_delta)
+        text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+        weights = encode(found.whole_adapter())
+        joined = {ADAPTER_FILE: weights, ADAPTER_CONFIG_FILE: text.encode()}
+        return Handed(config, found.whole_adapter, partial(dict, joined), sha256(weights))
+    return Handed(config, found.adapter, files, found.manifest.files[adapter_name(found.cluster)].sha256)
+
+
+def of_client(found: Round, own: OwnAdapter) -> Handed:
+    """Return a client's own adapter; one that stands beside the global one is joined with it, rank to rank."""
+    config = parse_adapter_config(found.read(ADAPTER_CONFIG_NAME), found.folder / ADAPTER_CONFIG_NAME)
+    num_joined = 1 + len(own.beside)
+    config |= {"r": num_joined * config["r"], "lora_alpha": num_joined * config["lora_alpha"]}
+    if config["r"] > MOST_RANK:
+        raise UsageError(
+            f"client {own.client}'s own adapter and the global one joined have rank {config['r']}, and {MOST_RANK} are "
+            "allowed",
+            hint="Use it in place: `fedcli chat --client N`, `fedcli eval NAME --client N`.",
+        )
+    contents = json.dumps(AdapterConfig.model_validate(config).model_dump(), sort_keys=True, indent=2).encode() + b"\n"
+    arrays = own.joined()
+    weights = encode(arrays)
+    notes = [
+        f"This is client {own.client}'s own adapter ({own.kind}), and learnt from its rows more than from others'."
+    ]
+    if own.beside:
+        notes.append(
+            f"It is two adapters in one: the global one of round {own.round}, and {own.weight:g} times the client's."
+        )
+    if own.kind == "own factors":
+        notes.append(f"Its factors A are round {own.round}'s, its factors B the client's own.")
+    files = {ADAPTER_FILE: weights, ADAPTER_CONFIG_FILE: contents}
+    whose = f"client {own.client}'s own ({own.kind})"
+    return Handed(config, partial(dict, arrays), partial(dict, files), sha256(weights), whose, tuple(notes))

@@ -1,0 +1,144 @@
+"""What a client trained for itself, as a model: own factors, Ditto's adapter, FedDPA's beside the global one."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedcli.algos import Array, Arrays
+from fedcli.errors import ConfigError, NotReadyError, UsageError
+from fedcli.parties.party import find_own
+from fedcli.workspace.client_state import OWN_FACTORS, PERSONAL, read_states
+from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import Round, read_round
+from fedcli.workspace.inbox import Update
+from fedcli.workspace.layout import ADAPTER_FILE
+from fedcli.workspace.records import Manifest, sha256
+from fedcli.workspace.tensors import encode
+
+GLOBAL = "global"
+"""The name of the global adapter beside a client's."""
+
+
+@dataclass(frozen=True)
+class OwnAdapter:
+    """A client's own model: W x + s (weight B A + the products beside) x."""
+
+    client: int
+    round: int
+    """Whose global adapter, or factor, is in it: the latest."""
+    kind: str
+    """own factors, ditto or feddpa."""
+    arrays: Arrays
+    beside: Mapping[str, Arrays] = field(default_factory=dict)
+    weight: float = 1.0
+
+    @property
+    def digest(self) -> str:
+        """What tells it from others: the hash of its numbers."""
+        parts = [encode(self.arrays), *(encode(self.beside[name]) for name in sorted(self.beside))]
+        return sha256(b"".join([*parts, f"{self.weight}".encode()]))
+
+    def joined(self) -> "dict[str, Array]":
+        """Return it as one adapter: A's rows below one another, B's columns side by side, of the rank of both.
+
+        The scale s stays: alpha grows as the rank does.
+        """
+        if not self.beside:
+            return {name: np.asarray(array) for name, array in self.arrays.items()}
+        found = {}
+        for name, own in self.arrays.items():
+            others = [arrays[name] for arrays in self.beside.values()]
+            is_down = ".lora_A." in name
+            weighed = own if is_down else (self.weight * own).astype(np.float32)
+            found[name] = np.concatenate([*others, weighed], axis=0 if is_down else 1)
+        return found
+
+
+def kind_of(manifest: Manifest) -> str | None:
+    """Return what clients of a round train for themselves; None where they do not."""
+    if manifest.train.personal is not None:
+        return manifest.train.personal.name
+    return "own factors" if manifest.share == "A" else None
+
+
+def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
+    """Return a client's own model as it stands with the latest round.
+
+    Raises UsageError where its home is not here, NotReadyError where none of its updates has counted, ConfigError where
+    whoever scores it would tell what privacy hides, IntegrityError where what it keeps is gone.
+    """
+    head = federation.head
+    kind = kind_of(head.manifest)
+    assert kind is not None
+    found = find_own(federation, client)
+    if found is None:
+        raise UsageError(
+            f"client {client}'s own adapter ({kind}) never leaves its home, and that is not here",
+            hint="Its party runs this on its own machine.",
+        )
+    if head.manifest.withholds and not federation.identity.simulation:
+        raise ConfigError(
+            f"client {client}'s own adapter ({kind}) has no noise, and the federation asks for privacy: what it "
+            "answers tells of the party's rows",
+            hint="Name a round with --round.",
+        )
+    kept = read_states(found[0], [*federation.past(), head], client)
+    own = kept.get(PERSONAL if kind != "own factors" else OWN_FACTORS.folder, {})
+    if not own:
+        raise NotReadyError(
+            f"client {client} has no adapter of its own ({kind}) yet: no update of it has counted since that began",
+            hint=f"Let it train: `fedcli client train --id {client}`; then `fedcli server aggregate`.",
+        )
+    if kind == "ditto":
+        return OwnAdapter(client, head.number, kind, own)
+    if kind == "own factors":
+        return OwnAdapter(client, head.number, kind, {**head.adapter(), **own})
+    return OwnAdapter(client, head.number, kind, own, {GLOBAL: head.adapter()}, own_weight(federation))
+
+
+def own_weight(federation: FederationState) -> float:
+    """Return what the product of a client's own adapter is multiplied by."""
+    personal = federation.head.manifest.train.personal
+    return 1.0 if personal is None or personal.weight is None else personal.weight
+
+
+def own_clients(federation: FederationState) -> list[int]:
+    """Return the clients whose own adapters are on this machine: those that it has homes of, and that have trained."""
+    found = []
+    for client in range(federation.config.federation.clients):
+        with suppress(UsageError, NotReadyError):
+            own_adapter(federation, client)
+            found.append(client)
+    if not found:
+        raise NotReadyError(
+            "no client has an adapter of its own on this machine",
+            hint="Each party scores its own with --client N; in a simulation let clients train first.",
+        )
+    return found
+
+
+def whole_update(base: Round, update: Update) -> "Arrays | None":
+    """Return an update's whole adapter: what aggregation.share freezes is the round's.
+
+    None where a client keeps a part to itself.
+    """
+    frozen = base.manifest.unshared_tensors if base.manifest.share != "A" else set()
+    if {*base.manifest.sent_tensors, *frozen} != {*base.manifest.tensors}:
+        return None
+    if not frozen and update.record.encoding is None:
+        return base.with_delta(update.files[ADAPTER_FILE])
+    start = base.of_cluster(update.record.cluster or 0).adapter()
+    return base.with_delta({**start, **update.values(start)})
+
+
+def check_has_global(found: Round) -> None:
+    """Raise UsageError for a round whose adapter is none: with aggregation.share: [A] each client has its own B."""
+    before = read_round(found.workspace, found.number - 1) if found.number else None
+    if before is not None and before.manifest.share == "A":
+        raise UsageError(
+            f"round {found.number} has no global adapter: with aggregation.share: [A] its updates carry the factors A "
+            "alone, and each client keeps a B of its own",
+            hint="Name a client, whose own B is joined to the round's A: --client N.",
+        )
