@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from fedcli.client.runtimes import KeptModel
     from fedcli.data.encoded import EncodedRow, EncodedRows
     from fedcli.data.encoding import Encoder
+    from fedcli.training.limits import TimeLimit
+    from fedcli.training.moments import Moments
 
 
 class Runtime:
@@ -158,12 +160,14 @@ class Runtime:
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
         private: "PrivateSteps | None" = None,
+        limit: "TimeLimit | None" = None,
+        moments: "Moments | None" = None,
     ) -> tuple[dict[str, Array], list[float]]:
         """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
 
         `first_draw` is the number of rows that the client drew in its earlier rounds; `private` draws otherwise, and
-        protects its units; batches without rows have no loss then. Raises ConfigError where the training diverged,
-        RequirementError where memory is too small.
+        protects its units; batches without rows have no loss then. `limit` and `moments` are as `fit`
+        has them. Raises ConfigError where the training diverged, RequirementError where memory is too small.
         """
         from fedcli.model.finite import check_weights
 
@@ -184,10 +188,11 @@ class Runtime:
                 count = train.steps * train.batch_size
                 usable = self._told_rows(party, train)
                 order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
-                losses = self._fit(adapter, [usable[index] for index in order], settings, party, rule, stepped)
+                drawn = [usable[index] for index in order]
+                losses = self._fit(adapter, drawn, settings, party, rule, stepped, limit=limit, moments=moments)
             else:
                 assert party is not None
-                losses = self._fit_privately(adapter, train, settings, private, party, rule, stepped)
+                losses = self._fit_privately(adapter, train, settings, private, party, rule, stepped, moments)
         values = self.adapted.values()
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
             check_weights(self.adapted.base)
@@ -219,6 +224,7 @@ class Runtime:
         party: Party | None,
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
+        **others: Any,
     ) -> list[float]:
         from fedcli.training.trainer import fit
 
@@ -229,8 +235,8 @@ class Runtime:
         if self._task.uses_reference:
             rows = self._with_reference(rows, self._federation.workspace.pooled_home if party is None else party.home)
         self.adapted.load(adapter)
-        drawn, others = rows[:count], rows[count:]
-        return fit(self.adapted, drawn, self._task, settings, batch_rows=others, rule=rule, on_step=on_step)
+        drawn, beside = rows[:count], rows[count:]
+        return fit(self.adapted, drawn, self._task, settings, batch_rows=beside, rule=rule, on_step=on_step, **others)
 
     def _fit_privately(
         self,
@@ -241,6 +247,7 @@ class Runtime:
         party: Party,
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
+        moments: "Moments | None",
     ) -> list[float]:
         from fedcli.training.dp_sgd import draw_units, fit_privately
 
@@ -255,7 +262,9 @@ class Runtime:
         batches = ([[rows[place] for place in unit] for unit in batch] for batch in drawn)
         self.adapted.load(adapter)
         protection = private.protection
-        return fit_privately(self.adapted, batches, self._task, settings, protection, rule=rule, on_step=on_step)
+        return fit_privately(
+            self.adapted, batches, self._task, settings, protection, rule=rule, moments=moments, on_step=on_step
+        )
 
     def _with_reference(self, rows: "list[EncodedRow]", home: Home) -> "list[EncodedRow]":
         """Return rows with the reference's log-probabilities, round 0's model's; a row's are computed once a client."""

@@ -14,6 +14,7 @@ from fedcli.workspace.inbox import Authenticate
 from fedcli.workspace.records import Aggregation, CountedUpdate
 
 if TYPE_CHECKING:
+    from fedcli.server.merge_unequal import Unequal
     from fedcli.workspace.noise_keys import NoiseSource
 
 
@@ -29,18 +30,29 @@ def merge_round(
     recorded: Mapping[int, CountedUpdate] | None = None,
     authenticate: Authenticate | None = None,
     noise: "NoiseSource | None" = None,
+    unequal: "Unequal | None" = None,
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Merge a round as `combine_with` does, or with noise where it is of unit client; return what may be published.
 
-    Without `noise`, or where it gives no key, such a round is checked alone: there are no files. Raises what
-    `combine_with` and `combine_privately` do, ConfigError where a rule stands beside unit client.
+    With `unequal` its order and its count hold. Without `noise`, or where it gives no key, such a round is checked
+    alone: there are no files. Raises what `combine_with` and `combine_privately` do, ConfigError where a rule stands
+    beside unit client.
     """
     privacy = base.manifest.privacy
+    if unequal is not None and (privacy is None or not privacy.is_at_server):
+        files, found = _merge_unequal(rule, base, algorithm, num_clients, unequal, observer, recorded)
+        return files, without_figures(base, found)
     if privacy is None or not privacy.is_at_server:
         files, found = combine_with(
             rule, base, algorithm, num_clients, order, count, observer, recorded=recorded, authenticate=authenticate
         )
         return files, without_figures(base, found)
+    if unequal is not None:
+        raise ConfigError(
+            f"round {base.number} was opened with privacy.unit: client, and aggregation.step_weighting is set: they "
+            "exclude each other",
+            hint="Set aggregation.step_weighting to none.",
+        )
     if rule is not None and not rule.is_plain_mean:
         raise ConfigError(
             f"round {base.number} was opened with privacy.unit: client, and aggregation.rule is {rule.rule}: they "
@@ -61,3 +73,33 @@ def merge_round(
         authenticate=authenticate,
     )
     return files, without_figures(base, found)
+
+
+def _merge_unequal(
+    rule: Rule | None,
+    base: Round,
+    algorithm: Algorithm,
+    num_clients: int,
+    unequal: "Unequal",
+    observer: Observer,
+    recorded: Mapping[int, CountedUpdate] | None,
+) -> tuple[dict[str, bytes] | None, Aggregation]:
+    """Merge with weights for steps and age; a cap on weights, which looks at all of them first, has its own way."""
+    if rule is not None and not rule.is_plain_mean:
+        clients = [client for _, client in unequal.order]
+        authenticate, count = unequal.authenticate(base), unequal.count
+        return combine_with(
+            rule,
+            base,
+            algorithm,
+            num_clients,
+            clients,
+            count,
+            observer,
+            recorded=recorded,
+            authenticate=authenticate,
+            by_steps=unequal.by_steps,
+        )
+    from fedcli.server.merge_unequal import combine_unequal  # of no other merge
+
+    return combine_unequal(base, algorithm, num_clients, unequal, observer, is_again=recorded is not None)

@@ -140,6 +140,7 @@ def _manifest(
             clip=_clip(previous, aggregation),
         ),
         relay=None if place is None else place.relay,
+        staleness=(config.aggregation.staleness or None) if draws else None,
     )
     before = None if previous is None else previous.manifest
     return manifest.model_copy(update={"cost": cost_of(manifest, before), "history": history_of(manifest, before)})

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from fedcli.config import Quantization, TaskName, TemplateChoice
-from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
+from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Minutes, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
@@ -86,9 +86,11 @@ class Schedule(Record):
 class TrainRecord(Record):
     """All that a client must obey in its round; `learning_rate` is this round's."""
 
-    unwritten = ("date",)
+    unwritten = ("date", "minutes", "keep_optimizer")
 
     steps: Steps
+    minutes: Minutes | None = None
+    """That the steps may take: a client then makes as many as fit, at least one; None, and not written: all."""
     batch_size: BatchSize
     micro_batch_size: BatchSize | None
     """None: a client cuts its batches as it likes; the gradient is the same."""
@@ -104,6 +106,8 @@ class TrainRecord(Record):
     date: Annotated[str, Field(max_length=10)] | None = None
     """The day that the base's chat template writes, as 2026-11-29; not written where it writes none."""
     seed: Annotated[int, Field(ge=0)]
+    keep_optimizer: Literal[True] | None = None
+    """AdamW's moments go on from the client's last counted round; None, and not written: they start afresh."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -117,7 +121,7 @@ class TrainRecord(Record):
 class CountedUpdate(Record):
     """An update that went into the aggregate; `update` is the hash of its update.json, weights add up to 1."""
 
-    unwritten = ("cosine", "change", "file_weights", "privacy")
+    unwritten = ("cosine", "change", "file_weights", "privacy", "steps", "base")
 
     client: Natural
     update: Sha256
@@ -136,18 +140,24 @@ class CountedUpdate(Record):
     """Its weight in what is made of each file beside the adapter."""
     privacy: PrivacyClaim | None = None
     """What its client says that all its steps so far have spent; None, and not written, but for rows and groups."""
+    steps: Natural | None = None
+    """That it made; None, and not written, where all make the same."""
+    base: Natural | None = None
+    """The round that it was made from; None, and not written, where that is the one that was merged."""
 
 
 class RefusedUpdate(Record):
     """An update that was not counted, and why."""
 
-    unwritten = ("update",)
+    unwritten = ("update", "base")
 
     client: Natural
     code: RefusalCode
     reason: str
     update: Sha256 | None = None
     """The hash of its update.json; None, and not written, where that could not be read."""
+    base: Natural | None = None
+    """As of a counted update."""
 
     @classmethod
     def of(cls, client: int, refusal: Refusal) -> "RefusedUpdate":
@@ -158,7 +168,7 @@ class RefusedUpdate(Record):
 class Aggregation(Record):
     """How a round's adapter came to be; all lists are sorted by client."""
 
-    unwritten = ("rule", "privacy", "secure")
+    unwritten = ("rule", "privacy", "secure", "step_weighting", "most_counted")
 
     algorithm: dict[str, Any]
     counted: list[CountedUpdate]
@@ -172,6 +182,10 @@ class Aggregation(Record):
     """The noise of a round of unit client; None for others, and then it is not written."""
     secure: SecureSum | None = None
     """How the sum of masked updates was had; None, and not written, where they were not masked."""
+    step_weighting: Literal["fednova"] | None = None
+    """How the numbers of steps weighed; None, and not written, where they did not."""
+    most_counted: Annotated[int, Field(ge=1)] | None = None
+    """How many updates of a client could count in a window; None, and not written, where that had no limit."""
 
 
 class Selection(Record):
@@ -206,7 +220,7 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
-    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay")
+    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay", "staleness")
 
     arrives = True
     protocol: Literal[1] = 1
@@ -240,6 +254,8 @@ class Manifest(Record):
     """What the round guarantees; None, and not written, where nothing is asked for."""
     relay: RelayRecord | None = None
     """Of a region, where it stands in its parent's round; None, and not written, of other federations."""
+    staleness: Annotated[int, Field(ge=1)] | None = None
+    """From so many rounds back updates count when this one is merged; None, and not written: of this one alone."""
 
     @property
     def waits_for_parent(self) -> bool:
