@@ -1,4 +1,4 @@
-"""The seven algorithms: their formulas, written again here from the contract, and what real servers make of them."""
+"""The eight algorithms: their formulas, written again here from the contract, and what real servers make of them."""
 
 import shutil
 from pathlib import Path
@@ -14,6 +14,7 @@ from fedcli import Federation
 from fedcli.algos import ALGORITHMS, FedAvg, MergedUpdates
 from fedcli.algos.adaptive import FedAdagrad, FedAdam, FedYogi
 from fedcli.algos.client_rule import ControlVariate
+from fedcli.algos.diloco import DiLoCo
 from fedcli.algos.fedavgm import FedAvgM
 from fedcli.algos.fedprox import FedProx
 from fedcli.algos.reducer import BLOCK, Stacks, WeightedMean
@@ -33,6 +34,7 @@ VARIANTS = (
     {"name": "fedyogi", "second_moment": "delta", **OTHER},
     {"name": "fedadam", **OTHER},
     {"name": "fedadam", "second_moment": "delta"},
+    {"name": "diloco", "eta": 0.7, "mu": 0.8},
 )
 OFTEN = ("fedavg", "scaffold", "fedadagrad", "fedyogi")
 """The variants that every run tries: those without settings that others have as well."""
@@ -117,6 +119,12 @@ STEPS = (
         YOGI_FIRST,
         ([1.25, Y + 1.5 / (10**0.5 + 2), Z - 1 / (8**0.5 + 2)], {"m.w": [0, 3, -2], "v.w": [4, 10, 8]}),
     ),
+    (
+        DiLoCo(eta=0.5, mu=0.5),
+        PLAIN,
+        ([1.75, 0.5, 3.375], {"m.w": PLAIN[0]}),
+        ([1.125, 0.25, 3.625], {"m.w": [-0.5, -1, 0.5]}),
+    ),
 )
 
 
@@ -136,6 +144,14 @@ def test_two_steps_give_these_numbers_and_leave_their_inputs_alone(algorithm, me
         assert {array.dtype for array in (adapter | state).values()} == {np.dtype(np.float32)}
         np.testing.assert_allclose(adapter["w"], expected, rtol=2e-7, atol=0)
         assert {name: array.tolist() for name, array in state.items()} == expected_state
+
+
+def test_diloco_makes_the_steps_of_its_vector():
+    adapter, state, found = {"w": np.zeros(1, np.float32)}, {}, []
+    for difference in (1.0, 1.0, 0.0):
+        adapter, state = DiLoCo().apply(adapter, MergedUpdates({"w": np.array([difference])}), state)
+        found.append((round(float(adapter["w"][0]), 4), round(float(state["m.w"][0]), 4)))
+    assert found == [(1.33, 1.0), (3.227, 1.9), (4.3043, 1.71)]
 
 
 def test_the_table_of_steps_has_every_algorithm():

@@ -77,6 +77,7 @@ def test_the_defaults_are_the_contracts() -> None:
         ("fedadagrad", {"eta": 1e-3, "tau": 1e-3}),
         ("fedyogi", {"eta": 1e-3, "tau": 1e-3, "beta1": 0.9, "beta2": 0.99, "second_moment": "momentum"}),
         ("fedadam", {"eta": 1e-3, "tau": 1e-3, "beta1": 0.9, "beta2": 0.99, "second_moment": "momentum"}),
+        ("diloco", {"eta": 0.7, "mu": 0.9}),
     ],
 )
 def test_an_algorithm_has_its_hyperparameters_with_their_defaults_and_no_other(

@@ -6,6 +6,7 @@ from fedcli.algos.adaptive import FedAdagrad, FedAdam, FedYogi
 from fedcli.algos.algorithm import Algorithm, MergedUpdates
 from fedcli.algos.arrays import Array, Arrays
 from fedcli.algos.client_rule import ClientRule
+from fedcli.algos.diloco import DiLoCo
 from fedcli.algos.fedavg import FedAvg
 from fedcli.algos.fedavgm import FedAvgM
 from fedcli.algos.fedprox import FedProx
@@ -14,7 +15,7 @@ from fedcli.plugins import Registry
 
 __all__ = ["ALGORITHMS", "Algorithm", "Array", "Arrays", "ClientRule", "FedAvg", "MergedUpdates"]
 
-_OWN: tuple[type[Algorithm], ...] = (FedAvg, FedProx, Scaffold, FedAvgM, FedAdagrad, FedYogi, FedAdam)
+_OWN: tuple[type[Algorithm], ...] = (FedAvg, FedProx, Scaffold, FedAvgM, FedAdagrad, FedYogi, FedAdam, DiLoCo)
 """A new algorithm adds its class here."""
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedcli.algos.lora import cut
 from fedcli.client.cluster import cluster_of
+from fedcli.client.draws import first_draw
 from fedcli.client.encoded_update import encode_adapter
 from fedcli.client.own_factors import OwnFactors
 from fedcli.client.personal import train_own
@@ -18,18 +19,23 @@ from fedcli.config import algorithm_from
 from fedcli.observer import Observer
 from fedcli.parties.party import Party
 from fedcli.tasks import TASKS
+from fedcli.training.limits import TimeLimit
 from fedcli.training.reports import StepReport
-from fedcli.workspace.client_state import read_states, remove_old_candidates, save_candidates
+from fedcli.workspace.client_state import OPTIMIZER, read_states, remove_old_candidates, save_candidates
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.privacy_ledger import check_budget
 from fedcli.workspace.privacy_records import PrivacyClaim
-from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sealed, sha256
+from fedcli.workspace.records import PROTOCOL, Manifest, UpdateRecord, file_entry, sealed, sha256
 from fedcli.workspace.step_ledger import charge
 from fedcli.workspace.tensors import encode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fedcli.algos import Arrays
     from fedcli.client.secure_round import SecureRound
+    from fedcli.training.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,6 @@ def train_and_drop(
     adapter, rank = head.adapter(), manifest.rank_of(client)
     if rank is not None:
         adapter = cut(adapter, rank)
-    first_draw = sum(
-        earlier.manifest.train.steps * earlier.manifest.train.batch_size
-        for earlier in past
-        if client in earlier.manifest.cohort
-    )
     algorithm = algorithm_from(manifest.algorithm)
     state = head.state(algorithm) if algorithm.clients_read_state else {}
     kept = read_states(party.home, [*past, head], client)
@@ -121,25 +122,31 @@ def train_and_drop(
         num_tokens += report.num_tokens
         observer.step_done(client, replace(report, loss=None) if manifest.withholds else report)  # it may go into a log
 
+    moments = _moments(kept) if manifest.train.keep_optimizer else None
+    limit, first = _time_limit(party, manifest), first_draw([*past, head], client)
     values, losses = runtime.train(
         algorithm.start(adapter, own),
         manifest.train,
         party=party,
         round_number=head.number,
-        first_draw=first_draw,
+        first_draw=first,
         rule=factors.rule(algorithm.client_rule(adapter, state, own), adapter),
         on_step=count,
         private=private,
         beside=head.beside(),
+        limit=limit,
+        moments=moments,
     )
-    own_adapter = train_own(runtime, party, head, adapter, kept, first_draw=first_draw, on_step=count)
+    if moments is not None:
+        kept[OPTIMIZER] = moments.arrays
+    own_adapter = train_own(runtime, party, head, adapter, kept, first_draw=first, on_step=count)
     training = Training(
         num_samples=rows.num_own,
         num_truncated=rows.num_truncated,
         losses=losses,
         seconds=time.monotonic() - started,
         num_tokens=num_tokens,
-        steps=manifest.train.steps,
+        steps=manifest.train.steps if limit is None else len(losses),
         spent=None if private is None else private.claim,
         withholds=manifest.withholds,
         **rows.counts() | ({} if party.is_handwritten else {"unused": {}}),
@@ -185,3 +192,21 @@ def train_and_drop(
     remove_old_candidates(party.home, client, [*past, head])
     save_candidates(party.home, head.number, sha256(record), kept)
     return training, commit_update(federation, party, [*files.items()], record, observer)
+
+
+def _time_limit(party: Party, manifest: Manifest) -> TimeLimit | None:
+    """Return what stops a round's steps; a party's floors are met before it does."""
+    train = manifest.train
+    if train.minutes is None:
+        return None
+    least = 1
+    if party.num_rows is not None:
+        least = max(party.floors.steps, math.ceil(min(party.floors.rows, party.num_rows) / train.batch_size))
+    return TimeLimit(train.minutes * 60, least)
+
+
+def _moments(kept: "Mapping[str, Arrays]") -> "Moments":
+    """Return AdamW's moments as a client kept them, none before its first counted round."""
+    from fedcli.training.moments import Moments
+
+    return Moments({**kept.get(OPTIMIZER, {})})

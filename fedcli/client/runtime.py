@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from fedcli.client.runtimes import KeptModel
     from fedcli.data.encoded import EncodedRow, EncodedRows
     from fedcli.data.encoding import Encoder
+    from fedcli.training.limits import TimeLimit
+    from fedcli.training.moments import Moments
 
 LOSS_ROWS = 256
 """Rows on which adapters are compared, at most: fewer tell little."""
@@ -165,14 +167,16 @@ class Runtime:
         private: "PrivateSteps | None" = None,
         beside: Mapping[str, Arrays] = MappingProxyType({}),
         weight: float = 1.0,
+        limit: "TimeLimit | None" = None,
+        moments: "Moments | None" = None,
     ) -> tuple[dict[str, Array], list[float]]:
         """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
 
         `beside` are frozen adapters by name that the model uses, too, and `weight` is the trained one's among them.
 
         `first_draw` is the number of rows that the client drew in its earlier rounds; `private` draws otherwise, and
-        protects its units; batches without rows have no loss then. Raises ConfigError where the training diverged,
-        RequirementError where memory is too small.
+        protects its units; batches without rows have no loss then. `limit` and `moments` are as `fit`
+        has them. Raises ConfigError where the training diverged, RequirementError where memory is too small.
         """
         from fedcli.model.finite import check_weights
 
@@ -194,10 +198,11 @@ class Runtime:
                 count = train.steps * train.batch_size
                 usable = self._told_rows(party, train)
                 order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
-                losses = self._fit(put_in, [usable[index] for index in order], settings, party, rule, stepped)
+                drawn = [usable[index] for index in order]
+                losses = self._fit(put_in, drawn, settings, party, rule, stepped, limit=limit, moments=moments)
             else:
                 assert party is not None
-                losses = self._fit_privately(put_in, train, settings, private, party, rule, stepped)
+                losses = self._fit_privately(put_in, train, settings, private, party, rule, stepped, moments)
         values = self.adapted.values()
         if not all(map(math.isfinite, losses)) or not all(np.isfinite(array).all() for array in values.values()):
             check_weights(self.adapted.base)
@@ -250,6 +255,7 @@ class Runtime:
         party: Party | None,
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
+        **others: Any,
     ) -> list[float]:
         from fedcli.training.trainer import fit
 
@@ -260,8 +266,8 @@ class Runtime:
         if self._task.uses_reference:
             rows = self._with_reference(rows, self._federation.workspace.pooled_home if party is None else party.home)
         put_in()
-        drawn, others = rows[:count], rows[count:]
-        return fit(self.adapted, drawn, self._task, settings, batch_rows=others, rule=rule, on_step=on_step)
+        drawn, paired = rows[:count], rows[count:]
+        return fit(self.adapted, drawn, self._task, settings, batch_rows=paired, rule=rule, on_step=on_step, **others)
 
     def _fit_privately(
         self,
@@ -272,6 +278,7 @@ class Runtime:
         party: Party,
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
+        moments: "Moments | None",
     ) -> list[float]:
         from fedcli.training.dp_sgd import draw_units, fit_privately
 
@@ -286,7 +293,9 @@ class Runtime:
         batches = ([[rows[place] for place in unit] for unit in batch] for batch in drawn)
         put_in()
         protection = private.protection
-        return fit_privately(self.adapted, batches, self._task, settings, protection, rule=rule, on_step=on_step)
+        return fit_privately(
+            self.adapted, batches, self._task, settings, protection, rule=rule, moments=moments, on_step=on_step
+        )
 
     def _with_reference(self, rows: "list[EncodedRow]", home: Home) -> "list[EncodedRow]":
         """Return rows with the reference's log-probabilities, round 0's model's; a row's are computed once a client."""

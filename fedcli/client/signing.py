@@ -13,6 +13,7 @@ from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, UPDATE_RECORD, UPDATE_SIGNATURE, Home
 from fedcli.workspace.records import sha256
 from fedcli.workspace.registrations import read_party
+from fedcli.workspace.window import counted_of, may_still_count, refused_of
 
 _ASK = 'Do not train on it. Ask the server\'s operator by telephone; docs/OPERATIONS.md, "Incidents", says more.'
 
@@ -160,10 +161,12 @@ def _note_outcomes(party: Member, rounds: Sequence[Round], observer: Observer) -
         number, merge = current.number - 1, current.manifest.aggregation
         if number in told or number not in sent or merge is None:
             continue
-        counted = {entry.client: entry.update for entry in merge.counted}
-        refused = {entry.client: entry.code for entry in merge.refused}
+        counted = counted_of(rounds, rounds[number])
+        refused = refused_of(rounds, rounds[number])
         if client in counted:
             result = "counted" if counted[client] in _updates(lines, number) else "counted another update"
+        elif client not in refused and may_still_count(rounds, number):
+            continue
         else:
             result = refused.get(client) or ("surplus" if client in merge.surplus else "missing")
         note(home.history, "outcome", round=number, result=result, next=current.sha256)

@@ -90,7 +90,9 @@ def _print(result: "AggregationResult", here: str, *, abandon: bool = False) -> 
         tell(f"nothing to do: the federation has finished at round {result.round}")
         return
     done = result.aggregation
-    clients = ", ".join(str(entry.client) for entry in done.counted)
+    clients = ", ".join(
+        str(entry.client) if entry.base is None else f"{entry.client} from round {entry.base}" for entry in done.counted
+    )
     verb = {"published": "merged", "overtaken": "another server merged", "dry_run": "would merge"}[result.status]
     who = "client" if len(done.counted) == 1 else "clients"
     if done.counted:

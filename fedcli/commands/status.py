@@ -66,6 +66,9 @@ def _print(result: "Status") -> None:
         tell(f"cohort     {name_clients(result.cohort)}; {result.needed} must answer{which}")
         tell(f"answered   {name_clients(result.answered)}")
         tell(f"missing    {name_clients(result.missing)}")
+    if result.staleness:
+        sent = "; ".join(f"{name_clients(clients)} from round {number}" for number, clients in result.late.items())
+        tell(f"late       {sent or 'no update'} of the last {plural(result.staleness, 'round')} may count now")
     if result.relay is not None:
         tell(f"region     {_describe_relay(result.relay, result.state)}")
     if result.privacy is not None:
@@ -114,6 +117,14 @@ def _print(result: "Status") -> None:
     if result.clusters is not None:
         named = "; ".join(f"{name}: {name_clients(members)}" for name, members in result.clusters.items())
         tell(f"clusters   {named}")
+    if any(update.steps is not None for update in result.last_updates):
+        steps = ", ".join(f"{update.client}: {update.steps}" for update in result.last_updates)
+        tell(f"steps      {steps} (by client, round {result.round - 1})")
+    if any(update.base is not None for update in result.last_updates):
+        made = (
+            f"{update.client} from round {update.base}" for update in result.last_updates if update.base is not None
+        )
+        tell(f"came late  updates of clients {', '.join(made)} counted in round {result.round - 1}")
     if result.last_rule is not None:
         weights = ", ".join(f"{update.client}: {update.weight or 0.0:.3f}" for update in result.last_updates)
         tell(f"rule       {describe_rule(result.last_rule)}; weights {weights} (by client, round {result.round - 1})")

@@ -39,6 +39,8 @@ class AggregationConfig(Section):
     clients and server send differences in fewer bytes; of those `top_k` is the share that is sent. `lora` and what
     begins with it say how products of LoRA's factors are merged; `max_rank` is of what `lora: exact` keeps beside the
     adapter. `share` is which of LoRA's factors clients send (fedcli.algos.share).
+    `step_weighting` makes differences of unequal steps comparable (algos/unequal.py). Updates made from up to
+    `staleness` rounds back count, too, `most_counted` of a client at most in so many merges and the one before them.
     """
 
     rule: RuleName = "mean"
@@ -54,6 +56,9 @@ class AggregationConfig(Section):
     lora_error: bool = False
     max_rank: Annotated[int, Field(ge=1, le=8192)] | None = None
     share: Annotated[Shared, BeforeValidator(_shared), PlainSerializer(_as_written)] = "[A, B]"
+    step_weighting: Literal["none", "fednova"] = "none"
+    staleness: Annotated[int, Field(ge=0, le=1000)] = 0
+    most_counted: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -67,7 +72,19 @@ class AggregationConfig(Section):
             )
         if self.lora != "factors" and self.lora_fair is not None:
             raise ValueError(f"lora_fair is set, and lora is {self.lora}: it corrects the means of lora: factors")
+        if self.most_counted is not None and not self.staleness:
+            raise ValueError("most_counted is set, and staleness is 0: a client then counts once in a round")
         return self
+
+    def check_most_counted(self, num_clients: int, num_counted: int) -> None:
+        """Raise ValueError where clients may count so seldom that a window cannot be filled."""
+        window = self.staleness + 1
+        if self.most_counted is not None and self.most_counted * num_clients < num_counted * window:
+            raise ValueError(
+                f"aggregation.most_counted is {self.most_counted}: in {window} rounds {num_clients} clients then give "
+                f"{self.most_counted * num_clients} updates, and {num_counted * window} are to count "
+                "(federation.per_round)"
+            )
 
     def as_rule(self) -> Rule:
         """Return the rule."""

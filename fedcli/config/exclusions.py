@@ -7,6 +7,8 @@ values. What an algorithm brings along is a key, too: `algorithm.state_prefixes`
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedcli.config.section import Section
+
 if TYPE_CHECKING:
     from fedcli.config.sections import Config
 
@@ -26,6 +28,9 @@ _NO_UPDATES = "products are made of each client's factors, and the server sees t
 _NOISY_MEAN = "the noise is that of a bounded mean of factors, and this is none"
 _REGION = "a region sends its parent the mean of its updates' factors by rows"
 _ONE_SHAPE = "the clients' updates differ in shape"
+_BELIEVES = "a rule that tolerates hostile updates cannot go by the number of steps that each of them tells of itself"
+_SIDE_BY_SIDE = "it looks at one round's updates side by side, as differences from one adapter"
+_LORA_RULES = (_PRODUCTS, "aggregation.lora_weights: norm", "aggregation.lora_fair", "aggregation.lora_error")
 
 EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion("clusters.by", "algorithm.state_prefixes", _STATEFUL),
@@ -55,7 +60,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion(_PRODUCTS, "algorithm.update_files", _NEW_GAUGE),
     *(
         Exclusion(first, second, why)
-        for first in (_PRODUCTS, "aggregation.lora_weights: norm", "aggregation.lora_fair", "aggregation.lora_error")
+        for first in _LORA_RULES
         for second, why in (
             ("aggregation.rule", "the rule takes the place of the mean that this one is made of"),
             ("aggregation.nearest_mixing", "mixing makes means of updates, and this one is made of single ones"),
@@ -65,10 +70,12 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     ),
     *(
         Exclusion(first, second, why)
-        for first in (_PRODUCTS, "aggregation.lora_weights: norm", "aggregation.lora_fair", "aggregation.lora_error")
+        for first in _LORA_RULES
         for second, why in (
             ("aggregation.share", "where one factor is common to all, the mean of the other is exact"),
             ("clusters.by", "it is made for one adapter"),
+            ("aggregation.step_weighting", "it weighs products, and the other differences of factors"),
+            ("aggregation.staleness", "it is made of the factors of updates of one round"),
         )
     ),
     Exclusion(_PRODUCTS, "train.personal", "an adapter of a client's own stands beside the mean of the factors"),
@@ -93,6 +100,16 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         "adapter.is_mixed: True",
         "aggregation.keeps_residual: True",
         "factors of several ranks have no mean. Set lora_fresh, which needs none, or lora to product",
+    ),
+    Exclusion("adapter.is_mixed: True", "aggregation.step_weighting", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "aggregation.staleness", _ONE_SHAPE),
+    Exclusion("clusters.by", "aggregation.step_weighting", "each cluster has the mean by rows"),
+    Exclusion("clusters.by", "aggregation.staleness", "a client's cluster may be another by then"),
+    Exclusion("aggregation.staleness", "aggregation.share: alternate", "updates of two rounds carry different factors"),
+    Exclusion(
+        "aggregation.staleness",
+        "aggregation.encoding: top_k",
+        "what an update left out is known once it has counted, and the client trains on before that",
     ),
     Exclusion(
         "aggregation.share: [A]",
@@ -122,8 +139,44 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     ),
     Exclusion("clusters.by", "aggregation.share: [A]", "a client's own factors belong to one global adapter's"),
     Exclusion("clusters.by", "train.personal", "an adapter of a client's own stands beside one global adapter"),
+    *(
+        Exclusion("aggregation.step_weighting", other, why)
+        for other, why in (
+            ("aggregation.rule", _BELIEVES),
+            ("aggregation.nearest_mixing", _BELIEVES),
+            (
+                "privacy.unit: client",
+                "a clipped difference that its steps scale may move the sum by more than the clip",
+            ),
+            ("privacy.secure_aggregation", "the server does not see how many steps a masked update has made"),
+            ("federation.relay_every", "a region sends its parent the mean of its updates by rows alone"),
+        )
+    ),
+    Exclusion(
+        "train.minutes",
+        "privacy.unit",
+        "how many steps fit into a time limit depends on the rows, which noise must hide",
+    ),
+    Exclusion("train.minutes", "privacy.secure_aggregation", "a masked update does not say how many steps it has made"),
+    Exclusion("train.minutes", "federation.relay_every", "a region tells its parent the steps that its rounds ask for"),
+    *(
+        Exclusion("aggregation.staleness", other, why)
+        for other, why in (
+            ("aggregation.rule", _SIDE_BY_SIDE),
+            ("aggregation.nearest_mixing", _SIDE_BY_SIDE),
+            ("aggregation.weight_cap", _SIDE_BY_SIDE),
+            ("algorithm.update_files", "what clients send beside the adapter belongs to the round that it was made in"),
+            ("privacy.unit", "what a client has spent is counted by the rounds whose own updates were merged"),
+            ("privacy.secure_aggregation", "masks of different rounds do not cancel"),
+            ("federation.relay_every", "a region begins anew from each round of its parent"),
+        )
+    ),
 )
-_SHOWN = {"adapter.is_mixed": "adapter.rank", "aggregation.keeps_residual": "aggregation.lora"}
+_SHOWN = {
+    "train.minutes": "train.steps",
+    "adapter.is_mixed": "adapter.rank",
+    "aggregation.keeps_residual": "aggregation.lora",
+}
 """Keys of fedcli.yaml in whose place a condition looks at what follows from them."""
 
 
@@ -154,4 +207,5 @@ def _told(config: "Config", condition: str) -> str:
     key = _SHOWN.get(key, key)
     if key.startswith("algorithm."):
         key = "algorithm.name"
-    return f"{key}: {_value(config, key)}"
+    found = _value(config, key)
+    return f"{key}: {found.model_dump() if isinstance(found, Section) else found}"

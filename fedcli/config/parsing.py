@@ -16,7 +16,7 @@ from fedcli.algos.robust import Rule
 from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.data import PARTITIONS, TAGS, DataFormat, check_format
 from fedcli.config.section import Section
-from fedcli.config.sections import Config, parse_algorithm
+from fedcli.config.sections import Config, TimedSteps, parse_algorithm
 from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
 from fedcli.printable import shortened
 
@@ -235,13 +235,18 @@ def _describe(fault: ErrorDetails, document: dict[str, Any]) -> str:
     return f"{key}: {fault['msg']} (found {shortened(found)})"
 
 
+_TAGS = TAGS | {"<timed>": TimedSteps}
+
+
 def _keys_of(path: tuple[str, ...], document: dict[str, Any]) -> list[str]:
     """Return the keys that a section knows, given pydantic's path to it."""
     if path[:1] == ("algorithm",):
         return sorted(field.name for field in dataclasses.fields(ALGORITHMS[document["algorithm"]["name"]]))
     section: type[Section] = Config
     for part in path:
-        annotation = TAGS.get(part) or (section.model_fields[part].annotation if part in section.model_fields else None)
+        annotation = _TAGS.get(part) or (
+            section.model_fields[part].annotation if part in section.model_fields else None
+        )
         if isinstance(annotation, type) and issubclass(annotation, Section):
             section = annotation
     return list(section.model_fields)

@@ -7,7 +7,17 @@ from fractions import Fraction
 from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Tag,
+    TypeAdapter,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from fedcli.algos import ALGORITHMS, Algorithm, FedAvg
@@ -112,10 +122,26 @@ Clients: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 Rounds: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 
 
-class TrainConfig(Section):
-    """What one client does in one round."""
+Minutes: TypeAlias = Annotated[float, Field(gt=0, le=10**6)]
 
-    steps: Steps = 10
+
+class TimedSteps(Section):
+    """At most so many steps, and no more than fit into so many minutes; at least one."""
+
+    max: Steps
+    minutes: Minutes
+
+
+def _kind_of_steps(value: Any) -> str:
+    return "<timed>" if isinstance(value, dict | TimedSteps) else "<number>"
+
+
+class TrainConfig(Section):
+    """What one client does in one round; with `keep_optimizer` AdamW goes on from its last counted round."""
+
+    steps: Annotated[
+        Annotated[Steps, Tag("<number>")] | Annotated[TimedSteps, Tag("<timed>")], Discriminator(_kind_of_steps)
+    ] = 10
     batch_size: BatchSize = 16
     micro_batch_size: BatchSize | None = None
     max_length: MaxLength = 512
@@ -126,13 +152,26 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     personal: PersonalConfig | None = None
+    keep_optimizer: bool = False
+
+    @property
+    def most_steps(self) -> int:
+        """The steps of a round, or the most of them where a time limit may leave fewer."""
+        return self.steps if isinstance(self.steps, int) else self.steps.max
+
+    @property
+    def minutes(self) -> float | None:
+        """The time limit of a round's steps; None where there is none."""
+        return None if isinstance(self.steps, int) else self.steps.minutes
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
-        if self.steps * self.batch_size > MOST_ROWS:
-            raise ValueError(f"steps x batch_size is {self.steps * self.batch_size:,}, and {MOST_ROWS:,} are allowed")
+        if self.most_steps * self.batch_size > MOST_ROWS:
+            raise ValueError(
+                f"steps x batch_size is {self.most_steps * self.batch_size:,}, and {MOST_ROWS:,} are allowed"
+            )
         if self.learning_rate_min > self.learning_rate:
             raise ValueError("learning_rate_min is larger than learning_rate")
         return self
@@ -291,6 +330,7 @@ class Config(Section):
         self.aggregation.check_enough(self.federation.num_counted)
         federation = self.federation
         self.clusters.check_clients(federation.clients)
+        self.aggregation.check_most_counted(federation.clients, federation.num_counted)
         self.privacy.check_adaptive(federation.num_counted, federation.rounds)
         self.privacy.check_against(
             self.aggregation, federation.signatures, federation.num_counted, federation.cohort_size

@@ -1,15 +1,19 @@
 """Which old rounds may go: none that anything still refers to."""
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from fedcli.scoring.table import best_rounds
 from fedcli.workspace.federation_state import FederationState
+from fedcli.workspace.history import Round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
 from fedcli.workspace.pruning import Pruning
 from fedcli.workspace.scores import read_scores, unfinished_targets
 from fedcli.workspace.target_name import TargetName
+from fedcli.workspace.window import base_of, counted_of, window_start
+
+_MAY_COUNT = "updates made from it may still count"
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,18 @@ def collect(federation: FederationState, *, dry_run: bool = False) -> Collection
     with hold(workspace.server_lock, "the server's work"):
         federation.refresh()
         head = federation.head
+        rounds = [*federation.past(), head]
         kept = kept_rounds(workspace, head.number, retention.keep_last, retention.keep_every)
+        late = dict.fromkeys(range(window_start(head), head.number), _MAY_COUNT) | _made_late(rounds, kept)
+        kept = dict(sorted((late | kept).items()))
         pruning = Pruning(workspace, dry_run)
         done, pruned = [], set()
-        for closed, closing in pairwise([*federation.past(), head]):
+        for closed in rounds[:-1]:
             if closed.number in kept:
                 pruned |= {closed.number} if closed.pruned() is not None else set()
                 continue
             before = pruning.num_files
-            pruning.prune(closed, closing)
+            pruning.prune(closed, counted_of(rounds, closed))
             if pruning.num_files > before:
                 done.append(closed.number)
         if not dry_run:
@@ -72,3 +79,14 @@ def kept_rounds(workspace: Workspace, latest: int, keep_last: int, keep_every: i
     reasons |= {number: "its scores are not finished" for number in numbers if number < latest}
     reasons |= dict.fromkeys(range(max(0, latest + 1 - keep_last), latest), "kept by keep_last")
     return dict(sorted((reasons | {0: "the start", latest: "the latest"}).items()))
+
+
+def _made_late(rounds: Sequence[Round], kept: Container[int]) -> dict[int, str]:
+    """Return the rounds that late updates were made from which went into a round behind one that stays whole."""
+    found: dict[int, str] = {}
+    for closing in rounds[1:]:
+        merge = closing.manifest.aggregation
+        if merge is not None and closing.number - 1 in kept:
+            reason = f"updates made from it went into round {closing.number}"
+            found |= {base_of(closing, entry): reason for entry in merge.counted if entry.base is not None}
+    return found

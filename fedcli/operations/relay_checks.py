@@ -108,7 +108,7 @@ def _remarks(parent: FederationState) -> list[str]:
     name = str(above.algorithm.get("name"))
     if above.privacy is not None and above.privacy.unit == "client":
         remarks.append(f"the parent has privacy.unit: client: {one}, and is protected as a whole")
-    elif name in ("fedadagrad", "fedyogi", "fedadam"):
+    elif name in ("fedadagrad", "fedyogi", "fedadam", "diloco"):
         remarks.append(f"the parent's {name} weighs its clients alike: {one}")
     if rule.rule != "mean" or rule.nearest_mixing:
         what = rule.rule if rule.rule != "mean" else "nearest_mixing"

@@ -217,8 +217,9 @@ def _similarities(
     num_bytes = 0
     for before, after in reversed(list(pairwise(rounds))):
         done = after.manifest.aggregation
-        hashes = {entry.client: entry.update for entry in done.counted[:MOST_CLIENTS]} if done else {}
-        if not hashes:  # all of its clients had left
+        own = [entry for entry in done.counted if entry.base is None] if done else []  # differences from one adapter
+        hashes = {entry.client: entry.update for entry in own[:MOST_CLIENTS]}
+        if not hashes:  # all of its clients had left, or all that counted came late
             continue
         if before.manifest.secure_aggregation is not None:
             masked.append(before.number)

@@ -8,6 +8,7 @@ from fedcli.errors import IntegrityError
 from fedcli.operations.secure_status import SecureStatus, secure_status
 from fedcli.operations.slurm_state import JobStates, read_job_states
 from fedcli.operations.update_figures import UpdateFigures, figures_of
+from fedcli.server.late import countable, late_of
 from fedcli.server.quorum import deadline_of, needed_answers, seconds_left
 from fedcli.workspace.arriving import arriving, missing_of_round
 from fedcli.workspace.federation_state import FederationState
@@ -21,6 +22,7 @@ from fedcli.workspace.registrations import foreign_clients, own_homes, read_part
 from fedcli.workspace.relay_records import RelayRecord
 from fedcli.workspace.row_files import has_rows
 from fedcli.workspace.scores import Unscored, read_unscored
+from fedcli.workspace.window import window_start
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Status:
     """In seconds since 1970 by the server's clock; from then on the fewest answers are enough."""
     seconds_left: float | None
     """To the deadline by this machine's clock; negative past it."""
+    staleness: int
+    """From so many rounds back updates count when the open one is merged."""
+    late: dict[int, list[int]]
+    """Updates of earlier rounds that may count then: the clients, by round."""
     last_losses: dict[int, float | None]
     """By client, of the updates that went into the open round's adapter."""
     privacy: PrivacyRecord | None
@@ -123,6 +129,8 @@ def read_status(federation: FederationState) -> Status:
     num_ready = len(answered) - len(unenrolled)
     secure = secure_status(head) if manifest.secure_aggregation is not None else None
     needed = needed if secure is None else max(needed, secure.fewest)
+    late = _late(federation)
+    num_ready += sum(map(len, late.values()))
     next_command = _next_command(head, slurm, missing, num_ready >= needed)
     budget = _budget(federation)
     if budget is not None and not budget.is_enough:
@@ -157,6 +165,8 @@ def read_status(federation: FederationState) -> Status:
         relay=manifest.relay,
         needed=needed,
         num_counted=head.num_counted,
+        staleness=manifest.staleness or 0,
+        late=late,
         deadline=deadline_of(federation),
         seconds_left=seconds_left(federation),
         last_losses={entry.client: entry.train_loss for entry in last.counted} if last else {},
@@ -169,7 +179,7 @@ def read_status(federation: FederationState) -> Status:
         last_refused={entry.client: entry.code for entry in last.refused} if last else {},
         last_missing=last_missing,
         last_surplus=last.surplus if last else [],
-        last_late=sorted(workspace.sent_updates(head.number - 1, last_missing)),
+        last_late=_too_late(federation, last_missing),
         cost=manifest.cost,
         history=manifest.history,
         unscored=read_unscored(workspace),
@@ -189,6 +199,24 @@ def _clusters(manifest: Manifest) -> dict[str, list[int]] | None:
     entries = merge.counted if merge else []
     of = {entry.client: clusters.of_client(entry.client, entry.cluster) for entry in entries}
     return {name: [client for client in of if of[client] == cluster] for cluster, name in enumerate(names)}
+
+
+def _late(federation: FederationState) -> dict[int, list[int]]:
+    """Return the clients whose updates of earlier rounds may count when the open round is merged, by round."""
+    found: dict[int, list[int]] = {}
+    if federation.head.manifest.staleness is not None:
+        sent, most = late_of(federation)
+        for base, client in countable(sent, most):
+            found.setdefault(base.number, []).append(client)
+    return found
+
+
+def _too_late(federation: FederationState, missing: list[int]) -> list[int]:
+    """Return those of the last round's missing clients whose updates came later, and count no more."""
+    head = federation.head
+    if not missing or window_start(head) < head.number:
+        return []
+    return sorted(federation.workspace.sent_updates(head.number - 1, missing))
 
 
 def _budget(federation: FederationState) -> Budget | None:

@@ -25,6 +25,10 @@ class UpdateFigures:
     """What leaving it out changes the mean by, in the mean's norm."""
     unusual: list[str]
     """Which of its figures lie over 5 median absolute deviations from the median; rows: over ten times the median."""
+    steps: int | None = None
+    """That it made; None where all make the same."""
+    base: int | None = None
+    """The round that it was made from; None where that is the one that was merged."""
 
 
 def figures_of(counted: Sequence[CountedUpdate], found: Mapping[int, Diagnosis] | None = None) -> list[UpdateFigures]:
@@ -45,6 +49,8 @@ def figures_of(counted: Sequence[CountedUpdate], found: Mapping[int, Diagnosis] 
             cosine,
             change,
             [*mark, *(["rows"] if (entry.num_samples or 0) > most else [])],
+            entry.steps,
+            entry.base,
         )
         for entry, cosine, change, mark in zip(counted, cosines, changes, marks, strict=True)
     ]

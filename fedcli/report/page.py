@@ -137,11 +137,17 @@ def _rounds_table(report: Report) -> Table:
 
 
 def _updates_table(report: Report) -> Table:
-    heads = ("round", "client", "rows", "weight", "norm", "cosine to the mean", "change without it", "unusual")
+    others = [name for name in ("steps", "base") if any(getattr(row, name) is not None for row in report.updates)]
+    told = {"steps": "steps", "base": "made from"}
+    heads = (
+        *("round", "client", *(told[name] for name in others)),
+        *("rows", "weight", "norm", "cosine to the mean", "change without it", "unusual"),
+    )
     rows = [
         (
             TableCell(str(row.round)),
             TableCell(str(row.client)),
+            *(TableCell("" if getattr(row, name) is None else str(getattr(row, name))) for name in others),
             TableCell("" if row.num_samples is None else f"{row.num_samples:,}"),
             TableCell("" if row.weight is None else f"{row.weight:.3f}"),
             TableCell("" if row.norm is None else f"{row.norm:.3g}"),

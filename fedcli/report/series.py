@@ -129,6 +129,8 @@ class UpdateRow:
     cosine: float | None
     change: float | None
     unusual: Sequence[str]
+    steps: int | None = None
+    base: int | None = None
 
 
 @dataclass(frozen=True)

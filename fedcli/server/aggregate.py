@@ -12,8 +12,10 @@ from fedcli.config import algorithm_from
 from fedcli.errors import BusyError, NotReadyError, UsageError, did_you_mean
 from fedcli.observer import Observer
 from fedcli.quantities import describe_seconds
+from fedcli.server.late import needed_beside_late
 from fedcli.server.merge import unchanged_files
 from fedcli.server.merge_round import merge_round
+from fedcli.server.merge_unequal import unequal_of
 from fedcli.server.open_round import open_next_round
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.arriving import arriving, waited_too_long
@@ -232,9 +234,14 @@ def _merge_plain(
     answered = [client for client in head.awaited_clients() if client not in missing]
     unenrolled = {} if trust is None else trust.unenrolled(answered)
     absent = {*missing, *foreign_clients(federation.workspace, answered)}
-    if federation.workspace.store.is_remote:  # where a look at what came of each costs requests
+    if (
+        federation.workspace.store.is_remote and head.manifest.staleness is None
+    ):  # where a look at what came of each costs requests
         _check_answers(federation, sorted(absent), needed, unenrolled)
     absent |= arriving(head, [client for client in answered if client not in absent], is_quick=True).keys()
+    if head.manifest.staleness is not None:
+        present = [client for client in answered if client not in absent and client not in unenrolled]
+        needed = needed_beside_late(federation, needed, present)
     _check_answers(federation, sorted(absent), needed, unenrolled)
     federation.workspace.store.sweep("rounds")
     config = federation.config
@@ -249,7 +256,10 @@ def _merge_plain(
         authenticate=None if trust is None else trust.check_updates(head),
         noise=_noise(federation, needed, dry_run),
         lora=config.aggregation.as_lora(),
+        unequal=unequal_of(federation, trust),
     )
+    if head.manifest.staleness is not None:
+        aggregation = aggregation.model_copy(update={"most_counted": config.aggregation.most_counted})
     _check_answers(federation, aggregation.missing, needed)
     if files is None and not head.awaited_clients():
         files = unchanged_files(head, algorithm)

@@ -97,6 +97,11 @@ def weight_of(base: Round, algorithm: Algorithm, client: int, record: UpdateReco
     return weight
 
 
+def told_steps(base: Round, record: UpdateRecord, by_steps: bool = False) -> int | None:
+    """Return the steps that the manifest tells of an update: where they weigh, or a time limit may have cut them."""
+    return record.steps if by_steps or base.manifest.train.minutes is not None else None
+
+
 @dataclass
 class Merge:
     """What is kept of the updates that were read."""
@@ -129,10 +134,20 @@ class Merge:
     def add(self, client: int, update: Update) -> None:
         """Count one client's update."""
         weight = weight_of(self.base, self.algorithm, client, update.record)
-        delta_norm = self.differences.add(update.files[ADAPTER_FILE], weight, update.origin(self.adapter))
+        factor = self.factor_of(update)
+        origin = update.origin(self.origin_of(update))
+        delta_norm = self.differences.add(update.files[ADAPTER_FILE], weight * factor, origin)
         norms = [reducer.add(update.files[name], 1.0) for name, reducer in self.files.items()]
         self.magnitudes[client] = max(delta_norm, *norms, 0.0)
         self.note(client, update, weight, delta_norm)
+
+    def origin_of(self, update: Update) -> Arrays:
+        """Return the adapter that an update was made from."""
+        return self.adapter
+
+    def factor_of(self, update: Update) -> float:
+        """Return what an update's difference is multiplied by beside its weight."""
+        return 1.0
 
     def note(self, client: int, update: Update, weight: float, delta_norm: float) -> None:
         """Keep what the manifest will say of an update."""
@@ -148,6 +163,7 @@ class Merge:
                 delta_norm=delta_norm,
                 bytes=update.num_bytes,
                 privacy=update.record.privacy,
+                steps=told_steps(self.base, update.record),
             )
         )
 

@@ -15,9 +15,11 @@ from fedcli.algos import Algorithm, Array, Arrays, MergedUpdates
 from fedcli.algos.diagnostics import diagnose
 from fedcli.algos.reducer import WeightedMean
 from fedcli.algos.robust import Rule
+from fedcli.algos.unequal import factors
 from fedcli.errors import ConfigError, NotReadyError
 from fedcli.observer import Observer
-from fedcli.server.merge import check_finite, combine, files_of, next_step, read_pairs, weight_of
+from fedcli.server.merge import check_finite, combine, files_of, next_step, read_pairs, told_steps, weight_of
+from fedcli.server.merge_unequal import check_steps
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import (
     Authenticate,
@@ -45,13 +47,14 @@ def combine_with(
     *,
     recorded: Mapping[int, CountedUpdate] | None = None,
     authenticate: Authenticate | None = None,
+    by_steps: bool = False,
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Merge a round's updates as `merge.combine` does, by a rule; None and what changes nothing are the weighted mean.
 
     `authenticate` raises Refusal for an update that its client has not signed. `recorded` is what a manifest says of
     each counted update: the round is computed again with its weights, and what comes back has those that the rule gives
-    now. Raises what `combine` does, NotReadyError where too few updates are
-    valid for what the rule should tolerate, ConfigError where the algorithm merges in a way of its own.
+    now. `by_steps` weighs by steps, too: the rule is then the mean. Raises what `combine` does, NotReadyError where too
+    few updates are valid for what the rule should tolerate, ConfigError where the algorithm merges in a way of its own.
     """
     if rule is None or rule.is_plain_mean:
         return combine(
@@ -67,7 +70,8 @@ def combine_with(
     _check_algorithm(algorithm, rule)
     changed: list[int] = []
     while True:
-        survey = Survey(base, observer, recorded, authenticate, {each for each in changed if changed.count(each) > 1})
+        restless = {each for each in changed if changed.count(each) > 1}
+        survey = Survey(base, observer, recorded, authenticate, restless, by_steps)
         try:
             survey.read(order, count)
             return _combine(rule, base, algorithm, num_clients, survey)
@@ -133,6 +137,8 @@ class Survey:
     authenticate: Authenticate | None = None
     restless: "set[int]" = field(default_factory=set)
     """Whose updates change while they are read: they are refused."""
+    by_steps: bool = False
+    """Whether the numbers of steps weigh."""
     found: list[Submission] = field(default_factory=list)
     products: dict[str, Array] = field(default_factory=dict)
     refused: list[RefusedUpdate] = field(default_factory=list)
@@ -173,8 +179,10 @@ class Survey:
                 return
             if self.recorded is None:
                 check_rows(self.base, client, submission)
+                if self.by_steps:
+                    check_steps(self.base, submission)
         except Refusal as refusal:
-            if refusal.code == "samples":
+            if refusal.code in ("samples", "steps"):
                 self._note(client, refusal)
             else:
                 self._refuse(client)
@@ -218,6 +226,7 @@ class Survey:
             missing=sorted(self.missing),
             surplus=sorted(self.surplus),
             rule=asdict(rule),
+            step_weighting="fednova" if self.by_steps else None,
         )
 
 
@@ -236,10 +245,12 @@ class _Merge:
     def counted(self) -> list[CountedUpdate]:
         """Return what the manifest will say of each valid update, with the weights that the rule gives, in order."""
         found, products = self.survey.found, self.survey.products[ADAPTER_FILE]
-        shares = self.rule.shares(
-            np.array([weight_of(self.base, self.algorithm, each.client, each.record) for each in found])
-        )
+        steps = np.array([each.record.steps if self.survey.by_steps else 1 for each in found])
+        given = np.array([weight_of(self.base, self.algorithm, each.client, each.record) for each in found])
+        shares = self.rule.shares(given / steps)  # of what the differences are multiplied by
         weights = self.rule.weights(products, shares)
+        if self.survey.by_steps:
+            weights = np.array(factors((shares * steps).tolist(), steps=steps.tolist()))
         others = {name: self._file_weights(name) for name in self.algorithm.update_files}
         return [
             CountedUpdate(
@@ -254,6 +265,7 @@ class _Merge:
                 change=figures.change,
                 file_weights={name: float(given[position]) for name, given in others.items()} or None,
                 privacy=each.record.privacy,
+                steps=told_steps(self.base, each.record, self.survey.by_steps),
             )
             for position, (each, figures) in enumerate(zip(found, diagnose(products, shares), strict=True))
         ]

@@ -17,6 +17,7 @@ from fedcli.workspace.inbox import Authenticate
 from fedcli.workspace.records import Aggregation, CountedUpdate
 
 if TYPE_CHECKING:
+    from fedcli.server.merge_unequal import Unequal
     from fedcli.workspace.noise_keys import NoiseSource
 
 
@@ -33,12 +34,13 @@ def merge_round(
     authenticate: Authenticate | None = None,
     noise: "NoiseSource | None" = None,
     lora: LoraRule | None = None,
+    unequal: "Unequal | None" = None,
 ) -> tuple[dict[str, bytes] | None, Aggregation]:
     """Merge a round as `combine_with` does, or with noise where it is of unit client; return what may be published.
 
-    `lora` says what becomes of products of factors; None and what is plain are their means.
-    Without `noise`, or where it gives no key, such a round is checked alone: there are no files. Raises what
-    `combine_with` and `combine_privately` do, ConfigError where a rule stands beside unit client.
+    `lora` says what becomes of products of factors; None and what is plain are their means. With `unequal` its order
+    and its count hold. Without `noise`, or where it gives no key, such a round is checked alone: there are no files.
+    Raises what `combine_with` and `combine_privately` do, ConfigError where a rule stands beside unit client.
     """
     privacy, lora = base.manifest.privacy, lora or LoraRule()
     if base.manifest.clusters is not None:
@@ -71,11 +73,20 @@ def merge_round(
             authenticate=authenticate,
         )
         return _published(base, files), without_figures(base, found)
+    if unequal is not None and (privacy is None or not privacy.is_at_server):
+        files, found = _merge_unequal(rule, base, algorithm, num_clients, unequal, observer, recorded)
+        return _published(base, files), without_figures(base, found)
     if privacy is None or not privacy.is_at_server:
         files, found = combine_with(
             rule, base, algorithm, num_clients, order, count, observer, recorded=recorded, authenticate=authenticate
         )
         return _published(base, files), without_figures(base, found)
+    if unequal is not None:
+        raise ConfigError(
+            f"round {base.number} was opened with privacy.unit: client, and aggregation.step_weighting is set: they "
+            "exclude each other",
+            hint="Set aggregation.step_weighting to none.",
+        )
     if rule is not None and not rule.is_plain_mean:
         raise ConfigError(
             f"round {base.number} was opened with privacy.unit: client, and aggregation.rule is {rule.rule}: they "
@@ -101,3 +112,33 @@ def merge_round(
 def _published(base: Round, files: dict[str, bytes] | None) -> dict[str, bytes] | None:
     """Return a round's merged files as they are published: encoded, and with base_delta/, which the merge may leave."""
     return with_encoded_step(base, None if files is None else {**delta_files(base), **files})
+
+
+def _merge_unequal(
+    rule: Rule | None,
+    base: Round,
+    algorithm: Algorithm,
+    num_clients: int,
+    unequal: "Unequal",
+    observer: Observer,
+    recorded: Mapping[int, CountedUpdate] | None,
+) -> tuple[dict[str, bytes] | None, Aggregation]:
+    """Merge with weights for steps and age; a cap on weights, which looks at all of them first, has its own way."""
+    if rule is not None and not rule.is_plain_mean:
+        clients = [client for _, client in unequal.order]
+        authenticate, count = unequal.authenticate(base), unequal.count
+        return combine_with(
+            rule,
+            base,
+            algorithm,
+            num_clients,
+            clients,
+            count,
+            observer,
+            recorded=recorded,
+            authenticate=authenticate,
+            by_steps=unequal.by_steps,
+        )
+    from fedcli.server.merge_unequal import combine_unequal  # of no other merge
+
+    return combine_unequal(base, algorithm, num_clients, unequal, observer, is_again=recorded is not None)

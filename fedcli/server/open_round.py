@@ -151,6 +151,7 @@ def _manifest(
         relay=None if place is None else place.relay,
         clusters=first_clusters(config) if before is None else next_clusters(config, before, aggregation),
         lora=_lora_terms(config, start),
+        staleness=(config.aggregation.staleness or None) if draws else None,
     )
     return manifest.model_copy(update={"cost": cost_of(manifest, before), "history": history_of(manifest, before)})
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from fedcli.errors import IntegrityError
 from fedcli.randomness import draw_cohort
+from fedcli.server.merge_unequal import check_steps
 from fedcli.server.verification import Verification
 from fedcli.server.verify_signatures import check_of_merge, enrolled_clients, gone_clients
 from fedcli.workspace.history import Round, is_hidden, prunable
@@ -150,13 +151,15 @@ def check_uncounted(current: Round, aggregation: Aggregation, base: Round, resul
         return
     for refused in aggregation.refused:
         path = base.workspace.update(base.number, refused.client)
-        if is_hidden(base.workspace, refused.client):
-            continue
+        if refused.base is not None or is_hidden(base.workspace, refused.client):
+            continue  # a late update is not looked at again
         try:
             update = read_update(base, refused.client, authenticate=authenticate)
             if update is None:
                 continue
             check_rows(base, refused.client, update)
+            if aggregation.step_weighting is not None:
+                check_steps(base, update)
         except Refusal:
             continue
         said = f"was refused ({refused.code}), and is valid"
@@ -167,7 +170,7 @@ def check_uncounted(current: Round, aggregation: Aggregation, base: Round, resul
             result.report(path, f"{said}: the round does not tell the truth of it")
         else:
             result.remark(path, f"{said} now: its client has mended it since, or the round does not tell the truth")
-    for client in aggregation.missing:
+    for client in [] if base.manifest.staleness is not None else aggregation.missing:  # those may count later
         if not is_hidden(base.workspace, client) and base.has_update(client):
             path = base.workspace.update(base.number, client)
             result.remark(path, "was not counted: it came late, or the round does not tell the truth of it")
@@ -178,13 +181,18 @@ def no_longer_valid(refused: RefusedUpdate | Refusal) -> str:
     return f"was counted, and is not valid any more: {refused.code}: {refused.reason}"
 
 
-def is_first_of_draw(counted: list[int], surplus: list[int], previous: Round) -> bool:
-    """Return whether no more count than may, and nobody is surplus but behind as many as may."""
-    if not surplus:
-        return len(counted) <= previous.num_counted
+def is_first_of_draw(
+    counted: list[int], surplus: list[int], previous: Round, num_late: int = 0, most_counted: int | None = None
+) -> bool:
+    """Return whether no more count than may, and nobody is surplus but behind as many as may.
+
+    Beside those of the round itself late updates count; where a client may count so often only, it may be surplus.
+    """
+    if not surplus or most_counted is not None:
+        return len(counted) + num_late <= previous.num_counted
     place = {client: number for number, client in enumerate(previous.draw_order)}
-    behind = max(place.get(client, 0) for client in counted) if counted else 0
-    return len(counted) == previous.num_counted and all(place.get(client, 0) > behind for client in surplus)
+    behind = max(place.get(client, 0) for client in counted) if counted else -1
+    return len(counted) + num_late == previous.num_counted and all(place.get(client, 0) > behind for client in surplus)
 
 
 def is_same_record(again: CountedUpdate, recorded: CountedUpdate) -> bool:

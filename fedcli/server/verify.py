@@ -32,6 +32,7 @@ from fedcli.server.verify_beside import check_baselines, check_leftovers, check_
 from fedcli.server.verify_privacy import check_privacy, is_same_noise, noise_again
 from fedcli.server.verify_relay import check_parents, check_place, is_beginning
 from fedcli.server.verify_signatures import check_of_merge, check_signatures, gone_clients, read_pins
+from fedcli.server.verify_unequal import check_lapsed, check_window, is_unequal, recompute_unequal
 from fedcli.workspace.enrolment import forget_enrolment
 from fedcli.workspace.history import (
     Round,
@@ -105,12 +106,14 @@ def verify(
                 check_draw(current, identity, result)
             if current.manifest.aggregation is not None:
                 _check_aggregation(current, current.manifest.aggregation, previous, seen, result)
+                if previous is not None:
+                    check_window(current, current.manifest.aggregation, previous, rounds, result)
                 if previous is not None and identity is not None:
                     if previous.manifest.secure_aggregation is None:
                         check_uncounted(current, current.manifest.aggregation, previous, result)
                     num_clients = int(identity.fixed.get("federation.clients", 0)) or len(previous.manifest.cohort)
                     check_privacy(current, current.manifest.aggregation, previous, result)
-                    _recompute(current, current.manifest.aggregation, previous, num_clients, keys, result)
+                    _recompute(current, current.manifest.aggregation, previous, rounds, num_clients, keys, result)
             if number == 0:
                 check_baselines(current, result)
         previous = current
@@ -121,6 +124,7 @@ def verify(
     if identity is not None:
         result.num_signatures = check_signatures(workspace, identity, rounds, pins, result.report, result.remark)
     if rounds:
+        check_lapsed(rounds, result)
         check_private(rounds, result)
         check_parents(rounds, parent, result)
     if previous is not None and previous.has(PRUNED):
@@ -262,14 +266,15 @@ def _check_aggregation(
     current: Round, aggregation: Aggregation, previous: Round | None, seen: dict[str, int], result: Verification
 ) -> None:
     """The cohort is accounted for, as the order of the draw has it, and no update is counted twice in the history."""
-    counted = [entry.client for entry in aggregation.counted]
-    refused = [entry.client for entry in aggregation.refused]
+    counted = [entry.client for entry in aggregation.counted if entry.base is None]
+    refused = [entry.client for entry in aggregation.refused if entry.base is None]
+    num_late = len(aggregation.counted) - len(counted)
     folder = current.folder
-    if not counted and previous is not None and previous.manifest.secure_aggregation is not None:
+    if not aggregation.counted and previous is not None and previous.manifest.secure_aggregation is not None:
         result.remark(folder, "counts no update: secure aggregation was abandoned, or all had left or were revoked")
     elif is_beginning(current, previous):
         pass  # the place that it has is checked by itself
-    elif not counted and (previous is None or not is_deserted(current, previous)):
+    elif not aggregation.counted and (previous is None or not is_deserted(current, previous)):
         result.report(folder, "counts no update, and of the cohort before not all had left or were revoked")
     accounts = (counted, refused, aggregation.missing, aggregation.surplus)
     for clients in accounts:
@@ -280,7 +285,7 @@ def _check_aggregation(
     elif (
         previous is not None
         and not is_beginning(current, previous)
-        and not is_first_of_draw(counted, aggregation.surplus, previous)
+        and not is_first_of_draw(counted, aggregation.surplus, previous, num_late, aggregation.most_counted)
     ):
         result.report(folder, f"does not count the first {previous.num_counted} valid updates in draw order")
     for entry in aggregation.counted:
@@ -293,6 +298,7 @@ def _recompute(
     current: Round,
     aggregation: Aggregation,
     previous: Round,
+    rounds: Sequence[Round],
     num_clients: int,
     keys: Mapping[str, bytes],
     result: Verification,
@@ -306,6 +312,17 @@ def _recompute(
 
         if (files := recompute_masked(current, aggregation, previous, num_clients, result)) is not None:
             _check_merged(current, files, result)
+        return
+    if entries and is_unequal(previous, aggregation):
+        try:
+            unequal = recompute_unequal(current, aggregation, previous, rounds, num_clients, result)
+        except FedError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            result.report(current.folder, f"cannot be computed again: {error}")
+            return
+        if unequal is not None:
+            _check_merged(current, unequal, result)
         return
     hidden = [client for client in entries if is_hidden(current.workspace, client)]
     if previous.has(PRUNED) and is_reduced(previous):

@@ -15,6 +15,7 @@ from fedcli.workspace.layout import MANIFEST_SIGNATURE, PRUNED, Home, Workspace,
 from fedcli.workspace.records import Identity, PublicKeys
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import own_homes, read_party
+from fedcli.workspace.window import base_of
 
 Report = Callable[[Path, str], None]
 
@@ -143,7 +144,7 @@ def _check_pruned(rounds: Sequence[Round], enrolment: Enrolment, report: Report)
     """Where `gc` has been, update.sig of what was counted is the client's; elsewhere the merge is done again."""
     from fedcli.trust.chain import update_check
 
-    num_right = 0
+    num_right, known = 0, {each.number: each for each in rounds}
     for before, current in pairwise(rounds):
         merge, head = current.manifest.aggregation, current.manifest.enrolment
         if merge is None or head is None:
@@ -156,6 +157,11 @@ def _check_pruned(rounds: Sequence[Round], enrolment: Enrolment, report: Report)
                 report(before.workspace.attempt(before.number), error.message)
                 continue
         for entry in merge.counted:
+            if entry.base is not None:
+                if entry.base not in known:
+                    continue
+                before = known[entry.base]
+                check = update_check(before, enrolment.up_to(head) or Enrolment())
             workspace, path = current.workspace, current.workspace.update(before.number, entry.client)
             try:
                 with workspace.store.opened(workspace.name(path)) as folder:
@@ -246,8 +252,8 @@ def _check_party_history(home: Home, client: int, rounds: Sequence[Round], repor
     seen = {line.get("round"): line.get("manifest") for line in lines}
     _compare(seen, rounds, f"is not the round that client {client} trained on", report)
     for current in rounds:
-        own = {line.get("update") for line in lines if line.get("round") == current.number - 1}
         for entry in current.manifest.aggregation.counted if current.manifest.aggregation else []:
+            own = {line.get("update") for line in lines if line.get("round") == base_of(current, entry)}
             if entry.client == client and own and entry.update not in own:
                 report(current.folder, f"counts another update of client {client} than those that it sent")
 

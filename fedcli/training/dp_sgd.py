@@ -24,6 +24,7 @@ from fedcli.errors import ConfigError
 from fedcli.model.lora import AdaptedModel
 from fedcli.privacy.noise import NoiseStream, new_key
 from fedcli.tasks import Task
+from fedcli.training.moments import Moments
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.training.row_gradients import Recorder, mixes_rows, recording, sees_rows
 from fedcli.training.trainer import StepGradient, loss_of, micro_batches, optimise
@@ -67,15 +68,18 @@ def fit_privately(
     protection: Protection,
     *,
     rule: ClientRule | None = None,
+    moments: Moments | None = None,
     on_step: Callable[[StepReport], None],
 ) -> list[float]:
     """Train the adapter in place, one optimiser step for every batch, empty ones too; return the losses of the others.
 
-    The settings' max_grad_norm is not applied: each unit's gradient is clipped already.
+    The settings' max_grad_norm is not applied: each unit's gradient is clipped already. `moments` are of noisy
+    gradients alone.
     """
     check_task(task)
     steps = _private_steps(adapted, batches, task, settings, protection)
-    losses = optimise(adapted, steps, task, settings, rule=rule, dropout_seed=secrets.randbits(63), on_step=on_step)
+    seed = secrets.randbits(63)
+    losses = optimise(adapted, steps, task, settings, rule=rule, dropout_seed=seed, moments=moments, on_step=on_step)
     return [loss for loss in losses if loss is not None]
 
 

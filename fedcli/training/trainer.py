@@ -20,6 +20,8 @@ from fedcli.model.loading import has_bfloat16
 from fedcli.model.lora import AdaptedModel
 from fedcli.tasks import Likelihood, Task
 from fedcli.training.batches import LARGEST, OVERHEAD, cut
+from fedcli.training.limits import TimeLimit
+from fedcli.training.moments import Moments
 from fedcli.training.reports import StepReport, TrainSettings
 
 
@@ -39,16 +41,20 @@ def fit(
     *,
     batch_rows: Sequence[EncodedRow] = (),
     rule: ClientRule | None = None,
+    limit: TimeLimit | None = None,
+    moments: Moments | None = None,
     on_step: Callable[[StepReport], None],
 ) -> list[float]:
     """Train the adapter in place, one optimiser step for every `batch_size` rows; return the losses of the steps.
 
+    A `limit` may stop it before; AdamW goes on from `moments`, and leaves them as they are then.
     `batch_rows` are what the task's hook of this name made of the batches, end to end.
     A step's loss is the mean of the task's loss over the supervised tokens or the rows of its batch: neither it nor
     its gradient depends on how the batch is cut into micro-batches.
     """
     steps = _plain_steps(adapted, rows, task, settings, batch_rows)
-    return [loss for loss in optimise(adapted, steps, task, settings, rule=rule, on_step=on_step) if loss is not None]
+    losses = optimise(adapted, steps, task, settings, rule=rule, limit=limit, moments=moments, on_step=on_step)
+    return [loss for loss in losses if loss is not None]
 
 
 def optimise(
@@ -59,6 +65,8 @@ def optimise(
     *,
     rule: ClientRule | None,
     dropout_seed: int | None = None,
+    limit: TimeLimit | None = None,
+    moments: Moments | None = None,
     on_step: Callable[[StepReport], None],
 ) -> list[float | None]:
     """Make an optimiser step for each gradient that `steps` leaves in the adapter's parameters; return the losses.
@@ -72,16 +80,24 @@ def optimise(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=model.device.type == "cuda"
     )
+    if moments is not None:
+        moments.load(optimizer, adapted.parameters)
     own = [] if rule is None else [torch.tensor(rule.arrays[name], device=model.device) for name in adapted.parameters]
     losses: list[float | None] = []
     torch.manual_seed(settings.seed if dropout_seed is None else dropout_seed)
     optimizer.zero_grad()  # what another client's training left that broke off
     adapted.start_training(has_dropout=task.has_dropout, has_checkpointing=settings.gradient_checkpointing)
+    if limit is not None:
+        limit.begin()
     with quiet_libraries(), _checkpointing(model, settings.gradient_checkpointing):
         for step in steps:
             _step(optimizer, parameters, rule, own, settings.learning_rate)
             losses.append(step.loss)
             on_step(StepReport(len(losses), step.loss, step.num_tokens))
+            if limit is not None and limit.is_over(len(losses)):
+                break
+    if moments is not None:
+        moments.keep(optimizer, adapted.parameters)
     return losses
 
 

@@ -17,6 +17,7 @@ from fedcli.workspace.read import read_file
 from fedcli.workspace.records import Aggregation, Manifest, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode, read_metadata
+from fedcli.workspace.window import base_of, window_start
 
 RESIDUAL = "residual"
 """The folder in a client's home of what its sparse updates have not sent yet."""
@@ -24,6 +25,8 @@ _HINT_SPARSE = (
     "or let one round be opened with another aggregation.encoding, after which all clients' error feedback starts "
     "afresh"
 )
+OPTIMIZER = "optimizer"
+"""The folder of AdamW's moments."""
 _DIGEST = "sha256"
 """The key, in a candidate's metadata, of the hash that its arrays have without it."""
 
@@ -83,6 +86,16 @@ def kept_states(manifest: Manifest) -> list[KeptState]:
         )
     if manifest.encoding is not None and manifest.encoding.top_k is not None:
         found.append(KeptState(RESIDUAL, "aggregation.encoding", _goes_on_sparsely, _HINT_SPARSE))
+    if manifest.train.keep_optimizer:
+        found.append(
+            KeptState(
+                OPTIMIZER,
+                "train.keep_optimizer",
+                lambda base, _: bool(base.train.keep_optimizer),
+                "or let one round be opened with train.keep_optimizer: false, after which all clients' moments start "
+                "afresh",
+            )
+        )
     return found
 
 
@@ -110,9 +123,13 @@ def read_state(home: Home, rounds: Sequence[Round], state: KeptState, client: in
         aggregation = closing.manifest.aggregation
         if aggregation is None or not state.goes_on(base.manifest, aggregation):
             return {}
-        for entry in aggregation.counted:
-            if entry.client == client:
-                return _read_candidate(home, state, closing, client, entry.update)
+        own = [(base_of(closing, entry), entry.update) for entry in aggregation.counted if entry.client == client]
+        if own:
+            number, update = max(own)
+            made_in = base if number == base.number else next(each for each in rounds if each.number == number)
+            if not state.goes_on(made_in.manifest, aggregation):
+                return {}
+            return _read_candidate(home, state, made_in, client, update)
     return {}
 
 
@@ -126,11 +143,13 @@ def save_candidates(home: Home, round_number: int, update: str, kept: Mapping[st
 def remove_old_candidates(home: Home, client: int, rounds: Sequence[Round]) -> None:
     """Remove candidates of rounds that have closed, but for the client's latest counted ones.
 
-    Those of the open round stay: another process of this client may have dropped its update with one of them.
+    Those of the open round stay: another process of this client may have dropped its update with one of them. So do
+    those of earlier rounds whose updates may still count.
     """
+    first = update_name(window_start(rounds[-1]))
     for state in kept_states(rounds[-1].manifest):
         counted = [
-            home.candidate(state.folder, closing.number - 1, entry.update)
+            home.candidate(state.folder, base_of(closing, entry), entry.update)
             for closing in rounds
             if closing.manifest.aggregation is not None
             for entry in closing.manifest.aggregation.counted
@@ -141,7 +160,7 @@ def remove_old_candidates(home: Home, client: int, rounds: Sequence[Round]) -> N
             continue
         remove_temporaries(folder)
         for path in folder.glob("round-*"):  # a name begins with its round
-            if path.name < update_name(rounds[-1].number) and path not in counted[-1:]:
+            if path.name < first and path not in counted[-1:]:
                 path.unlink(missing_ok=True)
 
 
@@ -168,12 +187,12 @@ def _checked(path: Path) -> "tuple[bytes, dict[str, Array] | None]":
     return contents, arrays
 
 
-def _read_candidate(home: Home, state: KeptState, closing: Round, client: int, update: str) -> "dict[str, Array]":
-    path = home.candidate(state.folder, closing.number - 1, update)
+def _read_candidate(home: Home, state: KeptState, base: Round, client: int, update: str) -> "dict[str, Array]":
+    path = home.candidate(state.folder, base.number, update)
     try:
         contents, arrays = _checked(path)
         # Clients of a version without digests kept the adapter's names.
-        return decode(contents, closing.manifest.tensors) if arrays is None else arrays
+        return decode(contents, base.manifest.tensors) if arrays is None else arrays
     except (FileNotFoundError, Refusal, SafetensorError) as error:
         raise IntegrityError(
             f"client {client}'s private state of {state.owner} is gone or damaged: {path}",

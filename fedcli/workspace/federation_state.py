@@ -162,6 +162,9 @@ def train_record(config: Config, number: int, rounds: int, *, date: str | None =
     shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - unused
     schedule = Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds)
     own = {
+        "steps": train.most_steps,
+        "minutes": train.minutes,
+        "keep_optimizer": True if train.keep_optimizer else None,
         "learning_rate": train.learning_rate_of(number, rounds),
         "schedule": schedule,
         "template": config.data.template,

@@ -1,6 +1,7 @@
 """Removing what old rounds no longer need: a PRUNED.json that lists it with its hashes is durable before it goes."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,10 +26,10 @@ class Pruning:
     """Updates that lie in the folder of another user, who alone can remove them, or in one that cannot be listed."""
     _listings: dict[int, list[str]] = field(default_factory=dict)
 
-    def prune(self, closed: Round, closing: Round) -> None:
+    def prune(self, closed: Round, counted: Collection[int]) -> None:
         """Remove a closed round's arrays, and its updates' files but update.json of the counted ones.
 
-        `closing` is the round that its updates opened. What a killed call left is removed by the next. Raises
+        `counted` are the clients of these. What a killed call left is removed by the next. Raises
         IntegrityError where a PRUNED.json is there and damaged.
         """
         files = prunable(closed.manifest)
@@ -44,8 +45,6 @@ class Pruning:
                 store.put(f"{folder}/{PRUNED}", record.to_bytes())
         for name in files:
             self._remove(closed.folder / name)
-        assert closing.manifest.aggregation is not None
-        counted = {entry.client for entry in closing.manifest.aggregation.counted}
         for client in closed.manifest.cohort:
             try:
                 self._prune_inbox(closed, client, client in counted)

@@ -20,7 +20,7 @@ from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.aggregation import DownEncodingName, EncodingName
 from fedcli.config.clusters import MOST_CLUSTERS
 from fedcli.config.personal import PersonalName
-from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
+from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Minutes, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.workspace.layout import BASE_DELTA_NAME, MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.lora_records import LoraMerge, LoraTerms
@@ -105,9 +105,11 @@ class PersonalRecord(Record):
 class TrainRecord(Record):
     """All that a client must obey in its round; `learning_rate` is this round's."""
 
-    unwritten = ("date", "personal")
+    unwritten = ("date", "personal", "minutes", "keep_optimizer")
 
     steps: Steps
+    minutes: Minutes | None = None
+    """That the steps may take: a client then makes as many as fit, at least one; None, and not written: all."""
     batch_size: BatchSize
     micro_batch_size: BatchSize | None
     """None: a client cuts its batches as it likes; the gradient is the same."""
@@ -125,6 +127,8 @@ class TrainRecord(Record):
     personal: PersonalRecord | None = None
     """None, and not written, where clients train the shared adapter alone."""
     seed: Annotated[int, Field(ge=0)]
+    keep_optimizer: Literal[True] | None = None
+    """AdamW's moments go on from the client's last counted round; None, and not written: they start afresh."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -160,7 +164,7 @@ class EncodingRecord(Record):
 class CountedUpdate(Record):
     """An update that went into the aggregate; `update` is the hash of its update.json, weights add up to 1."""
 
-    unwritten = ("cosine", "change", "file_weights", "privacy", "cluster")
+    unwritten = ("cosine", "change", "file_weights", "privacy", "cluster", "steps", "base")
 
     client: Natural
     update: Sha256
@@ -181,18 +185,24 @@ class CountedUpdate(Record):
     """What its client says that all its steps so far have spent; None, and not written, but for rows and groups."""
     cluster: Natural | None = None
     """Whose adapter it was made from, where there are clusters; weights add up to 1 in each."""
+    steps: Natural | None = None
+    """That it made; None, and not written, where all make the same."""
+    base: Natural | None = None
+    """The round that it was made from; None, and not written, where that is the one that was merged."""
 
 
 class RefusedUpdate(Record):
     """An update that was not counted, and why."""
 
-    unwritten = ("update",)
+    unwritten = ("update", "base")
 
     client: Natural
     code: RefusalCode
     reason: str
     update: Sha256 | None = None
     """The hash of its update.json; None, and not written, where that could not be read."""
+    base: Natural | None = None
+    """As of a counted update."""
 
     @classmethod
     def of(cls, client: int, refusal: Refusal) -> "RefusedUpdate":
@@ -239,7 +249,7 @@ class ClustersRecord(Record):
 class Aggregation(Record):
     """How a round's adapter came to be; all lists are sorted by client."""
 
-    unwritten = ("rule", "privacy", "secure", "splits", "lora")
+    unwritten = ("rule", "privacy", "secure", "splits", "lora", "step_weighting", "most_counted")
 
     algorithm: dict[str, Any]
     counted: list[CountedUpdate]
@@ -257,6 +267,10 @@ class Aggregation(Record):
     """Which clusters split; None, and not written, where none did."""
     lora: LoraMerge | None = None
     """How products of factors were merged; None, and not written, where factors were averaged and no more is told."""
+    step_weighting: Literal["fednova"] | None = None
+    """How the numbers of steps weighed; None, and not written, where they did not."""
+    most_counted: Annotated[int, Field(ge=1)] | None = None
+    """How many updates of a client could count in a window; None, and not written, where that had no limit."""
 
 
 class Selection(Record):
@@ -291,7 +305,18 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
-    unwritten = ("update_tensors", "enrolment", "fedcli", "privacy", "relay", "clusters", "encoding", "lora", "share")
+    unwritten = (
+        "update_tensors",
+        "enrolment",
+        "fedcli",
+        "privacy",
+        "relay",
+        "clusters",
+        "encoding",
+        "lora",
+        "share",
+        "staleness",
+    )
 
     arrives = True
     protocol: Literal[1] = 1
@@ -329,6 +354,8 @@ class Manifest(Record):
     """What the round guarantees; None, and not written, where nothing is asked for."""
     relay: RelayRecord | None = None
     """Of a region, where it stands in its parent's round; None, and not written, of other federations."""
+    staleness: Annotated[int, Field(ge=1)] | None = None
+    """From so many rounds back updates count when this one is merged; None, and not written: of this one alone."""
     lora: LoraTerms | None = None
     """Ranks of clients, and the rank of base_delta/; None, and not written, where there are neither."""
     clusters: ClustersRecord | None = None

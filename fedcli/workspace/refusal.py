@@ -14,6 +14,7 @@ RefusalCode = Literal[
     "schema",
     "nonfinite",
     "samples",
+    "steps",
     "privacy",
     "protocol",
     "workspace",

@@ -16,15 +16,15 @@ OTHER = MappingProxyType({"eta": 0.05, "tau": 0.01, "beta1": 0.8, "beta2": 0.95}
 class Formulas:
     """The contract's server rules in float64, with nothing of fedcli: x, m, v and c by the adapter's names."""
 
-    def __init__(self, start, *, name, eta=1e-3, tau=1e-3, beta1=0.9, beta2=0.99, num_clients=3, **variant):
+    def __init__(self, start, *, name, eta=1e-3, tau=1e-3, beta1=0.9, beta2=0.99, mu=0.9, num_clients=3, **variant):
         self.name, self.eta, self.tau, self.beta1, self.beta2 = name, eta, tau, beta1, beta2
-        self.num_clients, self.variant = num_clients, variant
+        self.mu, self.num_clients, self.variant = mu, num_clients, variant
         self.x = {key: array.astype(np.float64) for key, array in start.items()}
         self.m, self.v, self.c = {}, {}, {}
 
     def step(self, updates):
         """Merge a round's updates: num_samples, adapter and control delta by client."""
-        unweighted = self.name in ("fedadagrad", "fedyogi", "fedadam")
+        unweighted = self.name in ("fedadagrad", "fedyogi", "fedadam", "diloco")
         shares = {client: 1 if unweighted else samples for client, (samples, _, _) in updates.items()}
         for key, x in self.x.items():
             sent = {client: adapter[key].astype(np.float64) for client, (_, adapter, _) in updates.items()}
@@ -37,6 +37,9 @@ class Formulas:
     def _move(self, key, mean):
         if self.name in ("fedavg", "fedprox", "scaffold"):
             return mean
+        if self.name == "diloco":
+            self.m[key] = self.mu * self.m.get(key, 0) + mean
+            return self.eta * (mean + self.mu * self.m[key])
         v = self.v.get(key, np.full_like(mean, self.tau**2))
         if self.name == "fedadagrad":
             self.v[key] = v + mean**2

@@ -1,0 +1,111 @@
+"""Updates that count late: the window of rounds that they may have been made from, and which of them have counted."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+from fedcli.workspace.history import Round
+from fedcli.workspace.layout import ADAPTER_NAME
+from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
+
+Sent: TypeAlias = tuple[Round, int]
+"""The round that an update was made from, and its client."""
+
+
+def base_of(closing: Round, entry: CountedUpdate | RefusedUpdate) -> int:
+    """Return the number of the round that an update was made from, which `closing` was merged of."""
+    return closing.number - 1 if entry.base is None else entry.base
+
+
+def window_start(head: Round) -> int:
+    """Return the first round whose updates may count when a round is merged; its own number without staleness."""
+    return max(0, head.number - (head.manifest.staleness or 0))
+
+
+def earlier_bases(head: Round, past: Sequence[Round]) -> list[Round]:
+    """Return the earlier rounds whose updates may still count in the open round's merge, the oldest first.
+
+    Left out is what clients sent otherwise (other files, other tensors), and what `gc` has removed.
+    """
+    manifest, found = head.manifest, []
+    for earlier in past[window_start(head) : head.number]:
+        before = earlier.manifest
+        is_alike = (before.update_files, before.update_tensors) == (manifest.update_files, manifest.update_tensors)
+        if (
+            is_alike
+            and before.secure_aggregation is None
+            and not before.withholds
+            and not earlier.is_gone(ADAPTER_NAME)
+        ):
+            found.append(earlier)
+    return found
+
+
+def settled(rounds: Sequence[Round]) -> set[tuple[int, int]]:
+    """Return which updates some rounds have counted or refused: by the round that each was made from, and its client.
+
+    Neither is looked at again.
+    """
+    return {
+        (base_of(closing, entry), entry.client)
+        for closing in rounds
+        if closing.manifest.aggregation is not None
+        for entry in entries_of(closing.manifest.aggregation)
+    }
+
+
+def entries_of(merge: Aggregation) -> list[CountedUpdate | RefusedUpdate]:
+    """Return what a merge says of the updates that it counted and refused."""
+    return [*merge.counted, *merge.refused]
+
+
+def times_counted(head: Round, rounds: Sequence[Round]) -> Counter[int]:
+    """Return how often each client counted in the merges before the open round's that lie in its window."""
+    found: Counter[int] = Counter()
+    for closing in rounds:
+        merge = closing.manifest.aggregation
+        if merge is not None and window_start(head) < closing.number <= head.number:
+            found.update(entry.client for entry in merge.counted)
+    return found
+
+
+def late_updates(bases: Sequence[Round], rounds: Sequence[Round]) -> list[Sent]:
+    """Return the updates of earlier rounds that lie there and are not settled: the oldest first, as they were drawn."""
+    done = settled(rounds)
+    found = []
+    for base in bases:
+        open_clients = [client for client in base.draw_order if (base.number, client) not in done]
+        sent = base.workspace.sent_updates(base.number, open_clients)
+        found += [(base, client) for client in open_clients if client in sent]
+    return found
+
+
+def counted_of(rounds: Sequence[Round], base: Round) -> dict[int, str]:
+    """Return which updates that were made from a round any of these counted: by client, their hashes."""
+    found: dict[int, str] = {}
+    for closing, merge in _merges_of(rounds, base):
+        found |= {entry.client: entry.update for entry in merge.counted if base_of(closing, entry) == base.number}
+    return found
+
+
+def refused_of(rounds: Sequence[Round], base: Round) -> dict[int, str]:
+    """Return which updates that were made from a round any of these refused: by client, the codes."""
+    found: dict[int, str] = {}
+    for closing, merge in _merges_of(rounds, base):
+        found |= {entry.client: entry.code for entry in merge.refused if base_of(closing, entry) == base.number}
+    return found
+
+
+def may_still_count(rounds: Sequence[Round], number: int) -> bool:
+    """Return whether an update that was made from a round may count in the merge of the last of these, or a later."""
+    head = rounds[-1]
+    return head.manifest.state == "open" and head.manifest.staleness is not None and number >= window_start(head)
+
+
+def _merges_of(rounds: Sequence[Round], base: Round) -> Iterator[tuple[Round, Aggregation]]:
+    """Yield the rounds whose merges may speak of updates that were made from `base`."""
+    if base.manifest.staleness is None and not any(each.manifest.staleness for each in rounds):
+        rounds = rounds[base.number + 1 : base.number + 2] if rounds and rounds[0].number == 0 else rounds
+    for closing in rounds:
+        if closing.number > base.number and closing.manifest.aggregation is not None:
+            yield closing, closing.manifest.aggregation

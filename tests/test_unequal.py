@@ -1,0 +1,260 @@
+"""Updates of unequal steps, and of earlier rounds: FedNova, FedBuff, time limits and AdamW's moments."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from protocol_client import take_part
+from support.damage import edited
+from support.federation import configure, noisy, read_adapter, read_manifest, read_update
+from support.federation import restart as reopen
+
+from fedcli import Federation
+from fedcli.algos.unequal import age_factor, factors
+from fedcli.cli import main
+from fedcli.client.draws import first_draw
+from fedcli.config import parse_config
+from fedcli.errors import ConfigError
+from fedcli.training.limits import TimeLimit
+from fedcli.workspace.layout import Workspace
+
+
+def test_fednova_makes_the_step_of_its_vector():
+    differences = np.array([(-1.0, 0.0), (0.0, -4.0)])
+    given = factors([1, 3], steps=[10, 40])
+    np.testing.assert_allclose(given @ differences, (-0.8125, -2.4375), rtol=1e-15)
+    np.testing.assert_allclose(factors([1, 3]) @ differences, (-0.25, -3.0), rtol=1e-15)
+    assert factors([1, 3], steps=[7, 7]) == pytest.approx([0.25, 0.75], rel=1e-15)
+
+
+def test_fedbuff_makes_the_step_of_its_vector_and_ages_as_its_authors_do():
+    assert [round(age_factor(age), 6) for age in (0, 1, 3, 8)] == [1, 0.707107, 0.5, 0.333333]
+    differences = np.array([(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+    assert [round(each, 6) for each in factors([1, 1, 1], ages=[0, 3, 8]) @ differences] == [0.444444, 0.277778]
+    assert [round(each, 6) for each in factors([1, 1, 1]) @ differences] == [0.666667, 0.666667]
+
+
+@pytest.fixture
+def open_small(small: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return what opens a workspace of three clients with settings, as the current folder."""
+
+    def opened(*overrides: str, algorithm: str = "fedavg") -> Path:
+        configure(small, "federation.rounds=8", *overrides)
+        reopen(small, algorithm)
+        monkeypatch.chdir(small)
+        return small
+
+    return opened
+
+
+def answer(workspace: Path, client: int, steps: int = 2, number: int | None = None) -> None:
+    """Let a client answer the open round with noise of its own, having made so many steps."""
+    number = len(list((workspace / "rounds").glob("0*"))) - 1 if number is None else number
+    assert take_part(workspace, client, noisy(10 * number + client), 3 + client)
+    path = workspace / f"inbox/{client}/round-{number:05d}/update.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"steps": steps, "checksum": None}))
+
+
+def merge(workspace: Path, **options) -> dict:
+    """Merge the open round; return what the next manifest says of it."""
+    federation = Federation.open(workspace)
+    assert federation.server.aggregate(**options).published
+    return read_manifest(workspace, federation.state.head.number)["aggregation"]
+
+
+def is_clean(workspace: Path) -> bool:
+    found = Federation(Workspace(workspace)).verify()
+    return (found.violations, found.num_recomputed) == ([], found.num_rounds - 1)
+
+
+def check_step(workspace: Path, number: int, expected: dict[tuple[int, int], float]) -> None:
+    """Assert that a round is the one before and the sum of differences from their own bases, by (base, client)."""
+    for name, before in read_adapter(workspace, number - 1).items():
+        step = sum(
+            factor * (read_update(workspace, base, client)[name] - read_adapter(workspace, base)[name].astype(float))
+            for (base, client), factor in expected.items()
+        )
+        np.testing.assert_allclose(read_adapter(workspace, number)[name], before + step, atol=1e-7)
+
+
+@pytest.mark.parametrize("cap", [None, 1.0])
+def test_a_round_merged_by_fednova_is_its_formula_and_is_computed_again(open_small, cap):
+    workspace = open_small(
+        "aggregation.step_weighting=fednova", "train.steps=10", f"aggregation.weight_cap={cap or 'null'}"
+    )
+    made = {0: 10, 1: 4, 2: 1}
+    for client, steps in made.items():
+        answer(workspace, client, steps)
+    found = merge(workspace)
+    assert found["step_weighting"] == "fednova"
+    assert {entry["client"]: entry["steps"] for entry in found["counted"]} == made
+    rows = {client: 3 + client for client in made}
+    if cap is not None:  # no difference is multiplied by more than the median's 4 / 4
+        rows = {client: made[client] * min(rows[client] / made[client], 1.0) for client in made}
+    total = sum(rows.values())
+    effective = sum(rows[client] * made[client] for client in made) / total
+    given = {client: rows[client] / total * effective / made[client] for client in made}
+    assert {entry["client"]: entry["weight"] for entry in found["counted"]} == pytest.approx(given)
+    check_step(workspace, 1, {(0, client): factor for client, factor in given.items()})
+    assert is_clean(workspace)
+
+
+def test_an_update_that_claims_more_steps_than_were_asked_for_is_refused_where_they_weigh(open_small):
+    workspace = open_small("aggregation.step_weighting=fednova")
+    for client, steps in ((0, 2), (1, 2), (2, 2**53)):
+        answer(workspace, client, steps)
+    found = merge(workspace)
+    assert [(entry["client"], entry["code"]) for entry in found["refused"]] == [(2, "steps")]
+    assert Federation(Workspace(workspace)).verify().remarks == []
+
+
+def late(workspace: Path, client: int, number: int, then) -> None:
+    """Let a client's update of the open round come only after `then` was done."""
+    answer(workspace, client, number=number)
+    update = workspace / f"inbox/{client}/round-{number:05d}"
+    update.rename(workspace / "held-back")
+    then()
+    (workspace / "held-back").rename(update)
+
+
+WINDOW = ("aggregation.staleness=2", "federation.per_round=2", "federation.select=3")
+
+
+def test_late_updates_count_as_differences_from_their_own_base_and_once(open_small, capsys):
+    workspace = open_small(*WINDOW)
+
+    def two_rounds() -> None:
+        for _ in range(2):
+            for client in (0, 1):
+                answer(workspace, client)
+            merge(workspace)
+
+    late(workspace, 2, 0, two_rounds)
+    assert main(["status"]) == 0
+    assert "late       client 2 from round 0 of the last 2 rounds may count now\n" in capsys.readouterr().out
+    answer(workspace, 0)
+    assert main(["server", "aggregate"]) == 0
+    assert "merged 2 updates (clients 0, 2 from round 0)\n" in capsys.readouterr().out
+    found = read_manifest(workspace, 3)["aggregation"]
+    factor = {(0, 2): 5 / 8 / 3**0.5, (2, 0): 3 / 8}
+    weights = {(entry.get("base", 2), entry["client"]): entry["weight"] for entry in found["counted"]}
+    assert weights == pytest.approx(factor)
+    assert (found["missing"], found["surplus"]) == ([1, 2], [])
+    check_step(workspace, 3, factor)
+    assert is_clean(workspace)
+    answer(workspace, 1)
+    assert main(["server", "aggregate"]) == 6  # nothing of client 2 counts again
+    answer(workspace, 2)
+    assert {(entry["client"], entry.get("base")) for entry in merge(workspace)["counted"]} == {(1, None), (2, None)}
+    assert is_clean(workspace)
+    edited(lambda manifest: manifest["aggregation"]["counted"][0].update(base=0), workspace)
+    assert main(["verify"]) == 7
+
+
+def test_what_is_not_needed_counts_in_a_later_round_and_lapses_with_the_window(open_small):
+    workspace = open_small(*WINDOW, "aggregation.staleness=1")
+    for client in range(3):
+        answer(workspace, client)
+    first = merge(workspace)
+    (surplus,) = first["surplus"]
+    others = [client for client in range(3) if client != surplus]
+    answer(workspace, others[0])
+    found = merge(workspace)
+    assert [(entry["client"], entry.get("base")) for entry in found["counted"]] == sorted(
+        [(surplus, 0), (others[0], None)]
+    )
+    assert is_clean(workspace)
+
+
+def test_a_fast_client_counts_so_often_in_a_window_and_no_more(open_small, capsys):
+    workspace = open_small("aggregation.staleness=1", "federation.per_round=1", "federation.select=3")
+    configure(workspace, "aggregation.most_counted=1")
+    answer(workspace, 1)
+    assert merge(workspace)["most_counted"] == 1
+    answer(workspace, 1)
+    assert main(["server", "aggregate"]) == 6
+    assert (
+        "client 1 counted 1 times in 2 rounds, as often as aggregation.most_counted allows" in capsys.readouterr().err
+    )
+    answer(workspace, 0)
+    assert [entry["client"] for entry in merge(workspace)["counted"]] == [0]
+    answer(workspace, 2)
+    found = merge(workspace)  # of round 2: the window has passed that counted client 1, and its update waits
+    assert [(entry["client"], entry.get("base")) for entry in found["counted"]] == [(1, 1)]
+    assert is_clean(workspace)
+
+
+def test_gc_keeps_what_late_updates_need(open_small):
+    workspace = open_small(*WINDOW, "retention.keep_last=1")
+
+    def rounds() -> None:
+        for _ in range(4):
+            for client in (0, 1):
+                answer(workspace, client)
+            merge(workspace)
+
+    late(workspace, 2, 0, rounds)  # too late, and gone with its round
+    done = Federation.open(workspace).gc()
+    assert (done.rounds, done.kept[2], done.kept[3]) == ([1], "updates made from it may still count", done.kept[2])
+    assert Federation(Workspace(workspace)).verify().violations == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "names"),
+    [
+        (
+            {"aggregation": {"staleness": 1}, "algorithm": {"name": "scaffold"}},
+            ("aggregation.staleness", "algorithm.name"),
+        ),
+        ({"aggregation": {"staleness": 1, "rule": "median"}}, ("aggregation.staleness", "aggregation.rule")),
+        ({"aggregation": {"step_weighting": "fednova", "rule": "krum"}, "federation": {"clients": 9}},
+         ("aggregation.step_weighting", "aggregation.rule")),
+        ({"train": {"steps": {"max": 4, "minutes": 1}}, "privacy": {"unit": "row", "clip": 1, "noise": 1}},
+         ("train.steps", "privacy.unit")),
+        ({"aggregation": {"most_counted": 1}}, ("most_counted", "staleness")),
+        ({"aggregation": {"staleness": 1, "most_counted": 1}}, ("aggregation.most_counted", "federation.per_round")),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_a_configuration_error_that_names_both(sections, names):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(sections, "fedcli.yaml")
+    assert all(name in caught.value.message for name in names)
+
+
+def test_a_federation_without_any_of_it_writes_no_key_of_it(open_small):
+    workspace = open_small()
+    for client in range(3):
+        answer(workspace, client)
+    merge(workspace)
+    manifest = read_manifest(workspace, 1)
+    assert not {"minutes", "keep_optimizer"} & manifest["train"].keys()
+    assert "staleness" not in manifest
+    assert not {"step_weighting", "most_counted"} & manifest["aggregation"].keys()
+    assert not {"steps", "base"} & manifest["aggregation"]["counted"][0].keys()
+
+
+def test_a_time_limit_stops_before_a_step_that_would_not_fit_and_never_before_the_first(monkeypatch):
+    clock = iter([100.0, 104.0, 107.0, 111.0, 0.0, 99.0])
+    monkeypatch.setattr("fedcli.training.limits.time.monotonic", lambda: next(clock))
+    limit = TimeLimit(12.0)
+    limit.begin()
+    assert [limit.is_over(number) for number in (1, 2, 3)] == [False, False, True]  # 7 + 4 fit into 12, 11 + 4 do not
+    limit = TimeLimit(1.0)
+    limit.begin()
+    assert limit.is_over(1)
+
+
+def test_a_client_that_its_limit_stops_says_how_many_steps_it_made_and_goes_on_where_it_stopped(open_small, capsys):
+    workspace = open_small("train.steps={max: 1000, minutes: 0.02}")
+    manifest = read_manifest(workspace, 0)
+    assert (manifest["train"]["steps"], manifest["train"]["minutes"]) == (1000, 0.02)
+    answer(workspace, 0, steps=7)
+    answer(workspace, 1, steps=1000)
+    answer(workspace, 2, steps=3)
+    found = merge(workspace)
+    assert {entry["client"]: entry["steps"] for entry in found["counted"]} == {0: 7, 1: 1000, 2: 3}
+    state = Federation.open(workspace).state
+    assert [first_draw([*state.past(), state.head], client) for client in range(3)] == [28, 4000, 28 - 16]
+    assert main(["status"]) == 0
+    assert "steps      0: 7, 1: 1000, 2: 3 (by client, round 0)\n" in capsys.readouterr().out
