@@ -14,7 +14,8 @@ from fedcli import Federation
 from fedcli.algos.lora import pairs
 from fedcli.cli import main
 from fedcli.config import parse_config
-from fedcli.errors import ConfigError
+from fedcli.errors import ConfigError, IntegrityError
+from fedcli.operations.product_figures import describe_products
 from fedcli.workspace.records import file_entry
 from fedcli.workspace.tensors import encode
 
@@ -78,6 +79,9 @@ def test_product_publishes_the_best_factors_of_the_mean_product_and_tells_what_t
             assert told["merged"][module] < told["factors"][module]
     assert record["lora"]["lapack"]
     assert verified(here) == []
+    told = describe_products(head_of(here).manifest)
+    assert told.startswith("lora: product; the means of A and B lack up to 0.")
+    assert "what was published up to 0." in told
     merged_again = read_manifest(here, 2)
     assert "lora" not in merged_again  # clients need not know
 
@@ -183,6 +187,17 @@ def test_an_update_that_does_not_say_that_it_trained_beside_the_second_adapter_i
     (refused,) = head_of(here).manifest.aggregation.refused
     assert (refused.client, refused.code) == (0, "wrong_base")
     assert "base_delta" in refused.reason
+
+
+def test_a_round_whose_second_adapter_was_taken_out_of_its_record_trains_nobody(here: Path):
+    configure(here, "aggregation.lora=exact")
+    merge(here)
+    manifest = read_manifest(here, 1)
+    del manifest["files"][f"base_delta/{ADAPTER}"]
+    manifest.pop("checksum", None)
+    (here / "rounds/00001/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match=r"tells the rank of base_delta/, and does not list it"):
+        head_of(here).base_delta()
 
 
 def test_fresh_factors_leave_all_of_the_mean_product_in_the_second_adapter(here: Path):

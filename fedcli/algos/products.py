@@ -34,13 +34,16 @@ class Factors(NamedTuple):
     error: float
 
 
-def stacked(bs: "Sequence[Array]", as_: "Sequence[Array]", shares: Array) -> "tuple[Array, Array]":
-    """Return L and M of the mean product; ranks may differ."""
-    left, begin = np.empty((bs[0].shape[0], sum(b.shape[1] for b in bs))), 0
+def stacked(
+    bs: "Sequence[Array]", as_: "Sequence[Array]", shares: Array, out: "tuple[Array, Array] | None" = None
+) -> "tuple[Array, Array]":
+    """Return L and M of the mean product; ranks may differ. `out` is memory for L, and an M that is there already."""
+    left = np.empty((bs[0].shape[0], sum(b.shape[1] for b in bs))) if out is None else out[0]
+    begin = 0
     for share, b in zip(shares, bs, strict=True):
         np.multiply(b, share, out=left[:, begin : begin + b.shape[1]])
         begin += b.shape[1]
-    return left, np.concatenate(as_, axis=0)
+    return left, np.concatenate(as_, axis=0) if out is None else out[1]
 
 
 def residual(bs: "Sequence[Array]", as_: "Sequence[Array]", shares: Array) -> "tuple[Array, Array]":

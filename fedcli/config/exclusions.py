@@ -208,4 +208,7 @@ def _told(config: "Config", condition: str) -> str:
     if key.startswith("algorithm."):
         key = "algorithm.name"
     found = _value(config, key)
-    return f"{key}: {found.model_dump() if isinstance(found, Section) else found}"
+    if isinstance(found, Section):
+        given = found.model_dump(exclude_unset=True)
+        found = f"{{{', '.join(f'{name}: {value}' for name, value in given.items())}}}"
+    return f"{key}: {found}"

@@ -83,6 +83,12 @@ def _check_same(parent: FederationState, child: FederationState) -> None:
         "adapter.target_modules": above.tensors.keys() != own.tensors.keys(),
     }
     found = [name for name, differs in odd.items() if differs]
+    if above.lora is not None:
+        what = "ranks of its clients' own" if above.lora.ranks is not None else "a second adapter, base_delta/"
+        raise ConfigError(
+            f"{parent.workspace.address} has {what}, and a region sends it the mean of its parties' factors",
+            hint="Let the parent merge with aggregation.lora: factors and one adapter.rank.",
+        )
     if not found and above.tensors != own.tensors:
         found = ["the adapter's shapes"]
     if found:
@@ -159,6 +165,8 @@ def _fault_of(merge: Aggregation) -> str | None:
         return f"was merged with {name}"
     if merge.privacy is not None:
         return "has noise in it"
+    if merge.lora is not None and (merge.lora.lora != "factors" or merge.lora.lora_fair is not None):
+        return f"was merged by aggregation.lora: {merge.lora.lora}"
     if merge.secure is not None:
         return None  # the weights of masked updates are their rows
     if merge.rule is not None and (merge.rule["rule"] != "mean" or merge.rule["nearest_mixing"]):

@@ -17,6 +17,7 @@ from fedcli.errors import IntegrityError, require_packages
 from fedcli.eval.registry import BENCHMARKS
 from fedcli.observer import Observer
 from fedcli.operations.privacy import privacy_of
+from fedcli.operations.product_figures import describe_products, product_rows
 from fedcli.operations.status import describe_algorithm, describe_history
 from fedcli.operations.update_figures import figures_of
 from fedcli.printable import without_credentials
@@ -98,6 +99,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         "algorithm": describe_algorithm(manifest.algorithm),
         "algorithms so far": describe_history(manifest, ", "),
         "secure aggregation": manifest.secure_aggregation or "",
+        "merge of products": describe_products(manifest),
     }
     return Report(
         title=workspace.title,
@@ -116,6 +118,7 @@ def collect(federation: FederationState, *, observer: Observer) -> Report:
         versions=versions_here(),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         updates=_updates(rounds, found),
+        products=product_rows(manifest),
     )
 
 
@@ -213,7 +216,8 @@ def _similarities(
     """
     found: list[Similarity] = []
     figures: dict[int, dict[int, Diagnosis]] = {}
-    notes, withheld, masked, clustered = [], list[int](), list[int](), list[int]()
+    notes, withheld, masked = list[str](), list[int](), list[int]()
+    clustered, mixed = list[int](), list[int]()
     num_bytes = 0
     for before, after in reversed(list(pairwise(rounds))):
         done = after.manifest.aggregation
@@ -229,6 +233,9 @@ def _similarities(
             continue
         if before.manifest.num_clusters > 1:
             clustered.append(before.number)
+            continue
+        if before.manifest.lora is not None and before.manifest.lora.ranks is not None:
+            mixed.append(before.number)
             continue
         num_bytes += len(hashes) * before.manifest.files[ADAPTER_NAME].bytes
         if found and num_bytes > COMPARED_BYTES:
@@ -260,6 +267,10 @@ def _similarities(
         notes.append(f"cosines: privacy withholds those of {plural(len(withheld), 'round')}")
     if clustered:
         notes.append(f"cosines: updates of {plural(len(clustered), 'round')} start from several adapters")
+    if mixed:
+        notes.append(
+            f"cosines: the clients of {plural(len(mixed), 'round')} have unlike ranks: theirs are not compared"
+        )
     if masked:
         notes.append(f"cosines: updates of rounds {masked[-1]} to {masked[0]} are masked, and nobody can compare them")
     return found[::-1], figures, notes

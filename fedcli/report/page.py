@@ -45,6 +45,7 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
         rounds=_rounds_table(report),
         num_rounds=len(report.merged),
         updates=_updates_table(report),
+        products=_products_table(report),
         refusals=Table.of(
             ("round", "client", "code", "reason"),
             [
@@ -158,6 +159,18 @@ def _updates_table(report: Report) -> Table:
         for row in report.updates
     ]
     return Table.of(heads, rows, texts=("unusual",))
+
+
+def _products_table(report: Report) -> Table:
+    rows = [
+        (
+            TableCell(row.module),
+            TableCell(f"{row.of_means:.3g}"),
+            TableCell("" if row.of_merge is None else f"{row.of_merge:.3g}"),
+        )
+        for row in report.products
+    ]
+    return Table.of(("layer", "means of A and B", "published"), rows, texts=("layer",))
 
 
 def _round_row(merged: MergedRound) -> list[str]:

@@ -134,6 +134,17 @@ class UpdateRow:
 
 
 @dataclass(frozen=True)
+class ProductRow:
+    """What a merge lacked of a module's mean product, as a share of its norm."""
+
+    module: str
+    of_means: float
+    """The product of the means of A and B."""
+    of_merge: float | None
+    """What was published; None where that is the product of the means."""
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a report shows; `merged` and `similarities` are in the order of rounds."""
 
@@ -156,3 +167,5 @@ class Report:
     created: str
     updates: Sequence[UpdateRow] = ()
     """Of the last merged round, and of others what is unusual."""
+    products: Sequence[ProductRow] = ()
+    """Of the last merged round."""

@@ -6,6 +6,7 @@ all updates, in float64, a few times over.
 
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -105,6 +106,19 @@ class _MeanReadAgain(WeightedMean):
     reads_again = True
 
 
+class _Memory(threading.local):
+    """Memory of each thread that is taken again and again: what is new comes page by page, and that takes long."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Array] = {}
+
+    def take(self, name: str, size: int) -> Array:
+        """Return so many float64 numbers, which hold what the last one who took them left."""
+        if name not in self._held or self._held[name].size < size:
+            self._held[name] = np.empty(size)
+        return self._held[name][:size]
+
+
 @dataclass
 class _LoraMerge(Merge):
     """Merges each module's products."""
@@ -116,6 +130,7 @@ class _LoraMerge(Merge):
     factor_errors: dict[str, float] = field(default_factory=dict)
     merged_errors: dict[str, float] = field(default_factory=dict)
     is_factorised: bool = False
+    _memory: _Memory = field(default_factory=_Memory)
 
     def add(self, client: int, update: Update) -> None:
         """Count one client's update; one of a smaller rank differs from the adapter's first components."""
@@ -187,14 +202,20 @@ class _LoraMerge(Merge):
         return self.adapter if rank is None else cut(self.adapter, rank)
 
     def _values(self, tensor: str) -> "list[Array]":
-        """Return a tensor of each update, float64, of its own rank: the adapter's and the update's difference."""
-        found = []
-        for entry, stored in zip(self.counted, self.stored, strict=True):
-            origin = self._origin_of(tensor, self.base.manifest.rank_of(entry.client))
+        """Return a tensor of each update, float64, of its own rank: the adapter's and the update's difference.
+
+        They are views of one array, one behind the other, in memory that the same thread's next call takes.
+        """
+        origins = [self._origin_of(tensor, self.base.manifest.rank_of(entry.client)) for entry in self.counted]
+        memory = self._memory.take("A" if is_first_factor(tensor) else "B", sum(origin.size for origin in origins))
+        found, begin = [], 0
+        for origin, stored in zip(origins, self.stored, strict=True):
+            values = memory[begin : begin + origin.size]
+            begin += origin.size
             fill = stored[ADAPTER_FILE].filling({tensor: origin})
-            values = np.empty(origin.size)
             fill(tensor, slice(0, origin.size), values)
-            found.append(values.reshape(origin.shape) + origin)
+            np.add(values, origin.reshape(-1), out=values)
+            found.append(values.reshape(origin.shape))
         return found
 
     def _origin_of(self, tensor: str, rank: int | None) -> Array:
@@ -208,7 +229,10 @@ class _LoraMerge(Merge):
         mean_a, mean_b = _padded_mean(as_, shares, rank, axis=0), _padded_mean(bs, shares, rank, axis=1)
         if not self.lora.tells_errors:
             return mean_a, mean_b
-        left, right = products.stacked(bs, as_, shares)
+        rows, width = sum(len(a) for a in as_), as_[0].shape[1]
+        memory = self._memory.take("left", bs[0].shape[0] * rows).reshape(-1, rows)
+        both = memory, self._memory.take("A", rows * width).reshape(rows, width)
+        left, right = products.stacked(bs, as_, shares, both)
         self.factor_errors[module] = products.shortfall(left, right, mean_b, mean_a)
         if self.lora.lora == "product":
             found = products.with_old_rows(products.truncated(left, right, rank, mean_a), old)
@@ -248,7 +272,7 @@ class _LoraMerge(Merge):
             self.merged_errors[module] = products.shortfall(*whole, *kept)
             left, right = found.b, found.a
             self.is_factorised = True
-        self._next_delta[module] = {first: right, second: left}
+        self._next_delta[module] = {first: right.astype(np.float32), second: left.astype(np.float32)}
 
     def _most_rank(self) -> int:
         """Return the rank that base_delta/ may have: no more than the widest module can use."""
@@ -260,7 +284,7 @@ class _LoraMerge(Merge):
     def _finish_delta(self) -> None:
         parts = {name: array for found in self._next_delta.values() for name, array in found.items()}
         if any(array.size for array in parts.values()):
-            self.delta = {name: array.astype(np.float32) for name, array in parts.items()}
+            self.delta = parts
 
 
 def _padded(array: Array, rank: int, axis: int) -> Array:

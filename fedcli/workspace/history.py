@@ -138,9 +138,13 @@ class Round:
 
     def base_delta(self) -> "dict[str, Array] | None":
         """Return the frozen second adapter, float32; None where there is none, IntegrityError where it is damaged."""
-        if (tensors := self.manifest.delta_tensors) and BASE_DELTA_NAME in self.manifest.files:
-            return self.arrays(BASE_DELTA_NAME, tensors)
-        return None
+        tensors = self.manifest.delta_tensors
+        if bool(tensors) != (BASE_DELTA_NAME in self.manifest.files):
+            problem = (
+                "tells the rank of base_delta/, and does not list it" if tensors else "lists base_delta/, not its rank"
+            )
+            raise IntegrityError(f"{self.folder / MANIFEST} is damaged: it {problem}", hint=_RESTORE)
+        return self.arrays(BASE_DELTA_NAME, tensors) if tensors else None
 
     def beside(self) -> "dict[str, dict[str, Array]]":
         """Return what stands frozen beside the adapter in training, by name."""
