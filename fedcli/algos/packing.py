@@ -20,7 +20,7 @@ PackingName = Literal["int8", "top_k"]
 BLOCK = 64
 """Numbers that have one scale."""
 PIECE = 2**14
-"""Numbers that the largest are chosen of; parts of a tensor begin at multiples of it."""
+"""Numbers of a tensor that are read again, and checked, at once; of so many the largest are sent."""
 LARGEST_SCALE = 2.0**32
 _INT8 = 127
 

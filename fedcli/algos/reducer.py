@@ -13,11 +13,10 @@ from typing import ClassVar, TypeAlias
 import numpy as np
 
 from fedcli.algos.arrays import Array, Arrays
+from fedcli.algos.packing import PIECE as PIECE
 
 BLOCK = 2**15
 """Numbers that are added at once: a quarter of a megabyte in float64."""
-PIECE = 2**14
-"""Numbers of a tensor that are read again, and checked, at once."""
 _MOST_STACKED = 2**23
 """Numbers of all updates together that are in memory at once when updates are read again, if a piece of each fits."""
 

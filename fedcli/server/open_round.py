@@ -132,7 +132,7 @@ def _manifest(
         update_files=[ADAPTER_FILE, *algorithm.update_files],
         update_tensors=_update_tensors(config, algorithm, number, start),
         share=config.aggregation.shared_factor,
-        encoding=encoding_record(config.aggregation) if draws else None,
+        encoding=encoding_record(config.aggregation) if is_open else None,
         model=start.model,
         train=train or train_record(config, number, rounds, date=start.date),
         files={name: file_entry(contents) for name, contents in start.files.items()},

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from fedcli.workspace.tensors import (
 
 Draw = Callable[[str], np.random.Generator]
 """Returns the stream that rounds a tensor's numbers, by its name."""
+PACKED_NAME = "packed"
+"""The one tensor of a file of packed differences: headers that name each would weigh more than small tensors do."""
 _LARGEST_F16 = 65504.0
 
 
@@ -38,11 +41,10 @@ def server_draw(manifest: Manifest) -> Draw:
 
 def encode_differences(differences: Arrays, encoding: EncodingRecord, draw: Draw) -> bytes:
     """Return a safetensors file of float32 differences."""
-    schema = {name: array.shape for name, array in differences.items()}
-    contents = {name: _packed(differences[name], encoding, draw(name)) for name in sorted(schema)}
-    packing = packing_of(encoding.name, encoding.top_k)
-    shapes = schema if packing is None else {name: (len(data),) for name, data in contents.items()}
-    return file_of(shapes, {"f16": "F16", "bf16": "BF16"}.get(encoding.name, PACKED[0]), [*contents.values()])
+    parts = [_packed(differences[name], encoding, draw(name)) for name in sorted(differences)]
+    if packing_of(encoding.name, encoding.top_k) is None:
+        return file_of({name: array.shape for name, array in differences.items()}, encoding.name.upper(), parts)
+    return file_of({PACKED_NAME: (sum(map(len, parts)),)}, PACKED[0], parts)
 
 
 def decode_differences(data: bytes, schema: Mapping[str, TensorEntry], encoding: EncodingRecord) -> dict[str, Array]:
@@ -64,10 +66,12 @@ def locate_differences(
     packing = None if encoding is None else packing_of(encoding.name, encoding.top_k)
     if encoding is None or packing is None:
         return locate(data, schema, num_bytes, FLOATS if encoding is None else (encoding.name.upper(),))
-    counts = {name: math.prod(entry.shape) for name, entry in schema.items()}
-    packed = {name: TensorEntry(shape=(packing.num_bytes(count),), dtype="F32") for name, count in counts.items()}
-    spans = locate(data, packed, num_bytes, PACKED)
-    return {name: span._replace(size=counts[name], packing=packing) for name, span in spans.items()}
+    counts = {name: math.prod(schema[name].shape) for name in sorted(schema)}
+    sizes = [packing.num_bytes(count) for count in counts.values()]
+    whole = locate(data, {PACKED_NAME: TensorEntry(shape=(sum(sizes),), dtype="F32")}, num_bytes, PACKED)[PACKED_NAME]
+    ends = [*accumulate(sizes, initial=whole.start)]
+    places = zip(counts.items(), pairwise(ends), strict=True)
+    return {name: Span(whole.dtype, start, end, count, packing) for (name, count), (start, end) in places}
 
 
 def differences_size(schema: Mapping[str, TensorEntry], encoding: EncodingRecord) -> int:
@@ -77,8 +81,8 @@ def differences_size(schema: Mapping[str, TensorEntry], encoding: EncodingRecord
     if packing is None:
         shapes = {name: entry.shape for name, entry in schema.items()}
         return header_bytes(shapes, encoding.name.upper()) + 2 * sum(counts.values())
-    sizes = {name: packing.num_bytes(count) for name, count in counts.items()}
-    return header_bytes({name: (size,) for name, size in sizes.items()}, PACKED[0]) + sum(sizes.values())
+    size = sum(map(packing.num_bytes, counts.values()))
+    return header_bytes({PACKED_NAME: (size,)}, PACKED[0]) + size
 
 
 def numbers_sent(schema: Mapping[str, TensorEntry], encoding: EncodingRecord | None) -> int:
