@@ -24,6 +24,7 @@ from fedcli.model.likelihood import IGNORED, supervised_logits
 from fedcli.model.lora import AdaptedModel, start_adapter
 from fedcli.tasks import SFT
 from fedcli.tasks.conversation import Example, instruct
+from fedcli.training.moments import Moments
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.training.trainer import fit
 
@@ -336,3 +337,24 @@ def test_a_fresh_adapter_changes_nothing_and_follows_its_seed() -> None:
             assert not np.array_equal(array, other[name])
             bound = 1 / np.sqrt(array.shape[1])  # kaiming_uniform_(a=sqrt(5)), as in PEFT
             assert 0.9 * bound < abs(array).max() <= bound
+
+
+def test_adamw_goes_on_from_kept_moments_as_if_it_had_not_stopped(adapted, encoded, start):
+    whole, moments = train(adapted, start, encoded[:16])[1], Moments()
+    settings = TrainSettings(
+        batch_size=8,
+        micro_batch_size=8,
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        seed=0,
+    )
+    values = start
+    for rows in (encoded[:8], encoded[8:16]):
+        adapted.load(values)
+        fit(adapted, rows, SFT, settings, moments=moments, on_step=lambda _: None)
+        values = adapted.values()
+    assert same_bits(values, whole)
+    assert {array.item() for name, array in moments.arrays.items() if name.startswith("steps.")} == {2.0}
+    assert not same_bits(train(adapted, train(adapted, start, encoded[:8])[1], encoded[8:16])[1], whole)

@@ -1,21 +1,31 @@
 """Updates of unequal steps, and of earlier rounds: FedNova, FedBuff, time limits and AdamW's moments."""
 
 import json
+import os
+import random
+import shutil
+import signal
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from protocol_client import take_part
+from safetensors.numpy import load_file
 from support.damage import edited
-from support.federation import configure, noisy, read_adapter, read_manifest, read_update
+from support.federation import Stub, configure, noisy, read_adapter, read_manifest, read_update
 from support.federation import restart as reopen
+from support.kills import copies_killed_at_every_call, fork, was_killed
 
-from fedcli import Federation
+from fedcli import Federation, Observer
 from fedcli.algos.unequal import age_factor, factors
 from fedcli.cli import main
 from fedcli.client.draws import first_draw
+from fedcli.client.due import train_client
 from fedcli.config import parse_config
-from fedcli.errors import ConfigError
+from fedcli.errors import ConfigError, FedError
+from fedcli.server.late import late_of
 from fedcli.training.limits import TimeLimit
 from fedcli.workspace.layout import Workspace
 
@@ -258,3 +268,108 @@ def test_a_client_that_its_limit_stops_says_how_many_steps_it_made_and_goes_on_w
     assert [first_draw([*state.past(), state.head], client) for client in range(3)] == [28, 4000, 28 - 16]
     assert main(["status"]) == 0
     assert "steps      0: 7, 1: 1000, 2: 3 (by client, round 0)\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_merge_of_late_updates_killed_at_any_system_call_loses_and_doubles_nothing(open_small, tmp_path):
+    workspace = open_small(*WINDOW)
+
+    def one_round() -> None:
+        for client in (0, 1):
+            answer(workspace, client)
+        merge(workspace)
+
+    late(workspace, 2, 0, one_round)
+    answer(workspace, 0)
+    answer(workspace, 1)
+
+    def merge_it(copy: Path) -> None:
+        Federation.open(copy).server.aggregate()
+
+    undisturbed = Path(shutil.copytree(workspace, tmp_path / "undisturbed"))
+    merge_it(undisturbed)
+    for after in (False, True):
+        for copy in copies_killed_at_every_call(workspace, merge_it, after, stride=3):
+            if not (copy / "rounds/00002").exists():
+                merge_it(copy)
+            assert read_manifest(copy, 2)["aggregation"] == read_manifest(undisturbed, 2)["aggregation"]
+            assert is_clean(copy)
+
+
+class Slow(Stub):
+    """A training that takes a while, so that kills and merges come in between."""
+
+    def train(self, adapter, train, *, party, rule, **others):
+        time.sleep(0.02 * (3 if party.client == 2 else 1))
+        return super().train(adapter, train, party=party, rule=rule, **others)
+
+
+def train_for_ever(workspace: Path, client: int) -> None:
+    while train_client(Federation.open(workspace).state, client, Slow(), observer=Observer()).status != "finished":
+        time.sleep(0.01)
+
+
+def merge_for_ever(workspace: Path) -> None:
+    federation = Federation.open(workspace)
+    while True:
+        try:
+            if federation.server.aggregate().status == "finished":
+                return
+        except FedError:
+            time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_of_an_asynchronous_federation_loses_and_doubles_nothing(open_small):
+    workspace = open_small(*WINDOW, "aggregation.staleness=1000", "federation.rounds=5000")
+    works = [partial(train_for_ever, workspace, client) for client in range(3)] + [partial(merge_for_ever, workspace)]
+    draws, children = random.Random(2026), [fork(work) for work in works]
+    for _ in range(80):
+        time.sleep(draws.uniform(0, 0.4))
+        place = draws.randrange(4)
+        os.kill(children[place], signal.SIGKILL)
+        was_killed(children[place])
+        children[place] = fork(works[place])
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        was_killed(child)
+    found = Federation(Workspace(workspace)).verify()
+    assert (found.violations, found.remarks) == ([], [])
+    assert found.num_recomputed == found.num_rounds - 1 >= 5
+    merged = {number: read_manifest(workspace, number + 1)["aggregation"] for number in range(found.num_rounds - 1)}
+    entries = [(number, entry) for number, merge in merged.items() for entry in merge["counted"]]
+    counted = [(entry.get("base", number), entry["client"]) for number, entry in entries]
+    assert any("base" in entry for _, entry in entries)
+    assert len(counted) == len(set(counted))
+    sent = {(int(path.name[6:]), int(path.parent.name)) for path in (workspace / "inbox").glob("*/round-*")}
+    assert {*counted} <= sent
+    state = Federation.open(workspace).state
+    waiting = {(base.number, client) for base, client in late_of(state)[0]}
+    waiting |= {(state.head.number, client) for client in range(3) if state.head.has_update(client)}
+    assert sent - {*counted} == waiting
+    assert {client for _, client in counted} == {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_clients_keep_adamws_moments_from_counted_round_to_counted_round(open_small):
+    workspace = open_small("train.keep_optimizer=true", "federation.rounds=2")
+    assert read_manifest(workspace, 0)["train"]["keep_optimizer"] is True
+    assert main(["run"]) == 0
+    kept = sorted((workspace / "private/0/optimizer").iterdir())
+    steps = [{array.item() for name, array in load_file(path).items() if name.startswith("steps.")} for path in kept]
+    assert steps[-1] == {4}
+    assert is_clean(workspace)
+    kept[-1].write_bytes(kept[-1].read_bytes()[:-1])
+    assert main(["verify"]) == 7
+
+
+@pytest.mark.slow
+def test_a_real_client_stops_at_its_limit_and_its_update_counts(open_small, capsys):
+    workspace = open_small("train.steps={max: 5000, minutes: 0.01}", "federation.rounds=1")
+    assert main(["run"]) == 0
+    made = {entry["client"]: entry["steps"] for entry in read_manifest(workspace, 1)["aggregation"]["counted"]}
+    assert made.keys() == {0, 1, 2}
+    assert all(1 <= steps < 5000 for steps in made.values())
+    record = json.loads((workspace / "inbox/0/round-00000/update.json").read_bytes())
+    assert record["steps"] == made[0]
+    assert is_clean(workspace)

@@ -8,14 +8,14 @@ from fedcli.quantities import name_clients, plural
 from fedcli.workspace.arriving import arriving
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
-from fedcli.workspace.window import Sent, earlier_bases, late_updates, times_counted
+from fedcli.workspace.window import Sent, earlier_bases, late_updates, times_counted, window_of
 
 
 def late_of(federation: FederationState) -> tuple[list[Sent], dict[int, int] | None]:
     """Return the whole updates of earlier rounds that may count now, and how many of each client still may."""
-    head, past, config = federation.head, federation.past(), federation.config
-    rounds = [*past, head]
-    sent = late_updates(earlier_bases(head, past), rounds)
+    head, config = federation.head, federation.config
+    rounds = [*window_of(head), head]
+    sent = late_updates(earlier_bases(head, rounds), rounds)
     late = [(base, client) for base, client in sent if not arriving(base, [client], is_quick=True)]
     return late, allowance(config, head, rounds)
 

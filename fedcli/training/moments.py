@@ -38,5 +38,7 @@ class Moments:
         for name, parameter in parameters.items():
             if state := optimizer.state.get(parameter):
                 for prefix, key in _NAMES.items():
-                    kept[prefix + name] = state[key].detach().float().cpu().numpy().copy()
+                    kept[prefix + name] = (
+                        state[key].detach().float().cpu().reshape(state[key].shape or 1).numpy().copy()
+                    )
         self.arrays = kept

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from fedcli.workspace.history import Round
+from fedcli.workspace.history import Round, read_past
 from fedcli.workspace.layout import ADAPTER_NAME
 from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 
@@ -22,14 +22,26 @@ def window_start(head: Round) -> int:
     return max(0, head.number - (head.manifest.staleness or 0))
 
 
+def window_of(head: Round) -> list[Round]:
+    """Return the earlier rounds that lie in a round's window, the oldest first, whether or not they may count."""
+    found: list[Round] = []
+    following = head
+    while following.number > window_start(head):
+        following = read_past(head.workspace, following.number - 1, digest=following.manifest.parent)
+        found.append(following)
+    return found[::-1]
+
+
 def earlier_bases(head: Round, past: Sequence[Round]) -> list[Round]:
     """Return the earlier rounds whose updates may still count in the open round's merge, the oldest first.
 
     Left out is what clients sent otherwise (other files, other tensors), and what `gc` has removed.
     """
     manifest, found = head.manifest, []
-    for earlier in past[window_start(head) : head.number]:
+    for earlier in past:
         before = earlier.manifest
+        if not window_start(head) <= earlier.number < head.number:
+            continue
         is_alike = (before.update_files, before.update_tensors) == (manifest.update_files, manifest.update_tensors)
         if (
             is_alike
