@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed"),
 ]
 PARTIES = range(3)
-STRIDE = int(os.environ.get("FEDCLI_KILL_STRIDE", "1"))
+STRIDE = int(os.environ.get("FEDCLI_KILL_STRIDE", "3"))
+"""Every so many changes of rsync, and of fedcli five times so many; 1 takes all of both, which takes half an hour."""
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,10 @@ def sweep(workspace: Path) -> None:
     Federation.open(workspace).gc()
 
 
+def discard(workspace: Path) -> None:
+    assert Federation.open(workspace).server.discard(1)
+
+
 def answer(mirror: Mirror, *clients: int) -> None:
     for client in clients or PARTIES:
         assert not mirror.at("party", partial(train, client=client))
@@ -91,10 +96,9 @@ def ends(mirror: Mirror) -> list[dict]:
 
 
 def check(mirror: Mirror, undisturbed: Mirror) -> None:
-    """All is as undisturbed: the same rounds of the same updates; nothing is left that `gc` does not take but rsync's."""
+    """All is as undisturbed: the same rounds of the same updates, and no name more but what rsync leaves."""
     assert ends(mirror) == ends(undisturbed)
     for side, folder in (("server", mirror.server), ("party", mirror.party)):
-        assert not mirror.at(side, sweep)
         assert left(folder) == left(undisturbed.folder / side / "W")
         with at(mirror.folder / side / "home"):
             found = Federation.open(folder).verify()
@@ -135,8 +139,7 @@ def go_on(mirror: Mirror) -> None:
 
 def copies_killed(start: Path, way: str, direction: str) -> Iterator[Mirror]:
     """Yield mirrors whose rsync was killed before its 1st, 2nd, ... change, until it comes to its end."""
-    stride = STRIDE if way == "whole files" else 2 * STRIDE
-    for position in itertools.count(1, stride):
+    for position in itertools.count(1 + [*WAYS].index(way) % STRIDE, STRIDE):
         mirror = fresh(start, way)
         if getattr(mirror, direction)(position):
             assert position > 17
@@ -160,28 +163,52 @@ def test_a_round_whose_copying_is_killed_at_any_change_is_answered_once(merged, 
         check(mirror, goal)
 
 
+def nothing_done(mirror: Mirror) -> None:
+    """Parties 0 and 2 have answered, and party 1 has not."""
+    answer(mirror, 0, 2)
+    mirror.both()
+
+
 KILLED = {
-    "train": ("answered but 1", "party", partial(train, client=1)),
-    "aggregate": ("carried", "server", aggregate),
+    "train": ("enrolled", [nothing_done], "party", partial(train, client=1)),
+    "aggregate": ("answered", [Mirror.both], "server", aggregate),
 }
+"""Commands: from where, after which steps, at which side, and what they do."""
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("command", KILLED)
-def test_a_command_killed_at_any_change_of_which_rsync_carries_what_it_left(answered, enrolled, goal, command, after):
-    if command == "train":
-        start = reached(enrolled, f"two {after}", lambda mirror: answer(mirror, 0, 2), Mirror.both)
-    else:
-        start = reached(answered, f"three {after}", Mirror.both)
-    _, side, work = KILLED[command]
+def test_rsync_may_carry_what_a_command_left_that_was_killed_at_any_call(request, goal, command, after):
+    """What was half-written has its host in its name, and goes with `gc` wherever rsync has brought it."""
+    fixture, steps, side, work = KILLED[command]
+    start = reached(request.getfixturevalue(fixture), f"before {command}", *steps)
     ways = itertools.cycle(WAYS)
-    for position in itertools.count(1, 7 * STRIDE):
+    for position in itertools.count(1, 1 if STRIDE == 1 else 5 * STRIDE):
         mirror = fresh(start, next(ways))
         if not mirror.at(side, work, position, after=after):
-            assert position > 40
+            assert position > 60
             return
         mirror.both()
         mirror.at("server", aggregate)
         answer(mirror, 1)
         go_on(mirror)
+        mirror.at("server", sweep)
+        mirror.at("party", sweep)
         check(mirror, goal)
+
+
+def test_rsync_brings_back_what_the_server_alone_has_discarded_and_not_what_both_have(answered):
+    mirror = fresh(reached(answered, "carried", Mirror.both), "whole files")
+    update = mirror.server / "inbox/1/round-00000"
+    assert not mirror.at("server", discard)
+    assert not update.exists()
+    mirror.both()
+    assert update.exists()
+    for side in ("party", "server"):
+        assert not mirror.at(side, discard)
+    mirror.both()
+    assert not update.exists()
+    answer(mirror, 1)
+    mirror.both()
+    merge(mirror)
+    assert ends(mirror)[1]["counted"] == [0, 1, 2]
