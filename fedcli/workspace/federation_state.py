@@ -148,8 +148,7 @@ def config_text(workspace: Workspace) -> str:
 def train_record(config: Config, number: int, rounds: int, *, date: str | None = None) -> TrainRecord:
     """Return what a client must obey in a round, as fedcli.yaml has it now; `date` is the federation's."""
     train = config.train
-    unused = {*get_args(Hyperparameter)} - {*TASKS[config.task].hyperparameters}
-    shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - unused
+    shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - {*get_args(Hyperparameter)}
     schedule = Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds)
     own = {
         "learning_rate": train.learning_rate_of(number, rounds),
@@ -158,7 +157,8 @@ def train_record(config: Config, number: int, rounds: int, *, date: str | None =
         "date": date,
         "seed": config.federation.seed,
     }
-    return TrainRecord(**{name: getattr(train, name) for name in shared} | own)
+    hyperparameters: dict[str, Any] = {**TASKS[config.task].hyperparameters_of(train)}
+    return TrainRecord(**{name: getattr(train, name) for name in shared} | own | hyperparameters)
 
 
 def _checked_config(workspace: Workspace, identity: Identity | None) -> Config:

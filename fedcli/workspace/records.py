@@ -19,6 +19,7 @@ from pydantic import (
 from fedcli.config import Quantization, TaskName, TemplateChoice
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
+from fedcli.tasks.task import USUAL
 from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
 from fedcli.workspace.record import Finite as Finite
@@ -98,7 +99,12 @@ class TrainRecord(Record):
     weight_decay: Annotated[Finite, Field(ge=0)]
     max_grad_norm: Annotated[Finite, Field(gt=0)]
     beta: Finite | None = None
-    """Of DPO; None for other tasks."""
+    """A hyperparameter of the task, as those that follow; None where the task has none."""
+    gamma: Finite | None = None
+    """Not written where it is None, as those that follow."""
+    lambda_odds: Finite | None = None
+    lambda_desirable: Finite | None = None
+    lambda_undesirable: Finite | None = None
     gradient_checkpointing: bool = False
     template: TemplateChoice
     date: Annotated[str, Field(max_length=10)] | None = None
@@ -115,7 +121,8 @@ class TrainRecord(Record):
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "date" or value is not None}
+        optional = ("date", *({*USUAL} - {"beta"}))
+        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 class CountedUpdate(Record):
