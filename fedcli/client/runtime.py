@@ -184,7 +184,8 @@ class Runtime:
                 count = train.steps * train.batch_size
                 usable = self._told_rows(party, train)
                 order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
-                losses = self._fit(adapter, [usable[index] for index in order], settings, party, rule, stepped)
+                drawn = [usable[index] for index in order]
+                losses = self._fit(adapter, drawn, train.max_length, settings, party, rule, stepped)
             else:
                 assert party is not None
                 losses = self._fit_privately(adapter, train, settings, private, party, rule, stepped)
@@ -215,6 +216,7 @@ class Runtime:
         self,
         adapter: Arrays,
         rows: "list[EncodedRow]",
+        max_length: int,
         settings: TrainSettings,
         party: Party | None,
         rule: ClientRule | None,
@@ -225,12 +227,13 @@ class Runtime:
         count = len(rows)
         if self._task.batch_rows is not None:
             for start in range(0, count, settings.batch_size):
-                rows += self._task.batch_rows(rows[start : start + settings.batch_size])
+                others = self._task.batch_rows(rows[start : start + settings.batch_size])
+                rows += [other.cut(max_length) for other in others]
         if self._task.uses_reference:
             rows = self._with_reference(rows, self._federation.workspace.pooled_home if party is None else party.home)
         self.adapted.load(adapter)
-        drawn, others = rows[:count], rows[count:]
-        return fit(self.adapted, drawn, self._task, settings, batch_rows=others, rule=rule, on_step=on_step)
+        drawn, beside = rows[:count], rows[count:]
+        return fit(self.adapted, drawn, self._task, settings, batch_rows=beside, rule=rule, on_step=on_step)
 
     def _fit_privately(
         self,

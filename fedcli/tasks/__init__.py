@@ -17,8 +17,18 @@ from fedcli.tasks.simpo import SIMPO
 from fedcli.tasks.task import Hyperparameter, Likelihood, Task
 
 __all__ = [
-    *("DPO", "KTO", "ORPO", "SFT", "SIMPO"),
-    *("FORMATS", "TASKS", "Format", "Likelihood", "Task", "first_task", "formats_of"),
+    "DPO",
+    "FORMATS",
+    "KTO",
+    "ORPO",
+    "SFT",
+    "SIMPO",
+    "TASKS",
+    "Format",
+    "Likelihood",
+    "Task",
+    "first_task",
+    "formats_of",
 ]
 
 

@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 
 
 def mismatched(batch: Sequence[Any]) -> list[Any]:
-    """Return each row's prompt with the next row's response, cut at the longer of the two rows."""
+    """Return each row's prompt with the next row's response, equation 8's pairs (x_i, y_i+1)."""
     import numpy as np
 
     rows = []
     for row, other in zip(batch, (*batch[1:], batch[0]), strict=True):
         (asks,), (answers,) = row.sides, other.sides
-        length = max(len(asks.ids), len(answers.ids))
         joined = (
-            np.concatenate([ask[: asks.prompt_length], answer[answers.prompt_length :]])[:length]
+            np.concatenate([ask[: asks.prompt_length], answer[answers.prompt_length :]])
             for ask, answer in ((asks.ids, answers.ids), (asks.supervised, answers.supervised))
         )
         rows.append(replace(row, sides=(type(asks)(*joined),)))

@@ -70,7 +70,8 @@ class Task:
     batch_rows: Callable[[Sequence[Any]], Sequence[Any]] | None = None
     """batch_rows(a batch) makes as many other rows of it, whose likelihood `batch_terms` gets instead of the batch's.
 
-    A row is a `fedcli.data.encoded.EncodedRow`: KTO joins each prompt with the response of another row.
+    A row is a `fedcli.data.encoded.EncodedRow`: KTO joins each prompt with the response of another row. What is longer
+    than train.max_length is cut.
     """
     fewest_rows: int = 1
     """The rows that a batch must have at least: two, where one row is compared with another."""
