@@ -149,7 +149,7 @@ def test_loss_and_gradients_of_kto_are_those_of_trls_trainer(
     judged = [
         Judged(pair.prompt, pair.chosen if label else pair.rejected, label) for label in kept for pair in preferences
     ]
-    start, reference = noisy_adapter(1), noisy_adapter(2)
+    start, reference = noisy_adapter(2), noisy_adapter(1)
     weights = {"lambda_desirable": 1.3, "lambda_undesirable": 0.7}
     # trl joins a prompt with the response before it, equation 8 with the one after it: the other way round it is one
     rows: list[EncodedRow] = list(Encoder(adapted.tokenizer).encode(judged[::-1], 512))

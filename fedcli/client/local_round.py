@@ -10,6 +10,7 @@ from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
 from fedcli.config import algorithm_from
+from fedcli.data.row_report import RowReport
 from fedcli.observer import Observer
 from fedcli.parties.party import Party
 from fedcli.tasks import TASKS
@@ -94,6 +95,10 @@ def train_and_drop(
     runtime = runtimes.load(party, observer)
     rows = runtime.rows(party, manifest.train, group_by=None if privacy is None else privacy.group_by)
     private = None if privacy is None else plan_private(party, head, past, rows)
+    start = algorithm.start(adapter, own)
+    selection = runtime.select(party, manifest.train, start)
+    if selection is not None:
+        party.check_selected(manifest, selection.num_own)
     head.check_unchanged()
     if private is not None:
         from fedcli.training.dp_sgd import check_task
@@ -109,7 +114,7 @@ def train_and_drop(
         observer.step_done(client, replace(report, loss=None) if manifest.withholds else report)  # it may go into a log
 
     values, losses = runtime.train(
-        algorithm.start(adapter, own),
+        start,
         manifest.train,
         party=party,
         round_number=head.number,
@@ -118,8 +123,11 @@ def train_and_drop(
         on_step=count,
         private=private,
     )
+    report = RowReport()
+    for each in (rows, *(() if selection is None else (selection.report,))):
+        report.include(each)
     training = Training(
-        num_samples=rows.num_own,
+        num_samples=rows.num_own if selection is None else selection.num_own,
         num_truncated=rows.num_truncated,
         losses=losses,
         seconds=time.monotonic() - started,
@@ -127,7 +135,7 @@ def train_and_drop(
         steps=manifest.train.steps,
         spent=None if private is None else private.claim,
         withholds=manifest.withholds,
-        **rows.counts() | ({} if party.is_handwritten else {"unused": {}}),
+        **report.counts() | ({} if party.is_handwritten else {"unused": {}}),
     )
     sent, kept = algorithm.client_step(
         adapter, values, state, own, steps=training.steps, learning_rate=manifest.train.learning_rate
@@ -144,6 +152,7 @@ def train_and_drop(
         name: encode({tensor: arrays[tensor] for tensor in manifest.sent_tensors})
         for name, arrays in ({ADAPTER_FILE: values} | sent).items()
     }
+    tells_scores = party.shares_scores and not manifest.withholds
     update = UpdateRecord(
         protocol=PROTOCOL,
         workspace=manifest.workspace,
@@ -156,6 +165,7 @@ def train_and_drop(
         files={name: file_entry(contents) for name, contents in files.items()},
         privacy=training.spent,
         salt=os.urandom(32).hex() if manifest.withholds else None,
+        row_scores=selection.table if selection is not None and tells_scores else None,
     )
     record = sealed(update)
     if algorithm.private_state:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from fedcli.config.section import Count, Section
+from fedcli.config.select import SelectConfig
 from fedcli.errors import did_you_mean
 from fedcli.plugins import Registry
 from fedcli.tasks import FORMATS, TASKS, first_task, formats_of
@@ -247,6 +248,7 @@ class DataConfig(Section):
     partition: Partition = "iid"
     min_rows: Count = 1
     max_rows: Count | None = None
+    select: SelectConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -15,6 +15,7 @@ from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.data import DataConfig, TaskName, check_format
 from fedcli.config.privacy import PrivacyConfig
 from fedcli.config.section import Count, Section
+from fedcli.config.select import selection_fault
 from fedcli.config.slurm import SlurmConfig
 from fedcli.tasks import TASKS
 from fedcli.tasks.task import USUAL
@@ -276,6 +277,10 @@ class Config(Section):
                 f"task {task.name} and privacy.unit {self.privacy.unit} exclude each other: its loss has terms of a "
                 "whole batch, and DP-SGD bounds each row's gradient by itself"
             )
+
+        select = self.data.select
+        if select is not None and (fault := selection_fault(select, task, self.privacy.unit, "data.select")):
+            raise ValueError(fault)
 
     def _check_region(self) -> None:
         """Raise ValueError where a region would send up anything else than the mean of its updates by rows."""

@@ -155,9 +155,10 @@ def train_record(config: Config, number: int, rounds: int, *, date: str | None =
         "schedule": schedule,
         "template": config.data.template,
         "date": date,
+        "select": config.data.select,
         "seed": config.federation.seed,
     }
-    hyperparameters: dict[str, Any] = {**TASKS[config.task].hyperparameters_of(train)}
+    hyperparameters: dict[str, Any] = dict(TASKS[config.task].hyperparameters_of(train).items())
     return TrainRecord(**{name: getattr(train, name) for name in shared} | own | hyperparameters)
 
 

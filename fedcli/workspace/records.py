@@ -16,8 +16,9 @@ from pydantic import (
     model_validator,
 )
 
-from fedcli.config import Quantization, TaskName, TemplateChoice
+from fedcli.config import Quantization, ScoreName, SelectConfig, TaskName, TemplateChoice
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
+from fedcli.config.select import RANGES
 from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.tasks.task import USUAL
 from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
@@ -105,6 +106,8 @@ class TrainRecord(Record):
     lambda_odds: Finite | None = None
     lambda_desirable: Finite | None = None
     lambda_undesirable: Finite | None = None
+    select: SelectConfig | None = None
+    """Which rows a client is to train on, by scores that it keeps to itself; None, and not written: on all."""
     gradient_checkpointing: bool = False
     template: TemplateChoice
     date: Annotated[str, Field(max_length=10)] | None = None
@@ -121,7 +124,7 @@ class TrainRecord(Record):
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("date", *({*USUAL} - {"beta"}))
+        optional = ("date", "select", *({*USUAL} - {"beta"}))
         return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
@@ -324,6 +327,21 @@ class PrunedRecord(Record):
     files: dict[str, FileEntry]
 
 
+class RowScores(Record):
+    """update.json's row_scores: how many of a client's rows have which score, in equal bins from low to high."""
+
+    score: str
+    low: Finite
+    high: Finite
+    counts: list[Natural]
+
+    @classmethod
+    def of(cls, score: ScoreName, counts: list[int]) -> "RowScores":
+        """Return the record of a histogram."""
+        low, high = RANGES[score]
+        return cls(score=score, low=low, high=high, counts=counts)
+
+
 class UpdateRecord(Record):
     """update.json: what a client says of its update."""
 
@@ -345,10 +363,12 @@ class UpdateRecord(Record):
     """
     relay: RelayedRound | None = None
     """Of a region, whose adapter this is; None, and not written, of other clients."""
+    row_scores: RowScores | None = None
+    """What the client's rows were selected by; None, and not written, where their party does not tell."""
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("privacy", "salt", "relay")
+        optional = ("privacy", "salt", "relay", "row_scores")
         return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 

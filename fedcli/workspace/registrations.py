@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from fedcli.config import DataFormat
+from fedcli.config import DataFormat, SelectConfig
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
 from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.floors import USUAL_FLOORS, Floors
@@ -86,13 +86,17 @@ class PartyRecord(Record):
     floors: Floors = USUAL_FLOORS
     num_rows: Natural | None = None
     """What its registration does not tell, where privacy has a unit; None, and not written, where it tells it."""
+    select: SelectConfig | Literal["off"] | None = None
+    """Which of its rows it trains on, whatever a round asks for; None, and not written: as the round asks."""
+    shares_scores: bool = False
+    """Whether its updates tell how many rows have which score; not written where they do not."""
     region: RegionRecord | None = None
     """None, and not written, of a party that holds its rows itself."""
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("num_rows", "region")
-        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
+        optional = ("num_rows", "region", "select", "shares_scores")
+        return {key: value for key, value in write(self).items() if key not in optional or value not in (None, False)}
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:
