@@ -389,3 +389,25 @@ def test_the_presets_train_and_raise_the_accuracy_of_preferences(run: Run, tmp_p
     assert last > base + 0.05
     assert math.isfinite(last)
     assert np.isfinite(base)
+
+
+# Scores of a user's own verdicts
+
+
+def test_verdicts_are_scored_by_how_much_likelier_the_good_ones_are(run: Run, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Say it.", "completion": text, "label": label}
+        for text, label in (("green", True), ("red", True), ("yellow", False))
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results(run, "init", tmp_path / "w", *settings("data.source=null", "federation.signatures=off"))
+    asked = ("eval", "rows", "-w", tmp_path / "w", "--base", "--data", data)
+    (score,) = results(run, *asked)["scores"]
+    items = [json.loads(line) for line in (tmp_path / "w/eval/base/rows.jsonl").read_text().splitlines()]
+    said = [item["log_prob"] for item in items if "log_prob" in item]
+    assert score["scores"]["verdict_margin"]["value"] == pytest.approx((said[0] + said[1]) / 2 - said[2])
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    code, _, err = run(*asked)
+    assert code == 3
+    assert "all its verdicts are good, and a score compares good responses with bad ones" in err

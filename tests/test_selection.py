@@ -103,7 +103,7 @@ def test_what_is_dropped_is_counted_with_the_worst_as_an_example_and_canaries_st
     assert (found.places, found.num_own) == ([2, 3, 4, 5], 2)
     assert dict(found.report.left_out) == {"ira too low": 2}
     assert found.report.first_cases == {"ira too low": "'red' has 0.1, and 0.6 or more is kept"}
-    with pytest.raises(ConfigError, match="data.select keeps none of 4 rows"):
+    with pytest.raises(ConfigError, match=r"data\.select keeps none of 4 rows"):
         select_rows(rows, SelectConfig(score="ifd"), [Losses(2.0, 1.0, 3)] * 6, lambda row: "red")
 
 
