@@ -77,8 +77,8 @@ def _read(path: Path, opener: Opener | None, limit: int | None) -> tuple[list[It
     rows = read_rows(path, opener)[:limit]
     error = None
     for task in ("sft", "dpo", "kto"):
-        reader = RowReader(guess_format(str(path), None, task, rows, "the name of the columns").format)
         try:
+            reader = RowReader(guess_format(str(path), None, task, rows, "the name of the columns").format)
             items = [item for _, item in reader.read(rows)]
             reader.require_rows(path)
         except ConfigError as found:
