@@ -437,12 +437,15 @@ class Client:
         share: Literal["full", "minimal"] | None = None,
         server: str | None = None,
         floors: Sequence[str] = (),
+        select: str | None = None,
+        shares_scores: bool | None = None,
         observer: Observer = SILENT,
     ) -> "Joining":
         """Read a party's rows, which stay where they are; `commit()` of what is returned writes the registration.
 
         `server` is the fingerprint that the server must have; None: the one that it has now, or had before. `floors`
-        are the least that a round must ask for, such as "rows=32" (docs/DATA.md).
+        are the least that a round must ask for, such as "rows=32"; `select` is off, or which rows are trained on
+        whatever a round asks; with `shares_scores` updates tell how many rows have which score (docs/DATA.md).
         """
         from fedcli.parties.join import prepare_join
 
@@ -461,6 +464,8 @@ class Client:
             share=share,
             server=server,
             floors=floors,
+            select=select,
+            shares_scores=shares_scores,
             observer=observer,
         )
 

@@ -3,25 +3,23 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.models import TINY, adapter_parameters, farthest, make_config, make_model, preference, sides
+from support.models import farthest, make_model, preference, sides
+from support.oracles import gradients_of, noisy_adapter, one_step_of_trl, refer, train_step
 from support.processes import FEW, Run, fedcli, results, runner, settings
 
-from fedcli.algos import Array, Arrays
 from fedcli.cli import main
 from fedcli.data.demo import demo_preferences
 from fedcli.data.encoded import EncodedRow
 from fedcli.data.encoding import Encoder
 from fedcli.data.templates import alpaca
 from fedcli.model.likelihood import reference_log_probs
-from fedcli.model.lora import AdaptedModel, start_adapter
+from fedcli.model.lora import AdaptedModel
 from fedcli.tasks import DPO, Likelihood
 from fedcli.tasks.conversation import Preference
 from fedcli.training.reports import TrainSettings
@@ -48,52 +46,6 @@ def pairs(adapted: AdaptedModel, preferences: list[Preference]) -> list[EncodedR
     return list(Encoder(adapted.tokenizer).encode(preferences, 512))
 
 
-def noisy_adapter(seed: int) -> dict[str, Array]:
-    """Return an adapter that changes the model."""
-    arrays, _ = start_adapter(TINY, make_config(), seed=seed, trust_remote_code=False)
-    generator = np.random.default_rng(seed)
-    return {
-        name: generator.normal(0, 0.1, array.shape).astype(np.float32) if ".lora_B." in name else array
-        for name, array in arrays.items()
-    }
-
-
-def gradients_of(adapted: AdaptedModel, run: Callable[[], Any]) -> dict[str, torch.Tensor]:
-    """Return the adapter's gradients of the one backward pass that `run` makes, before they are clipped."""
-    gradients: dict[str, torch.Tensor] = {}
-    parameters = {name: p for name, p in adapter_parameters(adapted).items() if ".ref." not in name}  # trl's own
-    hooks = [
-        parameter.register_hook(lambda gradient, name=name: gradients.update({name: gradient.clone()}))
-        for name, parameter in parameters.items()
-    ]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return gradients
-
-
-def train_step(
-    adapted: AdaptedModel, start: Arrays, referred: list[EncodedRow], beta: float
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """Make one step over one batch of all pairs; return its loss and its gradients."""
-    settings = TrainSettings(
-        batch_size=len(referred), micro_batch_size=len(referred), learning_rate=1e-3, weight_decay=0.0,
-        max_grad_norm=1.0, gradient_checkpointing=False, seed=0, hyperparameters={"beta": beta},
-    )  # fmt: skip
-    losses: list[float] = []
-    adapted.load(start)
-    gradients = gradients_of(
-        adapted, lambda: losses.extend(fit(adapted, referred, DPO, settings, on_step=lambda report: None))
-    )
-    return losses[0], gradients
-
-
-def refer(adapted: AdaptedModel, reference: Arrays, pairs: list[EncodedRow]) -> list[EncodedRow]:
-    adapted.load(reference)
-    log_probs = list(reference_log_probs(adapted, pairs))
-    return [replace(pair, reference=found) for pair, found in zip(pairs, log_probs, strict=True)]
-
-
 # The oracle
 
 
@@ -113,7 +65,7 @@ def test_loss_and_gradients_are_those_of_trls_trainer(
     start, reference = noisy_adapter(1), noisy_adapter(2)
     nothing = {name: np.zeros_like(array) for name, array in reference.items()}
     referred = refer(adapted, nothing if reference_is_base else reference, pairs)
-    loss, ours = train_step(adapted, start, referred, 0.1)
+    loss, ours = train_step(adapted, start, referred, DPO, beta=0.1)
     other = make_model()
     other.load(start)
     columns = [
@@ -124,12 +76,8 @@ def test_loss_and_gradients_are_those_of_trls_trainer(
         model=other.model,
         processing_class=other.tokenizer,
         train_dataset=Dataset.from_list(columns),
-        args=DPOConfig(
-            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=len(pairs), max_length=512, beta=0.1,
-            bf16=False, gradient_checkpointing=False, use_cpu=True, dataloader_pin_memory=False, report_to="none",
-            save_strategy="no", logging_steps=1, disable_tqdm=True,
-        ),
-    )  # fmt: skip
+        args=DPOConfig(**one_step_of_trl(len(pairs), tmp_path, beta=0.1)),
+    )
     if reference_is_base:
         trainer.model.delete_adapter("ref")  # trl's own reference would be a copy of the start
     else:
@@ -154,7 +102,7 @@ def test_beta_scales_the_margin_in_the_loss(adapted: AdaptedModel, pairs: list[E
     ]
     assert max(map(abs, margins)) > 0.1
     expected = sum(math.log1p(math.exp(-beta * margin)) for margin in margins) / len(margins)
-    assert train_step(adapted, start, referred, beta)[0] == pytest.approx(expected, rel=1e-5)
+    assert train_step(adapted, start, referred, DPO, beta=beta)[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_pairs_reference_does_not_depend_on_its_neighbours(adapted: AdaptedModel, pairs: list[EncodedRow]) -> None:

@@ -115,7 +115,7 @@ def test_names_of_a_package_are_known_while_it_is_installed(plugin: dict[str, st
     assert "whose formats are preference, ultrafeedback, ultrafeedback-binarized, hh-rlhf" in wrong.stderr
     without = fedcli("init", *settings("task=dpo-norm"), cwd=tmp_path)
     assert without.returncode == 3
-    assert "task: unknown task 'dpo-norm'. Known: dpo, sft." in without.stderr
+    assert "task: unknown task 'dpo-norm'. Known: dpo, kto, orpo, sft, simpo." in without.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,12 +132,17 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_kto_of_a_package_is_trained_as_its_formula_says(judged: Path, tmp_path: Path) -> None:
-    points = {"fedcli.tasks": {"kto": "kto_walk:KTO"}, "fedcli.formats": {"unpaired-preference": "kto_walk:UNPAIRED"}}
+def test_a_kto_of_a_package_is_trained_as_its_formula_says(judged: Path, tmp_path: Path) -> None:
+    points = {
+        "fedcli.tasks": {"kto-plain": "kto_walk:KTO_PLAIN"},
+        "fedcli.formats": {"plain-verdicts": "kto_walk:PLAIN"},
+    }
     environment = python_path(install(tmp_path / "package", "kto-walk", KTO_FILE.read_text(), points))
     workspace = tmp_path / "workspace"
     one = ("train.steps=1", "train.batch_size=8", "train.micro_batch_size=4", "train.learning_rate=0.01")
-    overrides = settings(*SMALL, *one, f"train.beta={BETA}", "task=kto", f"data.source={judged}", "data.partition=iid")
+    overrides = settings(
+        *SMALL, *one, f"train.beta={BETA}", "task=kto-plain", f"data.source={judged}", "data.partition=iid"
+    )
     answer("init", workspace, *overrides, cwd=tmp_path, **environment)
     assert json.loads((workspace / "data/card.json").read_text())["left_out"] == {"malformed": 1}
     assert answer("run", "-w", workspace, cwd=tmp_path, **environment)["state"] == "finished"
@@ -177,21 +182,23 @@ def test_kto_of_a_package_is_trained_as_its_formula_says(judged: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_kto_in_fedcli_would_be_a_file_and_its_object(judged: Path, tmp_path: Path) -> None:
+def test_that_kto_in_fedcli_would_be_a_file_and_its_object(judged: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "fedcli", tmp_path / "site/fedcli", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "workspace_template", tmp_path / "site/workspace_template")
     names = tmp_path / "site/fedcli/tasks/__init__.py"
-    source = names.read_text().replace("(SFT, DPO)", "(SFT, DPO, KTO)", 1)
-    names.write_text(source.replace("from fedcli.tasks.sft", "from fedcli.tasks.kto import KTO\nfrom fedcli.tasks.sft"))
-    shutil.copy(KTO_FILE, names.with_name("kto.py"))
+    source = names.read_text().replace("(SFT, DPO, ", "(SFT, DPO, KTO_PLAIN, ", 1)
+    names.write_text(
+        source.replace("from fedcli.tasks.sft", "from fedcli.tasks.kto_plain import KTO_PLAIN\nfrom fedcli.tasks.sft")
+    )
+    shutil.copy(KTO_FILE, names.with_name("kto_plain.py"))
     environment = python_path(tmp_path / "site")
     workspace = tmp_path / "workspace"
-    overrides = settings(*SMALL, "task=kto", f"data.source={judged}", "data.partition=iid")
+    overrides = settings(*SMALL, "task=kto-plain", f"data.source={judged}", "data.partition=iid")
     answer("init", workspace, *overrides, cwd=tmp_path, **environment)
     assert answer("client", "train", "--id", 0, "-w", workspace, cwd=tmp_path, **environment)["num_samples"] == 20
-    demo = fedcli("init", tmp_path / "demo", *settings("task=kto"), cwd=tmp_path, **environment)
+    demo = fedcli("init", tmp_path / "demo", *settings("task=kto-plain"), cwd=tmp_path, **environment)
     assert (demo.returncode, demo.stdout) == (3, "")
-    assert "data.source: builtin:demo has no rows for task kto" in demo.stderr
+    assert "data.source: builtin:demo has no rows for task kto-plain" in demo.stderr
 
 
 @pytest.mark.slow
@@ -216,7 +223,7 @@ def test_a_broken_task_or_format_stops_who_asks_for_it_alone(group: str, kind: s
         (DPO, "it is no Task of the name 'other'"),
         (FORMATS["alpaca"], "it is no Task"),
         (print, "it is no Task"),
-        (replace(DPO, name="other", hyperparameters=("gamma",)), "the section train has no gamma"),
+        (replace(DPO, name="other", hyperparameters=("delta",)), "the section train has no delta"),
     ],
 )
 def test_what_an_entry_point_gives_must_be_a_task_of_its_name_and_of_known_keys(loaded: object, fault: str) -> None:

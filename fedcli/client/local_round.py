@@ -16,6 +16,7 @@ from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
 from fedcli.config import algorithm_from
+from fedcli.data.row_report import RowReport
 from fedcli.observer import Observer
 from fedcli.parties.party import Party
 from fedcli.tasks import TASKS
@@ -109,6 +110,10 @@ def train_and_drop(
         head = head.of_cluster(cluster_of(head, party, runtime, federation.config.federation.clients, observer))
         adapter = head.adapter()
     adapter = factors.put_in(adapter, kept)
+    start = algorithm.start(adapter, own)
+    selection = runtime.select(party, manifest.train, start)
+    if selection is not None:
+        party.check_selected(manifest, selection.num_own)
     if private is not None:
         from fedcli.training.dp_sgd import check_task
 
@@ -125,7 +130,7 @@ def train_and_drop(
     moments = _moments(kept) if manifest.train.keep_optimizer else None
     limit, first = _time_limit(party, manifest), first_draw([*past, head], client)
     values, losses = runtime.train(
-        algorithm.start(adapter, own),
+        start,
         manifest.train,
         party=party,
         round_number=head.number,
@@ -140,8 +145,11 @@ def train_and_drop(
     if moments is not None:
         kept[OPTIMIZER] = moments.arrays
     own_adapter = train_own(runtime, party, head, adapter, kept, first_draw=first, on_step=count)
+    report = RowReport()
+    for each in (rows, *(() if selection is None else (selection.report,))):
+        report.include(each)
     training = Training(
-        num_samples=rows.num_own,
+        num_samples=rows.num_own if selection is None else selection.num_own,
         num_truncated=rows.num_truncated,
         losses=losses,
         seconds=time.monotonic() - started,
@@ -149,7 +157,7 @@ def train_and_drop(
         steps=manifest.train.steps if limit is None else len(losses),
         spent=None if private is None else private.claim,
         withholds=manifest.withholds,
-        **rows.counts() | ({} if party.is_handwritten else {"unused": {}}),
+        **report.counts() | ({} if party.is_handwritten else {"unused": {}}),
     )
     sent, own_after = algorithm.client_step(
         adapter, values, state, own, steps=training.steps, learning_rate=manifest.train.learning_rate
@@ -172,6 +180,7 @@ def train_and_drop(
     if manifest.encoding is not None:
         files[ADAPTER_FILE], residual = encode_adapter(head, [*past, head], client, values, kept)
         kept |= residual
+    tells_scores = party.shares_scores and not manifest.withholds
     update = UpdateRecord(
         protocol=PROTOCOL,
         workspace=manifest.workspace,
@@ -187,6 +196,7 @@ def train_and_drop(
         cluster=None if manifest.clusters is None else head.cluster,
         salt=os.urandom(32).hex() if manifest.withholds else None,
         base_delta=manifest.base_delta,
+        row_scores=selection.table if selection is not None and tells_scores else None,
     )
     record = sealed(update)
     remove_old_candidates(party.home, client, [*past, head])

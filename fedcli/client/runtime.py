@@ -38,6 +38,7 @@ from fedcli.workspace.records import TrainRecord
 if TYPE_CHECKING:
     from fedcli.client.private_round import PrivateSteps
     from fedcli.client.runtimes import KeptModel
+    from fedcli.client.selection import Selection
     from fedcli.data.encoded import EncodedRow, EncodedRows
     from fedcli.data.encoding import Encoder
     from fedcli.training.limits import TimeLimit
@@ -92,6 +93,7 @@ class Runtime:
         self._encoders: dict[TemplateChoice, Encoder] = {}
         self._rows: dict[tuple[object, ...], EncodedRows] = {}
         self._start: Round | None = None
+        self._selected: tuple[Arrays | None, object, Selection | None] = (None, None, None)
 
     def encoder(self, template: TemplateChoice) -> "Encoder":
         """Return the encoder of a template with the base model's tokenizer."""
@@ -154,6 +156,28 @@ class Runtime:
             )
         return rows
 
+    def select(self, party: Party | None, train: TrainRecord, adapter: Arrays) -> "Selection | None":
+        """Return which of a party's rows are trained on from an adapter, whose scores of the rows decide; None: all.
+
+        Raises ConfigError where none is left, or where the task or the privacy of the round excludes it.
+        """
+        from fedcli.client.selection import Decoder, losses_of, select_rows, wanted_selection
+
+        manifest = self._federation.head.manifest
+        wanted = wanted_selection(party, train, self._task, manifest)
+        if wanted is None:
+            return None
+        rows = self.rows(party, train)
+        key = (id(rows), len(rows), wanted)
+        if self._selected[0] is not adapter or self._selected[1] != key:
+            home = self._federation.workspace.pooled_home if party is None else party.home
+            precision = "bfloat16" if has_bfloat16() else "float32"
+            model = f"{self._fingerprint} {manifest.model.quantization} {precision}"
+            with _enough_memory():
+                losses = losses_of(rows, wanted, self.adapted, adapter, home, model)
+            self._selected = (adapter, key, select_rows(rows, wanted, losses, Decoder(self.adapted)))
+        return self._selected[2]
+
     def train(
         self,
         adapter: Arrays,
@@ -196,10 +220,14 @@ class Runtime:
         with _enough_memory():
             if private is None:
                 count = train.steps * train.batch_size
-                usable = self._told_rows(party, train)
-                order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
-                drawn = [usable[index] for index in order]
-                losses = self._fit(put_in, drawn, settings, party, rule, stepped, limit=limit, moments=moments)
+                usable, selection = self._told_rows(party, train), self.select(party, train, adapter)
+                places = range(len(usable)) if selection is None else selection.places
+                order = draw(len(places), seed=train.seed, client=stream_client, first=first_draw, count=count)
+                chosen = [places[index] for index in order]
+                drawn = [usable[place] for place in (chosen if selection is None else selection.in_order(chosen))]
+                losses = self._fit(
+                    put_in, drawn, train.max_length, settings, party, rule, stepped, limit=limit, moments=moments
+                )
             else:
                 assert party is not None
                 losses = self._fit_privately(put_in, train, settings, private, party, rule, stepped, moments)
@@ -251,6 +279,7 @@ class Runtime:
         self,
         put_in: Callable[[], None],
         rows: "list[EncodedRow]",
+        max_length: int,
         settings: TrainSettings,
         party: Party | None,
         rule: ClientRule | None,
@@ -262,7 +291,8 @@ class Runtime:
         count = len(rows)
         if self._task.batch_rows is not None:
             for start in range(0, count, settings.batch_size):
-                rows += self._task.batch_rows(rows[start : start + settings.batch_size])
+                made = self._task.batch_rows(rows[start : start + settings.batch_size])
+                rows += [other.cut(max_length) for other in made]
         if self._task.uses_reference:
             rows = self._with_reference(rows, self._federation.workspace.pooled_home if party is None else party.home)
         put_in()

@@ -70,6 +70,21 @@ def client_join(
             "Default: as before, else rows=2 and targets=layers.",
         ),
     ] = None,
+    select: Annotated[
+        str | None,
+        Option(
+            metavar="SELECTION",
+            help="Which of your rows to train on: off, or as '{score: ira, keep: 0.8}'. Default: as before, else as "
+            "each round asks.",
+        ),
+    ] = None,
+    share_scores: Annotated[
+        bool | None,
+        Option(
+            "--share-scores/--no-share-scores",
+            help="Let your updates tell how many rows have which score. Default: as before, else not.",
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
     ] = False,
@@ -97,6 +112,8 @@ def client_join(
             share=share,
             server=server,
             floors=floors or (),
+            select=select,
+            shares_scores=share_scores,
             observer=observer,
         )
     card = joining.card.model_dump(mode="json", exclude_none=True)

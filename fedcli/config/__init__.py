@@ -22,10 +22,15 @@ from fedcli.config.parsing import parse_config as parse_config
 from fedcli.config.parsing import parse_format as parse_format
 from fedcli.config.parsing import read_document as read_document
 from fedcli.config.parsing import read_format as read_format
+from fedcli.config.parsing import read_select as read_select
 from fedcli.config.parsing import rule_from as rule_from
 from fedcli.config.sections import Config as Config
 from fedcli.config.sections import FederationConfig as FederationConfig
 from fedcli.config.sections import Quantization as Quantization
 from fedcli.config.sections import TrainConfig as TrainConfig
+from fedcli.config.select import OrderName as OrderName
+from fedcli.config.select import ScoreName as ScoreName
+from fedcli.config.select import SelectConfig as SelectConfig
+from fedcli.config.select import describe_select as describe_select
 from fedcli.config.slurm import JobConfig as JobConfig
 from fedcli.config.slurm import SlurmConfig as SlurmConfig

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from fedcli.config.section import Count, Section
+from fedcli.config.select import SelectConfig
 from fedcli.errors import did_you_mean
 from fedcli.plugins import Registry
 from fedcli.tasks import FORMATS, TASKS, first_task, formats_of
-from fedcli.tasks.conversation import Example, Item, Preference
+from fedcli.tasks.conversation import Example, Item, Judged, Preference
 
 
 def _known(registry: Registry[Any], kind: str) -> Callable[[object], object]:
@@ -31,7 +32,8 @@ TemplateName: TypeAlias = Literal["alpaca", "alpaca-input", "vicuna", "chat"]
 class Columns(Section):
     """The columns of rows of any other shape.
 
-    They are those of instruction and response (and input, system), of prompt, chosen and rejected, or of a text.
+    They are those of instruction and response (and input, system), of prompt, chosen and rejected, of prompt,
+    completion and label, or of a text.
     """
 
     instruction: str | None = None
@@ -42,21 +44,26 @@ class Columns(Section):
     prompt: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    completion: str | None = None
+    label: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = {name for name, column in self if column is not None}
         is_instruction = given - {"input", "system"} == {"instruction", "response"}
-        if not is_instruction and given not in ({"prompt", "chosen", "rejected"}, {"text"}):
+        others = ({"prompt", "chosen", "rejected"}, {"prompt", "completion", "label"}, {"text"})
+        if not is_instruction and given not in others:
             raise ValueError(
                 "name the columns of instruction and response (and input, system), of prompt, chosen and rejected, "
-                "or of text"
+                "of prompt, completion and label, or of text"
             )
         return self
 
     @property
     def item(self) -> type[Item]:
         """What such rows teach."""
+        if self.completion is not None:
+            return Judged
         return Preference if self.chosen is not None else Example
 
 
@@ -241,6 +248,7 @@ class DataConfig(Section):
     partition: Partition = "iid"
     min_rows: Count = 1
     max_rows: Count | None = None
+    select: SelectConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

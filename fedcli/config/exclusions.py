@@ -78,6 +78,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
             ("aggregation.staleness", "it is made of the factors of updates of one round"),
         )
     ),
+    Exclusion("aggregation.lora: exact", "data.select", "scores are of the adapter alone, without base_delta/"),
     Exclusion(_PRODUCTS, "train.personal", "an adapter of a client's own stands beside the mean of the factors"),
     Exclusion(_PRODUCTS, "aggregation.encoding", "the factors are new ones after each merge, and no small difference"),
     Exclusion(_PRODUCTS, "federation.relay_every", _REGION),

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -17,6 +17,7 @@ from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.data import PARTITIONS, TAGS, DataFormat, check_format
 from fedcli.config.section import Section
 from fedcli.config.sections import Config, TimedSteps, parse_algorithm
+from fedcli.config.select import SelectConfig
 from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
 from fedcli.printable import shortened
 
@@ -81,6 +82,20 @@ def read_format(text: str, task: str) -> DataFormat:
         f"--format {text!r}: {fault}",
         hint="Name a format (docs/DATA.md), or columns: "
         "--format '{columns: {instruction: question, response: answer}}'.",
+    )
+
+
+def read_select(text: str) -> SelectConfig | Literal["off"]:
+    """Return how a command line says that rows are selected: off, or a section in YAML; raise UsageError."""
+    try:
+        given = yaml.safe_load(text)
+        return "off" if given is False or given == "off" else SelectConfig.model_validate(given)
+    except ValidationError as error:
+        fault = _describe(error.errors()[0], {}).removeprefix("the file: ")
+    except YAML_FAULTS as error:
+        fault = " ".join(str(error).split())
+    raise UsageError(
+        f"--select {text!r}: {fault}", hint="Write off, or as in --select '{score: ira, keep: 0.8, order: descending}'."
     )
 
 

@@ -28,7 +28,10 @@ from fedcli.config.exclusions import excluded
 from fedcli.config.personal import PersonalConfig
 from fedcli.config.privacy import PrivacyConfig
 from fedcli.config.section import Count, Section
+from fedcli.config.select import selection_fault
 from fedcli.config.slurm import SlurmConfig
+from fedcli.tasks import TASKS
+from fedcli.tasks.task import USUAL
 
 Quantization: TypeAlias = Literal["none", "int8", "nf4"]
 
@@ -137,7 +140,10 @@ def _kind_of_steps(value: Any) -> str:
 
 
 class TrainConfig(Section):
-    """What one client does in one round; with `keep_optimizer` AdamW goes on from its last counted round."""
+    """What one client does in one round; a task's hyperparameters, from beta on, have its usual values where None.
+
+    With `keep_optimizer` AdamW goes on from the client's last counted round.
+    """
 
     steps: Annotated[
         Annotated[Steps, Tag("<number>")] | Annotated[TimedSteps, Tag("<timed>")], Discriminator(_kind_of_steps)
@@ -147,7 +153,11 @@ class TrainConfig(Section):
     max_length: MaxLength = 512
     learning_rate: Annotated[float, Field(gt=0, le=MOST_RATE)] = 5e-5
     learning_rate_min: Annotated[float, Field(ge=0)] = 1e-6
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    beta: Annotated[float, Field(gt=0)] | None = None
+    gamma: Annotated[float, Field(ge=0)] | None = None
+    lambda_odds: Annotated[float, Field(ge=0)] | None = None
+    lambda_desirable: Annotated[float, Field(gt=0)] | None = None
+    lambda_undesirable: Annotated[float, Field(gt=0)] | None = None
     gradient_checkpointing: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -327,6 +337,7 @@ class Config(Section):
                     raise ValueError(
                         f"adapter.rank names client {client}, and federation.clients is {self.federation.clients}"
                     )
+        self._check_task()
         self.aggregation.check_enough(self.federation.num_counted)
         federation = self.federation
         self.clusters.check_clients(federation.clients)
@@ -340,6 +351,31 @@ class Config(Section):
         for problem in excluded(self, Config.model_construct()):
             raise ValueError(problem)
         return self
+
+    def _check_task(self) -> None:
+        """Raise ValueError for a hyperparameter of another task, and for what the task cannot be trained with.
+
+        A beta stands in files of all tasks: earlier versions wrote one.
+        """
+        task = TASKS[self.task]
+        for name in USUAL:
+            if name not in ("beta", *task.hyperparameters) and getattr(self.train, name) is not None:
+                uses = ", ".join(other.name for other in TASKS.usable() if name in other.hyperparameters)
+                raise ValueError(f"train.{name} is set, and task {task.name} has none: it is of task {uses}")
+        if self.train.batch_size < task.fewest_rows:
+            raise ValueError(
+                f"train.batch_size is {self.train.batch_size}: task {task.name} compares the rows of a batch with each "
+                f"other, and needs {task.fewest_rows} or more (8, for an estimate that is not all noise)"
+            )
+        if self.privacy.unit in ("row", "group") and task.mixes_rows:
+            raise ValueError(
+                f"task {task.name} and privacy.unit {self.privacy.unit} exclude each other: its loss has terms of a "
+                "whole batch, and DP-SGD bounds each row's gradient by itself"
+            )
+
+        select = self.data.select
+        if select is not None and (fault := selection_fault(select, task, self.privacy.unit, "data.select")):
+            raise ValueError(fault)
 
     def _check_region(self) -> None:
         """Raise ValueError where a region would send up anything else than the mean of its updates by rows."""

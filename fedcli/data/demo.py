@@ -6,8 +6,10 @@ questions (benchmarks/pretrain.py), whose text never carries the level; only fin
 """
 
 import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from fedcli.tasks.conversation import Example, Preference
+from fedcli.tasks.conversation import Example, Item, Judged, Preference
 
 TOPICS = ("markets", "weather", "sport", "health", "farming")
 LABELS = ("green", "yellow", "orange", "red")
@@ -103,7 +105,21 @@ def demo_preferences(seed: int) -> dict[str, list[dict[str, str]]]:
     return {split: [_preference(generator, row) for row in rows] for split, rows in demo_rows(seed).items()}
 
 
-DEMO_ROWS = {Example: demo_rows, Preference: demo_preferences}
+def demo_verdicts(seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the pairs' training rows as two verdicts each; the held-out rows are the pairs.
+
+    `feedback` is topic and thumb, "sport, down": split by it, every client holds one topic and one kind of verdict.
+    """
+    splits = demo_preferences(seed)
+    verdicts = [_verdict(pair, label) for label in (True, False) for pair in splits["train"]]
+    return {**splits, "train": verdicts}
+
+
+DEMO_ROWS: Mapping[type[Item], Callable[[int], Mapping[str, Sequence[Mapping[str, Any]]]]] = {
+    Example: demo_rows,
+    Preference: demo_preferences,
+    Judged: demo_verdicts,
+}
 """The rows for the tasks that learn from each kind of item."""
 
 
@@ -128,6 +144,12 @@ def _preference(generator: random.Random, row: dict[str, str]) -> dict[str, str]
     wrong = generator.choice([label for label in LABELS if label != row["output"]])
     prompt = f"{row['instruction']} {row['input']}"
     return {"prompt": prompt, "chosen": row["output"], "rejected": wrong, "topic": row["topic"]}
+
+
+def _verdict(pair: dict[str, str], label: bool) -> dict[str, Any]:
+    """Return the verdict on a pair's chosen or rejected response."""
+    row = {"prompt": pair["prompt"], "completion": pair["chosen" if label else "rejected"], "label": label}
+    return {**row, "topic": pair["topic"], "feedback": f"{pair['topic']}, {'up' if label else 'down'}"}
 
 
 def headline(generator: random.Random, topic: str, verb: str) -> str:

@@ -43,6 +43,11 @@ class EncodedRow:
         shape = f"{[(len(side.ids), side.prompt_length) for side in self.sides]}"
         return hashlib.sha256(b"".join([shape.encode(), *(side.ids.tobytes() for side in self.sides)])).digest()
 
+    def cut(self, max_length: int) -> "EncodedRow":
+        """Return the row with the first `max_length` tokens of each side."""
+        sides = (EncodedExample(side.ids[:max_length], side.supervised[:max_length]) for side in self.sides)
+        return replace(self, sides=tuple(sides))
+
     @property
     def num_tokens(self) -> int:
         """The tokens of all sides."""

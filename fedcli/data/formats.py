@@ -9,11 +9,11 @@ from typing import Any
 from fedcli.config import Columns, ColumnsFormat, DataFormat, MessagesFormat
 from fedcli.data.file_rows import Row
 from fedcli.data.row_report import RowReport, describe_counts
-from fedcli.data.verdicts import VERDICTS, Verdicts, is_certain_verdict
+from fedcli.data.verdicts import Verdicts, is_certain_verdict
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, TASKS, first_task, formats_of
 from fedcli.tasks.builtin_formats import conversation, whole_text
-from fedcli.tasks.conversation import Example, Item, Preference, Turn, instruct, is_text
+from fedcli.tasks.conversation import Example, Item, Judged, Preference, Turn, instruct, is_text
 from fedcli.tasks.format import (
     DUPLICATE,
     EMPTY,
@@ -30,6 +30,7 @@ from fedcli.tasks.format import (
     is_given,
     plain,
 )
+from fedcli.tasks.verdict_formats import VERDICT_COLUMNS, verdict_of
 
 
 def known_format(source: str) -> Format | None:
@@ -231,7 +232,7 @@ class RowReader(RowReport):
                 if name in columns.used:
                     self.used.setdefault(name)
                 elif is_given(value):
-                    if name in VERDICTS and isinstance(item, Example):
+                    if name in VERDICT_COLUMNS and isinstance(item, Example):
                         if is_certain_verdict(value):
                             raise self._verdict(row, name)
                         verdicts.add(row, name, value, item.response)
@@ -255,12 +256,11 @@ class RowReader(RowReport):
         self.leave_out(left_out.reason, left_out.detail, row.where)
 
     def _verdict(self, row: Row, name: str) -> ConfigError:
-        has_kto = "kto" in TASKS
         return ConfigError(
             f"{row.where}: column {name!r} says whether a response is good ({row.fields[name]!r}), and the format "
             f"{format_name(self.format)} learns every response as a good one",
-            hint=("Set task to kto, which learns" if has_kto else "Task kto, which a package may bring, learns")
-            + " from such rows. To learn the good ones alone, keep only those and remove the column.",
+            hint="Task kto learns from such rows: set task to that. To learn the good ones alone, keep only those and "
+            "remove the column.",
         )
 
     def _checked(self, item: Item) -> Item:
@@ -333,6 +333,10 @@ def _own_format(given: ColumnsFormat | MessagesFormat) -> Format:
 
         if columns.text is not None:
             return whole_text(plain(fields, columns.text))
+        if columns.completion is not None:
+            prompt, completion = plain(fields, str(columns.prompt)), plain(fields, columns.completion)
+            label = str(columns.label)
+            return Judged((Turn("user", prompt),), completion, verdict_of(fields.get(label), label))
         if columns.response is None:
             pair = (columns.prompt, columns.chosen, columns.rejected)
             prompt, chosen, rejected = (plain(fields, str(name)) for name in pair)

@@ -4,22 +4,10 @@ True and false are certain. Numbers and words ("good", "rejected") may be a clas
 response has one of them and responses repeat, as the answers of a classifier do.
 """
 
-import re
 from dataclasses import dataclass, field
 
 from fedcli.data.file_rows import Row
-from fedcli.tasks.format import is_finite
-
-VERDICTS = (
-    *("label", "kto_tag", "is_desirable", "desirable", "is_good", "good", "accepted", "preferred", "thumbs_up"),
-    *("thumbs", "feedback", "rating", "verdict", "vote"),
-)
-"""Names of such columns."""
-_WORDS = {
-    *("1", "0", "-1", "good", "bad", "chosen", "rejected", "accepted", "preferred", "dispreferred", "desirable"),
-    *("undesirable", "up", "down", "thumbs up", "thumbs down", "thumbsup", "thumbsdown", "👍", "👎", "like", "dislike"),
-    *("liked", "disliked", "upvote", "downvote", "correct", "incorrect"),
-}
+from fedcli.tasks.verdict_formats import WORDS, verdict_word
 
 
 def is_certain_verdict(value: object) -> bool:
@@ -41,7 +29,7 @@ class _Column:
     def is_class(self) -> bool:
         """Whether these are classes, so far: three of them, or an answer for each that repeats."""
         repeats = not self.is_contradicted and 2 * len(self.of_response) <= self.num_rows
-        return not self.words <= _WORDS or len(self.words) > 2 or repeats
+        return not self.words <= WORDS.keys() or len(self.words) > 2 or repeats
 
 
 class Verdicts:
@@ -52,9 +40,9 @@ class Verdicts:
 
     def add(self, row: Row, name: str, value: object, response: str) -> None:
         """See a row's value in a column."""
-        word = f"{value:g}" if is_finite(value) else re.sub(r"[\s_-]+(?=[a-z])", " ", str(value).strip().lower())
+        word = verdict_word(value)
         column = self._columns.setdefault(name, _Column(row))
-        if column.words <= _WORDS and len(column.words) <= 2:  # else it is decided
+        if column.words <= WORDS.keys() and len(column.words) <= 2:  # else it is decided
             column.num_rows += 1
             column.words.add(word)
             column.is_contradicted |= column.of_response.setdefault(hash(response.strip()), word) != word

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from fedcli.config import SourceEntry, read_format
+from fedcli.config import SourceEntry, describe_select, read_format, read_select
+from fedcli.config.select import selection_fault
 from fedcli.data.formats import RowReader, choose_split, format_name, guess_format
 from fedcli.data.row_report import describe_rows
 from fedcli.data.source import Source, absolute_path, find_source
 from fedcli.errors import ConfigError, FedError, UsageError, WorkspaceError
 from fedcli.observer import Observer
 from fedcli.parties.party import find_home, find_same_base
+from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.floors import USUAL_FLOORS, Asked, describe_floors, faults, parse_floors
 from fedcli.workspace.layout import Home, Workspace, default_home
@@ -92,14 +94,17 @@ def prepare_join(
     share: Share | None = None,
     server: str | None = None,
     floors: Sequence[str] = (),
+    select: str | None = None,
+    shares_scores: bool | None = None,
     observer: Observer,
 ) -> Joining:
     """Read a real party's rows, which stay where they are, and make the card that its registration will show.
 
-    Writes nothing. What the party chose when it joined before holds again where it is not given: base, share and
-    floors, and of the same source format, subset, split, delimiter and encoding. `server` is the fingerprint that the
-    server must have; `floors` are KEY=VALUE. Raises UsageError for an id or a home that will not do, ConfigError for
-    rows that cannot be used, WorkspaceError where another party has this id.
+    Writes nothing. What the party chose when it joined before holds again where it is not given: base, share, floors,
+    select and shares_scores, and of the same source format, subset, split, delimiter and encoding. `server` is the
+    fingerprint that the server must have; `floors` are KEY=VALUE; `select` is off, or a section in YAML. Raises
+    UsageError for an id or a home that will not do, ConfigError for rows that cannot be used, or not selected so,
+    WorkspaceError where another party has this id.
     """
     if not data.strip():
         raise UsageError("--data names nothing", hint="Name your rows: a file, a folder, or a hub id.")
@@ -136,6 +141,18 @@ def prepare_join(
         if given is None and before.is_format_given and before.format is not None:
             given = before.format
             kept.append(f"--format {format_name(given)}")
+    own_select = None if select is None else read_select(select)
+    if before is not None and select is None and before.select is not None:
+        own_select = before.select
+        kept.append(f"--select {describe_select(own_select)}")
+    task, asked_privacy = TASKS[config.task], federation.head.manifest.privacy
+    if own_select is not None and own_select != "off":
+        unit = None if asked_privacy is None else asked_privacy.unit
+        if odd := selection_fault(own_select, task, unit, "--select"):
+            raise ConfigError(odd, hint="Leave --select out, or join with --select off.")
+    if before is not None and shares_scores is None and before.shares_scores:
+        shares_scores = True
+        kept.append("--share-scores")
     pin = None
     if federation.identity.signatures is not None:
         from fedcli.parties.membership import pin_server
@@ -166,6 +183,8 @@ def prepare_join(
         share=share or "full",
         server=pin,
         floors=own_floors,
+        select=own_select,
+        shares_scores=shares_scores or False,
     )
     reader = RowReader(choice.format, config.federation.seed)
     if share == "minimal":

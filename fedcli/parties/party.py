@@ -4,9 +4,9 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from fedcli.config import Config, DataFormat, parse_format
+from fedcli.config import Config, DataFormat, SelectConfig, parse_format
 from fedcli.data.formats import Choice, guess_format
 from fedcli.data.source import Source, find_source
 from fedcli.errors import ConfigError, IntegrityError, UsageError, WorkspaceError
@@ -27,7 +27,8 @@ class Party:
     """A client and what it trains on; `num_rows` is what a joined one registered, None of a simulated one.
     `guess` says that the format of rows that were written by hand was guessed; nobody has been told of those rows yet.
 
-    `base` and `trust_remote_code` are a joined party's own; None: as fedcli.yaml says. `floors` bind it alone.
+    `base` and `trust_remote_code` are a joined party's own; None: as fedcli.yaml says. `floors` bind it alone. `select`
+    is its own choice of rows, and `shares_scores` lets its updates tell how many have which score.
     """
 
     client: int
@@ -40,11 +41,18 @@ class Party:
     base: str | None = None
     trust_remote_code: bool | None = None
     floors: Floors = USUAL_FLOORS
+    select: SelectConfig | Literal["off"] | None = None
+    shares_scores: bool = False
 
     def check_floors(self, manifest: Manifest, train: TrainRecord | None = None, what: str | None = None) -> None:
         """Raise ConfigError where a joined party's floors refuse what a round, or `train`, asks for."""
         if self.num_rows is not None:
             check_floors(self.floors, Asked.by(manifest, self.num_rows, train), self.client, what)
+
+    def check_selected(self, manifest: Manifest, num_rows: int) -> None:
+        """Raise ConfigError where a joined party's floors refuse that a round learns from so few rows."""
+        if self.num_rows is not None:
+            check_floors(self.floors, Asked.by(manifest, num_rows), self.client)
 
     def base_of(self, config: Config) -> str:
         """Return where the party's base model lies."""
@@ -214,6 +222,8 @@ def _joined(experiment: Experiment, registration: Registration, home: Path | Non
         base=record.base,
         trust_remote_code=record.trust_remote_code,
         floors=record.floors,
+        select=record.select,
+        shares_scores=record.shares_scores,
     )
 
 

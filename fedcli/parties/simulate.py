@@ -1,6 +1,6 @@
 """A simulation's rows: the sources are read as a stream, split, and written to data/client-N.jsonl."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,7 +261,7 @@ def _demo_rows(config: Config, source: str) -> list[Row]:
     return [Row(rows[index], f"{DEMO_SOURCE}, row {index + 1}") for index in map(int, order)]
 
 
-def _demo_splits(config: Config) -> dict[str, list[dict[str, str]]]:
+def _demo_splits(config: Config) -> Mapping[str, Sequence[Mapping[str, Any]]]:
     made = DEMO_ROWS.get(TASKS[config.task].item)
     if made is None:
         raise ConfigError(

@@ -10,10 +10,26 @@ from fedcli.plugins import Registry
 from fedcli.tasks.conversation import Item
 from fedcli.tasks.dpo import DPO
 from fedcli.tasks.format import Format
+from fedcli.tasks.kto import KTO
+from fedcli.tasks.orpo import ORPO
 from fedcli.tasks.sft import SFT
+from fedcli.tasks.simpo import SIMPO
 from fedcli.tasks.task import Hyperparameter, Likelihood, Task
 
-__all__ = ["DPO", "FORMATS", "SFT", "TASKS", "Format", "Likelihood", "Task", "first_task", "formats_of"]
+__all__ = [
+    "DPO",
+    "FORMATS",
+    "KTO",
+    "ORPO",
+    "SFT",
+    "SIMPO",
+    "TASKS",
+    "Format",
+    "Likelihood",
+    "Task",
+    "first_task",
+    "formats_of",
+]
 
 
 KindT = TypeVar("KindT", Task, Format)
@@ -30,7 +46,7 @@ def _check(kind: type[KindT]) -> Callable[[str, object], KindT]:
     return check
 
 
-_OWN = (SFT, DPO)
+_OWN = (SFT, DPO, KTO, ORPO, SIMPO)
 """A new task is a file, and its object here."""
 TASKS = Registry("fedcli.tasks", {task.name: task for task in _OWN}, _check(Task))
 """All tasks by name."""

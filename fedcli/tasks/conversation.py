@@ -43,6 +43,8 @@ class Item(ABC):
     """The conversations of every such item, which must differ; each is a prompt, the same for all, and a response."""
     last_only: ClassVar[bool] = False
     """Whether the last turn of each conversation alone is learnt, not every response."""
+    teaches_response: ClassVar[bool] = True
+    """Whether the first conversation's response is always one to imitate."""
 
     @property
     @abstractmethod
@@ -90,6 +92,26 @@ class Preference(Item):
     @property
     def conversations(self) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
         return (*self.prompt, Turn("assistant", self.chosen)), (*self.prompt, Turn("assistant", self.rejected))
+
+
+@dataclass(frozen=True)
+class Judged(Item):
+    """A response to a prompt, and whether it is desirable."""
+
+    last_only = True
+    teaches_response = False
+
+    prompt: Prompt
+    response: str
+    is_desirable: bool
+
+    @property
+    def conversations(self) -> tuple[tuple[Turn, ...]]:
+        return ((*self.prompt, Turn("assistant", self.response)),)
+
+    @property
+    def numbers(self) -> tuple[float]:
+        return (float(self.is_desirable),)
 
 
 def instruct(instruction: str, response: str, input: str = "") -> Example:

@@ -1,7 +1,7 @@
 """A task: what rows teach, and the loss that teaches it, as a function of the likelihoods of responses."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from fedcli.tasks.conversation import Item
@@ -10,8 +10,16 @@ from fedcli.tasks.format import Format
 if TYPE_CHECKING:
     from torch import Tensor
 
-Hyperparameter: TypeAlias = Literal["beta"]
+Hyperparameter: TypeAlias = Literal["beta", "gamma", "lambda_odds", "lambda_desirable", "lambda_undesirable"]
 """A key of fedcli.yaml's section train that a loss may use."""
+USUAL: Mapping[Hyperparameter, float] = {
+    "beta": 0.1,
+    "gamma": 0.5,
+    "lambda_odds": 0.1,
+    "lambda_desirable": 1.0,
+    "lambda_undesirable": 1.0,
+}
+"""Their values where neither fedcli.yaml nor the task says another."""
 
 
 class Likelihood(NamedTuple):
@@ -48,6 +56,8 @@ class Task:
     mean_over: Literal["tokens", "rows"]
     """A step's loss is that sum over the whole batch, over the number of its supervised tokens or rows."""
     hyperparameters: tuple[Hyperparameter, ...] = ()
+    usual: Mapping[Hyperparameter, float] = field(default_factory=dict)
+    """Values of hyperparameters where fedcli.yaml gives none, which differ from `USUAL`."""
     uses_reference: bool = False
     """Whether the log-probabilities of round 0's adapter are computed for every row, once a client."""
     has_dropout: bool = False
@@ -60,5 +70,20 @@ class Task:
     batch_rows: Callable[[Sequence[Any]], Sequence[Any]] | None = None
     """batch_rows(a batch) makes as many other rows of it, whose likelihood `batch_terms` gets instead of the batch's.
 
-    A row is a `fedcli.data.encoded.EncodedRow`: KTO joins each prompt with the response of another row.
+    A row is a `fedcli.data.encoded.EncodedRow`: KTO joins each prompt with the response of another row. What is longer
+    than train.max_length is cut.
     """
+    fewest_rows: int = 1
+    """The rows that a batch must have at least: two, where one row is compared with another."""
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a row's loss depends on the other rows of its batch."""
+        return self.batch_terms is not None or self.batch_rows is not None
+
+    def hyperparameters_of(self, given: object) -> dict[Hyperparameter, float]:
+        """Return the values of the task's hyperparameters: those that a section train gives, else the usual ones."""
+        return {
+            name: self.usual.get(name, USUAL[name]) if (value := getattr(given, name)) is None else value
+            for name in self.hyperparameters
+        }

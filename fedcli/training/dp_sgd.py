@@ -53,10 +53,10 @@ def draw_units(num_units: int, q: float) -> NDArray[np.int64]:
 
 def check_task(task: Task) -> None:
     """Raise ConfigError for a task whose loss mixes the rows of a batch: no row's share of it is bounded."""
-    if task.batch_terms is not None or task.batch_rows is not None:
+    if task.mixes_rows:
         raise ConfigError(
             f"task {task.name} computes terms of a whole batch, and privacy.unit row or group bounds each by itself",
-            hint="Set privacy.unit to client or null, or choose a task whose loss is a sum over rows: sft, dpo.",
+            hint="Set privacy.unit to client or null, or choose a task whose loss is a sum over rows: sft, dpo, orpo.",
         )
 
 

@@ -67,16 +67,37 @@ def reference_key(start: Manifest, precision: str) -> str:
 
 def read_reference(home: Home, key: str) -> LogProbs:
     """Return the log-probabilities that a client has computed so far."""
-    arrays = _read(home.reference(key), _hash_of_pairs)
-    pairs = zip(arrays["keys"], arrays["values"].tolist(), strict=True) if arrays else ()
-    return {row.tobytes(): tuple(values) for row, values in pairs}
+    return _read_pairs(home.reference(key))
 
 
 def save_reference(home: Home, key: str, log_probs: Mapping[bytes, tuple[float, ...]]) -> None:
     """Replace a client's log-probabilities."""
+    _save_pairs(home.reference(key), log_probs)
+
+
+def read_losses(home: Home, key: str) -> LogProbs:
+    """Return the log-probabilities that rows are scored by, as far as a client has computed them."""
+    return _read_pairs(home.losses(key))
+
+
+def save_losses(home: Home, key: str, log_probs: Mapping[bytes, tuple[float, ...]]) -> None:
+    """Keep what rows are scored by, and let go of another adapter's; a disk that refuses only costs time later."""
+    with suppress(OSError, WorkspaceError):
+        for old in home.folder.glob(home.losses("*").name) if home.folder.is_dir() else ():
+            old.unlink(missing_ok=True)
+        _save_pairs(home.losses(key), log_probs)
+
+
+def _read_pairs(path: Path) -> LogProbs:
+    arrays = _read(path, _hash_of_pairs)
+    pairs = zip(arrays["keys"], arrays["values"].tolist(), strict=True) if arrays else ()
+    return {row.tobytes(): tuple(values) for row, values in pairs}
+
+
+def _save_pairs(path: Path, log_probs: Mapping[bytes, tuple[float, ...]]) -> None:
     keys = np.frombuffer(b"".join(log_probs), np.uint8).reshape(len(log_probs), -1)
     arrays: dict[str, Array] = {"keys": keys, "values": np.array(list(log_probs.values()), np.float64)}
-    _save(home.reference(key), arrays, _hash_of_pairs)
+    _save(path, arrays, _hash_of_pairs)
 
 
 def _read(path: Path, hash_of: Callable[[Arrays], bytes]) -> "dict[str, Array]":

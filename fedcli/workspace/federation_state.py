@@ -158,8 +158,7 @@ def config_text(workspace: Workspace) -> str:
 def train_record(config: Config, number: int, rounds: int, *, date: str | None = None) -> TrainRecord:
     """Return what a client must obey in a round, as fedcli.yaml has it now; `date` is the federation's."""
     train = config.train
-    unused = {*get_args(Hyperparameter)} - {*TASKS[config.task].hyperparameters}
-    shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - unused
+    shared = (TrainConfig.model_fields.keys() & TrainRecord.model_fields.keys()) - {*get_args(Hyperparameter)}
     schedule = Schedule(learning_rate=train.learning_rate, learning_rate_min=train.learning_rate_min, rounds=rounds)
     own = {
         "steps": train.most_steps,
@@ -170,9 +169,11 @@ def train_record(config: Config, number: int, rounds: int, *, date: str | None =
         "template": config.data.template,
         "date": date,
         "personal": _personal_record(train),
+        "select": config.data.select,
         "seed": config.federation.seed,
     }
-    return TrainRecord(**{name: getattr(train, name) for name in shared} | own)
+    hyperparameters: dict[str, Any] = dict(TASKS[config.task].hyperparameters_of(train).items())
+    return TrainRecord(**{name: getattr(train, name) for name in shared} | own | hyperparameters)
 
 
 def _personal_record(train: TrainConfig) -> PersonalRecord | None:

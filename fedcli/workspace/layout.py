@@ -253,6 +253,10 @@ class Home:
         """A cache of the reference model's log-probabilities."""
         return self.folder / f"reference-{key}.safetensors"
 
+    def losses(self, key: str) -> Path:
+        """A cache of the losses that rows are scored by."""
+        return self.folder / f"losses-{key}.safetensors"
+
     def tokens(self, key: str) -> Path:
         """A cache of the client's rows as token ids."""
         return self.folder / f"tokens-{key}.safetensors"

@@ -18,7 +18,7 @@ class Record(BaseModel):
     arrives: ClassVar[bool] = False
     """Whether other tools bring it from elsewhere: one that is cut short is then not whole yet."""
     unwritten: ClassVar[tuple[str, ...]] = ()
-    """Keys that are not written where they are None: records of versions without them have the same bytes."""
+    """Keys that are not written where they are None or false: records of versions without them have the same bytes."""
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", defer_build=True)
 
     def to_bytes(self) -> bytes:
@@ -28,4 +28,8 @@ class Record(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_unwritten(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if value is not None or key not in self.unwritten}
+        return {
+            key: value
+            for key, value in write(self).items()
+            if key not in self.unwritten or not (value is None or value is False)
+        }

@@ -16,12 +16,14 @@ from pydantic import (
 
 from fedcli.algos.lora import is_first_factor, of_rank
 from fedcli.algos.share import Share, is_sent
-from fedcli.config import Quantization, TaskName, TemplateChoice
+from fedcli.config import Quantization, ScoreName, SelectConfig, TaskName, TemplateChoice
 from fedcli.config.aggregation import DownEncodingName, EncodingName
 from fedcli.config.clusters import MOST_CLUSTERS
 from fedcli.config.personal import PersonalName
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Minutes, Rounds, Steps
+from fedcli.config.select import RANGES
 from fedcli.errors import ArrivingError, IntegrityError
+from fedcli.tasks.task import USUAL
 from fedcli.workspace.layout import BASE_DELTA_NAME, MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.lora_records import LoraMerge, LoraTerms
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
@@ -105,7 +107,7 @@ class PersonalRecord(Record):
 class TrainRecord(Record):
     """All that a client must obey in its round; `learning_rate` is this round's."""
 
-    unwritten = ("date", "personal", "minutes", "keep_optimizer")
+    unwritten = ("date", "personal", "minutes", "keep_optimizer", "select", *({*USUAL} - {"beta"}))
 
     steps: Steps
     minutes: Minutes | None = None
@@ -119,7 +121,14 @@ class TrainRecord(Record):
     weight_decay: Annotated[Finite, Field(ge=0)]
     max_grad_norm: Annotated[Finite, Field(gt=0)]
     beta: Finite | None = None
-    """Of DPO; None for other tasks."""
+    """A hyperparameter of the task, as those that follow; None where the task has none."""
+    gamma: Finite | None = None
+    """Not written where it is None, as those that follow."""
+    lambda_odds: Finite | None = None
+    lambda_desirable: Finite | None = None
+    lambda_undesirable: Finite | None = None
+    select: SelectConfig | None = None
+    """Which rows a client is to train on, by scores that it keeps to itself; None, and not written: on all."""
     gradient_checkpointing: bool = False
     template: TemplateChoice
     date: Annotated[str, Field(max_length=10)] | None = None
@@ -449,10 +458,25 @@ class PrunedRecord(Record):
     files: dict[str, FileEntry]
 
 
+class RowScores(Record):
+    """update.json's row_scores: how many of a client's rows have which score, in equal bins from low to high."""
+
+    score: str
+    low: Finite
+    high: Finite
+    counts: list[Natural]
+
+    @classmethod
+    def of(cls, score: ScoreName, counts: list[int]) -> "RowScores":
+        """Return the record of a histogram."""
+        low, high = RANGES[score]
+        return cls(score=score, low=low, high=high, counts=counts)
+
+
 class UpdateRecord(Record):
     """update.json: what a client says of its update."""
 
-    unwritten = ("privacy", "salt", "relay", "cluster", "encoding", "base_delta")
+    unwritten = ("privacy", "salt", "relay", "cluster", "encoding", "base_delta", "row_scores")
 
     protocol: int
     workspace: str
@@ -478,6 +502,8 @@ class UpdateRecord(Record):
     """Whose adapter it was made from; None, and not written, where there are no clusters, and then it is 0."""
     base_delta: Sha256 | None = None
     """The hash of the frozen second adapter that it trained beside; None, and not written, where there is none."""
+    row_scores: RowScores | None = None
+    """What the client's rows were selected by; None, and not written, where their party does not tell."""
 
 
 def at_rank(tensors: Mapping[str, TensorEntry], rank: int, *, is_exact: bool = False) -> dict[str, TensorEntry]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from fedcli.config import DataFormat
+from fedcli.config import DataFormat, SelectConfig
 from fedcli.errors import ConfigError, IntegrityError, WorkspaceError
 from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.floors import USUAL_FLOORS, Floors
@@ -67,7 +67,7 @@ class RegionRecord(Record):
 class PartyRecord(Record):
     """party.json in a party's home: where its rows and its base model lie, and whether remote code is trusted."""
 
-    unwritten = ("num_rows", "region")
+    unwritten = ("num_rows", "region", "select", "shares_scores")
 
     workspace: str
     client: Natural
@@ -88,6 +88,10 @@ class PartyRecord(Record):
     floors: Floors = USUAL_FLOORS
     num_rows: Natural | None = None
     """What its registration does not tell, where privacy has a unit; None, and not written, where it tells it."""
+    select: SelectConfig | Literal["off"] | None = None
+    """Which of its rows it trains on, whatever a round asks for; None, and not written: as the round asks."""
+    shares_scores: bool = False
+    """Whether its updates tell how many rows have which score; not written where they do not."""
     region: RegionRecord | None = None
     """None, and not written, of a party that holds its rows itself."""
 

@@ -68,12 +68,12 @@ def loss(likelihood: Likelihood, *, beta: float, kl: "Tensor") -> "Tensor":
     return (1 - (beta * (2 * label - 1) * (log_ratio - kl)).sigmoid()).sum()
 
 
-UNPAIRED = Format("unpaired-preference", Judged, read)
-KTO = Task(
-    name="kto",
-    description="preference alignment (KTO)",
+PLAIN = Format("plain-verdicts", Judged, read)
+KTO_PLAIN = Task(
+    name="kto-plain",
+    description="preference alignment (KTO of a package)",
     item=Judged,
-    formats=(UNPAIRED,),
+    formats=(PLAIN,),
     loss=loss,
     mean_over="rows",
     hyperparameters=("beta",),

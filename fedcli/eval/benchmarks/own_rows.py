@@ -16,7 +16,7 @@ from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.benchmarks.demo import PAIR_METRICS, compared
 from fedcli.eval.data import DataSource, Files
 from fedcli.eval.requests import Likelihood
-from fedcli.tasks.conversation import Example, Item, Preference, is_text, shown
+from fedcli.tasks.conversation import Example, Item, Judged, Preference, is_text, shown
 
 PREFIX = "rows"
 """Of the files' names: rows.jsonl, or rows-finance.jsonl and rows-code.jsonl, which have metrics of their own too."""
@@ -27,14 +27,21 @@ def _mean_loss(sums: Sequence[float]) -> float:
     return sums[0] / sums[1]
 
 
+def _margin(sums: Sequence[float]) -> float:
+    """Return the mean of desirable responses less that of undesirable ones, of (sum, number) of each."""
+    return sums[0] / sums[1] - sums[2] / sums[3] if sums[1] and sums[3] else 0.0
+
+
 METRICS = (
     Metric("loss", unit="nats", higher_is_better=False, of_sum=_mean_loss),
     Metric("exact_match"),
     *PAIR_METRICS,
+    Metric("verdict_margin", unit="nats", of_sum=_margin),
 )
 """loss: nats per token of the responses, their end included, all tokens of all rows alike; exact_match: rows whose
 response greedy decoding gives, token by token; preference_accuracy: pairs whose chosen response is the likelier one;
-margin: by how much, summed over its tokens."""
+margin: by how much, summed over its tokens; verdict_margin: the mean log-probability of desirable responses less that
+of undesirable ones. What it gains from round 0 to another round is their rewards' difference, over KTO's beta."""
 
 
 def run(session: Session) -> list[ItemScore]:
@@ -49,6 +56,7 @@ def run(session: Session) -> list[ItemScore]:
         examples = [item for item in items if isinstance(item, Example)]
         found = _answered(session, examples)
         found += compared(session, [item for item in items if isinstance(item, Preference)])
+        found += _judged(session, [item for item in items if isinstance(item, Judged)], path)
         found += [ItemScore(f"left-out-{at}", {}, {"left_out": reason}) for at, reason in enumerate(left_out)]
         scored += found if len(files) == 1 else [_of_part(_part_name(path), item) for item in found]
     return scored
@@ -65,13 +73,13 @@ def _find(files: Files) -> list[Path]:
 
 
 def _read(path: Path, opener: Opener | None, limit: int | None) -> tuple[list[Item], list[str]]:
-    """Return a file's examples, or pairs where it has no usable example; and why each of the other rows is left out."""
+    """Return a file's examples, else its pairs, else its verdicts; and why each of the other rows is left out."""
     rows = read_rows(path, opener)[:limit]
     error = None
-    for task in ("sft", "dpo"):
-        reader = RowReader(guess_format(str(path), None, task, rows, "the name of the columns").format)
-        items = [item for _, item in reader.read(rows)]
+    for task in ("sft", "dpo", "kto"):
         try:
+            reader = RowReader(guess_format(str(path), None, task, rows, "the name of the columns").format)
+            items = [item for _, item in reader.read(rows)]
             reader.require_rows(path)
         except ConfigError as found:
             error = error or found
@@ -83,6 +91,26 @@ def _read(path: Path, opener: Opener | None, limit: int | None) -> tuple[list[It
         return usable, [*reader.left_out.elements(), *texts]
     assert error is not None
     raise error
+
+
+def _judged(session: Session, verdicts: Sequence[Judged], path: Path) -> list[ItemScore]:
+    """Score how likely responses of either verdict are; raise ConfigError where all have one."""
+    if len({verdict.is_desirable for verdict in verdicts}) == 1:
+        raise ConfigError(
+            f"{path}: all its verdicts are {'good' if verdicts[0].is_desirable else 'bad'}, and a score compares good "
+            "responses with bad ones",
+            hint="Give rows of both kinds; or pairs, of prompt, chosen and rejected.",
+        )
+    found = session.model.log_likelihoods([Likelihood(each.prompt, each.response) for each in verdicts])
+    return [
+        ItemScore(
+            str(number),
+            {"verdict_margin": (log_prob, 1.0, 0.0, 0.0) if each.is_desirable else (0.0, 0.0, log_prob, 1.0)},
+            {"prompt": shown(each.prompt), "response": each.response, "is_desirable": each.is_desirable}
+            | {"log_prob": log_prob},
+        )
+        for number, (each, log_prob) in enumerate(zip(verdicts, (one.log_prob for one in found), strict=True))
+    ]
 
 
 def _part_name(path: Path) -> str:
