@@ -63,6 +63,8 @@ def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]
         checks.append(("store" if workspace.store.is_remote else "file system", lambda: _place(workspace)))
     if experiment is not None and experiment.identity is not None and not experiment.config.privacy.is_off:
         checks.append(("privacy", lambda: _privacy(experiment.workspace)))
+    if experiment is not None and experiment.identity is not None and experiment.config.federation.budget is not None:
+        checks.append(("communication", lambda: _communication(experiment.workspace)))
     if experiment is not None:
         checks.append(("memory", lambda: _memory(experiment)))
     for name, check in checks:
@@ -282,6 +284,16 @@ def _privacy(workspace: Workspace) -> Iterator[Finding]:
     if noise_to_signal(manifest) is not None:
         cure = cure_of_noise(manifest)
         yield Finding.of("privacy", not is_too_noisy(manifest), describe_noise(manifest), cure, "warning")
+
+
+def _communication(workspace: Workspace) -> Iterator[Finding]:
+    """Compare what all rounds move with federation.budget."""
+    from fedcli.server.communication_cost import describe_budget
+
+    federation = FederationState.open(workspace)
+    if (found := describe_budget(federation.head.manifest, federation.config.federation)) is not None:
+        is_within, told, cure = found
+        yield Finding.of("communication", is_within, told, cure, "warning")
 
 
 def _memory(experiment: Experiment) -> Iterator[Finding]:
