@@ -259,7 +259,8 @@ def print_table(made: "ScoreTable") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from fedcli.scoring.table import show_difference, show_score
+    from fedcli.scoring.communication import HEAD
+    from fedcli.scoring.table import show_communication, show_difference, show_score
 
     console = terminal()
     if not console.is_terminal:
@@ -279,6 +280,8 @@ def print_table(made: "ScoreTable") -> None:
     rows += [[escape(column.title), *(shown(target, column) for target in made.targets)] for column in made.columns]
     if made.average_rank:
         rows.append(["average rank", *(f"{made.average_rank[target]:.2f}" for target in made.targets)])
+    if made.communication:
+        rows.append([HEAD, *(text for target in made.targets for text in show_communication(made, target))])
     if len(made.targets) >= len(made.columns):
         rows = [list(row) for row in zip(*rows, strict=True)]
         rows[0][0] = ""

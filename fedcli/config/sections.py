@@ -134,7 +134,7 @@ def _seconds(value: Any) -> Any:
     return value
 
 
-def _bytes(value: Any) -> Any:
+def parse_bytes(value: Any) -> Any:
     """Return a number of bytes such as 500MB or 200GB, in decimal units; what is no such text, as it is."""
     if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGT]?B)", value)):
         return int(Fraction(match[1]) * {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[match[2]])
@@ -170,7 +170,7 @@ class FederationConfig(Section):
     multi_user: bool = False
     relay_every: Count | None = None
     signatures: Annotated[Literal["required", "off"] | None, BeforeValidator(_off)] = None
-    budget: Annotated[int, BeforeValidator(_bytes), Field(ge=1)] | None = None
+    budget: Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
