@@ -104,10 +104,13 @@ DEFAULT = ("fedllm-chatbotpa",)
 """What the default suite runs; the others have the same keys."""
 
 
+BASE, PLAINLY = "model.base=builtin:tiny", "model.quantization=none"
+
+
 def initialised(folder: Path, name: str, rows: object, *more: str) -> dict[str, Any]:
     """Make a workspace from a preset as a laptop can run it, and return what init says."""
     (folder / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    small = ("model.base=builtin:tiny", "model.quantization=none", "train.steps=1", "train.batch_size=2")
+    small = (BASE, PLAINLY, "train.steps=1", "train.batch_size=2")
     small = (*small, "train.micro_batch_size=null", "federation.clients=3", "federation.per_round=2")
     overrides = settings("data.source=rows.json", *small, *more)
     done = fedcli("init", "ws", "--preset", name, *overrides, "--json", cwd=folder)
@@ -143,6 +146,20 @@ def test_two_clients_train_and_a_round_is_merged_on_rows_of_the_published_shape(
 def test_whole_conversations_of_wildchat_are_read_as_the_preset_says(tmp_path: Path) -> None:
     made = initialised(tmp_path, "fedllm-wildchat", CONVERSATIONS, "data.format=sharegpt", "data.template=vicuna")
     assert (made["data"]["sizes"], made["data"]["formats"]) == ([4, 4, 4], ["sharegpt"] * 3)
+
+
+def test_a_file_of_users_that_is_read_as_one_row_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(ANSWERED), encoding="utf-8")
+    done = fedcli("init", "ws", *settings("data.source=rows.json"), cwd=tmp_path)
+    assert done.returncode == 3
+    assert "The file is an object of lists of rows: set data.keyed_by to a column for their keys" in done.stderr
+    done = fedcli(
+        "init", "ws", "--preset", "fedllm-aya", *settings("data.source=rows.json", BASE, PLAINLY), cwd=tmp_path
+    )
+    assert done.returncode == 3
+    assert "column 'client' has 3 values, 3 of them with at least data.min_rows (1) rows; federation.clients is 38" in (
+        done.stderr
+    )
 
 
 def test_the_budget_counts_every_round_and_both_ways(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def split(
     num_clients = survey.num_clients
     names, groups = survey.groups()
     order = _chosen(survey, max_rows, source_limits)
-    if len(order) < num_clients * min_rows:
+    if len(order) < num_clients * min_rows and not isinstance(survey.partition, By):  # whose error says how many fit
         raise ConfigError(
             f"{len(order)} rows cannot be split among {num_clients} clients with at least {min_rows} each",
             hint="Lower federation.clients or data.min_rows, or give more rows in data.source or data.max_rows.",
