@@ -242,6 +242,14 @@ def _sandbox() -> Iterator[Finding]:
         yield Finding("sandbox", "warning", error.message, error.hint)
     else:
         yield Finding("sandbox", "ok", "bubblewrap can run benchmarks of code")
+    from fedcli.eval.programs import PACKAGES as PROGRAMS
+    from fedcli.eval.programs import missing_programs
+
+    missing = missing_programs(list(PROGRAMS))
+    told = "; ".join(f"{name}: {missing.get(name, 'is there')}" for name in PROGRAMS)
+    cure = "`fedcli eval list --group multiple` says which benchmarks need it; on Debian: apt-get install "
+    cure += " ".join(PROGRAMS[name] for name in missing)
+    yield Finding.of("other languages", not missing, told, cure, "warning")
 
 
 def _hub() -> Iterator[Finding]:
