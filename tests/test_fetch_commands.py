@@ -26,7 +26,8 @@ from fedcli.eval.releases import Download, Release
 from fedcli.observer import Observer
 
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
-UNPINNED = {"medqa", "pubmedqa", "ds1000"}
+UNPINNED = {"medqa", "pubmedqa", "ds1000", "careqa"}
+UNPINNED |= {f"multiple-{source}{name}" for source in ("", "mbpp-") for name in ("js", "cpp", "sh")}
 RELEASES = {
     found.data.release.name: found.data.release
     for found in BENCHMARKS.values()

@@ -88,6 +88,32 @@ def test_values_with_too_few_rows_are_no_clients_and_the_error_gives_the_number_
     assert caught.value.hint.startswith("Set federation.clients to 2")
 
 
+def test_the_values_that_no_client_is_made_of_are_said_once_with_an_example() -> None:
+    rows = [{"user": user} for user in "aaaabbbcccddef"]
+    with pytest.raises(ConfigError, match=r"6 values, 4 of them") as caught:
+        split(surveyed(rows, {"by": "user"}, 2), min_rows=2)
+    assert (
+        caught.value.hint == "Set federation.clients to 4: each value is a client, or data.partition.keep to largest."
+    )
+    made = split(surveyed(rows, {"by": "user", "keep": "largest"}, 2), min_rows=2)
+    assert [members(made, client) for client in range(2)] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert made.remarks == (
+        "user: 2 of 6 values, with fewer than data.min_rows (2) rows, are left out with their 2 rows; "
+        "first, 'e' with 1",
+        "user: 2 of 6 values, that are not the 2 with most rows, are left out with their 5 rows; first, 'c' with 3",
+    )
+    assert split(surveyed(rows, {"by": "user"}, 6)).remarks == ()
+    with pytest.raises(ConfigError, match=r"federation\.clients is 7") as caught:
+        split(surveyed(rows, {"by": "user", "keep": "largest"}, 7))
+    assert caught.value.hint == "Set federation.clients to 6: each value is a client."
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", ["a"], float("nan")], ids=repr)
+def test_a_value_that_names_nobody_makes_no_client(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^rows\.jsonl, line 2: column 'user' is .*, which names no client$"):
+        surveyed([{"user": "a"}, {"user": value}], {"by": "user"}, 2)
+
+
 def test_a_row_without_the_column_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^rows\.jsonl, line 2 has no column 'user'; it has label$"):
         surveyed([{"user": "a"}, {"label": "x"}], {"by": "user"}, 2)

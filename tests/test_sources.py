@@ -414,6 +414,39 @@ def shown(*names: str, cwd: Path, **environment: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def test_an_object_of_lists_gives_each_row_its_lists_key(tmp_path: Path) -> None:
+    path = tmp_path / "users.json"
+    path.write_text('{"7": [{"a": 1}, {"a": 2}],\n "Zoë": [{"a": 3, "user": "Zoë"}], "none": []}', encoding="utf-8")
+    rows = list(find_source("users.json", tmp_path, keyed_by="user").rows())
+    assert [row.fields for row in rows] == [{"a": 1, "user": "7"}, {"a": 2, "user": "7"}, {"a": 3, "user": "Zoë"}]
+    assert [row.where for row in rows] == [f"{path}, '7', row 1", f"{path}, '7', row 2", f"{path}, 'Zoë', row 1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"a": 1}\n{"a": 2}', "is not JSON: Extra data"),
+        ("[]", "is not an object of lists of rows, as data.keyed_by says, but a list"),
+        ("{}", "but an empty one"),
+        ('{"u": [{"a": 1}], "v": {"a": 1}}', ": what 'v' names is no list"),
+        ('{"u": [{"a": 1}, "text"]}', ", 'u', row 2 is not a JSON object"),
+        ('{"u": [{"a": 1}], "u": [{"a": 2}]}', ": the key 'u' stands twice"),
+        ('{"u": [{"user": "v"}]}', ", 'u', row 1 has 'v' in column 'user'"),
+        ('{"u": []}', "holds no rows"),
+    ],
+)
+def test_a_file_that_is_no_object_of_lists_is_refused_with_the_place(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "users.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        list(find_source("users.json", tmp_path, keyed_by="user").rows())
+    assert told in str(caught.value)
+    (tmp_path / "users.csv").write_text("a\n1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"only a \.json file"):
+        list(find_source("users.csv", tmp_path, keyed_by="user").rows())
+    with pytest.raises(ConfigError, match="names a data set of the hub"):
+        find_source("someone/users", tmp_path, keyed_by="user")
+
+
 @pytest.mark.slow
 def test_a_data_set_of_the_hub_is_fetched_once_and_local_rows_are_copied_nowhere(
     hub: tuple[str, list[str]], tmp_path: Path

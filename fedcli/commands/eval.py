@@ -271,8 +271,8 @@ def print_table(made: "ScoreTable") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from fedcli.scoring.client_table import HEAD, as_cells
-    from fedcli.scoring.table import show_difference, show_score
+    from fedcli.scoring import client_table, communication
+    from fedcli.scoring.table import show_communication, show_difference, show_score
 
     console = terminal()
     if not console.is_terminal:
@@ -292,6 +292,10 @@ def print_table(made: "ScoreTable") -> None:
     rows += [[escape(column.title), *(shown(target, column) for target in made.targets)] for column in made.columns]
     if made.average_rank:
         rows.append(["average rank", *(f"{made.average_rank[target]:.2f}" for target in made.targets)])
+    if made.communication:
+        rows.append(
+            [communication.HEAD, *(text for target in made.targets for text in show_communication(made, target))]
+        )
     if len(made.targets) >= len(made.columns):
         rows = [list(row) for row in zip(*rows, strict=True)]
         rows[0][0] = ""
@@ -302,9 +306,9 @@ def print_table(made: "ScoreTable") -> None:
     console.print(grid)
     if made.clients:
         summary = Table(title="clients' own adapters")
-        for position, title in enumerate(HEAD):
+        for position, title in enumerate(client_table.HEAD):
             summary.add_column(title, justify="right" if position else "left")
-        for cells in as_cells(made.clients):
+        for cells in client_table.as_cells(made.clients):
             summary.add_row(*map(escape, cells))
         console.print(summary)
     for note in made.notes:

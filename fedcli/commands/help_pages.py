@@ -101,7 +101,11 @@ EXAMPLES = {
     "study run": (("fedcli study run --workers 2", "all cells that are missing, two at a time"),),
     "study status": (("fedcli study status --json", "every cell, as one document"),),
     "study plot": (("fedcli study plot --format pdf", "the pictures for a paper"),),
-    "study table": (("fedcli study table --format latex", "the table for a paper"),),
+    "study table": (
+        ("fedcli study table --format latex", "the table for a paper"),
+        ("fedcli study table --budget 20MB", "what each algorithm reaches with so much communication"),
+        ("fedcli study table --goal fpb.accuracy=0.8", "and how much it needs to get there"),
+    ),
     "study report": (("fedcli study report -o page", "page/report.html, the whole study in one file"),),
     "slurm script": (("fedcli slurm script", "the scripts to read, or to send by hand"),),
     "slurm submit": (("fedcli slurm submit --dry-run", "what would be sent"),),

@@ -134,26 +134,41 @@ def study_table(
         Literal["markdown", "latex", "csv", "json"], Option("--format", metavar="NAME", help="What is printed.")
     ] = "markdown",
     against: AgainstOption = None,
+    budget: Annotated[
+        str | None,
+        Option(metavar="BYTES", help="Scores of each algorithm's last scored round within it, as 20MB or 1.5GB."),
+    ] = None,
+    goal: Annotated[
+        str | None,
+        Option(metavar="BENCHMARK.METRIC=VALUE", help="What each algorithm sent and fetched until it got there."),
+    ] = None,
     study: StudyOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Show the study's scores over seeds with differences and ranks, and write them to tables/ in every format.
 
-    Formats: markdown, latex, csv, json.
+    Formats: markdown, latex, csv, json. With --budget or --goal the table is shown alone, and not written.
     """
+    from fedcli.config.sections import parse_bytes
     from fedcli.printable import printable_json
+    from fedcli.study.costs import Goal
     from fedcli.study.folder import find_study
     from fedcli.study.render import render
     from fedcli.study.results import make_table
     from fedcli.study.write import write_tables
 
+    try:
+        limit = None if budget is None else parse_bytes(budget)
+    except ValueError as error:
+        raise UsageError(f"--budget: {error}", hint="As in fedcli study table --budget 20MB.") from None
     folder = find_study(study)
-    made = make_table(folder, like=like, against=against)
-    paths = write_tables(folder, made, like)
+    wanted = None if goal is None else Goal.parse(goal)
+    made = make_table(folder, like=like, against=against, budget=limit, goal=wanted)
+    paths = [] if budget or goal else write_tables(folder, made, like)
     is_json = json_output or form == "json"
     text = render(made, "json" if is_json else form)
     tell(printable_json(text) if is_json else text, end="")
-    if not json_output:
+    if paths and not json_output:
         print_hint("\n".join(f"written: {path}" for path in relative(paths)))
 
 

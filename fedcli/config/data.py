@@ -152,6 +152,7 @@ class SourceEntry(Section):
     split: str | None = None
     delimiter: Delimiter | None = None
     encoding: Encoding | None = None
+    keyed_by: str | None = None
     max_rows: Count | None = None
 
 
@@ -162,9 +163,14 @@ class ShardsBy(Section):
 
 
 class By(Section):
-    """Each value of a column is a client: natural users, sources, domains."""
+    """Each value of a column is a client: natural users, sources, domains.
+
+    Values with fewer rows than data.min_rows are left out. `keep: largest` makes clients of the values with most rows,
+    where there are more than federation.clients; `all` refuses that.
+    """
 
     by: str
+    keep: Literal["all", "largest"] = "all"
 
 
 class DirichletOptions(Section):
@@ -199,7 +205,8 @@ PARTITIONS: dict[str, type[Section]] = {"by": By, "dirichlet": Dirichlet, "sizes
 
 def _kind_of_partition(value: object) -> str | None:
     for name, kind in PARTITIONS.items():
-        if isinstance(value, kind) or (isinstance(value, dict) and list(value) == [name]):
+        keys = {name, "keep"} if kind is By else {name}
+        if isinstance(value, kind) or (isinstance(value, dict) and name in value and keys.issuperset(value)):
             return f"<{name}>"
     return "<name>" if isinstance(value, str) else None
 
@@ -235,7 +242,8 @@ _Sources: TypeAlias = Annotated[
 class DataConfig(Section):
     """Where a simulation's rows come from.
 
-    Without a source, parties join with their own, or data/client-N.jsonl are written by hand.
+    Without a source, parties join with their own, or data/client-N.jsonl are written by hand. With `keyed_by` a source
+    is a JSON object of lists of rows, and the key of a list stands in that column of its rows.
     """
 
     source: _Sources | None = None
@@ -244,6 +252,7 @@ class DataConfig(Section):
     split: str | None = None
     delimiter: Delimiter | None = None
     encoding: Encoding | None = None
+    keyed_by: str | None = None
     template: TemplateChoice = "alpaca"
     partition: Partition = "iid"
     min_rows: Count = 1
@@ -261,7 +270,7 @@ class DataConfig(Section):
         """Each source, with what the section says of formats and reading where it says nothing itself."""
         given = (self.source,) if isinstance(self.source, str) else self.source or ()
         entries = [SourceEntry(source=entry) if isinstance(entry, str) else entry for entry in given]
-        keys = ("format", "subset", "split", "delimiter", "encoding")
+        keys = ("format", "subset", "split", "delimiter", "encoding", "keyed_by")
         return tuple(
             entry.model_copy(update={key: getattr(entry, key) or getattr(self, key) for key in keys})
             for entry in entries

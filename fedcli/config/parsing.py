@@ -190,7 +190,7 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
 def _drop_other_partitions(document: dict[str, Any], path: list[str]) -> None:
     """Let `data.partition.dirichlet.alpha=1` take the place of, say, shards_by: a partition is of one kind."""
     match document, path:
-        case {"data": {"partition": {**standing}} as data}, ["data", "partition", kind, *_]:
+        case {"data": {"partition": {**standing}} as data}, ["data", "partition", kind, *_] if kind != "keep":
             data["partition"] = {key: value for key, value in standing.items() if key == kind}
 
 

@@ -225,6 +225,15 @@ def _seconds(value: Any) -> Any:
     return value
 
 
+def parse_bytes(value: Any) -> Any:
+    """Return a number of bytes such as 500MB or 200GB, in decimal units; what is no such text, as it is."""
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGT]?B)", value)):
+        return int(Fraction(match[1]) * {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[match[2]])
+    if isinstance(value, str | bool):
+        raise ValueError(f"not a number of bytes such as 500MB or 200GB (found {value})")
+    return value
+
+
 def _off(value: Any) -> Any:
     """Return "off" for what YAML reads the bare word as."""
     return "off" if value is False else value
@@ -237,7 +246,8 @@ class FederationConfig(Section):
     is enough. An update of whose files nothing more came for `arriving` seconds is refused. With `multi_user` parties
     may run under unix users of their own. With `relay_every` the federation is a region: after so many rounds its
     adapter goes to a parent, from whose next round it goes on (docs/HIERARCHY.md). Without `signatures` they are
-    required where parties join, and off in a simulation.
+    required where parties join, and off in a simulation. `budget` is in bytes that all rounds together may move, both
+    ways: init and doctor say where they would move more.
     """
 
     clients: Clients = 5
@@ -251,6 +261,7 @@ class FederationConfig(Section):
     multi_user: bool = False
     relay_every: Count | None = None
     signatures: Annotated[Literal["required", "off"] | None, BeforeValidator(_off)] = None
+    budget: Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

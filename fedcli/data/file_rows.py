@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO, TypeAlias
 
-from fedcli.data.json_text import Repeating, documents, parse
+from fedcli.data.json_text import Repeating, documents, keyed, parse
 from fedcli.errors import ConfigError, WorkspaceError
 
 KINDS = {
@@ -80,6 +80,8 @@ class FileForm:
     """What separates the cells of a .csv file; None: a comma (.tsv: a tab), or what its header shows."""
     encoding: str | None = None
     """Of a text file; None: UTF-8."""
+    keyed_by: str | None = None
+    """The column that has the key of a row's list, where the file is an object of lists of rows; None for others."""
 
 
 def suffix_of(path: Path) -> str:
@@ -101,10 +103,20 @@ def file_rows(path: Path, form: FileForm) -> Iterator[Row]:
         elif path.suffix.lower() in _SHEETS:
             hint = "It is a spreadsheet: save it as .csv."
         raise ConfigError(f"{path}: {problem}", hint=hint)
+    if form.keyed_by is not None and kind != "json":
+        raise ConfigError(
+            f"{path}: data.keyed_by is {form.keyed_by!r}, and only a .json file is an object of lists of rows",
+            hint="Leave data.keyed_by out, and name a column of the rows in data.partition.by.",
+        )
     opener = form.opener or open_file
     try:
         _check_head(path, kind, opener, form.encoding)
-        if kind == "json":
+        if form.keyed_by is not None:
+            with _opened(path, form) as file:
+                found = keyed(file.read(), path, form.keyed_by)
+            for where, fields, repeated in found:
+                yield Row(fields, where, repeated)
+        elif kind == "json":
             yield from _json_rows(path, form)
         elif kind == "csv":
             yield from _csv_rows(path, form)

@@ -206,11 +206,25 @@ class RowReader(RowReport):
         """Return what to do about a row whose columns stand elsewhere; None where they do not."""
         if re.search(r"\.[ct]sv\b", row.where) and any(map(_looks_like_text, row.fields)):
             return "The first line, read as the header, looks like a row: put a line of column names before it."
+        if self._is_keyed(row):
+            return (
+                "The file is an object of lists of rows: set data.keyed_by to a column for their keys, such as client, "
+                "and data.partition to {by: client} to make each a client."
+            )
         for name, value in row.fields.items():
             inner = [Row(value, row.where)] if isinstance(value, Mapping) else []
             if inner and any(_count_usable(one, inner) for one in (self.format, *formats_of(self._item))):
                 return f"Column {name!r} holds the columns of a row: write each row as what it holds."
         return None
+
+    def _is_keyed(self, row: Row) -> bool:
+        """Return whether a row is a whole file: an object of lists of rows, of which some are usable."""
+        lists = list(row.fields.values())
+        if not lists or not all(isinstance(each, list) and each and isinstance(each[0], Mapping) for each in lists):
+            return False
+        first = [Row(each[0], row.where) for each in lists]
+        pairs = _pairs(first) if self._item is Example else ()
+        return any(_count_usable(one, first) for one in (self.format, *formats_of(self._item), *pairs))
 
     def read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Item]]:
         """Yield every usable row and what it teaches; raise ConfigError for rows of single responses with a verdict."""

@@ -72,6 +72,44 @@ def documents(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     yield from found
 
 
+def keyed(text: str, path: Path, column: str) -> list[tuple[str, dict[str, Any], str | None]]:
+    """Return the rows of an object of lists of rows, each with its list's key in a column.
+
+    Of each there is its place, its fields, and a key that it names twice. Raises ConfigError for any other document, a
+    key of two lists, and a row that has another value in the column.
+    """
+    wanted = "an object of lists of rows, as data.keyed_by says"
+    document = parse(text, path)
+    if not isinstance(document, dict) or not document:
+        raise ConfigError(
+            f"{path} is not {wanted}, but {'an empty one' if document == {} else f'a {type(document).__name__}'}",
+            hint='Such a file is {"KEY": [{...}, ...], ...}. For rows one a line, or in one list, leave keyed_by out.',
+        )
+    if isinstance(document, Repeating) and document.key in document:
+        raise ConfigError(
+            f"{path}: the key {document.key!r} stands twice, and JSON's readers keep the last",
+            hint="Join the two lists, or give one another key.",
+        )
+    rows = []
+    for key, entries in document.items():
+        if not isinstance(entries, list):
+            raise ConfigError(
+                f"{path}: what {key!r} names is no list, and the file is to be {wanted}",
+                hint="Take it out; or leave data.keyed_by out, where the file is rows one a line, or in a list.",
+            )
+        for number, fields in enumerate(entries, 1):
+            where = f"{path}, {key!r}, row {number}"
+            if not isinstance(fields, dict):
+                raise ConfigError(f"{where} is not a JSON object", hint="Write every row as an object of columns.")
+            if fields.get(column, key) != key:
+                raise ConfigError(
+                    f"{where} has {fields[column]!r} in column {column!r}, where the key of its list is to stand",
+                    hint="Name another column in data.keyed_by, and in data.partition.by.",
+                )
+            rows.append((where, {**fields, column: key}, fields.key if isinstance(fields, Repeating) else None))
+    return rows
+
+
 def _wrapped(document: Any, depth: int = 2) -> tuple[str, list[Any]] | None:
     """Return the list of rows that an object wraps, or that an object inside it does, and the keys that lead there."""
     for key in _WRAPPERS if isinstance(document, dict) and depth else ():

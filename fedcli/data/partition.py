@@ -15,6 +15,7 @@ from fedcli.data.topics import find_topics
 from fedcli.errors import ConfigError
 from fedcli.randomness import stream
 from fedcli.tasks.conversation import Item, Prompt
+from fedcli.tasks.format import is_finite
 
 UNUSED = -1
 """The client of a row that nobody gets."""
@@ -64,7 +65,13 @@ class Survey:
                     f"{row.where} has no column {self._by!r}; it has {', '.join(map(str, row.fields)) or 'none'}",
                     hint="Correct data.partition (iid needs no column), or mend the row.",
                 )
-            name = str(row.fields[self._by])
+            value = row.fields[self._by]
+            if isinstance(self.partition, By) and not is_client(value):
+                raise ConfigError(
+                    f"{row.where}: column {self._by!r} is {value!r}, which names no client",
+                    hint="data.partition.by makes a client of each text or number there: mend the row, or take it out.",
+                )
+            name = str(value)
             self._codes.append(self._names.setdefault(name, len(self._names)))
 
     def groups(self) -> tuple[list[str], Rows]:
@@ -95,6 +102,8 @@ class Split:
     num_clients: int
     group_names: list[str]
     groups: Rows
+    remarks: tuple[str, ...] = ()
+    """What of the rows no client has, and why."""
 
     def sizes(self) -> list[int]:
         """Return every client's number of rows."""
@@ -116,17 +125,18 @@ def split(
     num_clients = survey.num_clients
     names, groups = survey.groups()
     order = _chosen(survey, max_rows, source_limits)
-    if len(order) < num_clients * min_rows:
+    if len(order) < num_clients * min_rows and not isinstance(survey.partition, By):  # whose error says how many fit
         raise ConfigError(
             f"{len(order)} rows cannot be split among {num_clients} clients with at least {min_rows} each",
             hint="Lower federation.clients or data.min_rows, or give more rows in data.source or data.max_rows.",
         )
     clients = np.full(len(survey.sources), UNUSED, np.int32)
+    remarks: tuple[str, ...] = ()
     match survey.partition:
         case Dirichlet(dirichlet=options):
             shares = _dirichlet(order, groups, survey, options.alpha, min_rows)
-        case By(by=column):
-            shares = _values(order, groups, names, survey, column, min_rows)
+        case By() as by:
+            shares, remarks = _values(order, groups, names, survey, by, min_rows)
         case Sizes(sizes=options_):
             weights = np.arange(1, num_clients + 1, dtype=np.float64) ** -options_.power
             shares = _cut(order, weights / weights.sum())
@@ -141,7 +151,12 @@ def split(
                 hint="Lower data.min_rows or federation.clients, or choose a less uneven data.partition.",
             )
         clients[share] = client
-    return Split(clients, num_clients, names, groups)
+    return Split(clients, num_clients, names, groups, remarks)
+
+
+def is_client(value: object) -> bool:
+    """Return whether a value of a column can name a client: a text that is not empty, or a finite number."""
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, bool) or is_finite(value)
 
 
 def _counts(numbers: NDArray[Any], length: int) -> list[int]:
@@ -194,17 +209,36 @@ def _dirichlet(order: Rows, groups: Rows, survey: Survey, alpha: float, min_rows
     return [np.concatenate(own) for own in parts]
 
 
-def _values(order: Rows, groups: Rows, names: list[str], survey: Survey, column: str, min_rows: int) -> list[Rows]:
-    """Make each value a client; values with too few rows are left out."""
-    counts = np.bincount(groups[order], minlength=len(names))
-    kept = [group for group in range(len(names)) if counts[group] >= min_rows]
-    if len(kept) != survey.num_clients:
+def _values(
+    order: Rows, groups: Rows, names: list[str], survey: Survey, by: By, min_rows: int
+) -> tuple[list[Rows], tuple[str, ...]]:
+    """Make each value a client, in the order of the names; return what is left out, too, in a sentence each.
+
+    Values with too few rows are left out, and with `keep: largest` those beyond the number of clients.
+    """
+    counts = _counts(groups[order], len(names))
+    kept = [group for group, count in enumerate(counts) if count >= min_rows]
+    few = [group for group, count in enumerate(counts) if count < min_rows]
+    limit = survey.num_clients
+    largest = sorted(kept, key=lambda group: -counts[group])[:limit] if by.keep == "largest" else kept
+    if len(largest) != limit:
+        other = "" if by.keep == "largest" or len(kept) < limit else ", or data.partition.keep to largest"
         raise ConfigError(
-            f"column {column!r} has {len(names)} values, {len(kept)} of them with at least data.min_rows ({min_rows}) "
-            f"rows; federation.clients is {survey.num_clients}",
-            hint=f"Set federation.clients to {len(kept)}: each value is a client.",
+            f"column {by.by!r} has {len(names)} values, {len(kept)} of them with at least data.min_rows ({min_rows}) "
+            f"rows; federation.clients is {limit}",
+            hint=f"Set federation.clients to {len(kept)}: each value is a client{other}.",
         )
-    return [order[groups[order] == group] for group in kept]
+    dropped = {
+        f"with fewer than data.min_rows ({min_rows}) rows": few,
+        f"that are not the {limit} with most rows": sorted(set(kept) - set(largest)),
+    }
+    remarks = [
+        f"{by.by}: {len(left)} of {len(names)} values, {why}, are left out with their {sum(counts[g] for g in left)} "
+        f"rows; first, {names[left[0]]!r} with {counts[left[0]]}"
+        for why, left in dropped.items()
+        if left
+    ]
+    return [order[groups[order] == group] for group in sorted(largest)], tuple(remarks)
 
 
 def _sources(order: Rows, groups: Rows, num_sources: int, num_clients: int) -> list[Rows]:

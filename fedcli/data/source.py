@@ -47,6 +47,8 @@ class Source:
     """What separates the cells of .csv files; None: a comma (.tsv: a tab), or what their header shows."""
     encoding: str | None = None
     """Of text files; None: UTF-8."""
+    keyed_by: str | None = None
+    """The column that has the key of a row's list, of files that are an object of lists of rows; None for others."""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows one by one.
@@ -63,7 +65,7 @@ class Source:
 
     @property
     def _form(self) -> FileForm:
-        return FileForm(self.opener, self.delimiter, self.encoding)
+        return FileForm(self.opener, self.delimiter, self.encoding, self.keyed_by)
 
     def _paths(self, location: Path) -> list[Path]:
         return _files(location, self.split) if self.opener is None and location.is_dir() else [location]
@@ -112,14 +114,20 @@ def find_source(
     split: str | None = None,
     delimiter: str | None = None,
     encoding: str | None = None,
+    keyed_by: str | None = None,
 ) -> Source:
     """Return the source that a path (from `root`) or a hub id names; raise ConfigError where it can be neither."""
     if not name.strip():
         raise ConfigError("a source of rows names nothing", hint="Set data.source to a file, a folder or a hub id.")
     path = root / os.path.expanduser(name)
     if path.exists():
-        return Source(path, subset, split or "train", delimiter=delimiter, encoding=encoding)
+        return Source(path, subset, split or "train", delimiter=delimiter, encoding=encoding, keyed_by=keyed_by)
     if _HUB_ID.fullmatch(name) and suffix_of(path) not in KINDS:
+        if keyed_by is not None:
+            raise ConfigError(
+                f"data.keyed_by is {keyed_by!r}, and data.source names a data set of the hub, {name}",
+                hint="It is for a .json file that is an object of lists of rows. Leave it out, or name a file.",
+            )
         return Source(name, subset, split or "train")
     raise ConfigError(
         f"cannot read the rows in {path}: no such file or folder",

@@ -134,6 +134,8 @@ class Benchmark:
     """The options that it obeys, besides limit."""
     packages: tuple[str, ...] = ()
     """Packages that it needs and not every installation has, by the names that are imported (`errors.EXTRAS`)."""
+    programs: tuple[str, ...] = ()
+    """Programs of the system, beside Python, that its answers are run with (`eval.programs`)."""
     answers_of: str | None = None
     """The benchmark that asks models the same questions, and so has the same answers."""
 

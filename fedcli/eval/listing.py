@@ -68,6 +68,10 @@ def _listed(benchmark: Benchmark, roots: Sequence[Path], finder: Finder) -> List
         missing.append(f"judge (${KEY_VARIABLE}, a server of your own, or a model folder)")
     if "code-execution" in benchmark.needs and not shutil.which("bwrap"):
         missing.append("code-execution (bubblewrap)")
+    if benchmark.programs:
+        from fedcli.eval.programs import missing_programs
+
+        missing += [f"{name} ({why})" for name, why in missing_programs(benchmark.programs).items()]
     return Listed(benchmark, BENCHMARKS.package_of(benchmark.name), where, missing)
 
 

@@ -16,6 +16,7 @@ from fedcli.eval.benchmarks import (
     lm_eval_tasks,
     mbpp,
     mt_bench,
+    multiple,
     own_rows,
     vicuna,
 )
@@ -52,6 +53,7 @@ _OWN = (
     humaneval.BENCHMARK,
     mbpp.BENCHMARK,
     *humanevalpack.BENCHMARKS,
+    *multiple.BENCHMARKS,
     ds1000.BENCHMARK,
     *bleu.BENCHMARKS,
     *finance.BENCHMARKS,

@@ -228,7 +228,7 @@ class Sandbox:
         return Run("too much output" if is_flood else outcome, text)
 
     def _command(self, *arguments: str) -> list[str]:
-        paths = _visible_paths()
+        paths = visible_paths()
         child = [sys.executable, "-S", "-c", self._child, *arguments]
         command = [self._bubblewrap, *_walls(paths), "--", *child]
         if os.geteuid() != 0 or not _has_user(NOBODY):
@@ -255,7 +255,7 @@ def _end_of(file: BinaryIO, size: int) -> str:
     return file.read().decode(errors="replace")
 
 
-def _visible_paths() -> list[str]:
+def visible_paths() -> list[str]:
     """Return what a program may read: the system's programs and libraries, and this Python with its packages."""
     python = (sys.prefix, sys.base_prefix)
     home = Path(os.path.expanduser("~"))

@@ -63,6 +63,8 @@ def examine(workspace: Workspace | None, *, observer: Observer) -> list[Finding]
         checks.append(("store" if workspace.store.is_remote else "file system", lambda: _place(workspace)))
     if experiment is not None and experiment.identity is not None and not experiment.config.privacy.is_off:
         checks.append(("privacy", lambda: _privacy(experiment.workspace)))
+    if experiment is not None and experiment.identity is not None and experiment.config.federation.budget is not None:
+        checks.append(("communication", lambda: _communication(experiment.workspace)))
     if experiment is not None:
         checks.append(("memory", lambda: _memory(experiment)))
     for name, check in checks:
@@ -240,6 +242,14 @@ def _sandbox() -> Iterator[Finding]:
         yield Finding("sandbox", "warning", error.message, error.hint)
     else:
         yield Finding("sandbox", "ok", "bubblewrap can run benchmarks of code")
+    from fedcli.eval.programs import PACKAGES as PROGRAMS
+    from fedcli.eval.programs import missing_programs
+
+    missing = missing_programs(list(PROGRAMS))
+    told = "; ".join(f"{name}: {missing.get(name, 'is there')}" for name in PROGRAMS)
+    cure = "`fedcli eval list --group multiple` says which benchmarks need it; on Debian: apt-get install "
+    cure += " ".join(PROGRAMS[name] for name in missing)
+    yield Finding.of("other languages", not missing, told, cure, "warning")
 
 
 def _hub() -> Iterator[Finding]:
@@ -282,6 +292,16 @@ def _privacy(workspace: Workspace) -> Iterator[Finding]:
     if noise_to_signal(manifest) is not None:
         cure = cure_of_noise(manifest)
         yield Finding.of("privacy", not is_too_noisy(manifest), describe_noise(manifest), cure, "warning")
+
+
+def _communication(workspace: Workspace) -> Iterator[Finding]:
+    """Compare what all rounds move with federation.budget."""
+    from fedcli.server.communication_cost import describe_budget
+
+    federation = FederationState.open(workspace)
+    if (found := describe_budget(federation.head.manifest, federation.config.federation)) is not None:
+        is_within, told, cure = found
+        yield Finding.of("communication", is_within, told, cure, "warning")
 
 
 def _memory(experiment: Experiment) -> Iterator[Finding]:

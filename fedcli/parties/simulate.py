@@ -128,7 +128,7 @@ def plan_split(experiment: Experiment, observer: Observer) -> Plan | None:
         ],
         groups=names,
         group_counts=[made.group_counts(client) if names else [] for client in range(num_clients)],
-        remarks=_remarks(config, choices, root),
+        remarks=[*_remarks(config, choices, root), *made.remarks],
         **report.counts(),
     )
     return Plan(made, summary, chosen)
@@ -243,6 +243,7 @@ def _source(entry: SourceEntry, root: Path) -> Source:
         split=choose_split(entry.source, entry.split),
         delimiter=entry.delimiter,
         encoding=entry.encoding,
+        keyed_by=entry.keyed_by,
     )
 
 

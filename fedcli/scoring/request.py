@@ -67,8 +67,11 @@ def prepare(federation: FederationState, asked: Scoring, runtimes: Runtimes) -> 
     )
     run_code = None
     if asked.allow_code_execution:
+        from fedcli.eval.programs import require_programs
         from fedcli.eval.sandbox import Sandbox
 
+        for benchmark in benchmarks:
+            require_programs(benchmark.name, benchmark.programs)
         run_code = Sandbox()
     judge = _judge(asked) if asked.judge_model is not None else None
     return Evaluation(

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedcli.eval.registry import BENCHMARKS, find_benchmarks, find_group
 from fedcli.eval.statistics import Score, average_ranks, difference
 from fedcli.printable import in_csv, in_markdown
 from fedcli.scoring.client_table import HEAD, ClientRow, as_cells, as_documents, client_rows
+from fedcli.scoring.communication import HEAD, bytes_until, in_megabytes, is_worth_a_column
 from fedcli.scoring.several import gather
 from fedcli.scoring.targets import BASE
 from fedcli.workspace.layout import Workspace
@@ -73,6 +74,8 @@ class ScoreTable:
     notes: tuple[str, ...]
     clients: tuple[ClientRow, ...] = ()
     """What the columns say of clients' own adapters together."""
+    communication: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that all clients had sent and fetched until a target was there; empty where none took any."""
 
     def best(self, metric: str | None = None) -> str:
         """Return the best target in a column, named "BENCHMARK METRIC"; by default the first one.
@@ -157,15 +160,15 @@ def make_table(
         {target: [scores[target, column].value for column in complete] for target in rows},
         [column.higher_is_better for column in complete],
     )
-    return ScoreTable(
-        tuple(rows),
-        tuple(columns),
-        cells,
-        ranks if len(rows) > 1 else {},
-        against,
-        _notes(kept, stale),
-        tuple(clients),
-    )
+    moved = {
+        record.target: moved
+        for record in {record.target: record for record in kept}.values()
+        if (moved := bytes_until(origin[record.target, record.name].workspace, of_row[record.target])) is not None
+    }
+    moved = moved if is_worth_a_column(moved) else {}
+    ranks = ranks if len(rows) > 1 else {}
+    notes = _notes(kept, stale)
+    return ScoreTable(tuple(rows), tuple(columns), cells, ranks, against, notes, tuple(clients), moved)
 
 
 def best_rounds(
@@ -223,7 +226,8 @@ def as_rows(table: ScoreTable) -> list[dict[str, Any]]:
                 f"difference{suffix}": getattr(cell.difference, name, None)
                 for suffix, name in (("", "value"), ("_error", "standard_error"), ("_low", "low"), ("_high", "high"))
             }
-            rows.append({"target": target, **asdict(column), **value, "rank": cell.rank, **lead})
+            moved = {"communication_bytes": table.communication.get(target)} if table.communication else {}
+            rows.append({"target": target, **asdict(column), **value, "rank": cell.rank, **lead, **moved})
     return rows
 
 
@@ -233,13 +237,14 @@ def to_markdown(table: ScoreTable) -> str:
         "",
         *(in_markdown(column.title) for column in table.columns),
         *(["average rank"] if table.average_rank else []),
+        *([HEAD] if table.communication else []),
     ]
     lines = [head, ["---", *("---:" for _ in head[1:])]]
     differences = [head[: len(table.columns) + 1], lines[1][: len(table.columns) + 1]]
     for target in table.targets:
         name, cells = in_markdown(target), [table.cells.get((target, column)) for column in table.columns]
         rank = [f"{table.average_rank[target]:.2f}"] if table.average_rank else []
-        lines.append([name, *map(_marked, cells), *rank])
+        lines.append([name, *map(_marked, cells), *rank, *show_communication(table, target)])
         if any(found and found.difference for found in cells):
             differences.append([name, *map(show_difference, cells)])
     blocks = ["# Scores", _grid(lines), "Values with 95 % bootstrap intervals; **best**, <u>second best</u>."]
@@ -255,6 +260,14 @@ def to_markdown(table: ScoreTable) -> str:
         blocks += ["Gains are better where they are larger, client by client."]
     blocks += [f"- {in_markdown(note)}" for note in table.notes]
     return "\n\n".join(blocks) + "\n"
+
+
+def show_communication(table: ScoreTable, target: str) -> list[str]:
+    """Return the cell of a target's communication, "" where it is not known; [] where the table has no such column."""
+    if not table.communication:
+        return []
+    moved = table.communication.get(target)
+    return ["" if moved is None else in_megabytes(moved)]
 
 
 def show_score(cell: Cell | None) -> str:

@@ -1,6 +1,7 @@
 """What a federation has communicated, and which algorithms merged it: running totals that every manifest carries on."""
 
-from fedcli.config import algorithm_from
+from fedcli.config import FederationConfig, algorithm_from
+from fedcli.quantities import describe_bytes, plural
 from fedcli.workspace.encoded_differences import differences_size, numbers_sent
 from fedcli.workspace.layout import (
     ADAPTER_CONFIG_NAME,
@@ -42,6 +43,33 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
         total_bytes_down=down,
         total_bytes_up=up,
     )
+
+
+def expected_bytes(manifest: Manifest, federation: FederationConfig) -> int | None:
+    """Return what all rounds together move, both ways: those so far, and the rest as a client moves in the latest.
+
+    It is an upper bound where more clients are drawn than count. None for rounds without a record of their cost.
+    """
+    cost = manifest.cost
+    if cost is None:
+        return None
+    each = federation.cohort_size * (cost.client_bytes_down + cost.client_bytes_up)
+    return cost.total_bytes_down + cost.total_bytes_up + max(federation.rounds - manifest.round, 0) * each
+
+
+def describe_budget(manifest: Manifest, federation: FederationConfig) -> tuple[bool, str, str] | None:
+    """Return whether all rounds keep within federation.budget, how much they move, and what lowers it.
+
+    None without a budget, or without a record of costs.
+    """
+    expected = expected_bytes(manifest, federation)
+    if federation.budget is None or expected is None:
+        return None
+    told = (
+        f"{plural(federation.rounds, 'round')} of {plural(federation.cohort_size, 'client')} move "
+        f"{describe_bytes(expected)} in all, federation.budget is {describe_bytes(federation.budget)}"
+    )
+    return expected <= federation.budget, told, "Lower adapter.rank, federation.rounds or federation.per_round."
 
 
 def history_of(manifest: Manifest, previous: Manifest | None) -> list[AlgorithmRun]:

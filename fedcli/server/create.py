@@ -18,6 +18,7 @@ from fedcli.data.source import absolute_path
 from fedcli.errors import ConfigError, UsageError, WorkspaceError, did_you_mean
 from fedcli.observer import Observer
 from fedcli.parties.simulate import DataSummary, plan_split, write_split
+from fedcli.server.communication_cost import describe_budget
 from fedcli.server.initial_adapter import check_base, prepare_start
 from fedcli.server.open_round import open_first_round
 from fedcli.workspace.address import workspace_at
@@ -133,6 +134,7 @@ def create_workspace(
             notes=(
                 *(() if base is None else base.notes_for(config.train.max_length)),
                 *_rule_notes(config),
+                *_budget_notes(federation),
                 *_privacy_notes(federation),
             ),
         )
@@ -163,6 +165,15 @@ def _rule_notes(config: Config) -> tuple[str, ...]:
         f"aggregation.rule is {rule.rule}: where clients hold rows of unlike kinds it takes a minority for an attack, "
         "and what only they know is not learnt (docs/ROBUST.md)",
     )
+
+
+def _budget_notes(federation: FederationState) -> tuple[str, ...]:
+    """Return whether the rounds keep within federation.budget; nothing where there is none."""
+    found = describe_budget(federation.head.manifest, federation.config.federation)
+    if found is None:
+        return ()
+    is_within, told, cure = found
+    return (told if is_within else f"{told}, which is less. {cure}",)
 
 
 def open_round(workspace: Workspace) -> FederationState:

@@ -16,8 +16,9 @@ from fedcli.report.rows_picture import PALETTE
 from fedcli.study.columns import Column
 from fedcli.study.folder import StudyFolder
 from fedcli.study.plan import Cell, cells_of
-from fedcli.study.results import Block, Scored, StudyTable, make_table
+from fedcli.study.results import Block, StudyTable, make_table
 from fedcli.study.run_cell import is_made
+from fedcli.study.scored import Scored
 from fedcli.workspace.publish import make_folder, publish_file
 
 if TYPE_CHECKING:

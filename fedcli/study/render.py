@@ -3,13 +3,15 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any, Literal, TypeVar
 
 from fedcli.eval.statistics import Score
 from fedcli.printable import in_csv, in_markdown
 from fedcli.study.columns import Column
+from fedcli.study.costs import cost_columns
 from fedcli.study.results import Block, StudyScore, StudyTable
 
 Format = Literal["markdown", "latex", "csv", "json"]
@@ -48,8 +50,8 @@ def to_markdown(table: StudyTable) -> str:
     for block in table.blocks:
         blocks += [f"## {in_markdown(block.title)}"] if len(table.blocks) > 1 else []
         head = ["", *(in_markdown(column.shown) for column in block.columns)]
-        rank = [RANK] if block.average_rank else []
-        blocks.append(_grid([[*head, *rank], *score_rows(block, table.source, marked)]))
+        beside = [in_markdown(title) for title, _ in columns_beside(block)]
+        blocks.append(_grid([[*head, *beside], *score_rows(block, table.source, marked)]))
         if rows := difference_rows(block):
             against = in_markdown(block.rows[block.against])
             named = [[in_markdown(name), *cells] for name, *cells in rows]
@@ -63,7 +65,7 @@ def to_latex(table: StudyTable) -> str:
     r"""Return LaTeX: a table environment for each preset, with rules of the package booktabs."""
     blocks = [r"% \usepackage{booktabs} in the preamble"]
     for block in table.blocks:
-        names = [column.shown for column in block.columns] + ([RANK] if block.average_rank else [])
+        names = [*(column.shown for column in block.columns), *(title for title, _ in columns_beside(block))]
         rows = [["", *map(_escaped, names)], *score_rows(block, table.source, _marked_latex)]
         lines = [f"{' & '.join(row)} \\\\" for row in rows]
         differences = [[_escaped(row[0]), *(_escaped(text) for text in row[1:])] for row in difference_rows(block)]
@@ -116,6 +118,20 @@ def document(table: StudyTable) -> dict[str, Any]:
         "against": {block.preset: block.against for block in table.blocks},
         "average_rank": {block.preset: dict(block.average_rank) for block in table.blocks},
         "published_in": table.source,
+        "communication_bytes": {
+            block.preset: {label: dict(sizes) for label, sizes in block.communication.items()}
+            for block in table.blocks
+            if block.communication
+        },
+        "goal": {
+            block.preset: {
+                "column": f"{block.goal.column.benchmark}.{block.goal.column.metric}",
+                "value": block.goal.value,
+                "bytes": {label: dict(found.num_bytes) for label, found in block.reached.items()},
+            }
+            for block in table.blocks
+            if block.goal is not None
+        },
         "scores": as_rows(table),
         "notes": list(table.notes),
     }
@@ -130,6 +146,12 @@ def as_rows(table: StudyTable) -> list[dict[str, Any]]:
         for column in block.columns
         if (score := block.scores.get((label, column.shown))) is not None
     ]
+
+
+def columns_beside(block: Block) -> list[tuple[str, Mapping[str, str]]]:
+    """Return the titles of the columns beside the scores, average ranks and bytes, and their cells by row."""
+    ranks = {label: f"{rank:.2f}" for label, rank in block.average_rank.items()}
+    return [*([(RANK, ranks)] if ranks else []), *cost_columns(block)]
 
 
 def _as_row(block: Block, label: str, column: Column, score: StudyScore) -> dict[str, Any]:
@@ -148,6 +170,7 @@ def _as_row(block: Block, label: str, column: Column, score: StudyScore) -> dict
         "difference_low": lead.get("low"),
         "difference_high": lead.get("high"),
         "published": score.published,
+        "communication_bytes": fmean(moved.values()) if (moved := block.communication.get(label)) else None,
         "by_seed": dict(score.by_seed),
     }
 
@@ -158,17 +181,17 @@ def score_rows(block: Block, source: str | None, cell: Callable[[str, int | None
     `cell` makes a cell of its text and its rank in the column, which is None where it has none.
     """
     lines: list[list[tuple[str, int | None]]] = []
+    beside = [cells for _, cells in columns_beside(block)]
     for label, title in block.rows.items():
         found = [block.scores.get((label, column.shown)) for column in block.columns]
-        rank = [f"{block.average_rank[label]:.2f}" if label in block.average_rank else ""] if block.average_rank else []
         if any(score is not None and score.by_seed for score in found) or not _has_figures(found):
             shown = [
                 (_shown(score), score.rank) if score is not None and score.by_seed else ("", None) for score in found
             ]
-            lines.append([(title, None), *shown, *((text, None) for text in rank)])
+            lines.append([(title, None), *shown, *((cells.get(label, ""), None) for cells in beside)])
         if source is not None and _has_figures(found):
             figures = ["" if score is None or score.published is None else _number(score.published) for score in found]
-            texts = [f"{title}, published", *figures, *([""] if block.average_rank else [])]
+            texts = [f"{title}, published", *figures, *("" for _ in beside)]
             lines.append([(text, None) for text in texts])
     return [[cell(*entry) for entry in line] for line in lines]
 

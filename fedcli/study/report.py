@@ -11,7 +11,7 @@ from fedcli.report.drawing import NARROW, STYLE, WIDE, Picture, svg_of
 from fedcli.report.page import Table, TableCell, is_ours, render_page, show_number
 from fedcli.study.folder import StudyFolder
 from fedcli.study.plot import COST_PANELS, MOST_PANELS, Plot, plots_of
-from fedcli.study.render import RANK, difference_rows, legend, score_rows
+from fedcli.study.render import columns_beside, difference_rows, legend, score_rows
 from fedcli.study.results import Block, StudyTable, make_table
 from fedcli.study.status import CellStatus, StudyStatus, read_status
 from fedcli.workspace.publish import explained
@@ -107,7 +107,7 @@ def _sections(table: StudyTable, plots: Sequence[Plot]) -> list[_Section]:
             _Section(
                 block.preset,
                 f"Scores: {block.title}" if several else "Scores",
-                Table.of([*heads, *([RANK] if block.average_rank else [])], scores, texts=("",)),
+                Table.of([*heads, *(title for title, _ in columns_beside(block))], scores, texts=("",)),
                 Table.of(heads, differences, texts=("",)),
                 block.rows[block.against],
                 pictures,

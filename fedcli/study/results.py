@@ -3,21 +3,18 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from statistics import stdev
 
 from fedcli.errors import NotReadyError, UsageError, did_you_mean
-from fedcli.eval.benchmark import Metric
-from fedcli.eval.registry import BENCHMARKS, find_benchmarks
-from fedcli.eval.statistics import Score, average_ranks, difference_over_seeds
+from fedcli.eval.statistics import Score, average_ranks
+from fedcli.quantities import describe_bytes
 from fedcli.scoring.targets import BASE
 from fedcli.study.columns import Column, PublishedTable
+from fedcli.study.costs import Goal, Reached, bytes_of_round, last_within, reached
 from fedcli.study.folder import StudyFolder, shipped_studies
 from fedcli.study.plan import ALONE, LOCAL, Cell, PresetEntry, Study, TableConfig, cells_of, read_study
-from fedcli.study.run_cell import is_made
+from fedcli.study.scored import Scored, ScoredModel, metric_of, signed
 from fedcli.workspace.baselines import baseline_name
-from fedcli.workspace.layout import Workspace
-from fedcli.workspace.scores import ItemMarks, ScoreRecord, read_marks, read_scores, scored_name
 from fedcli.workspace.target_name import TargetName
 
 BEST_ALONE, MEAN_ALONE = "best-alone", "mean-alone"
@@ -67,6 +64,11 @@ class Block:
     """By the row's label and the column's title."""
     average_rank: Mapping[str, float]
     against: str
+    communication: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """Of each row that has some: bytes that all clients sent and fetched until the scored round, by seed."""
+    goal: Goal | None = None
+    reached: Mapping[str, Reached] = field(default_factory=dict)
+    """What each algorithm took to reach the goal."""
 
 
 @dataclass(frozen=True)
@@ -80,24 +82,28 @@ class StudyTable:
     notes: tuple[str, ...] = field(default=())
 
 
-@dataclass(frozen=True)
-class _Source:
-    """One scored model of a cell."""
-
-    cell: Cell
-    target: str
-
-
-def make_table(folder: StudyFolder, *, like: str | None = None, against: str | None = None) -> StudyTable:
+def make_table(
+    folder: StudyFolder,
+    *,
+    like: str | None = None,
+    against: str | None = None,
+    budget: int | None = None,
+    goal: Goal | None = None,
+) -> StudyTable:
     """Return what a study has so far, in its own layout or in that of a shipped study.
 
-    Raises UsageError for a study or a row that is not there, NotReadyError where there are no scores yet.
+    With a `budget` in bytes an algorithm's scores are those of its last scored round within it; with a `goal` there is
+    what it took to reach it. Raises UsageError for a study, a row or a goal's column that is not there, NotReadyError
+    where there are no scores yet.
     """
     study = folder.study
+    if goal is not None:
+        goal.check(study.eval.benchmarks)
     layout, paper = _layout(study, like or study.table.like)
     notes: dict[str, None] = {}
     blocks = tuple(
-        _block(folder, setting, layout, paper, against or layout.against, notes) for setting in study.presets
+        _block(folder, setting, layout, paper, against or layout.against, notes, budget, goal)
+        for setting in study.presets
     )
     if not any(score.by_seed for block in blocks for score in block.scores.values()):
         raise NotReadyError("no cell of the study has scores yet", hint="`fedcli study run` makes them.")
@@ -129,10 +135,19 @@ def _block(
     paper: PublishedTable | None,
     against: str,
     notes: dict[str, None],
+    budget: int | None,
+    goal: Goal | None,
 ) -> Block:
     cells = [cell for cell in cells_of(folder.study) if cell.setting.name == setting.name]
     scored = Scored(folder)
-    rows = _rows(folder.study, cells)
+    last = {cell.id: _shown_round(folder, scored, cell, budget) for cell in cells if cell.algorithm is not None}
+    rows = _rows(folder.study, cells, last)
+    if budget is not None:
+        rounds = [
+            f"{cell.id} {'none' if last[cell.id] is None else last[cell.id]}" for cell in cells if cell.id in last
+        ]
+        told = "scores are those of the last scored round until which all clients had sent and fetched at most "
+        notes[f"{told}{describe_bytes(budget)}: {', '.join(rounds)}"] = None
     columns = layout.columns or scored.columns(cells)
     titles = {label: _TITLES.get(label, _client_title(label)) for label in rows}
     against = against or next(iter(rows))
@@ -160,7 +175,7 @@ def _block(
         better = [
             other
             for other in ranked
-            if (other, title) in means and _signed(column, means[other, title]) > _signed(column, means[label, title])
+            if (other, title) in means and signed(column, means[other, title]) > signed(column, means[label, title])
         ]
         lead = None
         if label != against and (against, title) in values:
@@ -181,7 +196,7 @@ def _block(
     complete = [column for column in columns if ranked and all((label, column.shown) in means for label in ranked)]
     ranks = average_ranks(
         {label: [means[label, column.shown] for column in complete] for label in ranked},
-        [_metric(column).higher_is_better for column in complete],
+        [metric_of(column).higher_is_better for column in complete],
     )
     if 0 < len(complete) < len(columns):
         left_out = ", ".join(column.shown for column in columns if column not in complete)
@@ -189,15 +204,31 @@ def _block(
             f"{setting.name}: the average rank is over {len(complete)} of {len(columns)} columns, without {left_out}"
         ] = None
     title = setting.title or setting.name
-    return Block(setting.name, title, titles, tuple(columns), scores, ranks if len(ranked) > 1 else {}, against)
+    moved: dict[str, dict[int, int]] = {}
+    for cell in cells:
+        number = last.get(cell.id)
+        if number is not None and (size := bytes_of_round(folder, cell, number)) is not None:
+            moved.setdefault(cell.label, {})[cell.seed] = size
+    costs = {}
+    if goal is not None:
+        costs = reached(folder, scored, cells, goal)
+    ranks = ranks if len(ranked) > 1 else {}
+    return Block(setting.name, title, titles, tuple(columns), scores, ranks, against, moved, goal, costs)
 
 
-def _rows(study: Study, cells: Sequence[Cell]) -> dict[str, dict[int, list[_Source]]]:
+def _shown_round(folder: StudyFolder, scored: Scored, cell: Cell, budget: int | None) -> int | None:
+    """Return the round whose scores stand for a cell: the last one, or the last scored one within a budget."""
+    return cell.config.federation.rounds if budget is None else last_within(folder, scored, cell, budget)
+
+
+def _rows(
+    study: Study, cells: Sequence[Cell], last: Mapping[str, int | None]
+) -> dict[str, dict[int, list[ScoredModel]]]:
     """Return the rows by label: for each seed the models that are scored for it."""
-    rows: dict[str, dict[int, list[_Source]]] = {}
+    rows: dict[str, dict[int, list[ScoredModel]]] = {}
 
     def add(label: str, cell: Cell, targets: Sequence[str]) -> None:
-        rows.setdefault(label, {})[cell.seed] = [_Source(cell, target) for target in targets]
+        rows.setdefault(label, {})[cell.seed] = [ScoredModel(cell, target) for target in targets]
 
     for cell in cells:
         if cell.algorithm is None:
@@ -210,137 +241,19 @@ def _rows(study: Study, cells: Sequence[Cell]) -> dict[str, dict[int, list[_Sour
                     add(label, cell, [baseline_name(client) for client in alone])
     for cell in cells:
         if cell.algorithm is not None:
-            add(cell.label, cell, [str(TargetName.of_round(cell.config.federation.rounds))])
+            number = last[cell.id]
+            add(cell.label, cell, [] if number is None else [str(TargetName.of_round(number))])
     return rows
 
 
-def _chosen(scored: "Scored", label: str, sources: Sequence[_Source], column: Column) -> Sequence[_Source]:
+def _chosen(scored: Scored, label: str, sources: Sequence[ScoredModel], column: Column) -> Sequence[ScoredModel]:
     """Return the models of a row that count in a column: for the best one alone, it."""
     if label != BEST_ALONE:
         return sources
     known = [source for source in sources if scored.one(source, column) is not None]
     if len(known) < len(sources):
         return sources
-    return [max(known, key=lambda source: _signed(column, scored.one(source, column) or 0.0))]
-
-
-class Scored:
-    """The scores of a study's workspaces, each read once."""
-
-    def __init__(self, folder: StudyFolder) -> None:
-        self._folder = folder
-        self._records: dict[str, dict[tuple[str, str], ScoreRecord]] = {}
-        self.marks = cache(self._marks)
-
-    def records(self, cell: Cell) -> dict[tuple[str, str], ScoreRecord]:
-        """Return a cell's scores by target and name; none where its workspace does not stand yet."""
-        if cell.id not in self._records:
-            found = read_scores(self._workspace(cell)) if is_made(self._folder, cell) else []
-            self._records[cell.id] = {(record.target, record.name): record for record in found}
-        return self._records[cell.id]
-
-    def columns(self, cells: Sequence[Cell]) -> tuple[Column, ...]:
-        """Return every metric in which a model of some cells is scored but details, in the benchmarks' order."""
-        study = self._folder.study
-        known = {
-            (record.name, metric)
-            for cell in cells
-            for record in self.records(cell).values()
-            for metric in record.scores
-        }
-        return tuple(
-            Column(benchmark=benchmark.name, metric=metric.name)
-            for benchmark in find_benchmarks(study.eval.benchmarks)
-            for metric in benchmark.metrics
-            if not metric.is_detail and (self._name(benchmark.name), metric.name) in known
-        )
-
-    def one(self, source: _Source, column: Column) -> float | None:
-        """Return a model's score in a column, None where there is none."""
-        record = self.records(source.cell).get((source.target, self._name(column.benchmark)))
-        entry = record.scores.get(column.metric) if record is not None else None
-        return entry.value if entry is not None else None
-
-    def rounds(self, cell: Cell, column: Column) -> dict[int, float]:
-        """Return the scores in a column of a cell's rounds, by number."""
-        return {
-            number: record.scores[column.metric].value
-            for (target, name), record in self.records(cell).items()
-            if name == self._name(column.benchmark) and column.metric in record.scores
-            if TargetName.parse(target).kind == "round" and (number := TargetName.parse(target).number) is not None
-        }
-
-    def value(self, sources: Sequence[_Source], column: Column) -> float | None:
-        """Return the mean of models' scores in a column, None where one of them has none."""
-        found = [self.one(source, column) for source in sources]
-        known = [value for value in found if value is not None]
-        return math.fsum(known) / len(known) if known and len(known) == len(found) else None
-
-    def difference(
-        self, ours: Sequence[Sequence[_Source]], theirs: Sequence[Sequence[_Source]], column: Column
-    ) -> Score | None:
-        """Return the mean difference over seeds; None where the items are not the same, or not kept."""
-        metric = _metric(column)
-        parts = metric.mean_of or ((column.benchmark, column.metric),)
-        places = [(self._name(benchmark), name) for benchmark, name in parts]
-        every = [source for seed in (*ours, *theirs) for source in seed]
-        for mine, other in zip(ours, theirs, strict=True):
-            for name, _ in places:
-                records = [self._record(source, name) for source in (*mine, *other)]
-                if len({record.data.get("sha256") for record in records if record is not None}) != 1:
-                    return None  # not the same questions
-        our_marks, their_marks = (
-            [
-                [[self._items(source, name).marks.get(key, {}) for name, key in places] for source in seed]
-                for seed in side
-            ]
-            for side in (ours, theirs)
-        )
-        clusters = [
-            {item: cluster for source in every for item, cluster in self._items(source, name).clusters.items()}
-            for name, _ in places
-        ]
-        return difference_over_seeds(metric, our_marks, their_marks, clusters)
-
-    def notes(self, cells: Sequence[Cell]) -> list[str]:
-        """Return what is missing in the scores of some cells."""
-        awaited: dict[str, set[str]] = {}
-        for cell in cells:
-            for record in self.records(cell).values():
-                if record.awaits is not None:
-                    awaited.setdefault(f"{record.name} waits for {record.awaits}", set()).add(cell.id)
-        cures = {"judge": "eval.judge_model", "code-execution": "eval.allow_code_execution"}
-        return [
-            f"{what} in {len(where)} cells: set {cures[what.rpartition(' ')[2]]} in study.yaml, and run the study again"
-            for what, where in awaited.items()
-        ]
-
-    def _record(self, source: _Source, name: str) -> ScoreRecord | None:
-        return self.records(source.cell).get((source.target, name))
-
-    def _items(self, source: _Source, name: str) -> ItemMarks:
-        return self.marks(source.cell.id, source.target, name)
-
-    def _marks(self, cell_id: str, target: str, name: str) -> ItemMarks:
-        record = self._records[cell_id].get((target, name))
-        workspace = Workspace(self._folder.root / "cells" / cell_id)
-        return read_marks(workspace, record) if record is not None else ItemMarks()
-
-    def _workspace(self, cell: Cell) -> Workspace:
-        return Workspace(self._folder.workspace(cell))
-
-    def _name(self, benchmark: str) -> str:
-        found = BENCHMARKS.get(benchmark)
-        options = self._folder.study.options
-        return scored_name(benchmark, options.of(found).variant if found is not None else options.variant)
-
-
-def _metric(column: Column) -> Metric:
-    return BENCHMARKS[column.benchmark].metric(column.metric) or Metric(column.metric)
-
-
-def _signed(column: Column, value: float) -> float:
-    return value if _metric(column).higher_is_better else -value
+    return [max(known, key=lambda source: signed(column, scored.one(source, column) or 0.0))]
 
 
 def _client_title(label: str) -> str:

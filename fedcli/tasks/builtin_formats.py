@@ -308,7 +308,12 @@ EXAMPLES = (
     Format("alpaca", Example, _alpaca, hub={"tatsu-lab/alpaca": "train", "vicgalle/alpaca-gpt4": "train"}),
     Format("fingpt", Example, _alpaca, hub={"FinGPT/fingpt-sentiment-train": "train"}),
     Format("medalpaca", Example, _medalpaca, hub={"medalpaca/medical_meadow_medical_flashcards": "train"}),
-    Format("codealpaca", Example, _alpaca, hub={"lucasmccabe-lmi/CodeAlpaca-20k": "train"}),
+    Format(
+        "codealpaca",
+        Example,
+        _alpaca,
+        hub={"lucasmccabe-lmi/CodeAlpaca-20k": "train", "flwrlabs/code-alpaca-20k": "train"},
+    ),
     Format("mathinstruct", Example, _mathinstruct, is_unique=True, hub={"TIGER-Lab/MathInstruct": "train"}),
     Format("prompt-completion", Example, _prompt_completion),
     Format("messages", Example, _messages),

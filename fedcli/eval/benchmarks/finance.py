@@ -297,6 +297,10 @@ _SETS: tuple[tuple[str, str, int, str, DataSource, Callable[[Files], list[Statem
 )
 
 
+_FLOWERTUNE = "flowertune-finance"
+_MORE_GROUPS = {"fpb": ("paper-table-5", _FLOWERTUNE), "fiqa": (_FLOWERTUNE,), "tfns": (_FLOWERTUNE,)}
+
+
 def _benchmarks(mode: str, how: str, run: Callable[..., list[ItemScore]], needs: tuple[Need, ...]) -> list[Benchmark]:
     """Return the sets' benchmarks of one way of asking, and the plain means over the sets, whatever their sizes."""
     benchmark = partial(Benchmark, groups=("finance", "paper-table-4"))
@@ -306,7 +310,7 @@ def _benchmarks(mode: str, how: str, run: Callable[..., list[ItemScore]], needs:
     sets = [
         benchmark(
             name=name + mode,
-            groups=(*own, "paper-table-5") if name + mode == "fpb" else own,
+            groups=(*own, *_MORE_GROUPS.get(name + mode, ())),
             title=title + how,
             metrics=_F1,
             size=size,

@@ -28,7 +28,7 @@ def _program(prompt: str, entry_point: str, test: str, answer: str) -> Program:
 BENCHMARK = code_benchmark(
     name="humaneval",
     title="HumanEval: functions from docstrings",
-    groups=("code", "paper-table-2", "paper-table-5"),
+    groups=("code", "paper-table-2", "paper-table-5", "flowertune-code"),
     size=164,
     citation="Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv 2107.03374",
     data=DataSource(

@@ -63,6 +63,20 @@ MMLU = _mmlu(
     size=14_042,
     needs=("likelihood", "gpu-advised"),
 )
+_SIZES = {"stem": 3_153, "social_sciences": 3_077, "humanities": 4_705}
+MMLU_PARTS = tuple(
+    _mmlu(
+        tuple(f"test/{subject}_test.csv" for subject in MMLU_GROUPS[group]),
+        {subject: (subject,) for subject in MMLU_GROUPS[group]},
+        name=f"mmlu-{group.replace('_', '-')}",
+        title=f"MMLU's {len(MMLU_GROUPS[group])} subjects of {of}, 5-shot",
+        groups=("flowertune-general",),
+        size=_SIZES[group],
+        needs=("likelihood", "gpu-advised"),
+    )
+    for group, of in {"stem": "STEM", "social_sciences": "social sciences", "humanities": "humanities"}.items()
+)
+"""What FlowerTune's board of general language has."""
 MMLU_MEDICAL = _mmlu(
     tuple(f"test/{subject}_test.csv" for subject in MEDICAL_SUBJECTS),
     {subject: (subject,) for subject in MEDICAL_SUBJECTS},
@@ -230,7 +244,7 @@ MATH = _generation(
 MEDQA = _choice(
     name="medqa",
     title="MedQA: questions of the US medical licence, 4 choices, 0-shot",
-    groups=("medical",),
+    groups=("medical", "flowertune-medical"),
     size=1_273,
     citation="Jin et al. 2020, What Disease does this Patient Have?, arXiv:2009.13081",
     data=DataSource(
@@ -245,7 +259,7 @@ MEDQA = _choice(
 MEDMCQA = _choice(
     name="medmcqa",
     title="MedMCQA: Indian medical entrance exams, 4 choices, 0-shot, the development part",
-    groups=("medical",),
+    groups=("medical", "flowertune-medical"),
     size=4_183,
     citation="Pal et al. 2022, MedMCQA: A Large-scale Multi-Subject Multi-Choice Dataset, arXiv:2203.14371",
     data=DataSource(
@@ -261,7 +275,7 @@ MEDMCQA = _choice(
 PUBMEDQA = _choice(
     name="pubmedqa",
     title="PubMedQA: yes, no or maybe to the question of an abstract, 0-shot",
-    groups=("medical",),
+    groups=("medical", "flowertune-medical"),
     size=500,
     citation="Jin et al. 2019, PubMedQA: A Dataset for Biomedical Research Question Answering, arXiv:1909.06146",
     data=DataSource(
@@ -274,4 +288,25 @@ PUBMEDQA = _choice(
     run=TaskSet(("pubmedqa",), CHOSEN, "pubmedqa", local_rows=local_rows.pubmedqa).run,
 )
 
-BENCHMARKS = (MMLU, MMLU_MEDICAL, BBH, BBH_COT, DROP, CRASS, GSM8K, MATH, MEDQA, MEDMCQA, PUBMEDQA)
+CAREQA = _choice(
+    name="careqa",
+    title="CareQA: Spanish exams of medicine and nursing in English, 4 choices, 0-shot",
+    groups=("medical", "flowertune-medical"),
+    size=5_621,
+    citation="Arias-Duart et al. 2025, Automatic Evaluation of Healthcare LLMs Beyond Question-Answering, "
+    "arXiv:2502.06666",
+    data=DataSource(
+        ("CareQA_en.json", "CareQA_en/test-*.parquet", "test.jsonl"),
+        "https://huggingface.co/datasets/HPAI-BSC/CareQA",
+        ("CareQA",),
+        hub="HPAI-BSC/CareQA",
+        subset="CareQA_en",
+    ),
+    run=TaskSet(("careqa_en",), CHOSEN, "careqa", local_rows=local_rows.careqa).run,
+    takes=(),  # it has no part that examples could come from
+)
+
+BENCHMARKS = (
+    *(MMLU, *MMLU_PARTS, MMLU_MEDICAL, BBH, BBH_COT, DROP, CRASS, GSM8K, MATH),
+    *(MEDQA, MEDMCQA, PUBMEDQA, CAREQA),
+)

@@ -212,6 +212,24 @@ def _medmcqa_rows(paths: list[Path]) -> list[Fields]:
     return rows
 
 
+CAREQA_CHOICES = ("op1", "op2", "op3", "op4")
+UNWRITTEN = "5636d1af-e0b1-43b0-8a04-6f127dcf6785"
+"""The row of CareQA whose question is null in the published file; lm-eval's task has its words."""
+
+
+def careqa(files: Files, with_examples: bool) -> dict[str, Splits]:
+    """Read CareQA_en.json, or the hub's rows: question, op1 to op4, and `cop`, which counts from 1."""
+    rows = []
+    for row in _rows(files.find()):
+        answer = _take(row, "cop", int)
+        if not 1 <= answer <= 4:
+            raise _bad(row.where, "cop from 1 to 4")
+        is_unwritten = row.fields.get("unique_id") == UNWRITTEN and row.fields.get("question") is None
+        question = None if is_unwritten else _text(row, "question")
+        rows.append({name: _text(row, name) for name in CAREQA_CHOICES} | {"question": question, "cop": answer})
+    return {"careqa_en": {"test": rows}}
+
+
 def pubmedqa(files: Files, with_examples: bool) -> dict[str, Splits]:
     """Read PubMedQA's test_set.json, ori_pqal.json (of it the ids of test_ground_truth.json), or the hub's rows.
 

@@ -79,6 +79,7 @@ def _tests(row: Row) -> list[str]:
 BENCHMARK = code_benchmark(
     name="mbpp",
     title="MBPP: short Python programs from a sentence",
+    groups=("code", "flowertune-code"),
     size=len(TEST),
     citation="Austin et al. 2021, Program Synthesis with Large Language Models, arXiv 2108.07732",
     data=DataSource(
