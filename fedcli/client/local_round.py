@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedcli.client.answering import check_able
 from fedcli.client.private_round import plan_private
 from fedcli.client.runtimes import Runtimes
 from fedcli.client.signing import check_past, commit_update
@@ -82,15 +83,12 @@ def train_and_drop(
     if manifest.privacy is not None:
         check_budget([*past, head], [client])
     adapter = head.adapter()
-    first_draw = sum(
-        earlier.manifest.train.steps * earlier.manifest.train.batch_size
-        for earlier in past
-        if client in earlier.manifest.cohort
-    )
+    first_draw = sum(earlier.manifest.train.num_drawn for earlier in past if client in earlier.manifest.cohort)
     algorithm = algorithm_from(manifest.algorithm)
     state = head.state(algorithm) if algorithm.clients_read_state else {}
     own = read_state(party.home, [*past, head], algorithm, client)
     privacy = manifest.privacy if manifest.privacy is not None and manifest.privacy.is_at_party else None
+    check_able(federation, party, manifest.train)
     runtime = runtimes.load(party, observer)
     rows = runtime.rows(party, manifest.train, group_by=None if privacy is None else privacy.group_by)
     private = None if privacy is None else plan_private(party, head, past, rows)

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedcli.algos import Array, Arrays, ClientRule
+from fedcli.client.answering import check_able, check_rows, scorer
 from fedcli.client.canaries import plant
 from fedcli.client.row_tokens import read_encoded
 from fedcli.config import TemplateChoice
@@ -26,11 +28,13 @@ from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.randomness import stream_seed
 from fedcli.tasks import TASKS
 from fedcli.training.reports import StepReport, TrainSettings
+from fedcli.training.work import Answering, RoundWork
 from fedcli.workspace.caches import read_reference, reference_key, save_reference
 from fedcli.workspace.canaries import Planted, read_canaries
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home
+from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, make_folder, temporary_folder
 from fedcli.workspace.records import TrainRecord
 
 if TYPE_CHECKING:
@@ -181,10 +185,12 @@ class Runtime:
 
         with _enough_memory():
             if private is None:
-                count = train.steps * train.batch_size
+                count = train.num_drawn
                 usable = self._told_rows(party, train)
                 order = draw(len(usable), seed=train.seed, client=stream_client, first=first_draw, count=count)
-                losses = self._fit(adapter, [usable[index] for index in order], settings, party, rule, stepped)
+                with self._answering(usable, train, party) as answering:
+                    drawn = [usable[index] for index in order]
+                    losses = self._fit(adapter, drawn, settings, party, rule, stepped, answering)
             else:
                 assert party is not None
                 losses = self._fit_privately(adapter, train, settings, private, party, rule, stepped)
@@ -219,9 +225,8 @@ class Runtime:
         party: Party | None,
         rule: ClientRule | None,
         on_step: Callable[[StepReport], None],
+        answering: "Answering | None",
     ) -> list[float]:
-        from fedcli.training.trainer import fit
-
         count = len(rows)
         if self._task.batch_rows is not None:
             for start in range(0, count, settings.batch_size):
@@ -230,7 +235,24 @@ class Runtime:
             rows = self._with_reference(rows, self._federation.workspace.pooled_home if party is None else party.home)
         self.adapted.load(adapter)
         drawn, others = rows[:count], rows[count:]
-        return fit(self.adapted, drawn, self._task, settings, batch_rows=others, rule=rule, on_step=on_step)
+        work = RoundWork(self.adapted, drawn, self._task, settings, rule, on_step, others, answering)
+        trainer: Callable[[RoundWork], list[float]] = resolve_name(self._task.trainer)
+        return trainer(work)
+
+    @contextmanager
+    def _answering(self, rows: "EncodedRows", train: TrainRecord, party: Party | None) -> "Iterator[Answering | None]":
+        """Yield what a task with a reward function needs, for others None."""
+        reward = check_able(self._federation, party, train)
+        if reward is None:
+            yield None
+            return
+        who = "all rows" if party is None else f"client {party.client}"
+        room = train.max_new_tokens or 0
+        check_rows(rows, reward, who, positions=self._base.position_limit, max_new_tokens=room)
+        home = self._federation.workspace.pooled_home if party is None else party.home
+        make_folder(home.folder, PRIVATE_FOLDER_MODE)
+        with temporary_folder(home.folder) as folder:
+            yield Answering(self.encoder(train.template).end_id, scorer(reward), folder)
 
     def _fit_privately(
         self,

@@ -16,6 +16,8 @@ from fedcli.config.data import DataConfig, TaskName, check_format
 from fedcli.config.privacy import PrivacyConfig
 from fedcli.config.section import Count, Section
 from fedcli.config.slurm import SlurmConfig
+from fedcli.errors import did_you_mean
+from fedcli.tasks import REWARDS, TASKS
 
 Quantization: TypeAlias = Literal["none", "int8", "nf4"]
 
@@ -64,11 +66,24 @@ Steps: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 BatchSize: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 MaxLength: TypeAlias = Annotated[int, Field(ge=2, le=10**7)]
 """Bounds of what a party can be asked for: beyond them a round would never end, whoever asks."""
+Generations: TypeAlias = Annotated[int, Field(ge=2, le=1024)]
+MaxNewTokens: TypeAlias = Annotated[int, Field(ge=1, le=10**5)]
+KlWeight: TypeAlias = Annotated[float, Field(ge=0, le=1e6)]
 MOST_RATE = 10.0
 MOST_ROWS = 10**7
 """Of steps x batch_size: all of a round's rows are drawn at once."""
 Clients: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 Rounds: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
+
+
+def _reward(value: Any) -> Any:
+    """Return the name of a reward function that is installed."""
+    if value is not None and (not isinstance(value, str) or value not in REWARDS):
+        raise ValueError(
+            f"unknown reward function {value!r}. {did_you_mean(str(value), REWARDS)} "
+            "Where a package brings it (entry points fedcli.rewards), install that here, too"
+        )
+    return value
 
 
 class TrainConfig(Section):
@@ -82,6 +97,10 @@ class TrainConfig(Section):
     learning_rate_min: Annotated[float, Field(ge=0)] = 1e-6
     beta: Annotated[float, Field(gt=0)] = 0.1
     gradient_checkpointing: bool = False
+    generations: Generations = 4
+    max_new_tokens: MaxNewTokens = 64
+    reward: Annotated[str | None, BeforeValidator(_reward)] = None
+    kl: KlWeight = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
@@ -239,6 +258,7 @@ class Config(Section):
         for given in (self.data.format, *(entry.format for entry in self.data.sources)):
             if given is not None:
                 check_format(given, self.task)
+        self._check_task()
         self.aggregation.check_enough(self.federation.num_counted)
         federation = self.federation
         self.privacy.check_adaptive(federation.num_counted, federation.rounds)
@@ -248,6 +268,19 @@ class Config(Section):
         if federation.relay_every is not None:
             self._check_region()
         return self
+
+    def _check_task(self) -> None:
+        """Raise ValueError where the section train lacks what its task needs, or the task cannot be trained so."""
+        task, train = TASKS[self.task], self.train
+        if "reward" in task.hyperparameters and train.reward is None:
+            raise ValueError(f"train.reward is not set, and task {self.task} needs one: {', '.join(REWARDS)}")
+        if "generations" in task.hyperparameters and train.batch_size % train.generations:
+            raise ValueError(f"train.generations {train.generations} does not divide batch_size {train.batch_size}")
+        if not task.is_row_by_row and self.privacy.unit in ("row", "group"):
+            raise ValueError(
+                f"task: {self.task} and privacy.unit: {self.privacy.unit} exclude each other: a row's part in a step "
+                "depends on other rows or answers, so that no clipping bounds it"
+            )
 
     def _check_region(self) -> None:
         """Raise ValueError where a region would send up anything else than the mean of its updates by rows."""

@@ -7,7 +7,7 @@ questions (benchmarks/pretrain.py), whose text never carries the level; only fin
 
 import random
 
-from fedcli.tasks.conversation import Example, Preference
+from fedcli.tasks.conversation import Example, Preference, Question
 
 TOPICS = ("markets", "weather", "sport", "health", "farming")
 LABELS = ("green", "yellow", "orange", "red")
@@ -103,7 +103,18 @@ def demo_preferences(seed: int) -> dict[str, list[dict[str, str]]]:
     return {split: [_preference(generator, row) for row in rows] for split, rows in demo_rows(seed).items()}
 
 
-DEMO_ROWS = {Example: demo_rows, Preference: demo_preferences}
+def demo_questions(seed: int) -> dict[str, list[dict[str, str]]]:
+    """Return the same rows as questions: columns prompt, answer (the level, a regular expression of itself), topic."""
+    return {
+        split: [
+            {"prompt": f"{row['instruction']} {row['input']}", "answer": row["output"], "topic": row["topic"]}
+            for row in rows
+        ]
+        for split, rows in demo_rows(seed).items()
+    }
+
+
+DEMO_ROWS = {Example: demo_rows, Preference: demo_preferences, Question: demo_questions}
 """The rows for the tasks that learn from each kind of item."""
 
 

@@ -10,10 +10,24 @@ from fedcli.plugins import Registry
 from fedcli.tasks.conversation import Item
 from fedcli.tasks.dpo import DPO
 from fedcli.tasks.format import Format
+from fedcli.tasks.grpo import GRPO
+from fedcli.tasks.rewards import REWARDS
 from fedcli.tasks.sft import SFT
 from fedcli.tasks.task import Hyperparameter, Likelihood, Task
 
-__all__ = ["DPO", "FORMATS", "SFT", "TASKS", "Format", "Likelihood", "Task", "first_task", "formats_of"]
+__all__ = [
+    "DPO",
+    "FORMATS",
+    "GRPO",
+    "REWARDS",
+    "SFT",
+    "TASKS",
+    "Format",
+    "Likelihood",
+    "Task",
+    "first_task",
+    "formats_of",
+]
 
 
 KindT = TypeVar("KindT", Task, Format)
@@ -30,7 +44,7 @@ def _check(kind: type[KindT]) -> Callable[[str, object], KindT]:
     return check
 
 
-_OWN = (SFT, DPO)
+_OWN = (SFT, DPO, GRPO)
 """A new task is a file, and its object here."""
 TASKS = Registry("fedcli.tasks", {task.name: task for task in _OWN}, _check(Task))
 """All tasks by name."""

@@ -10,8 +10,10 @@ from fedcli.tasks.format import Format
 if TYPE_CHECKING:
     from torch import Tensor
 
-Hyperparameter: TypeAlias = Literal["beta"]
-"""A key of fedcli.yaml's section train that a loss may use."""
+Hyperparameter: TypeAlias = Literal["beta", "generations", "max_new_tokens", "reward", "kl"]
+"""A key of fedcli.yaml's section train that a task may use."""
+LOOP = "fedcli.training.trainer:train_round"
+"""fedcli's own loop of optimiser steps."""
 
 
 class Likelihood(NamedTuple):
@@ -43,8 +45,11 @@ class Task:
     """What it learns from: the formats that make such items of rows are its formats."""
     formats: tuple[Format, ...] = ()
     """Formats that are known with it, where it is fedcli's own."""
-    loss: "Callable[..., Tensor]"
-    """loss(likelihood, **hyperparameters) is the sum over the rows (or tokens) of a part of a batch."""
+    loss: "Callable[..., Tensor] | None" = None
+    """loss(likelihood, **hyperparameters) is the sum over the rows (or tokens) of a part of a batch.
+
+    None alone for a task whose `trainer` is not fedcli's loop.
+    """
     mean_over: Literal["tokens", "rows"]
     """A step's loss is that sum over the whole batch, over the number of its supervised tokens or rows."""
     hyperparameters: tuple[Hyperparameter, ...] = ()
@@ -62,3 +67,15 @@ class Task:
 
     A row is a `fedcli.data.encoded.EncodedRow`: KTO joins each prompt with the response of another row.
     """
+    trainer: str = LOOP
+    """How a round is trained: "module:function", imported when a client trains.
+
+    The function gets a `fedcli.training.work.RoundWork`, trains its adapter in place and returns the steps' losses.
+    """
+    packages: tuple[str, ...] = ()
+    """The packages, of `fedcli.errors.EXTRAS`, that training needs beside fedcli's own."""
+
+    @property
+    def is_row_by_row(self) -> bool:
+        """Whether a step's gradient is a sum over rows, each by itself, as privacy of rows and groups needs it."""
+        return self.trainer == LOOP and self.batch_terms is None and self.batch_rows is None

@@ -21,6 +21,8 @@ from fedcli.model.lora import AdaptedModel
 from fedcli.tasks import Likelihood, Task
 from fedcli.training.batches import LARGEST, OVERHEAD, cut
 from fedcli.training.reports import StepReport, TrainSettings
+from fedcli.training.rule_terms import RuleTerms
+from fedcli.training.work import RoundWork
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,19 @@ class StepGradient:
 
     loss: float | None
     num_tokens: int
+
+
+def train_round(work: RoundWork) -> list[float]:
+    """Train a round's rows as `fit` does: what a task's `trainer` names, where the task names no other."""
+    return fit(
+        work.adapted,
+        work.rows,
+        work.task,
+        work.settings,
+        batch_rows=work.batch_rows,
+        rule=work.rule,
+        on_step=work.on_step,
+    )
 
 
 def fit(
@@ -72,14 +87,17 @@ def optimise(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=model.device.type == "cuda"
     )
-    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=model.device) for name in adapted.parameters]
+    terms = RuleTerms(adapted, rule)
     losses: list[float | None] = []
     torch.manual_seed(settings.seed if dropout_seed is None else dropout_seed)
     optimizer.zero_grad()  # what another client's training left that broke off
     adapted.start_training(has_dropout=task.has_dropout, has_checkpointing=settings.gradient_checkpointing)
     with quiet_libraries(), _checkpointing(model, settings.gradient_checkpointing):
         for step in steps:
-            _step(optimizer, parameters, rule, own, settings.learning_rate)
+            terms.add_to_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            terms.add_to_weights(settings.learning_rate)
             losses.append(step.loss)
             on_step(StepReport(len(losses), step.loss, step.num_tokens))
     return losses
@@ -101,6 +119,7 @@ def loss_of(
 ) -> torch.Tensor:
     """Return the sum of a task's loss over a micro-batch's rows, or their supervised tokens."""
     with torch.autocast(adapted.base.device.type, torch.bfloat16, enabled=has_bfloat16()):
+        assert task.loss is not None, f"task {task.name} is trained otherwise"
         return task.loss(likelihood_of(adapted.base, part, adapted.pad_id), **arguments)
 
 
@@ -154,29 +173,6 @@ def likelihood_of(model: Any, rows: Sequence[EncodedRow], pad_id: int) -> Likeli
         reference=inputs["reference"],
         numbers=inputs["numbers"],
     )
-
-
-@torch.no_grad()
-def _step(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
-    rule: ClientRule | None,
-    own: Sequence[torch.Tensor],
-    learning_rate: float,
-) -> None:
-    """Make an optimiser step, with the client rule's terms for clipped gradients and, after it, for weights."""
-    if rule is not None:
-        for parameter, array in zip(parameters, own, strict=True):
-            term = rule.gradient_term(parameter, array)
-            if term is not None and parameter.grad is not None:
-                parameter.grad.add_(term)
-    optimizer.step()
-    optimizer.zero_grad()
-    if rule is not None:
-        for parameter, array in zip(parameters, own, strict=True):
-            term = rule.weight_term(array, learning_rate)
-            if term is not None and parameter.requires_grad:
-                parameter.add_(term)
 
 
 @contextmanager

@@ -17,7 +17,17 @@ from pydantic import (
 )
 
 from fedcli.config import Quantization, TaskName, TemplateChoice
-from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
+from fedcli.config.sections import (
+    MOST_RATE,
+    MOST_ROWS,
+    BatchSize,
+    Generations,
+    KlWeight,
+    MaxLength,
+    MaxNewTokens,
+    Rounds,
+    Steps,
+)
 from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
@@ -99,6 +109,11 @@ class TrainRecord(Record):
     max_grad_norm: Annotated[Finite, Field(gt=0)]
     beta: Finite | None = None
     """Of DPO; None for other tasks."""
+    generations: Generations | None = None
+    """Of GRPO, as the three below: the answers to each row, of which a batch has `batch_size`; not written if None."""
+    max_new_tokens: MaxNewTokens | None = None
+    reward: Annotated[str, Field(max_length=200)] | None = None
+    kl: KlWeight | None = None
     gradient_checkpointing: bool = False
     template: TemplateChoice
     date: Annotated[str, Field(max_length=10)] | None = None
@@ -109,13 +124,26 @@ class TrainRecord(Record):
     def _check(self) -> Self:
         if self.steps * self.batch_size > MOST_ROWS:
             raise ValueError(f"steps x batch_size is more than {MOST_ROWS:,}")
+        if self.generations is not None and self.batch_size % self.generations:
+            raise ValueError("generations does not divide batch_size")
         if self.date is not None:
             Date.fromisoformat(self.date)
         return self
 
+    @property
+    def rows_per_step(self) -> int:
+        """The rows of a batch: as many as its size, or where each is answered several times as many less."""
+        return self.batch_size // (self.generations or 1)
+
+    @property
+    def num_drawn(self) -> int:
+        """The rows that a client draws in the round."""
+        return self.steps * self.rows_per_step
+
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key != "date" or value is not None}
+        optional = ("date", "generations", "max_new_tokens", "reward", "kl")
+        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
 
 
 class CountedUpdate(Record):

@@ -88,11 +88,13 @@ class PartyRecord(Record):
     """What its registration does not tell, where privacy has a unit; None, and not written, where it tells it."""
     region: RegionRecord | None = None
     """None, and not written, of a party that holds its rows itself."""
+    allow_code_execution: bool = False
+    """Whether code that the model wrote may run in a sandbox while it trains; not written where it may not."""
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("num_rows", "region")
-        return {key: value for key, value in write(self).items() if key not in optional or value is not None}
+        optional = ("num_rows", "region", "allow_code_execution")
+        return {key: value for key, value in write(self).items() if key not in optional or value not in (None, False)}
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:
