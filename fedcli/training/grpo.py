@@ -105,6 +105,7 @@ def _arguments(work: RoundWork, answering: Answering) -> Any:
         num_generations=asked["generations"],
         max_completion_length=asked["max_new_tokens"],
         beta=asked["kl"],
+        use_bias_correction_kl=False,
         loss_type="grpo",
         scale_rewards="group",
         epsilon=0.2,
