@@ -149,7 +149,7 @@ def test_rows_that_the_reward_cannot_check_are_an_error_with_their_number_and_an
     with pytest.raises(ConfigError, match=r"client 1: 1 of 2 rows .*train.reward number cannot check; first, .green"):
         check_rows(rows, REWARDS["number"], "client 1", positions=None, max_new_tokens=8)
     with pytest.raises(ConfigError, match="more than the base's 70 positions"):
-        check_rows(rows, REWARDS["regex"], "client 1", positions=70, max_new_tokens=60)
+        check_rows(rows, replace(REWARDS["regex"], faults=Reward.faults), "client 1", positions=70, max_new_tokens=60)
 
 
 @pytest.mark.parametrize(
