@@ -16,7 +16,9 @@ import torch
 from support.models import TINY, farthest, make_config, make_model, same_bits
 from support.plugins import install, python_path
 from support.processes import ENVIRONMENT, command, settings
+from support.processes import fedcli as warm_fedcli
 
+from fedcli import Federation
 from fedcli.algos import Array, Arrays, ClientRule
 from fedcli.algos.client_rule import ControlVariate, Proximal
 from fedcli.data.demo import LABELS, demo_questions, demo_rows
@@ -343,15 +345,40 @@ def test_a_packages_reward_is_trained_with_any_algorithm_quietly_and_without_a_n
 
 
 def test_the_demo_raises_exact_answers_over_the_adapter_that_it_starts_from(tmp_path: Path) -> None:
-    assert fedcli("init", "sft", "--set", "federation.rounds=3", cwd=tmp_path).returncode == 0
-    assert fedcli("run", "-w", "sft", cwd=tmp_path).returncode == 0
+    assert warm_fedcli("init", "sft", "--set", "federation.rounds=3", cwd=tmp_path).returncode == 0
+    assert warm_fedcli("run", "-w", "sft", cwd=tmp_path).returncode == 0
     sets = settings(f"adapter.init={tmp_path}/sft/rounds/00003/adapter", "federation.rounds=3")
-    done = fedcli("init", "grpo", "--preset", "demo-grpo", *sets, cwd=tmp_path)
+    done = warm_fedcli("init", "grpo", "--preset", "demo-grpo", *sets, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert fedcli("run", "-w", "grpo", cwd=tmp_path).returncode == 0
-    done = fedcli("eval", "demo", "-w", "grpo", "--round", "0", "--round", "3", "--json", cwd=tmp_path)
+    assert warm_fedcli("run", "-w", "grpo", cwd=tmp_path).returncode == 0
+    done = warm_fedcli("eval", "demo", "-w", "grpo", "--round", "0", "--round", "3", "--json", cwd=tmp_path)
     before, after = (each["scores"]["exact_match"]["value"] for each in json.loads(done.stdout)["scores"])
     assert 0.2 < before < after
     row = json.loads((tmp_path / "grpo/data/client-0.jsonl").read_text().partition("\n")[0])
     assert {*row} == {"prompt", "answer", "topic"}
     assert row["answer"] in LABELS
+
+
+def test_masked_updates_of_grpo_merge_as_those_of_any_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "homes"))
+    one = ("data.source=null", "federation.clients=3", "federation.rounds=1", "privacy.secure_aggregation=pairwise")
+    place = tmp_path / "masked"
+    done = warm_fedcli("init", place, "--preset", "demo-grpo", *settings(*FEW, *one), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    federation = Federation.open(place)
+    for client in range(3):
+        rows = tmp_path / f"rows-{client}.jsonl"
+        asked = demo_questions(client)["train"][:8]
+        rows.write_text("".join(json.dumps({"prompt": row["prompt"], "answer": ".*e.*"}) + "\n" for row in asked))
+        joined = federation.client(client).join(rows, share="minimal", floors=["rows=4", "batch_size=2"])
+        federation.server.enrol(client, joined.commit())
+    done = [Federation.open(place).client(client).train() for client in range(3)]
+    assert [each.status for each in done] == ["submitted"] * 3
+    assert all(0 <= loss <= 1 for each in done for loss in each.training.losses)
+    assert any(0 < loss < 1 for each in done for loss in each.training.losses)
+    assert Federation.open(place).server.aggregate().status == "finished"
+    manifest = json.loads((place / "rounds/00001/manifest.json").read_text())
+    assert [each["train_loss"] for each in manifest["aggregation"]["counted"]] == [None] * 3
+    before, after = (Federation.open(place).round(number).adapter() for number in (0, 1))
+    assert farthest(before, after) > 1e-4
+    assert Federation.open(place).verify().violations == []
