@@ -27,6 +27,7 @@ from fedcli.tasks.rewards import Answer, Reward, last_number
 from fedcli.training.dp_sgd import check_task
 from fedcli.workspace.floors import Asked, Floors, faults
 from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.registrations import PartyRecord
 
 TRAIN = {
     **{"steps": 2, "batch_size": 8, "micro_batch_size": None, "max_length": 64, "learning_rate": 1e-3, "beta": None},
@@ -211,6 +212,17 @@ def test_a_party_that_lacks_the_reward_function_or_allows_no_code_is_told() -> N
     with pytest.raises(ConfigError) as caught:
         check_able(federation(), None, code)
     assert "eval.allow_code_execution" in caught.value.hint
+
+
+def test_a_home_says_that_code_may_run_only_where_it_may() -> None:
+    known = dict.fromkeys(("subset", "split", "base", "format")) | {
+        "workspace": "w",
+        "client": 0,
+        "source": "rows.jsonl",
+    }
+    plain = PartyRecord.model_validate(known | {"trust_remote_code": False})
+    assert "allow_code_execution" not in plain.model_dump()
+    assert plain.model_copy(update={"allow_code_execution": True}).model_dump()["allow_code_execution"] is True
 
 
 def test_a_reward_that_is_no_finite_number_names_the_function() -> None:

@@ -88,6 +88,7 @@ class Runtime:
             self.adapted = load() if kept is None else kept.get(key, load)
         self._encoders: dict[TemplateChoice, Encoder] = {}
         self._rows: dict[tuple[object, ...], EncodedRows] = {}
+        self._checked: set[tuple[int, str, int]] = set()
         self._start: Round | None = None
 
     def encoder(self, template: TemplateChoice) -> "Encoder":
@@ -248,7 +249,9 @@ class Runtime:
             return
         who = "all rows" if party is None else f"client {party.client}"
         room = train.max_new_tokens or 0
-        check_rows(rows, reward, who, positions=self._base.position_limit, max_new_tokens=room)
+        if (kept := (id(rows), reward.name, room)) not in self._checked:  # rows are kept as long as this is
+            check_rows(rows, reward, who, positions=self._base.position_limit, max_new_tokens=room)
+            self._checked.add(kept)
         home = self._federation.workspace.pooled_home if party is None else party.home
         make_folder(home.folder, PRIVATE_FOLDER_MODE)
         with temporary_folder(home.folder) as folder:

@@ -93,8 +93,8 @@ class PartyRecord(Record):
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("num_rows", "region", "allow_code_execution")
-        return {key: value for key, value in write(self).items() if key not in optional or value not in (None, False)}
+        optional = {"num_rows": None, "region": None, "allow_code_execution": False}
+        return {key: value for key, value in write(self).items() if key not in optional or value is not optional[key]}
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:
