@@ -86,7 +86,7 @@ class RequirementError(FedError):
 EXTRAS = {
     **dict.fromkeys(("lm_eval", "openai", "sacrebleu", "sklearn"), "eval"),
     **{"matplotlib": "report", "tensorboardX": "tensorboard", "gguf": "gguf", "dp_accounting": "privacy"},
-    **{"obstore": "s3", "paramiko": "sftp"},
+    **{"obstore": "s3", "paramiko": "sftp", "trl": "grpo"},
 }
 """The extra of fedcli that brings a package, by the name that is imported."""
 

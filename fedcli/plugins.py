@@ -1,7 +1,8 @@
 """What installed packages add to fedcli: entry points, read when a name is looked up and loaded when it is used.
 
-A package adds an algorithm, a task, a format or a benchmark with an entry point in the group `fedcli.algorithms`,
-`fedcli.tasks`, `fedcli.formats` or `fedcli.benchmarks`, whose name is the thing's name.
+A package adds an algorithm, a task, a format, a reward function or a benchmark with an entry point in the group
+`fedcli.algorithms`, `fedcli.tasks`, `fedcli.formats`, `fedcli.rewards` or `fedcli.benchmarks`, whose name is the
+thing's name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from fedcli.errors import RequirementError
 
-Group = Literal["fedcli.algorithms", "fedcli.tasks", "fedcli.formats", "fedcli.benchmarks"]
+Group = Literal["fedcli.algorithms", "fedcli.tasks", "fedcli.formats", "fedcli.rewards", "fedcli.benchmarks"]
 OWN_PACKAGE = "fedcli"
 T = TypeVar("T")
 

@@ -39,6 +39,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     entry_points = {
         "fedcli.tasks": {"dpo-norm": "fedcli_walk:NORMALISED"},
         "fedcli.formats": {"question-answer": "fedcli_walk:QUESTIONS"},
+        "fedcli.rewards": {"short": "fedcli_walk:SHORT"},
     }
     return python_path(install(tmp_path_factory.mktemp("plugin"), "fedcli-walk", source, entry_points))
 
@@ -113,9 +114,11 @@ def test_names_of_a_package_are_known_while_it_is_installed(plugin: dict[str, st
     assert "data.format question-answer is not for task dpo-norm, whose formats are preference, " in other.stderr
     wrong = fedcli("init", *settings("task=dpo", "data.format=alpaca"), cwd=tmp_path, **plugin)
     assert "whose formats are preference, ultrafeedback, ultrafeedback-binarized, hh-rlhf" in wrong.stderr
+    reward = fedcli("init", *settings("task=grpo", "train.reward=shrt"), cwd=tmp_path, **plugin)
+    assert "train.reward: unknown reward function 'shrt'. Did you mean short?" in reward.stderr
     without = fedcli("init", *settings("task=dpo-norm"), cwd=tmp_path)
     assert without.returncode == 3
-    assert "task: unknown task 'dpo-norm'. Known: dpo, kto, orpo, sft, simpo." in without.stderr
+    assert "task: unknown task 'dpo-norm'. Known: dpo, grpo, kto, orpo, sft, simpo." in without.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,7 +25,7 @@ def first_draw(past: Sequence[Round], client: int) -> int:
     total = 0
     for earlier in past:
         if client in earlier.manifest.cohort:
-            total += _steps(earlier, client, counted) * earlier.manifest.train.batch_size
+            total += _steps(earlier, client, counted) * earlier.manifest.train.rows_per_step
     return total
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcli.algos.lora import cut
+from fedcli.client.answering import check_able
 from fedcli.client.cluster import cluster_of
 from fedcli.client.draws import first_draw
 from fedcli.client.encoded_update import encode_adapter
@@ -102,6 +103,7 @@ def train_and_drop(
     own = kept.get(algorithm.private_state, {})
     factors = OwnFactors(manifest, algorithm)
     privacy = manifest.privacy if manifest.privacy is not None and manifest.privacy.is_at_party else None
+    check_able(federation, party, manifest.train)
     runtime = runtimes.load(party, observer)
     rows = runtime.rows(party, manifest.train, group_by=None if privacy is None else privacy.group_by)
     private = None if privacy is None else plan_private(party, head, past, rows)

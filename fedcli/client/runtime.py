@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedcli.algos import Array, Arrays, ClientRule
+from fedcli.client.answering import check_able, check_rows, scorer
 from fedcli.client.canaries import plant
 from fedcli.client.row_tokens import read_encoded
 from fedcli.config import TemplateChoice
@@ -28,11 +30,13 @@ from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
 from fedcli.randomness import stream_seed
 from fedcli.tasks import TASKS
 from fedcli.training.reports import StepReport, TrainSettings
+from fedcli.training.work import Answering, RoundWork
 from fedcli.workspace.caches import read_reference, reference_key, save_reference
 from fedcli.workspace.canaries import Planted, read_canaries
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home
+from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, make_folder, temporary_folder
 from fedcli.workspace.records import TrainRecord
 
 if TYPE_CHECKING:
@@ -92,6 +96,7 @@ class Runtime:
             self.adapted = load() if kept is None else kept.get(key, load)
         self._encoders: dict[TemplateChoice, Encoder] = {}
         self._rows: dict[tuple[object, ...], EncodedRows] = {}
+        self._checked: set[tuple[int, str, int]] = set()
         self._start: Round | None = None
         self._selected: tuple[Arrays | None, object, Selection | None] = (None, None, None)
 
@@ -219,15 +224,25 @@ class Runtime:
         put_in = partial(self.adapted.load, adapter, beside, weight=weight)
         with _enough_memory():
             if private is None:
-                count = train.steps * train.batch_size
                 usable, selection = self._told_rows(party, train), self.select(party, train, adapter)
                 places = range(len(usable)) if selection is None else selection.places
+                count = train.num_drawn
                 order = draw(len(places), seed=train.seed, client=stream_client, first=first_draw, count=count)
                 chosen = [places[index] for index in order]
-                drawn = [usable[place] for place in (chosen if selection is None else selection.in_order(chosen))]
-                losses = self._fit(
-                    put_in, drawn, train.max_length, settings, party, rule, stepped, limit=limit, moments=moments
-                )
+                with self._answering(usable, train, party) as answering:
+                    drawn = [usable[place] for place in (chosen if selection is None else selection.in_order(chosen))]
+                    work = RoundWork(
+                        self.adapted,
+                        drawn,
+                        self._task,
+                        settings,
+                        rule,
+                        stepped,
+                        answering=answering,
+                        limit=limit,
+                        moments=moments,
+                    )
+                    losses = self._fit(put_in, work, train.max_length, party)
             else:
                 assert party is not None
                 losses = self._fit_privately(put_in, train, settings, private, party, rule, stepped, moments)
@@ -275,29 +290,35 @@ class Runtime:
             )
         return rows
 
-    def _fit(
-        self,
-        put_in: Callable[[], None],
-        rows: "list[EncodedRow]",
-        max_length: int,
-        settings: TrainSettings,
-        party: Party | None,
-        rule: ClientRule | None,
-        on_step: Callable[[StepReport], None],
-        **others: Any,
-    ) -> list[float]:
-        from fedcli.training.trainer import fit
-
+    def _fit(self, put_in: Callable[[], None], work: RoundWork, max_length: int, party: Party | None) -> list[float]:
+        """Train a round as the task does; `work` has the drawn rows, without references and what is made of batches."""
+        rows, size = [*work.rows], work.settings.batch_size
         count = len(rows)
         if self._task.batch_rows is not None:
-            for start in range(0, count, settings.batch_size):
-                made = self._task.batch_rows(rows[start : start + settings.batch_size])
-                rows += [other.cut(max_length) for other in made]
+            for start in range(0, count, size):
+                rows += [made.cut(max_length) for made in self._task.batch_rows(rows[start : start + size])]
         if self._task.uses_reference:
             rows = self._with_reference(rows, self._federation.workspace.pooled_home if party is None else party.home)
         put_in()
-        drawn, paired = rows[:count], rows[count:]
-        return fit(self.adapted, drawn, self._task, settings, batch_rows=paired, rule=rule, on_step=on_step, **others)
+        trainer: Callable[[RoundWork], list[float]] = resolve_name(self._task.trainer)
+        return trainer(replace(work, rows=rows[:count], batch_rows=rows[count:]))
+
+    @contextmanager
+    def _answering(self, rows: "EncodedRows", train: TrainRecord, party: Party | None) -> "Iterator[Answering | None]":
+        """Yield what a task with a reward function needs, for others None."""
+        reward = check_able(self._federation, party, train)
+        if reward is None:
+            yield None
+            return
+        who = "all rows" if party is None else f"client {party.client}"
+        room = train.max_new_tokens or 0
+        if (kept := (id(rows), reward.name, room)) not in self._checked:  # rows are kept as long as this is
+            check_rows(rows, reward, who, positions=self._base.position_limit, max_new_tokens=room)
+            self._checked.add(kept)
+        home = self._federation.workspace.pooled_home if party is None else party.home
+        make_folder(home.folder, PRIVATE_FOLDER_MODE)
+        with temporary_folder(home.folder) as folder:
+            yield Answering(self.encoder(train.template).end_id, scorer(reward), folder)
 
     def _fit_privately(
         self,

@@ -88,6 +88,10 @@ def client_join(
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run code that comes with the base model, on your machine.")
     ] = False,
+    allow_code_execution: Annotated[
+        bool,
+        Option("--allow-code-execution", help="Run code that the model wrote, in a sandbox, for task grpo."),
+    ] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask before the data card is written.")] = False,
     workspace: WorkspaceOption = None,
     json_output: JsonOption = False,
@@ -109,6 +113,7 @@ def client_join(
             encoding=encoding,
             base=base,
             trust_remote_code=trust_remote_code,
+            allow_code_execution=allow_code_execution,
             share=share,
             server=server,
             floors=floors or (),

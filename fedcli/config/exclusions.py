@@ -44,6 +44,11 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion("clusters.by", "privacy.unit: client", "noise is made for the sum of all clients"),
     Exclusion("clusters.by", "aggregation.encoding", "the server sends one adapter's differences"),
     Exclusion("clusters.by: loss", "privacy.unit", "the choice of a cluster tells of rows, without noise"),
+    Exclusion(
+        "clusters.by: loss", "task: kto|grpo", "a row's loss is not its own: it depends on other rows or answers"
+    ),
+    Exclusion("task: grpo", "train.minutes", "trl's trainer makes the steps, and does not stop before the last"),
+    Exclusion("task: grpo", "train.keep_optimizer", "trl's trainer makes the steps, with an AdamW of its own"),
     Exclusion("clusters.by", "eval.every", "a round has several adapters: score them with `fedcli eval`"),
     Exclusion(
         "aggregation.encoding",

@@ -30,7 +30,8 @@ from fedcli.config.privacy import PrivacyConfig
 from fedcli.config.section import Count, Section
 from fedcli.config.select import selection_fault
 from fedcli.config.slurm import SlurmConfig
-from fedcli.tasks import TASKS
+from fedcli.errors import did_you_mean
+from fedcli.tasks import REWARDS, TASKS
 from fedcli.tasks.task import USUAL
 
 Quantization: TypeAlias = Literal["none", "int8", "nf4"]
@@ -118,6 +119,9 @@ Steps: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 BatchSize: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 MaxLength: TypeAlias = Annotated[int, Field(ge=2, le=10**7)]
 """Bounds of what a party can be asked for: beyond them a round would never end, whoever asks."""
+Generations: TypeAlias = Annotated[int, Field(ge=2, le=1024)]
+MaxNewTokens: TypeAlias = Annotated[int, Field(ge=1, le=10**5)]
+KlWeight: TypeAlias = Annotated[float, Field(ge=0, le=1e6)]
 MOST_RATE = 10.0
 MOST_ROWS = 10**7
 """Of steps x batch_size: all of a round's rows are drawn at once."""
@@ -126,6 +130,16 @@ Rounds: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 
 
 Minutes: TypeAlias = Annotated[float, Field(gt=0, le=10**6)]
+
+
+def _reward(value: Any) -> Any:
+    """Return the name of a reward function that is installed."""
+    if value is not None and (not isinstance(value, str) or value not in REWARDS):
+        raise ValueError(
+            f"unknown reward function {value!r}. {did_you_mean(str(value), REWARDS)} "
+            "Where a package brings it (entry points fedcli.rewards), install that here, too"
+        )
+    return value
 
 
 class TimedSteps(Section):
@@ -159,6 +173,10 @@ class TrainConfig(Section):
     lambda_desirable: Annotated[float, Field(gt=0)] | None = None
     lambda_undesirable: Annotated[float, Field(gt=0)] | None = None
     gradient_checkpointing: bool = False
+    generations: Generations = 4
+    max_new_tokens: MaxNewTokens = 64
+    reward: Annotated[str | None, BeforeValidator(_reward)] = None
+    kl: KlWeight = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     personal: PersonalConfig | None = None
@@ -369,7 +387,7 @@ class Config(Section):
         A beta stands in files of all tasks: earlier versions wrote one.
         """
         task = TASKS[self.task]
-        for name in USUAL:
+        for name in (*USUAL, "reward"):
             if name not in ("beta", *task.hyperparameters) and getattr(self.train, name) is not None:
                 uses = ", ".join(other.name for other in TASKS.usable() if name in other.hyperparameters)
                 raise ValueError(f"train.{name} is set, and task {task.name} has none: it is of task {uses}")
@@ -378,12 +396,17 @@ class Config(Section):
                 f"train.batch_size is {self.train.batch_size}: task {task.name} compares the rows of a batch with each "
                 f"other, and needs {task.fewest_rows} or more (8, for an estimate that is not all noise)"
             )
-        if self.privacy.unit in ("row", "group") and task.mixes_rows:
+        if "reward" in task.hyperparameters and self.train.reward is None:
+            raise ValueError(f"train.reward is not set, and task {self.task} needs one: {', '.join(REWARDS)}")
+        if "generations" in task.hyperparameters and self.train.batch_size % self.train.generations:
             raise ValueError(
-                f"task {task.name} and privacy.unit {self.privacy.unit} exclude each other: its loss has terms of a "
-                "whole batch, and DP-SGD bounds each row's gradient by itself"
+                f"train.generations {self.train.generations} does not divide batch_size {self.train.batch_size}"
             )
-
+        if not task.is_row_by_row and self.privacy.unit in ("row", "group"):
+            raise ValueError(
+                f"task {task.name} and privacy.unit {self.privacy.unit} exclude each other: a row's part in a step "
+                "depends on other rows or answers, so that no clipping bounds it"
+            )
         select = self.data.select
         if select is not None and (fault := selection_fault(select, task, self.privacy.unit, "data.select")):
             raise ValueError(fault)

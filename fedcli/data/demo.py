@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedcli.tasks.conversation import Example, Item, Judged, Preference
+from fedcli.tasks.conversation import Example, Item, Judged, Preference, Question
 
 TOPICS = ("markets", "weather", "sport", "health", "farming")
 LABELS = ("green", "yellow", "orange", "red")
@@ -115,10 +115,22 @@ def demo_verdicts(seed: int) -> dict[str, list[dict[str, Any]]]:
     return {**splits, "train": verdicts}
 
 
+def demo_questions(seed: int) -> dict[str, list[dict[str, str]]]:
+    """Return the same rows as questions: columns prompt, answer (the level, a regular expression of itself), topic."""
+    return {
+        split: [
+            {"prompt": f"{row['instruction']} {row['input']}", "answer": row["output"], "topic": row["topic"]}
+            for row in rows
+        ]
+        for split, rows in demo_rows(seed).items()
+    }
+
+
 DEMO_ROWS: Mapping[type[Item], Callable[[int], Mapping[str, Sequence[Mapping[str, Any]]]]] = {
     Example: demo_rows,
     Preference: demo_preferences,
     Judged: demo_verdicts,
+    Question: demo_questions,
 }
 """The rows for the tasks that learn from each kind of item."""
 

@@ -1,6 +1,7 @@
 """Rows as token ids, kept so that a million of them fit into memory."""
 
 import hashlib
+import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ class EncodedRow:
     """The log-probabilities that the reference gives to the responses, where the task has a reference."""
     group: int | None = None
     """The number of its group, where rows are hidden by groups."""
+    check: str = ""
+    """What a reward function compares an answer with."""
 
     @property
     def key(self) -> bytes:
@@ -82,6 +85,7 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         self._ends = array("q", [0])
         self._numbers = array("d")
         self._groups = array("q")
+        self._checks: list[str] = []
 
     @property
     def num_own(self) -> int:
@@ -98,6 +102,8 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         self._numbers.extend(row.numbers)
         if row.group is not None:
             self._groups.append(row.group)
+        if row.check:
+            self._checks.append(row.check)
 
     def plant(self, canaries: Iterable[tuple[EncodedRow, int]]) -> None:
         """Add an audit's canaries, each so many times; where rows have groups each is one by itself."""
@@ -117,6 +123,7 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         self._supervised += other._supervised
         self._ends.extend(start + end for end in other._ends[1:])
         self._numbers.extend(other._numbers)
+        self._checks += other._checks
         self.num_truncated += other.num_truncated
         self.num_planted += other.num_planted
         self.include(other)
@@ -124,9 +131,11 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by name; of the sides' ends there is one more than sides, and a row of numbers a row.
 
-        There are groups only where rows have some.
+        There are groups, and checks, as JSON, only where rows have some.
         """
-        groups = {"groups": np.array(self._groups, np.int64)} if self._groups else {}
+        groups: dict[str, NDArray[Any]] = {"groups": np.array(self._groups, np.int64)} if self._groups else {}
+        if self._checks:
+            groups["checks"] = np.frombuffer(json.dumps(self._checks).encode(), np.uint8)
         return {
             "ids": np.array(self._ids, np.int32),
             "supervised": np.frombuffer(bytes(self._supervised), np.uint8),
@@ -144,8 +153,14 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         made._ends = array("q", arrays["ends"].tobytes())
         made._numbers = array("d", arrays["numbers"].tobytes())
         made._groups = array("q", arrays["groups"].tobytes() if "groups" in arrays else b"")
+        made._checks = json.loads(arrays["checks"].tobytes()) if "checks" in arrays else []
         made._num_sides = (len(made._ends) - 1) // len(arrays["numbers"])
         return made
+
+    @property
+    def checks(self) -> Sequence[str]:
+        """What rows give to check answers against, row by row; none where they give nothing."""
+        return self._checks
 
     def groups(self) -> list[NDArray[np.int64]]:
         """Return the rows of each group, by their places; none where rows have no groups."""
@@ -171,7 +186,8 @@ class EncodedRows(RowReport, Sequence[EncodedRow]):
         numbers = tuple(self._numbers[index * width : (index + 1) * width])
         first = index * self._num_sides
         group = self._groups[index] if self._groups else None
-        return EncodedRow(tuple(self._side(first + n) for n in range(self._num_sides)), numbers, group=group)
+        sides = tuple(self._side(first + n) for n in range(self._num_sides))
+        return EncodedRow(sides, numbers, group=group, check=self._checks[index] if self._checks else "")
 
     def _side(self, number: int) -> EncodedExample:
         part = slice(self._ends[number], self._ends[number + 1])

@@ -110,13 +110,13 @@ class Encoder:
             ]
             for (item, place, group), encoded, noted in zip(chunk, zip(*columns, strict=True), notes, strict=True):
                 try:
-                    row = EncodedRow(tuple(map(_usable, encoded)), item.numbers, group=group)
+                    row = EncodedRow(tuple(map(_usable, encoded)), item.numbers, group=group, check=item.check)
                     row, is_cut = _cut(row, max_length)
                 except LeftOut as fault:
                     rows.leave_out(fault.reason, fault.detail, place)
                     continue
                 rows.notes.update(noted)
-                rows.num_truncated += is_cut
+                rows.num_truncated += is_cut and not item.check  # what is checked is kept whole
                 rows.append(row)
             on_rows(len(chunk))
         return rows

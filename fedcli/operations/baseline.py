@@ -121,7 +121,7 @@ def _train_rounds(
             train,
             party=party,
             round_number=number,
-            first_draw=number * train.steps * train.batch_size,
+            first_draw=number * train.num_drawn,
             rule=None,
             on_step=partial(observer.step_done, None if party is None else party.client),
         )

@@ -91,6 +91,7 @@ def prepare_join(
     home: Path | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
+    allow_code_execution: bool = False,
     share: Share | None = None,
     server: str | None = None,
     floors: Sequence[str] = (),
@@ -177,6 +178,7 @@ def prepare_join(
         split=split,
         base=None if base is None else absolute_path(base),
         trust_remote_code=trust_remote_code,
+        allow_code_execution=allow_code_execution,
         delimiter=delimiter,
         encoding=encoding,
         is_format_given=given is not None,
@@ -243,6 +245,7 @@ def refresh_registration(
         home=home,
         split=record.split,
         trust_remote_code=record.trust_remote_code,
+        allow_code_execution=record.allow_code_execution,
         observer=observer,
     )
     before = registration.data.num_rows if record.num_rows is None else record.num_rows

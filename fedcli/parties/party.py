@@ -43,6 +43,8 @@ class Party:
     floors: Floors = USUAL_FLOORS
     select: SelectConfig | Literal["off"] | None = None
     shares_scores: bool = False
+    allow_code_execution: bool = False
+    """Whether a joined party lets code that the model wrote run in a sandbox while it trains."""
 
     def check_floors(self, manifest: Manifest, train: TrainRecord | None = None, what: str | None = None) -> None:
         """Raise ConfigError where a joined party's floors refuse what a round, or `train`, asks for."""
@@ -76,6 +78,16 @@ def trusts_code(experiment: Experiment, party: Party | None = None) -> bool:
     if joined := joined_as(experiment):
         return all(record is not None and record.trust_remote_code for record in joined.values())
     return experiment.config.model.trust_remote_code and is_own(experiment.workspace)
+
+
+def allows_code(experiment: Experiment, party: Party | None = None) -> bool:
+    """Return whether code that the model wrote may run in a sandbox of this user, in training.
+
+    A joined party decides by itself; in a simulation eval.allow_code_execution decides for its own user alone.
+    """
+    if party is not None and party.num_rows is not None:
+        return party.allow_code_execution
+    return experiment.config.eval.allow_code_execution and is_own(experiment.workspace)
 
 
 def _may_simulate(experiment: Experiment) -> bool:
@@ -224,6 +236,7 @@ def _joined(experiment: Experiment, registration: Registration, home: Path | Non
         floors=record.floors,
         select=record.select,
         shares_scores=record.shares_scores,
+        allow_code_execution=record.allow_code_execution,
     )
 
 

@@ -13,8 +13,9 @@ from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.registry import BENCHMARKS, find_benchmarks, find_group
 from fedcli.eval.statistics import Score, average_ranks, difference
 from fedcli.printable import in_csv, in_markdown
-from fedcli.scoring.client_table import HEAD, ClientRow, as_cells, as_documents, client_rows
-from fedcli.scoring.communication import HEAD, bytes_until, in_megabytes, is_worth_a_column
+from fedcli.scoring import client_table, communication
+from fedcli.scoring.client_table import ClientRow, as_cells, as_documents, client_rows
+from fedcli.scoring.communication import bytes_until, in_megabytes, is_worth_a_column
 from fedcli.scoring.several import gather
 from fedcli.scoring.targets import BASE
 from fedcli.workspace.layout import Workspace
@@ -237,7 +238,7 @@ def to_markdown(table: ScoreTable) -> str:
         "",
         *(in_markdown(column.title) for column in table.columns),
         *(["average rank"] if table.average_rank else []),
-        *([HEAD] if table.communication else []),
+        *([communication.HEAD] if table.communication else []),
     ]
     lines = [head, ["---", *("---:" for _ in head[1:])]]
     differences = [head[: len(table.columns) + 1], lines[1][: len(table.columns) + 1]]
@@ -256,7 +257,7 @@ def to_markdown(table: ScoreTable) -> str:
         ]
     if table.clients:
         shown = [[*map(in_markdown, row)] for row in as_cells(table.clients)]
-        blocks += ["## Clients' own adapters", _grid([[*HEAD], ["---"] * len(HEAD), *shown])]
+        blocks += ["## Clients' own adapters", _grid([[*client_table.HEAD], ["---"] * len(client_table.HEAD), *shown])]
         blocks += ["Gains are better where they are larger, client by client."]
     blocks += [f"- {in_markdown(note)}" for note in table.notes]
     return "\n\n".join(blocks) + "\n"

@@ -10,8 +10,10 @@ from fedcli.plugins import Registry
 from fedcli.tasks.conversation import Item
 from fedcli.tasks.dpo import DPO
 from fedcli.tasks.format import Format
+from fedcli.tasks.grpo import GRPO
 from fedcli.tasks.kto import KTO
 from fedcli.tasks.orpo import ORPO
+from fedcli.tasks.rewards import REWARDS
 from fedcli.tasks.sft import SFT
 from fedcli.tasks.simpo import SIMPO
 from fedcli.tasks.task import Hyperparameter, Likelihood, Task
@@ -19,8 +21,10 @@ from fedcli.tasks.task import Hyperparameter, Likelihood, Task
 __all__ = [
     "DPO",
     "FORMATS",
+    "GRPO",
     "KTO",
     "ORPO",
+    "REWARDS",
     "SFT",
     "SIMPO",
     "TASKS",
@@ -46,7 +50,7 @@ def _check(kind: type[KindT]) -> Callable[[str, object], KindT]:
     return check
 
 
-_OWN = (SFT, DPO, KTO, ORPO, SIMPO)
+_OWN = (SFT, DPO, KTO, ORPO, SIMPO, GRPO)
 """A new task is a file, and its object here."""
 TASKS = Registry("fedcli.tasks", {task.name: task for task in _OWN}, _check(Task))
 """All tasks by name."""

@@ -56,6 +56,11 @@ class Item(ABC):
         """What the loss is told of the row beside likelihoods: a label, a weight; as many numbers for every row."""
         return ()
 
+    @property
+    def check(self) -> str:
+        """What a reward function compares an answer with; the empty text where answers are not checked."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Example(Item):
@@ -112,6 +117,24 @@ class Judged(Item):
     @property
     def numbers(self) -> tuple[float]:
         return (float(self.is_desirable),)
+
+
+@dataclass(frozen=True)
+class Question(Item):
+    """A prompt that the model answers by itself in training, and what a reward function checks of an answer."""
+
+    last_only = True
+
+    prompt: Prompt
+    answer: str
+
+    @property
+    def conversations(self) -> tuple[tuple[Turn, ...]]:
+        return ((*self.prompt, Turn("assistant", self.answer)),)
+
+    @property
+    def check(self) -> str:
+        return self.answer
 
 
 def instruct(instruction: str, response: str, input: str = "") -> Example:

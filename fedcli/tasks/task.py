@@ -10,8 +10,18 @@ from fedcli.tasks.format import Format
 if TYPE_CHECKING:
     from torch import Tensor
 
-Hyperparameter: TypeAlias = Literal["beta", "gamma", "lambda_odds", "lambda_desirable", "lambda_undesirable"]
-"""A key of fedcli.yaml's section train that a loss may use."""
+Hyperparameter: TypeAlias = Literal[
+    "beta",
+    "gamma",
+    "lambda_odds",
+    "lambda_desirable",
+    "lambda_undesirable",
+    "generations",
+    "max_new_tokens",
+    "reward",
+    "kl",
+]
+"""A key of fedcli.yaml's section train that a task may use."""
 USUAL: Mapping[Hyperparameter, float] = {
     "beta": 0.1,
     "gamma": 0.5,
@@ -20,6 +30,8 @@ USUAL: Mapping[Hyperparameter, float] = {
     "lambda_undesirable": 1.0,
 }
 """Their values where neither fedcli.yaml nor the task says another."""
+LOOP = "fedcli.training.trainer:train_round"
+"""fedcli's own loop of optimiser steps."""
 
 
 class Likelihood(NamedTuple):
@@ -51,8 +63,11 @@ class Task:
     """What it learns from: the formats that make such items of rows are its formats."""
     formats: tuple[Format, ...] = ()
     """Formats that are known with it, where it is fedcli's own."""
-    loss: "Callable[..., Tensor]"
-    """loss(likelihood, **hyperparameters) is the sum over the rows (or tokens) of a part of a batch."""
+    loss: "Callable[..., Tensor] | None" = None
+    """loss(likelihood, **hyperparameters) is the sum over the rows (or tokens) of a part of a batch.
+
+    None alone for a task whose `trainer` is not fedcli's loop.
+    """
     mean_over: Literal["tokens", "rows"]
     """A step's loss is that sum over the whole batch, over the number of its supervised tokens or rows."""
     hyperparameters: tuple[Hyperparameter, ...] = ()
@@ -75,15 +90,21 @@ class Task:
     """
     fewest_rows: int = 1
     """The rows that a batch must have at least: two, where one row is compared with another."""
+    trainer: str = LOOP
+    """How a round is trained: "module:function", imported when a client trains.
+
+    The function gets a `fedcli.training.work.RoundWork`, trains its adapter in place and returns the steps' losses.
+    """
+    packages: tuple[str, ...] = ()
+    """The packages, of `fedcli.errors.EXTRAS`, that training needs beside fedcli's own."""
 
     @property
-    def mixes_rows(self) -> bool:
-        """Whether a row's loss depends on the other rows of its batch."""
-        return self.batch_terms is not None or self.batch_rows is not None
+    def is_row_by_row(self) -> bool:
+        """Whether a step's gradient is a sum over rows, each by itself, as privacy of rows and groups needs it."""
+        return self.trainer == LOOP and self.batch_terms is None and self.batch_rows is None
 
-    def hyperparameters_of(self, given: object) -> dict[Hyperparameter, float]:
+    def hyperparameters_of(self, given: object) -> dict[Hyperparameter, Any]:
         """Return the values of the task's hyperparameters: those that a section train gives, else the usual ones."""
-        return {
-            name: self.usual.get(name, USUAL[name]) if (value := getattr(given, name)) is None else value
-            for name in self.hyperparameters
-        }
+        usual: dict[Hyperparameter, Any] = {**USUAL, **self.usual}
+        found = {name: getattr(given, name) for name in self.hyperparameters}
+        return {name: usual.get(name) if value is None else value for name, value in found.items()}

@@ -24,6 +24,7 @@ from fedcli.errors import ConfigError
 from fedcli.model.lora import AdaptedModel
 from fedcli.privacy.noise import NoiseStream, new_key
 from fedcli.tasks import Task
+from fedcli.tasks.task import LOOP
 from fedcli.training.moments import Moments
 from fedcli.training.reports import StepReport, TrainSettings
 from fedcli.training.row_gradients import Recorder, mixes_rows, recording, sees_rows
@@ -53,7 +54,13 @@ def draw_units(num_units: int, q: float) -> NDArray[np.int64]:
 
 def check_task(task: Task) -> None:
     """Raise ConfigError for a task whose loss mixes the rows of a batch: no row's share of it is bounded."""
-    if task.mixes_rows:
+    if task.trainer != LOOP:
+        raise ConfigError(
+            f"task {task.name} marks each answer of the model by the others to its prompt, and a step's answers depend "
+            "on all steps before: privacy.unit row or group bounds each row by itself, and cannot do so here",
+            hint="Set privacy.unit to client or null, or choose a task whose loss is a sum over rows: sft, dpo.",
+        )
+    if not task.is_row_by_row:
         raise ConfigError(
             f"task {task.name} computes terms of a whole batch, and privacy.unit row or group bounds each by itself",
             hint="Set privacy.unit to client or null, or choose a task whose loss is a sum over rows: sft, dpo, orpo.",

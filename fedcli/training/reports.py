@@ -18,7 +18,7 @@ class TrainSettings:
     gradient_checkpointing: bool
     seed: int
     """Of dropout; 32 bits."""
-    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     """The task's, by name."""
 
     @classmethod

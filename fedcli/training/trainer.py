@@ -23,6 +23,8 @@ from fedcli.training.batches import LARGEST, OVERHEAD, cut
 from fedcli.training.limits import TimeLimit
 from fedcli.training.moments import Moments
 from fedcli.training.reports import StepReport, TrainSettings
+from fedcli.training.rule_terms import RuleTerms
+from fedcli.training.work import RoundWork
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,21 @@ class StepGradient:
 
     loss: float | None
     num_tokens: int
+
+
+def train_round(work: RoundWork) -> list[float]:
+    """Train a round's rows as `fit` does: what a task's `trainer` names, where the task names no other."""
+    return fit(
+        work.adapted,
+        work.rows,
+        work.task,
+        work.settings,
+        batch_rows=work.batch_rows,
+        rule=work.rule,
+        limit=work.limit,
+        moments=work.moments,
+        on_step=work.on_step,
+    )
 
 
 def fit(
@@ -82,7 +99,7 @@ def optimise(
     )
     if moments is not None:
         moments.load(optimizer, adapted.parameters)
-    own = [] if rule is None else [torch.tensor(rule.arrays[name], device=model.device) for name in adapted.parameters]
+    terms = RuleTerms(adapted, rule)
     losses: list[float | None] = []
     torch.manual_seed(settings.seed if dropout_seed is None else dropout_seed)
     optimizer.zero_grad()  # what another client's training left that broke off
@@ -91,7 +108,10 @@ def optimise(
         limit.begin()
     with quiet_libraries(), _checkpointing(model, settings.gradient_checkpointing):
         for step in steps:
-            _step(optimizer, parameters, rule, own, settings.learning_rate)
+            terms.add_to_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            terms.add_to_weights(settings.learning_rate)
             losses.append(step.loss)
             on_step(StepReport(len(losses), step.loss, step.num_tokens))
             if limit is not None and limit.is_over(len(losses)):
@@ -117,6 +137,7 @@ def loss_of(
 ) -> torch.Tensor:
     """Return the sum of a task's loss over a micro-batch's rows, or their supervised tokens."""
     with torch.autocast(adapted.base.device.type, torch.bfloat16, enabled=has_bfloat16()):
+        assert task.loss is not None, f"task {task.name} is trained otherwise"
         return task.loss(likelihood_of(adapted.base, part, adapted.pad_id), **arguments)
 
 
@@ -179,29 +200,6 @@ def likelihood_of(model: Any, rows: Sequence[EncodedRow], pad_id: int) -> Likeli
         reference=inputs["reference"],
         numbers=inputs["numbers"],
     )
-
-
-@torch.no_grad()
-def _step(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
-    rule: ClientRule | None,
-    own: Sequence[torch.Tensor],
-    learning_rate: float,
-) -> None:
-    """Make an optimiser step, with the client rule's terms for clipped gradients and, after it, for weights."""
-    if rule is not None:
-        for parameter, array in zip(parameters, own, strict=True):
-            term = rule.gradient_term(parameter, array)
-            if term is not None and parameter.grad is not None:
-                parameter.grad.add_(term)
-    optimizer.step()
-    optimizer.zero_grad()
-    if rule is not None:
-        for parameter, array in zip(parameters, own, strict=True):
-            term = rule.weight_term(array, learning_rate)
-            if term is not None and parameter.requires_grad:
-                parameter.add_(term)
 
 
 @contextmanager

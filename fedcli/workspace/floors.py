@@ -55,7 +55,7 @@ class Floors(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: Count = 2
-    """Different rows that a round learns from: steps x batch_size, or all of the party's where it has fewer."""
+    """Different rows that a round learns from: steps x a batch's rows, or all of the party's where it has fewer."""
     steps: Count = 1
     batch_size: Count = 1
     secure: Literal["any", "required", "double"] = "any"
@@ -203,9 +203,9 @@ def budget_of(floors: Floors, privacy: PrivacyRecord) -> float:
 
 
 _FLOORS = {
-    "rows": _least("learns from", "row", lambda asked: min(asked.num_rows, asked.train.steps * asked.train.batch_size)),
+    "rows": _least("learns from", "row", lambda asked: min(asked.num_rows, asked.train.num_drawn)),
     "steps": _least("makes", "step", lambda asked: asked.train.steps),
-    "batch_size": _least("has batches of", "row", lambda asked: asked.train.batch_size),
+    "batch_size": _least("has batches of", "row", lambda asked: asked.train.rows_per_step),
     "secure": _Floor(_fault_of_secure, lambda _, asked: "any" if asked.secure is None else "required"),
     "targets": _Floor(_fault_of_targets, _allow_targets),
     "noise": _limited("noise", _noise, is_least=True),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from datetime import date as Date  # `date` is a key of the protocol
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, get_args
 
 from pydantic import (
     Field,
@@ -20,10 +20,21 @@ from fedcli.config import Quantization, ScoreName, SelectConfig, TaskName, Templ
 from fedcli.config.aggregation import DownEncodingName, EncodingName
 from fedcli.config.clusters import MOST_CLUSTERS
 from fedcli.config.personal import PersonalName
-from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Minutes, Rounds, Steps
+from fedcli.config.sections import (
+    MOST_RATE,
+    MOST_ROWS,
+    BatchSize,
+    Generations,
+    KlWeight,
+    MaxLength,
+    MaxNewTokens,
+    Minutes,
+    Rounds,
+    Steps,
+)
 from fedcli.config.select import RANGES
 from fedcli.errors import ArrivingError, IntegrityError
-from fedcli.tasks.task import USUAL
+from fedcli.tasks.task import Hyperparameter
 from fedcli.workspace.layout import BASE_DELTA_NAME, MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.lora_records import LoraMerge, LoraTerms
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
@@ -107,7 +118,7 @@ class PersonalRecord(Record):
 class TrainRecord(Record):
     """All that a client must obey in its round; `learning_rate` is this round's."""
 
-    unwritten = ("date", "personal", "minutes", "keep_optimizer", "select", *({*USUAL} - {"beta"}))
+    unwritten = ("date", "personal", "minutes", "keep_optimizer", "select", *({*get_args(Hyperparameter)} - {"beta"}))
 
     steps: Steps
     minutes: Minutes | None = None
@@ -129,6 +140,11 @@ class TrainRecord(Record):
     lambda_undesirable: Finite | None = None
     select: SelectConfig | None = None
     """Which rows a client is to train on, by scores that it keeps to itself; None, and not written: on all."""
+    generations: Generations | None = None
+    """Of GRPO, as the three below: the answers to each row, of which a batch has `batch_size`; not written if None."""
+    max_new_tokens: MaxNewTokens | None = None
+    reward: Annotated[str, Field(max_length=200)] | None = None
+    kl: KlWeight | None = None
     gradient_checkpointing: bool = False
     template: TemplateChoice
     date: Annotated[str, Field(max_length=10)] | None = None
@@ -143,9 +159,21 @@ class TrainRecord(Record):
     def _check(self) -> Self:
         if self.steps * self.batch_size > MOST_ROWS:
             raise ValueError(f"steps x batch_size is more than {MOST_ROWS:,}")
+        if self.generations is not None and self.batch_size % self.generations:
+            raise ValueError("generations does not divide batch_size")
         if self.date is not None:
             Date.fromisoformat(self.date)
         return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """The rows of a batch: as many as its size, or where each is answered several times as many less."""
+        return self.batch_size // (self.generations or 1)
+
+    @property
+    def num_drawn(self) -> int:
+        """The rows that a client draws in the round."""
+        return self.steps * self.rows_per_step
 
 
 class EncodingRecord(Record):

@@ -67,7 +67,7 @@ class RegionRecord(Record):
 class PartyRecord(Record):
     """party.json in a party's home: where its rows and its base model lie, and whether remote code is trusted."""
 
-    unwritten = ("num_rows", "region", "select", "shares_scores")
+    unwritten = ("num_rows", "region", "select", "shares_scores", "allow_code_execution")
 
     workspace: str
     client: Natural
@@ -94,6 +94,8 @@ class PartyRecord(Record):
     """Whether its updates tell how many rows have which score; not written where they do not."""
     region: RegionRecord | None = None
     """None, and not written, of a party that holds its rows itself."""
+    allow_code_execution: bool = False
+    """Whether code that the model wrote may run in a sandbox while it trains; not written where it may not."""
 
 
 def read_registration(workspace: Workspace, client: int) -> Registration | None:

@@ -7,7 +7,7 @@ from fedcli.data.source import read_rows
 from fedcli.eval.benchmark import Benchmark, ItemScore, Metric, Session
 from fedcli.eval.data import DataSource, Files
 from fedcli.eval.requests import Likelihood
-from fedcli.tasks.conversation import Example, Item, Preference, shown
+from fedcli.tasks.conversation import Example, Item, Preference, Question, shown
 
 MAX_NEW_TOKENS = 16
 """Twice what the longest answer, one of four words for an alert level, has."""
@@ -50,10 +50,16 @@ def compared(session: Session, pairs: Sequence[Preference]) -> list[ItemScore]:
 
 
 def _read(files: Files) -> list[Item]:
-    """Read rows of the built-in set: chosen and rejected where they have them, else instruction and response."""
+    """Read rows of the built-in set: pairs, or examples, of a prompt and its answer too."""
     (path,) = files.require()
     rows = read_rows(path, files.opener)
-    return [item for _, item in RowReader("preference" if "chosen" in rows[0].fields else "alpaca").read(rows)]
+    form = next((form for column, form in _FORMS.items() if column in rows[0].fields), "alpaca")
+    items = [item for _, item in RowReader(form).read(rows)]
+    return [Example(*item.conversations) if isinstance(item, Question) else item for item in items]
+
+
+_FORMS = {"chosen": "preference", "answer": "prompt-answer"}
+"""The formats of built-in rows by a column that others do not have."""
 
 
 def _benchmark(name: str, split: str, title: str) -> Benchmark:
