@@ -8,6 +8,7 @@ The exit code is 1 past the limit, or where the peak memory is over 4 GB.
 """
 
 import argparse
+import resource
 import shutil
 import statistics
 import sys
@@ -41,6 +42,7 @@ def main() -> int:
     aggregate.TENSORS.update(TENSORS)
     names = ["factors", *arguments.rules]
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    processors: dict[str, list[float]] = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         workspace = aggregate.make_workspace(Path(scratch) / "workspace", arguments.clients)
@@ -49,8 +51,10 @@ def main() -> int:
             for name in names:
                 workspace.config.write_text(yaml.safe_dump(config | {"aggregation": {"lora": name}}))
                 command = [sys.executable, "-m", "fedcli", "server", "aggregate", "-w", str(workspace.root)]
+                before = processor_seconds()
                 taken, peak = aggregate.run(command)
-                print(f"{name}: {taken:.2f} s, {peak / 1e6:.0f} MB", flush=True)
+                processors[name].append(processor_seconds() - before)
+                print(f"{name}: {taken:.2f} s, {processors[name][-1]:.2f} of CPU, {peak / 1e6:.0f} MB", flush=True)
                 seconds[name].append(taken)
                 peaks[name] = max(peaks[name], peak)
                 shutil.rmtree(workspace.round(1))
@@ -58,6 +62,7 @@ def main() -> int:
         name: {
             "seconds": round(statistics.median(taken), 2),
             "ratio": round(statistics.median(map(truediv, taken, seconds["factors"])), 3),
+            "processor_seconds": round(statistics.median(processors[name]), 2),
             "peak_bytes": peaks[name],
         }
         for name, taken in seconds.items()
@@ -67,6 +72,12 @@ def main() -> int:
         "lora_merge", figures[arguments.rules[0]]["ratio"], MOST_RATIO, figures | {"clients": arguments.clients}
     )
     return code or int(max(peaks.values()) > MOST_BYTES)
+
+
+def processor_seconds() -> float:
+    """Return the time that all processors have worked for child processes."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":
