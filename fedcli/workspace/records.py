@@ -118,17 +118,18 @@ class TrainRecord(Record):
 class EncodingRecord(Record):
     """How a round's differences may be sent: up by its clients, and down by the server in the round behind it."""
 
-    unwritten = ("top_k",)
+    unwritten = ("top_k", "down")
 
     name: EncodingName
     top_k: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The share of the numbers that is sent; None, and not written, where all are."""
-    down: DownEncodingName
+    down: DownEncodingName | None = None
+    """None, and not written, where the adapter goes down whole."""
 
     @property
-    def of_step(self) -> "EncodingRecord":
+    def of_step(self) -> "EncodingRecord | None":
         """How the server sends its step."""
-        return EncodingRecord(name=self.down, down=self.down)
+        return None if self.down is None else EncodingRecord(name=self.down)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
