@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from fedcli.config.aggregation import TOP_K, AggregationConfig
 from fedcli.errors import IntegrityError
 from fedcli.workspace.encoded_differences import decode_differences, encode_differences, server_draw
+from fedcli.workspace.encoding_record import EncodingRecord
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_NAME, DELTA_NAME
-from fedcli.workspace.records import EncodingRecord
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import check_values, decode, encode
 

@@ -15,9 +15,9 @@ from pydantic import (
 )
 
 from fedcli.config import Quantization, TaskName, TemplateChoice
-from fedcli.config.aggregation import DownEncodingName, EncodingName
 from fedcli.config.sections import MOST_RATE, MOST_ROWS, BatchSize, MaxLength, Rounds, Steps
 from fedcli.errors import ArrivingError, IntegrityError
+from fedcli.workspace.encoding_record import EncodingRecord
 from fedcli.workspace.layout import MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
 from fedcli.workspace.record import Finite as Finite
@@ -112,29 +112,6 @@ class TrainRecord(Record):
             raise ValueError(f"steps x batch_size is more than {MOST_ROWS:,}")
         if self.date is not None:
             Date.fromisoformat(self.date)
-        return self
-
-
-class EncodingRecord(Record):
-    """How a round's differences may be sent: up by its clients, and down by the server in the round behind it."""
-
-    unwritten = ("top_k", "down")
-
-    name: EncodingName
-    top_k: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The share of the numbers that is sent; None, and not written, where all are."""
-    down: DownEncodingName | None = None
-    """None, and not written, where the adapter goes down whole."""
-
-    @property
-    def of_step(self) -> "EncodingRecord | None":
-        """How the server sends its step."""
-        return None if self.down is None else EncodingRecord(name=self.down)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.name == "top_k") != (self.top_k is not None):
-            raise ValueError("top_k is the share of the encoding of that name, and of no other")
         return self
 
 
