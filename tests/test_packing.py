@@ -5,7 +5,8 @@ import pytest
 
 from fedcli.algos.packing import PIECE, Int8Blocks, Largest, MalformedError, packing_of
 from fedcli.workspace.encoded_differences import Draw, decode_differences, differences_size, encode_differences
-from fedcli.workspace.records import EncodingRecord, TensorEntry
+from fedcli.workspace.encoding_record import EncodingRecord
+from fedcli.workspace.records import TensorEntry
 
 DRAW: Draw = lambda tensor: np.random.default_rng([*tensor.encode()])  # noqa: E731
 

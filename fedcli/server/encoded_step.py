@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from fedcli.config.aggregation import TOP_K, AggregationConfig
 from fedcli.errors import IntegrityError
 from fedcli.workspace.encoded_differences import decode_differences, encode_differences, server_draw
+from fedcli.workspace.encoding_record import EncodingRecord
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_NAME, DELTA_NAME
-from fedcli.workspace.records import EncodingRecord
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import check_values, decode, encode
 
@@ -29,19 +29,19 @@ def with_encoded_step(base: Round, files: Mapping[str, bytes] | None) -> dict[st
 
     So whoever has x computes x+ from adapter/delta.safetensors, bit by bit. It holds the tensors that updates carry.
     """
-    encoding = base.manifest.encoding
+    encoding = None if base.manifest.encoding is None else base.manifest.encoding.of_step
     if files is None or encoding is None:
         return None if files is None else {**files}
     adapter, sent = base.adapter(), base.manifest.sent_tensors
     following = decode(files[ADAPTER_NAME], base.manifest.tensors)
     step = {name: following[name] - adapter[name] for name in sent}
-    delta = encode_differences(step, encoding.of_step, server_draw(base.manifest))
+    delta = encode_differences(step, encoding, server_draw(base.manifest))
     try:
-        found = decode_differences(delta, sent, encoding.of_step)
+        found = decode_differences(delta, sent, encoding)
         check_values(found)
     except Refusal as refusal:
         raise IntegrityError(
-            f"the step that the updates of round {base.number} give is too large to be sent as {encoding.down}: "
+            f"the step that the updates of round {base.number} give is too large to be sent as {encoding.name}: "
             f"{refusal.reason}",
             hint="Find the update of the largest norm with `fedcli server aggregate --dry-run`, and set it aside with "
             "`fedcli server discard`.",

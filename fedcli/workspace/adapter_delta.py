@@ -31,14 +31,12 @@ def adapter_of_delta(found: "Round", steps: int = MOST_STEPS) -> bytes | None:
         return None
     try:
         before = found.previous()
-        if before is None or before.manifest.encoding is None:
+        if before is None or (asked := before.manifest.encoding) is None or (encoding := asked.of_step) is None:
             return None
         if (origin := adapter_of_delta(before, steps - 1)) is None:
             return None
         arrays = decode(origin, before.manifest.tensors)
-        step = decode_differences(
-            found.read(DELTA_NAME), before.manifest.sent_tensors, before.manifest.encoding.of_step
-        )
+        step = decode_differences(found.read(DELTA_NAME), before.manifest.sent_tensors, encoding)
     except (FedError, Refusal):  # whoever reads the whole file is told what is wrong
         return None
     with np.errstate(over="ignore", invalid="ignore"):  # the hash tells

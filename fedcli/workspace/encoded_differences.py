@@ -9,7 +9,8 @@ import numpy as np
 from fedcli.algos import Array, Arrays
 from fedcli.algos.packing import packing_of
 from fedcli.randomness import stream
-from fedcli.workspace.records import EncodingRecord, Manifest, TensorEntry
+from fedcli.workspace.encoding_record import EncodingRecord
+from fedcli.workspace.records import Manifest, TensorEntry
 from fedcli.workspace.tensors import (
     FLOATS,
     PACKED,

@@ -17,7 +17,6 @@ from pydantic import (
 from fedcli.algos.lora import is_first_factor, of_rank
 from fedcli.algos.share import Share, is_sent
 from fedcli.config import Quantization, ScoreName, SelectConfig, TaskName, TemplateChoice
-from fedcli.config.aggregation import DownEncodingName, EncodingName
 from fedcli.config.clusters import MOST_CLUSTERS
 from fedcli.config.personal import PersonalName
 from fedcli.config.sections import (
@@ -35,6 +34,7 @@ from fedcli.config.sections import (
 from fedcli.config.select import RANGES
 from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.tasks.task import Hyperparameter
+from fedcli.workspace.encoding_record import EncodingRecord
 from fedcli.workspace.layout import BASE_DELTA_NAME, MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.lora_records import LoraMerge, LoraTerms
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
@@ -174,28 +174,6 @@ class TrainRecord(Record):
     def num_drawn(self) -> int:
         """The rows that a client draws in the round."""
         return self.steps * self.rows_per_step
-
-
-class EncodingRecord(Record):
-    """How a round's differences may be sent: up by its clients, and down by the server in the round behind it."""
-
-    unwritten = ("top_k",)
-
-    name: EncodingName
-    top_k: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The share of the numbers that is sent; None, and not written, where all are."""
-    down: DownEncodingName
-
-    @property
-    def of_step(self) -> "EncodingRecord":
-        """How the server sends its step."""
-        return EncodingRecord(name=self.down, down=self.down)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.name == "top_k") != (self.top_k is not None):
-            raise ValueError("top_k is the share of the encoding of that name, and of no other")
-        return self
 
 
 class CountedUpdate(Record):
