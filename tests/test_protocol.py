@@ -101,9 +101,9 @@ def test_the_manifest_has_every_key_of_the_page_with_its_value(small):
     all_take_part(small)
     Federation.open(small).server.aggregate()
     manifest = read_manifest(small, 1)
-    # of algorithms whose updates carry a part, of signatures, of privacy, and of regions
-    assert set(documented) - {"update_tensors", "enrolment", "fedcli", "privacy", "relay"} == set(manifest)
-    assert len(documented) == len(manifest) + 5 == 25
+    # of algorithms whose updates carry a part, of late updates, of signatures, of privacy, and of regions
+    assert set(documented) - {"update_tensors", "staleness", "enrolment", "fedcli", "privacy", "relay"} == set(manifest)
+    assert len(documented) == len(manifest) + 6 == 26
     for key in ("model", "cost"):
         assert set(re.findall('"([a-z_]+)"', pieces[key])) - {"none", "int8", "nf4"} == manifest[key].keys()
     names = re.sub(r"\([^)]*\)", "", pieces["train"].partition(":")[2]).partition(".")[0]

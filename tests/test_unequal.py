@@ -17,6 +17,7 @@ from support.damage import edited
 from support.federation import Stub, configure, noisy, read_adapter, read_manifest, read_update
 from support.federation import restart as reopen
 from support.kills import copies_killed_at_every_call, fork, was_killed
+from support.signed import at, identity_of, join, make_signed, train
 
 from fedcli import Federation, Observer
 from fedcli.algos.unequal import age_factor, factors
@@ -28,6 +29,7 @@ from fedcli.errors import ConfigError, FedError
 from fedcli.server.late import late_of
 from fedcli.training.limits import TimeLimit
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.registrations import own_homes
 
 
 def test_fednova_makes_the_step_of_its_vector():
@@ -348,6 +350,40 @@ def test_kill_9_at_any_moment_of_an_asynchronous_federation_loses_and_doubles_no
     waiting |= {(state.head.number, client) for client in range(3) if state.head.has_update(client)}
     assert sent - {*counted} == waiting
     assert {client for _, client in counted} == {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_a_late_update_of_a_party_is_checked_by_its_signature_and_its_home_hears_what_came_of_it(
+    small_template, tmp_path
+):
+    home = tmp_path / "home"
+    workspace = make_signed(small_template, tmp_path / "signed", home, *WINDOW, "federation.rounds=8")
+    with at(home):
+        for client in range(3):
+            join(workspace, client)
+            Federation.open(workspace).server.enrol(client)
+        for client in range(3):
+            train(workspace, client)
+        merge(workspace)  # round 0 was opened without a window
+        train(workspace, 2)
+        update = workspace / "inbox/2/round-00001"
+        update.rename(workspace / "held-back")
+        for client in (0, 1):
+            train(workspace, client)
+        merge(workspace)
+        (workspace / "held-back").rename(update)
+        train(workspace, 2)  # which knows of no outcome yet
+        found = merge(workspace)
+        assert [(entry["client"], entry.get("base")) for entry in found["counted"]] == [(2, 1), (2, None)]
+        assert is_clean(workspace)
+        train(workspace, 2)
+        lines = [json.loads(line) for line in (own_homes(identity_of(workspace))[2].history).read_text().splitlines()]
+        outcomes = [(line["round"], line["result"]) for line in lines if line["event"] == "outcome"]
+        assert outcomes == [(0, "counted"), (1, "counted"), (2, "counted")]
+        signature = update / "update.sig"
+        signature.write_text("0" * 128 + "\n")
+        problems = [each.problem for each in Federation(Workspace(workspace)).verify().violations]
+        assert any("signature" in problem for problem in problems)
 
 
 @pytest.mark.slow
