@@ -63,7 +63,7 @@ def merge_masked(
     base = federation.head
     check_algorithm(base, algorithm, algorithm_from(base.manifest.algorithm))
     wanted = federation.config.aggregation
-    names = [wanted.rule] if not wanted.as_rule().is_plain_mean else []
+    names: list[str] = [wanted.rule] if not wanted.as_rule().is_plain_mean else []
     names += [wanted.step_weighting] if wanted.step_weighting != "none" else []
     if names:
         told = " and ".join(names)
