@@ -257,6 +257,38 @@ def test_a_time_limit_stops_before_a_step_that_would_not_fit_and_never_before_th
     assert limit.is_over(1)
 
 
+def test_a_draw_goes_on_where_the_rounds_before_left_off(open_small):
+    workspace = open_small("federation.per_round=2")
+    for number in range(3):
+        state = Federation.open(workspace).state
+        rounds = [*state.past(), state.head]
+        took_part = [sum(client in each.manifest.cohort for each in rounds[:-1]) for client in range(3)]
+        assert [first_draw(rounds, client) for client in range(3)] == [8 * times for times in took_part]
+        for client in state.head.manifest.cohort:
+            answer(workspace, client, number=number)
+        merge(workspace)
+
+
+def test_what_lies_in_the_window_is_drawn_and_what_lapsed_is_drawn_again(open_small):
+    workspace = open_small(*WINDOW, "aggregation.staleness=1")
+
+    def draws() -> list[int]:
+        state = Federation.open(workspace).state
+        return [first_draw([*state.past(), state.head], client) for client in range(3)]
+
+    for client in range(3):
+        answer(workspace, client)
+    (surplus,) = merge(workspace)["surplus"]
+    others = [client for client in range(3) if client != surplus]
+    assert draws() == [8, 8, 8]
+    configure(workspace, "aggregation.rule=norm_clip", "aggregation.staleness=0")  # of round 1's updates alone
+    for client in others:
+        answer(workspace, client)
+    merge(workspace)
+    assert [draws()[client] for client in (*others, surplus)] == [16, 16, 0]
+    assert Federation(Workspace(workspace)).verify().violations == []
+
+
 def test_a_client_that_its_limit_stops_says_how_many_steps_it_made_and_goes_on_where_it_stopped(open_small, capsys):
     workspace = open_small("train.steps={max: 1000, minutes: 0.02}")
     manifest = read_manifest(workspace, 0)
@@ -264,6 +296,8 @@ def test_a_client_that_its_limit_stops_says_how_many_steps_it_made_and_goes_on_w
     answer(workspace, 0, steps=7)
     answer(workspace, 1, steps=1000)
     answer(workspace, 2, steps=3)
+    state = Federation.open(workspace).state
+    assert [first_draw([state.head], client) for client in range(3)] == [0, 0, 0]
     found = merge(workspace)
     assert {entry["client"]: entry["steps"] for entry in found["counted"]} == {0: 7, 1: 1000, 2: 3}
     state = Federation.open(workspace).state
