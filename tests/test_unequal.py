@@ -112,6 +112,7 @@ def test_a_round_merged_by_fednova_is_its_formula_and_is_computed_again(open_sma
     assert is_clean(workspace)
 
 
+@pytest.mark.slow
 def test_an_update_that_claims_more_steps_than_were_asked_for_is_refused_where_they_weigh(open_small):
     workspace = open_small("aggregation.step_weighting=fednova")
     for client, steps in ((0, 2), (1, 2), (2, 2**53)):
@@ -164,6 +165,7 @@ def test_late_updates_count_as_differences_from_their_own_base_and_once(open_sma
     assert main(["verify"]) == 7
 
 
+@pytest.mark.slow
 def test_what_is_not_needed_counts_in_a_later_round_and_lapses_with_the_window(open_small):
     workspace = open_small(*WINDOW, "aggregation.staleness=1")
     for client in range(3):
@@ -197,6 +199,7 @@ def test_a_fast_client_counts_so_often_in_a_window_and_no_more(open_small, capsy
     assert is_clean(workspace)
 
 
+@pytest.mark.slow
 def test_gc_keeps_what_late_updates_need(open_small):
     workspace = open_small(*WINDOW, "retention.keep_last=1")
 
@@ -269,6 +272,7 @@ def test_a_draw_goes_on_where_the_rounds_before_left_off(open_small):
         merge(workspace)
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_window_is_drawn_and_what_lapsed_is_drawn_again(open_small):
     workspace = open_small(*WINDOW, "aggregation.staleness=1")
 
@@ -394,8 +398,7 @@ def test_a_late_update_of_a_party_is_checked_by_its_signature_and_its_home_hears
     workspace = make_signed(small_template, tmp_path / "signed", home, *WINDOW, "federation.rounds=8")
     with at(home):
         for client in range(3):
-            join(workspace, client)
-            Federation.open(workspace).server.enrol(client)
+            Federation.open(workspace).server.enrol(client, join(workspace, client))
         for client in range(3):
             train(workspace, client)
         merge(workspace)  # round 0 was opened without a window
