@@ -1,13 +1,14 @@
 """The demo with one client three times slower: merged round by round, and with late updates (aggregation.staleness: 2).
 
-    python benchmarks/staleness.py [--rounds 12] [--seconds 4] [--seed 0]
+    python benchmarks/staleness.py [--rounds 12] [--late-rounds 28] [--seconds 4] [--seed 0]
 
 Each of the five clients is a process of its own that keeps its model; a training takes `--seconds`, the last client's
 three times as long: the rest of the time is slept away between its steps. The server is a sixth process. With late
 updates a round is merged as soon as four updates are there, made from it or from one of the two rounds before.
 
 Ratio: the rounds per hour of the synchronous way over those with late updates (limit 0.6). The scores are the exact
-matches on the demo's held-out rows, after the last round, and of the synchronous way when the other one had ended.
+matches on the demo's held-out rows: after as many rounds each, of the synchronous way when the other had made as many,
+and with `--late-rounds` after so many rounds with late updates, as fit into the synchronous way's time.
 """
 
 import argparse
@@ -111,6 +112,7 @@ def main() -> int:
     """Measure both ways, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--late-rounds", type=int)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
@@ -123,15 +125,19 @@ def main() -> int:
             case ["client", client, seconds]:
                 take_part(arguments.folder, int(client), float(seconds))
         return 0
-    shared = [f"federation.rounds={arguments.rounds}", f"federation.seed={arguments.seed}"]
+    ways: dict[str, tuple[int, tuple[str, ...]]] = {
+        "synchronous": (arguments.rounds, ()),
+        "late": (arguments.rounds, LATE),
+    }
+    if arguments.late_rounds is not None:
+        ways["late, as long"] = (arguments.late_rounds, LATE)
     with TemporaryDirectory() as scratch:
-        folders = {name: Path(scratch) / name for name in ("synchronous", "late")}
-        found = {
-            name: measure(folder, [*shared, *(LATE if name == "late" else ())], arguments.seconds)
-            for name, folder in folders.items()
-        }
-        for name, folder in folders.items():
-            found[name]["score"] = score(folder, arguments.rounds)
+        folders = {name: Path(scratch) / str(place) for place, name in enumerate(ways)}
+        found = {}
+        for name, (rounds, options) in ways.items():
+            shared = [f"federation.rounds={rounds}", f"federation.seed={arguments.seed}"]
+            found[name] = measure(folders[name], [*shared, *options], arguments.seconds)
+            found[name]["score"] = score(folders[name], rounds)
         ended = found["late"]["published"][-1]
         then = 1 + sum(each <= ended for each in found["synchronous"]["published"][1:])
         found["synchronous"] |= {"round_then": then, "score_then": score(folders["synchronous"], then)}

@@ -23,6 +23,9 @@ class Untrained:
         """Return nothing that is odd."""
         return {"left_out": {}, "notes": {}, "first_cases": {}, "unused": {}}
 
+    def select(self, party, train, adapter) -> None:
+        """Choose no rows."""
+
     def train(self, adapter, train, *, party, **_):
         """Return the values after the round's steps, and the steps' losses."""
         return {name: array + np.float32(0.01) for name, array in adapter.items()}, [1.0] * train.steps

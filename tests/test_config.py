@@ -54,7 +54,7 @@ def test_the_defaults_are_the_contracts() -> None:
             "max_length": 512,
             "learning_rate": 5e-5,
             "learning_rate_min": 1e-6,
-            "beta": 0.1,
+            "beta": None,
             "gradient_checkpointing": False,
         },
         "data": {"format": None},

@@ -17,6 +17,7 @@ from support.damage import edited
 from support.federation import Stub, configure, noisy, read_adapter, read_manifest, read_update
 from support.federation import restart as reopen
 from support.kills import copies_killed_at_every_call, fork, was_killed
+from support.signed import at, identity_of, join, make_signed, train
 
 from fedcli import Federation, Observer
 from fedcli.algos.unequal import age_factor, factors
@@ -28,6 +29,7 @@ from fedcli.errors import ConfigError, FedError
 from fedcli.server.late import late_of
 from fedcli.training.limits import TimeLimit
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.registrations import own_homes
 
 
 def test_fednova_makes_the_step_of_its_vector():
@@ -110,6 +112,7 @@ def test_a_round_merged_by_fednova_is_its_formula_and_is_computed_again(open_sma
     assert is_clean(workspace)
 
 
+@pytest.mark.slow
 def test_an_update_that_claims_more_steps_than_were_asked_for_is_refused_where_they_weigh(open_small):
     workspace = open_small("aggregation.step_weighting=fednova")
     for client, steps in ((0, 2), (1, 2), (2, 2**53)):
@@ -162,6 +165,7 @@ def test_late_updates_count_as_differences_from_their_own_base_and_once(open_sma
     assert main(["verify"]) == 7
 
 
+@pytest.mark.slow
 def test_what_is_not_needed_counts_in_a_later_round_and_lapses_with_the_window(open_small):
     workspace = open_small(*WINDOW, "aggregation.staleness=1")
     for client in range(3):
@@ -195,6 +199,7 @@ def test_a_fast_client_counts_so_often_in_a_window_and_no_more(open_small, capsy
     assert is_clean(workspace)
 
 
+@pytest.mark.slow
 def test_gc_keeps_what_late_updates_need(open_small):
     workspace = open_small(*WINDOW, "retention.keep_last=1")
 
@@ -255,6 +260,39 @@ def test_a_time_limit_stops_before_a_step_that_would_not_fit_and_never_before_th
     assert limit.is_over(1)
 
 
+def test_a_draw_goes_on_where_the_rounds_before_left_off(open_small):
+    workspace = open_small("federation.per_round=2")
+    for number in range(3):
+        state = Federation.open(workspace).state
+        rounds = [*state.past(), state.head]
+        took_part = [sum(client in each.manifest.cohort for each in rounds[:-1]) for client in range(3)]
+        assert [first_draw(rounds, client) for client in range(3)] == [8 * times for times in took_part]
+        for client in state.head.manifest.cohort:
+            answer(workspace, client, number=number)
+        merge(workspace)
+
+
+@pytest.mark.slow
+def test_what_lies_in_the_window_is_drawn_and_what_lapsed_is_drawn_again(open_small):
+    workspace = open_small(*WINDOW, "aggregation.staleness=1")
+
+    def draws() -> list[int]:
+        state = Federation.open(workspace).state
+        return [first_draw([*state.past(), state.head], client) for client in range(3)]
+
+    for client in range(3):
+        answer(workspace, client)
+    (surplus,) = merge(workspace)["surplus"]
+    others = [client for client in range(3) if client != surplus]
+    assert draws() == [8, 8, 8]
+    configure(workspace, "aggregation.rule=norm_clip", "aggregation.staleness=0")  # of round 1's updates alone
+    for client in others:
+        answer(workspace, client)
+    merge(workspace)
+    assert [draws()[client] for client in (*others, surplus)] == [16, 16, 0]
+    assert Federation(Workspace(workspace)).verify().violations == []
+
+
 def test_a_client_that_its_limit_stops_says_how_many_steps_it_made_and_goes_on_where_it_stopped(open_small, capsys):
     workspace = open_small("train.steps={max: 1000, minutes: 0.02}")
     manifest = read_manifest(workspace, 0)
@@ -262,6 +300,8 @@ def test_a_client_that_its_limit_stops_says_how_many_steps_it_made_and_goes_on_w
     answer(workspace, 0, steps=7)
     answer(workspace, 1, steps=1000)
     answer(workspace, 2, steps=3)
+    state = Federation.open(workspace).state
+    assert [first_draw([state.head], client) for client in range(3)] == [0, 0, 0]
     found = merge(workspace)
     assert {entry["client"]: entry["steps"] for entry in found["counted"]} == {0: 7, 1: 1000, 2: 3}
     state = Federation.open(workspace).state
@@ -348,6 +388,39 @@ def test_kill_9_at_any_moment_of_an_asynchronous_federation_loses_and_doubles_no
     waiting |= {(state.head.number, client) for client in range(3) if state.head.has_update(client)}
     assert sent - {*counted} == waiting
     assert {client for _, client in counted} == {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_a_late_update_of_a_party_is_checked_by_its_signature_and_its_home_hears_what_came_of_it(
+    small_template, tmp_path
+):
+    home = tmp_path / "home"
+    workspace = make_signed(small_template, tmp_path / "signed", home, *WINDOW, "federation.rounds=8")
+    with at(home):
+        for client in range(3):
+            Federation.open(workspace).server.enrol(client, join(workspace, client))
+        for client in range(3):
+            train(workspace, client)
+        merge(workspace)  # round 0 was opened without a window
+        train(workspace, 2)
+        update = workspace / "inbox/2/round-00001"
+        update.rename(workspace / "held-back")
+        for client in (0, 1):
+            train(workspace, client)
+        merge(workspace)
+        (workspace / "held-back").rename(update)
+        train(workspace, 2)  # which knows of no outcome yet
+        found = merge(workspace)
+        assert [(entry["client"], entry.get("base")) for entry in found["counted"]] == [(2, 1), (2, None)]
+        assert is_clean(workspace)
+        train(workspace, 2)
+        lines = [json.loads(line) for line in (own_homes(identity_of(workspace))[2].history).read_text().splitlines()]
+        outcomes = [(line["round"], line["result"]) for line in lines if line["event"] == "outcome"]
+        assert outcomes == [(0, "counted"), (1, "counted"), (2, "counted")]
+        signature = update / "update.sig"
+        signature.write_text("0" * 128 + "\n")
+        problems = [each.problem for each in Federation(Workspace(workspace)).verify().violations]
+        assert any("signature" in problem for problem in problems)
 
 
 @pytest.mark.slow

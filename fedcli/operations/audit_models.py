@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from fedcli.algos import Arrays
 from fedcli.errors import NotReadyError
@@ -17,6 +16,7 @@ from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.privacy_ledger import Spending, read_ledger
 from fedcli.workspace.records import CountedUpdate, sha256
 from fedcli.workspace.refusal import Refusal
+from fedcli.workspace.window import base_of
 
 BASE, OWN, AGGREGATE, ALONE = "base", "own", "aggregate", "alone"
 SEEN_BY = {
@@ -155,8 +155,9 @@ def _rounds(federation: FederationState, number: int) -> list[Round]:
 
 def _counted(federation: FederationState, client: int, number: int) -> Iterator[tuple[Round, CountedUpdate]]:
     """Yield the rounds in which an update of a client counted for round `number`, each with what is kept of it."""
-    for opened, closing in pairwise(_rounds(federation, number)):
+    rounds = _rounds(federation, number)
+    for closing in rounds:
         if (merge := closing.manifest.aggregation) is not None:
             for entry in merge.counted:
                 if entry.client == client:
-                    yield opened, entry
+                    yield rounds[base_of(closing, entry)], entry

@@ -49,6 +49,14 @@ def check_pair(parent: FederationState, child: FederationState) -> list[str]:
         )
     _check_same(parent, child)
     client_algorithm(above)
+    if parent.config.aggregation.step_weighting != "none" and (
+        own.relay is None or child.config.federation.relay_every != 1
+    ):
+        raise ConfigError(
+            f"{parent.workspace.address} has aggregation.step_weighting: {parent.config.aggregation.step_weighting}, "
+            "and a sum of several rounds has made more steps than a round of it asks for",
+            hint="Let the region relay every round (federation.relay_every: 1), or the parent set it to none.",
+        )
     if above.update_tensors is not None:
         raise ConfigError(
             f"{parent.workspace.address} has its clients send a part of the adapter alone",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from fedcli.server.late import countable, late_of
 from fedcli.server.quorum import needed_answers, seconds_left
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
@@ -70,7 +71,7 @@ class Watcher:
             head=manifest,
             answered=sorted({*head.awaited_clients()} - {*missing}),
             missing=sorted(missing),
-            needed=needed_answers(federation),
+            needed=max(0, needed_answers(federation) - self._num_late()),
             past=list(self._past),
             deadline_seconds=seconds_left(federation),
             eta_seconds=self._eta(),
@@ -82,6 +83,13 @@ class Watcher:
             yield view
             time.sleep(WATCH_SECONDS)
         yield view
+
+    def _num_late(self) -> int:
+        """Return how many updates of earlier rounds may count in the open round's merge."""
+        federation = self._federation
+        if federation.head.manifest.staleness is None or federation.head.manifest.state != "open":
+            return 0
+        return len(countable(*late_of(federation)))
 
     def _remember(self, after: Round | None) -> None:
         before, self._before = self._before, after

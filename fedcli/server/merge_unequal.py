@@ -5,7 +5,7 @@ that round's adapter. One pass, and no more in memory than two updates, the sum 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -222,10 +222,12 @@ def _read_pairs(
     with ThreadPoolExecutor(2) as readers:
         for begin in range(0, len(sent), 2):
             pair = zip(sent[begin : begin + 2], memory, strict=False)  # the last may be alone
-            yield from [
+            readings = [
                 (
                     (base, client),
                     readers.submit(partial(read_update, base, authenticate=checks[base.number]), client, buffers),
                 )
                 for (base, client), buffers in pair
             ]
+            yield from readings
+            wait([reading for _, reading in readings])  # one that was passed over may still write to its memory

@@ -62,9 +62,12 @@ def merge_masked(
     """
     base = federation.head
     check_algorithm(base, algorithm, algorithm_from(base.manifest.algorithm))
-    rule = federation.config.aggregation.as_rule()
-    if not rule.is_plain_mean:
-        observer.noted(f"aggregation: {rule.rule} holds from the next round on: the updates of this one are masked")
+    wanted = federation.config.aggregation
+    names: list[str] = [wanted.rule] if not wanted.as_rule().is_plain_mean else []
+    names += [wanted.step_weighting] if wanted.step_weighting != "none" else []
+    if names:
+        told = " and ".join(names)
+        observer.noted(f"aggregation: {told} holds from the next round on: the updates of this one are masked")
     left = seconds_left(federation)
     goes_on = partial or (left is not None and left <= 0)
     if (dry_run and read_attempt(base) is None) or not start_attempt(federation, trust, goes_on=goes_on):

@@ -32,6 +32,8 @@ def check_window(
     current: Round, aggregation: Aggregation, previous: Round, rounds: Sequence[Round], result: Verification
 ) -> None:
     """Updates of earlier rounds are of the window, of clients of that round's cohort, and within what a client may."""
+    if aggregation.most_counted is None and all(entry.base is None for entry in entries_of(aggregation)):
+        return
     known = {each.number: each for each in rounds}
     for entry in entries_of(aggregation):
         if entry.base is None:

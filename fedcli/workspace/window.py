@@ -116,8 +116,7 @@ def may_still_count(rounds: Sequence[Round], number: int) -> bool:
 
 def _merges_of(rounds: Sequence[Round], base: Round) -> Iterator[tuple[Round, Aggregation]]:
     """Yield the rounds whose merges may speak of updates that were made from `base`."""
-    if base.manifest.staleness is None and not any(each.manifest.staleness for each in rounds):
-        rounds = rounds[base.number + 1 : base.number + 2] if rounds and rounds[0].number == 0 else rounds
+    last = base.number + 1 + max((each.manifest.staleness or 0 for each in rounds), default=0)
     for closing in rounds:
-        if closing.number > base.number and closing.manifest.aggregation is not None:
+        if base.number < closing.number <= last and closing.manifest.aggregation is not None:
             yield closing, closing.manifest.aggregation
