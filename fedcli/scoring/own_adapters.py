@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedcli.algos import Array, Arrays
-from fedcli.errors import ConfigError, NotReadyError, UsageError
+from fedcli.errors import NotReadyError, UsageError
 from fedcli.parties.party import find_own
 from fedcli.workspace.client_state import OWN_FACTORS, PERSONAL, read_states
 from fedcli.workspace.federation_state import FederationState
@@ -66,8 +66,8 @@ def kind_of(manifest: Manifest) -> str | None:
 def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
     """Return a client's own model as it stands with the latest round.
 
-    Raises UsageError where its home is not here, NotReadyError where none of its updates has counted, ConfigError where
-    whoever scores it would tell what privacy hides, IntegrityError where what it keeps is gone.
+    Raises UsageError where its home is not here, NotReadyError where none of its updates has counted, IntegrityError
+    where what it keeps is gone.
     """
     head = federation.head
     kind = kind_of(head.manifest)
@@ -77,12 +77,6 @@ def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
         raise UsageError(
             f"client {client}'s own adapter ({kind}) never leaves its home, and that is not here",
             hint="Its party runs this on its own machine.",
-        )
-    if head.manifest.withholds and not federation.identity.simulation:
-        raise ConfigError(
-            f"client {client}'s own adapter ({kind}) has no noise, and the federation asks for privacy: what it "
-            "answers tells of the party's rows",
-            hint="Name a round with --round.",
         )
     kept = read_states(found[0], [*federation.past(), head], client)
     own = kept.get(PERSONAL if kind != "own factors" else OWN_FACTORS.folder, {})
