@@ -102,9 +102,9 @@ def test_the_manifest_has_every_key_of_the_page_with_its_value(small):
     Federation.open(small).server.aggregate()
     manifest = read_manifest(small, 1)
     # of updates that carry a part, of signatures, of privacy, of regions, and of clusters
-    optional = {"update_tensors", "share", "enrolment", "fedcli", "privacy", "relay", "clusters"}
+    optional = {"update_tensors", "share", "private", "enrolment", "fedcli", "privacy", "relay", "clusters"}
     assert set(documented) - optional == set(manifest)
-    assert len(documented) == len(manifest) + 7 == 27
+    assert len(documented) == len(manifest) + 8 == 28
     for key in ("model", "cost"):
         assert set(re.findall('"([a-z_]+)"', pieces[key])) - {"none", "int8", "nf4"} == manifest[key].keys()
     names = re.sub(r"\([^)]*\)", "", pieces["train"].partition(":")[2]).partition(".")[0]

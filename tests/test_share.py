@@ -20,7 +20,7 @@ from support.sharing import play, sharing
 from fedcli import Federation
 from fedcli.algos import ALGORITHMS, FedAvg, MergedUpdates
 from fedcli.algos.fedavgm import FedAvgM
-from fedcli.algos.share import freezing, sent_tensors, without_unsent
+from fedcli.algos.share import freezing, private_tensors, sent_tensors, without_unsent
 from fedcli.cli import main
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.scoring.targets import Targets, find_targets
@@ -125,6 +125,25 @@ def test_fedsas_clients_go_on_from_their_own_b_and_begin_with_the_rounds(small_t
     for name, array in whole.items():
         wanted = latest[name] if ".lora_A." in name else expected[1][name]
         np.testing.assert_allclose(array, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_private_tensors_are_named_by_parts_of_their_names_and_stay_with_their_clients(small_template, tmp_path):
+    names = {
+        f"model.layers.{layer}.{module}_proj.lora_{f}.weight" for layer in range(12) for module in "qv" for f in "AB"
+    }
+    assert private_tensors(["layers.3"], names) == sorted(name for name in names if ".layers.3." in name)
+    assert len(private_tensors(["layers.9-11", "v_proj.lora_A"], names)) == 3 * 4 + 9
+    assert private_tensors(["layers.1.lora_A", "proj"], names) == []
+    workspace = sharing(small_template, tmp_path / "W", "[B]", "fedavg", "aggregation.private=[v_proj]")
+    play(workspace, 2)
+    manifest, start, after = read_manifest(workspace, 1), read_adapter(workspace, 0), read_adapter(workspace, 2)
+    assert manifest["private"] == sorted(name for name in start if "v_proj" in name)
+    assert manifest["update_tensors"] == sorted(name for name in start if "q_proj" in name and ".lora_B." in name)
+    assert {name for name in start if not np.array_equal(start[name], after[name])} == {*manifest["update_tensors"]}
+    (target,) = find_targets(Federation.open(workspace).state, Targets(clients=(1,)))
+    own = {name for name, array in target.arrays().items() if not np.array_equal(array, after[name])}
+    assert own == {*manifest["private"]}  # both factors, though A is frozen elsewhere
+    assert Federation(Workspace(workspace)).verify().violations == []
 
 
 def test_an_update_of_one_factor_is_scored_with_the_frozen_other(small_template, tmp_path):

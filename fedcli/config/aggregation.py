@@ -30,7 +30,7 @@ class AggregationConfig(Section):
 
     `tolerate` is how many updates may be hostile; `nearest_mixing` replaces each update by the mean of its nearest
     before the rule; `weight_cap` is the most that an update may weigh in the mean, in medians. `share` is which of
-    LoRA's factors clients send (fedcli.algos.share).
+    LoRA's factors clients send, `private` names tensors that each keeps to itself (fedcli.algos.share).
     """
 
     rule: RuleName = "mean"
@@ -38,6 +38,8 @@ class AggregationConfig(Section):
     nearest_mixing: bool = False
     weight_cap: Annotated[float, Field(ge=1)] | None = None
     share: Annotated[Shared, BeforeValidator(_shared), PlainSerializer(_as_written)] = "[A, B]"
+
+    private: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*$", max_length=200)], ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
