@@ -9,15 +9,16 @@ import pytest
 from safetensors.numpy import load_file
 from support.federation import NUM_SAMPLES, adapter_hashes, configure, read_adapter, read_manifest, train_as
 from support.processes import SMALL, runner, settings
-from test_share import play, sharing
+from support.sharing import play, sharing
 
 from fedcli import Federation
 from fedcli.algos.client_rule import Proximal
 from fedcli.cli import main
 from fedcli.client.personal import begin
-from fedcli.errors import ConfigError, NotReadyError, UsageError
+from fedcli.errors import ConfigError, IntegrityError, NotReadyError
 from fedcli.scoring.client_table import client_rows
 from fedcli.scoring.own_adapters import OwnAdapter, own_adapter
+from fedcli.scoring.request import _check_own_adapters
 from fedcli.scoring.targets import Targets, find_targets
 from fedcli.workspace.client_state import PERSONAL
 from fedcli.workspace.layout import Workspace
@@ -111,7 +112,7 @@ def test_a_missing_own_adapter_is_told_with_its_cure(small_template, tmp_path):
     workspace = personal(small_template, tmp_path / "W", "feddpa")
     play(workspace, 1)
     shutil.rmtree(workspace / f"private/1/{PERSONAL}")
-    with pytest.raises(Exception, match=r"client 1's private state of train.personal is gone or damaged"):
+    with pytest.raises(IntegrityError, match=r"client 1's private state of train.personal is gone or damaged"):
         own_adapter(Federation.open(workspace).state, 1)
 
 
@@ -144,9 +145,11 @@ def test_a_private_federation_publishes_no_answers_of_own_adapters(small_templat
     play(workspace, 1)
     state = Federation.open(workspace).state
     assert own_adapter(state, 0).kind == "ditto"  # a simulation has nobody to protect
+    (target,) = find_targets(state, Targets(clients=(0,)))
+    _check_own_adapters(state, [target])
     state.identity = state.identity.model_copy(update={"simulation": False})
-    with pytest.raises((ConfigError, UsageError)):
-        own_adapter(state, 0)
+    with pytest.raises(ConfigError, match="own-0-round-00001 has no noise"):
+        _check_own_adapters(state, [target])
 
 
 @slow

@@ -20,6 +20,7 @@ NAMES = {
     "alone-12": ("alone", 12),
     "pooled": ("pooled", None),
     "client-3-round-00010": ("client", None),
+    "own-3-round-00010": ("own", None),
     "round-00009": ("round", 9),
     "round-00010": ("round", 10),
     "adapter-round-1-0123abcd": ("adapter", None),
@@ -38,6 +39,8 @@ def test_a_targets_name_says_its_kind_and_number_and_where_it_stands() -> None:
     assert sorted(mixed, key=lambda text: TargetName.parse(text).order) == list(NAMES)
     assert TargetName.of_round(10) == TargetName.parse("round-00010")
     assert TargetName.of_update(3, 10) == TargetName.parse("client-3-round-00010")
+    own = TargetName.of_own(3, 10)
+    assert (own, own.client, own.round) == (TargetName.parse("own-3-round-00010"), 3, 10)
 
 
 def test_a_round_is_named_by_its_number_or_as_the_latest(small: Path) -> None:

@@ -31,11 +31,41 @@ def factor_of(tensor: str) -> str:
     return "A" if ".lora_A." in tensor else "B"
 
 
+def private_tensors(patterns: Collection[str], tensors: Collection[str]) -> list[str]:
+    """Return the tensors that any of the patterns names, sorted: parts of a name between dots, A-B for a range of them.
+
+    `layers.28-31` names all of four layers, `v_proj` one module of each: FedPer (1912.00818), of any tensors.
+    """
+    return sorted(name for name in tensors if any(_names(pattern, name) for pattern in patterns))
+
+
+def _names(pattern: str, tensor: str) -> bool:
+    wanted, parts = pattern.split("."), tensor.split(".")
+    return any(
+        all(map(_is_part, wanted, parts[start : start + len(wanted)])) for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+def _is_part(wanted: str, part: str) -> bool:
+    low, _, high = wanted.partition("-")
+    if low.isdecimal() and high.isdecimal() and part.isdecimal():
+        return int(low) <= int(part) <= int(high)
+    return wanted == part
+
+
 def sent_tensors(
-    algorithm: Algorithm, share: Share | None, round_number: int, tensors: Collection[str]
+    algorithm: Algorithm,
+    share: Share | None,
+    round_number: int,
+    tensors: Collection[str],
+    private: Collection[str] = (),
 ) -> list[str] | None:
-    """Return which tensors the updates of a round carry, sorted: those that both share; None for all of them."""
-    found = sorted(name for name in tensors if algorithm.shares(name) and is_sent(share, round_number, name))
+    """Return which tensors the updates of a round carry, sorted: those that all share; None for all of them."""
+    found = sorted(
+        name
+        for name in tensors
+        if algorithm.shares(name) and is_sent(share, round_number, name) and name not in private
+    )
     return None if len(found) == len(tensors) else found
 
 

@@ -22,17 +22,17 @@ class OwnFactors:
         return self.manifest.unshared_tensors
 
     @property
-    def has_own(self) -> bool:
-        """Whether the client trains them all the same, and keeps them."""
-        return self.manifest.share == "A"
+    def own(self) -> set[str]:
+        """Those that the client trains all the same, and keeps."""
+        return self.manifest.own_tensors
 
     def put_in(self, adapter: Arrays, kept: Mapping[str, Arrays]) -> "dict[str, Array]":
         """Return x for this client: with its own factors in place of the round's, once it has some."""
-        return {**adapter, **kept.get(OWN_FACTORS.folder, {})}
+        return {**adapter, **kept.get(OWN_FACTORS, {})}
 
     def rule(self, rule: ClientRule | None, adapter: Arrays) -> ClientRule | None:
         """Return what the client does beside plain training: what it neither sends nor keeps is frozen."""
-        return rule if self.has_own else freezing(rule, self.unshared, adapter)
+        return freezing(rule, self.unshared - self.own, adapter)
 
     def without_unsent(self, own: "dict[str, Array]", before: Arrays) -> "dict[str, Array]":
         """Return what the client keeps for its algorithm, of which it says nothing new of what it does not send."""
@@ -40,6 +40,6 @@ class OwnFactors:
 
     def kept(self, trained: Arrays) -> "dict[str, dict[str, Array]]":
         """Return the factors that the client keeps, by folder."""
-        if not self.has_own:
+        if not self.own:
             return {}
-        return {OWN_FACTORS.folder: {name: trained[name] for name in sorted(self.unshared)}}
+        return {OWN_FACTORS: {name: trained[name] for name in sorted(self.own)}}

@@ -277,7 +277,7 @@ class _Display(TrainingDisplay):
         self.show(description=f"{self.title}: loading", total=None)
 
     def model_loading(self, head: "Round") -> None:
-        self._num_steps = head.manifest.train.steps
+        self._num_steps = head.manifest.train.steps_made
         self.show(visible=True)
 
     def rows_read(self, what: str, count: int) -> None:

@@ -54,7 +54,7 @@ class _Display(TrainingDisplay):
     columns = (*TrainingDisplay.columns, "ETA")
 
     def round_started(self, head: "Round") -> None:
-        steps_of_round = head.num_counted * head.manifest.train.steps
+        steps_of_round = head.num_counted * head.manifest.train.steps_made
         steps_before = head.number * steps_of_round
         self.begin(steps_before)
         self.title = f"round {head.number}/{head.manifest.rounds}"

@@ -38,9 +38,10 @@ class AggregationConfig(Section):
     before the rule; `weight_cap` is the most that an update may weigh in the mean, in medians. With an `encoding`
     clients and server send differences in fewer bytes; of those `top_k` is the share that is sent. `lora` and what
     begins with it say how products of LoRA's factors are merged; `max_rank` is of what `lora: exact` keeps beside the
-    adapter. `share` is which of LoRA's factors clients send (fedcli.algos.share).
-    `step_weighting` makes differences of unequal steps comparable (algos/unequal.py). Updates made from up to
-    `staleness` rounds back count, too, `most_counted` of a client at most in so many merges and the one before them.
+    adapter. `share` is which of LoRA's factors clients send, `private` names tensors that each keeps to itself
+    (fedcli.algos.share). `step_weighting` makes differences of unequal steps comparable (algos/unequal.py). Updates made
+    from up to `staleness` rounds back count, too, `most_counted` of a client at most in so many merges and the one
+    before them.
     """
 
     rule: RuleName = "mean"
@@ -59,6 +60,8 @@ class AggregationConfig(Section):
     step_weighting: Literal["none", "fednova"] = "none"
     staleness: Annotated[int, Field(ge=0, le=1000)] = 0
     most_counted: Annotated[int, Field(ge=1)] | None = None
+
+    private: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*$", max_length=200)], ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -129,6 +129,22 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         "theirs",
     ),
     Exclusion(
+        "aggregation.private",
+        "train.personal",
+        "each gives a client an adapter of its own, and eval, chat and export would have two to choose from",
+    ),
+    Exclusion(
+        "aggregation.private",
+        "eval.every",
+        "clients keep a part to themselves, so that no round has a global adapter to score; fedcli eval --client "
+        "scores theirs",
+    ),
+    Exclusion(
+        "aggregation.private",
+        "federation.relay_every",
+        "a region sends its parent whole adapters (docs/HIERARCHY.md)",
+    ),
+    Exclusion(
         "aggregation.share",
         "federation.relay_every",
         "a region sends its parent whole adapters (docs/HIERARCHY.md)",
@@ -144,6 +160,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         "the second adapter would learn the same rows without noise, and what it answers would tell of them",
     ),
     Exclusion("clusters.by", "aggregation.share: [A]", "a client's own factors belong to one global adapter's"),
+    Exclusion("clusters.by", "aggregation.private", "what is a client's own belongs to one global adapter"),
     Exclusion("clusters.by", "train.personal", "an adapter of a client's own stands beside one global adapter"),
     *(
         Exclusion("aggregation.step_weighting", other, why)

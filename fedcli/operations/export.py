@@ -152,7 +152,7 @@ def _handed(federation: FederationState, found: Round, client: int | None) -> Ha
         )
     if kind_of(found.manifest) is None:
         raise UsageError(
-            f"client {client} has no adapter of its own: neither train.personal nor aggregation.share: [A] is set",
+            f"client {client} has no adapter of its own: train.personal, aggregation.share: [A] and private are unset",
             hint="Leave --client out: the round's adapter is everybody's.",
         )
     return of_client(found, own_adapter(federation, client))

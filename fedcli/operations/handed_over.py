@@ -72,7 +72,7 @@ def of_client(found: Round, own: OwnAdapter) -> Handed:
             f"It is two adapters in one: the global one of round {own.round}, and {own.weight:g} times the client's."
         )
     if own.kind == "own factors":
-        notes.append(f"Its factors A are round {own.round}'s, its factors B the client's own.")
+        notes.append(f"A part of it is round {own.round}'s, the other the client's own.")
     files = {ADAPTER_FILE: weights, ADAPTER_CONFIG_FILE: contents}
     whose = f"client {own.client}'s own ({own.kind})"
     return Handed(config, partial(dict, arrays), partial(dict, files), sha256(weights), whose, tuple(notes))

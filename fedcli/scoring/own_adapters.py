@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedcli.algos import Array, Arrays
-from fedcli.errors import ConfigError, NotReadyError, UsageError
+from fedcli.errors import NotReadyError, UsageError
 from fedcli.parties.party import find_own
 from fedcli.workspace.client_state import OWN_FACTORS, PERSONAL, read_states
 from fedcli.workspace.federation_state import FederationState
@@ -60,14 +60,14 @@ def kind_of(manifest: Manifest) -> str | None:
     """Return what clients of a round train for themselves; None where they do not."""
     if manifest.train.personal is not None:
         return manifest.train.personal.name
-    return "own factors" if manifest.share == "A" else None
+    return "own factors" if manifest.own_tensors else None
 
 
 def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
     """Return a client's own model as it stands with the latest round.
 
-    Raises UsageError where its home is not here, NotReadyError where none of its updates has counted, ConfigError where
-    whoever scores it would tell what privacy hides, IntegrityError where what it keeps is gone.
+    Raises UsageError where its home is not here, NotReadyError where none of its updates has counted, IntegrityError
+    where what it keeps is gone.
     """
     head = federation.head
     kind = kind_of(head.manifest)
@@ -78,14 +78,8 @@ def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
             f"client {client}'s own adapter ({kind}) never leaves its home, and that is not here",
             hint="Its party runs this on its own machine.",
         )
-    if head.manifest.withholds and not federation.identity.simulation:
-        raise ConfigError(
-            f"client {client}'s own adapter ({kind}) has no noise, and the federation asks for privacy: what it "
-            "answers tells of the party's rows",
-            hint="Name a round with --round.",
-        )
     kept = read_states(found[0], [*federation.past(), head], client)
-    own = kept.get(PERSONAL if kind != "own factors" else OWN_FACTORS.folder, {})
+    own = kept.get(PERSONAL if kind != "own factors" else OWN_FACTORS, {})
     if not own:
         raise NotReadyError(
             f"client {client} has no adapter of its own ({kind}) yet: no update of it has counted since that began",
@@ -124,7 +118,7 @@ def whole_update(base: Round, update: Update) -> "Arrays | None":
 
     None where a client keeps a part to itself.
     """
-    frozen = base.manifest.unshared_tensors if base.manifest.share != "A" else set()
+    frozen = base.manifest.unshared_tensors - base.manifest.own_tensors
     if {*base.manifest.sent_tensors, *frozen} != {*base.manifest.tensors}:
         return None
     if not frozen and update.record.encoding is None:
@@ -136,9 +130,10 @@ def whole_update(base: Round, update: Update) -> "Arrays | None":
 def check_has_global(found: Round) -> None:
     """Raise UsageError for a round whose adapter is none: with aggregation.share: [A] each client has its own B."""
     before = read_round(found.workspace, found.number - 1) if found.number else None
-    if before is not None and before.manifest.share == "A":
+    if before is not None and before.manifest.own_tensors:
+        key = "aggregation.share: [A]" if before.manifest.share == "A" else "aggregation.private"
         raise UsageError(
-            f"round {found.number} has no global adapter: with aggregation.share: [A] its updates carry the factors A "
-            "alone, and each client keeps a B of its own",
-            hint="Name a client, whose own B is joined to the round's A: --client N.",
+            f"round {found.number} has no global adapter: with {key} its updates carry a part of it, and each client "
+            "keeps the other to itself",
+            hint="Name a client, whose own part is joined to the round's: --client N.",
         )

@@ -17,10 +17,11 @@ from fedcli.eval.remembered import Engine
 from fedcli.model.base import fingerprint
 from fedcli.scoring.engines import Models, load_local
 from fedcli.scoring.evaluate import Evaluation
-from fedcli.scoring.targets import Targets, find_targets
+from fedcli.scoring.targets import Target, Targets, find_targets
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.scores import read_scores, scored_name
+from fedcli.workspace.target_name import TargetName
 
 LM_EVAL = "lm-eval"
 """In place of a benchmark's name: the names behind it are lm-eval's tasks."""
@@ -58,6 +59,7 @@ def prepare(federation: FederationState, asked: Scoring, runtimes: Runtimes) -> 
     endpoints = {name: find_endpoint(name, asked.targets.api_url) for name in asked.targets.apis}
     urls = {endpoint.url for endpoint in endpoints.values()} - {OPENAI_URL}
     targets = find_targets(federation, replace(asked.targets, api_url=next(iter(urls), None)))
+    _check_own_adapters(federation, targets)
     for endpoint in endpoints.values():
         endpoint.reach()
     train = federation.head.manifest.train
@@ -125,6 +127,16 @@ def _check_privacy(federation: FederationState, benchmarks: Sequence[Benchmark])
             f"{own[0]} scores rows of your own, and eval/ would tell everybody of them exactly: the federation asks "
             "for privacy",
             hint="`fedcli export` the round, and score it in a workspace of your own.",
+        )
+
+
+def _check_own_adapters(federation: FederationState, targets: Sequence[Target]) -> None:
+    """Raise ConfigError where scores of what a client trained for itself would be published, without noise."""
+    own = [target.name for target in targets if TargetName.parse(target.name).kind == "own"]
+    if own and federation.head.manifest.withholds and not federation.identity.simulation:
+        raise ConfigError(
+            f"{own[0]} has no noise, and eval/ would tell everybody what it answers: the federation asks for privacy",
+            hint="`fedcli export --client N`, and score it in a workspace of your own.",
         )
 
 

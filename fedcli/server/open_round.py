@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedcli import __version__
 from fedcli.algos import Algorithm
-from fedcli.algos.share import sent_tensors
+from fedcli.algos.share import private_tensors, sent_tensors
 from fedcli.config import Config
 from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import ConfigError, NotReadyError
@@ -131,6 +131,7 @@ def _manifest(
         cohort=sorted(drawn),
         update_files=[ADAPTER_FILE, *algorithm.update_files],
         update_tensors=_update_tensors(config, algorithm, number, start),
+        private=_private(config, start),
         share=config.aggregation.shared_factor,
         encoding=encoding_record(config.aggregation) if is_open else None,
         model=start.model,
@@ -167,14 +168,26 @@ def _lora_terms(config: Config, start: Start) -> LoraTerms | None:
 def _update_tensors(config: Config, algorithm: Algorithm, number: int, start: Start) -> list[str] | None:
     """Return which tensors updates carry; raise ConfigError where the algorithm and `share` leave none."""
     aggregation = config.aggregation
-    found = sent_tensors(algorithm, aggregation.shared_factor, number, start.tensors)
+    private = _private(config, start) or ()
+    found = sent_tensors(algorithm, aggregation.shared_factor, number, start.tensors, private)
     if found == []:
         raise ConfigError(
-            f"algorithm.name: {algorithm.name} and aggregation.share: {aggregation.share} exclude each other: what the "
-            "one has updates carry the other keeps out of them",
-            hint="Set aggregation.share to [A, B].",
+            f"algorithm.name: {algorithm.name}, aggregation.share: {aggregation.share} and aggregation.private: "
+            f"[{', '.join(aggregation.private)}] leave updates no tensor",
+            hint="Set aggregation.share to [A, B], or name fewer tensors in aggregation.private.",
         )
     return found
+
+
+def _private(config: Config, start: Start) -> list[str] | None:
+    """Return the tensors that each client keeps to itself; raise ConfigError for a name of none."""
+    for pattern in config.aggregation.private:
+        if not private_tensors([pattern], start.tensors):
+            raise ConfigError(
+                f"aggregation.private: no tensor has {pattern} in its name, such as {min(start.tensors)}",
+                hint="Name parts between dots, as in v_proj, layers.3 or layers.28-31.",
+            )
+    return private_tensors(config.aggregation.private, start.tensors) or None
 
 
 def _clip(previous: Round | None, aggregation: Aggregation | None) -> float | None:

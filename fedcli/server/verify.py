@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fedcli.algos import Algorithm
 from fedcli.algos.share import sent_tensors
 from fedcli.config import algorithm_from, lora_from, rule_from
 from fedcli.config.adapter_config import parse_adapter_config
@@ -191,7 +192,7 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
         algorithm = algorithm_from(manifest.algorithm)
         if manifest.update_files != [ADAPTER_FILE, *algorithm.update_files]:
             result.report(current.folder, f"asks for {manifest.update_files}, which its algorithm does not fit")
-        if manifest.update_tensors != sent_tensors(algorithm, manifest.share, manifest.round, manifest.tensors):
+        if manifest.update_tensors != _sent(algorithm, manifest):
             result.report(current.folder, "asks for other tensors than its algorithm has updates carry")
     except IntegrityError as error:
         result.report(current.folder, error.message)
@@ -208,6 +209,10 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
     selection = manifest.selection
     if selection is not None and (sorted(selection.order) != manifest.cohort or selection.count > len(selection.order)):
         result.report(current.folder, "has a selection that is not of its cohort")
+
+
+def _sent(algorithm: Algorithm, manifest: Manifest) -> list[str] | None:
+    return sent_tensors(algorithm, manifest.share, manifest.round, manifest.tensors, manifest.private or ())
 
 
 def _pruned_files(current: Round, result: Verification) -> set[str]:

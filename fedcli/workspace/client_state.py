@@ -44,13 +44,17 @@ class KeptState:
     """What else than a backup helps where it is gone."""
 
 
-OWN_FACTORS = KeptState(
-    "own-factors",
-    "aggregation.share",
-    lambda base, _: base.share == "A",
-    "or let one round be opened with aggregation.share: [A, B], after which all clients' own factors start afresh",
-)
-"""The factors B that clients keep to themselves with aggregation.share: [A]."""
+OWN_FACTORS = "own-factors"
+"""The folder of what clients keep to themselves with aggregation.share: [A], or aggregation.private."""
+
+
+def _own_factors(tensors: set[str]) -> KeptState:
+    return KeptState(
+        OWN_FACTORS,
+        "aggregation.share",
+        lambda base, _: base.own_tensors == tensors,
+        "or let one round be opened with aggregation.share: [A, B], after which all clients' own factors start afresh",
+    )
 
 
 PERSONAL = "personal"
@@ -70,8 +74,8 @@ def kept_states(manifest: Manifest) -> list[KeptState]:
     """Return what clients keep in a round; raise IntegrityError for an algorithm that this version does not know."""
     algorithm = algorithm_from(manifest.algorithm)
     found = []
-    if manifest.share == "A":
-        found.append(OWN_FACTORS)
+    if own := manifest.own_tensors:
+        found.append(_own_factors(own))
     if (personal := manifest.train.personal) is not None:
         found.append(_personal(personal.name))
     if algorithm.private_state:

@@ -155,6 +155,11 @@ class TrainRecord(Record):
     keep_optimizer: Literal[True] | None = None
     """AdamW's moments go on from the client's last counted round; None, and not written: they start afresh."""
 
+    @property
+    def steps_made(self) -> int:
+        """The optimiser steps of a client, those of its own adapter with them."""
+        return self.steps * (1 if self.personal is None else 2)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.steps * self.batch_size > MOST_ROWS:
@@ -330,6 +335,7 @@ class Manifest(Record):
         "encoding",
         "lora",
         "share",
+        "private",
         "staleness",
     )
 
@@ -361,6 +367,8 @@ class Manifest(Record):
     """How clients may send their differences; None, and not written, where they send values."""
     share: Share | None = None
     """Which of LoRA's factors is sent where not both are, and what becomes of the other; not written for both."""
+    private: list[str] | None = None
+    """Which of `tensors` each client keeps to itself, by their names; not written for none."""
     enrolment: EnrolmentHead | None = None
     """Who took part when the round was opened; None, and not written, where signatures are off."""
     fedcli: str | None = None
@@ -419,8 +427,13 @@ class Manifest(Record):
 
     @property
     def unshared_tensors(self) -> set[str]:
-        """The tensors that `share` keeps out of updates: frozen, or with [A] each client's own."""
-        return {name for name in self.tensors if not is_sent(self.share, self.round, name)}
+        """The tensors that `share` and `private` keep out of updates: frozen ones, and each client's own."""
+        return {name for name in self.tensors if not is_sent(self.share, self.round, name)} | {*(self.private or ())}
+
+    @property
+    def own_tensors(self) -> set[str]:
+        """Those of them that each client trains, and keeps: the factors B with [A], and all that is private."""
+        return (self.unshared_tensors if self.share == "A" else set()) | {*(self.private or ())}
 
     @property
     def dropped_files(self) -> list[str]:
