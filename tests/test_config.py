@@ -54,7 +54,7 @@ def test_the_defaults_are_the_contracts() -> None:
             "max_length": 512,
             "learning_rate": 5e-5,
             "learning_rate_min": 1e-6,
-            "beta": None,
+            "beta": None,  # the task's: 0.1 of dpo
             "gradient_checkpointing": False,
         },
         "data": {"format": None},
@@ -159,7 +159,7 @@ def test_an_unknown_key_of_a_partition_names_the_nearest_match() -> None:
         ("train: {beta: -0.1}", "train.beta: Input should be greater than 0 (found -0.1)"),
         ("train: {beta: .inf}", "train.beta: Input should be a finite number (found inf)"),
         ("train: {gradient_checkpointing: maybe}", "train.gradient_checkpointing: Input should be a valid boolean"),
-        ("task: rlhf", "task: unknown task 'rlhf'. Known: dpo, grpo, sft."),
+        ("task: rlhf", "task: unknown task 'rlhf'. Known: dpo, grpo, kto, orpo, sft, simpo."),
         ("task: dop", "task: unknown task 'dop'. Did you mean dpo?"),
         ("model: {quantization: int4}", "model.quantization: unknown quantization 'int4'. Did you mean int8?"),
         ("data: {format: csv}", "data.format: unknown format 'csv'. Known: alpaca, codealpaca, fingpt, "),

@@ -39,8 +39,8 @@ class AggregationConfig(Section):
     clients and server send differences in fewer bytes; of those `top_k` is the share that is sent. `lora` and what
     begins with it say how products of LoRA's factors are merged; `max_rank` is of what `lora: exact` keeps beside the
     adapter. `share` is which of LoRA's factors clients send, `private` names tensors that each keeps to itself
-    (fedcli.algos.share). `step_weighting` makes differences of unequal steps comparable (algos/unequal.py). Updates made
-    from up to `staleness` rounds back count, too, `most_counted` of a client at most in so many merges and the one
+    (fedcli.algos.share). `step_weighting` makes differences of unequal steps comparable (algos/unequal.py). Updates
+    made from up to `staleness` rounds back count, too, `most_counted` of a client at most in so many merges and the one
     before them.
     """
 
