@@ -363,7 +363,8 @@ def test_masked_updates_of_grpo_merge_as_those_of_any_task(tmp_path: Path, monke
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "homes"))
     one = ("data.source=null", "federation.clients=3", "federation.rounds=1", "privacy.secure_aggregation=pairwise")
     place = tmp_path / "masked"
-    done = warm_fedcli("init", place, "--preset", "demo-grpo", *settings(*FEW, *one), cwd=tmp_path)
+    homes = {"XDG_DATA_HOME": str(tmp_path / "homes")}
+    done = fedcli("init", place, "--preset", "demo-grpo", *settings(*FEW, *one), cwd=tmp_path, **homes)
     assert done.returncode == 0, done.stderr
     federation = Federation.open(place)
     for client in range(3):
