@@ -370,7 +370,9 @@ def test_masked_updates_of_grpo_merge_as_those_of_any_task(tmp_path: Path, monke
     for client in range(3):
         rows = tmp_path / f"rows-{client}.jsonl"
         asked = demo_questions(client)["train"][:8]
-        rows.write_text("".join(json.dumps({"prompt": row["prompt"], "answer": ".*e.*"}) + "\n" for row in asked))
+        rows.write_text(
+            "".join(json.dumps({"prompt": row["prompt"], "answer": "(?is)[a-m].*"}) + "\n" for row in asked)
+        )
         joined = federation.client(client).join(rows, share="minimal", floors=["rows=4", "batch_size=2"])
         federation.server.enrol(client, joined.commit())
     done = [Federation.open(place).client(client).train() for client in range(3)]
