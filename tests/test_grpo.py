@@ -379,7 +379,7 @@ def test_masked_updates_of_grpo_merge_as_those_of_any_task(tmp_path: Path, monke
     assert [each.status for each in done] == ["submitted"] * 3
     assert all(0 <= loss <= 1 for each in done for loss in each.training.losses)
     assert any(0 < loss < 1 for each in done for loss in each.training.losses)
-    assert Federation.open(place).server.aggregate().status == "finished"
+    assert Federation.open(place).server.aggregate().status == "published"
     manifest = json.loads((place / "rounds/00001/manifest.json").read_text())
     assert [each["train_loss"] for each in manifest["aggregation"]["counted"]] == [None] * 3
     before, after = (Federation.open(place).round(number).adapter() for number in (0, 1))
