@@ -44,7 +44,8 @@ def score_seed(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
         name = {"test": "demo", "tuning": "demo-tuning"}[arguments.split]
         fedcli("eval", name, "-w", going_on, "--round", 0, "--round", arguments.rounds)
         rows = fedcli("eval", "table", name, "-w", going_on, "--against", "round-00000")["scores"]
-        before, after = sorted((row for row in rows if row["metric"] == "exact_match"), key=lambda row: row["target"])
+        scores = {row["target"]: row for row in rows if row["metric"] == "exact_match"}
+        before, after = scores["round-00000"], scores[f"round-{arguments.rounds:05d}"]
         found = {"seed": seed, "start": before["value"], "end": after["value"], "num_rows": after["num_items"]}
         return found | {"gain": after["difference"], "gain_error": after["difference_error"], "seconds": seconds}
 

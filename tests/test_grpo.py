@@ -363,20 +363,23 @@ def test_masked_updates_of_grpo_merge_as_those_of_any_task(tmp_path: Path, monke
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "homes"))
     one = ("data.source=null", "federation.clients=3", "federation.rounds=1", "privacy.secure_aggregation=pairwise")
     place = tmp_path / "masked"
-    done = warm_fedcli("init", place, "--preset", "demo-grpo", *settings(*FEW, *one), cwd=tmp_path)
+    homes = {"XDG_DATA_HOME": str(tmp_path / "homes")}
+    done = fedcli("init", place, "--preset", "demo-grpo", *settings(*FEW, *one), cwd=tmp_path, **homes)
     assert done.returncode == 0, done.stderr
     federation = Federation.open(place)
     for client in range(3):
         rows = tmp_path / f"rows-{client}.jsonl"
         asked = demo_questions(client)["train"][:8]
-        rows.write_text("".join(json.dumps({"prompt": row["prompt"], "answer": ".*e.*"}) + "\n" for row in asked))
+        rows.write_text(
+            "".join(json.dumps({"prompt": row["prompt"], "answer": "(?is)[a-m].*"}) + "\n" for row in asked)
+        )
         joined = federation.client(client).join(rows, share="minimal", floors=["rows=4", "batch_size=2"])
         federation.server.enrol(client, joined.commit())
     done = [Federation.open(place).client(client).train() for client in range(3)]
     assert [each.status for each in done] == ["submitted"] * 3
     assert all(0 <= loss <= 1 for each in done for loss in each.training.losses)
     assert any(0 < loss < 1 for each in done for loss in each.training.losses)
-    assert Federation.open(place).server.aggregate().status == "finished"
+    assert Federation.open(place).server.aggregate().status == "published"
     manifest = json.loads((place / "rounds/00001/manifest.json").read_text())
     assert [each["train_loss"] for each in manifest["aggregation"]["counted"]] == [None] * 3
     before, after = (Federation.open(place).round(number).adapter() for number in (0, 1))
