@@ -124,6 +124,7 @@ class Question(Item):
     """A prompt that the model answers by itself in training, and what a reward function checks of an answer."""
 
     last_only = True
+    teaches_response = False
 
     prompt: Prompt
     answer: str
