@@ -230,3 +230,7 @@ def test_masked_sums_are_of_what_is_sent(small_template, tmp_path, monkeypatch, 
     moved = letters(name for name in start if not np.array_equal(start[name], after[name]))
     assert moved == {"[A]": {"A"}, "[B]": {"B"}, "alternate": {"A", "B"}}[share]
     assert Federation(Workspace(workspace)).verify().violations == []
+    if share == "[A]":  # of parties, whose homes are not in the workspace
+        targets = find_targets(Federation.open(workspace).state, Targets(all_clients=True))
+        assert [target.name for target in targets] == [f"own-{client}-round-00002" for client in range(4)]
+        assert not (workspace / "private/0").exists()

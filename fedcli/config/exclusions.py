@@ -78,6 +78,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         for first in _LORA_RULES
         for second, why in (
             ("aggregation.share", "where one factor is common to all, the mean of the other is exact"),
+            ("aggregation.private", "a product needs both factors of each module"),
             ("clusters.by", "it is made for one adapter"),
             ("aggregation.step_weighting", "it weighs products, and the other differences of factors"),
             ("aggregation.staleness", "it is made of the factors of updates of one round"),
@@ -95,6 +96,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion("adapter.is_mixed: True", "aggregation.encoding", _ONE_SHAPE),
     Exclusion("adapter.is_mixed: True", "clusters.by", _ONE_SHAPE),
     Exclusion("adapter.is_mixed: True", "aggregation.share", _ONE_SHAPE),
+    Exclusion("adapter.is_mixed: True", "aggregation.private", _ONE_SHAPE),
     Exclusion("adapter.is_mixed: True", "train.personal", _ONE_SHAPE),
     Exclusion("adapter.is_mixed: True", "aggregation.nearest_mixing", _ONE_SHAPE),
     Exclusion("adapter.is_mixed: True", "privacy.secure_aggregation", _ONE_SHAPE),

@@ -48,12 +48,12 @@ OWN_FACTORS = "own-factors"
 """The folder of what clients keep to themselves with aggregation.share: [A], or aggregation.private."""
 
 
-def _own_factors(tensors: set[str]) -> KeptState:
+def _own_factors(tensors: set[str], owner: str) -> KeptState:
     return KeptState(
         OWN_FACTORS,
-        "aggregation.share",
+        owner,
         lambda base, _: base.own_tensors == tensors,
-        "or let one round be opened with aggregation.share: [A, B], after which all clients' own factors start afresh",
+        f"or let one round be opened without {owner}, after which all clients' own factors start afresh",
     )
 
 
@@ -75,7 +75,7 @@ def kept_states(manifest: Manifest) -> list[KeptState]:
     algorithm = algorithm_from(manifest.algorithm)
     found = []
     if own := manifest.own_tensors:
-        found.append(_own_factors(own))
+        found.append(_own_factors(own, "aggregation.share" if manifest.share == "A" else "aggregation.private"))
     if (personal := manifest.train.personal) is not None:
         found.append(_personal(personal.name))
     if algorithm.private_state:
