@@ -13,7 +13,7 @@ from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, UPDATE_RECORD, UPDATE_SIGNATURE, Home
 from fedcli.workspace.records import sha256
 from fedcli.workspace.registrations import read_party
-from fedcli.workspace.window import counted_of, may_still_count, refused_of
+from fedcli.workspace.window import counted_by_base, may_still_count, refused_by_base
 
 _ASK = 'Do not train on it. Ask the server\'s operator by telephone; docs/OPERATIONS.md, "Incidents", says more.'
 
@@ -157,12 +157,12 @@ def _note_outcomes(party: Member, rounds: Sequence[Round], observer: Observer) -
     lines = list(read_history(home.history))
     told = {line.get("round") for line in lines if line.get("event") == "outcome"}
     sent = {line.get("round"): line.get("update") for line in lines if line.get("event") == "sent"}
+    all_counted, all_refused = counted_by_base(rounds), refused_by_base(rounds)
     for current in rounds[1:]:
         number, merge = current.number - 1, current.manifest.aggregation
         if number in told or number not in sent or merge is None:
             continue
-        counted = counted_of(rounds, rounds[number])
-        refused = refused_of(rounds, rounds[number])
+        counted, refused = all_counted.get(number, {}), all_refused.get(number, {})
         if client in counted:
             result = "counted" if counted[client] in _updates(lines, number) else "counted another update"
         elif client not in refused and may_still_count(rounds, number):

@@ -11,7 +11,7 @@ from fedcli.workspace.locks import hold
 from fedcli.workspace.pruning import Pruning
 from fedcli.workspace.scores import read_scores, unfinished_targets
 from fedcli.workspace.target_name import TargetName
-from fedcli.workspace.window import base_of, counted_of, window_start
+from fedcli.workspace.window import base_of, counted_by_base, window_start
 
 _MAY_COUNT = "updates made from it may still count"
 
@@ -48,14 +48,14 @@ def collect(federation: FederationState, *, dry_run: bool = False) -> Collection
         kept = kept_rounds(workspace, head.number, retention.keep_last, retention.keep_every)
         late = dict.fromkeys(range(window_start(head), head.number), _MAY_COUNT) | _made_late(rounds, kept)
         kept = dict(sorted((late | kept).items()))
-        pruning = Pruning(workspace, dry_run)
+        counted, pruning = counted_by_base(rounds), Pruning(workspace, dry_run)
         done, pruned = [], set()
         for closed in rounds[:-1]:
             if closed.number in kept:
                 pruned |= {closed.number} if closed.pruned() is not None else set()
                 continue
             before = pruning.num_files
-            pruning.prune(closed, counted_of(rounds, closed))
+            pruning.prune(closed, counted.get(closed.number, {}))
             if pruning.num_files > before:
                 done.append(closed.number)
         if not dry_run:

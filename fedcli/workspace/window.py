@@ -1,7 +1,7 @@
 """Updates that count late: the window of rounds that they may have been made from, and which of them have counted."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from fedcli.workspace.history import Round, read_past
@@ -92,19 +92,21 @@ def late_updates(bases: Sequence[Round], rounds: Sequence[Round]) -> list[Sent]:
     return found
 
 
-def counted_of(rounds: Sequence[Round], base: Round) -> dict[int, str]:
-    """Return which updates that were made from a round any of these counted: by client, their hashes."""
-    found: dict[int, str] = {}
-    for closing, merge in _merges_of(rounds, base):
-        found |= {entry.client: entry.update for entry in merge.counted if base_of(closing, entry) == base.number}
+def counted_by_base(rounds: Sequence[Round]) -> dict[int, dict[int, str]]:
+    """Return which updates some rounds counted: by the round that each was made from, and its client, their hashes."""
+    found: dict[int, dict[int, str]] = {}
+    for closing in rounds:
+        for entry in [] if closing.manifest.aggregation is None else closing.manifest.aggregation.counted:
+            found.setdefault(base_of(closing, entry), {})[entry.client] = entry.update
     return found
 
 
-def refused_of(rounds: Sequence[Round], base: Round) -> dict[int, str]:
-    """Return which updates that were made from a round any of these refused: by client, the codes."""
-    found: dict[int, str] = {}
-    for closing, merge in _merges_of(rounds, base):
-        found |= {entry.client: entry.code for entry in merge.refused if base_of(closing, entry) == base.number}
+def refused_by_base(rounds: Sequence[Round]) -> dict[int, dict[int, str]]:
+    """Return which updates some rounds refused, as above: the codes."""
+    found: dict[int, dict[int, str]] = {}
+    for closing in rounds:
+        for entry in [] if closing.manifest.aggregation is None else closing.manifest.aggregation.refused:
+            found.setdefault(base_of(closing, entry), {})[entry.client] = entry.code
     return found
 
 
@@ -112,11 +114,3 @@ def may_still_count(rounds: Sequence[Round], number: int) -> bool:
     """Return whether an update that was made from a round may count in the merge of the last of these, or a later."""
     head = rounds[-1]
     return head.manifest.state == "open" and head.manifest.staleness is not None and number >= window_start(head)
-
-
-def _merges_of(rounds: Sequence[Round], base: Round) -> Iterator[tuple[Round, Aggregation]]:
-    """Yield the rounds whose merges may speak of updates that were made from `base`."""
-    last = base.number + 1 + max((each.manifest.staleness or 0 for each in rounds), default=0)
-    for closing in rounds:
-        if base.number < closing.number <= last and closing.manifest.aggregation is not None:
-            yield closing, closing.manifest.aggregation
