@@ -44,7 +44,7 @@ def logits(adapted: AdaptedModel) -> torch.Tensor:
 def test_a_frozen_adapter_adds_to_the_trained_one_as_one_of_both_ranks_does(adapted: AdaptedModel):
     start = adapted.values()
     own, frozen = drawn(start, 0, 4), drawn(start, 1, 7)
-    adapted.load(own, frozen)
+    adapted.load(own, {"base_delta": frozen})
     beside = logits(adapted)
     assert adapted.values().keys() == start.keys()
     adapted.load(joined(own, frozen))
@@ -66,7 +66,7 @@ def test_the_frozen_adapter_has_neither_gradients_nor_dropout(adapted: AdaptedMo
     nothing = {
         name: np.zeros((4, a.shape[1]) if "lora_A" in name else (a.shape[0], 4), "f4") for name, a in start.items()
     }
-    adapted.load(nothing, drawn(start, 1, 4))
+    adapted.load(nothing, {"base_delta": drawn(start, 1, 4)})
     still = logits(adapted)
     adapted.start_training(has_dropout=True, has_checkpointing=False)
     loud = adapted.base(input_ids=IDS).logits

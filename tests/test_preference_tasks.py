@@ -360,7 +360,7 @@ def test_the_manifest_holds_the_hyperparameters_that_a_task_was_trained_with(tas
         ({"task": "kto", "train": {"batch_size": 1}}, "train.batch_size is 1: task kto compares the rows of a batch"),
         (
             {"task": "kto", "privacy": {"unit": "row", "clip": 1, "noise": 1}},
-            "task kto and privacy.unit row exclude each other: its loss has terms of a whole batch",
+            "task kto and privacy.unit row exclude each other: a row's part in a step",
         ),
         ({"task": "orpo", "data": {"format": "unpaired-preference"}}, "is not for task orpo, whose formats are prefer"),
     ],

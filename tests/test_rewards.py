@@ -149,8 +149,8 @@ def test_what_is_checked_is_kept_whole_with_its_row(rows: EncodedRows) -> None:
 def test_rows_that_the_reward_cannot_check_are_an_error_with_their_number_and_an_example(rows: EncodedRows) -> None:
     with pytest.raises(ConfigError, match=r"client 1: 1 of 2 rows .*train.reward number cannot check; first, .green"):
         check_rows(rows, REWARDS["number"], "client 1", positions=None, max_new_tokens=8)
-    with pytest.raises(ConfigError, match="more than the base's 70 positions"):
-        check_rows(rows, replace(REWARDS["regex"], faults=Reward.faults), "client 1", positions=70, max_new_tokens=60)
+    with pytest.raises(ConfigError, match="more than the base's 60 positions"):
+        check_rows(rows, replace(REWARDS["regex"], faults=Reward.faults), "client 1", positions=60, max_new_tokens=60)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_rows_that_the_reward_cannot_check_are_an_error_with_their_number_and_an
         ({"reward": "number", "generations": 5}, "train.generations 5 does not divide batch_size 16"),
         ({"reward": "number", "generations": 1}, "train.generations"),
         ({"reward": "number", "max_new_tokens": 10**6}, "train.max_new_tokens"),
-        ({"reward": "number", "privacy": "row"}, "task: grpo and privacy.unit: row exclude each other"),
+        ({"reward": "number", "privacy": "row"}, "task grpo and privacy.unit row exclude each other"),
     ],
 )
 def test_what_cannot_be_trained_is_a_configuration_error(changes: dict, told: str) -> None:

@@ -310,7 +310,7 @@ def _locate(
 ) -> dict[str, Span]:
     """Return where one of an update's files has its tensors; the adapter's may be encoded."""
     encoding = base.manifest.encoding if name == ADAPTER_FILE and record.encoding is not None else None
-    return locate_differences(data, base.manifest.sent_tensors, encoding, num_bytes)
+    return locate_differences(data, base.manifest.sent_by(record.client), encoding, num_bytes)
 
 
 def _read_folder(
