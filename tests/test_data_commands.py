@@ -431,7 +431,17 @@ def test_a_preset_runs_offline_on_rows_of_its_format(name: str, tmp_path: Path) 
 
 
 def test_every_shipped_preset_is_listed_and_valid() -> None:
-    others = {"demo", "demo-dpo", "real", "private-parties", "defaults"}
+    others = {
+        "demo",
+        "demo-dpo",
+        "demo-kto",
+        "demo-orpo",
+        "demo-simpo",
+        "demo-grpo",
+        "real",
+        "private-parties",
+        "defaults",
+    }
     published = {name for name in presets() if name.startswith(("fedllm-", "flowertune-"))}  # test_published_presets.py
     assert set(presets()) - published == {*PAPER, *others}
     assert len(published) == 8

@@ -20,7 +20,7 @@ from fedcli.data.source import Source
 from fedcli.errors import ConfigError
 from fedcli.tasks import FORMATS, builtin_formats, formats_of
 from fedcli.tasks.builtin_formats import FORKED, TIED, UNSCORED
-from fedcli.tasks.conversation import Example, Item, Preference, Turn, instruct, shown
+from fedcli.tasks.conversation import Example, Item, Judged, Preference, Question, Turn, instruct, shown
 from fedcli.tasks.format import DUPLICATE, EMPTY, EQUAL, MALFORMED, UNANSWERED
 
 Fields = dict[str, Any]
@@ -200,11 +200,12 @@ def test_a_row_that_is_left_out_is_counted_by_its_reason_and_the_first_is_told(c
 
 def test_every_format_has_a_reader_and_rows_here() -> None:
     names = set(FORMATS)
-    assert names == {*formats_of(Example), *formats_of(Preference)}
+    assert names == {name for item in (Example, Preference, Judged, Question) for name in formats_of(item)}
     assert {name for name, known in FORMATS.items() if known.is_unique} == {"mathinstruct"}
     tried = {formats.format_name(given) for table in (TAUGHT, LEFT_OUT) for given, *_ in table.values()}
     elsewhere = {"ultrafeedback", "sharegpt", "oasst", "text", "openai-preference"}  # below, and in test_row_layouts.py
-    assert names | {"columns"} == tried | elsewhere
+    judged, asked = formats_of(Judged), formats_of(Question)  # test_preference_tasks.py, test_rewards.py
+    assert names | {"columns"} == tried | elsewhere | {*judged, *asked}
 
 
 def test_counts_are_told_by_reason() -> None:
@@ -426,7 +427,8 @@ def test_a_data_set_of_the_paper_knows_its_format_and_split(name: str) -> None:
 
 def test_any_other_source_has_the_tasks_first_format_and_the_split_train() -> None:
     flowertune = {"flwrlabs/code-alpaca-20k"}  # CodeAlpaca again; the other boards have data sets of the paper
-    assert {name for known in FORMATS.values() for name in known.hub} == set(PAPER) | flowertune
+    verdicts = {"trl-lib/kto-mix-14k", "trl-lib/ultrafeedback-gpt-3.5-turbo-helpfulness"}
+    assert {name for known in FORMATS.values() for name in known.hub} == set(PAPER) | flowertune | verdicts
     for name in ("rows.jsonl", "squad", None):
         assert (choose_format(name, None, "sft"), choose_format(name, None, "dpo")) == ("alpaca", "preference")
         assert choose_format(name, QA, "sft") == QA

@@ -356,12 +356,12 @@ def test_a_machine_in_trouble_publishes_no_round_without_an_update(small, monkey
 def test_the_cases_cover_every_code_of_the_page():
     table = PAGE.read_text().split("## Refused updates")[1].split("## Locks")[0]
     documented = set(re.findall(r"\| `([a-z_]+)` \|$", table, re.MULTILINE))
-    # tests/test_signatures.py, tests/test_private_rows.py
-    signed = {"unsigned", "signature", "unenrolled", "privacy"}
+    # tests/test_signatures.py, test_private_rows.py, test_unequal.py, test_client_clusters.py
+    elsewhere = {"unsigned", "signature", "unenrolled", "privacy", "steps", "wrong_cluster"}
     assert (
-        documented - signed
+        documented - elsewhere
         == {code for code, _, _ in CASES}
-        == set(get_args(RefusalCode)) - {"unknown_client"} - signed
+        == set(get_args(RefusalCode)) - {"unknown_client"} - elsewhere
     )
 
 

@@ -24,7 +24,7 @@ PRESETS = {"sft": "demo", "dpo": "demo-dpo"}
 STATE_FILES = {
     "fedavg": set(), "fedprox": set(), "scaffold": {"control.safetensors"}, "fedavgm": {"optimizer.safetensors"},
     "fedadagrad": {"optimizer.safetensors"}, "fedyogi": {"optimizer.safetensors"},
-    "fedadam": {"optimizer.safetensors"},
+    "fedadam": {"optimizer.safetensors"}, "diloco": {"optimizer.safetensors"},
 }  # fmt: skip
 ALTERNATING = [(name, ("sft", "dpo")[position % 2]) for position, name in enumerate(ALGORITHMS)]
 

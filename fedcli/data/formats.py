@@ -191,6 +191,7 @@ class RowReader(RowReport):
                 fitting = (name for name in formats_of(task.item) if task.item is not self._item)
                 if name := next((name for name in fitting if _count_usable(name, self._first)), None):
                     hint = f"They look like rows of the format {name}, which is for task {task.name}: set task to that."
+                    break
             hint = next(filter(None, map(self._cure, self._first)), hint)
             if self.left_out.keys() <= {EMPTY, EQUAL}:
                 hint = "Responses must not be empty (nor alike, in a pair): mend the rows."

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from fedcli.algos import Array, Arrays
-from fedcli.algos.lora import of_rank
+from fedcli.algos.lora import is_first_factor, of_rank
 from fedcli.config import Quantization
 from fedcli.config.adapter_config import AdapterConfig, parse_outside_config
 from fedcli.errors import ConfigError
@@ -134,6 +134,8 @@ class AdaptedModel:
         for name, parameter in self.parameters.items():
             if of_rank(name, arrays[name].shape, 0) != of_rank(name, tuple(parameter.shape), 0):
                 raise ValueError(f"{name} has shape {arrays[name].shape}, not {tuple(parameter.shape)}")
+        if len(ranks := {array.shape[0 if is_first_factor(name) else -1] for name, array in arrays.items()}) > 1:
+            raise ValueError(f"its factors have several ranks: {sorted(ranks)}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 if arrays[name].shape == tuple(parameter.shape):
