@@ -43,6 +43,7 @@ def test_mmlus_parts_are_its_groups_and_count_the_published_questions() -> None:
 # CareQA
 
 
+@pytest.mark.slow
 def test_careqa_is_asked_as_lm_eval_asks_and_scored_by_the_likeliest_letter() -> None:
     rows = json.loads((ROWS / "careqa/CareQA_en.json").read_text())
     model = Scripted(log_prob=lambda request: 0.0 if request.continuation == " D" else -1.0)

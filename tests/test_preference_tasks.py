@@ -410,6 +410,7 @@ def test_clients_of_one_verdict_each_learn_by_kto_what_none_of_them_learns_alone
 # Scores of a user's own verdicts
 
 
+@pytest.mark.slow
 def test_verdicts_are_scored_by_how_much_likelier_the_good_ones_are(run: Run, tmp_path: Path) -> None:
     rows = [
         {"prompt": "Say it.", "completion": text, "label": label}

@@ -100,7 +100,6 @@ ROWS: dict[str, Any] = {
     "flowertune-medical": CARDS,
     "flowertune-code": PLAIN,
 }
-DEFAULT = ("fedllm-chatbotpa",)
 """What the default suite runs; the others have the same keys."""
 
 
@@ -118,7 +117,8 @@ def initialised(folder: Path, name: str, rows: object, *more: str) -> dict[str, 
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in ROWS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
 def test_two_clients_train_and_a_round_is_merged_on_rows_of_the_published_shape(name: str, tmp_path: Path) -> None:
     made = initialised(tmp_path, name, ROWS[name])
     assert made["data"]["num_usable"] == 12
@@ -162,6 +162,7 @@ def test_a_file_of_users_that_is_read_as_one_row_is_explained(tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_the_budget_counts_every_round_and_both_ways(tmp_path: Path) -> None:
     made = initialised(tmp_path, "flowertune-code", PLAIN, "federation.budget=1MB", "federation.rounds=7")
     manifest = json.loads((tmp_path / "ws/rounds/00000/manifest.json").read_text())
