@@ -13,8 +13,9 @@ from support.processes import SMALL, settings
 from fedcli import Federation
 from fedcli.algos.clusters import bipartition, cosines, disagreement
 from fedcli.cli import main
-from fedcli.errors import ConfigError
+from fedcli.errors import ConfigError, IntegrityError
 from fedcli.randomness import stream
+from fedcli.workspace.layout import Workspace
 
 NAMES = ("adapter/adapter_model.safetensors", "adapter/cluster-1.safetensors")
 VECTOR = np.array([(1, 0.1), (0.9, 0.2), (-0.8, 0.1), (-1, 0.3)])
@@ -108,6 +109,32 @@ def test_an_update_of_another_group_or_of_a_cluster_that_there_is_not_is_refused
     assert [(each["client"], each["code"]) for each in refused] == [(1, "wrong_cluster"), (2, "wrong_cluster")]
     assert "made for cluster 0, the client is of cluster 1" in refused[0]["reason"]
     assert Federation.open(by_groups).verify().violations == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (
+            lambda manifest: manifest["clusters"].update(count=3, names=["a", "b", "c"], of={"1": 2}),
+            "does not list adapter/cluster-2.safetensors",
+        ),
+        (lambda manifest: manifest["clusters"]["of"].update({"1": 2}), "a client is of cluster 2 of 2"),
+        (lambda manifest: manifest["clusters"].update(names=["north"]), "1 names of 2 clusters"),
+        (lambda manifest: manifest.update(private=["lora_C"]), "private names 'lora_C', which is no tensor"),
+    ],
+)
+def test_a_round_of_clusters_or_tensors_that_are_not_there_is_a_violation_and_gives_no_adapter(
+    by_groups: Path, edit, problem
+):
+    path = by_groups / "rounds/00000/manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest.pop("checksum")
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+    violations = Federation(Workspace(by_groups)).verify().violations
+    assert any(problem in each.problem for each in violations), violations
+    with pytest.raises(IntegrityError, match="is damaged"):
+        Federation.open(by_groups).state.head.of_cluster(2).adapter()
 
 
 def test_a_client_that_knows_no_clusters_counts_for_the_first_where_clients_choose(tmp_path: Path):

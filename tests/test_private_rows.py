@@ -147,6 +147,27 @@ def test_the_budget_stops_a_client_before_it_trains_and_what_it_spent_stays(priv
     assert not (private / "inbox/1/round-00001").exists()
 
 
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        ({"train": {"minutes": 1.0}}, "train.minutes"),
+        ({"train": {"personal": {"name": "ditto", "pull": 0.1}}}, "train.personal"),
+        ({"clusters": {"by": "loss", "count": 1}}, "clusters.by: loss"),
+    ],
+)
+def test_a_round_that_asks_for_what_its_noise_does_not_cover_trains_nobody(private: Path, edit, told) -> None:
+    path = private / "rounds/00000/manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest.pop("checksum")
+    for key, value in edit.items():
+        manifest[key] = {**(manifest.get(key) or {}), **value}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=f"round 0 asks for {told} beside a privacy.unit"):
+        train_as(1, private)
+    assert not Workspace(private).private(1).steps.exists()
+    assert not (private / "inbox/1/round-00000").exists()
+
+
 def test_privacy_shows_a_party_its_own_ledger_beside_the_claim(
     private: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from protocol_client import take_part
 from safetensors.numpy import load_file
-from support.damage import edited
-from support.federation import Stub, configure, noisy, read_adapter, read_manifest, read_update
+from support.damage import edited, tear
+from support.federation import Stub, configure, noisy, read_adapter, read_manifest, read_update, train_as
 from support.federation import restart as reopen
 from support.kills import copies_killed_at_every_call, fork, was_killed
 from support.signed import at, identity_of, join, make_signed, train
@@ -25,9 +25,10 @@ from fedcli.cli import main
 from fedcli.client.draws import first_draw
 from fedcli.client.due import train_client
 from fedcli.config import parse_config
-from fedcli.errors import ConfigError, FedError
+from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError
 from fedcli.server.late import late_of
 from fedcli.training.limits import TimeLimit
+from fedcli.workspace.client_state import read_states
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.registrations import own_homes
 
@@ -45,6 +46,9 @@ def test_fedbuff_makes_the_step_of_its_vector_and_ages_as_its_authors_do():
     differences = np.array([(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
     assert [round(each, 6) for each in factors([1, 1, 1], ages=[0, 3, 8]) @ differences] == [0.444444, 0.277778]
     assert [round(each, 6) for each in factors([1, 1, 1]) @ differences] == [0.666667, 0.666667]
+
+
+WINDOW = ("aggregation.staleness=2", "federation.per_round=2", "federation.select=3")
 
 
 @pytest.fixture
@@ -112,6 +116,59 @@ def test_a_round_merged_by_fednova_is_its_formula_and_is_computed_again(open_sma
     assert is_clean(workspace)
 
 
+def test_momentum_moves_nothing_of_the_factor_that_fednovas_round_did_not_send(open_small):
+    workspace = open_small(
+        "aggregation.step_weighting=fednova", "aggregation.share=alternate", "train.steps=2", algorithm="fedavgm"
+    )
+    for number, frozen in ((1, ".lora_A."), (2, ".lora_B."), (3, ".lora_A.")):
+        for client in range(3):
+            train_as(client, workspace)
+        merge(workspace)
+        before, after = read_adapter(workspace, number - 1), read_adapter(workspace, number)
+        assert {name for name in after if np.array_equal(after[name], before[name])} == {
+            name for name in after if frozen in name
+        }
+    assert is_clean(workspace)
+
+
+def test_a_window_that_is_open_when_products_take_its_place_is_computed_again_as_merged(open_small):
+    workspace = open_small(*WINDOW)
+    configure(workspace, "aggregation.staleness=0", "aggregation.lora=product")
+    for client in (0, 1):
+        answer(workspace, client)
+    assert merge(workspace)["lora"]["lora"] == "product"
+    assert is_clean(workspace)
+
+
+def test_a_late_update_of_a_round_that_does_not_exist_or_asked_for_other_tensors_is_a_violation(open_small):
+    workspace = open_small(*WINDOW, "train.keep_optimizer=true", "aggregation.share=[B]")
+    for number in range(2):
+        if number == 0:
+            configure(workspace, "aggregation.share=[A, B]")
+        for client in (0, 1):
+            train_as(client, workspace)
+        merge(workspace)
+    assert is_clean(workspace)
+    digest = read_manifest(workspace, 1)["aggregation"]["counted"][0]["update"]
+    edited(lambda manifest: manifest["aggregation"]["counted"][0].update(base=0, update=digest), workspace)
+    problems = [each.problem for each in Federation(Workspace(workspace)).verify().violations]
+    assert "speaks of client 0's update of round 0, whose updates carry other files or tensors" in problems
+    edited(lambda manifest: manifest["aggregation"]["counted"][0].update(base=77), workspace)
+    state = Federation.open(workspace).state
+    with pytest.raises(IntegrityError, match="counts client 0's update of round 77, and there is none"):
+        read_states(Workspace(workspace).private(0), [*state.past(), state.head], 0)
+
+
+@pytest.mark.parametrize("setting", ["aggregation.step_weighting=fednova", "aggregation.staleness=1"])
+def test_a_round_of_refused_updates_alone_waits_for_a_valid_one(open_small, setting):
+    workspace = open_small(setting)
+    for client in range(3):
+        answer(workspace, client)
+        tear(workspace, client)
+    with pytest.raises(NotReadyError, match=r"has no valid update:\n  client 0: size|waits for 3 more"):
+        Federation.open(workspace).server.aggregate(refuse_arriving=True)
+
+
 @pytest.mark.slow
 def test_an_update_that_claims_more_steps_than_were_asked_for_is_refused_where_they_weigh(open_small):
     workspace = open_small("aggregation.step_weighting=fednova")
@@ -129,9 +186,6 @@ def late(workspace: Path, client: int, number: int, then) -> None:
     update.rename(workspace / "held-back")
     then()
     (workspace / "held-back").rename(update)
-
-
-WINDOW = ("aggregation.staleness=2", "federation.per_round=2", "federation.select=3")
 
 
 def test_late_updates_count_as_differences_from_their_own_base_and_once(open_small, capsys):

@@ -33,6 +33,8 @@ def factors(
 
 
 def step_scale(weights: Sequence[float], steps: Sequence[int]) -> float:
-    """Return tau_eff / sum w: what sum w_k d_k / tau_k is multiplied by."""
+    """Return tau_eff / sum w: what sum w_k d_k / tau_k is multiplied by; 1 without weights."""
+    if not weights:
+        return 1.0
     total = math.fsum(weights)
     return math.fsum(weight * number for weight, number in zip(weights, steps, strict=True)) / total / total

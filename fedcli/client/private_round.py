@@ -65,12 +65,13 @@ def units_of(rows: "EncodedRows", group_by: str | None) -> "Sequence[NDArray[np.
 def plan_private(party: Party, head: Round, past: Sequence[Round], rows: "EncodedRows") -> PrivateSteps:
     """Return how a party protects its rows or groups in the open round.
 
-    Raises NotReadyError where the round would pass the budget, ConfigError where rounds before had no such protection,
-    IntegrityError where the party's ledger lacks rounds.
+    Raises NotReadyError where the round would pass the budget, ConfigError where rounds before had no such protection
+    or this one asks for what would tell of rows beside it, IntegrityError where the party's ledger lacks rounds.
     """
     manifest = head.manifest
     privacy = _at_party(manifest)
     assert privacy is not None
+    _check_noise_hides(manifest)
     unit: PartyUnit = "group" if privacy.unit == "group" else "row"
     made = read_steps(party.home)
     check_one_unit(party.home, made, unit, privacy.group_by)
@@ -109,6 +110,26 @@ def plan_private(party: Party, head: Round, past: Sequence[Round], rows: "Encode
         steps=steps,
     )
     return PrivateSteps(record, PrivacyClaim(unit=unit, epsilon=_claimed(after, budget), delta=privacy.delta))
+
+
+def _check_noise_hides(manifest: Manifest) -> None:
+    """Raise ConfigError where an update would tell of rows past the noise; fedcli.yaml excludes it, a server might not.
+
+    That is the choice of a cluster by loss, and how many steps fit into a time limit. An adapter of the client's own
+    would learn the rows without noise.
+    """
+    clusters, train = manifest.clusters, manifest.train
+    odd = {
+        "clusters.by: loss": clusters is not None and clusters.of is None,
+        "train.minutes": train.minutes is not None,
+        "train.personal": train.personal is not None,
+    }
+    if found := [name for name, is_asked in odd.items() if is_asked]:
+        raise ConfigError(
+            f"round {manifest.round} asks for {found[0]} beside a privacy.unit of rows or groups, whose noise does not "
+            "cover that: it is not trained",
+            hint="Ask the server's operator: fedcli.yaml allows no such round.",
+        )
 
 
 def _at_party(manifest: Manifest) -> PrivacyRecord | None:

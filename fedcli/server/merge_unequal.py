@@ -18,7 +18,7 @@ from fedcli.algos.unequal import age_factor, factors, step_scale
 from fedcli.errors import ConfigError
 from fedcli.observer import Observer
 from fedcli.server.late import late_of
-from fedcli.server.merge import Merge, check_finite, files_of
+from fedcli.server.merge import Merge, check_finite, files_of, next_step
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate, Submission, Update, check_rows, read_update
@@ -84,7 +84,7 @@ def combine_unequal(
     if not merge.counted:
         return None, aggregation
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
-        following, state = algorithm.apply(merge.adapter, merge.result(), base.state(algorithm))
+        following, state = next_step(base, algorithm, merge.adapter, merge.result())
     check_finite(base, following, state, merge.magnitudes)
     return files_of(algorithm, following, state), aggregation
 

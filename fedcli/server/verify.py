@@ -161,12 +161,16 @@ def _check_round(current: Round, identity: Identity | None, result: Verification
     manifest = current.manifest
     if identity is not None and manifest.workspace != identity.id:
         result.report(current.folder, f"belongs to workspace {manifest.workspace}, not to {identity.id}")
+    adapters = {*map(adapter_name, range(manifest.num_clusters))}
+    wanted = adapters | ({BASE_DELTA_NAME} if manifest.delta_tensors else set())
+    for name in sorted(wanted - manifest.files.keys()):
+        result.report(current.folder, f"does not list {name}, which clients need")
     pruned = _pruned_files(current, result)
     for name in manifest.files:
         try:
             contents = current.read(name)
             result.num_files += 1
-            if name in map(adapter_name, range(manifest.num_clusters)):
+            if name in adapters:
                 decode(contents, manifest.tensors)
             elif name == BASE_DELTA_NAME:
                 decode(contents, manifest.delta_tensors)

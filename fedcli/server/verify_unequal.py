@@ -20,11 +20,13 @@ from fedcli.server.verify_signatures import check_of_merge, gone_clients
 from fedcli.workspace.history import Round, is_hidden
 from fedcli.workspace.layout import PRUNED
 from fedcli.workspace.records import Aggregation, CountedUpdate
-from fedcli.workspace.window import Sent, base_of, entries_of, settled, times_counted, window_start
+from fedcli.workspace.window import Sent, base_of, entries_of, is_alike, settled, times_counted, window_start
 
 
 def is_unequal(previous: Round, aggregation: Aggregation) -> bool:
-    """Return whether a round was merged so."""
+    """Return whether a round was merged so: not where products were, of the round's own updates alone."""
+    if aggregation.lora is not None:
+        return False
     return aggregation.step_weighting is not None or previous.manifest.staleness is not None
 
 
@@ -43,6 +45,8 @@ def check_window(
             result.report(current.folder, f"speaks of {who}, which is not in its window")
         elif base is not None and entry.client not in base.manifest.cohort:
             result.report(current.folder, f"speaks of {who}, which was not in that round's cohort")
+        elif base is not None and not is_alike(base, previous):
+            result.report(current.folder, f"speaks of {who}, whose updates carry other files or tensors")
     for entries in (aggregation.counted, aggregation.refused):
         places = [(entry.client, base_of(current, entry)) for entry in entries]
         if places != sorted(set(places)):
@@ -76,6 +80,8 @@ def recompute_unequal(
     sent: list[tuple[Round, CountedUpdate]] = [(base, entry) for base, entry in entries if base is not None]
     if len(sent) < len(entries):
         return None  # a round that is missing is told by itself
+    if not all(is_alike(base, previous) for base, _ in sent):
+        return None  # told with the window
     if not _is_all_there(sent, result):
         return None
     algorithm = algorithm_from(aggregation.algorithm)

@@ -130,7 +130,12 @@ def read_state(home: Home, rounds: Sequence[Round], state: KeptState, client: in
         own = [(base_of(closing, entry), entry.update) for entry in aggregation.counted if entry.client == client]
         if own:
             number, update = max(own)
-            made_in = base if number == base.number else next(each for each in rounds if each.number == number)
+            made_in = next((each for each in rounds if each.number == number), None)
+            if made_in is None:
+                raise IntegrityError(
+                    f"{closing.folder} counts client {client}'s update of round {number}, and there is none",
+                    hint="`fedcli verify` lists all that is wrong.",
+                )
             if not state.goes_on(made_in.manifest, aggregation):
                 return {}
             return _read_candidate(home, state, made_in, client, update)

@@ -191,6 +191,8 @@ class Round:
 
             if (contents := adapter_of_delta(self)) is not None:
                 return contents
+        if name not in self.manifest.files:
+            raise IntegrityError(f"{self.folder / MANIFEST} is damaged: it does not list {name}", hint=_RESTORE)
         try:
             return read_checked(self.workspace, self.folder / name, self.manifest.files[name])
         except IntegrityError:

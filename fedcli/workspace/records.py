@@ -253,6 +253,14 @@ class ClustersRecord(Record):
     """By direction: how many there may be; the next is the share of the largest norm below which one splits."""
     split_below: Finite | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.of is not None and (most := max(self.of.values(), default=0)) >= self.count:
+            raise ValueError(f"a client is of cluster {most} of {self.count}")
+        if self.names is not None and len(self.names) != self.count:
+            raise ValueError(f"{len(self.names)} names of {self.count} clusters")
+        return self
+
     def of_client(self, client: int, chosen: int | None) -> int:
         """Return the cluster that a client's update is made for, by its own word where it may choose; 0 without one."""
         return (chosen or 0) if self.of is None else self.of.get(str(client), 0)
@@ -383,6 +391,12 @@ class Manifest(Record):
     """Ranks of clients, and the rank of base_delta/; None, and not written, where there are neither."""
     clusters: ClustersRecord | None = None
     """Which adapters there are; None, and not written, where there is one for all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if unknown := sorted({*(self.private or ())} - self.tensors.keys()):
+            raise ValueError(f"private names {unknown[0][:80]!r}, which is no tensor")
+        return self
 
     @property
     def num_clusters(self) -> int:

@@ -37,20 +37,23 @@ def earlier_bases(head: Round, past: Sequence[Round]) -> list[Round]:
 
     Left out is what clients sent otherwise (other files, other tensors), and what `gc` has removed.
     """
-    manifest, found = head.manifest, []
-    for earlier in past:
-        before = earlier.manifest
-        if not window_start(head) <= earlier.number < head.number:
-            continue
-        is_alike = (before.update_files, before.update_tensors) == (manifest.update_files, manifest.update_tensors)
-        if (
-            is_alike
-            and before.secure_aggregation is None
-            and not before.withholds
-            and not earlier.is_gone(ADAPTER_NAME)
-        ):
-            found.append(earlier)
-    return found
+    return [
+        earlier
+        for earlier in past
+        if window_start(head) <= earlier.number < head.number
+        and is_alike(earlier, head)
+        and earlier.manifest.secure_aggregation is None
+        and not earlier.manifest.withholds
+        and not earlier.is_gone(ADAPTER_NAME)
+    ]
+
+
+def is_alike(one: Round, other: Round) -> bool:
+    """Return whether the updates of two rounds carry the same files and tensors."""
+    return (one.manifest.update_files, one.manifest.update_tensors) == (
+        other.manifest.update_files,
+        other.manifest.update_tensors,
+    )
 
 
 def settled(rounds: Sequence[Round]) -> set[tuple[int, int]]:
