@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.federation import NUM_SAMPLES, adapter_hashes, configure, read_adapter, read_manifest, train_as
+from support.federation import NUM_SAMPLES, Stub, adapter_hashes, configure, read_adapter, read_manifest, train_as
 from support.processes import SMALL, runner, settings
 from support.sharing import play, sharing
 
-from fedcli import Federation
+from fedcli import Federation, Observer
 from fedcli.algos.client_rule import Proximal
 from fedcli.cli import main
+from fedcli.client.due import train_client
 from fedcli.client.personal import begin
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError
 from fedcli.scoring.client_table import client_rows
 from fedcli.scoring.own_adapters import OwnAdapter, own_adapter
 from fedcli.scoring.request import _check_own_adapters
 from fedcli.scoring.targets import Targets, find_targets
+from fedcli.training.reports import StepReport
 from fedcli.workspace.client_state import PERSONAL
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import PersonalRecord
@@ -87,6 +89,31 @@ def test_dittos_adapters_follow_their_formula_and_change_nothing_of_the_global_o
     assert [found.name for found in find_targets(state, Targets(all_clients=True))] == [
         f"own-{client}-round-00003" for client in NUM_SAMPLES
     ]
+
+
+def test_an_own_adapter_makes_the_steps_that_the_shared_one_made_on_rows_of_its_scores(small_template, tmp_path):
+    """A time limit stopped client 1's shared adapter behind its first step of two."""
+    workspace, asked, reports = personal(small_template, tmp_path / "W", "feddpa"), [], []
+
+    class Slow(Stub):
+        def train(self, adapter, train, *, on_step, limit=None, **given):
+            asked.append((adapter, train.steps, given))
+            losses = [1.0] * (train.steps if limit is None else 1)
+            for step in range(1, 1 + len(losses)):
+                on_step(StepReport(step, 1.0, 10))
+            return {name: np.asarray(array) for name, array in adapter.items()}, losses
+
+    class Heard(Observer):
+        def step_done(self, client, report):
+            reports.append(report.step)
+
+    configure(workspace, "train.steps={max: 2, minutes: 1}")
+    shutil.rmtree(workspace / "rounds")
+    Federation(Workspace(workspace)).server.open()
+    train_client(Federation.open(workspace).state, 1, Slow(), observer=Heard())
+    (shared, most, _), (own, steps, given) = asked
+    assert (most, steps, reports) == (2, 1, [1, 2])
+    assert given["scored_by"] is shared is not own
 
 
 def test_an_own_adapter_whose_update_did_not_count_is_not_taken(small_template, tmp_path):

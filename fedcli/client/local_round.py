@@ -33,11 +33,16 @@ from fedcli.workspace.step_ledger import charge
 from fedcli.workspace.tensors import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from fedcli.algos import Arrays
+    from fedcli.algos import Algorithm, Arrays
+    from fedcli.client.private_round import PrivateSteps
+    from fedcli.client.runtime import Runtime
     from fedcli.client.secure_round import SecureRound
+    from fedcli.client.selection import Selection
+    from fedcli.data.encoded import EncodedRows
     from fedcli.training.moments import Moments
+    from fedcli.workspace.history import Round
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,47 @@ class Training:
         return math.fsum(self.losses) / len(self.losses) if self.losses else None
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a client begins its round with."""
+
+    party: Party
+    rounds: "Sequence[Round]"
+    """All, the open one last."""
+    head: "Round"
+    """The open one, with the cluster whose adapter is trained."""
+    runtime: "Runtime"
+    algorithm: "Algorithm"
+    state: "Arrays"
+    """The server's, where clients read it."""
+    kept: "Mapping[str, Arrays]"
+    """What the client kept with its last counted update, by folder."""
+    factors: OwnFactors
+    adapter: "Arrays"
+    """x: the round's adapter of the client's rank, with its own factors in it."""
+    start: "Arrays"
+    """What training starts from, and what scores of rows are those of."""
+    rows: "EncodedRows"
+    selection: "Selection | None"
+    private: "PrivateSteps | None"
+
+    @property
+    def own(self) -> "Arrays":
+        """What the client keeps for its algorithm."""
+        return self.kept.get(self.algorithm.private_state, {})
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What came of it."""
+
+    training: Training
+    files: "Mapping[str, Arrays]"
+    """What is sent, before some of it is left out or encoded."""
+    kept: "dict[str, Arrays]"
+    """What is kept if the update counts, by folder."""
+
+
 def train_and_drop(
     federation: FederationState,
     party: Party,
@@ -87,21 +133,43 @@ def train_and_drop(
     Whoever calls this holds the client's lock. In a `masked` round, which was checked already, nothing is sent in the
     clear.
     """
-    client, head = party.client, federation.head
-    manifest, past = head.manifest, federation.past()
+    head, past = federation.head, federation.past()
     if masked is None:
         check_past(federation, party, past, observer)
-    party.check_floors(manifest)
-    if manifest.privacy is not None:
-        check_budget([*past, head], [client])
-    adapter, rank = head.adapter(), manifest.rank_of(client)
-    if rank is not None:
+    party.check_floors(head.manifest)
+    if head.manifest.privacy is not None:
+        check_budget([*past, head], [party.client])
+    work = _begin(federation, party, past, runtimes, observer)
+    found = _train(work, observer)
+    if masked is None:
+        return found.training, _drop(federation, work, found, observer)
+    from fedcli.client.secure_round import mask_and_drop
+
+    training = found.training
+    dropped = mask_and_drop(
+        masked,
+        work.algorithm,
+        work.adapter,
+        found.files,
+        found.kept,
+        training.num_samples,
+        observer,
+        training.spent,
+    )
+    return training, dropped
+
+
+def _begin(
+    federation: FederationState, party: Party, past: "Sequence[Round]", runtimes: Runtimes, observer: Observer
+) -> _Work:
+    """Read what a round needs, choose adapter and rows, and note what private steps cost before they are made."""
+    client, head = party.client, federation.head
+    manifest, adapter = head.manifest, head.adapter()
+    if (rank := manifest.rank_of(client)) is not None:
         adapter = cut(adapter, rank)
     algorithm = algorithm_from(manifest.algorithm)
     state = head.state(algorithm) if algorithm.clients_read_state else {}
     kept = read_states(party.home, [*past, head], client)
-    own = kept.get(algorithm.private_state, {})
-    factors = OwnFactors(manifest, algorithm)
     privacy = manifest.privacy if manifest.privacy is not None and manifest.privacy.is_at_party else None
     check_able(federation, party, manifest.train)
     runtime = runtimes.load(party, observer)
@@ -111,8 +179,9 @@ def train_and_drop(
     if manifest.clusters is not None:
         head = head.of_cluster(cluster_of(head, party, runtime, federation.config.federation.clients, observer))
         adapter = head.adapter()
+    factors = OwnFactors(manifest, algorithm)
     adapter = factors.put_in(adapter, kept)
-    start = algorithm.start(adapter, own)
+    start = algorithm.start(adapter, kept.get(algorithm.private_state, {}))
     selection = runtime.select(party, manifest.train, start)
     if selection is not None:
         party.check_selected(manifest, selection.num_own)
@@ -121,67 +190,103 @@ def train_and_drop(
 
         check_task(TASKS[manifest.task])
         charge(party.home, private.record)
-    started = time.monotonic()
-    num_tokens = 0
+    return _Work(
+        party=party,
+        rounds=[*past, head],
+        head=head,
+        runtime=runtime,
+        algorithm=algorithm,
+        state=state,
+        kept=kept,
+        factors=factors,
+        adapter=adapter,
+        start=start,
+        rows=rows,
+        selection=selection,
+        private=private,
+    )
+
+
+def _train(work: _Work, observer: Observer) -> _Trained:
+    """Train the shared adapter, then the client's own where it has one."""
+    party, head, runtime, algorithm, factors = work.party, work.head, work.runtime, work.algorithm, work.factors
+    manifest, started, num_tokens = head.manifest, time.monotonic(), 0
 
     def count(report: StepReport) -> None:
         nonlocal num_tokens
         num_tokens += report.num_tokens
-        observer.step_done(client, replace(report, loss=None) if manifest.withholds else report)  # it may go into a log
+        told = replace(report, loss=None) if manifest.withholds else report  # it may go into a log
+        observer.step_done(party.client, told)
 
-    moments = _moments(kept) if manifest.train.keep_optimizer else None
-    limit, first = _time_limit(party, manifest), first_draw([*past, head], client)
+    moments = _moments(work.kept) if manifest.train.keep_optimizer else None
+    limit, first = _time_limit(party, manifest), first_draw(work.rounds, party.client)
     values, losses = runtime.train(
-        start,
+        work.start,
         manifest.train,
         party=party,
         round_number=head.number,
         first_draw=first,
-        rule=factors.rule(algorithm.client_rule(adapter, state, own), adapter),
+        rule=factors.rule(algorithm.client_rule(work.adapter, work.state, work.own), work.adapter),
         on_step=count,
-        private=private,
+        private=work.private,
         beside=head.beside(),
         limit=limit,
         moments=moments,
     )
+    steps = manifest.train.steps if limit is None else len(losses)
+    own_adapter = train_own(
+        runtime,
+        party,
+        head,
+        work.adapter,
+        work.kept,
+        steps=steps,
+        scored_by=work.start,
+        first_draw=first,
+        on_step=count,
+    )
+    training = _training(work, losses, steps, num_tokens, time.monotonic() - started)
+    sent, own_after = algorithm.client_step(
+        work.adapter, values, work.state, work.own, steps=steps, learning_rate=manifest.train.learning_rate
+    )
+    kept: dict[str, Arrays] = {**work.kept}
     if moments is not None:
         kept[OPTIMIZER] = moments.arrays
-    own_adapter = train_own(runtime, party, head, adapter, kept, first_draw=first, on_step=count)
+    if algorithm.private_state:
+        kept[algorithm.private_state] = factors.without_unsent(own_after, work.own)
+    return _Trained(training, {ADAPTER_FILE: values, **sent}, {**kept, **factors.kept(values), **own_adapter})
+
+
+def _training(work: _Work, losses: list[float], steps: int, num_tokens: int, seconds: float) -> Training:
+    """Return the account of a training."""
+    rows, selection, private = work.rows, work.selection, work.private
     report = RowReport()
     for each in (rows, *(() if selection is None else (selection.report,))):
         report.include(each)
-    training = Training(
+    return Training(
         num_samples=rows.num_own if selection is None else selection.num_own,
         num_truncated=rows.num_truncated,
         losses=losses,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         num_tokens=num_tokens,
-        steps=manifest.train.steps if limit is None else len(losses),
+        steps=steps,
         spent=None if private is None else private.claim,
-        withholds=manifest.withholds,
-        **report.counts() | ({} if party.is_handwritten else {"unused": {}}),
+        withholds=work.head.manifest.withholds,
+        **report.counts() | ({} if work.party.is_handwritten else {"unused": {}}),
     )
-    sent, own_after = algorithm.client_step(
-        adapter, values, state, own, steps=training.steps, learning_rate=manifest.train.learning_rate
-    )
-    if algorithm.private_state:
-        kept[algorithm.private_state] = factors.without_unsent(own_after, own)
-    kept |= factors.kept(values) | own_adapter
-    if masked is not None:
-        from fedcli.client.secure_round import mask_and_drop
 
-        trained = {ADAPTER_FILE: values} | sent
-        dropped = mask_and_drop(
-            masked, algorithm, adapter, trained, kept, training.num_samples, observer, training.spent
-        )
-        return training, dropped
+
+def _drop(federation: FederationState, work: _Work, found: _Trained, observer: Observer) -> bool:
+    """Keep what the client keeps, and publish its update; return False where another one stands."""
+    party, head, training, kept = work.party, work.head, found.training, found.kept
+    manifest, client, is_private = head.manifest, party.client, work.private is not None
     files = {
         name: encode({tensor: arrays[tensor] for tensor in manifest.sent_tensors})
-        for name, arrays in ({ADAPTER_FILE: values} | sent).items()
+        for name, arrays in found.files.items()
     }
     if manifest.encoding is not None:
-        files[ADAPTER_FILE], residual = encode_adapter(head, [*past, head], client, values, kept)
-        kept |= residual
+        files[ADAPTER_FILE], residual = encode_adapter(head, work.rounds, client, found.files[ADAPTER_FILE], kept)
+        kept = {**kept, **residual}
     tells_scores = party.shares_scores and not manifest.withholds
     update = UpdateRecord(
         protocol=PROTOCOL,
@@ -189,21 +294,21 @@ def train_and_drop(
         round=head.number,
         base=head.sha256,
         client=client,
-        num_samples=training.num_samples if private is None else 1,  # all weigh alike, and nobody tells how many rows
+        num_samples=1 if is_private else training.num_samples,  # all weigh alike, and nobody tells how many rows
         steps=training.steps,
-        train_loss=training.mean_loss if private is None else None,
+        train_loss=None if is_private else training.mean_loss,
         files={name: file_entry(contents) for name, contents in files.items()},
         encoding=None if manifest.encoding is None else manifest.encoding.name,
         privacy=training.spent,
         cluster=None if manifest.clusters is None else head.cluster,
         salt=os.urandom(32).hex() if manifest.withholds else None,
         base_delta=manifest.base_delta,
-        row_scores=selection.table if selection is not None and tells_scores else None,
+        row_scores=work.selection.table if work.selection is not None and tells_scores else None,
     )
     record = sealed(update)
-    remove_old_candidates(party.home, client, [*past, head])
+    remove_old_candidates(party.home, client, work.rounds)
     save_candidates(party.home, head.number, sha256(record), kept)
-    return training, commit_update(federation, party, [*files.items()], record, observer)
+    return commit_update(federation, party, [*files.items()], record, observer)
 
 
 def _time_limit(party: Party, manifest: Manifest) -> TimeLimit | None:

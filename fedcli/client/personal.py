@@ -1,6 +1,6 @@
 """The adapter of its own that a client trains beside the shared one, as train.personal asks; it is never sent.
 
-It makes as many steps again, on the rows that were drawn for the shared one, and so costs as much again.
+It makes as many steps again as the shared one made, on the rows that were drawn for that, and costs as much again.
 """
 
 import math
@@ -33,15 +33,18 @@ def train_own(
     adapter: Arrays,
     kept: Mapping[str, Arrays],
     *,
+    steps: int,
+    scored_by: Arrays,
     first_draw: int,
     on_step: Callable[[StepReport], None],
 ) -> "dict[str, dict[str, Array]]":
     """Train a client's own adapter for a round; return what it keeps if its update counts, by folder.
 
     `adapter` is the round's global one, x. Ditto's v begins with x, FedDPA's local adapter as LoRA does: A drawn, B
-    zero. Steps are told behind those of the shared adapter. Nothing happens where the round asks for none.
+    zero. `steps` are those that the shared adapter made, and `scored_by` is what its rows were selected with. Steps are
+    told behind them. Nothing happens where the round asks for none.
     """
-    train = head.manifest.train
+    train = head.manifest.train.model_copy(update={"steps": steps})
     if (personal := train.personal) is None:
         return {}
     own = kept.get(PERSONAL) or begin(personal, adapter, train.seed, party.client)
@@ -53,7 +56,8 @@ def train_own(
         round_number=head.number,
         first_draw=first_draw,
         rule=Proximal(adapter, personal.pull or 0.0) if is_ditto else None,
-        on_step=lambda report: on_step(replace(report, step=train.steps + report.step)),
+        on_step=lambda report: on_step(replace(report, step=steps + report.step)),
+        scored_by=scored_by,
         beside={} if is_ditto else {GLOBAL: adapter},
         weight=personal.weight or 1.0,
     )

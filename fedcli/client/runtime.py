@@ -198,10 +198,12 @@ class Runtime:
         weight: float = 1.0,
         limit: "TimeLimit | None" = None,
         moments: "Moments | None" = None,
+        scored_by: "Arrays | None" = None,
     ) -> tuple[dict[str, Array], list[float]]:
         """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
 
         `beside` are frozen adapters by name that the model uses, too, and `weight` is the trained one's among them.
+        Where rows are selected it is by their scores with `scored_by`, or with the adapter itself.
 
         `first_draw` is the number of rows that the client drew in its earlier rounds; `private` draws otherwise, and
         protects its units; batches without rows have no loss then. `limit` and `moments` are as `fit`
@@ -224,7 +226,7 @@ class Runtime:
         put_in = partial(self.adapted.load, adapter, beside, weight=weight)
         with _enough_memory():
             if private is None:
-                usable, selection = self._told_rows(party, train), self.select(party, train, adapter)
+                usable, selection = self._told_rows(party, train), self.select(party, train, scored_by or adapter)
                 places = range(len(usable)) if selection is None else selection.places
                 count = train.num_drawn
                 order = draw(len(places), seed=train.seed, client=stream_client, first=first_draw, count=count)
