@@ -224,6 +224,21 @@ def test_another_rule_carries_the_second_adapter_on(here: Path):
     assert verified(here) == []
 
 
+@pytest.mark.parametrize(
+    "setting", ["train.personal={name: ditto}", "aggregation.share=[A]", "aggregation.private=[v_proj]"]
+)
+def test_the_second_adapter_stands_beside_nothing_that_does_not_know_it(here: Path, setting: str):
+    configure(here, "aggregation.lora=exact")
+    merge(here)
+    configure(here, "aggregation.lora=factors", setting)
+    for client in ROWS:
+        answer(here, client)
+    with pytest.raises(ConfigError, match=r"and the second adapter base_delta/ exclude each other"):
+        Federation.open(here).server.aggregate()
+    configure(here, "train.personal=null", "aggregation.share=[A, B]", "aggregation.private=[]")
+    assert Federation.open(here).server.aggregate().published
+
+
 def test_an_export_joins_both_adapters_into_one_of_a_higher_rank(here: Path, tmp_path: Path):
     configure(here, "aggregation.lora=exact")
     merge(here)
