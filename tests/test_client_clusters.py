@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from protocol_client import take_part
 from safetensors.numpy import load_file
+from support.damage import replace_adapter
 from support.federation import configure, read_adapter, read_manifest
 from support.processes import SMALL, settings
 
@@ -15,7 +16,9 @@ from fedcli.algos.clusters import bipartition, cosines, disagreement
 from fedcli.cli import main
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.randomness import stream
+from fedcli.server import merge_clusters
 from fedcli.workspace.layout import Workspace
+from fedcli.workspace.tensors import encode
 
 NAMES = ("adapter/adapter_model.safetensors", "adapter/cluster-1.safetensors")
 VECTOR = np.array([(1, 0.1), (0.9, 0.2), (-0.8, 0.1), (-1, 0.3)])
@@ -167,6 +170,27 @@ def test_a_cluster_splits_where_its_clients_point_apart_and_each_part_goes_on_fr
     document["clusters"]["of"]["2"] = 1  # the server moves a client of its own accord
     (folder / "rounds/00001/manifest.json").write_text(json.dumps(document))
     assert any("other clusters" in each.problem for each in Federation.open(folder).verify().violations)
+
+
+def test_a_client_that_changes_its_update_again_and_again_does_not_keep_clusters_from_being_merged(
+    by_groups: Path, monkeypatch
+):
+    for client, cluster in ((0, 0), (1, 1), (2, 0)):
+        take_part(by_groups, client, lambda x, c=client: x + c, 10, cluster)
+    members, moves = merge_clusters._members, iter(range(10, 20))
+
+    def spoilt(base, order):
+        found = members(base, order)
+        move = np.float32(next(moves))
+        values = {name: array + move for name, array in base.adapter().items()}
+        replace_adapter(by_groups / "inbox/0/round-00000", encode(values))
+        return found
+
+    monkeypatch.setattr(merge_clusters, "_members", spoilt)
+    assert main(["server", "aggregate", "-w", str(by_groups)]) == 0
+    merge = read_manifest(by_groups, 1)["aggregation"]
+    assert [entry["client"] for entry in merge["counted"]] == [1, 2]
+    assert [(entry["client"], entry["code"]) for entry in merge["refused"]] == [(0, "hash")]
 
 
 def test_clients_that_agree_stay_together(tmp_path: Path):

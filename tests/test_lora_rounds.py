@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.damage import replace_adapter
 from support.federation import ADAPTER, configure, read_adapter, read_manifest
 from support.lora import ROWS, answer, dense, head_of, mean_product, restart_with
 
@@ -16,6 +17,7 @@ from fedcli.cli import main
 from fedcli.config import parse_config
 from fedcli.errors import ConfigError, IntegrityError
 from fedcli.operations.product_figures import describe_products
+from fedcli.server.merge_lora import _LoraMerge
 from fedcli.workspace.records import file_entry
 from fedcli.workspace.tensors import encode
 
@@ -224,6 +226,21 @@ def test_another_rule_carries_the_second_adapter_on(here: Path):
     assert verified(here) == []
 
 
+@pytest.mark.parametrize(
+    "setting", ["train.personal={name: ditto}", "aggregation.share=[A]", "aggregation.private=[v_proj]"]
+)
+def test_the_second_adapter_stands_beside_nothing_that_does_not_know_it(here: Path, setting: str):
+    configure(here, "aggregation.lora=exact")
+    merge(here)
+    configure(here, "aggregation.lora=factors", setting)
+    for client in ROWS:
+        answer(here, client)
+    with pytest.raises(ConfigError, match=r"and the second adapter base_delta/ exclude each other"):
+        Federation.open(here).server.aggregate()
+    configure(here, "train.personal=null", "aggregation.share=[A, B]", "aggregation.private=[]")
+    assert Federation.open(here).server.aggregate().published
+
+
 def test_an_export_joins_both_adapters_into_one_of_a_higher_rank(here: Path, tmp_path: Path):
     configure(here, "aggregation.lora=exact")
     merge(here)
@@ -268,6 +285,26 @@ def test_a_cap_on_weights_holds_for_products(here: Path):
     assert verified(here) == []
 
 
+def test_a_client_whose_update_changes_again_and_again_does_not_keep_products_from_being_merged(here, monkeypatch):
+    configure(here, "aggregation.lora=product")
+    for client in ROWS:
+        answer(here, client)
+    merged, draws = _LoraMerge.result, np.random.default_rng(0)
+
+    def spoilt(self):
+        changed = {name: array + draws.normal(size=array.shape).astype("f4") for name, array in self.adapter.items()}
+        replace_adapter(here / "inbox/1/round-00000", encode(changed))
+        return merged(self)
+
+    monkeypatch.setattr(_LoraMerge, "result", spoilt)
+    assert Federation.open(here).server.aggregate().published
+    found = read_manifest(here, 1)["aggregation"]
+    assert [entry["client"] for entry in found["counted"]] == [0, 2]
+    assert [(entry["client"], entry["code"]) for entry in found["refused"]] == [(1, "hash")]
+    monkeypatch.undo()
+    assert verified(here) == []
+
+
 @pytest.mark.parametrize("algorithm", ["scaffold", "fedavgm", "fedyogi"])
 def test_what_keeps_numbers_of_the_factors_excludes_products_in_the_file_and_in_a_round(
     here: Path, algorithm: str, capsys
@@ -295,6 +332,8 @@ def test_what_keeps_numbers_of_the_factors_excludes_products_in_the_file_and_in_
         ({"lora_weights": "norm"}, {"privacy": {"unit": "row", "clip": 1, "noise": 1}}, "privacy.unit: row"),
         ({"rule": "median"}, {"adapter": {"rank": MIXED}}, "adapter.rank: {"),
         ({"lora": "exact"}, {"adapter": {"rank": MIXED}}, "Set lora_fresh"),
+        ({"lora": "product"}, {"train": {"keep_optimizer": True}}, "train.keep_optimizer: True"),
+        ({"lora": "exact", "lora_fresh": True}, {"train": {"keep_optimizer": True}}, "train.keep_optimizer: True"),
         ({"max_rank": 8}, {}, "It belongs to lora: exact"),
         ({"lora": "product", "lora_fair": 0.1}, {}, "it corrects the means of lora: factors"),
     ],

@@ -12,18 +12,16 @@ import numpy as np
 
 from fedcli.algos import Array, Arrays
 from fedcli.algos.client_rule import Proximal
+from fedcli.algos.lora import is_first_factor
 from fedcli.parties.party import Party
 from fedcli.randomness import stream
 from fedcli.training.reports import StepReport
-from fedcli.workspace.client_state import PERSONAL
+from fedcli.workspace.client_state import GLOBAL, PERSONAL
 from fedcli.workspace.history import Round
 from fedcli.workspace.records import PersonalRecord
 
 if TYPE_CHECKING:
     from fedcli.client.runtime import Runtime
-
-GLOBAL = "global"
-"""PEFT's name of the frozen global adapter beside FedDPA's local one."""
 
 
 def train_own(
@@ -70,7 +68,7 @@ def begin(personal: PersonalRecord, adapter: Arrays, seed: int, client: int) -> 
         return adapter
     found = {}
     for name, array in adapter.items():
-        if ".lora_A." in name:
+        if is_first_factor(name):
             bound = 1 / math.sqrt(array.shape[1])
             draw = stream(seed, "personal", client=client, part=name)
             found[name] = draw.uniform(-bound, bound, array.shape).astype(np.float32)

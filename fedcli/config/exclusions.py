@@ -63,6 +63,8 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion(_PRODUCTS, "algorithm.state_prefixes", _NEW_GAUGE),
     Exclusion(_PRODUCTS, "algorithm.private_state", _NEW_GAUGE),
     Exclusion(_PRODUCTS, "algorithm.update_files", _NEW_GAUGE),
+    Exclusion("aggregation.lora: product", "train.keep_optimizer", _NEW_GAUGE),
+    Exclusion("aggregation.lora_fresh", "train.keep_optimizer", _NEW_GAUGE),
     *(
         Exclusion(first, second, why)
         for first in _LORA_RULES

@@ -7,18 +7,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedcli.algos import Array, Arrays
+from fedcli.algos.lora import is_first_factor, joined
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.parties.party import find_own
-from fedcli.workspace.client_state import OWN_FACTORS, PERSONAL, read_states
+from fedcli.workspace.client_state import GLOBAL, OWN_FACTORS, PERSONAL, read_states
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.inbox import Update
 from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.records import Manifest, sha256
 from fedcli.workspace.tensors import encode
-
-GLOBAL = "global"
-"""The name of the global adapter beside a client's."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,15 @@ class OwnAdapter:
 
         The scale s stays: alpha grows as the rank does.
         """
-        if not self.beside:
-            return {name: np.asarray(array) for name, array in self.arrays.items()}
-        found = {}
-        for name, own in self.arrays.items():
-            others = [arrays[name] for arrays in self.beside.values()]
-            is_down = ".lora_A." in name
-            weighed = own if is_down else (self.weight * own).astype(np.float32)
-            found[name] = np.concatenate([*others, weighed], axis=0 if is_down else 1)
+        found = {name: np.asarray(array) for name, array in self.arrays.items()}
+        if self.beside:
+            found |= {
+                name: (self.weight * array).astype(np.float32)
+                for name, array in found.items()
+                if not is_first_factor(name)
+            }
+        for other in self.beside.values():
+            found = joined(other, found)
         return found
 
 

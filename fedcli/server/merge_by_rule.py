@@ -168,9 +168,7 @@ class Survey:
 
     def _look(self, client: int) -> None:
         if client in self.restless:
-            self._note(
-                client, Refusal("hash", "its files changed while they were read and merged, and again after that")
-            )
+            self._note(client, ChangedUpdate.refusal())
             return
         try:
             submission = look_at_update(self.base, client, self.authenticate)

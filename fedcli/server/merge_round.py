@@ -1,7 +1,7 @@
 """Merging a round in the way that its manifest and the rule ask for, and telling what may be told of it."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from fedcli.algos import Algorithm
 from fedcli.algos.lora import LoraRule
@@ -13,12 +13,15 @@ from fedcli.server.merge import delta_files
 from fedcli.server.merge_by_rule import combine_with
 from fedcli.server.withheld import without_figures
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import Authenticate
-from fedcli.workspace.records import Aggregation, CountedUpdate
+from fedcli.workspace.inbox import Authenticate, ChangedUpdate
+from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 
 if TYPE_CHECKING:
     from fedcli.server.merge_unequal import Unequal
     from fedcli.workspace.noise_keys import NoiseSource
+
+Merged: TypeAlias = "tuple[dict[str, bytes] | None, Aggregation]"
+"""The next round's files, None without a valid update, and the record of the merge."""
 
 
 def merge_round(
@@ -46,9 +49,12 @@ def merge_round(
     if base.manifest.clusters is not None:
         from fedcli.server.merge_clusters import combine_clusters
 
-        files, found = combine_clusters(
-            base, algorithm, num_clients, order, observer, recorded=recorded, authenticate=authenticate
-        )
+        def of_clusters(clients: Sequence[int]) -> Merged:
+            return combine_clusters(
+                base, algorithm, num_clients, clients, observer, recorded=recorded, authenticate=authenticate
+            )
+
+        files, found = _without_restless(of_clusters, order, is_again=recorded is not None)
         return files, without_figures(base, found)
     is_mixed = base.manifest.lora is not None and base.manifest.lora.ranks is not None
     if not lora.is_plain or is_mixed:
@@ -60,18 +66,22 @@ def merge_round(
                 "(lora_weights, lora_error and lora_fair count, too): they exclude each other",
                 hint="Leave what begins with lora out of the section aggregation.",
             )
-        files, found = combine_lora(
-            lora,
-            rule,
-            base,
-            algorithm,
-            num_clients,
-            order,
-            count,
-            observer,
-            refuses_incomplete=recorded is not None,
-            authenticate=authenticate,
-        )
+
+        def of_products(clients: Sequence[int]) -> Merged:
+            return combine_lora(
+                lora,
+                rule,
+                base,
+                algorithm,
+                num_clients,
+                clients,
+                count,
+                observer,
+                refuses_incomplete=recorded is not None,
+                authenticate=authenticate,
+            )
+
+        files, found = _without_restless(of_products, order, is_again=recorded is not None)
         return _published(base, files), without_figures(base, found)
     if unequal is not None and (privacy is None or not privacy.is_at_server):
         files, found = _merge_unequal(rule, base, algorithm, num_clients, unequal, observer, recorded)
@@ -107,6 +117,26 @@ def merge_round(
         authenticate=authenticate,
     )
     return _published(base, files), without_figures(base, found)
+
+
+def _without_restless(merge: Callable[[Sequence[int]], Merged], order: Sequence[int], *, is_again: bool) -> Merged:
+    """Merge the updates of some clients, in this order, and once more where one changes while it is read.
+
+    Once is chance; who does it again is refused, and does not keep the round from going on. Raises ChangedUpdate where
+    a round that was merged is computed again.
+    """
+    changed: list[int] = []
+    while True:
+        restless = {client for client in changed if changed.count(client) > 1}
+        try:
+            files, found = merge([client for client in order if client not in restless])
+        except ChangedUpdate as error:
+            if is_again:
+                raise
+            changed.append(error.client)
+            continue
+        refused = [*found.refused, *(RefusedUpdate.of(client, ChangedUpdate.refusal()) for client in restless)]
+        return files, found.model_copy(update={"refused": sorted(refused, key=lambda entry: entry.client)})
 
 
 def _published(base: Round, files: dict[str, bytes] | None) -> dict[str, bytes] | None:

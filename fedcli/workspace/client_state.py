@@ -59,6 +59,8 @@ def _own_factors(tensors: set[str], owner: str) -> KeptState:
 
 PERSONAL = "personal"
 """The folder of the adapters that clients train for themselves."""
+GLOBAL = "global"
+"""The name of the frozen global adapter that stands beside FedDPA's local one in a model."""
 
 
 def _personal(name: str) -> KeptState:

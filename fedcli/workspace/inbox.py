@@ -82,6 +82,11 @@ class ChangedUpdate(WorkspaceError):
         )
         self.client = client
 
+    @staticmethod
+    def refusal() -> Refusal:
+        """Return what is noted of a client whose update does so again."""
+        return Refusal("hash", "its files changed while they were read and merged, and again after that")
+
 
 @dataclass(frozen=True)
 class StoredFile:
