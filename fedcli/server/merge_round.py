@@ -1,6 +1,7 @@
 """Merging a round in the way that its manifest and the rule ask for, and telling what may be told of it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from fedcli.algos import Algorithm
@@ -45,78 +46,83 @@ def merge_round(
     and its count hold. Without `noise`, or where it gives no key, such a round is checked alone: there are no files.
     Raises what `combine_with` and `combine_privately` do, ConfigError where a rule stands beside unit client.
     """
-    privacy, lora = base.manifest.privacy, lora or LoraRule()
-    if base.manifest.clusters is not None:
+    lora, is_again, manifest = lora or LoraRule(), recorded is not None, base.manifest
+    files: dict[str, bytes] | None
+    if manifest.clusters is not None:
         from fedcli.server.merge_clusters import combine_clusters
 
-        def of_clusters(clients: Sequence[int]) -> Merged:
-            return combine_clusters(
-                base, algorithm, num_clients, clients, observer, recorded=recorded, authenticate=authenticate
-            )
-
-        files, found = _without_restless(of_clusters, order, is_again=recorded is not None)
+        of_clusters = partial(
+            combine_clusters,
+            base,
+            algorithm,
+            num_clients,
+            observer=observer,
+            recorded=recorded,
+            authenticate=authenticate,
+        )
+        files, found = _without_restless(of_clusters, order, is_again=is_again)
         return files, without_figures(base, found)
-    is_mixed = base.manifest.lora is not None and base.manifest.lora.ranks is not None
-    if not lora.is_plain or is_mixed:
+    is_noisy = manifest.privacy is not None and manifest.privacy.is_at_server
+    if is_noisy:
+        _check_noisy(base, rule, lora, unequal)
+    if not lora.is_plain or (manifest.lora is not None and manifest.lora.ranks is not None):
         from fedcli.server.merge_lora import combine_lora  # other rounds need no linear algebra
 
-        if privacy is not None and privacy.is_at_server:
-            raise ConfigError(
-                f"round {base.number} was opened with privacy.unit: client, and aggregation.lora is {lora.lora} "
-                "(lora_weights, lora_error and lora_fair count, too): they exclude each other",
-                hint="Leave what begins with lora out of the section aggregation.",
-            )
+        of_products = partial(
+            combine_lora,
+            lora,
+            rule,
+            base,
+            algorithm,
+            num_clients,
+            count=count,
+            observer=observer,
+            refuses_incomplete=is_again,
+            authenticate=authenticate,
+        )
+        files, found = _without_restless(of_products, order, is_again=is_again)
+    elif is_noisy:
+        from fedcli.server.merge_privately import combine_privately  # other rounds need neither keys nor noise
 
-        def of_products(clients: Sequence[int]) -> Merged:
-            return combine_lora(
-                lora,
-                rule,
-                base,
-                algorithm,
-                num_clients,
-                clients,
-                count,
-                observer,
-                refuses_incomplete=recorded is not None,
-                authenticate=authenticate,
-            )
-
-        files, found = _without_restless(of_products, order, is_again=recorded is not None)
-        return _published(base, files), without_figures(base, found)
-    if unequal is not None and (privacy is None or not privacy.is_at_server):
+        files, found = combine_privately(
+            base,
+            algorithm,
+            num_clients,
+            order,
+            count,
+            observer,
+            noise=noise or (lambda _: None),
+            refuses_incomplete=is_again,
+            authenticate=authenticate,
+        )
+    elif unequal is not None:
         files, found = _merge_unequal(rule, base, algorithm, num_clients, unequal, observer, recorded)
-        return _published(base, files), without_figures(base, found)
-    if privacy is None or not privacy.is_at_server:
+    else:
         files, found = combine_with(
             rule, base, algorithm, num_clients, order, count, observer, recorded=recorded, authenticate=authenticate
         )
-        return _published(base, files), without_figures(base, found)
+    return _published(base, files), without_figures(base, found)
+
+
+def _check_noisy(base: Round, rule: Rule | None, lora: LoraRule, unequal: "Unequal | None") -> None:
+    """Raise ConfigError for what fedcli.yaml excludes beside unit client, which it may ask for since."""
+    opened = f"round {base.number} was opened with privacy.unit: client, and"
+    if not lora.is_plain or (base.manifest.lora is not None and base.manifest.lora.ranks is not None):
+        raise ConfigError(
+            f"{opened} aggregation.lora is {lora.lora} (lora_weights, lora_error and lora_fair count, too): they "
+            "exclude each other",
+            hint="Leave what begins with lora out of the section aggregation.",
+        )
     if unequal is not None:
         raise ConfigError(
-            f"round {base.number} was opened with privacy.unit: client, and aggregation.step_weighting is set: they "
-            "exclude each other",
+            f"{opened} aggregation.step_weighting is set: they exclude each other",
             hint="Set aggregation.step_weighting to none.",
         )
     if rule is not None and not rule.is_plain_mean:
         raise ConfigError(
-            f"round {base.number} was opened with privacy.unit: client, and aggregation.rule is {rule.rule}: they "
-            "exclude each other",
+            f"{opened} aggregation.rule is {rule.rule}: they exclude each other",
             hint="Set aggregation.rule to mean, and aggregation.nearest_mixing to false.",
         )
-    from fedcli.server.merge_privately import combine_privately  # other rounds need neither keys nor noise
-
-    files, found = combine_privately(
-        base,
-        algorithm,
-        num_clients,
-        order,
-        count,
-        observer,
-        noise=noise or (lambda _: None),
-        refuses_incomplete=recorded is not None,
-        authenticate=authenticate,
-    )
-    return _published(base, files), without_figures(base, found)
 
 
 def _without_restless(merge: Callable[[Sequence[int]], Merged], order: Sequence[int], *, is_again: bool) -> Merged:
