@@ -7,39 +7,29 @@ from pathlib import Path
 
 from fedcli.algos import Algorithm
 from fedcli.algos.share import sent_tensors
-from fedcli.config import algorithm_from, lora_from, rule_from
+from fedcli.config import algorithm_from
 from fedcli.config.adapter_config import parse_adapter_config
 from fedcli.errors import FedError, IntegrityError
 from fedcli.observer import Observer
 from fedcli.server.cluster_terms import split_clusters
 from fedcli.server.communication_cost import cost_of, history_of
-from fedcli.server.merge import unchanged_files
-from fedcli.server.merge_round import merge_round
 from fedcli.server.updates_again import (
-    ANOTHER,
-    check_counted,
     check_draw,
-    check_record,
     check_uncounted,
-    gone_updates,
     is_deserted,
     is_first_of_draw,
-    is_reduced,
-    is_same_record,
-    no_longer_valid,
 )
 from fedcli.server.verification import Verification
 from fedcli.server.verify_beside import check_baselines, check_leftovers, check_private, check_scores
-from fedcli.server.verify_privacy import check_privacy, is_same_noise, noise_again
+from fedcli.server.verify_merge import recompute
+from fedcli.server.verify_privacy import check_privacy
 from fedcli.server.verify_relay import check_parents, check_place, is_beginning
-from fedcli.server.verify_signatures import check_of_merge, check_signatures, gone_clients, read_pins
-from fedcli.server.verify_unequal import check_lapsed, check_window, is_unequal, recompute_unequal
+from fedcli.server.verify_signatures import check_signatures, read_pins
+from fedcli.server.verify_unequal import check_lapsed, check_window
 from fedcli.workspace.enrolment import forget_enrolment
 from fedcli.workspace.history import (
     Round,
-    is_hidden,
     listed_rounds,
-    prunable,
     read_identity,
     read_round,
 )
@@ -57,7 +47,7 @@ from fedcli.workspace.layout import (
     round_name,
 )
 from fedcli.workspace.publish import TEMPORARY_PREFIX
-from fedcli.workspace.records import Aggregation, Identity, Manifest, file_entry
+from fedcli.workspace.records import Aggregation, Identity, Manifest
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
 
@@ -114,7 +104,7 @@ def verify(
                         check_uncounted(current, current.manifest.aggregation, previous, result)
                     num_clients = int(identity.fixed.get("federation.clients", 0)) or len(previous.manifest.cohort)
                     check_privacy(current, current.manifest.aggregation, previous, result)
-                    _recompute(current, current.manifest.aggregation, previous, rounds, num_clients, keys, result)
+                    recompute(current, current.manifest.aggregation, previous, rounds, num_clients, keys, result)
             if number == 0:
                 check_baselines(current, result)
         previous = current
@@ -303,117 +293,9 @@ def _check_aggregation(
         seen[entry.update] = current.number
 
 
-def _recompute(
-    current: Round,
-    aggregation: Aggregation,
-    previous: Round,
-    rounds: Sequence[Round],
-    num_clients: int,
-    keys: Mapping[str, bytes],
-    result: Verification,
-) -> None:
-    """The counted updates still lie in the inbox, and give this round's adapter and state, byte for byte."""
-    entries = {entry.client: entry for entry in aggregation.counted}
-    if not entries and is_beginning(current, previous):
-        return  # no update made it, but a parent's round
-    if entries and (previous.manifest.secure_aggregation is not None or aggregation.secure is not None):
-        from fedcli.server.verify_masked import recompute_masked  # of no other federation: it needs cryptography
-
-        if (files := recompute_masked(current, aggregation, previous, num_clients, result)) is not None:
-            _check_merged(current, files, result)
-        return
-    if entries and is_unequal(previous, aggregation):
-        try:
-            unequal = recompute_unequal(current, aggregation, previous, rounds, num_clients, result)
-        except FedError as error:
-            if isinstance(error.__cause__, OSError):
-                raise
-            result.report(current.folder, f"cannot be computed again: {error}")
-            return
-        if unequal is not None:
-            _check_merged(current, unequal, result)
-        return
-    hidden = [client for client in entries if is_hidden(current.workspace, client)]
-    if previous.has(PRUNED) and is_reduced(previous):
-        result.num_hidden += len(hidden)
-        result.num_pruned += not hidden
-        for client in entries.keys() - {*hidden}:
-            check_record(previous, entries[client], result, is_pruned=True)
-        return
-    gone = gone_updates(previous, [client for client in entries if client not in hidden])
-    if hidden or gone:  # of other users, whom the server can check and this user cannot; or deleted by their clients
-        result.num_hidden += len(hidden)
-        for client in sorted(entries.keys() - {*hidden}):
-            (check_record if client in gone else check_counted)(previous, entries[client], result)
-        return
-    workspace, hashes = current.workspace, {client: entry.update for client, entry in entries.items()}
-    order = [client for client in previous.draw_order if client in hashes]
-    try:
-        algorithm = algorithm_from(aggregation.algorithm)
-        if not entries:
-            _check_merged(current, unchanged_files(previous, algorithm), result)
-            return
-        if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
-            result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
-            return
-        files, again = merge_round(
-            rule_from(aggregation.rule),
-            previous,
-            algorithm,
-            num_clients - len(gone_clients(current)),
-            order,
-            len(order),
-            Observer(),
-            recorded=entries,
-            authenticate=check_of_merge(current, previous),
-            noise=noise_again(aggregation, keys),
-            lora=lora_from(None if aggregation.lora is None else aggregation.lora.settings()),
-        )
-    except FedError as error:
-        if isinstance(error.__cause__, OSError):
-            raise
-        result.report(current.folder, f"cannot be computed again: {error}")
-        return
-    result.num_updates += len(again.counted)
-    lost = [(client, "was counted, and has gone meanwhile") for client in again.missing]
-    lost += [(refused.client, no_longer_valid(refused)) for refused in again.refused]
-    lost += [(entry.client, ANOTHER) for entry in again.counted if entry.update != hashes[entry.client]]
-    for client, problem in lost:
-        result.report(workspace.update(previous.number, client), problem)
-    if lost or len(again.counted) != len(aggregation.counted):
-        return
-    if not all(map(is_same_record, again.counted, aggregation.counted)):
-        result.report(current.folder, "records other weights, losses or norms than the counted updates give")
-    if (aggregation.lora is None) != (again.lora is None):
-        result.report(current.folder, "does not tell how products of factors were merged, or tells it for nothing")
-        return
-    if files is not None and again.lora is not None:
-        from fedcli.server.verify_lora import check_products  # other rounds are compared byte for byte
-
-        check_products(current, again.lora, files, result)
-        return
-    if files is None:
-        result.noisy_rounds.append(current.number)
-        return
-    if again.splits != aggregation.splits:
-        result.report(current.folder, "splits other clusters than the counted updates do")
-    if again.privacy is not None and not is_same_noise(again.privacy, aggregation.privacy):
-        result.report(current.folder, "records another noise than the counted updates and the key give")
-    _check_merged(current, files, result)
-
-
 def _read_noise_keys(paths: Sequence[Path]) -> dict[str, bytes]:
     if not paths:
         return {}
     from fedcli.workspace.noise_keys import read_keys  # only who has keys needs them
 
     return read_keys(paths)
-
-
-def _check_merged(current: Round, files: Mapping[str, bytes], result: Verification) -> None:
-    """The round's adapter and state are the ones that were computed again."""
-    result.num_recomputed += 1
-    stored = prunable(current.manifest)
-    for name in sorted(stored.keys() | files.keys()):
-        if stored.get(name) != (file_entry(files[name]) if name in files else None):
-            result.report(current.folder / name, "is not what the counted updates give")
