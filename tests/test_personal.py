@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.federation import NUM_SAMPLES, adapter_hashes, configure, read_adapter, read_manifest, train_as
+from support.federation import NUM_SAMPLES, Stub, adapter_hashes, configure, read_adapter, read_manifest, train_as
 from support.processes import SMALL, runner, settings
 from support.sharing import play, sharing
 
-from fedcli import Federation
+from fedcli import Federation, Observer
 from fedcli.algos.client_rule import Proximal
 from fedcli.cli import main
-from fedcli.client.personal import begin
+from fedcli.client.due import train_client
+from fedcli.client.personal import GLOBAL, begin
+from fedcli.client.selection import Selection
+from fedcli.config import SelectConfig
+from fedcli.data.row_report import RowReport
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError
 from fedcli.scoring.client_table import client_rows
 from fedcli.scoring.own_adapters import OwnAdapter, own_adapter
@@ -106,6 +110,38 @@ def test_an_own_adapter_whose_update_did_not_count_is_not_taken(small_template, 
     Federation.open(workspace).server.aggregate()
     (target,) = find_targets(Federation.open(workspace).state, Targets(clients=(0,)))
     assert target.name == "client-0-round-00001"
+
+
+def test_the_second_adapter_has_the_steps_and_the_rows_of_the_shared_one_and_base_delta_beside_it(
+    small_template, tmp_path
+):
+    seen = []
+
+    class Recorder(Stub):
+        def select(self, party, train, adapter, beside):
+            scored.append(set(beside))
+            return Selection(SelectConfig(score="length"), [0], [1.0], 1, RowReport(), None)
+
+        def train(self, adapter, train, *, beside, selection, limit=None, **others):
+            values, losses = super().train(adapter, train, **others)
+            seen.append((train.steps, train.minutes, set(beside), selection.places))
+            return values, losses[:1] if limit else losses
+
+    scored: list[set[str]] = []
+    workspace = sharing(small_template, tmp_path / "W", "[A, B]")
+    configure(workspace, "aggregation.lora=exact", "train.steps={max: 3, minutes: 1}")
+    play(workspace, 1)
+    configure(workspace, "aggregation.lora=factors", "train.personal={name: feddpa}")
+    play(workspace, 1)
+    train_client(Federation.open(workspace).state, 0, Recorder(), observer=Observer())
+    assert scored == [{"base_delta"}]
+    assert seen == [(3, 1.0, {"base_delta"}, [0]), (1, None, {"base_delta", GLOBAL}, [0])]
+    play(workspace, 1)
+    own = own_adapter(Federation.open(workspace).state, 1)
+    rank = sum(arrays[name].shape[0] for arrays in (own.arrays, *own.beside.values()) for name in [min(own.arrays)])
+    assert set(own.beside) == {"base_delta", GLOBAL}
+    Federation.open(workspace).export(tmp_path / "X", client=1)
+    assert json.loads((tmp_path / "X/adapter_config.json").read_text())["r"] == rank
 
 
 def test_a_missing_own_adapter_is_told_with_its_cure(small_template, tmp_path):

@@ -113,7 +113,8 @@ def train_and_drop(
         adapter = head.adapter()
     adapter = factors.put_in(adapter, kept)
     start = algorithm.start(adapter, own)
-    selection = runtime.select(party, manifest.train, start)
+    beside = head.beside()
+    selection = runtime.select(party, manifest.train, start, beside)
     if selection is not None:
         party.check_selected(manifest, selection.num_own)
     if private is not None:
@@ -140,13 +141,17 @@ def train_and_drop(
         rule=factors.rule(algorithm.client_rule(adapter, state, own), adapter),
         on_step=count,
         private=private,
-        beside=head.beside(),
+        beside=beside,
         limit=limit,
         moments=moments,
+        selection=selection,
     )
     if moments is not None:
         kept[OPTIMIZER] = moments.arrays
-    own_adapter = train_own(runtime, party, head, adapter, kept, first_draw=first, on_step=count)
+    steps = manifest.train.steps if limit is None else len(losses)
+    own_adapter = train_own(
+        runtime, party, head, adapter, kept, steps=steps, first_draw=first, selection=selection, on_step=count
+    )
     report = RowReport()
     for each in (rows, *(() if selection is None else (selection.report,))):
         report.include(each)
@@ -156,7 +161,7 @@ def train_and_drop(
         losses=losses,
         seconds=time.monotonic() - started,
         num_tokens=num_tokens,
-        steps=manifest.train.steps if limit is None else len(losses),
+        steps=steps,
         spent=None if private is None else private.claim,
         withholds=manifest.withholds,
         **report.counts() | ({} if party.is_handwritten else {"unused": {}}),

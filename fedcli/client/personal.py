@@ -1,6 +1,6 @@
 """The adapter of its own that a client trains beside the shared one, as train.personal asks; it is never sent.
 
-It makes as many steps again, on the rows that were drawn for the shared one, and so costs as much again.
+It makes as many steps as the shared one did, on the rows that were drawn for that, and so costs as much again.
 """
 
 import math
@@ -21,6 +21,7 @@ from fedcli.workspace.records import PersonalRecord
 
 if TYPE_CHECKING:
     from fedcli.client.runtime import Runtime
+    from fedcli.client.selection import Selection
 
 GLOBAL = "global"
 """PEFT's name of the frozen global adapter beside FedDPA's local one."""
@@ -33,13 +34,16 @@ def train_own(
     adapter: Arrays,
     kept: Mapping[str, Arrays],
     *,
+    steps: int,
     first_draw: int,
+    selection: "Selection | None",
     on_step: Callable[[StepReport], None],
 ) -> "dict[str, dict[str, Array]]":
     """Train a client's own adapter for a round; return what it keeps if its update counts, by folder.
 
     `adapter` is the round's global one, x. Ditto's v begins with x, FedDPA's local adapter as LoRA does: A drawn, B
-    zero. Steps are told behind those of the shared adapter. Nothing happens where the round asks for none.
+    zero. `steps` and `selection` are the shared adapter's; the steps are told behind those. Nothing happens where the
+    round asks for none.
     """
     train = head.manifest.train
     if (personal := train.personal) is None:
@@ -48,14 +52,15 @@ def train_own(
     is_ditto = personal.name == "ditto"
     values, _ = runtime.train(
         own,
-        train,
+        train.model_copy(update={"steps": steps, "minutes": None}),
         party=party,
         round_number=head.number,
         first_draw=first_draw,
         rule=Proximal(adapter, personal.pull or 0.0) if is_ditto else None,
-        on_step=lambda report: on_step(replace(report, step=train.steps + report.step)),
-        beside={} if is_ditto else {GLOBAL: adapter},
+        on_step=lambda report: on_step(replace(report, step=steps + report.step)),
+        beside=head.beside() | ({} if is_ditto else {GLOBAL: adapter}),
         weight=personal.weight or 1.0,
+        selection=selection,
     )
     return {PERSONAL: values}
 
