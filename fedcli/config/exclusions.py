@@ -63,6 +63,8 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion(_PRODUCTS, "algorithm.state_prefixes", _NEW_GAUGE),
     Exclusion(_PRODUCTS, "algorithm.private_state", _NEW_GAUGE),
     Exclusion(_PRODUCTS, "algorithm.update_files", _NEW_GAUGE),
+    Exclusion("aggregation.lora: product", "train.keep_optimizer", _NEW_GAUGE),
+    Exclusion("aggregation.lora_fresh", "train.keep_optimizer", _NEW_GAUGE),
     *(
         Exclusion(first, second, why)
         for first in _LORA_RULES
@@ -84,7 +86,6 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
             ("aggregation.staleness", "it is made of the factors of updates of one round"),
         )
     ),
-    Exclusion("aggregation.lora: exact", "data.select", "scores are of the adapter alone, without base_delta/"),
     Exclusion(_PRODUCTS, "train.personal", "an adapter of a client's own stands beside the mean of the factors"),
     Exclusion(_PRODUCTS, "aggregation.encoding", "the factors are new ones after each merge, and no small difference"),
     Exclusion(_PRODUCTS, "federation.relay_every", _REGION),
@@ -236,4 +237,8 @@ def _told(config: "Config", condition: str) -> str:
     if isinstance(found, Section):
         given = found.model_dump(exclude_unset=True)
         found = f"{{{', '.join(f'{name}: {value}' for name, value in given.items())}}}"
+    elif isinstance(found, dict):
+        found = f"{{{', '.join(f'{name}: {value}' for name, value in found.items())}}}"
+    elif isinstance(found, tuple):
+        found = f"[{', '.join(map(str, found))}]"
     return f"{key}: {found}"
