@@ -122,6 +122,19 @@ def test_a_manifest_with_an_unknown_algorithm_is_no_fault_of_the_configuration(r
         ("algorithm: {name: fedyogi, second: delta}", "algorithm.second: unknown key. Did you mean second_moment?"),
         ("algorithm: {name: fedadam, beta: 0.1}", "algorithm.beta: unknown key. Did you mean beta2 or beta1?"),
         # Hyperparameters of another algorithm:
+        ("aggregation: {encoding: int4}", "aggregation.encoding: unknown encoding 'int4'. Did you mean int8?"),
+        (
+            "clusters: {by: groups, groups: {a: [0, 1, 2, 3, 4], b: []}}",
+            "clusters: groups.b names no client: nobody would train its adapter",
+        ),
+        (
+            "clusters: {by: loss, count: 6}",
+            "clusters.count is 6, and federation.clients is 5: an adapter would have no client",
+        ),
+        (
+            "clusters: {by: loss, count: 2, split_below: 0.3}",
+            "clusters: split_below is of by: direction, and by is loss",
+        ),
         ("algorithm: {name: fedavg, mu: 0.1}", "algorithm.mu: unknown key. Known: name."),
         ("algorithm: {name: scaffold, state_prefixes: 1}", "algorithm.state_prefixes: unknown key. Known: name."),
         ("algorithm: {name: fedprox, eta: 0.1}", "algorithm.eta: unknown key. Known: mu, name."),

@@ -330,10 +330,12 @@ def test_what_keeps_numbers_of_the_factors_excludes_products_in_the_file_and_in_
         ({"lora": "product"}, {"privacy": {"unit": "client", "clip": 1, "noise": 1}}, "privacy.unit: client"),
         ({"lora": "exact"}, {"federation": {"relay_every": 1}}, "federation.relay_every: 1"),
         ({"lora_weights": "norm"}, {"privacy": {"unit": "row", "clip": 1, "noise": 1}}, "privacy.unit: row"),
-        ({"rule": "median"}, {"adapter": {"rank": MIXED}}, "adapter.rank: {"),
+        ({"rule": "median"}, {"adapter": {"rank": MIXED}}, "adapter.rank: {0: 2, 1: 3, default: 4} and"),
+        ({"lora": "exact", "private": ["v_proj"]}, {}, "aggregation.private: [v_proj] exclude each other"),
+        ({"lora": "product"}, {"train": {"keep_optimizer": True}}, "train.keep_optimizer: True exclude each other"),
+        ({"lora": "exact", "lora_fresh": True}, {"train": {"keep_optimizer": True}}, "train.keep_optimizer: True"),
         ({"lora": "exact"}, {"adapter": {"rank": MIXED}}, "Set lora_fresh"),
         ({"lora": "product"}, {"train": {"keep_optimizer": True}}, "train.keep_optimizer: True"),
-        ({"lora": "exact", "lora_fresh": True}, {"train": {"keep_optimizer": True}}, "train.keep_optimizer: True"),
         ({"max_rank": 8}, {}, "It belongs to lora: exact"),
         ({"lora": "product", "lora_fair": 0.1}, {}, "it corrects the means of lora: factors"),
     ],
@@ -349,7 +351,7 @@ def test_what_cannot_stand_beside_it_is_named_with_its_reason(aggregation, other
     [
         ({"0": 4}, "need `default`"),
         ({"9": 4, "default": 8}, "names client 9, and federation.clients is 5"),
-        ({"x": 4, "default": 8}, "adapter.rank"),
+        ({"x": 4, "default": 8}, "adapter.rank: 'x' is no client's id, nor default"),
         ({"0": 0, "default": 8}, "greater than or equal to 1"),
     ],
 )

@@ -16,13 +16,16 @@ from fedcli.algos.client_rule import Proximal
 from fedcli.cli import main
 from fedcli.client.due import train_client
 from fedcli.client.personal import begin
+from fedcli.client.selection import Selection
+from fedcli.config import SelectConfig
+from fedcli.data.row_report import RowReport
 from fedcli.errors import ConfigError, IntegrityError, NotReadyError
 from fedcli.scoring.client_table import client_rows
 from fedcli.scoring.own_adapters import OwnAdapter, own_adapter
 from fedcli.scoring.request import _check_own_adapters
 from fedcli.scoring.targets import Targets, find_targets
 from fedcli.training.reports import StepReport
-from fedcli.workspace.client_state import PERSONAL
+from fedcli.workspace.client_state import GLOBAL, PERSONAL
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.records import PersonalRecord
 from fedcli.workspace.target_name import TargetName
@@ -113,7 +116,8 @@ def test_an_own_adapter_makes_the_steps_that_the_shared_one_made_on_rows_of_its_
     train_client(Federation.open(workspace).state, 1, Slow(), observer=Heard())
     (shared, most, _), (own, steps, given) = asked
     assert (most, steps, reports) == (2, 1, [1, 2])
-    assert given["scored_by"] is shared is not own
+    assert own is not shared
+    assert given["selection"] is None
 
 
 def test_an_own_adapter_whose_update_did_not_count_is_not_taken(small_template, tmp_path):
@@ -133,6 +137,28 @@ def test_an_own_adapter_whose_update_did_not_count_is_not_taken(small_template, 
     Federation.open(workspace).server.aggregate()
     (target,) = find_targets(Federation.open(workspace).state, Targets(clients=(0,)))
     assert target.name == "client-0-round-00001"
+
+
+def test_the_second_adapter_has_the_steps_and_the_rows_of_the_shared_one(small_template, tmp_path):
+    seen = []
+
+    class Recorder(Stub):
+        def select(self, party, train, adapter, beside):
+            scored.append(set(beside))
+            return Selection(SelectConfig(score="length"), [0], [1.0], 1, RowReport(), None)
+
+        def train(self, adapter, train, *, beside, selection, limit=None, **others):
+            values, losses = super().train(adapter, train, **others)
+            seen.append((train.steps, train.minutes, set(beside), selection.places))
+            return values, losses[:1] if limit else losses
+
+    scored: list[set[str]] = []
+    workspace = sharing(small_template, tmp_path / "W", "[A, B]")
+    configure(workspace, "train.personal={name: feddpa}", "train.steps={max: 3, minutes: 1}")
+    play(workspace, 1)
+    train_client(Federation.open(workspace).state, 0, Recorder(), observer=Observer())
+    assert scored == [set()]
+    assert seen == [(3, 1.0, set(), [0]), (1, None, {GLOBAL}, [0])]
 
 
 def test_a_missing_own_adapter_is_told_with_its_cure(small_template, tmp_path):

@@ -356,6 +356,7 @@ def test_the_manifest_holds_the_hyperparameters_that_a_task_was_trained_with(tas
     ("document", "fault"),
     [
         ({"task": "dpo", "train": {"gamma": 1}}, "train.gamma is set, and task dpo has none: it is of task simpo"),
+        ({"task": "sft", "train": {"kl": 0.1}}, "train.kl is set, and task sft has none: it is of task grpo"),
         ({"task": "sft", "train": {"lambda_desirable": 1}}, "task sft has none: it is of task kto"),
         ({"task": "kto", "train": {"batch_size": 1}}, "train.batch_size is 1: task kto compares the rows of a batch"),
         (

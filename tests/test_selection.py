@@ -90,6 +90,7 @@ def test_scores_are_those_of_plain_forward_passes_and_stay_in_the_home(tmp_path:
     assert losses_of(rows, select, adapted, changed, home, "model") != found
     (other,) = home.folder.iterdir()
     assert other.name != kept_file.name
+    assert losses_of(rows, select, adapted, adapter, home, "model", {"base_delta": changed}) != found
 
 
 def test_what_is_dropped_is_counted_with_the_worst_as_an_example_and_canaries_stay() -> None:

@@ -182,7 +182,7 @@ def _begin(
     factors = OwnFactors(manifest, algorithm)
     adapter = factors.put_in(adapter, kept)
     start = algorithm.start(adapter, kept.get(algorithm.private_state, {}))
-    selection = runtime.select(party, manifest.train, start)
+    selection = runtime.select(party, manifest.train, start, head.beside())
     if selection is not None:
         party.check_selected(manifest, selection.num_own)
     if private is not None:
@@ -232,6 +232,7 @@ def _train(work: _Work, observer: Observer) -> _Trained:
         beside=head.beside(),
         limit=limit,
         moments=moments,
+        selection=work.selection,
     )
     steps = manifest.train.steps if limit is None else len(losses)
     own_adapter = train_own(
@@ -241,8 +242,8 @@ def _train(work: _Work, observer: Observer) -> _Trained:
         work.adapter,
         work.kept,
         steps=steps,
-        scored_by=work.start,
         first_draw=first,
+        selection=work.selection,
         on_step=count,
     )
     training = _training(work, losses, steps, num_tokens, time.monotonic() - started)

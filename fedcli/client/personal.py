@@ -22,6 +22,7 @@ from fedcli.workspace.records import PersonalRecord
 
 if TYPE_CHECKING:
     from fedcli.client.runtime import Runtime
+    from fedcli.client.selection import Selection
 
 
 def train_own(
@@ -32,15 +33,15 @@ def train_own(
     kept: Mapping[str, Arrays],
     *,
     steps: int,
-    scored_by: Arrays,
     first_draw: int,
+    selection: "Selection | None",
     on_step: Callable[[StepReport], None],
 ) -> "dict[str, dict[str, Array]]":
     """Train a client's own adapter for a round; return what it keeps if its update counts, by folder.
 
     `adapter` is the round's global one, x. Ditto's v begins with x, FedDPA's local adapter as LoRA does: A drawn, B
-    zero. `steps` are those that the shared adapter made, and `scored_by` is what its rows were selected with. Steps are
-    told behind them. Nothing happens where the round asks for none.
+    zero. `steps` and `selection` are the shared adapter's; the steps are told behind those. Nothing happens where the
+    round asks for none.
     """
     train = head.manifest.train.model_copy(update={"steps": steps})
     if (personal := train.personal) is None:
@@ -49,15 +50,15 @@ def train_own(
     is_ditto = personal.name == "ditto"
     values, _ = runtime.train(
         own,
-        train,
+        train.model_copy(update={"steps": steps, "minutes": None}),
         party=party,
         round_number=head.number,
         first_draw=first_draw,
         rule=Proximal(adapter, personal.pull or 0.0) if is_ditto else None,
         on_step=lambda report: on_step(replace(report, step=steps + report.step)),
-        scored_by=scored_by,
-        beside={} if is_ditto else {GLOBAL: adapter},
+        beside=head.beside() | ({} if is_ditto else {GLOBAL: adapter}),
         weight=personal.weight or 1.0,
+        selection=selection,
     )
     return {PERSONAL: values}
 

@@ -161,8 +161,16 @@ class Runtime:
             )
         return rows
 
-    def select(self, party: Party | None, train: TrainRecord, adapter: Arrays) -> "Selection | None":
+    def select(
+        self,
+        party: Party | None,
+        train: TrainRecord,
+        adapter: Arrays,
+        beside: Mapping[str, Arrays] = MappingProxyType({}),
+    ) -> "Selection | None":
         """Return which of a party's rows are trained on from an adapter, whose scores of the rows decide; None: all.
+
+        `beside` are frozen adapters by name that the model uses, too.
 
         Raises ConfigError where none is left, or where the task or the privacy of the round excludes it.
         """
@@ -179,7 +187,7 @@ class Runtime:
             precision = "bfloat16" if has_bfloat16() else "float32"
             model = f"{self._fingerprint} {manifest.model.quantization} {precision}"
             with _enough_memory():
-                losses = losses_of(rows, wanted, self.adapted, adapter, home, model)
+                losses = losses_of(rows, wanted, self.adapted, adapter, home, model, beside)
             self._selected = (adapter, key, select_rows(rows, wanted, losses, Decoder(self.adapted)))
         return self._selected[2]
 
@@ -198,16 +206,16 @@ class Runtime:
         weight: float = 1.0,
         limit: "TimeLimit | None" = None,
         moments: "Moments | None" = None,
-        scored_by: "Arrays | None" = None,
+        selection: "Selection | None" = None,
     ) -> tuple[dict[str, Array], list[float]]:
         """Train an adapter on a party's rows (all clients' for None) for one round; return values and steps' losses.
 
         `beside` are frozen adapters by name that the model uses, too, and `weight` is the trained one's among them.
-        Where rows are selected it is by their scores with `scored_by`, or with the adapter itself.
 
-        `first_draw` is the number of rows that the client drew in its earlier rounds; `private` draws otherwise, and
-        protects its units; batches without rows have no loss then. `limit` and `moments` are as `fit`
-        has them. Raises ConfigError where the training diverged, RequirementError where memory is too small.
+        `first_draw` is the number of rows that the client drew in its earlier rounds; `private` draws
+        otherwise, and protects its units; batches without rows have no loss then. `limit` and `moments` are as
+        `fit` has them, `selection` are the rows that are trained on, all for None. Raises ConfigError where the
+        training diverged, RequirementError where memory is too small.
         """
         from fedcli.model.finite import check_weights
 
@@ -226,7 +234,7 @@ class Runtime:
         put_in = partial(self.adapted.load, adapter, beside, weight=weight)
         with _enough_memory():
             if private is None:
-                usable, selection = self._told_rows(party, train), self.select(party, train, scored_by or adapter)
+                usable = self._told_rows(party, train)
                 places = range(len(usable)) if selection is None else selection.places
                 count = train.num_drawn
                 order = draw(len(places), seed=train.seed, client=stream_client, first=first_draw, count=count)

@@ -1,8 +1,9 @@
 """Which of a party's rows a round trains on: scores of the model that the party starts from, which stay in its home."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -100,23 +101,31 @@ class Decoder:
 
 
 def losses_of(
-    rows: EncodedRows, select: SelectConfig, adapted: "AdaptedModel", adapter: Arrays, home: Home, model: str
+    rows: EncodedRows,
+    select: SelectConfig,
+    adapted: "AdaptedModel",
+    adapter: Arrays,
+    home: Home,
+    model: str,
+    beside: Mapping[str, Arrays] = MappingProxyType({}),
 ) -> list[Losses]:
     """Return the losses of each row's response, a pair's chosen one, of the model with an adapter.
 
-    Those of one adapter are kept in the home, and take the place of another's. `model` tells base models apart. A
-    length needs no model. Raises ConfigError for a row without a prompt.
+    `beside` are frozen adapters that the model uses, too. The losses of one adapter are kept in the home, and take the
+    place of another's. `model` tells base models apart. A length needs no model. Raises ConfigError for a row
+    without a prompt.
     """
     if select.score == "length":
         return [Losses(0.0, 0.0, _num_learnt(row.sides[0])) for row in rows]
     start = _start_id(adapted)
-    key = hashlib.sha256(f"{model} {_digest(adapter)} {start}".encode()).hexdigest()[:32]
+    digest = " ".join(map(_digest, (adapter, *beside.values())))
+    key = hashlib.sha256(f"{model} {digest} {start}".encode()).hexdigest()[:32]
     known = read_losses(home, key)
     by_row = {row.key: row for row in rows}
     if missing := {name: row for name, row in by_row.items() if name not in known}:
         from fedcli.model.likelihood import reference_log_probs
 
-        adapted.load(adapter)
+        adapted.load(adapter, beside)
         asked = [_both(row, start) for row in missing.values()]
         known |= zip(missing, reference_log_probs(adapted, asked), strict=True)
         save_losses(home, key, {name: known[name] for name in by_row})

@@ -48,7 +48,7 @@ class AggregationConfig(Section):
     tolerate: Annotated[int, Field(ge=0)] = 1
     nearest_mixing: bool = False
     weight_cap: Annotated[float, Field(ge=1)] | None = None
-    encoding: Literal["f32"] | EncodingName = "f32"
+    encoding: Literal["f32", "f16", "bf16", "int8", "top_k"] = "f32"
     top_k: Annotated[float, Field(gt=0, lt=1)] | None = None
     lora: LoraName = "factors"
     lora_weights: LoraWeights = "rows"

@@ -33,10 +33,19 @@ class ClustersConfig(Section):
             )
         if self.groups is not None and not 2 <= len(self.groups) <= MOST_CLUSTERS:
             raise ValueError(f"groups has {len(self.groups)} names: 2 to {MOST_CLUSTERS} are allowed")
+        if self.groups is not None and (empty := [name for name, clients in self.groups.items() if not clients]):
+            raise ValueError(f"groups.{empty[0]} names no client: nobody would train its adapter")
+        if self.by != "direction" and self.split_below != ClustersConfig.model_fields["split_below"].default:
+            raise ValueError(f"split_below is of by: direction, and by is {self.by}")
         return self
 
     def check_clients(self, num_clients: int) -> None:
-        """Raise ValueError where not every client is in one group."""
+        """Raise ValueError where not every client is in one group, or there are more adapters than clients."""
+        if self.by == "loss" and self.count is not None and self.count > num_clients:
+            raise ValueError(
+                f"clusters.count is {self.count}, and federation.clients is {num_clients}: an adapter "
+                "would have no client"
+            )
         if self.groups is None:
             return
         named = sorted(client for clients in self.groups.values() for client in clients)

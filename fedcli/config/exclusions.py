@@ -86,7 +86,6 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
             ("aggregation.staleness", "it is made of the factors of updates of one round"),
         )
     ),
-    Exclusion("aggregation.lora: exact", "data.select", "scores are of the adapter alone, without base_delta/"),
     Exclusion(_PRODUCTS, "train.personal", "an adapter of a client's own stands beside the mean of the factors"),
     Exclusion(_PRODUCTS, "aggregation.encoding", "the factors are new ones after each merge, and no small difference"),
     Exclusion(_PRODUCTS, "federation.relay_every", _REGION),
@@ -238,4 +237,8 @@ def _told(config: "Config", condition: str) -> str:
     if isinstance(found, Section):
         given = found.model_dump(exclude_unset=True)
         found = f"{{{', '.join(f'{name}: {value}' for name, value in given.items())}}}"
+    elif isinstance(found, dict):
+        found = f"{{{', '.join(f'{name}: {value}' for name, value in found.items())}}}"
+    elif isinstance(found, tuple):
+        found = f"[{', '.join(map(str, found))}]"
     return f"{key}: {found}"

@@ -239,6 +239,8 @@ def _describe(fault: ErrorDetails, document: dict[str, Any]) -> str:
         return f"{key}: the list is empty; it names {fault['ctx']['min_length']} or more"
     if kind == "too_long":
         return f"{key}: the list is too long; it names {fault['ctx']['max_length']} or fewer"
+    if path[:2] == ("adapter", "rank") and path[-1] == "[key]":
+        return f"adapter.rank: {shortened(found)} is no client's id, nor default"
     if kind == "literal_error":
         names = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
         return (

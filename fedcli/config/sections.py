@@ -387,8 +387,9 @@ class Config(Section):
         A beta stands in files of all tasks: earlier versions wrote one.
         """
         task = TASKS[self.task]
-        for name in (*USUAL, "reward"):
-            if name not in ("beta", *task.hyperparameters) and getattr(self.train, name) is not None:
+        for name in (*USUAL, "reward", "generations", "max_new_tokens", "kl"):
+            default = TrainConfig.model_fields[name].default
+            if name not in ("beta", *task.hyperparameters) and getattr(self.train, name) != default:
                 uses = ", ".join(other.name for other in TASKS.usable() if name in other.hyperparameters)
                 raise ValueError(f"train.{name} is set, and task {task.name} has none: it is of task {uses}")
         if self.train.batch_size < task.fewest_rows:

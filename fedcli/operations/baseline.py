@@ -124,6 +124,7 @@ def _train_rounds(
             first_draw=number * train.num_drawn,
             rule=None,
             on_step=partial(observer.step_done, None if party is None else party.client),
+            selection=runtime.select(party, train, progress.adapter),
         )
         progress = Progress(number + 1, adapter, math.fsum(losses) / len(losses))
         save_progress(home, plan, progress)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from fedcli.algos import Arrays
+from fedcli.algos.lora import is_first_factor
 from fedcli.config.adapter_config import AdapterConfig, at_rank, parse_adapter_config
 from fedcli.errors import UsageError
 from fedcli.scoring.own_adapters import OwnAdapter
@@ -51,23 +52,22 @@ def of_round(found: Round) -> Handed:
 
 
 def of_client(found: Round, own: OwnAdapter) -> Handed:
-    """Return a client's own adapter; one that stands beside the global one is joined with it, rank to rank."""
+    """Return a client's own adapter; others beside it (the global one, base_delta/) are joined with it."""
     config = parse_adapter_config(found.read(ADAPTER_CONFIG_NAME), found.folder / ADAPTER_CONFIG_NAME)
-    num_joined = 1 + len(own.beside)
-    config |= {"r": num_joined * config["r"], "lora_alpha": num_joined * config["lora_alpha"]}
+    arrays = own.joined()
+    config = at_rank(config, next(array.shape[0] for name, array in arrays.items() if is_first_factor(name)))
     if config["r"] > MOST_RANK:
         raise UsageError(
-            f"client {own.client}'s own adapter and the global one joined have rank {config['r']}, and {MOST_RANK} are "
-            "allowed",
+            f"client {own.client}'s own adapter and what stands beside it, joined, have rank {config['r']}, and "
+            f"{MOST_RANK} are allowed",
             hint="Use it in place: `fedcli chat --client N`, `fedcli eval NAME --client N`.",
         )
     contents = json.dumps(AdapterConfig.model_validate(config).model_dump(), sort_keys=True, indent=2).encode() + b"\n"
-    arrays = own.joined()
     weights = encode(arrays)
     notes = [
         f"This is client {own.client}'s own adapter ({own.kind}), and learnt from its rows more than from others'."
     ]
-    if own.beside:
+    if own.kind == "feddpa":
         notes.append(
             f"It is two adapters in one: the global one of round {own.round}, and {own.weight:g} times the client's."
         )

@@ -84,11 +84,12 @@ def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
             f"client {client} has no adapter of its own ({kind}) yet: no update of it has counted since that began",
             hint=f"Let it train: `fedcli client train --id {client}`; then `fedcli server aggregate`.",
         )
+    beside = head.beside()
     if kind == "ditto":
-        return OwnAdapter(client, head.number, kind, own)
+        return OwnAdapter(client, head.number, kind, own, beside)
     if kind == "own factors":
-        return OwnAdapter(client, head.number, kind, {**head.adapter(), **own})
-    return OwnAdapter(client, head.number, kind, own, {GLOBAL: head.adapter()}, own_weight(federation))
+        return OwnAdapter(client, head.number, kind, {**head.adapter(), **own}, beside)
+    return OwnAdapter(client, head.number, kind, own, {GLOBAL: head.adapter()} | beside, own_weight(federation))
 
 
 def own_weight(federation: FederationState) -> float:

@@ -83,11 +83,11 @@ def _check(lora: LoraRule, rule: Rule | None, base: Round, algorithm: Algorithm)
     elif lora.lora != "factors" and (algorithm.state_prefixes or algorithm.private_state or algorithm.update_files):
         odd = f"the algorithm {algorithm.name}, which keeps numbers of the factors from round to round,"
     elif base.manifest.update_tensors is not None:
-        odd = f"the algorithm {algorithm.name}, whose updates carry some of the factors only,"
+        odd = "updates that carry some of the factors only, as aggregation.share or the algorithm asked when it opened,"
     if odd is not None:
         raise ConfigError(
             f"round {base.number}: {name} and {odd} exclude each other",
-            hint="Set aggregation.lora to factors, or choose another algorithm or rule.",
+            hint="Set aggregation.lora to factors until that round is merged, or choose another algorithm or rule.",
         )
 
 

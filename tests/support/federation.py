@@ -78,7 +78,7 @@ class Stub:
             rows.append(EncodedRow((EncodedExample(np.zeros(2, np.int32), np.ones(2, np.bool_)),)))
         return rows
 
-    def select(self, party: Party, train: TrainRecord, adapter) -> None:
+    def select(self, party: Party, train: TrainRecord, adapter, beside) -> None:
         """Choose no rows."""
 
     def train(self, adapter, train: TrainRecord, *, party: Party, rule, **_: object):
