@@ -240,7 +240,7 @@ def test_whatever_a_client_makes_of_its_counted_update_but_another_one_is_told_a
 def test_a_party_checks_its_own_counted_update_though_the_others_inboxes_are_closed_to_it(
     merged: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("verify", "updates_again"):
+    for module in ("verify_merge", "updates_again"):
         monkeypatch.setattr(f"fedcli.server.{module}.is_hidden", lambda _, client: client != 2)
     assert verified(capsys)[:2] == (0, [])
     changes = ({"update": "0" * 64}, {"num_samples": 1}, {"train_loss": 0.5}, {"bytes": 1})
