@@ -19,8 +19,8 @@ class PersonalConfig(Section):
     """
 
     name: PersonalName
-    pull: Annotated[float, Field(ge=0)] = 0.1
-    weight: Annotated[float, Field(gt=0)] = 0.5
+    pull: Annotated[float, Field(ge=0, le=1e4)] = 0.1
+    weight: Annotated[float, Field(gt=0, le=1e3)] = 0.5
 
     def __str__(self) -> str:
         return f"{{name: {self.name}}}"
