@@ -27,8 +27,8 @@ from fedcli.scoring.targets import Targets, find_targets
 from fedcli.training.reports import StepReport
 from fedcli.workspace.client_state import GLOBAL, PERSONAL
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.records import PersonalRecord
 from fedcli.workspace.target_name import TargetName
+from fedcli.workspace.train_records import PersonalRecord
 
 slow = pytest.mark.slow
 A, B = "model.q_proj.lora_A.weight", "model.q_proj.lora_B.weight"

@@ -26,8 +26,8 @@ from fedcli.tasks.conversation import Question, Turn
 from fedcli.tasks.rewards import Answer, Reward, last_number
 from fedcli.training.dp_sgd import check_task
 from fedcli.workspace.floors import Asked, Floors, faults
-from fedcli.workspace.records import TrainRecord
 from fedcli.workspace.registrations import PartyRecord
+from fedcli.workspace.train_records import TrainRecord
 
 TRAIN = {
     **{"steps": 2, "batch_size": 8, "micro_batch_size": None, "max_length": 64, "learning_rate": 1e-3, "beta": None},

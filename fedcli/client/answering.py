@@ -9,7 +9,7 @@ from fedcli.parties.party import Party, allows_code
 from fedcli.tasks import REWARDS, TASKS
 from fedcli.tasks.rewards import Answer, CodeCheck, Reward
 from fedcli.workspace.federation_state import FederationState
-from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.train_records import TrainRecord
 
 if TYPE_CHECKING:
     from fedcli.data.encoded import EncodedRows

@@ -18,7 +18,7 @@ from fedcli.randomness import stream
 from fedcli.training.reports import StepReport
 from fedcli.workspace.client_state import GLOBAL, PERSONAL
 from fedcli.workspace.history import Round
-from fedcli.workspace.records import PersonalRecord
+from fedcli.workspace.train_records import PersonalRecord
 
 if TYPE_CHECKING:
     from fedcli.client.runtime import Runtime

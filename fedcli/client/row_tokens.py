@@ -9,7 +9,7 @@ from fedcli.data.formats import RowReader
 from fedcli.data.row_report import RowReport
 from fedcli.parties.party import Party
 from fedcli.workspace.caches import read_tokens, save_tokens, token_key
-from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.train_records import TrainRecord
 
 if TYPE_CHECKING:
     from fedcli.data.encoding import Encoder

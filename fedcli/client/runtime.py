@@ -37,7 +37,7 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, Home
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, make_folder, temporary_folder
-from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.train_records import TrainRecord
 
 if TYPE_CHECKING:
     from fedcli.client.private_round import PrivateSteps

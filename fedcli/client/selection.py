@@ -19,7 +19,8 @@ from fedcli.parties.party import Party
 from fedcli.tasks import Task
 from fedcli.workspace.caches import read_losses, save_losses
 from fedcli.workspace.layout import Home
-from fedcli.workspace.records import Manifest, RowScores, TrainRecord
+from fedcli.workspace.records import Manifest, RowScores
+from fedcli.workspace.train_records import TrainRecord
 
 if TYPE_CHECKING:
     from fedcli.model.lora import AdaptedModel

@@ -14,9 +14,10 @@ from fedcli.workspace.federation_state import Experiment, FederationState
 from fedcli.workspace.floors import USUAL_FLOORS, Asked, Floors, check_floors
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import Home, default_home
-from fedcli.workspace.records import Manifest, TrainRecord
+from fedcli.workspace.records import Manifest
 from fedcli.workspace.registrations import PartyRecord, Registration, is_own, own_homes, read_party, read_registration
 from fedcli.workspace.row_files import has_rows, open_rows
+from fedcli.workspace.train_records import TrainRecord
 
 if TYPE_CHECKING:
     from fedcli.model.inspection import Inspection

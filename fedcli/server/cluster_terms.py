@@ -2,8 +2,9 @@
 
 from fedcli.config import Config
 from fedcli.errors import ConfigError
+from fedcli.workspace.cluster_records import ClustersRecord
 from fedcli.workspace.layout import ADAPTER_NAME, adapter_name
-from fedcli.workspace.records import Aggregation, ClustersRecord, Manifest
+from fedcli.workspace.records import Aggregation, Manifest
 
 
 def first_clusters(config: Config) -> ClustersRecord | None:

@@ -10,10 +10,11 @@ from fedcli.algos.clusters import bipartition, disagreement
 from fedcli.observer import Observer
 from fedcli.server.merge import combine
 from fedcli.server.merge_by_rule import Survey
+from fedcli.workspace.cluster_records import Split
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate, ChangedUpdate, look_at_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, adapter_name
-from fedcli.workspace.records import Aggregation, CountedUpdate, Split
+from fedcli.workspace.records import Aggregation, CountedUpdate
 from fedcli.workspace.refusal import Refusal
 
 

@@ -8,8 +8,9 @@ from fedcli.algos import Algorithm, FedAvg
 from fedcli.config import Config, algorithm_from
 from fedcli.errors import ConfigError
 from fedcli.workspace.history import Round
-from fedcli.workspace.records import Manifest, Schedule, TrainRecord
+from fedcli.workspace.records import Manifest
 from fedcli.workspace.relay_records import ParentRound, RelayRecord
+from fedcli.workspace.train_records import Schedule, TrainRecord
 
 if TYPE_CHECKING:
     from fedcli.workspace.federation_state import FederationState

@@ -17,7 +17,6 @@ from fedcli.workspace.records import (
     Record,
     Sha256,
     TensorEntry,
-    TrainRecord,
     file_entry,
     parse_record,
     sealed,
@@ -25,6 +24,7 @@ from fedcli.workspace.records import (
 )
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
+from fedcli.workspace.train_records import TrainRecord
 
 BASELINE_RECORD = "baseline.json"
 

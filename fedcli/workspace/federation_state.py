@@ -10,9 +10,10 @@ from fedcli.tasks import TASKS
 from fedcli.tasks.task import Hyperparameter
 from fedcli.workspace.history import Round, is_initialised, read_head, read_identity, read_past, read_round, read_start
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
-from fedcli.workspace.records import Identity, PersonalRecord, Schedule, TrainRecord
+from fedcli.workspace.records import Identity
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import Registration, any_registered, joined_clients
+from fedcli.workspace.train_records import PersonalRecord, Schedule, TrainRecord
 
 MAX_CONFIG_BYTES = 2**20
 POLL_SECONDS = 0.5

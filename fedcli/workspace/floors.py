@@ -25,7 +25,8 @@ from fedcli.config.sections import ModuleName
 from fedcli.errors import ConfigError, UsageError, did_you_mean
 from fedcli.quantities import plural
 from fedcli.workspace.privacy_records import PrivacyRecord
-from fedcli.workspace.records import Manifest, TrainRecord
+from fedcli.workspace.records import Manifest
+from fedcli.workspace.train_records import TrainRecord
 
 _NUMBERED = re.compile(r"\.\d+\.")
 USUAL_DELTA = 1e-5

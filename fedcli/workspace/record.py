@@ -5,6 +5,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+LARGEST_COUNT = 2**53
+"""The largest num_samples and steps: every integer up to it is exact in float64."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

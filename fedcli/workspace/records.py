@@ -4,9 +4,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from datetime import date as Date  # `date` is a key of the protocol
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 from pydantic import (
     Field,
@@ -16,28 +15,18 @@ from pydantic import (
 
 from fedcli.algos.lora import is_first_factor, of_rank
 from fedcli.algos.share import Share, is_sent
-from fedcli.config import Quantization, ScoreName, SelectConfig, TaskName, TemplateChoice
-from fedcli.config.clusters import MOST_CLUSTERS
-from fedcli.config.personal import PersonalName
+from fedcli.config import Quantization, ScoreName, TaskName
 from fedcli.config.sections import (
-    MOST_RATE,
-    MOST_ROWS,
-    BatchSize,
-    Generations,
-    KlWeight,
-    MaxLength,
-    MaxNewTokens,
-    Minutes,
     Rounds,
-    Steps,
 )
 from fedcli.config.select import RANGES
 from fedcli.errors import ArrivingError, IntegrityError
-from fedcli.tasks.task import Hyperparameter
+from fedcli.workspace.cluster_records import ClustersRecord, Split
 from fedcli.workspace.encoding_record import EncodingRecord
 from fedcli.workspace.layout import BASE_DELTA_NAME, MASKED_FILE, SHARES_FILE, WORKSPACE_ID
 from fedcli.workspace.lora_records import LoraMerge, LoraTerms
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
+from fedcli.workspace.record import LARGEST_COUNT as LARGEST_COUNT
 from fedcli.workspace.record import Finite as Finite
 from fedcli.workspace.record import Id as Id
 from fedcli.workspace.record import Natural as Natural
@@ -45,11 +34,9 @@ from fedcli.workspace.record import Record as Record
 from fedcli.workspace.record import Sha256 as Sha256
 from fedcli.workspace.refusal import Refusal, RefusalCode
 from fedcli.workspace.relay_records import RelayedRound, RelayRecord
+from fedcli.workspace.train_records import TrainRecord
 
 PROTOCOL = 1
-LARGEST_COUNT = 2**53
-"""The largest num_samples and steps: every integer up to it is exact in float64."""
-
 CHANGED = "its contents do not have the checksum that it names"
 
 RecordT = TypeVar("RecordT", bound="Record")
@@ -92,93 +79,6 @@ class ModelRecord(Record):
     quantization: Quantization
     num_parameters: Natural | None = None
     """None in rounds of versions that did not count them."""
-
-
-class Schedule(Record):
-    """The learning rate over the federation's rounds: cosine from `learning_rate` to `learning_rate_min`."""
-
-    name: Literal["cosine"] = "cosine"
-    learning_rate: Finite
-    learning_rate_min: Finite
-    rounds: Annotated[int, Field(le=LARGEST_COUNT)]
-
-
-class PersonalRecord(Record):
-    """The adapter of its own that a client trains beside the shared one; it is never sent."""
-
-    unwritten = ("pull", "weight")
-
-    name: PersonalName
-    pull: Annotated[Finite, Field(ge=0)] | None = None
-    """Of ditto: the lambda that holds it near the global adapter."""
-    weight: Annotated[Finite, Field(gt=0)] | None = None
-    """Of feddpa: what its product is multiplied by, beside the global adapter's."""
-
-
-class TrainRecord(Record):
-    """All that a client must obey in its round; `learning_rate` is this round's."""
-
-    unwritten = ("date", "personal", "minutes", "keep_optimizer", "select", *({*get_args(Hyperparameter)} - {"beta"}))
-
-    steps: Steps
-    minutes: Minutes | None = None
-    """That the steps may take: a client then makes as many as fit, at least one; None, and not written: all."""
-    batch_size: BatchSize
-    micro_batch_size: BatchSize | None
-    """None: a client cuts its batches as it likes; the gradient is the same."""
-    max_length: MaxLength
-    learning_rate: Annotated[float, Field(ge=0, le=MOST_RATE)]
-    schedule: Schedule
-    weight_decay: Annotated[Finite, Field(ge=0)]
-    max_grad_norm: Annotated[Finite, Field(gt=0)]
-    beta: Finite | None = None
-    """A hyperparameter of the task, as those that follow; None where the task has none."""
-    gamma: Finite | None = None
-    """Not written where it is None, as those that follow."""
-    lambda_odds: Finite | None = None
-    lambda_desirable: Finite | None = None
-    lambda_undesirable: Finite | None = None
-    select: SelectConfig | None = None
-    """Which rows a client is to train on, by scores that it keeps to itself; None, and not written: on all."""
-    generations: Generations | None = None
-    """Of GRPO, as the three below: the answers to each row, of which a batch has `batch_size`; not written if None."""
-    max_new_tokens: MaxNewTokens | None = None
-    reward: Annotated[str, Field(max_length=200)] | None = None
-    kl: KlWeight | None = None
-    gradient_checkpointing: bool = False
-    template: TemplateChoice
-    date: Annotated[str, Field(max_length=10)] | None = None
-    """The day that the base's chat template writes, as 2026-11-29; not written where it writes none."""
-    personal: PersonalRecord | None = None
-    """None, and not written, where clients train the shared adapter alone."""
-    seed: Annotated[int, Field(ge=0)]
-    keep_optimizer: Literal[True] | None = None
-    """AdamW's moments go on from the client's last counted round; None, and not written: they start afresh."""
-
-    @property
-    def steps_made(self) -> int:
-        """The optimiser steps of a client, those of its own adapter with them."""
-        return self.steps * (1 if self.personal is None else 2)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.steps * self.batch_size > MOST_ROWS:
-            raise ValueError(f"steps x batch_size is more than {MOST_ROWS:,}")
-        if self.generations is not None and self.batch_size % self.generations:
-            raise ValueError("generations does not divide batch_size")
-        if self.date is not None:
-            Date.fromisoformat(self.date)
-        return self
-
-    @property
-    def rows_per_step(self) -> int:
-        """The rows of a batch: as many as its size, or where each is answered several times as many less."""
-        return self.batch_size // (self.generations or 1)
-
-    @property
-    def num_drawn(self) -> int:
-        """The rows that a client draws in the round."""
-        return self.steps * self.rows_per_step
 
 
 class CountedUpdate(Record):
@@ -228,50 +128,6 @@ class RefusedUpdate(Record):
     def of(cls, client: int, refusal: Refusal) -> "RefusedUpdate":
         """Return the record of a refusal."""
         return cls(client=client, code=refusal.code, reason=refusal.reason, update=refusal.update)
-
-
-class Split(Record):
-    """A cluster that split in two: these clients go on with an adapter of their own."""
-
-    cluster: Natural
-    into: Natural
-    clients: list[Natural]
-
-
-class ClustersRecord(Record):
-    """Which adapters a round has, and whose they are."""
-
-    unwritten = ("of", "names", "most", "split_below")
-
-    by: Literal["groups", "loss", "direction"]
-    count: Annotated[int, Field(ge=1, le=MOST_CLUSTERS)]
-    of: dict[Id, Natural] | None = None
-    """The cluster of each client; None by loss, where each chooses in each round."""
-    names: list[str] | None = None
-    """Of the groups."""
-    most: Annotated[int, Field(ge=2, le=MOST_CLUSTERS)] | None = None
-    """By direction: how many there may be; the next is the share of the largest norm below which one splits."""
-    split_below: Finite | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.of is not None and (most := max(self.of.values(), default=0)) >= self.count:
-            raise ValueError(f"a client is of cluster {most} of {self.count}")
-        if self.names is not None and len(self.names) != self.count:
-            raise ValueError(f"{len(self.names)} names of {self.count} clusters")
-        return self
-
-    def of_client(self, client: int, chosen: int | None) -> int:
-        """Return the cluster that a client's update is made for, by its own word where it may choose; 0 without one."""
-        return (chosen or 0) if self.of is None else self.of.get(str(client), 0)
-
-    def fault(self, client: int, chosen: int | None) -> str | None:
-        """Return what is wrong with the cluster that a client's update names; None for nothing."""
-        if (chosen or 0) >= self.count:
-            return f"made for cluster {chosen} of {self.count}"
-        if (chosen or 0) != self.of_client(client, chosen):
-            return f"made for cluster {chosen or 0}, the client is of cluster {self.of_client(client, chosen)}"
-        return None
 
 
 class Aggregation(Record):

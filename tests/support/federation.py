@@ -19,7 +19,7 @@ from fedcli.data.encoded import EncodedExample, EncodedRow, EncodedRows
 from fedcli.parties.party import Party
 from fedcli.workspace.client_state import read_states
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.records import TrainRecord
+from fedcli.workspace.train_records import TrainRecord
 
 ADAPTER = "adapter_model.safetensors"
 CONTROL_DELTA = "control_delta.safetensors"
