@@ -23,7 +23,7 @@ class Untrained:
         """Return nothing that is odd."""
         return {"left_out": {}, "notes": {}, "first_cases": {}, "unused": {}}
 
-    def select(self, party, train, adapter) -> None:
+    def select(self, party, train, adapter, beside) -> None:
         """Choose no rows."""
 
     def train(self, adapter, train, *, party, **_):

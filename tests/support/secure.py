@@ -30,9 +30,6 @@ class Party(Stub):
         """Return as many rows as the client has."""
         return range_of(ROWS[party.client])
 
-    def select(self, party, train, adapter) -> None:
-        """Choose no rows."""
-
     def train(self, adapter, train, *, party, rule, **rest):
         """Train to values that no two clients share, and that no other bytes hold."""
         type(self).trained += 1
