@@ -32,10 +32,10 @@ from fedcli.scoring.targets import Targets
 DELTA = 1e-5
 EPSILONS = {
     "demo": {"row": (8, 64, 512), "client": (64, 4096)},
-    "fpb": {"row": (8, 64, 512), "client": (8, 64, 4096)},
+    "fpb": {"row": (8, 512), "client": (64,)},
 }
 CLIP = 1.0
-FPB_LIMIT = 50
+FPB_LIMIT = 100
 DEMO = {
     "federation.rounds": 10,
     "train.batch_size": 64,
@@ -50,6 +50,13 @@ FPB = {
     "data.partition": "iid",
     "federation.clients": 2,
     "federation.rounds": 1,
+    "train.steps": 40,
+    "train.batch_size": 16,
+    "train.max_length": 128,
+    "train.learning_rate": 2e-3,
+    "train.learning_rate_min": 2e-4,
+    "adapter.rank": 2,
+    "adapter.alpha": 4,
 }
 METRIC = {"demo": "exact_match", "fpb": "accuracy"}
 
