@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from support.damage import replace_adapter
 from support.federation import ADAPTER, configure, read_adapter, read_manifest
 from support.lora import ROWS, answer, dense, head_of, mean_product, restart_with
+from support.processes import settings as given
 
 from fedcli import Federation
 from fedcli.algos.lora import pairs
@@ -229,16 +230,31 @@ def test_another_rule_carries_the_second_adapter_on(here: Path):
 @pytest.mark.parametrize(
     "setting", ["train.personal={name: ditto}", "aggregation.share=[A]", "aggregation.private=[v_proj]"]
 )
-def test_the_second_adapter_stands_beside_nothing_that_does_not_know_it(here: Path, setting: str):
+def test_the_second_adapter_stays_beside_what_clients_keep_to_themselves(here: Path, setting: str):
     configure(here, "aggregation.lora=exact")
     merge(here)
     configure(here, "aggregation.lora=factors", setting)
     for client in ROWS:
         answer(here, client)
-    with pytest.raises(ConfigError, match=r"and the second adapter base_delta/ exclude each other"):
-        Federation.open(here).server.aggregate()
-    configure(here, "train.personal=null", "aggregation.share=[A, B]", "aggregation.private=[]")
     assert Federation.open(here).server.aggregate().published
+    assert read_manifest(here, 2)["lora"]["base_delta"] == read_manifest(here, 1)["lora"]["base_delta"]
+    assert verified(here) == []
+
+
+@pytest.mark.slow
+def test_clients_that_select_rows_go_on_beside_the_second_adapter(tmp_path: Path):
+    small = (
+        "data.source=builtin:demo",
+        "federation.clients=2",
+        "federation.rounds=3",
+        "train.steps=2",
+        "train.batch_size=4",
+        "data.max_rows=40",
+    )
+    select = "data.select={score: ifd, keep: 0.5}"
+    assert main(["init", str(tmp_path / "W"), *given(*small, "aggregation.lora=exact", select)]) == 0
+    assert main(["run", "-w", str(tmp_path / "W")]) == 0
+    assert verified(tmp_path / "W") == []
 
 
 def test_an_export_joins_both_adapters_into_one_of_a_higher_rank(here: Path, tmp_path: Path):

@@ -139,7 +139,7 @@ def test_an_own_adapter_whose_update_did_not_count_is_not_taken(small_template, 
     assert target.name == "client-0-round-00001"
 
 
-def test_the_second_adapter_has_the_steps_and_the_rows_of_the_shared_one(small_template, tmp_path):
+def test_the_second_adapter_has_the_steps_and_rows_of_the_shared_one_and_base_delta_beside_it(small_template, tmp_path):
     seen = []
 
     class Recorder(Stub):
@@ -154,11 +154,19 @@ def test_the_second_adapter_has_the_steps_and_the_rows_of_the_shared_one(small_t
 
     scored: list[set[str]] = []
     workspace = sharing(small_template, tmp_path / "W", "[A, B]")
-    configure(workspace, "train.personal={name: feddpa}", "train.steps={max: 3, minutes: 1}")
+    configure(workspace, "aggregation.lora=exact", "train.steps={max: 3, minutes: 1}")
+    play(workspace, 1)
+    configure(workspace, "aggregation.lora=factors", "train.personal={name: feddpa}")
     play(workspace, 1)
     train_client(Federation.open(workspace).state, 0, Recorder(), observer=Observer())
-    assert scored == [set()]
-    assert seen == [(3, 1.0, set(), [0]), (1, None, {GLOBAL}, [0])]
+    assert scored == [{"base_delta"}]
+    assert seen == [(3, 1.0, {"base_delta"}, [0]), (1, None, {"base_delta", GLOBAL}, [0])]
+    play(workspace, 1)
+    own = own_adapter(Federation.open(workspace).state, 1)
+    rank = sum(arrays[name].shape[0] for arrays in (own.arrays, *own.beside.values()) for name in [min(own.arrays)])
+    assert set(own.beside) == {"base_delta", GLOBAL}
+    Federation.open(workspace).export(tmp_path / "X", client=1)
+    assert json.loads((tmp_path / "X/adapter_config.json").read_text())["r"] == rank
 
 
 def test_a_missing_own_adapter_is_told_with_its_cure(small_template, tmp_path):

@@ -158,25 +158,10 @@ def _manifest(
 
 
 def _lora_terms(config: Config, start: Start) -> LoraTerms | None:
-    """Return what clients must know of ranks and of base_delta/; None where there is nothing.
-
-    Raises ConfigError where base_delta/, which stays once it is there, stands beside what does not know it.
-    """
+    """Return what clients must know of ranks and of base_delta/; None where there is nothing."""
     ranks = config.adapter.smaller_ranks(config.federation.clients)
     contents = start.files.get(BASE_DELTA_CONFIG_NAME)
     delta = None if contents is None else parse_adapter_config(contents, BASE_DELTA_CONFIG_NAME)["r"]
-    unaware = {
-        "train.personal": config.train.personal is not None,
-        "aggregation.share: [A]": config.aggregation.shared_factor == "A",
-        "aggregation.private": bool(config.aggregation.private),
-        "data.select": config.data.select is not None,
-    }
-    if delta is not None and (found := [name for name, is_set in unaware.items() if is_set]):
-        raise ConfigError(
-            f"{found[0]} and the second adapter base_delta/ exclude each other: earlier rounds were merged with "
-            "aggregation.lora: exact, and what that left stays",
-            hint="Set it back, or start another workspace with `fedcli init DIR`.",
-        )
     return None if ranks is None and delta is None else LoraTerms(ranks=ranks, base_delta=delta)
 
 
