@@ -90,7 +90,7 @@ def test_table_4_in_tiny_killed_five_times_has_every_column_and_the_bytes_of_pla
     )
 
     page = Path(run_ok_with_hints("study", "report", "--like", "paper-table-4", cwd=study)["page"]).read_text()
-    shown = {row[0]: row[1:] for row in table_of(page) if len(row) == len(titles) + 2}
+    shown = {row[0]: row[1:] for row in table_of(page) if len(row) == len(titles) + 3}  # the name, rank and bytes
     for score in table["scores"]:
         if score["mean"] is not None:
             cell = shown[TITLES.get(score["row"], score["row"])][titles.index(score["column"])]
