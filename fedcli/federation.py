@@ -448,18 +448,15 @@ class Client:
         are the least that a round must ask for, such as "rows=32"; `select` is off, or which rows are trained on
         whatever a round asks; with `shares_scores` updates tell how many rows have which score (docs/DATA.md).
         """
-        from fedcli.parties.join import prepare_join
+        from fedcli.parties.join import JoinChoices, prepare_join
 
-        return prepare_join(
-            self._state,
-            self.id,
+        choices = JoinChoices(
             str(data),
-            data_format=format,
+            format=format,
             subset=subset,
             split=split,
             delimiter=delimiter,
             encoding=encoding,
-            home=self.home,
             base=base,
             trust_remote_code=trust_remote_code,
             allow_code_execution=allow_code_execution,
@@ -468,8 +465,8 @@ class Client:
             floors=floors,
             select=select,
             shares_scores=shares_scores,
-            observer=observer,
         )
+        return prepare_join(self._state, self.id, choices, home=self.home, observer=observer)
 
     def status(self) -> "ClientResult":
         """Return how the client stands in the open round."""

@@ -593,7 +593,7 @@ def test_an_update_of_who_left_meanwhile_is_refused(place: Path) -> None:
 
 @slow
 def test_scaffold_counts_those_who_are_left(place: Path) -> None:
-    from fedcli.server.merge import combine
+    from fedcli.server.merge import MergeInputs, combine
 
     Federation.open(place).server.revoke(2)
     configure(place, "algorithm.name=scaffold")
@@ -603,7 +603,7 @@ def test_scaffold_counts_those_who_are_left(place: Path) -> None:
     merge(place)
     head = Federation.open(place).round(1)
     algorithm = __import__("fedcli.config", fromlist=["algorithm_from"]).algorithm_from(head.manifest.algorithm)
-    files, _ = combine(head, algorithm, 2, [0, 1], 2, Observer())
+    files, _ = combine(MergeInputs(head, algorithm, 2, [0, 1], 2, Observer()))
     assert files is not None
     stored = read_manifest(place, 2)["files"]["control.safetensors"]["sha256"]
     assert sha256(files["control.safetensors"]) == stored

@@ -24,6 +24,7 @@ from fedcli.quantities import name_clients, plural
 
 if TYPE_CHECKING:
     from fedcli.client.due import ClientResult
+    from fedcli.parties.join import Joining
     from fedcli.training.reports import StepReport
     from fedcli.workspace.history import Round
 
@@ -123,15 +124,7 @@ def client_join(
         )
     card = joining.card.model_dump(mode="json", exclude_none=True)
     if not json_output:
-        for line in joining.remarks:
-            tell(line)
-        if joining.kept:
-            tell(f"as before: {', '.join(joining.kept)}")
-        if card:
-            tell("the workspace learns this of your rows, and nothing else:")
-            tell(json.dumps(card, indent=1))
-        else:
-            tell("the workspace learns nothing of your rows, not even how many there are")
+        _tell_card(joining, card)
     if asks:
         question = f"Write this to {federation.workspace.registration(client)}? [y/N]: "
         tell(question, end="", is_error=True)
@@ -146,14 +139,32 @@ def client_join(
     if told is not None:
         document |= {"fingerprint": told, "server_fingerprint": joining.record.server}
         lines += [f"your keys:         {told}", f"the server's keys: {joining.record.server}"]
-        standing = federation.keys().clients.get(client)
-        if standing is None or (standing.state, standing.fingerprint) != ("enrolled", told):
-            place = at(federation.workspace.address) if federation.workspace.store.is_remote else ""
-            hint = (
-                "compare both fingerprints with the server's operator by telephone, who then runs:\n"
-                f"  fedcli server enrol --id {client} --fingerprint {told}{place}\n{hint}"
-            )
+        hint = f"{_enrolment_hint(federation, client, told)}{hint}"
     print_result(json_output, document | {"remarks": [*joining.remarks], "kept": [*joining.kept]}, lines, hint)
+
+
+def _tell_card(joining: "Joining", card: dict[str, object]) -> None:
+    for line in joining.remarks:
+        tell(line)
+    if joining.kept:
+        tell(f"as before: {', '.join(joining.kept)}")
+    if card:
+        tell("the workspace learns this of your rows, and nothing else:")
+        tell(json.dumps(card, indent=1))
+    else:
+        tell("the workspace learns nothing of your rows, not even how many there are")
+
+
+def _enrolment_hint(federation: Federation, client: int, fingerprint: str) -> str:
+    """Return what the server's operator has yet to do before the client's updates count; "" where nothing is left."""
+    standing = federation.keys().clients.get(client)
+    if standing is not None and (standing.state, standing.fingerprint) == ("enrolled", fingerprint):
+        return ""
+    place = at(federation.workspace.address) if federation.workspace.store.is_remote else ""
+    return (
+        "compare both fingerprints with the server's operator by telephone, who then runs:\n"
+        f"  fedcli server enrol --id {client} --fingerprint {fingerprint}{place}\n"
+    )
 
 
 def client_leave(

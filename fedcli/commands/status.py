@@ -1,6 +1,7 @@
 """fedcli status."""
 
 import gc
+from collections.abc import Iterator
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,110 +53,136 @@ _FIGURES = {"norm": "norms", "cosine": "cosines", "change": "changes"}
 
 
 def _print(result: "Status") -> None:
-    from fedcli.operations.status import describe_algorithm, describe_rule
-    from fedcli.operations.update_figures import describe_unusual
+    for lines in (_round, _parties, _last_round, _earlier_rounds, _cost):
+        for line in lines(result):
+            tell(line)
 
-    tell(f"workspace  {result.workspace}{', a simulation' if result.simulation else ''}")
-    tell(f"round      {result.round} of {result.rounds}, {result.state}")
+
+def _round(result: "Status") -> Iterator[str]:
+    """The open round: what it is, who has answered it, and what it waits for."""
+    from fedcli.operations.status import describe_algorithm
+
+    yield f"workspace  {result.workspace}{', a simulation' if result.simulation else ''}"
+    yield f"round      {result.round} of {result.rounds}, {result.state}"
     now, then = describe_algorithm(result.algorithm), describe_algorithm(result.next_algorithm)
-    tell(f"algorithm  {now}, task {result.task}, learning rate {result.learning_rate:.3g}")
+    yield f"algorithm  {now}, task {result.task}, learning rate {result.learning_rate:.3g}"
     if result.next_algorithm != result.algorithm and result.state == "open":
-        tell(f"next       {then}, from round {result.round + 1} on, as fedcli.yaml has it")
+        yield f"next       {then}, from round {result.round + 1} on, as fedcli.yaml has it"
     if result.cohort:
         which = "" if result.num_counted == len(result.cohort) else f", of which the first {result.num_counted} count"
-        tell(f"cohort     {name_clients(result.cohort)}; {result.needed} must answer{which}")
-        tell(f"answered   {name_clients(result.answered)}")
-        tell(f"missing    {name_clients(result.missing)}")
+        yield f"cohort     {name_clients(result.cohort)}; {result.needed} must answer{which}"
+        yield f"answered   {name_clients(result.answered)}"
+        yield f"missing    {name_clients(result.missing)}"
     if result.staleness:
         sent = "; ".join(f"{name_clients(clients)} from round {number}" for number, clients in result.late.items())
-        tell(f"late       {sent or 'no update'} of the last {plural(result.staleness, 'round')} may count now")
+        yield f"late       {sent or 'no update'} of the last {plural(result.staleness, 'round')} may count now"
     if result.relay is not None:
-        tell(f"region     {_describe_relay(result.relay, result.state)}")
+        yield f"region     {_describe_relay(result.relay, result.state)}"
     if result.privacy is not None:
-        tell(f"privacy    {_describe_privacy(result.privacy)}")
+        yield f"privacy    {_describe_privacy(result.privacy)}"
     if result.budget is not None:
         from fedcli.workspace.privacy_ledger import describe_budget
 
         is_spent = "" if result.budget.is_enough else "used up: "
-        tell(f"budget     {is_spent}{describe_budget(result.budget)}")
+        yield f"budget     {is_spent}{describe_budget(result.budget)}"
     if result.arriving:
-        tell(f"arriving   {name_clients(result.arriving)}: not all files are there yet; they are waited for")
+        yield f"arriving   {name_clients(result.arriving)}: not all files are there yet; they are waited for"
         for client, missing in list(result.not_there.items())[:20]:
-            tell(f"           client {client}: {missing}")
+            yield f"           client {client}: {missing}"
     if result.round_lacks:
-        tell(f"arriving   round {result.round}: {result.round_lacks}")
+        yield f"arriving   round {result.round}: {result.round_lacks}"
     if result.secure is not None:
-        tell(f"masked     {result.secure.mode}: {result.secure.waits}")
+        yield f"masked     {result.secure.mode}: {result.secure.waits}"
     if result.seconds_left is not None:
         left = describe_seconds(abs(result.seconds_left))
         enough = describe_enough(None if result.secure is None else result.secure.fewest)
-        tell(f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} {enough}")
+        yield f"deadline   {f'in {left}: then' if result.seconds_left > 0 else f'{left} ago:'} {enough}"
     if result.clock is not None:
-        tell(f"clock      {result.clock}")
+        yield f"clock      {result.clock}"
     if result.hidden:
-        tell(f"hidden     {name_clients(result.hidden)}: only they and the server see whether they have answered")
+        yield f"hidden     {name_clients(result.hidden)}: only they and the server see whether they have answered"
+
+
+def _parties(result: "Status") -> Iterator[str]:
+    """Jobs, and who takes part."""
     if result.slurm is not None:
-        tell(f"slurm      {_describe_jobs(result.slurm)}")
+        yield f"slurm      {_describe_jobs(result.slurm)}"
     if result.joined:
-        tell(f"joined     {name_clients(result.joined)}: parties that keep their rows")
+        yield f"joined     {name_clients(result.joined)}: parties that keep their rows"
     for client, region in result.regions.items():
-        tell(f"relayed    client {client} is the region {region}: its parties' sum")
+        yield f"relayed    client {client} is the region {region}: its parties' sum"
     for client, told in result.unenrolled.items():
-        tell(f"not in     client {client} has joined and is not enrolled: {told}")
+        yield f"not in     client {client} has joined and is not enrolled: {told}"
     for client, action in result.gone.items():
-        tell(f"gone       client {client} {'has left' if action == 'leave' else 'was revoked'}")
+        yield f"gone       client {client} {'has left' if action == 'leave' else 'was revoked'}"
     if result.distrust is not None:
-        tell(f"distrust   {result.distrust}; `fedcli verify` tells more")
+        yield f"distrust   {result.distrust}; `fedcli verify` tells more"
+
+
+def _last_round(result: "Status") -> Iterator[str]:
+    """The updates of the round before, and what became of them."""
+    from fedcli.operations.status import describe_rule
+    from fedcli.operations.update_figures import describe_unusual
+
     for name in ("norm", "cosine", "change"):
         known = {update.client: getattr(update, name) for update in result.last_updates}
         if any(value is not None for value in known.values()):
             values = (f"{client}: {value:.3g}" for client, value in known.items() if value is not None)
-            tell(f"{_FIGURES[name]:<10} {', '.join(values)} (by client, round {result.round - 1})")
+            yield f"{_FIGURES[name]:<10} {', '.join(values)} (by client, round {result.round - 1})"
     if result.last_losses and not result.is_withheld:
         losses = (f"{client}: {'-' if loss is None else f'{loss:.3f}'}" for client, loss in result.last_losses.items())
-        tell(f"losses     {', '.join(losses)} (by client, round {result.round - 1})")
+        yield f"losses     {', '.join(losses)} (by client, round {result.round - 1})"
     if result.clusters is not None:
         named = "; ".join(f"{name}: {name_clients(members)}" for name, members in result.clusters.items())
-        tell(f"clusters   {named}")
+        yield f"clusters   {named}"
     if any(update.steps is not None for update in result.last_updates):
         steps = ", ".join(f"{update.client}: {update.steps}" for update in result.last_updates)
-        tell(f"steps      {steps} (by client, round {result.round - 1})")
+        yield f"steps      {steps} (by client, round {result.round - 1})"
     if any(update.base is not None for update in result.last_updates):
         made = (
             f"{update.client} from round {update.base}" for update in result.last_updates if update.base is not None
         )
-        tell(f"came late  updates of clients {', '.join(made)} counted in round {result.round - 1}")
+        yield f"came late  updates of clients {', '.join(made)} counted in round {result.round - 1}"
     if result.last_rule is not None:
         weights = ", ".join(f"{update.client}: {update.weight or 0.0:.3f}" for update in result.last_updates)
-        tell(f"rule       {describe_rule(result.last_rule)}; weights {weights} (by client, round {result.round - 1})")
+        yield f"rule       {describe_rule(result.last_rule)}; weights {weights} (by client, round {result.round - 1})"
     for update in result.last_updates:
         if update.unusual:
-            tell(f"unusual    client {update.client} in round {result.round - 1}: {describe_unusual(update)}")
+            yield f"unusual    client {update.client} in round {result.round - 1}: {describe_unusual(update)}"
     for client, code in result.last_refused.items():
-        tell(f"refused    client {client} in round {result.round - 1}: {code}")
+        yield f"refused    client {client} in round {result.round - 1}: {code}"
     for clients, why in ((result.last_surplus, "were not needed"), (result.last_late, "came too late")):
         if clients:
-            tell(f"left out   updates of {name_clients(clients)} in round {result.round - 1}: they {why}")
+            yield f"left out   updates of {name_clients(clients)} in round {result.round - 1}: they {why}"
+
+
+def _earlier_rounds(result: "Status") -> Iterator[str]:
+    """What merged them, and which of them have no score."""
+    from fedcli.operations.status import describe_algorithm
+
     for run, following in zip_longest(result.history, result.history[1:]):
         last = following.round - 1 if following else result.round - 1
         rounds = f"round {last}" if last == run.round else f"rounds {run.round} to {last}"
-        tell(f"merged     {rounds} with {describe_algorithm(run.algorithm)}")
+        yield f"merged     {rounds} with {describe_algorithm(run.algorithm)}"
     for note in result.unscored:
         if note.failure is None:
-            tell(f"to score   round {note.round} on {note.name}: `fedcli server score`, if nothing does it now")
+            yield f"to score   round {note.round} on {note.name}: `fedcli server score`, if nothing does it now"
         else:
-            tell(f"no score   round {note.round} on {note.name}: {note.failure.message}")
-            tell(f"           {note.failure.hint} To try again: `{note.failure.again}`")
+            yield f"no score   round {note.round} on {note.name}: {note.failure.message}"
+            yield f"           {note.failure.hint} To try again: `{note.failure.again}`"
+
+
+def _cost(result: "Status") -> Iterator[str]:
     if result.cost is not None:
         cost = result.cost
         in_base = "?" if cost.base_parameters is None else f"{cost.base_parameters:,}"
-        tell(
+        yield (
             f"cost       {in_base} parameters in the base, {cost.trainable_parameters:,} trainable, "
             f"{cost.communicated_parameters:,} sent by a client in a round"
         )
         down, up = describe_bytes(cost.client_bytes_down), describe_bytes(cost.client_bytes_up)
         so_far = f"{describe_bytes(cost.total_bytes_down)} down and {describe_bytes(cost.total_bytes_up)} up so far"
-        tell(f"transfer   {down} down and {up} up a client and round; {so_far}")
+        yield f"transfer   {down} down and {up} up a client and round; {so_far}"
 
 
 def _describe_relay(relay: "RelayRecord", state: str) -> str:

@@ -78,145 +78,159 @@ class Joining:
             return fingerprint(register_signed(self.federation, self.home, registration))
 
 
+@dataclass(frozen=True)
+class JoinChoices:
+    """What a party says when it joins. None, and no floors: what it said when it joined before, else the default.
+
+    `subset`, `split`, `delimiter`, `encoding` and `format` hold again for the same rows alone. `server` is the
+    fingerprint that the server must have, `floors` are KEY=VALUE, `select` is off, or a section in YAML.
+    """
+
+    data: str
+    format: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+    base: str | None = None
+    trust_remote_code: bool = False
+    allow_code_execution: bool = False
+    share: Share | None = None
+    server: str | None = None
+    floors: Sequence[str] = ()
+    select: str | None = None
+    shares_scores: bool | None = None
+
+
 def prepare_join(
-    federation: FederationState,
-    client: int,
-    data: str,
-    *,
-    data_format: str | None = None,
-    subset: str | None = None,
-    split: str | None = None,
-    delimiter: str | None = None,
-    encoding: str | None = None,
-    home: Path | None = None,
-    base: str | None = None,
-    trust_remote_code: bool = False,
-    allow_code_execution: bool = False,
-    share: Share | None = None,
-    server: str | None = None,
-    floors: Sequence[str] = (),
-    select: str | None = None,
-    shares_scores: bool | None = None,
-    observer: Observer,
+    federation: FederationState, client: int, choices: JoinChoices, *, home: Path | None = None, observer: Observer
 ) -> Joining:
     """Read a real party's rows, which stay where they are, and make the card that its registration will show.
 
-    Writes nothing. What the party chose when it joined before holds again where it is not given: base, share, floors,
-    select and shares_scores, and of the same source format, subset, split, delimiter and encoding. `server` is the
-    fingerprint that the server must have; `floors` are KEY=VALUE; `select` is off, or a section in YAML. Raises
-    UsageError for an id or a home that will not do, ConfigError for rows that cannot be used, or not selected so,
-    WorkspaceError where another party has this id.
+    Writes nothing. Raises UsageError for an id or a home that will not do, ConfigError for rows that cannot be used, or
+    not selected so, WorkspaceError where another party has this id.
     """
-    if not data.strip():
+    if not choices.data.strip():
         raise UsageError("--data names nothing", hint="Name your rows: a file, a folder, or a hub id.")
     federation.check_clients([client])
-    workspace, config = federation.workspace, federation.config
+    workspace, config, manifest = federation.workspace, federation.config, federation.head.manifest
     if federation.identity.simulation:
         raise ConfigError(
             f"{workspace.address} is a simulation, which no party joins",
             hint="Parties join a workspace with data.source: null, made by `fedcli init --set data.source=null`.",
         )
-    workspace_id = federation.identity.id
     found = find_home(federation, client, home)
-    check_free(workspace, client, found, workspace_id)
-    given = read_format(data_format, config.task) if data_format is not None else None
+    check_free(workspace, client, found, federation.identity.id)
     before = read_party(found)
     if before is not None and before.region is not None:
         raise UsageError(
             f"client {client} is the region {before.region.child}, whose parties hold the rows",
             hint="Take another id: a region joins by `fedcli relay` alone.",
         )
-    kept: list[str] = []
-    old_floors = USUAL_FLOORS if before is None else before.floors
-    own_floors = parse_floors(floors, old_floors)
-    if not floors and old_floors != USUAL_FLOORS:
-        kept.append(describe_floors(old_floors))
-    if before is not None:
-        share = _kept(kept, "--share", share, before.share if before.share != "full" else None)
-        base = _kept(kept, "--base", base, before.base)
-    if before is not None and before.source == absolute_path(data):
-        subset = _kept(kept, "--subset", subset, before.subset)
-        split = _kept(kept, "--split", split, None if before.split == choose_split(data, None) else before.split)
-        delimiter = _kept(kept, "--delimiter", delimiter, before.delimiter)
-        encoding = _kept(kept, "--encoding", encoding, before.encoding)
-        if given is None and before.is_format_given and before.format is not None:
-            given = before.format
-            kept.append(f"--format {format_name(given)}")
-    own_select = None if select is None else read_select(select)
-    if before is not None and select is None and before.select is not None:
-        own_select = before.select
-        kept.append(f"--select {describe_select(own_select)}")
-    task, asked_privacy = TASKS[config.task], federation.head.manifest.privacy
-    if own_select is not None and own_select != "off":
-        unit = None if asked_privacy is None else asked_privacy.unit
-        if odd := selection_fault(own_select, task, unit, "--select"):
+    record, kept = _record_choices(federation, client, choices, before)
+    if record.select is not None and record.select != "off":
+        unit = None if manifest.privacy is None else manifest.privacy.unit
+        if odd := selection_fault(record.select, TASKS[config.task], unit, "--select"):
             raise ConfigError(odd, hint="Leave --select out, or join with --select off.")
-    if before is not None and shares_scores is None and before.shares_scores:
-        shares_scores = True
-        kept.append("--share-scores")
     pin = None
     if federation.identity.signatures is not None:
         from fedcli.parties.membership import pin_server
 
-        pin = pin_server(federation, server, None if before is None else before.server)
+        pin = pin_server(federation, choices.server, None if before is None else before.server)
+    ways = {"delimiter": record.delimiter, "encoding": record.encoding}
+    source = find_source(record.source, Path.cwd(), subset=record.subset, split=record.split, **ways)
+    choice = guess_format(choices.data, record.format, config.task, source.rows(), "--format")
+    record = record.model_copy(update={"format": choice.format, "server": pin})
+    reader = RowReader(choice.format, config.federation.seed)
+    told: RowReader | EncodedRows = reader
+    if record.share == "minimal":
+        if record.base is not None:
+            _own_base(federation, record)
+        card = _minimal_card(reader, source, observer)
+    else:
+        card, told = _full_card(federation, record, reader, source, observer)
+    if manifest.privacy is not None and manifest.privacy.group_by is not None:
+        del told.unused[manifest.privacy.group_by]  # a Counter; it tells whose row this is
+    guess = () if choice.guess is None else (choice.guess,)
+    refused = [
+        f"with your floors you do not train round {federation.head.number}: it {fault} (--floor {allow} would allow it)"
+        for fault, allow in faults(record.floors, Asked.by(manifest, card.num_rows or 0))
+    ]
+    remarks = (*guess, *source.remarks(), *describe_rows(told), *refused)
+    if manifest.withholds:
+        record = record.model_copy(update={"num_rows": card.num_rows})
+        card = DataCard(format=card.format)
+    return Joining(workspace, found, record, card, remarks, kept, federation)
+
+
+def _record_choices(
+    federation: FederationState, client: int, choices: JoinChoices, before: PartyRecord | None
+) -> tuple[PartyRecord, tuple[str, ...]]:
+    """Return what a party chose, now or before, and the options that hold as before.
+
+    The record's format is None where none is named, and its server is not set.
+    """
+    location = absolute_path(choices.data)
+    usual = PartyRecord(
+        workspace=federation.identity.id,
+        client=client,
+        source=location,
+        format=None,
+        subset=None,
+        split=None,
+        base=None,
+        trust_remote_code=choices.trust_remote_code,
+        allow_code_execution=choices.allow_code_execution,
+    )
+    earlier = usual if before is None else before
+    rows = earlier if earlier.source == location else usual
+    usual_split = choose_split(choices.data, None)
+    kept: list[str] = []
+
+    def keep(option: str, given: str | None, chosen: str | None) -> Any:
+        if given is not None or chosen is None:
+            return given
+        kept.append(f"{option} {chosen}")
+        return chosen
+
+    named = None if choices.format is None else read_format(choices.format, federation.config.task)
+    floors = parse_floors(choices.floors, earlier.floors)
+    if not choices.floors and earlier.floors != USUAL_FLOORS:
+        kept.append(describe_floors(earlier.floors))
+    share = keep("--share", choices.share, None if earlier.share == "full" else earlier.share)
+    base = keep("--base", choices.base, earlier.base)
+    subset = keep("--subset", choices.subset, rows.subset)
+    split = keep("--split", choices.split, None if rows.split == usual_split else rows.split)
+    delimiter = keep("--delimiter", choices.delimiter, rows.delimiter)
+    encoding = keep("--encoding", choices.encoding, rows.encoding)
+    if named is None and rows.is_format_given and rows.format is not None:
+        named = rows.format
+        kept.append(f"--format {format_name(named)}")
+    select = earlier.select if choices.select is None else read_select(choices.select)
+    if choices.select is None and select is not None:
+        kept.append(f"--select {describe_select(select)}")
+    if choices.shares_scores is None and earlier.shares_scores:
+        kept.append("--share-scores")
     try:
-        read_as = SourceEntry(source=data, delimiter=delimiter, encoding=encoding)
+        reading = SourceEntry(source=choices.data, delimiter=delimiter, encoding=encoding)
     except ValidationError as error:
         fault = error.errors()[0]
         problem = fault["msg"].removeprefix("Value error, ")
         raise UsageError(f"--{fault['loc'][0]}: {problem}", hint="See `fedcli client join --help`.") from error
-    delimiter, encoding = read_as.delimiter, read_as.encoding
-    location, split = absolute_path(data), choose_split(data, split)
-    source = find_source(location, Path.cwd(), subset=subset, split=split, delimiter=delimiter, encoding=encoding)
-    choice = guess_format(data, given, config.task, source.rows(), "--format")
-    record = PartyRecord(
-        workspace=workspace_id,
-        client=client,
-        source=location,
-        format=choice.format,
-        subset=subset,
-        split=split,
-        base=None if base is None else absolute_path(base),
-        trust_remote_code=trust_remote_code,
-        allow_code_execution=allow_code_execution,
-        delimiter=delimiter,
-        encoding=encoding,
-        is_format_given=given is not None,
-        share=share or "full",
-        server=pin,
-        floors=own_floors,
-        select=own_select,
-        shares_scores=shares_scores or False,
-    )
-    reader = RowReader(choice.format, config.federation.seed)
-    if share == "minimal":
-        if base is not None:
-            _own_base(federation, record)
-        card, rows = _minimal_card(reader, source, observer), None
-    else:
-        card, rows = _full_card(federation, record, reader, source, observer)
-    told = reader if rows is None else rows
-    privacy = federation.head.manifest.privacy
-    if privacy is not None and privacy.group_by is not None:
-        del told.unused[privacy.group_by]  # a Counter; it tells whose row this is
-    guess = () if choice.guess is None else (choice.guess,)
-    refused = [
-        f"with your floors you do not train round {federation.head.number}: it {fault} (--floor {allow} would allow it)"
-        for fault, allow in faults(own_floors, Asked.by(federation.head.manifest, card.num_rows or 0))
-    ]
-    remarks = (*guess, *source.remarks(), *describe_rows(told), *refused)
-    if federation.head.manifest.withholds:
-        record = record.model_copy(update={"num_rows": card.num_rows})
-        card = DataCard(format=card.format)
-    return Joining(workspace, found, record, card, remarks, tuple(kept), federation)
-
-
-def _kept(kept: list[str], option: str, given: str | None, before: str | None) -> Any:
-    """Return what is given, else what was before, which is then among those kept."""
-    if given is None and before is not None:
-        kept.append(f"{option} {before}")
-        return before
-    return given
+    chosen = {
+        "format": named,
+        "is_format_given": named is not None,
+        "subset": subset,
+        "split": choose_split(choices.data, split),
+        "delimiter": reading.delimiter,
+        "encoding": reading.encoding,
+        "base": None if base is None else absolute_path(base),
+        "share": share or "full",
+        "floors": floors,
+        "select": select,
+        "shares_scores": earlier.shares_scores if choices.shares_scores is None else choices.shares_scores,
+    }
+    return usual.model_copy(update=chosen), tuple(kept)
 
 
 def refresh_registration(
@@ -238,16 +252,13 @@ def refresh_registration(
             f"client {client} is the region {record.region.child}, whose parties hold the rows",
             hint="`fedcli relay` registers as many as they have registered.",
         )
-    joining = prepare_join(
-        federation,
-        client,
+    choices = JoinChoices(
         record.source,
-        home=home,
         split=record.split,
         trust_remote_code=record.trust_remote_code,
         allow_code_execution=record.allow_code_execution,
-        observer=observer,
     )
+    joining = prepare_join(federation, client, choices, home=home, observer=observer)
     before = registration.data.num_rows if record.num_rows is None else record.num_rows
     after = joining.record.num_rows if joining.card.num_rows is None else joining.card.num_rows
     if joining.card != registration.data:

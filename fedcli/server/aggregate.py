@@ -13,7 +13,7 @@ from fedcli.errors import BusyError, NotReadyError, UsageError, did_you_mean
 from fedcli.observer import Observer
 from fedcli.quantities import describe_seconds
 from fedcli.server.late import needed_beside_late
-from fedcli.server.merge import unchanged_files
+from fedcli.server.merge import MergeInputs, unchanged_files
 from fedcli.server.merge_round import merge_round
 from fedcli.server.merge_unequal import unequal_of
 from fedcli.server.open_round import open_next_round
@@ -245,8 +245,7 @@ def _merge_plain(
     _check_answers(federation, sorted(absent), needed, unenrolled)
     federation.workspace.store.sweep("rounds")
     config = federation.config
-    files, aggregation = merge_round(
-        config.aggregation.as_rule(),
+    inputs = MergeInputs(
         head,
         algorithm,
         config.federation.clients - (0 if trust is None else len(trust.enrolment.gone)),
@@ -254,6 +253,10 @@ def _merge_plain(
         head.num_counted,
         observer,
         authenticate=None if trust is None else trust.check_updates(head),
+    )
+    files, aggregation = merge_round(
+        config.aggregation.as_rule(),
+        inputs,
         noise=_noise(federation, needed, dry_run),
         lora=config.aggregation.as_lora(),
         unequal=unequal_of(federation, trust),

@@ -1,10 +1,11 @@
 """Merging a round's updates: two are read and checked at once, then both threads sum each; no more are in memory."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from typing import TypeAlias
 
 import numpy as np
 
@@ -21,32 +22,48 @@ from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate, 
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.tensors import encode
 
+Merged: TypeAlias = "tuple[dict[str, bytes] | None, Aggregation]"
+"""The next round's files, None without a valid update, and the record of the merge."""
 
-def combine(
-    base: Round,
-    algorithm: Algorithm,
-    num_clients: int,
-    order: Sequence[int],
-    count: int,
-    observer: Observer,
-    *,
-    refuses_incomplete: bool = False,
-    authenticate: Authenticate | None = None,
-) -> tuple[dict[str, bytes] | None, Aggregation]:
-    """Read the updates of a round's clients in this order, until `count` are valid, and merge them in this order.
 
-    Returns the next round's merged files (None if no update is valid), which are the adapter and the algorithm's
-    state. An update of which a file is not there yet is missing, or with `refuses_incomplete` refused; `authenticate`
-    looks at signatures. Raises IntegrityError where they would not be finite, ConfigError where the algorithm gives no
-    usable weight.
+@dataclass(frozen=True)
+class MergeInputs:
+    """What every way of merging gets: a round, the clients whose updates it reads, and who looks at them."""
+
+    base: Round
+    algorithm: Algorithm
+    num_clients: int
+    """Of the federation, who have not left."""
+    order: Sequence[int]
+    """In which updates are read and added up."""
+    count: int
+    """How many valid ones are enough."""
+    observer: Observer
+    recorded: Mapping[int, CountedUpdate] | None = None
+    """What a manifest says of each counted update, where a round that was merged is computed again."""
+    authenticate: Authenticate | None = None
+    """Raises Refusal for an update that its client has not signed."""
+
+    @property
+    def is_again(self) -> bool:
+        """Whether a round that was merged is computed again: nothing is awaited then, and rows are not asked for."""
+        return self.recorded is not None
+
+    def file_reducers(self) -> dict[str, Reducer]:
+        """Return what merges the files that the algorithm's clients send beside their adapters."""
+        return {name: self.algorithm.file_reducer(self.num_clients) for name in self.algorithm.update_files}
+
+
+def combine(inputs: MergeInputs) -> Merged:
+    """Read the updates of a round's clients in their order, until enough are valid, and merge them in this order.
+
+    The merged files are the adapter and the algorithm's state. An update of which a file is not there yet is missing,
+    and refused where the round is computed again. Raises IntegrityError where they would not be finite, ConfigError
+    where the algorithm gives no usable weight.
     """
-    merge = Merge(
-        base,
-        algorithm,
-        algorithm.reducer(),
-        {name: algorithm.file_reducer(num_clients) for name in algorithm.update_files},
-    )
-    read_all(base, order, count, merge, observer, refuses_incomplete, authenticate)
+    base, algorithm = inputs.base, inputs.algorithm
+    merge = Merge(base, algorithm, algorithm.reducer(), inputs.file_reducers())
+    read_all(inputs, merge)
     aggregation = merge.aggregation()
     if not merge.counted:
         return None, aggregation
@@ -198,36 +215,28 @@ class Merge:
         )
 
 
-def read_all(
-    base: Round,
-    order: Sequence[int],
-    count: int,
-    merge: Merge,
-    observer: Observer,
-    refuses_incomplete: bool,
-    authenticate: Authenticate | None,
-) -> None:
-    """Count the first `count` valid updates; note who was refused, is missing, or came beyond them."""
-    num_read = 0
-    for client, reading in read_pairs(base, order, merge.reads_again, authenticate):
+def read_all(inputs: MergeInputs, merge: Merge) -> None:
+    """Count the first valid updates, as many as are enough; note who was refused, is missing, or came beyond them."""
+    base, num_read = inputs.base, 0
+    for client, reading in read_pairs(base, inputs.order, merge.reads_again, inputs.authenticate):
         num_read += 1
         _ = merge.adapter  # is read while the threads read the first updates
         try:
             if (update := reading.result()) is None:
                 merge.missing.append(client)
             else:
-                if not refuses_incomplete:  # what was counted once stays: a party may register fewer rows later
+                if not inputs.is_again:  # what was counted once stays: a party may register fewer rows later
                     check_rows(base, client, update)
                 merge.add(client, update)
         except Refusal as refusal:
-            if isinstance(refusal, Arriving) and not refuses_incomplete:
+            if isinstance(refusal, Arriving) and not inputs.is_again:
                 merge.missing.append(client)
                 continue
             merge.refused.append(RefusedUpdate.of(client, refusal))
-        observer.update_read(base.number, client)
-        if len(merge.counted) == count:
+        inputs.observer.update_read(base.number, client)
+        if len(merge.counted) == inputs.count:
             break
-    for client in order[num_read:]:
+    for client in inputs.order[num_read:]:
         (merge.surplus if base.has_update(client) else merge.missing).append(client)
 
 

@@ -5,7 +5,7 @@ outliers, and gives the weights of most rules. The second makes the weighted sum
 at each number of all of them. Memory holds blocks only, and n x n numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
@@ -17,12 +17,20 @@ from fedcli.algos.reducer import WeightedMean
 from fedcli.algos.robust import Rule
 from fedcli.algos.unequal import factors
 from fedcli.errors import ConfigError, NotReadyError
-from fedcli.observer import Observer
-from fedcli.server.merge import check_finite, combine, files_of, next_step, read_pairs, told_steps, weight_of
+from fedcli.server.merge import (
+    Merged,
+    MergeInputs,
+    check_finite,
+    combine,
+    files_of,
+    next_step,
+    read_pairs,
+    told_steps,
+    weight_of,
+)
 from fedcli.server.merge_unequal import check_steps
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import (
-    Authenticate,
     ChangedUpdate,
     Submission,
     check_rows,
@@ -36,68 +44,44 @@ from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.side_by_side import SideBySide
 
 
-def combine_with(
-    rule: Rule | None,
-    base: Round,
-    algorithm: Algorithm,
-    num_clients: int,
-    order: Sequence[int],
-    count: int,
-    observer: Observer,
-    *,
-    recorded: Mapping[int, CountedUpdate] | None = None,
-    authenticate: Authenticate | None = None,
-    by_steps: bool = False,
-) -> tuple[dict[str, bytes] | None, Aggregation]:
+def combine_with(rule: Rule | None, inputs: MergeInputs, *, by_steps: bool = False) -> Merged:
     """Merge a round's updates as `merge.combine` does, by a rule; None and what changes nothing are the weighted mean.
 
-    `authenticate` raises Refusal for an update that its client has not signed. `recorded` is what a manifest says of
-    each counted update: the round is computed again with its weights, and what comes back has those that the rule gives
-    now. `by_steps` weighs by steps, too: the rule is then the mean. Raises what `combine` does, NotReadyError where too
-    few updates are valid for what the rule should tolerate, ConfigError where the algorithm merges in a way of its own.
+    A round that is computed again has its recorded weights, and what comes back has those that the rule gives now.
+    `by_steps` weighs by steps, too: the rule is then the mean. Raises what `combine` does, NotReadyError where too few
+    updates are valid for what the rule should tolerate, ConfigError where the algorithm merges in a way of its own.
     """
     if rule is None or rule.is_plain_mean:
-        return combine(
-            base,
-            algorithm,
-            num_clients,
-            order,
-            count,
-            observer,
-            refuses_incomplete=recorded is not None,
-            authenticate=authenticate,
-        )
-    _check_algorithm(algorithm, rule)
+        return combine(inputs)
+    _check_algorithm(inputs.algorithm, rule)
     changed: list[int] = []
     while True:
         restless = {each for each in changed if changed.count(each) > 1}
-        survey = Survey(base, observer, recorded, authenticate, restless, by_steps)
+        survey = Survey(inputs, restless, by_steps)
         try:
-            survey.read(order, count)
-            return _combine(rule, base, algorithm, num_clients, survey)
+            survey.read()
+            return _combine(rule, inputs, survey)
         except ChangedUpdate as error:  # once is chance; who does it again does not keep the round from going on
-            if recorded is not None:
+            if inputs.is_again:
                 raise
             changed.append(error.client)
 
 
-def _combine(
-    rule: Rule, base: Round, algorithm: Algorithm, num_clients: int, survey: "Survey"
-) -> tuple[dict[str, bytes] | None, Aggregation]:
+def _combine(rule: Rule, inputs: MergeInputs, survey: "Survey") -> Merged:
     """Merge the updates of a first pass."""
-    recorded = survey.recorded
+    base, algorithm, recorded = inputs.base, inputs.algorithm, inputs.recorded
     if not survey.found or (recorded is not None and len(survey.found) < len(recorded)):
-        return None, survey.aggregation(algorithm, rule, [])
+        return None, survey.aggregation(rule, [])
     if recorded is None:
         rule = _adjusted(rule, len(survey.found), len(survey.refused))
-    merge = _Merge(base, algorithm, rule, survey)
+    merge = _Merge(rule, survey)
     counted = merge.counted()
     before = None if recorded is None else [recorded[entry.client] for entry in counted]
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
-        merged = merge.result(counted if before is None else before, num_clients)
+        merged = merge.result(counted if before is None else before, inputs.num_clients)
         following, state = next_step(base, algorithm, merge.adapter, merged)
     check_finite(base, following, state, {entry.client: entry.delta_norm or 0.0 for entry in counted})
-    return files_of(algorithm, following, state), survey.aggregation(algorithm, rule, counted)
+    return files_of(algorithm, following, state), survey.aggregation(rule, counted)
 
 
 def _check_algorithm(algorithm: Algorithm, rule: Rule) -> None:
@@ -130,11 +114,7 @@ def _adjusted(rule: Rule, num_valid: int, num_refused: int) -> Rule:
 class Survey:
     """The first pass: who sent a valid update, and the Gram matrix of their differences for each file."""
 
-    base: Round
-    observer: Observer
-    recorded: Mapping[int, CountedUpdate] | None = None
-    """Where a round that was merged is computed again: what it counted, which is not asked how many rows it has."""
-    authenticate: Authenticate | None = None
+    inputs: MergeInputs
     restless: "set[int]" = field(default_factory=set)
     """Whose updates change while they are read: they are refused."""
     by_steps: bool = False
@@ -145,14 +125,19 @@ class Survey:
     missing: list[int] = field(default_factory=list)
     surplus: list[int] = field(default_factory=list)
 
+    @property
+    def base(self) -> Round:
+        """The round."""
+        return self.inputs.base
+
     @cached_property
     def adapter(self) -> Arrays:
         """The round's global adapter."""
         return self.base.adapter()
 
-    def read(self, order: Sequence[int], count: int) -> None:
-        """Find the first `count` valid updates in this order, and read them side by side."""
-        remaining = list(order)
+    def read(self) -> None:
+        """Find the first valid updates, as many as are enough, and read them side by side."""
+        remaining, count = list(self.inputs.order), self.inputs.count
         while True:
             while remaining and len(self.found) < count:
                 self._look(remaining.pop(0))
@@ -171,11 +156,11 @@ class Survey:
             self._note(client, ChangedUpdate.refusal())
             return
         try:
-            submission = look_at_update(self.base, client, self.authenticate)
+            submission = look_at_update(self.base, client, self.inputs.authenticate)
             if submission is None:
                 self.missing.append(client)
                 return
-            if self.recorded is None:
+            if not self.inputs.is_again:
                 check_rows(self.base, client, submission)
                 if self.by_steps:
                     check_steps(self.base, submission)
@@ -195,13 +180,13 @@ class Survey:
             self.products[name] = reading.stacks.products()
             faulty |= {*reading.faulty()}
         for submission in self.found:
-            self.observer.update_read(self.base.number, submission.client)
+            self.inputs.observer.update_read(self.base.number, submission.client)
         return sorted(faulty)
 
     def _refuse(self, client: int) -> None:
         """Note what is wrong with an update, by the checks that every update goes through."""
         try:
-            update = read_update(self.base, client, authenticate=self.authenticate)
+            update = read_update(self.base, client, authenticate=self.inputs.authenticate)
         except Refusal as refusal:
             self._note(client, refusal)
             return
@@ -210,15 +195,15 @@ class Survey:
         self.missing.append(client)
 
     def _note(self, client: int, refusal: Refusal) -> None:
-        if isinstance(refusal, Arriving) and self.recorded is None:
+        if isinstance(refusal, Arriving) and not self.inputs.is_again:
             self.missing.append(client)
         else:
             self.refused.append(RefusedUpdate.of(client, refusal))
 
-    def aggregation(self, algorithm: Algorithm, rule: Rule, counted: Sequence[CountedUpdate]) -> Aggregation:
+    def aggregation(self, rule: Rule, counted: Sequence[CountedUpdate]) -> Aggregation:
         """Return the record of the merge, every list sorted by client."""
         return Aggregation(
-            algorithm=asdict(algorithm),
+            algorithm=asdict(self.inputs.algorithm),
             counted=sorted(counted, key=lambda entry: entry.client),
             refused=sorted(self.refused, key=lambda entry: entry.client),
             missing=sorted(self.missing),
@@ -232,12 +217,11 @@ class Survey:
 class _Merge:
     """The second pass."""
 
-    base: Round
-    algorithm: Algorithm
     rule: Rule
     survey: Survey
 
     def __post_init__(self) -> None:
+        self.base, self.algorithm = self.survey.base, self.survey.inputs.algorithm
         self.adapter = self.survey.adapter
 
     def counted(self) -> list[CountedUpdate]:

@@ -7,7 +7,7 @@ all updates, in float64, a few times over.
 import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
@@ -19,11 +19,10 @@ from fedcli.algos.reducer import Reducer, Stacks, WeightedMean
 from fedcli.algos.robust import Rule
 from fedcli.config.adapter_config import at_rank
 from fedcli.errors import ConfigError
-from fedcli.observer import Observer
 from fedcli.randomness import stream
-from fedcli.server.merge import Merge, check_finite, files_of, read_all, weight_of
+from fedcli.server.merge import Merge, Merged, MergeInputs, check_finite, files_of, read_all, weight_of
 from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import Authenticate, Update
+from fedcli.workspace.inbox import Update
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE, BASE_DELTA_CONFIG_NAME, BASE_DELTA_NAME
 from fedcli.workspace.lora_records import LoraErrors, LoraMerge
 from fedcli.workspace.records import Aggregation
@@ -33,31 +32,19 @@ MOST_RANKS = 8
 """Of base_delta/, in ranks of the adapter, where max_rank is not set."""
 
 
-def combine_lora(
-    lora: LoraRule,
-    rule: Rule | None,
-    base: Round,
-    algorithm: Algorithm,
-    num_clients: int,
-    order: Sequence[int],
-    count: int,
-    observer: Observer,
-    *,
-    refuses_incomplete: bool = False,
-    authenticate: Authenticate | None = None,
-) -> tuple[dict[str, bytes] | None, Aggregation]:
+def combine_lora(lora: LoraRule, rule: Rule | None, inputs: MergeInputs) -> Merged:
     """Merge a round's updates as `merge.combine` does, by their products; of `rule` weight_cap alone may be set.
 
     Raises what `combine` does, and ConfigError where the algorithm or the rule does not go with it.
     """
+    base, algorithm = inputs.base, inputs.algorithm
     _check(lora, rule, base, algorithm)
-    reducers = {name: algorithm.file_reducer(num_clients) for name in algorithm.update_files}
     terms, rule = base.manifest.lora, rule or Rule()
     has_mean = lora.lora == "factors" and lora.lora_fair is None and rule.is_plain_mean
     is_streamed = has_mean and (terms is None or terms.ranks is None)
     reducer = _MeanReadAgain() if is_streamed else _ReadAgain()
-    merge = _LoraMerge(base, algorithm, reducer, reducers, lora=lora, rule=rule)
-    read_all(base, order, count, merge, observer, refuses_incomplete, authenticate)
+    merge = _LoraMerge(base, algorithm, reducer, inputs.file_reducers(), lora=lora, rule=rule)
+    read_all(inputs, merge)
     if not merge.counted:
         return None, merge.aggregation()
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead

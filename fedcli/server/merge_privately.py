@@ -6,7 +6,6 @@ m is the manifest's `expected`, whoever answers. So one client more or less move
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,36 +13,23 @@ import numpy as np
 from fedcli.algos import Algorithm, Array, MergedUpdates
 from fedcli.algos.reducer import Reducer, Stacks, WeightedMean
 from fedcli.errors import ConfigError, IntegrityError
-from fedcli.observer import Observer
 from fedcli.privacy.noise import NoiseStream, hash_of
-from fedcli.server.merge import Merge, files_of, next_step, read_all
-from fedcli.workspace.history import Round
-from fedcli.workspace.inbox import Authenticate, Update
+from fedcli.server.merge import Merge, Merged, MergeInputs, files_of, next_step, read_all
+from fedcli.workspace.inbox import Update
 from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.noise_keys import NoiseKey, NoiseSource
 from fedcli.workspace.privacy_records import MergeNoise, PrivacyRecord, noise_multiplier
-from fedcli.workspace.records import Aggregation
 
 BITS = "below"
 """The name of the noise on the number of updates that are not clipped."""
 
 
-def combine_privately(
-    base: Round,
-    algorithm: Algorithm,
-    num_clients: int,
-    order: Sequence[int],
-    count: int,
-    observer: Observer,
-    *,
-    noise: NoiseSource,
-    refuses_incomplete: bool = False,
-    authenticate: Authenticate | None = None,
-) -> tuple[dict[str, bytes] | None, Aggregation]:
+def combine_privately(inputs: MergeInputs, noise: NoiseSource) -> Merged:
     """Merge a round's updates as `merge.combine` does, with noise; no file where `noise` has no key for them.
 
     Raises ConfigError where the algorithm merges in a way of its own, or the noise is beyond float32.
     """
+    base, algorithm, count = inputs.base, inputs.algorithm, inputs.count
     check_algorithm(algorithm)
     privacy = base.manifest.privacy
     assert privacy is not None
@@ -55,7 +41,7 @@ def combine_privately(
         )
     names = algorithm.update_files
     merge = _PrivateMerge(base, algorithm, WeightedMean(), {name: WeightedMean() for name in names}, privacy=privacy)
-    read_all(base, order, count, merge, observer, refuses_incomplete, authenticate)
+    read_all(inputs, merge)
     aggregation = merge.aggregation()
     if not merge.counted:
         return None, aggregation
@@ -64,7 +50,7 @@ def combine_privately(
         return None, aggregation
     stream = NoiseStream(key.key)
     with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
-        merged = merge.noisy(stream, num_clients)
+        merged = merge.noisy(stream, inputs.num_clients)
         following, state = next_step(base, algorithm, merge.adapter, merged)
     if not all(np.isfinite(array).all() for arrays in (following, state) for array in arrays.values()):
         raise ConfigError(

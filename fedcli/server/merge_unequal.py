@@ -18,7 +18,7 @@ from fedcli.algos.unequal import age_factor, factors, step_scale
 from fedcli.errors import ConfigError
 from fedcli.observer import Observer
 from fedcli.server.late import late_of
-from fedcli.server.merge import Merge, check_finite, files_of, next_step
+from fedcli.server.merge import Merge, Merged, MergeInputs, check_finite, files_of, next_step
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate, Submission, Update, check_rows, read_update
@@ -63,23 +63,20 @@ def unequal_of(federation: FederationState, trust: "ServerTrust | None") -> Uneq
     )
 
 
-def combine_unequal(
-    base: Round, algorithm: Algorithm, num_clients: int, unequal: Unequal, observer: Observer, *, is_again: bool = False
-) -> tuple[dict[str, bytes] | None, Aggregation]:
-    """Merge the first `count` valid updates of an order, and return what `merge.combine` does.
+def combine_unequal(inputs: MergeInputs, unequal: Unequal) -> Merged:
+    """Merge the first valid updates of the order of `unequal`, which takes the place of that of the inputs.
 
-    With `is_again` a round that was merged is computed again. Raises what `merge.combine` does, ConfigError where the
-    algorithm merges in a way of its own.
+    Returns what `merge.combine` does, and raises it, and ConfigError where the algorithm merges in a way of its own.
     """
+    base, algorithm = inputs.base, inputs.algorithm
     if type(algorithm).reducer is not Algorithm.reducer:
         raise ConfigError(
             f"aggregation weighs updates by their steps or their age, and the algorithm {algorithm.name} merges in a "
             "way of its own",
             hint="Set aggregation.step_weighting to none and aggregation.staleness to 0, or choose another algorithm.",
         )
-    reducers = {name: algorithm.file_reducer(num_clients) for name in algorithm.update_files}
-    merge = _UnequalMerge(base, algorithm, WeightedMean(), reducers, by_steps=unequal.by_steps)
-    _read(merge, unequal, observer, is_again)
+    merge = _UnequalMerge(base, algorithm, WeightedMean(), inputs.file_reducers(), by_steps=unequal.by_steps)
+    _read(merge, unequal, inputs.observer, inputs.is_again)
     aggregation = merge.aggregation()
     if not merge.counted:
         return None, aggregation

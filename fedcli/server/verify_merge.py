@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fedcli.config import algorithm_from, lora_from, rule_from
 from fedcli.errors import FedError
 from fedcli.observer import Observer
-from fedcli.server.merge import unchanged_files
+from fedcli.server.merge import MergeInputs, unchanged_files
 from fedcli.server.merge_round import merge_round
 from fedcli.server.updates_again import (
     ANOTHER,
@@ -93,16 +93,20 @@ def _merge_again(
     if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
         result.report(current.folder, f"was merged with {algorithm.name}, for which no client sent anything")
         return
-    files, again = merge_round(
-        rule_from(aggregation.rule),
+    num_clients -= len(gone_clients(current))
+    inputs = MergeInputs(
         previous,
         algorithm,
-        num_clients - len(gone_clients(current)),
+        num_clients,
         order,
         len(order),
         Observer(),
         recorded=entries,
         authenticate=check_of_merge(current, previous),
+    )
+    files, again = merge_round(
+        rule_from(aggregation.rule),
+        inputs,
         noise=noise_again(aggregation, keys),
         lora=lora_from(None if aggregation.lora is None else aggregation.lora.settings()),
     )

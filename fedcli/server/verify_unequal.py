@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from fedcli.config import algorithm_from, rule_from
 from fedcli.observer import Observer
+from fedcli.server.merge import MergeInputs
 from fedcli.server.merge_round import merge_round
 from fedcli.server.merge_unequal import Unequal
 from fedcli.server.updates_again import (
@@ -91,15 +92,11 @@ def recompute_unequal(
     place = {(base.number, client): number for base, _ in sent for number, client in enumerate(base.draw_order)}
     order: list[Sent] = [(base, entry.client) for base, entry in sent]
     order.sort(key=lambda each: (each[0].number, place.get((each[0].number, each[1]), 0)))
+    num_clients -= len(gone_clients(current))
+    recorded = {entry.client: entry for _, entry in sent}
     files, again = merge_round(
         rule_from(aggregation.rule),
-        previous,
-        algorithm,
-        num_clients - len(gone_clients(current)),
-        [],
-        len(order),
-        Observer(),
-        recorded={entry.client: entry for _, entry in sent},
+        MergeInputs(previous, algorithm, num_clients, [], len(order), Observer(), recorded=recorded),
         unequal=Unequal(
             by_steps=aggregation.step_weighting is not None,
             order=order,
