@@ -38,7 +38,9 @@ from fedcli.scoring.request import Scoring
 from fedcli.scoring.targets import Targets
 from fedcli.workspace.inbox import discard_update, drop_update, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD, update_name
-from fedcli.workspace.records import LARGEST_COUNT, file_entry, sealed
+from fedcli.workspace.parsing import sealed
+from fedcli.workspace.record import LARGEST_COUNT
+from fedcli.workspace.records import file_entry
 from fedcli.workspace.scores import read_items
 from fedcli.workspace.tensors import encode
 

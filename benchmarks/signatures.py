@@ -21,7 +21,7 @@ from fedcli.server.enrol import open_trust
 from fedcli.trust.keys import KeyPair
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.layout import UPDATE_RECORD, UPDATE_SIGNATURE, Workspace
-from fedcli.workspace.records import sha256
+from fedcli.workspace.parsing import sha256
 
 MOST_RATIO = 1.01
 

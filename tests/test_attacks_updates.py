@@ -17,7 +17,8 @@ from support.federation import ADAPTER, CONTROL_DELTA, configure, noisy, read_ad
 from fedcli import Federation
 from fedcli.algos import ALGORITHMS, rules
 from fedcli.errors import NotReadyError
-from fedcli.workspace.records import file_entry, sha256
+from fedcli.workspace.parsing import sha256
+from fedcli.workspace.records import file_entry
 
 slow = pytest.mark.slow
 CLIENTS = 5

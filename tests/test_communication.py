@@ -11,7 +11,8 @@ from support.processes import fedcli, run_ok, settings
 from support.scores import ACCURACY, keep
 
 from fedcli.errors import UsageError
-from fedcli.scoring.table import as_rows, make_table, to_markdown
+from fedcli.scoring.render import as_rows, to_markdown
+from fedcli.scoring.table import make_table
 from fedcli.study.columns import Column
 from fedcli.study.costs import Goal, Reached
 from fedcli.study.render import as_rows as study_rows

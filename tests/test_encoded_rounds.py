@@ -36,7 +36,8 @@ from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.kept_objects import KeptObjects
 from fedcli.workspace.layout import ADAPTER_NAME, DELTA_NAME, Workspace
 from fedcli.workspace.object_store import ObjectStore
-from fedcli.workspace.records import file_entry, sealed
+from fedcli.workspace.parsing import sealed
+from fedcli.workspace.records import file_entry
 from fedcli.workspace.split_store import SplitStore
 from fedcli.workspace.store import DirectoryStore
 

@@ -362,6 +362,12 @@ def test_what_cannot_stand_beside_it_is_named_with_its_reason(aggregation, other
     assert named in caught.value.message
 
 
+def test_ranks_by_client_that_are_all_the_same_are_one_rank():
+    same = parse_config({"adapter": {"rank": {"0": 8, "default": 8}}, "aggregation": {"rule": "median"}}, "fedcli.yaml")
+    assert not same.adapter.is_mixed
+    assert (same.adapter.global_rank, same.adapter.smaller_ranks(5)) == (8, None)
+
+
 @pytest.mark.parametrize(
     ("rank", "problem"),
     [

@@ -26,7 +26,8 @@ from fedcli import Federation
 from fedcli.cli import main
 from fedcli.errors import WorkspaceError
 from fedcli.workspace.inbox import read_update
-from fedcli.workspace.records import RefusedUpdate, parse_update_record
+from fedcli.workspace.merge_records import RefusedUpdate
+from fedcli.workspace.records import parse_update_record
 from fedcli.workspace.refusal import Refusal, RefusalCode
 from fedcli.workspace.tensors import decode, encode, schema_of
 

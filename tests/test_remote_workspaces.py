@@ -30,7 +30,7 @@ from fedcli.workspace.kept_objects import KeptObjects
 from fedcli.workspace.layout import ADAPTER_NAME, Workspace, default_home
 from fedcli.workspace.object_keys import attempt_key, record_of
 from fedcli.workspace.object_store import ObjectStore
-from fedcli.workspace.records import sha256
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.registrations import DataCard, Registration, is_own, joined_clients, mark_as_own, register
 from fedcli.workspace.split_store import SplitStore
 from fedcli.workspace.store import DirectoryStore

@@ -15,7 +15,8 @@ from support.scores import ACCURACY, F1, LOSS, MACRO_F1, keep
 from fedcli.errors import FedError, NotReadyError, UsageError
 from fedcli.eval.benchmark import Metric
 from fedcli.eval.statistics import difference
-from fedcli.scoring.table import Cell, Column, ScoreTable, best_rounds, make_table, save_table, to_markdown
+from fedcli.scoring.render import save_table, to_markdown
+from fedcli.scoring.table import Cell, Column, ScoreTable, best_rounds, make_table
 from fedcli.workspace.baselines import read_baseline_record
 from fedcli.workspace.layout import ADAPTER_NAME, Workspace
 

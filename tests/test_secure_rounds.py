@@ -31,8 +31,8 @@ from fedcli.workspace.floors import Asked, Floors, faults
 from fedcli.workspace.history import read_identity
 from fedcli.workspace.inbox import read_update
 from fedcli.workspace.layout import Workspace, default_home, server_home
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.privacy_records import PrivacyRecord
-from fedcli.workspace.records import sha256
 from fedcli.workspace.refusal import Refusal
 
 slow = pytest.mark.slow

@@ -26,7 +26,7 @@ from fedcli.trust.keys import KeyPair, fingerprint, is_signed, parse_fingerprint
 from fedcli.workspace.enrolment import read_enrolment
 from fedcli.workspace.history import publish_round, read_identity, read_start
 from fedcli.workspace.layout import Workspace, default_home, server_home
-from fedcli.workspace.records import sha256
+from fedcli.workspace.parsing import sha256
 
 slow = pytest.mark.slow
 SEAL = "00" * 31 + "09"

@@ -26,9 +26,10 @@ from fedcli.training.reports import StepReport
 from fedcli.workspace.client_state import OPTIMIZER, read_states, remove_old_candidates, save_candidates
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import ADAPTER_FILE
+from fedcli.workspace.parsing import sealed, sha256
 from fedcli.workspace.privacy_ledger import check_budget
 from fedcli.workspace.privacy_records import PrivacyClaim
-from fedcli.workspace.records import PROTOCOL, Manifest, UpdateRecord, file_entry, sealed, sha256
+from fedcli.workspace.records import PROTOCOL, Manifest, UpdateRecord, file_entry
 from fedcli.workspace.step_ledger import charge
 from fedcli.workspace.tensors import encode
 

@@ -32,8 +32,9 @@ from fedcli.workspace.enrolment import Enrolment
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_FILE, ATTEMPT, MASKED_FILE, SHARES_FILE
+from fedcli.workspace.parsing import sealed, sha256
 from fedcli.workspace.privacy_records import PrivacyClaim
-from fedcli.workspace.records import PROTOCOL, file_entry, sealed, sha256
+from fedcli.workspace.records import PROTOCOL, file_entry
 from fedcli.workspace.registrations import read_party
 from fedcli.workspace.secure_files import (
     Stored,

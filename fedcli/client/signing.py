@@ -11,7 +11,7 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import drop_update
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, UPDATE_RECORD, UPDATE_SIGNATURE, Home
-from fedcli.workspace.records import sha256
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.registrations import read_party
 from fedcli.workspace.window import counted_by_base, may_still_count, refused_by_base
 

@@ -245,7 +245,7 @@ def eval_table(
     Of several workspaces the table is shown alone, and not written.
     """
     from fedcli.scoring.client_table import as_documents
-    from fedcli.scoring.table import as_rows, save_table
+    from fedcli.scoring.render import as_rows, save_table
 
     named: Sequence[str | None] = workspaces or [None]
     federation, *others = map(found_federation, named)
@@ -272,7 +272,7 @@ def print_table(made: "ScoreTable") -> None:
     from rich.table import Table
 
     from fedcli.scoring import client_table, communication
-    from fedcli.scoring.table import show_communication, show_difference, show_score
+    from fedcli.scoring.render import show_communication, show_difference, show_score
 
     console = terminal()
     if not console.is_terminal:

@@ -104,8 +104,8 @@ class AdapterConfig(Section):
 
     @property
     def is_mixed(self) -> bool:
-        """Whether clients have ranks of their own."""
-        return isinstance(self.rank, dict)
+        """Whether clients have ranks of their own, which are not all the same."""
+        return isinstance(self.rank, dict) and len({*self.rank.values()}) > 1
 
     def smaller_ranks(self, num_clients: int) -> dict[str, int] | None:
         """Return the ranks of the clients that have a smaller one than the global adapter; None where none has."""

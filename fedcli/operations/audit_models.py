@@ -13,8 +13,9 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.inbox import read_update, submitted_rounds
 from fedcli.workspace.layout import ADAPTER_FILE
+from fedcli.workspace.merge_records import CountedUpdate
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.privacy_ledger import Spending, read_ledger
-from fedcli.workspace.records import CountedUpdate, sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.window import base_of
 

@@ -17,7 +17,7 @@ from fedcli.workspace.baselines import baseline_name, read_baseline_record
 from fedcli.workspace.canaries import Canary, CanaryKind, Planted, read_canaries, remove_canaries, save_canaries
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.locks import hold
-from fedcli.workspace.records import sha256
+from fedcli.workspace.parsing import sha256
 
 MOST_CANARIES = 4096
 MOST_REPEAT = 1000

@@ -15,7 +15,8 @@ from fedcli.workspace.bundle_file import Bundle, BundleRecord, new_bundle, opene
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import is_initialised, read_identity
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
-from fedcli.workspace.records import Identity, sealed
+from fedcli.workspace.parsing import sealed
+from fedcli.workspace.records import Identity
 from fedcli.workspace.sync_memory import SyncMemory
 
 _ROUND_PARTS = frozenset(("rounds", "enrolment", "attempts", "repair"))

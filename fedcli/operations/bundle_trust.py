@@ -17,7 +17,8 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import is_initialised
 from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES
 from fedcli.workspace.layout import Workspace
-from fedcli.workspace.records import EnrolmentHead, Identity, PublicKeys, sha256
+from fedcli.workspace.parsing import sha256
+from fedcli.workspace.records import EnrolmentHead, Identity, PublicKeys
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import MAX_REGISTRATION_BYTES
 

@@ -13,7 +13,7 @@ from fedcli.errors import UsageError
 from fedcli.scoring.own_adapters import OwnAdapter
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, adapter_name
-from fedcli.workspace.records import sha256
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.tensors import encode
 
 MOST_RANK = 8192

@@ -1,7 +1,7 @@
 """What `fedcli data preview` shows: rows as they are trained on, token lengths, and every client's share."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from fedcli.model.loading import load_tokenizer
 from fedcli.observer import Observer
 from fedcli.parties.join import NO_LIMIT
 from fedcli.parties.party import Party, find_party, find_same_base, trusts_code
-from fedcli.parties.simulate import read_summary
+from fedcli.parties.simulate import DataSummary, read_summary
 from fedcli.report.rows_picture import Bar, draw
 from fedcli.tasks.conversation import Item
 from fedcli.tasks.format import TOO_LONG
@@ -128,60 +128,21 @@ def preview(
     else:
         experiment = FederationState.open(workspace)
         train = experiment.head.manifest.train
-    max_length = train.max_length
     parties = _parties(experiment, client, home)
     tokenizer = _tokenizer(experiment, parties[0])
     encoder = Encoder(tokenizer, train.template, date=train.date)
     is_simulated = parties[0].num_rows is None
     summary = read_summary(workspace) if is_simulated else None
+    max_length = train.max_length
+    looking = _Looking(experiment.config.federation.seed, encoder, max_length, by, summary)
     shown: list[ShownRow] = []
-    shares: list[ClientShare] = []
-    by_value: list[Counter[str]] = []
-    unusable, num_read = EncodedRows(), 0
     for party in parties:
         observer.client_started(party.client)
-        reader = RowReader(party.format, experiment.config.federation.seed)
-        items, values = _sample(reader, party, by)
-        places = (row.where for row, _ in items)
-        whole = encoder.encode((item for _, item in items), NO_LIMIT, places=places)
-        used = cut(whole, max_length)
-        used.include(reader)
-        if summary is not None:  # what the split went by is used
-            used.unused = Counter({name: used.unused[name] for name in used.unused if name in summary.unused})
-        lengths = whole.lengths()
-        num_read += reader.num_rows
-        if not whole:
-            unusable.extend(whole)
-        counts = summary.group_counts[party.client] if summary else []
-        by_value.append(values)
-        num_cut = int((lengths > max_length).sum())
-        shares.append(
-            ClientShare(
-                client=party.client,
-                num_rows=reader.num_rows - used.left_out.total(),
-                num_cut=num_cut,
-                num_truncated=used.num_truncated,
-                num_too_long=used.left_out[TOO_LONG],
-                num_tokens=lengths.tolist(),
-                groups=counts,
-                guess=party.guess,
-                **used.counts(),
-            )
-        )
-        for row, item in items[: max(0, num_rows - len(shown))]:
-            encoded = encoder.encode([item], max_length)
-            texts = [_pieces(tokenizer, side) for used_row in encoded for side in used_row.sides]
-            why = next((f"{reason}: {detail}" for reason, detail in encoded.first_cases.items()), None)
-            shown.append(ShownRow(row.where, dict(row.fields), texts, why))
-    groups = summary.groups if summary else []
-    if by is not None:
-        groups = sorted(set().union(*by_value))
-        shares = [
-            replace(share, groups=[values[name] for name in groups])
-            for share, values in zip(shares, by_value, strict=True)
-        ]
+        items = looking.look_at(party)
+        shown += [looking.show(tokenizer, row, item) for row, item in items[: max(0, num_rows - len(shown))]]
+    shares, groups = looking.by_group()
     if not any(share.num_tokens for share in shares):
-        require_encoded(unusable, parties[0].source.location, num_read, max_length)
+        require_encoded(looking.unusable, parties[0].source.location, looking.num_read, max_length)
     all_lengths = [length for share in shares for length in share.num_tokens]
     counts_, edges = np.histogram(all_lengths, bins=min(NUM_BINS, len(set(all_lengths))))
     folder = workspace.data if is_simulated else parties[0].home.folder
@@ -200,6 +161,68 @@ def preview(
         num_sampled=len(all_lengths),
         picture=picture if can_draw else None,
     )
+
+
+@dataclass
+class _Looking:
+    """What has been seen of the parties' rows so far."""
+
+    seed: int
+    encoder: Encoder
+    max_length: int
+    by: str | None
+    summary: DataSummary | None
+    """How simulated clients' rows were split."""
+    shares: list[ClientShare] = field(default_factory=list)
+    values: list[Counter[str]] = field(default_factory=list)
+    """How many rows of each client have each value of the column `by`."""
+    unusable: EncodedRows = field(default_factory=EncodedRows)
+    num_read: int = 0
+
+    def look_at(self, party: Party) -> list[tuple[Row, Item]]:
+        """Count a party's rows; return the first usable ones."""
+        reader = RowReader(party.format, self.seed)
+        items, values = _sample(reader, party, self.by)
+        places = (row.where for row, _ in items)
+        whole = self.encoder.encode((item for _, item in items), NO_LIMIT, places=places)
+        used = cut(whole, self.max_length)
+        used.include(reader)
+        if self.summary is not None:  # what the split went by is used
+            used.unused = Counter({name: used.unused[name] for name in used.unused if name in self.summary.unused})
+        lengths = whole.lengths()
+        self.num_read += reader.num_rows
+        if not whole:
+            self.unusable.extend(whole)
+        self.values.append(values)
+        self.shares.append(
+            ClientShare(
+                client=party.client,
+                num_rows=reader.num_rows - used.left_out.total(),
+                num_cut=int((lengths > self.max_length).sum()),
+                num_truncated=used.num_truncated,
+                num_too_long=used.left_out[TOO_LONG],
+                num_tokens=lengths.tolist(),
+                groups=self.summary.group_counts[party.client] if self.summary else [],
+                guess=party.guess,
+                **used.counts(),
+            )
+        )
+        return items
+
+    def show(self, tokenizer: "PreTrainedTokenizerBase", row: Row, item: Item) -> ShownRow:
+        """Return a row, and what is made of it."""
+        encoded = self.encoder.encode([item], self.max_length)
+        texts = [_pieces(tokenizer, side) for used_row in encoded for side in used_row.sides]
+        why = next((f"{reason}: {detail}" for reason, detail in encoded.first_cases.items()), None)
+        return ShownRow(row.where, dict(row.fields), texts, why)
+
+    def by_group(self) -> tuple[list[ClientShare], list[str]]:
+        """Return the clients' shares and the groups that they count: those of the split, or of the column `by`."""
+        if self.by is None:
+            return self.shares, self.summary.groups if self.summary else []
+        groups = sorted(set().union(*self.values))
+        counted = zip(self.shares, self.values, strict=True)
+        return [replace(share, groups=[values[name] for name in groups]) for share, values in counted], groups
 
 
 def _parties(experiment: Experiment, client: int | None, home: Path | None) -> list[Party]:

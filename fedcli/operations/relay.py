@@ -26,7 +26,8 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.inbox import clear_discarded
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Home
 from fedcli.workspace.locks import hold
-from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry, sealed
+from fedcli.workspace.parsing import sealed
+from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry
 from fedcli.workspace.registrations import read_party, read_registration
 from fedcli.workspace.relay_records import RelayedRound
 

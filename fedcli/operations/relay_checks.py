@@ -11,7 +11,7 @@ from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_NAME
-from fedcli.workspace.records import Aggregation
+from fedcli.workspace.merge_records import Aggregation
 
 _MEANS = ("fedavg", "fedprox")
 """Algorithms whose server makes the weighted mean and nothing else."""

@@ -31,7 +31,7 @@ from fedcli.workspace.federation_state import FederationState, config_text
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Submission, look_at_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, check_outside
-from fedcli.workspace.records import CountedUpdate
+from fedcli.workspace.merge_records import CountedUpdate
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.report_folder import publish_report
 from fedcli.workspace.scores import ScoreRecord, read_scores

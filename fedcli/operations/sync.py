@@ -10,7 +10,8 @@ from fedcli.operations.sync_pair import Pair
 from fedcli.operations.sync_walk import CARRIED, Scope, Walk
 from fedcli.workspace.history import is_initialised, read_identity, read_round
 from fedcli.workspace.layout import CONFIG_NAME, Workspace
-from fedcli.workspace.records import Identity, sha256
+from fedcli.workspace.parsing import sha256
+from fedcli.workspace.records import Identity
 from fedcli.workspace.split_store import LOCAL
 from fedcli.workspace.sync_memory import SyncMemory
 

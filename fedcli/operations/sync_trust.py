@@ -20,7 +20,8 @@ from fedcli.workspace.history import Round, read_if_there, read_round
 from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES, Authenticate
 from fedcli.workspace.layout import UPDATE_SIGNATURE, Workspace, server_home
 from fedcli.workspace.parcels import Incomplete, Parcel
-from fedcli.workspace.records import Identity, Manifest, sha256
+from fedcli.workspace.parsing import sha256
+from fedcli.workspace.records import Identity, Manifest
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import MAX_REGISTRATION_BYTES, own_homes, read_party
 from fedcli.workspace.secure_files import RecordT, Stored, parse_answer, parse_signed, read_attempt, read_repair

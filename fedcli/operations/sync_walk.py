@@ -28,7 +28,7 @@ from fedcli.workspace.parcels import (
     read_manifest,
     round_parcel,
 )
-from fedcli.workspace.records import sha256
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.registrations import is_own, mark_as_copy, mark_as_own
 from fedcli.workspace.secure_files import MAX_BYTES, MOST_SHARES_BYTES
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedcli.algos.diagnostics import Diagnosis, outliers
-from fedcli.workspace.records import CountedUpdate
+from fedcli.workspace.merge_records import CountedUpdate
 
 MANY_ROWS = 10.0
 """Times the median of the numbers of rows, beyond which one is marked."""

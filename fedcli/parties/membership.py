@@ -20,7 +20,8 @@ from fedcli.workspace.enrolment import Enrolment, Member
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import Home
 from fedcli.workspace.locks import hold
-from fedcli.workspace.records import PublicKeys, sha256
+from fedcli.workspace.parsing import sha256
+from fedcli.workspace.records import PublicKeys
 from fedcli.workspace.registrations import Registration, read_party, read_registration, register
 
 

@@ -24,7 +24,7 @@ from fedcli.workspace.federation_state import Experiment
 from fedcli.workspace.history import read_round
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold
-from fedcli.workspace.records import parse_object
+from fedcli.workspace.parsing import parse_object
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.row_files import RowFiles, read_data_card, save_beside_rows
 

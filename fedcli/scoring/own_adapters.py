@@ -15,7 +15,8 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.inbox import Update
 from fedcli.workspace.layout import ADAPTER_FILE
-from fedcli.workspace.records import Manifest, sha256
+from fedcli.workspace.parsing import sha256
+from fedcli.workspace.records import Manifest
 from fedcli.workspace.tensors import encode
 
 

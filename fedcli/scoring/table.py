@@ -1,29 +1,22 @@
 """Scores side by side: targets x metrics, the best marked, ranks, and paired differences to one target."""
 
-import csv
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 from fedcli.errors import NotReadyError, UsageError, did_you_mean
 from fedcli.eval.benchmark import Benchmark, Metric
 from fedcli.eval.registry import BENCHMARKS, find_benchmarks, find_group
 from fedcli.eval.statistics import Score, average_ranks, difference
-from fedcli.printable import in_csv, in_markdown
-from fedcli.scoring import client_table, communication
-from fedcli.scoring.client_table import ClientRow, as_cells, as_documents, client_rows
-from fedcli.scoring.communication import bytes_until, in_megabytes, is_worth_a_column
-from fedcli.scoring.several import gather
+from fedcli.scoring.client_table import ClientRow, client_rows
+from fedcli.scoring.communication import bytes_until, is_worth_a_column
+from fedcli.scoring.several import Scored, gather
 from fedcli.scoring.targets import BASE
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.scores import (
     ItemMarks,
     ScoreEntry,
     ScoreRecord,
-    publish_table,
     read_scores,
     scored_name,
 )
@@ -109,11 +102,7 @@ def make_table(
     found = gather([workspace, *others], records)
     origin = {(each.shown, each.kept.name): each for each in found}
     records = [each.record for each in found]
-    scored = {name for record in records for name in (record.name, record.benchmark)}
-    chosen = find_benchmarks([name for name in names if name not in scored])
-    chosen += [BENCHMARKS[name] for name in names if name in BENCHMARKS]
-    chosen += find_group(group) if group is not None else []
-    wanted = {*names} | {name for found in chosen for name in (found.name, *found.parts)}
+    wanted = _wanted(names, group, records)
     asked = [record for record in records if not wanted or wanted & {record.benchmark, record.name}]
     stale = [record for record in asked if origin[record.target, record.name].is_stale]
     kept = [record for record in asked if record not in stale]
@@ -136,22 +125,7 @@ def make_table(
     columns = list(dict.fromkeys(column for _, column in scores))
     order = {name: position for position, name in enumerate(BENCHMARKS)}
     columns.sort(key=lambda column: (order.get(column.benchmark.partition("@")[0], len(order)), column.benchmark))
-    by_name = {(record.target, record.name): record for record in records}
-
-    @cache
-    def marks_of(target: str, name: str) -> ItemMarks:
-        return origin[target, name].marks() if (target, name) in by_name else ItemMarks()
-
-    cells = {}
-    for column in columns:
-        in_column = {target: scores[target, column] for target in rows if (target, column) in scores}
-        reference = _reference(in_column, against, column, of_row)
-        for target, entry in in_column.items():
-            lead = None
-            if reference is not None and reference != target:
-                lead = _difference(by_name, marks_of, column, target, reference)
-            rank = 1 + sum(column.signed(other) > column.signed(entry) for other in in_column.values())
-            cells[target, column] = Cell(entry, rank, lead)
+    cells = _cells(rows, columns, scores, against, of_row, origin)
     clients: list[ClientRow] = []
     for column in columns:
         values = {of_row[row]: scores[row, column].value for row in rows if (row, column) in scores and not place[row]}
@@ -170,6 +144,43 @@ def make_table(
     ranks = ranks if len(rows) > 1 else {}
     notes = _notes(kept, stale)
     return ScoreTable(tuple(rows), tuple(columns), cells, ranks, against, notes, tuple(clients), moved)
+
+
+def _wanted(names: Sequence[str], group: str | None, records: Sequence[ScoreRecord]) -> set[str]:
+    """Return the names of what is asked for, with a group's benchmarks and a benchmark's parts; none for all."""
+    scored = {name for record in records for name in (record.name, record.benchmark)}
+    chosen = find_benchmarks([name for name in names if name not in scored])
+    chosen += [BENCHMARKS[name] for name in names if name in BENCHMARKS]
+    chosen += find_group(group) if group is not None else []
+    return {*names} | {name for found in chosen for name in (found.name, *found.parts)}
+
+
+def _cells(
+    rows: Sequence[str],
+    columns: Sequence[Column],
+    scores: Mapping[tuple[str, Column], ScoreEntry],
+    against: str,
+    of_row: Mapping[str, TargetName],
+    origin: Mapping[tuple[str, str], Scored],
+) -> dict[tuple[str, Column], Cell]:
+    """Return each score with its rank in its column, and its difference to the row that all are compared with."""
+    by_name = {place: found.record for place, found in origin.items()}
+
+    @cache
+    def marks_of(target: str, name: str) -> ItemMarks:
+        return origin[target, name].marks() if (target, name) in by_name else ItemMarks()
+
+    cells = {}
+    for column in columns:
+        in_column = {target: scores[target, column] for target in rows if (target, column) in scores}
+        reference = _reference(in_column, against, column, of_row)
+        for target, entry in in_column.items():
+            lead = None
+            if reference is not None and reference != target:
+                lead = _difference(by_name, marks_of, column, target, reference)
+            rank = 1 + sum(column.signed(other) > column.signed(entry) for other in in_column.values())
+            cells[target, column] = Cell(entry, rank, lead)
+    return cells
 
 
 def best_rounds(
@@ -196,97 +207,6 @@ def best_rounds(
         if record.name == benchmark and name in record.scores and (number := record.target_name.number) is not None
     ]
     return sorted(entries, key=lambda found: found[1].value, reverse=entries[0][1].higher_is_better)
-
-
-def save_table(workspace: Workspace, table: ScoreTable, name: str) -> list[str]:
-    """Write a table as NAME.md, NAME.csv and NAME.json under eval/; return their paths."""
-    rows = as_rows(table)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows({name: in_csv(value) for name, value in row.items()} for row in rows)
-    document = {"against": table.against, "average_rank": table.average_rank, "scores": rows, "notes": table.notes}
-    document |= {"clients": as_documents(table.clients)} if table.clients else {}
-    files = {
-        f"{name}.md": to_markdown(table),
-        f"{name}.csv": text.getvalue(),
-        f"{name}.json": json.dumps(document, indent=1) + "\n",
-    }
-    return [str(path) for path in publish_table(workspace, files)]
-
-
-def as_rows(table: ScoreTable) -> list[dict[str, Any]]:
-    """Return one row for each target and metric."""
-    rows = []
-    for column in table.columns:
-        for target in table.targets:
-            if (cell := table.cells.get((target, column))) is None:
-                continue
-            value = cell.score.model_dump(exclude={"unit", "higher_is_better", "is_detail"})
-            lead = {
-                f"difference{suffix}": getattr(cell.difference, name, None)
-                for suffix, name in (("", "value"), ("_error", "standard_error"), ("_low", "low"), ("_high", "high"))
-            }
-            moved = {"communication_bytes": table.communication.get(target)} if table.communication else {}
-            rows.append({"target": target, **asdict(column), **value, "rank": cell.rank, **lead, **moved})
-    return rows
-
-
-def to_markdown(table: ScoreTable) -> str:
-    """Return the table, targets x metrics: best bold, second best underlined; then the differences."""
-    head = [
-        "",
-        *(in_markdown(column.title) for column in table.columns),
-        *(["average rank"] if table.average_rank else []),
-        *([communication.HEAD] if table.communication else []),
-    ]
-    lines = [head, ["---", *("---:" for _ in head[1:])]]
-    differences = [head[: len(table.columns) + 1], lines[1][: len(table.columns) + 1]]
-    for target in table.targets:
-        name, cells = in_markdown(target), [table.cells.get((target, column)) for column in table.columns]
-        rank = [f"{table.average_rank[target]:.2f}"] if table.average_rank else []
-        lines.append([name, *map(_marked, cells), *rank, *show_communication(table, target)])
-        if any(found and found.difference for found in cells):
-            differences.append([name, *map(show_difference, cells)])
-    blocks = ["# Scores", _grid(lines), "Values with 95 % bootstrap intervals; **best**, <u>second best</u>."]
-    if len(differences) > 2:
-        blocks += [
-            f"## Difference to {in_markdown(table.against)}",
-            _grid(differences),
-            "Paired by item, with 95 % intervals.",
-        ]
-    if table.clients:
-        shown = [[*map(in_markdown, row)] for row in as_cells(table.clients)]
-        blocks += ["## Clients' own adapters", _grid([[*client_table.HEAD], ["---"] * len(client_table.HEAD), *shown])]
-        blocks += ["Gains are better where they are larger, client by client."]
-    blocks += [f"- {in_markdown(note)}" for note in table.notes]
-    return "\n\n".join(blocks) + "\n"
-
-
-def show_communication(table: ScoreTable, target: str) -> list[str]:
-    """Return the cell of a target's communication, "" where it is not known; [] where the table has no such column."""
-    if not table.communication:
-        return []
-    moved = table.communication.get(target)
-    return ["" if moved is None else in_megabytes(moved)]
-
-
-def show_score(cell: Cell | None) -> str:
-    """Return a value with its interval."""
-    return _interval(cell.score) if cell else ""
-
-
-def show_difference(cell: Cell | None) -> str:
-    """Return a difference with its interval, signed."""
-    return _interval(cell.difference, "+") if cell and cell.difference else ""
-
-
-def _interval(score: ScoreEntry | Score, sign: str = "") -> str:
-    value, low, high = (
-        f"{number:{sign}.3f}" if abs(number) < 10 else f"{number:{sign}.2f}"
-        for number in (score.value, score.low, score.high)
-    )
-    return f"{value} [{low}, {high}]"
 
 
 def _difference(
@@ -366,14 +286,3 @@ def _reference(
         return against if against in scores else None
     alone = [target for target in scores if of_row[target].kind == "alone"]
     return max(alone, key=lambda target: column.signed(scores[target]), default=None)
-
-
-def _marked(cell: Cell | None) -> str:
-    shown = show_score(cell)
-    if cell is None or cell.rank > 2:
-        return shown
-    return f"**{shown}**" if cell.rank == 1 else f"<u>{shown}</u>"
-
-
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

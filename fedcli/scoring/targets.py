@@ -27,7 +27,7 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.inbox import Update, read_update, submitted_rounds
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, Workspace, adapter_name
-from fedcli.workspace.records import sha256
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.target_name import TargetName
 

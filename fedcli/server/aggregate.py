@@ -23,7 +23,7 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import discard_update
 from fedcli.workspace.locks import hold
-from fedcli.workspace.records import Aggregation
+from fedcli.workspace.merge_records import Aggregation
 from fedcli.workspace.registrations import check_still_unsigned, foreign_clients, is_server
 
 if TYPE_CHECKING:

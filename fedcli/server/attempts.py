@@ -6,7 +6,7 @@ from fedcli.secure_aggregation.terms import fewest_of
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ATTEMPT
-from fedcli.workspace.records import sealed
+from fedcli.workspace.parsing import sealed
 from fedcli.workspace.secure_files import publish_signed, read_attempt
 from fedcli.workspace.secure_records import AttemptRecord
 

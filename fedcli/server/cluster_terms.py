@@ -4,7 +4,8 @@ from fedcli.config import Config
 from fedcli.errors import ConfigError
 from fedcli.workspace.cluster_records import ClustersRecord
 from fedcli.workspace.layout import ADAPTER_NAME, adapter_name
-from fedcli.workspace.records import Aggregation, Manifest
+from fedcli.workspace.merge_records import Aggregation
+from fedcli.workspace.records import Manifest
 
 
 def first_clusters(config: Config) -> ClustersRecord | None:

@@ -25,7 +25,8 @@ from fedcli.workspace.history import Round, read_if_there
 from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES, Authenticate
 from fedcli.workspace.layout import Home, Workspace, server_home
 from fedcli.workspace.locks import hold
-from fedcli.workspace.records import Identity, PublicKeys, sha256
+from fedcli.workspace.parsing import sha256
+from fedcli.workspace.records import Identity, PublicKeys
 from fedcli.workspace.registrations import MAX_REGISTRATION_BYTES, make_home, read_registration
 
 

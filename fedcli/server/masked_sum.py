@@ -20,8 +20,8 @@ from fedcli.server.merge import files_of, next_step
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate
 from fedcli.workspace.layout import ADAPTER_FILE
+from fedcli.workspace.merge_records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.privacy_records import SecureSum
-from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.registrations import read_registration
 from fedcli.workspace.secure_files import Masked, Stored, read_masked

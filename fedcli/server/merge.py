@@ -18,7 +18,8 @@ from fedcli.observer import Observer
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate, StoredFile, Update, check_rows, read_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, BASE_DELTA_CONFIG_NAME, BASE_DELTA_NAME, adapter_name
-from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate, UpdateRecord
+from fedcli.workspace.merge_records import Aggregation, CountedUpdate, RefusedUpdate
+from fedcli.workspace.records import UpdateRecord
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.tensors import encode
 

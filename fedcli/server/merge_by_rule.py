@@ -39,7 +39,7 @@ from fedcli.workspace.inbox import (
     read_update,
 )
 from fedcli.workspace.layout import ADAPTER_FILE
-from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
+from fedcli.workspace.merge_records import Aggregation, CountedUpdate, RefusedUpdate
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.side_by_side import SideBySide
 

@@ -14,7 +14,7 @@ from fedcli.workspace.cluster_records import Split
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import ChangedUpdate, look_at_update
 from fedcli.workspace.layout import ADAPTER_FILE, ADAPTER_NAME, adapter_name
-from fedcli.workspace.records import Aggregation
+from fedcli.workspace.merge_records import Aggregation
 from fedcli.workspace.refusal import Refusal
 
 

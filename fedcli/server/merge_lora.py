@@ -25,7 +25,7 @@ from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Update
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE, BASE_DELTA_CONFIG_NAME, BASE_DELTA_NAME
 from fedcli.workspace.lora_records import LoraErrors, LoraMerge
-from fedcli.workspace.records import Aggregation
+from fedcli.workspace.merge_records import Aggregation
 from fedcli.workspace.tensors import encode
 
 MOST_RANKS = 8

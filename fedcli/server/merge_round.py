@@ -14,7 +14,7 @@ from fedcli.server.merge_by_rule import combine_with
 from fedcli.server.withheld import without_figures
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import ChangedUpdate
-from fedcli.workspace.records import RefusedUpdate
+from fedcli.workspace.merge_records import RefusedUpdate
 
 if TYPE_CHECKING:
     from fedcli.server.merge_unequal import Unequal

@@ -23,7 +23,7 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate, Submission, Update, check_rows, read_update
 from fedcli.workspace.layout import ADAPTER_FILE
-from fedcli.workspace.records import Aggregation, RefusedUpdate
+from fedcli.workspace.merge_records import Aggregation, RefusedUpdate
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.window import Sent
 

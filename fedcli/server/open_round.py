@@ -20,8 +20,9 @@ from fedcli.workspace.federation_state import Experiment, FederationState, train
 from fedcli.workspace.history import Round, publish_round
 from fedcli.workspace.layout import ADAPTER_CONFIG_NAME, ADAPTER_FILE, ADAPTER_NAME, BASE_DELTA_CONFIG_NAME
 from fedcli.workspace.lora_records import LoraTerms
+from fedcli.workspace.merge_records import Aggregation
 from fedcli.workspace.privacy_records import next_clip, privacy_record
-from fedcli.workspace.records import Aggregation, Identity, Manifest, ModelRecord, Selection, TensorEntry, file_entry
+from fedcli.workspace.records import Identity, Manifest, ModelRecord, Selection, TensorEntry, file_entry
 
 if TYPE_CHECKING:
     from fedcli.server.enrol import ServerTrust

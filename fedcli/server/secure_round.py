@@ -30,7 +30,9 @@ from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import read_update_record
 from fedcli.workspace.layout import ATTEMPT
-from fedcli.workspace.records import Aggregation, file_entry, sealed, sha256
+from fedcli.workspace.merge_records import Aggregation
+from fedcli.workspace.parsing import sealed, sha256
+from fedcli.workspace.records import file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import foreign_clients
 from fedcli.workspace.secure_files import (

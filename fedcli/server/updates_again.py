@@ -13,7 +13,9 @@ from fedcli.server.verify_signatures import check_of_merge, enrolled_clients, go
 from fedcli.workspace.history import Round, is_hidden, prunable
 from fedcli.workspace.inbox import check_rows, opened_update, read_update, read_update_record
 from fedcli.workspace.layout import UPDATE_RECORD
-from fedcli.workspace.records import Aggregation, CountedUpdate, Identity, RefusedUpdate, sha256
+from fedcli.workspace.merge_records import Aggregation, CountedUpdate, RefusedUpdate
+from fedcli.workspace.parsing import sha256
+from fedcli.workspace.records import Identity
 from fedcli.workspace.refusal import Refusal
 
 ANOTHER = "is not the update that was counted"

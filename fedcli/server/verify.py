@@ -46,8 +46,9 @@ from fedcli.workspace.layout import (
     is_round_name,
     round_name,
 )
+from fedcli.workspace.merge_records import Aggregation
 from fedcli.workspace.publish import TEMPORARY_PREFIX
-from fedcli.workspace.records import Aggregation, Identity, Manifest
+from fedcli.workspace.records import Identity, Manifest
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
 

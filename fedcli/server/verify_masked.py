@@ -16,7 +16,7 @@ from fedcli.trust.attempts import check_server, masked_check, terms_of
 from fedcli.workspace.enrolment import Enrolment, read_enrolment
 from fedcli.workspace.history import Round, is_hidden
 from fedcli.workspace.layout import PRUNED
-from fedcli.workspace.records import Aggregation
+from fedcli.workspace.merge_records import Aggregation
 from fedcli.workspace.secure_files import Stored, read_attempt, read_repair
 from fedcli.workspace.secure_records import AttemptRecord, RepairRecord
 

@@ -23,7 +23,8 @@ from fedcli.server.verify_signatures import check_of_merge, gone_clients
 from fedcli.server.verify_unequal import is_unequal, recompute_unequal
 from fedcli.workspace.history import Round, is_hidden, prunable
 from fedcli.workspace.layout import PRUNED
-from fedcli.workspace.records import Aggregation, CountedUpdate, file_entry
+from fedcli.workspace.merge_records import Aggregation, CountedUpdate
+from fedcli.workspace.records import file_entry
 
 
 def recompute(

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from fedcli.server.verification import Verification
 from fedcli.workspace.history import Round
+from fedcli.workspace.merge_records import Aggregation
 from fedcli.workspace.privacy_records import MergeNoise, next_clip, noise_multiplier
-from fedcli.workspace.records import Aggregation
 
 if TYPE_CHECKING:
     from fedcli.workspace.noise_keys import NoiseKey, NoiseSource

@@ -20,7 +20,7 @@ from fedcli.server.verification import Verification
 from fedcli.server.verify_signatures import check_of_merge, gone_clients
 from fedcli.workspace.history import Round, is_hidden
 from fedcli.workspace.layout import PRUNED
-from fedcli.workspace.records import Aggregation, CountedUpdate
+from fedcli.workspace.merge_records import Aggregation, CountedUpdate
 from fedcli.workspace.window import Sent, base_of, entries_of, is_alike, settled, times_counted, window_start
 
 

@@ -1,7 +1,7 @@
 """What a round's manifest does not tell where privacy has a unit: figures that are exact, and no noise hides."""
 
 from fedcli.workspace.history import Round
-from fedcli.workspace.records import Aggregation, CountedUpdate
+from fedcli.workspace.merge_records import Aggregation, CountedUpdate
 
 WITHHELD = "withheld: it may tell of the client's rows (manifest.privacy)"
 

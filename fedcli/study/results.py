@@ -1,7 +1,7 @@
 """A study's scores: rows (baselines and algorithms) x metrics, over seeds, with differences to a row and ranks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import stdev
 
@@ -153,30 +153,22 @@ def _block(
     against = against or next(iter(rows))
     if against not in rows:
         raise UsageError(f"--against {against}: there is no such row", hint=did_you_mean(against, rows))
-    values: dict[tuple[str, str], dict[int, float]] = {}
+    values = _values(scored, rows, columns)
     for label, row in rows.items():
-        for column in columns:
-            found = {
-                seed: value
-                for seed, sources in row.items()
-                if (value := scored.value(_chosen(scored, label, sources, column), column)) is not None
-            }
-            if found:
-                values[label, column.shown] = found
-            missing = len(row) - len(found)
-            if 0 < missing < len(row):
-                notes[f"{setting.name}, {label}: {len(found)} of {len(row)} seeds so far"] = None
+        counts = {len(values.get((label, column.shown), {})) for column in columns}
+        notes |= {
+            f"{setting.name}, {label}: {count} of {len(row)} seeds so far": None
+            for count in sorted(counts)
+            if 0 < count < len(row)
+        }
     notes |= dict.fromkeys(scored.notes(cells))
     means = {place: round(math.fsum(found.values()) / len(found), 12) for place, found in values.items()}  # of ranks
     ranked = [label for label in rows if label not in _DERIVED and any(label == row for row, _ in values)]
     scores: dict[tuple[str, str], StudyScore] = {}
     for (label, title), found in values.items():
         column = next(column for column in columns if column.shown == title)
-        better = [
-            other
-            for other in ranked
-            if (other, title) in means and signed(column, means[other, title]) > signed(column, means[label, title])
-        ]
+        others = [means[other, title] for other in ranked if (other, title) in means]
+        rank = 1 + sum(signed(column, other) > signed(column, means[label, title]) for other in others)
         lead = None
         if label != against and (against, title) in values:
             seeds = sorted(found.keys() & values[against, title].keys())
@@ -185,14 +177,11 @@ def _block(
             )
             lead = scored.difference(mine, theirs, column) if seeds else None
         published = paper.figure(setting.name, label, title) if paper else None
-        rank = len(better) + 1 if label in ranked else None
-        scores[label, title] = StudyScore(found, rank, lead, published)
-    for label in paper.labels(setting.name) if paper else ():
-        for column in columns:
-            figure = paper.figure(setting.name, label, column.shown) if paper else None
-            if figure is not None and (label, column.shown) not in scores:
-                titles.setdefault(label, label)
-                scores[label, column.shown] = StudyScore({}, published=figure)
+        scores[label, title] = StudyScore(found, rank if label in ranked else None, lead, published)
+    if paper is not None:
+        for label, title, figure in _published_alone(paper, setting.name, columns, scores):
+            titles.setdefault(label, label)
+            scores[label, title] = figure
     complete = [column for column in columns if ranked and all((label, column.shown) in means for label in ranked)]
     ranks = average_ranks(
         {label: [means[label, column.shown] for column in complete] for label in ranked},
@@ -203,17 +192,39 @@ def _block(
         notes[
             f"{setting.name}: the average rank is over {len(complete)} of {len(columns)} columns, without {left_out}"
         ] = None
-    title = setting.title or setting.name
     moved: dict[str, dict[int, int]] = {}
     for cell in cells:
         number = last.get(cell.id)
         if number is not None and (size := bytes_of_round(folder, cell, number)) is not None:
             moved.setdefault(cell.label, {})[cell.seed] = size
-    costs = {}
-    if goal is not None:
-        costs = reached(folder, scored, cells, goal)
+    costs = {} if goal is None else reached(folder, scored, cells, goal)
     ranks = ranks if len(ranked) > 1 else {}
+    title = setting.title or setting.name
     return Block(setting.name, title, titles, tuple(columns), scores, ranks, against, moved, goal, costs)
+
+
+def _values(
+    scored: Scored, rows: Mapping[str, Mapping[int, list[ScoredModel]]], columns: Sequence[Column]
+) -> dict[tuple[str, str], dict[int, float]]:
+    """Return the scores that are there, by row and column, and by seed."""
+    values: dict[tuple[str, str], dict[int, float]] = {}
+    for label, row in rows.items():
+        for column in columns:
+            for seed, sources in row.items():
+                if (value := scored.value(_chosen(scored, label, sources, column), column)) is not None:
+                    values.setdefault((label, column.shown), {})[seed] = value
+    return values
+
+
+def _published_alone(
+    paper: PublishedTable, preset: str, columns: Sequence[Column], scores: Mapping[tuple[str, str], StudyScore]
+) -> Iterator[tuple[str, str, StudyScore]]:
+    """Yield the rows and columns for which a paper has a figure, and the study none."""
+    for label in paper.labels(preset):
+        for column in columns:
+            figure = paper.figure(preset, label, column.shown)
+            if figure is not None and (label, column.shown) not in scores:
+                yield label, column.shown, StudyScore({}, published=figure)
 
 
 def _shown_round(folder: StudyFolder, scored: Scored, cell: Cell, budget: int | None) -> int | None:

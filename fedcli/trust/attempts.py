@@ -11,7 +11,8 @@ from fedcli.workspace.enrolment import Enrolment
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import Authenticate
 from fedcli.workspace.layout import ATTEMPT, UPDATE_SIGNATURE
-from fedcli.workspace.records import PublicKeys, sha256
+from fedcli.workspace.parsing import sha256
+from fedcli.workspace.records import PublicKeys
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.secure_files import Stored
 from fedcli.workspace.secure_records import AttemptRecord

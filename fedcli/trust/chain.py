@@ -9,7 +9,8 @@ from fedcli.workspace.enrolment import Enrolment, StoredEntry, read_enrolment
 from fedcli.workspace.history import Round, read_if_there
 from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES, SIGNATURE_BYTES, Authenticate
 from fedcli.workspace.layout import MANIFEST_SIGNATURE, UPDATE_SIGNATURE, Workspace
-from fedcli.workspace.records import Identity, Manifest, PublicKeys, sha256
+from fedcli.workspace.parsing import sha256
+from fedcli.workspace.records import Identity, Manifest, PublicKeys
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.store import Folder
 

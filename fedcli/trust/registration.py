@@ -1,7 +1,8 @@
 """Whether a registration is its party's own, and which of two is the newer."""
 
 from fedcli.trust.keys import digest_of, is_signed
-from fedcli.workspace.records import PublicKeys, parse_object, sha256
+from fedcli.workspace.parsing import parse_object, sha256
+from fedcli.workspace.records import PublicKeys
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import Registration
 

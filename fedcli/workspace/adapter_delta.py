@@ -7,7 +7,7 @@ import numpy as np
 from fedcli.errors import FedError
 from fedcli.workspace.encoded_differences import decode_differences
 from fedcli.workspace.layout import ADAPTER_NAME, DELTA_NAME
-from fedcli.workspace.records import sha256
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode
 

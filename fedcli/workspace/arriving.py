@@ -12,8 +12,8 @@ from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.history import Round
 from fedcli.workspace.inbox import MAX_UPDATE_RECORD_BYTES, SIGNATURE_BYTES
 from fedcli.workspace.layout import MANIFEST_SIGNATURE, UPDATE_RECORD, UPDATE_SIGNATURE, Home
+from fedcli.workspace.parsing import is_cut_short, parse_object
 from fedcli.workspace.publish import PRIVATE_MODE, publish_file
-from fedcli.workspace.records import is_cut_short, parse_object
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.registrations import make_home
 

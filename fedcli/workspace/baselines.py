@@ -10,18 +10,10 @@ from fedcli.algos import Array, Arrays
 from fedcli.errors import IntegrityError
 from fedcli.workspace.history import MAX_RECORD_BYTES, read_checked, read_whole
 from fedcli.workspace.layout import ADAPTER_NAME, Home, Workspace
+from fedcli.workspace.parsing import parse_record, sealed, sha256
 from fedcli.workspace.publish import publish_file
-from fedcli.workspace.records import (
-    FileEntry,
-    Finite,
-    Record,
-    Sha256,
-    TensorEntry,
-    file_entry,
-    parse_record,
-    sealed,
-    sha256,
-)
+from fedcli.workspace.record import Finite, Record, Sha256
+from fedcli.workspace.records import FileEntry, TensorEntry, file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode
 from fedcli.workspace.train_records import TrainRecord

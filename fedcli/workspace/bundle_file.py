@@ -23,9 +23,10 @@ from fedcli.errors import IntegrityError, UsageError, WorkspaceError
 from fedcli.workspace.inbox import MAX_SIGNATURE_BYTES
 from fedcli.workspace.layout import WORKSPACE_ID
 from fedcli.workspace.parcels import PLAIN_NAME
+from fedcli.workspace.parsing import is_unchanged, parse_object, sealed, sha256
 from fedcli.workspace.publish import explained, sync, temporary_folder
 from fedcli.workspace.record import Finite, Natural, Record
-from fedcli.workspace.records import FileEntry, is_unchanged, parse_object, sealed, sha256
+from fedcli.workspace.records import FileEntry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.store import Store
 

@@ -12,9 +12,11 @@ from fedcli.config import algorithm_from
 from fedcli.errors import IntegrityError
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import Home, update_name
+from fedcli.workspace.merge_records import Aggregation
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.publish import publish_file, remove_temporaries
 from fedcli.workspace.read import read_file
-from fedcli.workspace.records import Aggregation, Manifest, sha256
+from fedcli.workspace.records import Manifest
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.tensors import decode, encode, read_metadata
 from fedcli.workspace.window import base_of, window_start

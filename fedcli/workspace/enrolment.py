@@ -13,17 +13,9 @@ from weakref import WeakKeyDictionary
 
 from fedcli.errors import ArrivingError, IntegrityError
 from fedcli.workspace.layout import Workspace, round_name
-from fedcli.workspace.records import (
-    EnrolmentHead,
-    Finite,
-    Natural,
-    PublicKeys,
-    Record,
-    Sha256,
-    parse_record,
-    sealed,
-    sha256,
-)
+from fedcli.workspace.parsing import parse_record, sealed, sha256
+from fedcli.workspace.record import Finite, Natural, Record, Sha256
+from fedcli.workspace.records import EnrolmentHead, PublicKeys
 from fedcli.workspace.refusal import Refusal
 
 Action = Literal["server", "enrol", "leave", "revoke"]

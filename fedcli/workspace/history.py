@@ -20,20 +20,8 @@ from fedcli.workspace.layout import (
     adapter_name,
     is_round_name,
 )
-from fedcli.workspace.records import (
-    CHANGED,
-    FileEntry,
-    Identity,
-    Manifest,
-    PrunedRecord,
-    RecordT,
-    TensorEntry,
-    is_unchanged,
-    parse_object,
-    parse_record,
-    sealed,
-    sha256,
-)
+from fedcli.workspace.parsing import CHANGED, RecordT, is_unchanged, parse_object, parse_record, sealed, sha256
+from fedcli.workspace.records import FileEntry, Identity, Manifest, PrunedRecord, TensorEntry
 from fedcli.workspace.refusal import Refusal
 
 MAX_MANIFEST_BYTES = 2**28

@@ -16,8 +16,9 @@ from fedcli.stores.objects import UnlistableError
 from fedcli.workspace.encoded_differences import locate_differences
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_FILE, UPDATE_RECORD, Workspace, is_round_name
+from fedcli.workspace.parsing import is_cut_short, sha256
 from fedcli.workspace.privacy_records import claim_fault
-from fedcli.workspace.records import PROTOCOL, UpdateRecord, is_cut_short, parse_update_record, sha256
+from fedcli.workspace.records import PROTOCOL, UpdateRecord, parse_update_record
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.registrations import inbox_owner, is_server, is_stranger, read_registration
 from fedcli.workspace.store import Folder

@@ -5,8 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedcli.errors import FedError
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, make_folder, publish_file, remove_temporaries
-from fedcli.workspace.records import sha256
 
 MOST_BYTES = 2 * 2**30
 """What the cache holds at most; what was used last stays."""

@@ -15,8 +15,9 @@ from fedcli.errors import UsageError, WorkspaceError
 from fedcli.privacy.noise import KEY_BYTES, hash_of, new_key
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import Home, Workspace, server_home, update_name
+from fedcli.workspace.merge_records import Aggregation
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, PRIVATE_MODE, make_folder, publish_file
-from fedcli.workspace.records import Aggregation, Identity
+from fedcli.workspace.records import Identity
 from fedcli.workspace.registrations import make_home
 
 

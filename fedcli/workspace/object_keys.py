@@ -7,7 +7,7 @@ import re
 from pathlib import PurePosixPath
 
 from fedcli.workspace.layout import MANIFEST, UPDATE_RECORD
-from fedcli.workspace.records import sha256
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.secure_records import ANSWER_RECORD
 
 _RECORDS = (

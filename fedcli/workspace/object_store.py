@@ -27,8 +27,8 @@ from fedcli.workspace.object_keys import (
     record_of,
     without_attempt,
 )
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.publish import ABANDONED_SECONDS, DISCARDED_PREFIX
-from fedcli.workspace.records import sha256
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.store import Folder, Store
 

@@ -21,7 +21,8 @@ from fedcli.workspace.layout import (
     UPDATE_SIGNATURE,
     Workspace,
 )
-from fedcli.workspace.records import FileEntry, Identity, Manifest, PrunedRecord, parse_object, parse_record, sha256
+from fedcli.workspace.parsing import parse_object, parse_record, sha256
+from fedcli.workspace.records import FileEntry, Identity, Manifest, PrunedRecord
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.secure_files import MAX_BYTES
 from fedcli.workspace.secure_records import ANSWER_RECORD, ANSWER_SIGNATURE, masked_schema

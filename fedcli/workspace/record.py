@@ -19,6 +19,8 @@ class Record(BaseModel):
 
     arrives: ClassVar[bool] = False
     """Whether other tools bring it from elsewhere: one that is cut short is then not whole yet."""
+    tells_changes: ClassVar[bool] = False
+    """Whether its reader looks at its checksum, and tells more where it has changed."""
     unwritten: ClassVar[tuple[str, ...]] = ()
     """Keys that are not written where they are None or false: records of versions without them have the same bytes."""
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", defer_build=True)

@@ -1,11 +1,8 @@
 """The JSON records of the protocol: manifest.json, update.json and workspace.json."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -20,26 +17,19 @@ from fedcli.config.sections import (
     Rounds,
 )
 from fedcli.config.select import RANGES
-from fedcli.errors import ArrivingError, IntegrityError
-from fedcli.workspace.cluster_records import ClustersRecord, Split
+from fedcli.workspace.cluster_records import ClustersRecord
 from fedcli.workspace.encoding_record import EncodingRecord
 from fedcli.workspace.layout import BASE_DELTA_NAME, MASKED_FILE, SHARES_FILE, WORKSPACE_ID
-from fedcli.workspace.lora_records import LoraMerge, LoraTerms
-from fedcli.workspace.privacy_records import MergeNoise, PrivacyClaim, PrivacyRecord, SecureSum
-from fedcli.workspace.record import LARGEST_COUNT as LARGEST_COUNT
-from fedcli.workspace.record import Finite as Finite
-from fedcli.workspace.record import Id as Id
-from fedcli.workspace.record import Natural as Natural
-from fedcli.workspace.record import Record as Record
-from fedcli.workspace.record import Sha256 as Sha256
-from fedcli.workspace.refusal import Refusal, RefusalCode
+from fedcli.workspace.lora_records import LoraTerms
+from fedcli.workspace.merge_records import Aggregation
+from fedcli.workspace.parsing import CHANGED, first_fault, is_unchanged, parse_object, sha256
+from fedcli.workspace.privacy_records import PrivacyClaim, PrivacyRecord
+from fedcli.workspace.record import LARGEST_COUNT, Finite, Natural, Record, Sha256
+from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.relay_records import RelayedRound, RelayRecord
 from fedcli.workspace.train_records import TrainRecord
 
 PROTOCOL = 1
-CHANGED = "its contents do not have the checksum that it names"
-
-RecordT = TypeVar("RecordT", bound="Record")
 
 
 class PublicKeys(Record):
@@ -81,82 +71,6 @@ class ModelRecord(Record):
     """None in rounds of versions that did not count them."""
 
 
-class CountedUpdate(Record):
-    """An update that went into the aggregate; `update` is the hash of its update.json, weights add up to 1."""
-
-    unwritten = ("cosine", "change", "file_weights", "privacy", "cluster", "steps", "base")
-
-    client: Natural
-    update: Sha256
-    weight: Finite | None
-    """None, as the three below, where privacy withholds it, or where only the sum of all weights is known."""
-    num_samples: int | None
-    train_loss: Finite | None
-    delta_norm: Finite | None
-    bytes: Natural | None = None
-    """Of the files that the client sent; None where the server did not count them."""
-    cosine: Finite | None = None
-    """Of its difference to the mean's; it and what follows are there where another rule than the mean merged."""
-    change: Finite | None = None
-    """What leaving it out changes the mean by, in the mean's norm."""
-    file_weights: dict[str, Finite] | None = None
-    """Its weight in what is made of each file beside the adapter."""
-    privacy: PrivacyClaim | None = None
-    """What its client says that all its steps so far have spent; None, and not written, but for rows and groups."""
-    cluster: Natural | None = None
-    """Whose adapter it was made from, where there are clusters; weights add up to 1 in each."""
-    steps: Natural | None = None
-    """That it made; None, and not written, where all make the same."""
-    base: Natural | None = None
-    """The round that it was made from; None, and not written, where that is the one that was merged."""
-
-
-class RefusedUpdate(Record):
-    """An update that was not counted, and why."""
-
-    unwritten = ("update", "base")
-
-    client: Natural
-    code: RefusalCode
-    reason: str
-    update: Sha256 | None = None
-    """The hash of its update.json; None, and not written, where that could not be read."""
-    base: Natural | None = None
-    """As of a counted update."""
-
-    @classmethod
-    def of(cls, client: int, refusal: Refusal) -> "RefusedUpdate":
-        """Return the record of a refusal."""
-        return cls(client=client, code=refusal.code, reason=refusal.reason, update=refusal.update)
-
-
-class Aggregation(Record):
-    """How a round's adapter came to be; all lists are sorted by client."""
-
-    unwritten = ("rule", "privacy", "secure", "splits", "lora", "step_weighting", "most_counted")
-
-    algorithm: dict[str, Any]
-    counted: list[CountedUpdate]
-    refused: list[RefusedUpdate]
-    missing: list[Natural]
-    surplus: list[Natural] = Field(default_factory=list)
-    """Who answered, and was not needed: enough of those drawn before had."""
-    rule: dict[str, Any] | None = None
-    """What took the place of the weighted mean; None for that itself, and then it is not written."""
-    privacy: MergeNoise | None = None
-    """The noise of a round of unit client; None for others, and then it is not written."""
-    secure: SecureSum | None = None
-    """How the sum of masked updates was had; None, and not written, where they were not masked."""
-    splits: list[Split] | None = None
-    """Which clusters split; None, and not written, where none did."""
-    lora: LoraMerge | None = None
-    """How products of factors were merged; None, and not written, where factors were averaged and no more is told."""
-    step_weighting: Literal["fednova"] | None = None
-    """How the numbers of steps weighed; None, and not written, where they did not."""
-    most_counted: Annotated[int, Field(ge=1)] | None = None
-    """How many updates of a client could count in a window; None, and not written, where that had no limit."""
-
-
 class Selection(Record):
     """Of a cohort that is larger than needed: the first `count` valid updates in the order of the draw count."""
 
@@ -189,6 +103,7 @@ class AlgorithmRun(Record):
 class Manifest(Record):
     """The record of one round; written once, chained to the round before by its hash."""
 
+    tells_changes = True  # `Round.check_unchanged`
     unwritten = (
         "update_tensors",
         "enrolment",
@@ -411,82 +326,6 @@ def file_entry(contents: bytes | memoryview) -> FileEntry:
     return FileEntry(sha256=sha256(contents), bytes=len(contents))
 
 
-def sealed(record: Record) -> bytes:
-    """Return a record's JSON with a `checksum` of all its other keys: it tells a file that has changed on its disk."""
-    document = record.model_dump(mode="json")
-    text = json.dumps(document | {"checksum": _checksum(document)}, sort_keys=True, indent=1, ensure_ascii=False)
-    return text.encode() + b"\n"
-
-
-def is_unchanged(document: Mapping[str, Any]) -> bool:
-    """Return whether a record is as `sealed` wrote it; one without a checksum is taken for whole."""
-    named = document.get("checksum")
-    if named is None:
-        return True
-    try:
-        return bool(named == _checksum({key: value for key, value in document.items() if key != "checksum"}))
-    except (RecursionError, ValueError):  # a stranger's, such as no JSON of `sealed` is
-        return False
-
-
-def _checksum(document: Mapping[str, Any]) -> str:
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """Parse a stranger's UTF-8 JSON object; raise Refusal(json), for NaN and any depth too, or Refusal(duplicate)."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
-            raise Refusal("duplicate", f"{what} has a key twice in one object")
-        return mapping
-
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise Refusal("json", f"{what} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise Refusal("json", f"{what} is not a JSON object")
-    return document
-
-
-def is_cut_short(contents: bytes) -> bool:
-    """Return whether what is no JSON object may be the beginning of one, as while a file is copied."""
-    text = contents.rstrip()
-    if text and not text.startswith(b"{"):
-        return False
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        return not text.endswith(b"}") or error.pos >= len(error.doc)
-    except (ValueError, RecursionError):
-        return False
-    return False
-
-
-def parse_record(kind: type[RecordT], data: bytes, path: Path) -> RecordT:
-    """Read a record that the server wrote; raise IntegrityError where it is not one."""
-    try:
-        document = parse_object(data, path.name)
-        record = kind.model_validate(document)
-        if kind is Manifest or is_unchanged(document):  # of a manifest Round.check_unchanged tells more
-            return record
-        problem = CHANGED
-    except Refusal as refusal:
-        problem = refusal.reason
-        if kind.arrives and is_cut_short(data):
-            hint = "Wait until it is copied; where nothing copies it, restore it from a backup."
-            raise ArrivingError(f"{path} is damaged, or not whole yet: {problem}", hint=hint) from None
-    except ValidationError as error:
-        problem = _first_fault(error)
-    raise IntegrityError(f"{path} is damaged: {problem}", hint="Restore it from a backup; `fedcli verify` lists more.")
-
-
 def parse_update_record(data: bytes) -> UpdateRecord:
     """Read a client's update.json; raise Refusal(json), (duplicate), (samples) or (hash)."""
     document = parse_object(data, "update.json")
@@ -496,17 +335,7 @@ def parse_update_record(data: bytes) -> UpdateRecord:
     try:
         record = UpdateRecord.model_validate(document)
     except ValidationError as error:
-        raise Refusal("json", f"update.json: {_first_fault(error)}") from error
+        raise Refusal("json", f"update.json: {first_fault(error)}") from error
     if not is_unchanged(document):
         raise Refusal("hash", f"update.json has changed: {CHANGED}")
     return record
-
-
-def sha256(contents: bytes | memoryview) -> str:
-    """Return the lowercase hex SHA-256 of stored bytes."""
-    return hashlib.sha256(contents).hexdigest()
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"

@@ -17,7 +17,8 @@ from fedcli.workspace.floors import USUAL_FLOORS, Floors
 from fedcli.workspace.history import read_identity, read_record
 from fedcli.workspace.layout import Home, Workspace, default_home, server_home
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, explained, make_folder, publish_file
-from fedcli.workspace.records import Identity, Natural, PublicKeys, Record
+from fedcli.workspace.record import Natural, Record
+from fedcli.workspace.records import Identity, PublicKeys
 from fedcli.workspace.relay_records import WorkspaceId
 
 MAX_REGISTRATION_BYTES = 64 * 1024

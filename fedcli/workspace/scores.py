@@ -12,8 +12,10 @@ from fedcli.errors import IntegrityError
 from fedcli.workspace.history import read_checked, read_if_there, read_record
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.locks import hold, is_held
+from fedcli.workspace.parsing import RecordT, sealed
 from fedcli.workspace.publish import SHARED_MODE, explained, make_folder, publish_file
-from fedcli.workspace.records import FileEntry, Finite, Natural, Record, RecordT, file_entry, sealed
+from fedcli.workspace.record import Finite, Natural, Record
+from fedcli.workspace.records import FileEntry, file_entry
 from fedcli.workspace.target_name import TargetName
 
 MAX_ITEMS_BYTES = 2**32

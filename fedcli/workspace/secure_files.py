@@ -24,10 +24,11 @@ from fedcli.workspace.inbox import (
     opened_update,
 )
 from fedcli.workspace.layout import ATTEMPT, MASKED_FILE, SHARES_FILE, UPDATE_RECORD, update_name
+from fedcli.workspace.parsing import is_unchanged, parse_object, parse_record, sha256
 from fedcli.workspace.privacy_records import claim_fault
 from fedcli.workspace.publish import TEMPORARY_PREFIX
 from fedcli.workspace.record import Record
-from fedcli.workspace.records import PROTOCOL, is_unchanged, parse_object, parse_record, sha256
+from fedcli.workspace.records import PROTOCOL
 from fedcli.workspace.refusal import Arriving, Refusal
 from fedcli.workspace.secure_records import (
     ANSWER_RECORD,

@@ -7,10 +7,11 @@ import numpy as np
 from fedcli.errors import IntegrityError
 from fedcli.secure_aggregation.fixed_point import Ring
 from fedcli.workspace.layout import Home, update_name
+from fedcli.workspace.parsing import parse_record, sealed
 from fedcli.workspace.publish import PRIVATE_MODE, publish_file, remove_temporaries
 from fedcli.workspace.read import read_file
 from fedcli.workspace.record import Id, Natural, Record, Sha256
-from fedcli.workspace.records import FileEntry, file_entry, parse_record, sealed
+from fedcli.workspace.records import FileEntry, file_entry
 from fedcli.workspace.refusal import Refusal
 from fedcli.workspace.secure_records import Hex
 

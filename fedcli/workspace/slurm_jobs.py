@@ -8,7 +8,7 @@ from pydantic import Field
 from fedcli.workspace.history import read_record
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.publish import make_folder, publish_file
-from fedcli.workspace.records import Natural, Record
+from fedcli.workspace.record import Natural, Record
 
 JobKind: TypeAlias = Literal["clients", "server", "timer"]
 KINDS: tuple[JobKind, ...] = get_args(JobKind)

@@ -5,8 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedcli.workspace.layout import private_folder
+from fedcli.workspace.parsing import sha256
 from fedcli.workspace.publish import PRIVATE_FOLDER_MODE, make_folder, publish_file
-from fedcli.workspace.records import sha256
 
 
 class SyncMemory:

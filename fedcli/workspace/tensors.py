@@ -11,7 +11,8 @@ import numpy as np
 
 from fedcli.algos import Array, Arrays
 from fedcli.algos.packing import MalformedError, Packing
-from fedcli.workspace.records import TensorEntry, parse_object
+from fedcli.workspace.parsing import parse_object
+from fedcli.workspace.records import TensorEntry
 from fedcli.workspace.refusal import Refusal
 
 _DTYPES: dict[str, np.dtype[Any]] = {

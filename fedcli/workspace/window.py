@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from fedcli.workspace.history import Round, read_past
 from fedcli.workspace.layout import ADAPTER_NAME
-from fedcli.workspace.records import Aggregation, CountedUpdate, RefusedUpdate
+from fedcli.workspace.merge_records import Aggregation, CountedUpdate, RefusedUpdate
 
 Sent: TypeAlias = tuple[Round, int]
 """The round that an update was made from, and its client."""
