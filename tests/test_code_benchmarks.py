@@ -227,7 +227,7 @@ def fenced(row: dict, body: str) -> str:
     return f"Here you are.\n```python\n{row['declaration']}{body}```\nIt works."
 
 
-@pytest.mark.parametrize("benchmark", [FIX, SYNTHESIZE])
+@pytest.mark.parametrize("benchmark", [FIX, pytest.param(SYNTHESIZE, marks=pytest.mark.slow)])
 def test_humanevalpack_takes_whole_functions_and_bodies(benchmark: Benchmark, sandbox: Sandbox) -> None:
     rows = [row for row in own_rows(benchmark) if row["task_id"].startswith("Python")]
     answers: list[Callable[[dict], str]] = [

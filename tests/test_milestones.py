@@ -210,9 +210,8 @@ def test_a_process_loads_the_base_once_whatever_it_scores(workspace, command):
 @pytest.mark.parametrize(
     "command",
     [
-        ("run",),
-        pytest.param(("server", "aggregate")),
-        pytest.param(("server", "run")),
+        ("server", "aggregate"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (("run",), ("server", "run"))),
     ],
     ids=str,
 )

@@ -153,6 +153,11 @@ def test_a_file_of_users_that_is_read_as_one_row_is_explained(tmp_path: Path) ->
     done = fedcli("init", "ws", *settings("data.source=rows.json"), cwd=tmp_path)
     assert done.returncode == 3
     assert "The file is an object of lists of rows: set data.keyed_by to a column for their keys" in done.stderr
+
+
+@pytest.mark.slow
+def test_fewer_users_than_clients_are_told_with_their_number(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(ANSWERED), encoding="utf-8")
     done = fedcli(
         "init", "ws", "--preset", "fedllm-aya", *settings("data.source=rows.json", BASE, PLAINLY), cwd=tmp_path
     )

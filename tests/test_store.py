@@ -355,7 +355,9 @@ def workspaces_that_die(kind: str, folder: Path, before: dict[str, bytes], after
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    "step", [pytest.param(step, marks=pytest.mark.slow) if step == "prune" else step for step in STEPS]
+)
 @pytest.mark.parametrize("kind", ["memory", "objects", *SLOW_SERVERS])
 def test_killed_at_any_change_and_run_again_it_ends_as_if_undisturbed(small, kind, step, after, monkeypatch):
     undisturbed = emptied(small, kind, monkeypatch)

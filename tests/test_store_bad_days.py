@@ -15,7 +15,7 @@ from fedcli.stores import cloud
 from fedcli.stores.objects import Objects
 from fedcli.stores.url import open_objects
 
-QUICK = ("409", "dropped after", "truncated")
+QUICK = ("409", "truncated")
 """Of the kinds, those that the default suite tries."""
 
 
