@@ -166,3 +166,35 @@ def check_report(study: Path) -> None:
 
 def table_of(text: str) -> list[list[str]]:
     return [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.S)]
+
+
+@pytest.mark.slow
+def test_a_row_is_the_mean_of_the_clients_own_adapters_where_they_have_them_and_of_the_clusters(tmp_path: Path) -> None:
+    ways = (
+        "{name: fedavg, label: A, settings: {aggregation.share: [A]}}",
+        "{name: fedavg, label: Ditto, settings: {train.personal.name: ditto}}",
+        "{name: fedavg, label: Groups, settings: {clusters: {by: groups, groups: {a: [0], b: [1, 2]}}}}",
+    )
+    options = settings(*TINY, f"algorithms=[{', '.join(ways)}]", "seeds=[0]", "baselines=[base]", "eval.limit=60")
+    run_ok("study", "init", "demo", "study", *options, cwd=tmp_path)
+    study = tmp_path / "study"
+    result = json.loads(fedcli("study", "run", "--json", cwd=study, timeout=PATIENCE).stdout)
+    assert result["failed"] == {}
+
+    def scores(label: str) -> dict[str, float]:
+        table = run_ok_with_hints("eval", "table", "-w", study / f"cells/demo/seed-0/{label}", cwd=tmp_path)
+        return {row["target"]: row["value"] for row in table["scores"] if row["metric"] == "exact_match"}
+
+    of_a, of_ditto, of_groups = map(scores, ("A", "Ditto", "Groups"))
+    assert {*of_a} == {f"own-{client}-round-00002" for client in range(3)}
+    assert {*of_groups} == {f"cluster-{cluster}-round-00002" for cluster in range(2)}
+    own = [value for target, value in of_ditto.items() if target.startswith("own-")]
+    expected = {
+        "A": sum(of_a.values()) / 3,
+        "Ditto": of_ditto["round-00002"],
+        "Ditto: own": sum(own) / 3,
+        "Groups": sum(of_groups.values()) / 2,
+    }
+    shown = {row["row"]: row["mean"] for row in run_ok_with_hints("study", "table", cwd=study)["scores"]}
+    assert len(own) == 3
+    assert {name: shown[name] for name in expected} == pytest.approx(expected)

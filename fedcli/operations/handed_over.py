@@ -10,7 +10,7 @@ from fedcli.algos import Arrays
 from fedcli.algos.lora import is_first_factor
 from fedcli.config.adapter_config import AdapterConfig, at_rank, parse_adapter_config
 from fedcli.errors import UsageError
-from fedcli.scoring.own_adapters import OwnAdapter
+from fedcli.scoring.own_adapters import OWN_PARTS, OwnAdapter
 from fedcli.workspace.history import Round
 from fedcli.workspace.layout import ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_NAME, ADAPTER_FILE, adapter_name
 from fedcli.workspace.parsing import sha256
@@ -71,7 +71,7 @@ def of_client(found: Round, own: OwnAdapter) -> Handed:
         notes.append(
             f"It is two adapters in one: the global one of round {own.round}, and {own.weight:g} times the client's."
         )
-    if own.kind == "own factors":
+    if own.kind == OWN_PARTS:
         notes.append(f"A part of it is round {own.round}'s, the other the client's own.")
     files = {ADAPTER_FILE: weights, ADAPTER_CONFIG_FILE: contents}
     whose = f"client {own.client}'s own ({own.kind})"

@@ -19,6 +19,9 @@ from fedcli.workspace.parsing import sha256
 from fedcli.workspace.records import Manifest
 from fedcli.workspace.tensors import encode
 
+OWN_PARTS = "own factors"
+"""What clients train for themselves where a round has no global adapter: a part of it is each client's own."""
+
 
 @dataclass(frozen=True)
 class OwnAdapter:
@@ -60,7 +63,7 @@ def kind_of(manifest: Manifest) -> str | None:
     """Return what clients of a round train for themselves; None where they do not."""
     if manifest.train.personal is not None:
         return manifest.train.personal.name
-    return "own factors" if manifest.own_tensors else None
+    return OWN_PARTS if manifest.own_tensors else None
 
 
 def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
@@ -79,7 +82,7 @@ def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
             hint="Its party runs this on its own machine.",
         )
     kept = read_states(found[0], [*federation.past(), head], client)
-    own = kept.get(PERSONAL if kind != "own factors" else OWN_FACTORS, {})
+    own = kept.get(PERSONAL if kind != OWN_PARTS else OWN_FACTORS, {})
     if not own:
         raise NotReadyError(
             f"client {client} has no adapter of its own ({kind}) yet: no update of it has counted since that began",
@@ -88,7 +91,7 @@ def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
     beside = head.beside()
     if kind == "ditto":
         return OwnAdapter(client, head.number, kind, own, beside)
-    if kind == "own factors":
+    if kind == OWN_PARTS:
         return OwnAdapter(client, head.number, kind, {**head.adapter(), **own}, beside)
     return OwnAdapter(client, head.number, kind, own, {GLOBAL: head.adapter()} | beside, own_weight(federation))
 

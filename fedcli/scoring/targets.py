@@ -14,6 +14,7 @@ from fedcli.model.base import find_base, fingerprint
 from fedcli.model.inspection import inspect
 from fedcli.printable import without_credentials
 from fedcli.scoring.own_adapters import (
+    OWN_PARTS,
     OwnAdapter,
     check_has_global,
     kind_of,
@@ -88,7 +89,7 @@ def find_targets(federation: FederationState, asked: Targets) -> list[Target]:
     names = baselines.published_baselines(workspace) if everything else map(baselines.baseline_name, named)
     found += [_baseline(start, name) for name in names]
     found += [_client(federation, client) for client in (*asked.clients, *_all(federation, asked))]
-    if everything and federation.head.number and kind_of(federation.head.manifest) == "own factors":
+    if everything and federation.head.number and kind_of(federation.head.manifest) == OWN_PARTS:
         found += [_client(federation, client) for client in own_clients(federation)]
     else:
         for name in ("latest",) if everything else asked.rounds:

@@ -141,7 +141,7 @@ def _block(
     cells = [cell for cell in cells_of(folder.study) if cell.setting.name == setting.name]
     scored = Scored(folder)
     last = {cell.id: _shown_round(folder, scored, cell, budget) for cell in cells if cell.algorithm is not None}
-    rows = _rows(folder.study, cells, last)
+    rows = _rows(folder.study, scored, cells, last)
     if budget is not None:
         rounds = [
             f"{cell.id} {'none' if last[cell.id] is None else last[cell.id]}" for cell in cells if cell.id in last
@@ -233,9 +233,13 @@ def _shown_round(folder: StudyFolder, scored: Scored, cell: Cell, budget: int | 
 
 
 def _rows(
-    study: Study, cells: Sequence[Cell], last: Mapping[str, int | None]
+    study: Study, scored: Scored, cells: Sequence[Cell], last: Mapping[str, int | None]
 ) -> dict[str, dict[int, list[ScoredModel]]]:
-    """Return the rows by label: for each seed the models that are scored for it."""
+    """Return the rows by label: for each seed the models that are scored for it.
+
+    An algorithm's row is its global adapter. Where there is none it is the mean of the clusters' adapters, or of the
+    clients' own; where there are both the clients' own have a second row.
+    """
     rows: dict[str, dict[int, list[ScoredModel]]] = {}
 
     def add(label: str, cell: Cell, targets: Sequence[str]) -> None:
@@ -253,7 +257,14 @@ def _rows(
     for cell in cells:
         if cell.algorithm is not None:
             number = last[cell.id]
-            add(cell.label, cell, [] if number is None else [str(TargetName.of_round(number))])
+            if number is None:
+                add(cell.label, cell, [])
+                continue
+            own, clusters = (scored.of_round(cell, number, kind) for kind in ("own", "cluster"))
+            has_global = not clusters and (not own or cell.config.train.personal is not None)
+            add(cell.label, cell, [str(TargetName.of_round(number))] if has_global else clusters or own)
+            if own and has_global:
+                add(f"{cell.label}: own", cell, own)
     return rows
 
 

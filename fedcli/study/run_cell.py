@@ -11,6 +11,7 @@ from fedcli.errors import BusyError, ConfigError, explain
 from fedcli.federation import Federation
 from fedcli.observer import Observer
 from fedcli.parties.simulate import read_summary
+from fedcli.scoring.own_adapters import OWN_PARTS, kind_of
 from fedcli.scoring.request import Scoring
 from fedcli.scoring.targets import BASE, Targets
 from fedcli.study.folder import CellRecord, StudyFolder, error_record
@@ -62,7 +63,9 @@ def _work(folder: StudyFolder, cell: Cell, kept: KeptModel, threads: int | None,
         result = federation.run(observer=observer)
         for line in describe_rows(result, of=" of the clients' rows"):
             observer.noted(line)
-        federation.evaluate(request=_scoring(folder, Targets(rounds=("latest",)), threads), observer=observer)
+        kind = kind_of(federation.state.head.manifest)
+        targets = Targets(rounds=() if kind == OWN_PARTS else ("latest",), all_clients=kind is not None)
+        federation.evaluate(request=_scoring(folder, targets, threads), observer=observer)
         return
     study = folder.study
     alone, pooled = study.alone(cell.config), "pooled" in study.baselines

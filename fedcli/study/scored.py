@@ -71,6 +71,11 @@ class Scored:
             if TargetName.parse(target).kind == "round" and (number := TargetName.parse(target).number) is not None
         }
 
+    def of_round(self, cell: Cell, number: int, kind: str) -> list[str]:
+        """Return the models of a kind that are scored as they stood with a round: own, cluster."""
+        names = {TargetName.parse(target) for target, _ in self.records(cell)}
+        return sorted(str(name) for name in names if name.kind == kind and name.round == number)
+
     def value(self, sources: Sequence[ScoredModel], column: Column) -> float | None:
         """Return the mean of models' scores in a column, None where one of them has none."""
         found = [self.one(source, column) for source in sources]

@@ -54,7 +54,7 @@ class TargetName:
     @property
     def round(self) -> int | None:
         """The round that a model stands with; None for the kinds that stand with none."""
-        number = self.which.rpartition("-")[2] if self.kind in ("client", "own", "round") else ""
+        number = self.which.rpartition("-")[2] if self.kind in ("client", "own", "cluster", "round") else ""
         return int(number) if number.isdecimal() else None
 
     @property
