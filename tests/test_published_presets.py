@@ -1,6 +1,8 @@
 """The presets of FedLLM-Bench and FlowerTune, on made-up rows of the shapes that these publish."""
 
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from fedcli.config import parse_config
 from fedcli.data.formats import choose_format, known_format
 from fedcli.server.create import presets
+from fedcli.workspace.federation_state import train_record
 from tests.support.processes import fedcli, settings
 
 FEDLLM = {
@@ -17,7 +20,7 @@ FEDLLM = {
     "fedllm-aya": (38, 4, 200, 10, 16, 16, 2e-5, 1024),
     "fedllm-chatbotit": (237, 10, 100, 5, 16, 16, 2e-5, 1024),
     "fedllm-wildchat": (100, 5, 100, 10, 16, 16, 2e-5, 1024),
-    "fedllm-chatbotpa": (747, 10, 200, 2, 8, 8, 1e-4, 512),
+    "fedllm-chatbotpa": (747, 10, 200, 100, 8, 8, 1e-4, 512),
 }
 FLOWERTUNE = {
     "flowertune-general": (20, 2, "vicgalle/alpaca-gpt4"),
@@ -35,12 +38,18 @@ def preset(name: str) -> Any:
 def test_a_preset_has_fedllm_benchs_setting(name: str) -> None:
     config = preset(name)
     federation, train = config.federation, config.train
-    found = (federation.clients, federation.cohort_size, federation.rounds, train.steps, train.batch_size)
+    found = (federation.clients, federation.cohort_size, federation.rounds, train.most_steps, train.batch_size)
     assert (*found, config.adapter.rank, train.learning_rate, train.max_length) == FEDLLM[name]
     assert config.adapter.alpha == 2 * config.adapter.rank
     assert (config.model.quantization, config.data.template) == ("int8", "alpaca")
     assert config.task == ("dpo" if name == "fedllm-chatbotpa" else "sft")
     assert (config.data.keyed_by, config.data.partition.by) == ("client", "client")
+
+
+def test_a_client_of_chatbotpa_makes_the_steps_of_its_rows_that_fedllm_bench_gives_it() -> None:
+    record = train_record(preset("fedllm-chatbotpa"), 0, 200)
+    for num_rows in range(1, 500):
+        assert record.for_rows(num_rows).steps == math.ceil(Fraction(3 * num_rows * 747, 200 * 10 * 8))
 
 
 @pytest.mark.parametrize("name", FLOWERTUNE)

@@ -1,6 +1,7 @@
 """Updates of unequal steps, and of earlier rounds: FedNova, FedBuff, time limits and AdamW's moments."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -29,6 +30,7 @@ from fedcli.errors import ConfigError, FedError, IntegrityError, NotReadyError
 from fedcli.server.late import late_of
 from fedcli.training.limits import TimeLimit
 from fedcli.workspace.client_state import read_states
+from fedcli.workspace.federation_state import train_record
 from fedcli.workspace.layout import Workspace
 from fedcli.workspace.registrations import own_homes
 
@@ -281,6 +283,10 @@ def test_gc_keeps_what_late_updates_need(open_small):
          ("aggregation.step_weighting", "aggregation.rule")),
         ({"train": {"steps": {"max": 4, "minutes": 1}}, "privacy": {"unit": "row", "clip": 1, "noise": 1}},
          ("train.steps", "privacy.unit")),
+        ({"train": {"steps": {"max": 4, "epochs": 1}}, "privacy": {"unit": "client", "clip": 1, "noise": 1}},
+         ("train.steps", "privacy.unit")),
+        ({"train": {"steps": {"max": 4, "epochs": 1}}, "privacy": {"secure_aggregation": "double"}},
+         ("train.steps", "privacy.secure_aggregation")),
         ({"aggregation": {"most_counted": 1}}, ("most_counted", "staleness")),
         ({"aggregation": {"staleness": 1, "most_counted": 1}}, ("aggregation.most_counted", "federation.per_round")),
     ],
@@ -297,7 +303,7 @@ def test_a_federation_without_any_of_it_writes_no_key_of_it(open_small):
         answer(workspace, client)
     merge(workspace)
     manifest = read_manifest(workspace, 1)
-    assert not {"minutes", "keep_optimizer"} & manifest["train"].keys()
+    assert not {"minutes", "epochs", "keep_optimizer"} & manifest["train"].keys()
     assert "staleness" not in manifest
     assert not {"step_weighting", "most_counted"} & manifest["aggregation"].keys()
     assert not {"steps", "base"} & manifest["aggregation"]["counted"][0].keys()
@@ -362,6 +368,52 @@ def test_a_client_that_its_limit_stops_says_how_many_steps_it_made_and_goes_on_w
     assert [first_draw([*state.past(), state.head], client) for client in range(3)] == [28, 4000, 28 - 16]
     assert main(["status"]) == 0
     assert "steps      0: 7, 1: 1000, 2: 3 (by client, round 0)\n" in capsys.readouterr().out
+
+
+def test_a_client_makes_its_passes_over_its_own_rows_and_goes_on_behind_them(open_small):
+    workspace = open_small("train.steps={max: 400, epochs: 1.5}")
+    train = read_manifest(workspace, 0)["train"]
+    assert (train["steps"], train["epochs"], train["batch_size"]) == (400, 1.5, 4)
+
+    def one_round() -> list[int]:
+        for client in range(3):
+            train_as(client, workspace)
+        return [entry["steps"] for entry in merge(workspace)["counted"]]
+
+    assert one_round() == [math.ceil(rows * 1.5 / 4) for rows in (3, 50, 447)] == [2, 19, 168]
+    configure(workspace, "train.steps={max: 400, epochs: 0.1}")
+    one_round()
+    assert one_round() == [1, 2, 12]
+    configure(workspace, "train.steps={max: 1, epochs: 2}", "aggregation.step_weighting=fednova")
+    one_round()
+    assert one_round() == [1, 1, 1]
+    state = Federation.open(workspace).state
+    rounds = [*state.past(), state.head]
+    made = [(2, 19, 168), (2, 19, 168), (1, 2, 12), (1, 2, 12), (1, 1, 1)]
+    assert [first_draw(rounds, client) for client in range(3)] == [4 * sum(each) for each in zip(*made, strict=True)]
+    assert Federation(Workspace(workspace)).verify().violations == []
+
+
+def test_a_party_whose_passes_are_few_still_makes_the_steps_of_its_floors():
+    train = parse_config({"train": {"steps": {"max": 9, "epochs": 0.1}, "batch_size": 4}}, "fedcli.yaml")
+    record = train_record(train, 0, 1)
+    assert [record.for_rows(20, least=least).steps for least in (1, 3, 99)] == [1, 3, 9]
+    assert [record.for_rows(rows).steps for rows in (1, 40, 41, 10**6)] == [1, 1, 2, 9]
+
+
+@pytest.mark.parametrize(
+    ("steps", "problem"),
+    [
+        ({"max": 9}, "max stands beside minutes or epochs"),
+        ({"max": 9, "epochs": 0}, "train.steps.epochs"),
+        ({"epochs": 1}, "train.steps.max"),
+        ({"max": 9, "epochs": 1, "minutes": -1}, "train.steps.minutes"),
+    ],
+)
+def test_limits_of_steps_that_make_no_sense_are_faults(steps, problem):
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"train": {"steps": steps}}, "fedcli.yaml")
+    assert problem in caught.value.message
 
 
 @pytest.mark.slow

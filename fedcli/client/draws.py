@@ -12,8 +12,8 @@ from fedcli.workspace.window import base_of, may_still_count
 def first_draw(rounds: Sequence[Round], client: int) -> int:
     """Return how many rows a client has drawn before the last of some rounds, which it is to train in.
 
-    Of rounds that ask for a number of steps these are all rows of the rounds whose cohorts held it, as ever. Where a
-    time limit leaves fewer, or late updates count, it is what went into updates that were counted or may still be: what
+    Of rounds that ask for a number of steps these are all rows of the rounds whose cohorts held it, as ever. Where
+    clients may make fewer, or late updates count, it is what went into updates that were counted or may still be: what
     no update brought to the server is drawn again, and no row is passed over.
     """
     counted: dict[int, int | None] = {}
@@ -32,7 +32,7 @@ def first_draw(rounds: Sequence[Round], client: int) -> int:
 def _steps(earlier: Round, client: int, counted: dict[int, int | None], rounds: Sequence[Round]) -> int:
     """Return the steps that a client made in a round, as far as they brought something to the server."""
     train = earlier.manifest.train
-    if train.minutes is None and earlier.manifest.staleness is None:
+    if not train.is_uneven and earlier.manifest.staleness is None:
         return train.steps
     if earlier.number in counted:
         return counted[earlier.number] or train.steps

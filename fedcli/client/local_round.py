@@ -29,9 +29,10 @@ from fedcli.workspace.layout import ADAPTER_FILE
 from fedcli.workspace.parsing import sealed, sha256
 from fedcli.workspace.privacy_ledger import check_budget
 from fedcli.workspace.privacy_records import PrivacyClaim
-from fedcli.workspace.records import PROTOCOL, Manifest, UpdateRecord, file_entry
+from fedcli.workspace.records import PROTOCOL, UpdateRecord, file_entry
 from fedcli.workspace.step_ledger import charge
 from fedcli.workspace.tensors import encode
+from fedcli.workspace.train_records import TrainRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -219,11 +220,15 @@ def _train(work: _Work, observer: Observer) -> _Trained:
         told = replace(report, loss=None) if manifest.withholds else report  # it may go into a log
         observer.step_done(party.client, told)
 
+    least = _least_steps(party, manifest.train)
+    num_rows = len(work.rows) if work.selection is None else len(work.selection.places)
+    train = manifest.train.for_rows(num_rows, least=least)
     moments = _moments(work.kept) if manifest.train.keep_optimizer else None
-    limit, first = _time_limit(party, manifest), first_draw(work.rounds, party.client)
+    limit = None if train.minutes is None else TimeLimit(train.minutes * 60, least)
+    first = first_draw(work.rounds, party.client)
     values, losses = runtime.train(
         work.start,
-        manifest.train,
+        train,
         party=party,
         round_number=head.number,
         first_draw=first,
@@ -235,7 +240,7 @@ def _train(work: _Work, observer: Observer) -> _Trained:
         moments=moments,
         selection=work.selection,
     )
-    steps = manifest.train.steps if limit is None else len(losses)
+    steps = train.steps if limit is None else len(losses)
     own_adapter = train_own(
         runtime,
         party,
@@ -313,15 +318,11 @@ def _drop(federation: FederationState, work: _Work, found: _Trained, observer: O
     return commit_update(federation, party, [*files.items()], record, observer)
 
 
-def _time_limit(party: Party, manifest: Manifest) -> TimeLimit | None:
-    """Return what stops a round's steps; a party's floors are met before it does."""
-    train = manifest.train
-    if train.minutes is None:
-        return None
-    least = 1
-    if party.num_rows is not None:
-        least = max(party.floors.steps, math.ceil(min(party.floors.rows, party.num_rows) / train.batch_size))
-    return TimeLimit(train.minutes * 60, least)
+def _least_steps(party: Party, train: TrainRecord) -> int:
+    """Return the steps that meet a party's floors, where a round leaves to it how many it makes."""
+    if party.num_rows is None:
+        return 1
+    return max(1, party.floors.steps, math.ceil(min(party.floors.rows, party.num_rows) / train.batch_size))
 
 
 def _moments(kept: "Mapping[str, Arrays]") -> "Moments":

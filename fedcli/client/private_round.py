@@ -115,13 +115,14 @@ def plan_private(party: Party, head: Round, past: Sequence[Round], rows: "Encode
 def _check_noise_hides(manifest: Manifest) -> None:
     """Raise ConfigError where an update would tell of rows past the noise; fedcli.yaml excludes it, a server might not.
 
-    That is the choice of a cluster by loss, and how many steps fit into a time limit. An adapter of the client's own
-    would learn the rows without noise.
+    That is the choice of a cluster by loss, and how many steps fit into a time limit or a pass over the rows. An
+    adapter of the client's own would learn the rows without noise.
     """
     clusters, train = manifest.clusters, manifest.train
     odd = {
         "clusters.by: loss": clusters is not None and clusters.of is None,
         "train.minutes": train.minutes is not None,
+        "train.epochs": train.epochs is not None,
         "train.personal": train.personal is not None,
     }
     if found := [name for name, is_asked in odd.items() if is_asked]:

@@ -178,6 +178,11 @@ _TABLE: dict[tuple[str, ...], dict[str, str]] = {
     },
     ("train.minutes",): {
         "privacy.unit": "how many steps fit into a time limit depends on the rows, which noise must hide",
+    },
+    ("train.epochs",): {
+        "privacy.unit": "how many steps a client makes depends on how many rows it has, which noise must hide",
+    },
+    ("train.minutes", "train.epochs"): {
         "privacy.secure_aggregation": "a masked update does not say how many steps it has made",
         "federation.relay_every": "a region tells its parent the steps that its rounds ask for",
     },
@@ -190,6 +195,7 @@ EXCLUSIONS = tuple(
 )
 _SHOWN = {
     "train.minutes": "train.steps",
+    "train.epochs": "train.steps",
     "adapter.is_mixed": "adapter.rank",
     "aggregation.keeps_residual": "aggregation.lora",
 }

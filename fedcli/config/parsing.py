@@ -16,7 +16,7 @@ from fedcli.algos.robust import Rule
 from fedcli.config.aggregation import AggregationConfig
 from fedcli.config.data import PARTITIONS, TAGS, DataFormat, check_format
 from fedcli.config.section import Section
-from fedcli.config.sections import Config, TimedSteps, parse_algorithm
+from fedcli.config.sections import Config, LimitedSteps, parse_algorithm
 from fedcli.config.select import SelectConfig
 from fedcli.errors import ConfigError, IntegrityError, UsageError, did_you_mean
 from fedcli.printable import shortened
@@ -252,7 +252,7 @@ def _describe(fault: ErrorDetails, document: dict[str, Any]) -> str:
     return f"{key}: {fault['msg']} (found {shortened(found)})"
 
 
-_TAGS = TAGS | {"<timed>": TimedSteps}
+_TAGS = TAGS | {"<limited>": LimitedSteps}
 
 
 def _keys_of(path: tuple[str, ...], document: dict[str, Any]) -> list[str]:

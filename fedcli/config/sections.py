@@ -130,6 +130,7 @@ Rounds: TypeAlias = Annotated[int, Field(ge=1, le=10**6)]
 
 
 Minutes: TypeAlias = Annotated[float, Field(gt=0, le=10**6)]
+Epochs: TypeAlias = Annotated[float, Field(gt=0, le=10**6)]
 
 
 def _reward(value: Any) -> Any:
@@ -142,15 +143,25 @@ def _reward(value: Any) -> Any:
     return value
 
 
-class TimedSteps(Section):
-    """At most so many steps, and no more than fit into so many minutes; at least one."""
+class LimitedSteps(Section):
+    """At most so many steps: so many passes over a client's own rows, as many as fit into so many minutes, or both.
+
+    At least one step is made.
+    """
 
     max: Steps
-    minutes: Minutes
+    minutes: Minutes | None = None
+    epochs: Epochs | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.minutes is None and self.epochs is None:
+            raise ValueError("max stands beside minutes or epochs; a number of steps stands alone: steps: 10")
+        return self
 
 
 def _kind_of_steps(value: Any) -> str:
-    return "<timed>" if isinstance(value, dict | TimedSteps) else "<number>"
+    return "<limited>" if isinstance(value, dict | LimitedSteps) else "<number>"
 
 
 class TrainConfig(Section):
@@ -160,7 +171,7 @@ class TrainConfig(Section):
     """
 
     steps: Annotated[
-        Annotated[Steps, Tag("<number>")] | Annotated[TimedSteps, Tag("<timed>")], Discriminator(_kind_of_steps)
+        Annotated[Steps, Tag("<number>")] | Annotated[LimitedSteps, Tag("<limited>")], Discriminator(_kind_of_steps)
     ] = 10
     batch_size: BatchSize = 16
     micro_batch_size: BatchSize | None = None
@@ -184,13 +195,18 @@ class TrainConfig(Section):
 
     @property
     def most_steps(self) -> int:
-        """The steps of a round, or the most of them where a time limit may leave fewer."""
+        """The steps of a round, or the most of them where a client may make fewer."""
         return self.steps if isinstance(self.steps, int) else self.steps.max
 
     @property
     def minutes(self) -> float | None:
         """The time limit of a round's steps; None where there is none."""
         return None if isinstance(self.steps, int) else self.steps.minutes
+
+    @property
+    def epochs(self) -> float | None:
+        """The passes over a client's own rows in a round; None where all clients make the same steps."""
+        return None if isinstance(self.steps, int) else self.steps.epochs
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -114,7 +114,9 @@ def _train_rounds(
     rounds = config.federation.rounds
     progress = read_progress(home, plan) or Progress(0, federation.start.adapter(), 0.0)
     for number in range(progress.rounds_done, rounds):
-        train = train_record(config, number, rounds)
+        asked = train_record(config, number, rounds)
+        selection = runtime.select(party, asked, progress.adapter)
+        train = asked.for_rows(len(runtime.rows(party, asked)) if selection is None else len(selection.places))
         observer.baseline_round(number, rounds, train.steps)
         adapter, losses = runtime.train(
             progress.adapter,
@@ -124,7 +126,7 @@ def _train_rounds(
             first_draw=number * train.num_drawn,
             rule=None,
             on_step=partial(observer.step_done, None if party is None else party.client),
-            selection=runtime.select(party, train, progress.adapter),
+            selection=selection,
         )
         progress = Progress(number + 1, adapter, math.fsum(losses) / len(losses))
         save_progress(home, plan, progress)

@@ -174,7 +174,7 @@ def _card(federation: FederationState, found: Round, handed: Handed, merged_dtyp
         "algorithm": describe_history(manifest, "; ") or describe_algorithm(manifest.algorithm),
         "clients": f"{config.federation.clients}, {config.federation.cohort_size} drawn a round",
         "merged into the last round": plural(len(last.counted), "update") if last else "none: this is the start",
-        "steps of a client in a round": f"{'up to ' * (train.minutes is not None)}{train.steps}, "
+        "steps of a client in a round": f"{'up to ' * train.is_uneven}{train.steps}, "
         f"each of {plural(train.rows_per_step, 'row')}",
         "learning rate": f"{train.schedule.learning_rate:g} to {train.schedule.learning_rate_min:g}, cosine",
         "split of the rows": json.dumps(summary.partition).strip('"') if summary else "",

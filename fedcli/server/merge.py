@@ -116,8 +116,8 @@ def weight_of(base: Round, algorithm: Algorithm, client: int, record: UpdateReco
 
 
 def told_steps(base: Round, record: UpdateRecord, by_steps: bool = False) -> int | None:
-    """Return the steps that the manifest tells of an update: where they weigh, or a time limit may have cut them."""
-    return record.steps if by_steps or base.manifest.train.minutes is not None else None
+    """Return the steps that the manifest tells of an update: where they weigh, or may differ."""
+    return record.steps if by_steps or base.manifest.train.is_uneven else None
 
 
 @dataclass

@@ -164,6 +164,7 @@ def train_record(config: Config, number: int, rounds: int, *, date: str | None =
     own = {
         "steps": train.most_steps,
         "minutes": train.minutes,
+        "epochs": train.epochs,
         "keep_optimizer": True if train.keep_optimizer else None,
         "learning_rate": train.learning_rate_of(number, rounds),
         "schedule": schedule,

@@ -1,6 +1,8 @@
 """What a manifest says of training: all that a client must obey in its round."""
 
+import math
 from datetime import date as Date  # `date` is a key of the protocol
+from fractions import Fraction
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import (
@@ -14,6 +16,7 @@ from fedcli.config.sections import (
     MOST_RATE,
     MOST_ROWS,
     BatchSize,
+    Epochs,
     Generations,
     KlWeight,
     MaxLength,
@@ -49,11 +52,21 @@ class PersonalRecord(Record):
 class TrainRecord(Record):
     """All that a client must obey in its round; `learning_rate` is this round's."""
 
-    unwritten = ("date", "personal", "minutes", "keep_optimizer", "select", *({*get_args(Hyperparameter)} - {"beta"}))
+    unwritten = (
+        "date",
+        "personal",
+        "minutes",
+        "epochs",
+        "keep_optimizer",
+        "select",
+        *({*get_args(Hyperparameter)} - {"beta"}),
+    )
 
     steps: Steps
     minutes: Minutes | None = None
     """That the steps may take: a client then makes as many as fit, at least one; None, and not written: all."""
+    epochs: Epochs | None = None
+    """Passes over its own rows that a client makes, in `steps` at most; None, and not written: it makes all `steps`."""
     batch_size: BatchSize
     micro_batch_size: BatchSize | None
     """None: a client cuts its batches as it likes; the gradient is the same."""
@@ -85,6 +98,18 @@ class TrainRecord(Record):
     seed: Annotated[int, Field(ge=0)]
     keep_optimizer: Literal[True] | None = None
     """AdamW's moments go on from the client's last counted round; None, and not written: they start afresh."""
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether clients may make unlike numbers of steps."""
+        return self.minutes is not None or self.epochs is not None
+
+    def for_rows(self, num_rows: int, *, least: int = 1) -> "TrainRecord":
+        """Return it with the steps that a client of so many rows makes, and `least` of them or all."""
+        if self.epochs is None:
+            return self
+        passes = math.ceil(num_rows * Fraction(str(self.epochs)) / self.rows_per_step)
+        return self.model_copy(update={"steps": min(self.steps, max(passes, least, 1)), "epochs": None})
 
     @property
     def steps_made(self) -> int:
