@@ -73,6 +73,16 @@ def cut(arrays: "Arrays", rank: int) -> "dict[str, Array]":
     }
 
 
+def padded(arrays: "Arrays", like: "Arrays") -> "dict[str, Array]":
+    """Return an adapter with zeros up to another one's rank, which change nothing of what it computes."""
+    import numpy as np
+
+    return {
+        name: np.pad(array, [(0, full - size) for size, full in zip(array.shape, like[name].shape, strict=True)])
+        for name, array in arrays.items()
+    }
+
+
 def joined(first: "Arrays", second: "Arrays") -> "dict[str, Array]":
     """Return the adapter, of both ranks together, whose products are the sums of two adapters' of one scale."""
     import numpy as np

@@ -72,8 +72,13 @@ def select_rows(rows: EncodedRows, select: SelectConfig, losses: Sequence[Losses
     own = scores[: rows.num_own]
     places = kept(select, own).tolist()
     report, standing = RowReport(), {*places}
-    told = f", and {min(own[place] for place in places):.4g} or more is kept" if places and select.keep < 1 else ""
-    for place in sorted((place for place in range(len(own)) if place not in standing), key=own.__getitem__):
+    dropped = sorted((place for place in range(len(own)) if place not in standing), key=own.__getitem__)
+    told = ""
+    if places and select.keep < 1:
+        least = min(own[place] for place in places)
+        first = ", of equal ones the first rows" if dropped and own[dropped[-1]] == least else ""
+        told = f", and {least:.4g} or more is kept{first}"
+    for place in dropped:
         is_misaligned = select.score == "ifd" and own[place] >= MISALIGNED
         reason = f"ifd of {MISALIGNED:g} or more" if is_misaligned else f"{select.score} too low"
         shown = "" if reason in report.left_out else f"{decode(rows[place])!r} has {own[place]:.4g}{told}"

@@ -16,7 +16,7 @@ def export(
         str | None, Option(metavar="METRIC", help="The round that is best in BENCHMARK or BENCHMARK.METRIC.")
     ] = None,
     client: Annotated[
-        int | None, Option(metavar="N", help="Client N's own adapter, as it stands with the latest round.")
+        int | None, Option(metavar="N", help="Client N's own adapter, as it stands with the latest round; or its cluster's.")
     ] = None,
     merge: Annotated[bool, Option("--merge", help="Write the base model with the adapter merged into it.")] = False,
     dtype: Annotated[
@@ -38,7 +38,7 @@ def export(
         output, round=round_, best=best, client=client, merge=merge, dtype=dtype, max_shard_size=max_shard_size
     )
     what = f"base and adapter merged, {result.merged_dtype}" if result.merged_dtype else "adapter"
-    whose = "" if client is None else f", client {client}'s own"
+    whose = "" if client is None else f", client {client}'s"
     exported = f"round {result.round}{whose} ({what}, {result.num_bytes:,} bytes)"
     done = f"exported {exported} to {result.output}"
     if not result.is_new:

@@ -94,6 +94,11 @@ class AggregationConfig(Section):
         return Rule(**{name: getattr(self, name) for name in asdict(Rule())})
 
     @property
+    def counts_late(self) -> bool:
+        """Whether the merge can take late updates: rules and products look at one round's updates side by side."""
+        return self.as_rule().is_plain_mean and self.as_lora().is_plain
+
+    @property
     def keeps_residual(self) -> bool:
         """Whether the adapter is the mean of the clients' factors, and base_delta/ has what their product lacks."""
         return self.lora == "exact" and not self.lora_fresh

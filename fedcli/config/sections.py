@@ -77,10 +77,12 @@ _RANKS: TypeAdapter[dict[str, int]] = TypeAdapter(
 def _ranks(value: Any) -> Any:
     """Return a rank, or ranks by client in the order of their names, with `default` for all others."""
     if not isinstance(value, dict):
-        return _RANK.validate_python(value)
+        return _RANK.validate_python(value, strict=True)
     if "default" not in value:
         raise ValueError(f"ranks by client need `default`, the rank of all others (found {value!r})")
-    found = _RANKS.validate_python({str(key): rank for key, rank in value.items()})
+    found = _RANKS.validate_python({str(key): rank for key, rank in value.items()}, strict=True)
+    if len(found) < len(value):
+        raise ValueError(f"a client is named twice (found {value!r})")
     return dict(sorted(found.items()))
 
 
@@ -106,6 +108,15 @@ class AdapterConfig(Section):
     def is_mixed(self) -> bool:
         """Whether clients have ranks of their own, which are not all the same."""
         return isinstance(self.rank, dict) and len({*self.rank.values()}) > 1
+
+    def check_default(self, num_clients: int) -> None:
+        """Raise ValueError where the default is nobody's rank, and larger than all: nobody would train all of it."""
+        own = {} if isinstance(self.rank, int) else {key: rank for key, rank in self.rank.items() if key != "default"}
+        if len(own) == num_clients and (most := max(own.values())) < self.global_rank:
+            raise ValueError(
+                f"adapter.rank: default is {self.global_rank}, which is no client's rank and larger than all: set "
+                f"it to {most}"
+            )
 
     def smaller_ranks(self, num_clients: int) -> dict[str, int] | None:
         """Return the ranks of the clients that have a smaller one than the global adapter; None where none has."""
@@ -382,6 +393,7 @@ class Config(Section):
                     raise ValueError(
                         f"adapter.rank names client {client}, and federation.clients is {self.federation.clients}"
                     )
+            self.adapter.check_default(self.federation.clients)
         self._check_task()
         self.aggregation.check_enough(self.federation.num_counted)
         federation = self.federation
@@ -454,4 +466,5 @@ class Config(Section):
             "adapter": self.adapter.model_dump(mode="json"),
             "federation.clients": self.federation.clients,
             "federation.seed": self.federation.seed,
+            **({} if self.clusters.by is None else {"clusters": self.clusters.model_dump(mode="json")}),
         }

@@ -42,6 +42,8 @@ def describe_select(select: SelectConfig | Literal["off"]) -> str:
 
 def selection_fault(select: SelectConfig, task: Task, unit: str | None, where: str) -> str | None:
     """Return why rows cannot be selected so; None where they can."""
+    if not task.item.has_response:
+        return f"{where} and task {task.name} exclude each other: scores are of responses, and its rows have none"
     if select.score != "length" and not task.item.teaches_response:
         return (
             f"{where}.score: {select.score} and task {task.name} exclude each other: the score drops responses that "

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fedcli.algos.lora import cut, padded
 from fedcli.client.runtimes import Runtimes
 from fedcli.errors import ConfigError, UsageError
 from fedcli.observer import Observer
@@ -112,14 +113,16 @@ def _train_rounds(
     """Train round after round, saving after each; return where the last one left off."""
     config = federation.config
     rounds = config.federation.rounds
+    rank = None if party is None else federation.start.manifest.rank_of(party.client)
     progress = read_progress(home, plan) or Progress(0, federation.start.adapter(), 0.0)
     for number in range(progress.rounds_done, rounds):
         asked = train_record(config, number, rounds)
-        selection = runtime.select(party, asked, progress.adapter)
+        began = progress.adapter if rank is None else cut(progress.adapter, rank)
+        selection = runtime.select(party, asked, began)
         train = asked.for_rows(len(runtime.rows(party, asked)) if selection is None else len(selection.places))
         observer.baseline_round(number, rounds, train.steps)
         adapter, losses = runtime.train(
-            progress.adapter,
+            began,
             train,
             party=party,
             round_number=number,
@@ -128,6 +131,8 @@ def _train_rounds(
             on_step=partial(observer.step_done, None if party is None else party.client),
             selection=selection,
         )
+        if rank is not None:
+            adapter = padded(adapter, progress.adapter)
         progress = Progress(number + 1, adapter, math.fsum(losses) / len(losses))
         save_progress(home, plan, progress)
     return progress

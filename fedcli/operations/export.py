@@ -19,7 +19,7 @@ from fedcli.parties.party import find_same_base, trusts_code
 from fedcli.parties.simulate import DataSummary, read_summary
 from fedcli.quantities import name_clients, plural
 from fedcli.report.card import Card, ClientData, render_card
-from fedcli.scoring.own_adapters import check_has_global, kind_of, own_adapter
+from fedcli.scoring.own_adapters import check_has_global, own_adapter, own_kind
 from fedcli.scoring.table import best_rounds
 from fedcli.tasks import TASKS
 from fedcli.workspace.federation_state import FederationState
@@ -61,7 +61,7 @@ def export(
     """Write a round's adapter with a model card into a new folder, or with `merge` the base with the adapter in it.
 
     `number` is a round's or "latest"; `best` a metric (BENCHMARK or BENCHMARK.METRIC) whose best round is taken;
-    `client` is whose own adapter is handed over, as it stands with the latest round.
+    `client` is whose own adapter is handed over, as it stands with the latest round, or its cluster's.
     `dtype` and `max_shard_size` are of a merged model; by default the base's own type, and SHARD_SIZE. The folder
     appears whole or not at all. A folder that holds this very export is left as it is: a disk can do what it reports as
     failed. Raises WorkspaceError where something else stands there, UsageError for what cannot be done.
@@ -69,7 +69,7 @@ def export(
     _check_options(merge, dtype, max_shard_size)
     output = output.resolve()  # a name such as . or a link could not be replaced
     check_outside(federation.workspace, output)
-    found = _find_round(federation, number, best)
+    found = _find_round(federation, number, best, client)
     handed = _handed(federation, found, client)
     if not is_free(output):
         for merged_dtype in ((dtype,) if dtype else DTYPES) if merge else (None,):
@@ -125,18 +125,30 @@ def _check_options(merge: bool, dtype: str | None, max_shard_size: str | None) -
         raise UsageError(f"--max-shard-size {max_shard_size}: no such size", hint="Such as 500MB or 5GB.")
 
 
-def _find_round(federation: FederationState, number: str, best: str | None) -> Round:
+def _find_round(federation: FederationState, number: str, best: str | None, client: int | None) -> Round:
     if best is not None:
         if number != "latest":
             raise UsageError("--best names a round by its score, and --round by its number", hint="Leave one out.")
         number = str(best_rounds(federation.workspace, best)[0][0])
     found = federation.round(number)
     if found.manifest.num_clusters > 1 and ":" not in number:
+        if client is not None and (cluster := _cluster_of(found, client)) is not None:
+            return found.of_cluster(cluster)
         raise UsageError(
             f"round {found.number} has {found.manifest.num_clusters} adapters, one for each cluster",
-            hint=f"Name one: --round {number}:0.",
+            hint=f"Name one: --round {number}:0; or a client, whose cluster's it is: --client N.",
         )
     return found
+
+
+def _cluster_of(found: Round, client: int) -> int | None:
+    """Return the cluster of a client; None where each chooses, and it was not counted in the round's merge."""
+    clusters, merge = found.manifest.clusters, found.manifest.aggregation
+    assert clusters is not None
+    if clusters.of is not None:
+        return clusters.of.get(str(client))
+    chosen = {entry.client: entry.cluster or 0 for entry in (merge.counted if merge else [])}
+    return chosen.get(client)
 
 
 def _handed(federation: FederationState, found: Round, client: int | None) -> Handed:
@@ -150,7 +162,9 @@ def _handed(federation: FederationState, found: Round, client: int | None) -> Ha
             f"--client {client} names an adapter as it stands with the latest round, {federation.head.number}",
             hint="Leave --round and --best out.",
         )
-    if kind_of(found.manifest) is None:
+    if own_kind(found) is None:
+        if found.manifest.num_clusters > 1:
+            return of_round(found)
         raise UsageError(
             f"client {client} has no adapter of its own: train.personal, aggregation.share: [A] and private are unset",
             hint="Leave --client out: the round's adapter is everybody's.",

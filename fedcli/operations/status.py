@@ -196,8 +196,10 @@ def _clusters(manifest: Manifest) -> dict[str, list[int]] | None:
     if clusters is None:
         return None
     names = clusters.names or [str(cluster) for cluster in range(clusters.count)]
-    entries = merge.counted if merge else []
-    of = {entry.client: clusters.of_client(entry.client, entry.cluster) for entry in entries}
+    if clusters.of is not None:
+        of = {int(client): cluster for client, cluster in clusters.of.items()}
+    else:  # each chose anew in the last round
+        of = {entry.client: entry.cluster or 0 for entry in (merge.counted if merge else [])}
     return {name: [client for client in of if of[client] == cluster] for cluster, name in enumerate(names)}
 
 

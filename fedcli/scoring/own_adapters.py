@@ -10,7 +10,7 @@ from fedcli.algos import Array, Arrays
 from fedcli.algos.lora import is_first_factor, joined
 from fedcli.errors import NotReadyError, UsageError
 from fedcli.parties.party import find_own
-from fedcli.workspace.client_state import GLOBAL, OWN_FACTORS, PERSONAL, read_states
+from fedcli.workspace.client_state import GLOBAL, PERSONAL, own_factors, read_state, read_states
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round, read_round
 from fedcli.workspace.inbox import Update
@@ -59,11 +59,26 @@ class OwnAdapter:
         return found
 
 
-def kind_of(manifest: Manifest) -> str | None:
+def _kind_of(manifest: Manifest) -> str | None:
     """Return what clients of a round train for themselves; None where they do not."""
     if manifest.train.personal is not None:
         return manifest.train.personal.name
     return OWN_PARTS if manifest.own_tensors else None
+
+
+def own_kind(head: Round) -> str | None:
+    """Return what clients have for themselves as it stands with a round; None where they have nothing."""
+    return _kind_of(_terms(head))
+
+
+def _terms(head: Round) -> Manifest:
+    """Return the manifest that says what clients keep: a round's own, or that of the round before it.
+
+    What was merged from parts of adapters is a part itself, whatever the next round asks for.
+    """
+    if _kind_of(head.manifest) is None and (before := head.previous()) is not None and before.manifest.own_tensors:
+        return before.manifest
+    return head.manifest
 
 
 def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
@@ -73,16 +88,21 @@ def own_adapter(federation: FederationState, client: int) -> OwnAdapter:
     where what it keeps is gone.
     """
     head = federation.head
-    kind = kind_of(head.manifest)
+    terms = _terms(head)
+    kind = _kind_of(terms)
     assert kind is not None
     found = find_own(federation, client)
     if found is None:
         raise UsageError(
             f"client {client}'s own adapter ({kind}) never leaves its home, and that is not here",
-            hint="Its party runs this on its own machine.",
+            hint="Its party runs this on its own machine. Where its home is another than the usual folder, the "
+            "environment variable FEDCLI_HOME names it.",
         )
-    kept = read_states(found[0], [*federation.past(), head], client)
-    own = kept.get(PERSONAL if kind != OWN_PARTS else OWN_FACTORS, {})
+    rounds, parts = [*federation.past(), head], own_factors(terms)
+    if parts is None:
+        own = read_states(found[0], rounds, client).get(PERSONAL, {})
+    else:
+        own = read_state(found[0], rounds, parts, client)
     if not own:
         raise NotReadyError(
             f"client {client} has no adapter of its own ({kind}) yet: no update of it has counted since that began",

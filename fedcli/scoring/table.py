@@ -197,6 +197,11 @@ def best_rounds(
     for record in reversed(rounds):
         known[record.name] = (record.name, next(iter(_in_order(record))))
     if metric not in known:
+        if not known and any(record.target_name.kind in ("own", "cluster") for record in records):
+            raise NotReadyError(
+                "rounds here have several adapters, of clusters or of clients, and no best one",
+                hint="`fedcli eval table` shows the score of each.",
+            )
         if not known:
             raise NotReadyError("no round has been scored yet", hint="`fedcli eval NAME --round N`, or set eval.every.")
         raise UsageError(f"no round has been scored in {metric!r}", hint=did_you_mean(metric, known))

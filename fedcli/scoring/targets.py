@@ -17,9 +17,9 @@ from fedcli.scoring.own_adapters import (
     OWN_PARTS,
     OwnAdapter,
     check_has_global,
-    kind_of,
     own_adapter,
     own_clients,
+    own_kind,
     own_weight,
     whole_update,
 )
@@ -89,7 +89,7 @@ def find_targets(federation: FederationState, asked: Targets) -> list[Target]:
     names = baselines.published_baselines(workspace) if everything else map(baselines.baseline_name, named)
     found += [_baseline(start, name) for name in names]
     found += [_client(federation, client) for client in (*asked.clients, *_all(federation, asked))]
-    if everything and federation.head.number and kind_of(federation.head.manifest) == OWN_PARTS:
+    if everything and federation.head.number and own_kind(federation.head) == OWN_PARTS:
         found += [_client(federation, client) for client in own_clients(federation)]
     else:
         for name in ("latest",) if everything else asked.rounds:
@@ -155,13 +155,13 @@ def _baseline(start: Round, name: str) -> Target:
 def _all(federation: FederationState, asked: Targets) -> Sequence[int]:
     if not asked.all_clients:
         return ()
-    has_own = kind_of(federation.head.manifest) is not None
+    has_own = own_kind(federation.head) is not None
     return own_clients(federation) if has_own else range(federation.config.federation.clients)
 
 
 def _client(federation: FederationState, client: int) -> Target:
     """Return a client's own adapter where it trains one, else its last update."""
-    if kind_of(federation.head.manifest) is None:
+    if own_kind(federation.head) is None:
         return _update(federation.workspace, client)
     own = own_adapter(federation, client)
     name, digest = TargetName.of_own(client, own.round), own.digest

@@ -33,7 +33,7 @@ def next_clusters(config: Config, before: Manifest, aggregation: Aggregation | N
     found, wanted = before.clusters, config.clusters.by
     if (None if found is None else found.by) != wanted:
         raise ConfigError(
-            f"clusters.by is {wanted}, and the federation began with {None if found is None else found.by}",
+            f"clusters.by is {wanted or 'null'}, and the federation began with {'null' if found is None else found.by}",
             hint="Set it back, or start another workspace with `fedcli init DIR`.",
         )
     return split_clusters(found, aggregation)

@@ -1,5 +1,7 @@
 """What a federation has communicated, and which algorithms merged it: running totals that every manifest carries on."""
 
+from collections.abc import Iterable, Mapping, Sequence
+
 from fedcli.config import FederationConfig, algorithm_from
 from fedcli.quantities import describe_bytes, plural
 from fedcli.workspace.encoded_differences import differences_size, numbers_sent
@@ -11,7 +13,7 @@ from fedcli.workspace.layout import (
     DELTA_NAME,
     adapter_name,
 )
-from fedcli.workspace.records import AlgorithmRun, Cost, Manifest
+from fedcli.workspace.records import AlgorithmRun, Cost, Manifest, TensorEntry
 from fedcli.workspace.tensors import encoded_size
 
 
@@ -26,7 +28,7 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
     read |= {algorithm.state_file} if algorithm.clients_read_state else set()
     if manifest.clusters is not None and manifest.clusters.of is None:  # a client compares all of them
         read |= {*map(adapter_name, range(manifest.num_clusters))}
-    tensors = manifest.sent_tensors
+    tensors, sent = manifest.sent_tensors, _sent(manifest, previous)
     num_plain = len(manifest.update_files) - 1  # beside the adapter, which alone is encoded
     down = up = 0
     if manifest.aggregation is not None and previous is not None and previous.cost is not None:
@@ -37,9 +39,10 @@ def cost_of(manifest: Manifest, previous: Manifest | None) -> Cost:
     return Cost(
         base_parameters=manifest.model.num_parameters,
         trainable_parameters=numbers_sent(manifest.tensors, None),
-        communicated_parameters=numbers_sent(tensors, manifest.encoding) + num_plain * numbers_sent(tensors, None),
+        communicated_parameters=_mean(numbers_sent(each, manifest.encoding) for each in sent)
+        + num_plain * numbers_sent(tensors, None),
         client_bytes_down=sum(entry.bytes for name, entry in manifest.files.items() if name in read),
-        client_bytes_up=_bytes_up(manifest, num_plain),
+        client_bytes_up=_bytes_up(manifest, sent, num_plain),
         total_bytes_down=down,
         total_bytes_up=up,
     )
@@ -82,12 +85,25 @@ def history_of(manifest: Manifest, previous: Manifest | None) -> list[AlgorithmR
     return [*history, AlgorithmRun(round=previous.round, algorithm=manifest.aggregation.algorithm)]
 
 
-def _bytes_up(manifest: Manifest, num_plain: int) -> int:
-    """Return the bytes that a client sends: masked, eight a number, and its weight with them."""
+def _sent(manifest: Manifest, previous: Manifest | None) -> list[dict[str, TensorEntry]]:
+    """Return what each client of the cohort sends, where their ranks differ; else what all of them send, once."""
+    if manifest.lora is None or manifest.lora.ranks is None:
+        return [manifest.sent_tensors]
+    clients = manifest.cohort or ([] if previous is None else previous.cohort)
+    return [manifest.sent_by(client) for client in clients] or [manifest.sent_tensors]
+
+
+def _mean(numbers: Iterable[int]) -> int:
+    found = [*numbers]
+    return round(sum(found) / len(found))
+
+
+def _bytes_up(manifest: Manifest, sent: Sequence[Mapping[str, TensorEntry]], num_plain: int) -> int:
+    """Return the bytes that a client sends in the mean: masked, eight a number, and its weight with them."""
     if manifest.secure_aggregation is None:
-        tensors, encoding = manifest.sent_tensors, manifest.encoding
-        adapter = encoded_size(tensors) if encoding is None else differences_size(tensors, encoding)
-        return adapter + num_plain * encoded_size(tensors)
+        encoding = manifest.encoding
+        adapter = _mean(encoded_size(each) if encoding is None else differences_size(each, encoding) for each in sent)
+        return adapter + num_plain * encoded_size(manifest.sent_tensors)
     from fedcli.workspace.secure_records import masked_header, num_masked
 
     return len(masked_header(manifest)) + 8 * num_masked(manifest)

@@ -47,7 +47,7 @@ def needed_beside_late(federation: FederationState, needed: int, answered: Seque
     Raises NotReadyError where enough is there, and too much of it is of clients that have counted too often.
     """
     head = federation.head
-    if head.manifest.staleness is None or not federation.config.aggregation.as_rule().is_plain_mean:
+    if head.manifest.staleness is None or not federation.config.aggregation.counts_late:
         return needed
     late, most = late_of(federation)
     own: list[Sent] = [(head, client) for client in head.draw_order if client in answered]

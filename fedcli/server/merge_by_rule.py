@@ -54,6 +54,7 @@ def combine_with(rule: Rule | None, inputs: MergeInputs, *, by_steps: bool = Fal
     if rule is None or rule.is_plain_mean:
         return combine(inputs)
     _check_algorithm(inputs.algorithm, rule)
+    _check_encoding(inputs.base, rule)
     changed: list[int] = []
     while True:
         restless = {each for each in changed if changed.count(each) > 1}
@@ -92,6 +93,17 @@ def _check_algorithm(algorithm: Algorithm, rule: Rule) -> None:
                 f"aggregation.rule is {rule.rule}, and the algorithm {algorithm.name} merges in a way of its own",
                 hint="Set aggregation.rule to mean, or choose another algorithm.",
             )
+
+
+def _check_encoding(base: Round, rule: Rule) -> None:
+    """Raise ConfigError where a rule takes middles of numbers of which most updates have sent nothing."""
+    encoding = base.manifest.encoding
+    if encoding is not None and encoding.top_k is not None and rule.rule in ("median", "trimmed_mean"):
+        raise ConfigError(
+            f"round {base.number} was opened with aggregation.encoding: top_k, which excludes aggregation.rule: "
+            f"{rule.rule}: of each number most updates send nothing, so that its middle is zero",
+            hint="Set aggregation.rule to another one until that round is merged.",
+        )
 
 
 def _adjusted(rule: Rule, num_valid: int, num_refused: int) -> Rule:

@@ -71,6 +71,8 @@ def _check(lora: LoraRule, rule: Rule | None, base: Round, algorithm: Algorithm)
         odd = f"the algorithm {algorithm.name}, which keeps numbers of the factors from round to round,"
     elif base.manifest.update_tensors is not None:
         odd = "updates that carry some of the factors only, as aggregation.share or the algorithm asked when it opened,"
+    elif lora.lora != "factors" and base.manifest.encoding is not None:
+        odd = f"aggregation.encoding: {base.manifest.encoding.name}, as which the round's step is sent,"
     if odd is not None:
         raise ConfigError(
             f"round {base.number}: {name} and {odd} exclude each other",

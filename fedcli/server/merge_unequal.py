@@ -50,7 +50,7 @@ def unequal_of(federation: FederationState, trust: "ServerTrust | None") -> Uneq
     """Return how the open round is merged; None where it has the plain mean of its own updates, or a rule's."""
     config, head = federation.config.aggregation, federation.head
     by_steps = config.step_weighting == "fednova"
-    has_window = head.manifest.staleness is not None and config.as_rule().is_plain_mean
+    has_window = head.manifest.staleness is not None and config.counts_late
     if not by_steps and not has_window:
         return None
     late, most = late_of(federation) if has_window else ([], None)

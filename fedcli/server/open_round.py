@@ -175,7 +175,9 @@ def _update_tensors(config: Config, algorithm: Algorithm, number: int, start: St
         raise ConfigError(
             f"algorithm.name: {algorithm.name}, aggregation.share: {aggregation.share} and aggregation.private: "
             f"[{', '.join(aggregation.private)}] leave updates no tensor",
-            hint="Set aggregation.share to [A, B], or name fewer tensors in aggregation.private.",
+            hint="Name fewer tensors in aggregation.private."
+            if aggregation.shared_factor is None
+            else "Set aggregation.share to [A, B], or name fewer tensors in aggregation.private.",
         )
     return found
 

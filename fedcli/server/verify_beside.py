@@ -78,8 +78,7 @@ def check_private(rounds: list[Round], result: Verification) -> None:
             damaged = dict(damaged_candidates(workspace.private(client), state))
             for path, problem in damaged.items():
                 result.report(path, problem)
-            is_kept = workspace.store.names(f"private/{client}/{state.folder}")
-            if is_kept and not damaged and len(rounds) == head.number + 1:
+            if not damaged and len(rounds) == head.number + 1:
                 try:
                     read_state(workspace.private(client), rounds, state, client)
                 except IntegrityError as error:

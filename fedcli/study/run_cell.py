@@ -11,7 +11,7 @@ from fedcli.errors import BusyError, ConfigError, explain
 from fedcli.federation import Federation
 from fedcli.observer import Observer
 from fedcli.parties.simulate import read_summary
-from fedcli.scoring.own_adapters import OWN_PARTS, kind_of
+from fedcli.scoring.own_adapters import OWN_PARTS, own_kind
 from fedcli.scoring.request import Scoring
 from fedcli.scoring.targets import BASE, Targets
 from fedcli.study.folder import CellRecord, StudyFolder, error_record
@@ -63,7 +63,7 @@ def _work(folder: StudyFolder, cell: Cell, kept: KeptModel, threads: int | None,
         result = federation.run(observer=observer)
         for line in describe_rows(result, of=" of the clients' rows"):
             observer.noted(line)
-        kind = kind_of(federation.state.head.manifest)
+        kind = own_kind(federation.state.head)
         targets = Targets(rounds=() if kind == OWN_PARTS else ("latest",), all_clients=kind is not None)
         federation.evaluate(request=_scoring(folder, targets, threads), observer=observer)
         return

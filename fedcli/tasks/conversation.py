@@ -45,6 +45,8 @@ class Item(ABC):
     """Whether the last turn of each conversation alone is learnt, not every response."""
     teaches_response: ClassVar[bool] = True
     """Whether the first conversation's response is always one to imitate."""
+    has_response: ClassVar[bool] = True
+    """Whether rows have responses; else the model answers by itself."""
 
     @property
     @abstractmethod
@@ -125,6 +127,7 @@ class Question(Item):
 
     last_only = True
     teaches_response = False
+    has_response = False
 
     prompt: Prompt
     answer: str

@@ -50,7 +50,11 @@ OWN_FACTORS = "own-factors"
 """The folder of what clients keep to themselves with aggregation.share: [A], or aggregation.private."""
 
 
-def _own_factors(tensors: set[str], owner: str) -> KeptState:
+def own_factors(manifest: Manifest) -> KeptState | None:
+    """Return what clients keep to themselves of a round's adapter; None where they send all of it."""
+    if not (tensors := manifest.own_tensors):
+        return None
+    owner = "aggregation.share" if manifest.share == "A" else "aggregation.private"
     return KeptState(
         OWN_FACTORS,
         owner,
@@ -78,8 +82,8 @@ def kept_states(manifest: Manifest) -> list[KeptState]:
     """Return what clients keep in a round; raise IntegrityError for an algorithm that this version does not know."""
     algorithm = algorithm_from(manifest.algorithm)
     found = []
-    if own := manifest.own_tensors:
-        found.append(_own_factors(own, "aggregation.share" if manifest.share == "A" else "aggregation.private"))
+    if (own := own_factors(manifest)) is not None:
+        found.append(own)
     if (personal := manifest.train.personal) is not None:
         found.append(_personal(personal.name))
     if algorithm.private_state:

@@ -113,7 +113,7 @@ class FederationState(Experiment):
         return found[::-1]
 
     def round(self, name: int | str) -> Round:
-        """Return a round by its number, or "latest"; with `:J` behind it cluster J's adapter is meant.
+        """Return a round by its number, or "latest"; with `:J` behind it cluster J's adapter is meant, or group J's.
 
         Raises UsageError for what is neither, and for a cluster that there is not, NotReadyError for a round that is
         not there yet.
@@ -122,10 +122,14 @@ class FederationState(Experiment):
         found = self.head if text == "latest" else self._numbered(text)
         if not cluster:
             return found
+        groups = () if (clusters := found.manifest.clusters) is None else clusters.names or ()
+        if cluster in groups:
+            return found.of_cluster(groups.index(cluster))
         if not (cluster.isascii() and cluster.isdigit() and int(cluster[:20]) < found.manifest.num_clusters):
+            named = f", or by their names: {', '.join(groups)}" if groups else ""
             raise UsageError(
                 f"--round {str(name)[:80]}: round {found.number} has {found.manifest.num_clusters} adapters",
-                hint="They are counted from 0: name one as in --round latest:1.",
+                hint=f"They are counted from 0{named}. Name one as in --round latest:{groups[-1] if groups else 1}.",
             )
         return found.of_cluster(int(cluster))
 
