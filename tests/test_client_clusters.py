@@ -222,11 +222,31 @@ def test_what_clusters_cannot_stand_with_is_a_configuration_error_that_says_why(
     assert not (tmp_path / "here").exists()
 
 
-def test_clusters_are_fixed_by_init(by_groups: Path):
-    take_part(by_groups, 1, cluster=1)
-    configure(by_groups, "clusters={}")
-    with pytest.raises(ConfigError, match="the federation began with groups"):
-        Federation.open(by_groups).server.aggregate(partial=True)
+@pytest.mark.parametrize("edit", ["clusters={}", "clusters.groups={north: [0], south: [1, 2]}"])
+def test_clusters_are_fixed_by_init(by_groups: Path, edit):
+    configure(by_groups, edit)
+    with pytest.raises(ConfigError, match=r"changes what was fixed by `fedcli init`:\n  clusters"):
+        Federation.open(by_groups)
+
+
+def test_groups_are_shown_before_anybody_answers_and_named_by_their_names_or_clients(by_groups: Path, tmp_path, capsys):
+    assert Federation.open(by_groups).status().clusters == {"north": [0, 2], "south": [1]}
+    for client, cluster in ((0, 0), (1, 1), (2, 0)):
+        assert take_part(by_groups, client, lambda x, c=client: x + np.float32(c), 10, cluster)
+    Federation.open(by_groups).server.aggregate()
+    assert Federation.open(by_groups).status().clusters == {"north": [0, 2], "south": [1]}
+    asked = {"north": ["--round", "latest:north"], "south": ["--client", "1"], "1": ["--round", "1:south"]}
+    for name, options in asked.items():
+        assert main(["export", str(tmp_path / name), "-w", str(by_groups), *options]) == 0
+    north, south = _clustered(by_groups, 1)
+    for name, expected in (("north", north), ("south", south), ("1", south)):
+        found = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert all(np.array_equal(found[tensor], array) for tensor, array in expected.items())
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "none"), "-w", str(by_groups), "--round", "latest:east"]) == 2
+    assert "north, south" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none"), "-w", str(by_groups)]) == 2
+    assert "--client N" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -37,6 +37,22 @@ def fault_of(text: str) -> str:
     return caught.value.message.partition("\n  ")[2]
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("train: {steps: yes}", "train: steps is true, which is no number"),
+        ("train: {steps: {max: on, epochs: 1}}", "train.steps: max is true, which is no number"),
+        ("federation: {per_round: false}", "federation: per_round is false, which is no number"),
+        ("aggregation: {lora_fair: true}", "aggregation: lora_fair is true, which is no number"),
+        ("eval: {every: true}", "eval: every is true, which is no number"),
+        ("adapter: {alpha: true}", "adapter: alpha is true, which is no number"),
+    ],
+)
+def test_true_and_false_are_no_numbers(text: str, fault: str) -> None:
+    assert fault in fault_of(text)
+    assert config_of("aggregation: {lora_fresh: true, lora: exact}").aggregation.lora_fresh
+
+
 def test_the_defaults_are_the_contracts() -> None:
     expected = {
         "task": "sft",

@@ -245,6 +245,27 @@ def test_what_an_encoding_cannot_stand_beside_is_an_error_that_names_both(settin
     assert all(word in found.value.message for word in words), found.value.message
 
 
+@pytest.mark.parametrize(
+    ("encoding", "edit", "words"),
+    [
+        ("top_k", "aggregation.rule=median", ["opened with aggregation.encoding: top_k", "median"]),
+        ("top_k", "aggregation.rule=trimmed_mean", ["opened with aggregation.encoding: top_k", "trimmed_mean"]),
+        ("int8", "aggregation.lora=exact", ["aggregation.lora: exact", "aggregation.encoding: int8"]),
+        ("f16", "aggregation.lora=product", ["aggregation.lora: product", "aggregation.encoding: f16"]),
+    ],
+)
+def test_an_open_round_is_not_merged_in_a_way_that_its_encoding_excludes(encoding, edit, words, small):
+    reopened(small, f"aggregation.encoding={encoding}")
+    everybody_trains(small)
+    configure(small, "aggregation.encoding=f32", edit)
+    with pytest.raises(ConfigError) as found:
+        Federation.open(small).server.aggregate()
+    assert all(word in found.value.message for word in words), found.value.message
+    configure(small, "aggregation.rule=mean", "aggregation.lora=factors")
+    assert Federation.open(small).server.aggregate().published
+    assert Federation(Workspace(small)).verify().violations == []
+
+
 def opened_anew(workspace: Path, *overrides: str) -> None:
     """Open round 0 again, which nobody has answered, with settings that a manifest's edit does not give."""
     configure(workspace, *overrides)

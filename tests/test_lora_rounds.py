@@ -362,6 +362,15 @@ def test_what_cannot_stand_beside_it_is_named_with_its_reason(aggregation, other
     assert named in caught.value.message
 
 
+def test_the_cost_of_clients_of_several_ranks_is_their_mean(here: Path):
+    """The workspace's clients are 0, 1 and 2, of ranks 2, 3 and 4."""
+    one = read_manifest(here, 0)["cost"]["client_bytes_up"]
+    restart_with(here, MIXED)
+    cost = read_manifest(here, 0)["cost"]
+    assert cost["communicated_parameters"] == cost["trainable_parameters"] * 3 // 4
+    assert cost["client_bytes_up"] < one
+
+
 def test_ranks_by_client_that_are_all_the_same_are_one_rank():
     same = parse_config({"adapter": {"rank": {"0": 8, "default": 8}}, "aggregation": {"rule": "median"}}, "fedcli.yaml")
     assert not same.adapter.is_mixed
@@ -375,6 +384,10 @@ def test_ranks_by_client_that_are_all_the_same_are_one_rank():
         ({"9": 4, "default": 8}, "names client 9, and federation.clients is 5"),
         ({"x": 4, "default": 8}, "adapter.rank: 'x' is no client's id, nor default"),
         ({"0": 0, "default": 8}, "greater than or equal to 1"),
+        ({"0": True, "default": 8}, "valid integer"),
+        ({0: 4, "0": 8, "default": 8}, "a client is named twice"),
+        (dict.fromkeys("01234", 4) | {"default": 8}, "default is 8, which is no client's rank"),
+        (True, "valid integer"),
     ],
 )
 def test_ranks_by_client_that_make_no_sense_are_faults(rank, problem):

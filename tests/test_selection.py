@@ -104,6 +104,10 @@ def test_what_is_dropped_is_counted_with_the_worst_as_an_example_and_canaries_st
     assert (found.places, found.num_own) == ([2, 3, 4, 5], 2)
     assert dict(found.report.left_out) == {"ira too low": 2}
     assert found.report.first_cases == {"ira too low": "'red' has 0.1, and 0.6 or more is kept"}
+    same = [Losses(1.0, 1.0, 2)] * 6
+    found = select_rows(rows, SelectConfig(score="length", keep=0.5), same, lambda row: "red")
+    told = "'red' has 2, and 2 or more is kept, of equal ones the first rows"
+    assert (found.places, found.report.first_cases) == ([0, 1, 4, 5], {"length too low": told})
     with pytest.raises(ConfigError, match=r"data\.select keeps none of 4 rows"):
         select_rows(rows, SelectConfig(score="ifd"), [Losses(2.0, 1.0, 3)] * 6, lambda row: "red")
 
@@ -143,6 +147,10 @@ def test_of_a_pair_the_chosen_response_is_scored(tmp_path: Path) -> None:
         ({"data": {"select": {"score": "ira", "keep": 0}}}, "data.select.keep"),
         ({"data": {"select": {"score": "irate"}}}, "unknown score 'irate'. Did you mean ira"),
         ({"task": "kto", "data": {"select": {"score": "ira"}}}, "data.select.score: ira and task kto exclude each"),
+        (
+            {"task": "grpo", "train": {"reward": "number"}, "data": {"select": {"score": "length"}}},
+            "data.select and task grpo exclude each other: scores are of responses, and its rows have none",
+        ),
         (
             {"data": {"select": {"score": "length"}}, "privacy": {"unit": "row", "clip": 1, "noise": 1}},
             "data.select and privacy.unit: row exclude each other: which rows are kept depends on every other row",

@@ -1,6 +1,7 @@
 """aggregation.share: which of LoRA's factors are trained, sent and kept, with every algorithm and way to merge."""
 
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 from support.federation import (
     ADAPTER,
     NUM_SAMPLES,
+    configure,
     read_adapter,
     read_manifest,
 )
@@ -23,6 +25,7 @@ from fedcli.algos.fedavgm import FedAvgM
 from fedcli.algos.share import freezing, private_tensors, sent_tensors, without_unsent
 from fedcli.cli import main
 from fedcli.errors import NotReadyError, UsageError
+from fedcli.scoring.own_adapters import own_adapter
 from fedcli.scoring.targets import Targets, find_targets
 from fedcli.workspace.layout import Workspace
 
@@ -125,6 +128,35 @@ def test_fedsas_clients_go_on_from_their_own_b_and_begin_with_the_rounds(small_t
     for name, array in whole.items():
         wanted = latest[name] if ".lora_A." in name else expected[1][name]
         np.testing.assert_allclose(array, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_own_factors_that_are_gone_are_a_violation_and_those_of_a_round_merged_from_them_are_still_had(
+    small_template, tmp_path, monkeypatch
+):
+    workspace = sharing(small_template, tmp_path / "W", "[A]")
+    play(workspace, 1)
+    configure(workspace, "aggregation.share=[A, B]")
+    play(workspace, 1)  # made with [A] as it was opened; the next one is not
+    state = Federation.open(workspace).state
+    assert [found.name for found in find_targets(state, Targets())] == ["base"] + [
+        f"own-{client}-round-00002" for client in NUM_SAMPLES
+    ]
+    own = own_adapter(state, 1)
+    kept = load_file(sorted((workspace / "private/1/own-factors").glob("round-00001-*"))[0])
+    assert all(np.array_equal(own.arrays[name], kept.get(name, array)) for name, array in state.head.adapter().items())
+    monkeypatch.chdir(workspace)
+    assert main(["export", str(tmp_path / "out"), "--client", "1"]) == 0
+    assert main(["export", str(tmp_path / "other")]) == 2
+    play(workspace, 1)
+    assert [found.name for found in find_targets(Federation.open(workspace).state, Targets())] == [
+        "base",
+        "round-00003",
+    ]
+    back = sharing(small_template, tmp_path / "again", "[A]")
+    play(back, 1)
+    shutil.rmtree(back / "private/0/own-factors")
+    (violation,) = Federation(Workspace(back)).verify().violations
+    assert "client 0's private state of aggregation.share is gone or damaged" in violation.problem
 
 
 def test_private_tensors_are_named_by_parts_of_their_names_and_stay_with_their_clients(small_template, tmp_path):

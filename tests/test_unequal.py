@@ -255,6 +255,25 @@ def test_a_fast_client_counts_so_often_in_a_window_and_no_more(open_small, capsy
     assert is_clean(workspace)
 
 
+@pytest.mark.parametrize("edit", ["aggregation.lora=product", "aggregation.lora_error=true", "aggregation.rule=median"])
+def test_where_a_merge_can_take_no_late_update_the_round_waits_for_enough_of_its_own(open_small, edit):
+    workspace = open_small(*WINDOW)
+
+    def one_round() -> None:
+        for client in (0, 1):
+            answer(workspace, client)
+        merge(workspace)
+
+    late(workspace, 2, 0, one_round)
+    answer(workspace, 0)
+    configure(workspace, "aggregation.staleness=0", "aggregation.tolerate=0", edit)
+    with pytest.raises(NotReadyError, match="waits for 1 more of its 3 clients"):
+        Federation.open(workspace).server.aggregate()
+    answer(workspace, 1)
+    assert [(entry["client"], entry.get("base")) for entry in merge(workspace)["counted"]] == [(0, None), (1, None)]
+    assert is_clean(workspace)
+
+
 @pytest.mark.slow
 def test_gc_keeps_what_late_updates_need(open_small):
     workspace = open_small(*WINDOW, "retention.keep_last=1")

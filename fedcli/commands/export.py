@@ -16,7 +16,8 @@ def export(
         str | None, Option(metavar="METRIC", help="The round that is best in BENCHMARK or BENCHMARK.METRIC.")
     ] = None,
     client: Annotated[
-        int | None, Option(metavar="N", help="Client N's own adapter, as it stands with the latest round; or its cluster's.")
+        int | None,
+        Option(metavar="N", help="Client N's own adapter, as it stands with the latest round; or its cluster's."),
     ] = None,
     merge: Annotated[bool, Option("--merge", help="Write the base model with the adapter merged into it.")] = False,
     dtype: Annotated[

@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -27,11 +27,14 @@ class Section(BaseModel):
 @cache
 def _numbers(section: type[Section]) -> frozenset[str]:
     """Return the keys of a section that may be numbers, and not true or false."""
-    kinds = {name: _kinds(field.annotation) for name, field in section.model_fields.items()}
-    return frozenset(name for name, found in kinds.items() if found & {int, float} and bool not in found)
+    found = {name: _kinds(field.annotation, field.metadata) for name, field in section.model_fields.items()}
+    return frozenset(name for name, kinds in found.items() if kinds & {int, float} and bool not in kinds)
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """Return the types that a union or an annotated type has."""
-    parts = [part for part in get_args(annotation) if isinstance(part, type) or get_args(part)]
-    return set().union(*map(_kinds, parts)) if parts else {annotation}
+def _kinds(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> set[Any]:
+    """Return the types of a union or an annotated type, without those that have validators of their own for it."""
+    if any(isinstance(each, BeforeValidator | PlainValidator) for each in metadata):
+        return set()
+    if hasattr(annotation, "__metadata__"):
+        return _kinds(annotation.__origin__, annotation.__metadata__)
+    return set().union(*map(_kinds, get_args(annotation))) if get_args(annotation) else {annotation}
