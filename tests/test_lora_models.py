@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.numpy import load_file
 from support.lora import dense
 from support.models import TINY, load_plain
 from support.processes import fedcli, run_ok, settings
@@ -44,6 +45,18 @@ def test_two_rounds_run_and_are_computed_again(preset: str, overrides: tuple[str
     assert run_ok("verify", cwd=tmp_path)["violations"] == []
     rows = ("rows", "--data", "data/client-1.jsonl", "--limit", "2")
     assert len(run_ok("eval", *rows, "--client", "0", "--round", "latest", cwd=tmp_path)["scores"]) == 2
+
+
+def test_a_client_alone_has_its_own_rank(tmp_path: Path):
+    run_ok("init", ".", *settings(*SMALL, "aggregation.lora=product", "adapter.rank={0: 2, default: 4}"), cwd=tmp_path)
+    for client, rank in ((0, 2), (1, 4)):
+        run_ok("train-alone", "--id", client, cwd=tmp_path)
+        for name, array in load_file(tmp_path / f"baselines/alone-{client}/adapter/adapter_model.safetensors").items():
+            beyond = array[rank:] if ".lora_A." in name else array[:, rank:]
+            used = array[:rank] if ".lora_A." in name else array[:, :rank]
+            assert array.shape[0 if ".lora_A." in name else 1] == 4
+            assert used.any()
+            assert not beyond.any()
 
 
 def logits(folder: Path) -> torch.Tensor:
