@@ -22,6 +22,7 @@ from fedcli.tasks import FORMATS, builtin_formats, formats_of
 from fedcli.tasks.builtin_formats import FORKED, TIED, UNSCORED
 from fedcli.tasks.conversation import Example, Item, Judged, Preference, Question, Turn, instruct, shown
 from fedcli.tasks.format import DUPLICATE, EMPTY, EQUAL, MALFORMED, UNANSWERED
+from fedcli.tasks.verdict_formats import verdict_of
 
 Fields = dict[str, Any]
 DATA = Path(os.environ.get("FEDCLI_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -465,3 +466,17 @@ def test_a_row_that_asks_nothing_is_left_out() -> None:
 
 def test_notes_are_of_rows_that_are_used() -> None:
     assert not +read("ultrafeedback", scored(("same", 9), ("same", 9), ("same", 2), ("d", None)))[1].notes
+
+
+@pytest.mark.parametrize(("label", "is_good"), [("yes", True), ("No", False), ("Y", True), ("n", False)])
+def test_yes_and_no_are_verdicts(label: str, is_good: bool) -> None:
+    assert verdict_of(label, "label") == is_good
+
+
+def test_rows_with_verdicts_are_never_said_to_be_examples(tmp_path: Path) -> None:
+    rows = [{"prompt": "Say it.", "completion": "green", "label": label} for label in ("maybe", "perhaps")]
+    reader = RowReader("judged-messages")
+    assert list(reader.read(Row(row, "here") for row in rows)) == []
+    with pytest.raises(ConfigError) as caught:
+        reader.require_rows("rows.jsonl")
+    assert "sft" not in caught.value.hint

@@ -221,6 +221,10 @@ def test_a_region_that_nobody_answers_sends_nothing_and_takes_part_again(small_t
     [
         (("algorithm.name=scaffold",), (), "cannot take part in scaffold"),
         (("privacy.unit=row", "privacy.clip=1", "privacy.noise=1"), (), "has privacy.unit: row"),
+        (("clusters={by: groups, groups: {a: [0], b: [1]}}",), (), "has clusters: a region sends one adapter"),
+        (("aggregation.lora=exact",), (), "has aggregation.lora: exact: a region sends the mean"),
+        (("aggregation.lora=product",), (), "has aggregation.lora: product: a region sends the mean"),
+        (("train.steps={max: 3, epochs: 1}",), (), "has train.steps with epochs or minutes"),
         ((), ("task=dpo",), "differs from .* in task"),
     ],
 )

@@ -114,6 +114,20 @@ def test_what_is_not_whole_is_left_out_and_named_and_comes_later(played: Path, t
     assert protocol(tmp_path / "copy") == protocol(played)
 
 
+def test_files_that_a_copy_has_lost_are_named_and_a_pruned_one_has_lost_none(
+    played: Path, tmp_path: Path, run: Run
+) -> None:
+    copy = tmp_path / "copy"
+    carry(played, copy)
+    (copy / "rounds/00001/adapter/adapter_model.safetensors").unlink()
+    code, out, _ = run("sync", played, copy)
+    assert code == 7
+    assert "adapter/adapter_model.safetensors of its files is missing or cut short there" in out
+    shutil.rmtree(copy / "rounds/00001")
+    assert run("sync", played, copy)[0] == 0
+    assert protocol(copy) == protocol(played)
+
+
 def test_what_differs_is_named_and_left_and_no_round_follows_a_fork(played: Path, tmp_path: Path, run: Run) -> None:
     copy = tmp_path / "copy"
     carry(played, copy)

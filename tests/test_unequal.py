@@ -255,6 +255,69 @@ def test_a_fast_client_counts_so_often_in_a_window_and_no_more(open_small, capsy
     assert is_clean(workspace)
 
 
+def test_a_late_update_may_be_set_aside_and_then_does_not_count(open_small, capsys):
+    workspace = open_small(*WINDOW)
+
+    def one_round() -> None:
+        for client in (0, 1):
+            answer(workspace, client)
+        merge(workspace)
+
+    late(workspace, 2, 0, one_round)
+    assert main(["server", "discard", "--id", "2"]) == 0
+    assert main(["server", "discard", "--id", "2"]) == 0
+    assert capsys.readouterr().out == (
+        "client 2: its update is set aside\nclient 2: has no update that may still count\n"
+    )
+    for client in (0, 1):
+        answer(workspace, client)
+    assert [(entry["client"], entry.get("base")) for entry in merge(workspace)["counted"]] == [(0, None), (1, None)]
+    assert is_clean(workspace)
+
+
+def test_a_round_whose_own_adapter_was_pruned_and_that_counted_late_updates_alone_is_no_violation(open_small):
+    """Clients 0 and 1 answer round 0, of which one counts; the other one is all that round 1's merge counts."""
+    workspace = open_small(
+        "aggregation.staleness=1", "federation.per_round=1", "federation.select=3", "retention.keep_last=1"
+    )
+    for client in (0, 1, 2):
+        answer(workspace, client)
+    for _ in range(2):
+        merge(workspace)
+    for _ in range(2):
+        answer(workspace, 0)
+        merge(workspace)
+    assert {entry.get("base") for entry in read_manifest(workspace, 2)["aggregation"]["counted"]} == {0}
+    done = Federation.open(workspace).gc()
+    assert 1 in done.rounds
+    found = Federation(Workspace(workspace)).verify()
+    assert found.violations == []
+    assert found.num_pruned > 0
+
+
+def test_late_updates_of_who_has_left_take_no_places_of_the_others(small_template, tmp_path):
+    home = tmp_path / "home"
+    workspace = make_signed(small_template, tmp_path / "signed", home, *WINDOW, "federation.rounds=8")
+    with at(home):
+        for client in range(3):
+            Federation.open(workspace).server.enrol(client, join(workspace, client))
+        for client in range(3):
+            train(workspace, client)
+        merge(workspace)  # round 0 was opened without a window
+        for client in range(3):
+            train(workspace, client)
+        (surplus,) = merge(workspace)["surplus"]
+        assert Federation.open(workspace).status().late == {1: [surplus]}
+        Federation.open(workspace).client(surplus).leave()
+        assert Federation.open(workspace).status().leaving == [surplus]
+        stays = next(client for client in range(3) if client != surplus)
+        train(workspace, stays)
+        with pytest.raises(NotReadyError, match="waits for 1 more"):
+            Federation.open(workspace).server.aggregate()
+        status = Federation.open(workspace).status()
+        assert (status.late, status.leaving, status.gone) == ({}, [], {surplus: "leave"})
+
+
 @pytest.mark.parametrize("edit", ["aggregation.lora=product", "aggregation.lora_error=true", "aggregation.rule=median"])
 def test_where_a_merge_can_take_no_late_update_the_round_waits_for_enough_of_its_own(open_small, edit):
     workspace = open_small(*WINDOW)

@@ -378,7 +378,7 @@ def test_merging_loads_no_torch(small, command):
         (["client", "status", "--id", "1"], "client 1: nothing to do, the federation has finished at round 2\n"),
         (["client", "train", "--id", "1"], "client 1: nothing to do, the federation has finished at round 2\n"),
         (["server", "aggregate"], "nothing to do: the federation has finished at round 2\n"),
-        (["server", "discard", "--id", "1"], "client 1: has no update in the open round\n"),
+        (["server", "discard", "--id", "1"], "client 1: has no update that may still count\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "says",
 )

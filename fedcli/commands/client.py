@@ -158,10 +158,12 @@ def _tell_card(joining: "Joining", card: dict[str, object]) -> None:
 def _enrolment_hint(federation: Federation, client: int, fingerprint: str) -> str:
     """Return what the server's operator has yet to do before the client's updates count; "" where nothing is left."""
     standing = federation.keys().clients.get(client)
-    if standing is not None and (standing.state, standing.fingerprint) == ("enrolled", fingerprint):
+    is_leaving = client in federation.status().leaving
+    if standing is not None and (standing.state, standing.fingerprint) == ("enrolled", fingerprint) and not is_leaving:
         return ""
     place = at(federation.workspace.address) if federation.workspace.store.is_remote else ""
-    return (
+    first = f"client {client} has left, and is taken out when the server next merges; then\n" if is_leaving else ""
+    return first + (
         "compare both fingerprints with the server's operator by telephone, who then runs:\n"
         f"  fedcli server enrol --id {client} --fingerprint {fingerprint}{place}\n"
     )

@@ -205,11 +205,14 @@ def server_revoke(client: ClientOption, workspace: WorkspaceOption = None, json_
 
 
 def server_discard(client: ClientOption, workspace: WorkspaceOption = None, json_output: JsonOption = False) -> None:
-    """Set aside a client's update of the open round, so that the client may send another."""
+    """Set aside a client's update of the open round, so that the client may send another.
+
+    Where it has none it is the client's oldest update of an earlier round that may still count.
+    """
     discarded = found_federation(workspace).server.discard(client)
     print_result(
         json_output,
         {"status": "discarded" if discarded else "nothing_to_discard", "client": client},
-        f"client {client}: {'its update is set aside' if discarded else 'has no update in the open round'}",
+        f"client {client}: {'its update is set aside' if discarded else 'has no update that may still count'}",
         hint=f"next: fedcli client train --id {client}{at(workspace)}" if discarded else "",
     )

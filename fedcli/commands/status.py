@@ -115,6 +115,8 @@ def _parties(result: "Status") -> Iterator[str]:
         yield f"not in     client {client} has joined and is not enrolled: {told}"
     for client, action in result.gone.items():
         yield f"gone       client {client} {'has left' if action == 'leave' else 'was revoked'}"
+    if result.leaving:
+        yield f"leaving    {name_clients(result.leaving)}: out when the server next merges"
     if result.distrust is not None:
         yield f"distrust   {result.distrust}; `fedcli verify` tells more"
 

@@ -189,6 +189,8 @@ class RowReader(RowReport):
             hint += "docs/DATA.md lists the formats."
             for task in TASKS.usable():
                 fitting = (name for name in formats_of(task.item) if task.item is not self._item)
+                if task.item is Example and any({*VERDICT_COLUMNS} & row.fields.keys() for row in self._first):
+                    continue  # what is learnt there is every response, those with thumbs down, too
                 if name := next((name for name in fitting if _count_usable(name, self._first)), None):
                     hint = f"They look like rows of the format {name}, which is for task {task.name}: set task to that."
                     break

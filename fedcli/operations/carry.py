@@ -95,6 +95,11 @@ class Carrier:
         theirs = self.read(self.target, name, MAX_MANIFEST_BYTES)
         if theirs != parcel.record:
             self.result.differing[name] = "it is not there, and the folder is" if theirs is None else "another is there"
+        elif lost := parcel.missing_in(self.target):
+            more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+            self.result.differing[parcel.folder] = (
+                f"{lost[0]}{more} of its files is missing or cut short there: remove that folder, and carry it again"
+            )
         return theirs == parcel.record
 
     def fixed(

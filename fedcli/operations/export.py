@@ -134,6 +134,11 @@ def _find_round(federation: FederationState, number: str, best: str | None, clie
     if found.manifest.num_clusters > 1 and ":" not in number:
         if client is not None and (cluster := _cluster_of(found, client)) is not None:
             return found.of_cluster(cluster)
+        if client is not None:
+            raise UsageError(
+                f"client {client} was not counted in the merge that made round {found.number}, and so chose no cluster",
+                hint=f"Name one of its {found.manifest.num_clusters} adapters: --round {number}:0.",
+            )
         raise UsageError(
             f"round {found.number} has {found.manifest.num_clusters} adapters, one for each cluster",
             hint=f"Name one: --round {number}:0; or a client, whose cluster's it is: --client N.",

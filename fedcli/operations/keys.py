@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 
 from fedcli.errors import FedError, UsageError
+from fedcli.parties.membership import has_left
 from fedcli.parties.party import joined_as
 from fedcli.trust.chain import read_chain
 from fedcli.trust.keys import KeyPair, fingerprint
+from fedcli.workspace.enrolment import read_enrolment
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.layout import server_home
 from fedcli.workspace.records import PublicKeys
@@ -71,3 +73,11 @@ def read_keys(federation: FederationState) -> KeyRing:
         elif fingerprint(registration.keys) != clients[client].fingerprint:
             following[client] = fingerprint(registration.keys)
     return KeyRing(identity.id, owner(enrolment.server, "current"), dict(sorted(clients.items())), following)
+
+
+def leaving(federation: FederationState) -> list[int]:
+    """Return the enrolled clients that have signed that they leave: the server takes them out when it next merges."""
+    enrolment = read_enrolment(federation.workspace)
+    names = {name.removesuffix(".leave") for name in federation.workspace.store.names("clients") if ".leave" in name}
+    said = [client for client in sorted(enrolment.members) if str(client) in names]
+    return [client for client in said if has_left(federation, client, enrolment)]

@@ -63,6 +63,7 @@ def check_pair(parent: FederationState, child: FederationState) -> list[str]:
             hint="A region sends whole adapters: let the parent use fedavg, fedprox or fedavgm, and aggregation.share: "
             "[A, B].",
         )
+    _check_ways(parent)
     for name, privacy in (("the parent", above.privacy), ("the region", own.privacy)):
         unit = None if privacy is None else privacy.unit
         if unit in ("row", "group") or (unit == "client" and name == "the region"):
@@ -73,6 +74,22 @@ def check_pair(parent: FederationState, child: FederationState) -> list[str]:
                 "privacy.secure_aggregation.",
             )
     return [*_remarks(parent)]
+
+
+def _check_ways(parent: FederationState) -> None:
+    """Raise ConfigError where a parent merges, or has its clients train, as the sum of a region does not fit."""
+    above, lora = parent.head.manifest, parent.config.aggregation.lora
+    odd = {
+        "clusters: a region sends one adapter's sum, and no party's cluster": above.clusters is not None,
+        f"aggregation.lora: {lora}: a region sends the mean of its parties' factors": lora != "factors",
+        "train.steps with epochs or minutes: a region tells the steps that its rounds ask for": above.train.is_uneven,
+    }
+    for what in (name for name, is_so in odd.items() if is_so):
+        raise ConfigError(
+            f"{parent.workspace.address} has {what}",
+            hint="Set it otherwise in the parent's fedcli.yaml, and relay again once its next round is open; clusters "
+            "are fixed by `fedcli init`.",
+        )
 
 
 def _check_same(parent: FederationState, child: FederationState) -> None:
@@ -95,7 +112,8 @@ def _check_same(parent: FederationState, child: FederationState) -> None:
         what = "ranks of its clients' own" if above.lora.ranks is not None else "a second adapter, base_delta/"
         raise ConfigError(
             f"{parent.workspace.address} has {what}, and a region sends it the mean of its parties' factors",
-            hint="Let the parent merge with aggregation.lora: factors and one adapter.rank.",
+            hint="Both stay as they are: make the parent anew, with one adapter.rank and aggregation.lora: factors "
+            "from its first round on. A region that has joined leaves with `fedcli client leave`.",
         )
     if not found and above.tensors != own.tensors:
         found = ["the adapter's shapes"]

@@ -61,6 +61,8 @@ class Status:
     """Of the parties that have joined, those that are not enrolled, with their fingerprints."""
     gone: dict[int, str]
     """Who takes part no more, and why: leave or revoke."""
+    leaving: list[int]
+    """Who has said so, and is taken out when the server next merges."""
     distrust: str | None
     """What is wrong with the enrolment; None where it is right, or signatures are off."""
     needed: int
@@ -87,7 +89,7 @@ class Status:
     last_rule: dict[str, Any] | None
     """What took the place of the weighted mean then; None for that itself."""
     clusters: dict[str, list[int]] | None
-    """Whose updates went into each of the open round's adapters; None where there is one for all."""
+    """The clients of each of the open round's adapters; by loss those that chose it last; None where there is one."""
     last_refused: dict[int, str]
     last_missing: list[int]
     last_surplus: list[int]
@@ -231,16 +233,17 @@ def _budget(federation: FederationState) -> Budget | None:
 
 def _membership(federation: FederationState) -> dict[str, Any]:
     """Return who is not enrolled, who is gone, and what is wrong with the enrolment."""
-    found: dict[str, Any] = {"unenrolled": {}, "gone": {}, "distrust": None}
+    found: dict[str, Any] = {"unenrolled": {}, "gone": {}, "leaving": [], "distrust": None}
     if federation.identity.signatures is None:
         return found
-    from fedcli.operations.keys import read_keys  # where nothing is signed nobody needs cryptography
+    from fedcli.operations.keys import leaving, read_keys  # where nothing is signed nobody needs cryptography
 
     try:
         clients = read_keys(federation).clients
     except IntegrityError as error:
         return found | {"distrust": error.message}
     return found | {
+        "leaving": leaving(federation),
         "unenrolled": {client: owner.fingerprint for client, owner in clients.items() if owner.state == "joined"},
         "gone": {client: owner.state for client, owner in clients.items() if owner.state in ("leave", "revoke")},
     }

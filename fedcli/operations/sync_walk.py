@@ -242,7 +242,8 @@ class Walk:
         for name in sorted(here ^ there):
             who = (self.source if name in here else self.target).address
             self.result.left[name.rpartition("/")[0]] = (
-                f"`fedcli gc` has removed its weights in {who}; they are neither put back, nor removed elsewhere"
+                f"its weights are not in {who} (`fedcli gc` removed them, or a bundle left them out); they are neither "
+                "put back, nor removed elsewhere"
             )
 
     def _round(self, number: int, latest: int) -> bool:

@@ -155,8 +155,11 @@ def _baseline(start: Round, name: str) -> Target:
 def _all(federation: FederationState, asked: Targets) -> Sequence[int]:
     if not asked.all_clients:
         return ()
-    has_own = own_kind(federation.head) is not None
-    return own_clients(federation) if has_own else range(federation.config.federation.clients)
+    if own_kind(federation.head) is not None:
+        return own_clients(federation)
+    clients = range(federation.config.federation.clients)
+    sent = [client for client in clients if submitted_rounds(federation.workspace, client)]
+    return sent or clients
 
 
 def _client(federation: FederationState, client: int) -> Target:

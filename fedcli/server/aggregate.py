@@ -12,7 +12,7 @@ from fedcli.config import algorithm_from
 from fedcli.errors import BusyError, NotReadyError, UsageError, did_you_mean
 from fedcli.observer import Observer
 from fedcli.quantities import describe_seconds
-from fedcli.server.late import needed_beside_late
+from fedcli.server.late import late_of, needed_beside_late
 from fedcli.server.merge import MergeInputs, unchanged_files
 from fedcli.server.merge_round import merge_round
 from fedcli.server.merge_unequal import unequal_of
@@ -125,6 +125,8 @@ def aggregate_all(federation: FederationState, *, on_round: Callable[[], None], 
 def discard(federation: FederationState, client: int) -> bool:
     """Set aside a client's update of the open round, so that it may send another; return whether there was one.
 
+    Where there is none it is the client's oldest update of an earlier round that may still count.
+
     A party of another user than the server's may set its own update aside, but cannot hold the server's lock: it must
     not do so while the server merges. Raises UsageError for an id that no client has, WorkspaceError for an inbox of
     another user.
@@ -138,7 +140,11 @@ def discard(federation: FederationState, client: int) -> bool:
             from fedcli.workspace.secure_files import discard_masked
 
             return discard_masked(head, client)
-        return discard_update(head, client)
+        if discard_update(head, client):
+            return True
+        late = late_of(federation)[0] if head.manifest.staleness is not None else []
+        base = next((base for base, sender in late if sender == client), None)
+        return base is not None and discard_update(base, client)
 
 
 def _aggregate(

@@ -6,6 +6,7 @@ from fedcli.config import Config
 from fedcli.errors import NotReadyError
 from fedcli.quantities import name_clients, plural
 from fedcli.workspace.arriving import arriving
+from fedcli.workspace.enrolment import read_enrolment
 from fedcli.workspace.federation_state import FederationState
 from fedcli.workspace.history import Round
 from fedcli.workspace.window import Sent, earlier_bases, late_updates, times_counted, window_of
@@ -17,7 +18,15 @@ def late_of(federation: FederationState) -> tuple[list[Sent], dict[int, int] | N
     rounds = [*window_of(head), head]
     sent = late_updates(earlier_bases(head, rounds), rounds)
     late = [(base, client) for base, client in sent if not arriving(base, [client], is_quick=True)]
-    return late, allowance(config, head, rounds)
+    return _of_members(federation, late), allowance(config, head, rounds)
+
+
+def _of_members(federation: FederationState, sent: Sequence[Sent]) -> list[Sent]:
+    """Return those of some updates whose clients are enrolled: of nobody else one counts."""
+    if federation.identity.signatures is None or not sent:
+        return [*sent]
+    members = read_enrolment(federation.workspace).members
+    return [(base, client) for base, client in sent if client in members]
 
 
 def allowance(config: Config, head: Round, rounds: Sequence[Round]) -> dict[int, int] | None:

@@ -83,7 +83,7 @@ def recompute_unequal(
         return None  # a round that is missing is told by itself
     if not all(is_alike(base, previous) for base, _ in sent):
         return None  # told with the window
-    if not _is_all_there(sent, result):
+    if not _is_all_there(previous, sent, result):
         return None
     algorithm = algorithm_from(aggregation.algorithm)
     if not {*algorithm.update_files} <= {*previous.manifest.update_files}:
@@ -119,10 +119,13 @@ def check_lapsed(rounds: Sequence[Round], result: Verification) -> None:
                 result.remark(path, "was never counted: it came late, or others filled the merges of its window")
 
 
-def _is_all_there(sent: Sequence[tuple[Round, CountedUpdate]], result: Verification) -> bool:
-    """Check updates one by one where not all may be read; return whether all may."""
+def _is_all_there(previous: Round, sent: Sequence[tuple[Round, CountedUpdate]], result: Verification) -> bool:
+    """Check updates one by one where a merge of a round cannot be made again; return whether it can.
+
+    That is where not all updates may be read, or the round's own adapter was pruned, of which none may have come.
+    """
     missing: set[tuple[int, int]] = set()
-    is_pruned = False
+    is_pruned = previous.has(PRUNED) and is_reduced(previous)
     hidden = {entry.client for base, entry in sent if is_hidden(base.workspace, entry.client)}
     for base in {base.number: base for base, _ in sent}.values():
         clients = [entry.client for each, entry in sent if each.number == base.number and entry.client not in hidden]
@@ -131,7 +134,7 @@ def _is_all_there(sent: Sequence[tuple[Round, CountedUpdate]], result: Verificat
             missing |= {(base.number, client) for client in clients}
         else:
             missing |= {(base.number, client) for client in gone_updates(base, clients)}
-    if not hidden and not missing:
+    if not hidden and not missing and not is_pruned:
         return True
     result.num_hidden += len(hidden)
     result.num_pruned += is_pruned and not hidden

@@ -36,6 +36,8 @@ class Goal:
         name, _, number = text.rpartition("=")
         benchmark, _, metric = name.partition(".")
         try:
+            if not (benchmark and metric):
+                raise ValueError
             return cls(Column(benchmark=benchmark, metric=metric), float(number))
         except ValueError:
             hint = "Name one of the table's columns: fedcli study table --goal fpb.accuracy=0.8"

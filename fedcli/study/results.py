@@ -109,6 +109,8 @@ def make_table(
         raise NotReadyError("no cell of the study has scores yet", hint="`fedcli study run` makes them.")
     if paper is not None and paper.note:
         notes[paper.note] = None
+    if odd := [cell.id for cell in cells_of(study) if (made := folder.read(cell)) and made.fixed != cell.fixed]:
+        notes[f"these scores are of other settings than {folder.file.name} has now: {', '.join(odd)}"] = None
     if study.eval.limit is not None:
         notes[f"scores are of a sample: eval.limit is {study.eval.limit} items of each benchmark or subject"] = None
     if any(label == BEST_ALONE for block in blocks for label in block.rows):

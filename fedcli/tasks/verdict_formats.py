@@ -31,9 +31,10 @@ VERDICT_COLUMNS = (
 UNCLEAR = "verdict that is neither good nor bad"
 WORDS: Mapping[str, bool] = {
     **dict.fromkeys(("true", "1", "good", "chosen", "accepted", "preferred", "desirable", "up", "thumbs up"), True),
-    **dict.fromkeys(("thumbsup", "👍", "like", "liked", "upvote", "correct"), True),
+    **dict.fromkeys(("thumbsup", "👍", "like", "liked", "upvote", "correct", "yes", "y"), True),
     **dict.fromkeys(("false", "0", "-1", "bad", "rejected", "dispreferred", "undesirable", "down"), False),
     **dict.fromkeys(("thumbs down", "thumbsdown", "👎", "dislike", "disliked", "downvote", "incorrect"), False),
+    **dict.fromkeys(("no", "n"), False),
 }
 
 
@@ -56,6 +57,8 @@ def verdict_of(value: object, column: str) -> bool:
 def _verdict(fields: Fields) -> bool:
     column = next((name for name in VERDICT_COLUMNS if is_given(fields.get(name))), None)
     if column is None:
+        if empty := next((name for name in VERDICT_COLUMNS if name in fields), None):
+            raise LeftOut(MALFORMED, f"column {empty!r}, which says whether the response is good, is empty")
         raise LeftOut(MALFORMED, f"no column says whether the response is good; it has {', '.join(map(str, fields))}")
     return verdict_of(fields[column], column)
 

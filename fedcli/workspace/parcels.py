@@ -57,6 +57,13 @@ class Parcel:
         """The bytes of the files that the record lists, and of the record."""
         return len(self.record) + sum(entry.bytes for entry in self.files.values())
 
+    def missing_in(self, target: Store) -> list[str]:
+        """Return which files a store lacks, or has of another size, where the folder stands; of a pruned one none."""
+        sizes = _sizes(target, self.folder)
+        if PRUNED in sizes:
+            return []
+        return [name for name, entry in self.files.items() if sizes.get(name) != entry.bytes]
+
     def send(self, source: Store, target: Store) -> bool:
         """Publish it in another store, one file in memory at a time; return False where its name is taken there.
 
