@@ -179,7 +179,7 @@ def _waits_for_updates(
     told = "".join(f"\n  {fault}" for fault in faults)
     return NotReadyError(
         f"round {base.number} waits for {needed - len(answered)} more of the {len(terms.cohort)} masked updates; "
-        f"missing: {_names(absent)}{told}",
+        f"{f'missing: {_names(absent)}' if absent else 'nobody is left to send one'}{told}",
         hint=f"{hint}.",
     )
 
