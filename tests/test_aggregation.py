@@ -189,7 +189,7 @@ def test_only_an_update_of_the_open_round_can_be_discarded(here, capsys):
     before = stored_hashes(here)
     capsys.readouterr()
     assert main(["server", "discard", "--id", "1"]) == 0
-    assert capsys.readouterr().out == "client 1: has no update in the open round\n"
+    assert capsys.readouterr().out == "client 1: has no update that may still count\n"
     assert stored_hashes(here) == before
 
 

@@ -269,7 +269,8 @@ def merge_without_a_lock(workspace: Path) -> None:
             Federation.open(workspace).server.aggregate()
 
 
-@pytest.mark.parametrize("merge", [merge_until_it_is_done, pytest.param(merge_without_a_lock, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", [merge_until_it_is_done, merge_without_a_lock])
 def test_of_servers_that_merge_at_once_one_publishes_and_kills_harm_nothing(answered, undisturbed, merge):
     kills = 0
     for seed in range(10):

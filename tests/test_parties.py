@@ -332,7 +332,7 @@ def test_training_without_the_home_is_refused_and_three_ways_to_name_it_work(pla
     place("server", "aggregate")
 
 
-@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+@pytest.mark.parametrize("umask", [0o000, *(pytest.param(each, marks=pytest.mark.slow) for each in (0o022, 0o077))])
 def test_private_files_are_their_owners_alone_whatever_the_umask(place: Place, umask: int) -> None:
     place.join(0, place.rows("rows.jsonl", 6), umask=umask)
     home = place.folder / "H0"

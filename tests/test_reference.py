@@ -93,6 +93,7 @@ def assert_reference(workspace: Path, client: int, model: Any, tokenizer: Any) -
     np.testing.assert_allclose([log_probs for _, log_probs in found], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_fresh_adapter_is_the_plain_base_in_every_round(
     workspace: Path, run: Run, base: tuple[Any, Any]
 ) -> None:

@@ -106,6 +106,7 @@ def test_length_normalised_dpo_of_a_package_is_trained_as_its_formula_says(
     assert told[1] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_names_of_a_package_are_known_while_it_is_installed(plugin: dict[str, str], tmp_path: Path) -> None:
     near = fedcli("init", *settings("task=dpo-nrom"), cwd=tmp_path, **plugin)
     assert (near.returncode, near.stdout) == (3, "")
