@@ -236,3 +236,8 @@ def test_floors_refuse_a_selection_that_leaves_too_few_rows(run: Run, tmp_path: 
     code, _, err = run("client", "train", *where)
     assert code == 3
     assert "client 0 does not train round 0: it learns from 1 row, and your floor is 2" in err
+    assert "Ask the server's operator why" in err
+    results(run, "client", "join", "--data", rows, *where, "--select", "{score: length, keep: 0.05}")
+    code, _, err = run("client", "train", *where)
+    assert code == 3
+    assert "Your own --select leaves so few of your rows" in err

@@ -54,8 +54,17 @@ class Party:
 
     def check_selected(self, manifest: Manifest, num_rows: int) -> None:
         """Raise ConfigError where a joined party's floors refuse that a round learns from so few rows."""
-        if self.num_rows is not None:
+        if self.num_rows is None:
+            return
+        try:
             check_floors(self.floors, Asked.by(manifest, num_rows), self.client)
+        except ConfigError as error:
+            if self.select is not None:
+                error.hint = (
+                    "Your own --select leaves so few of your rows. Join again with --select off, or with another one, "
+                    "or with lower floors."
+                )
+            raise
 
     def base_of(self, config: Config) -> str:
         """Return where the party's base model lies."""
