@@ -81,6 +81,13 @@ def merge(workspace: Path, **options) -> dict:
     return read_manifest(workspace, federation.state.head.number)["aggregation"]
 
 
+def two_answer(workspace: Path) -> None:
+    """Let clients 0 and 1 answer the open round, and merge it."""
+    for client in (0, 1):
+        answer(workspace, client)
+    merge(workspace)
+
+
 def is_clean(workspace: Path) -> bool:
     found = Federation(Workspace(workspace)).verify()
     return (found.violations, found.num_recomputed) == ([], found.num_rounds - 1)
@@ -258,12 +265,7 @@ def test_a_fast_client_counts_so_often_in_a_window_and_no_more(open_small, capsy
 def test_a_late_update_may_be_set_aside_and_then_does_not_count(open_small, capsys):
     workspace = open_small(*WINDOW)
 
-    def one_round() -> None:
-        for client in (0, 1):
-            answer(workspace, client)
-        merge(workspace)
-
-    late(workspace, 2, 0, one_round)
+    late(workspace, 2, 0, partial(two_answer, workspace))
     assert main(["server", "discard", "--id", "2"]) == 0
     assert main(["server", "discard", "--id", "2"]) == 0
     assert capsys.readouterr().out == (
@@ -322,12 +324,7 @@ def test_late_updates_of_who_has_left_take_no_places_of_the_others(small_templat
 def test_where_a_merge_can_take_no_late_update_the_round_waits_for_enough_of_its_own(open_small, edit):
     workspace = open_small(*WINDOW)
 
-    def one_round() -> None:
-        for client in (0, 1):
-            answer(workspace, client)
-        merge(workspace)
-
-    late(workspace, 2, 0, one_round)
+    late(workspace, 2, 0, partial(two_answer, workspace))
     answer(workspace, 0)
     configure(workspace, "aggregation.staleness=0", "aggregation.tolerate=0", edit)
     with pytest.raises(NotReadyError, match="waits for 1 more of its 3 clients"):
@@ -502,12 +499,7 @@ def test_limits_of_steps_that_make_no_sense_are_faults(steps, problem):
 def test_a_merge_of_late_updates_killed_at_any_system_call_loses_and_doubles_nothing(open_small, tmp_path):
     workspace = open_small(*WINDOW)
 
-    def one_round() -> None:
-        for client in (0, 1):
-            answer(workspace, client)
-        merge(workspace)
-
-    late(workspace, 2, 0, one_round)
+    late(workspace, 2, 0, partial(two_answer, workspace))
     answer(workspace, 0)
     answer(workspace, 1)
 

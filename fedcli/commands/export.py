@@ -39,7 +39,7 @@ def export(
         output, round=round_, best=best, client=client, merge=merge, dtype=dtype, max_shard_size=max_shard_size
     )
     what = f"base and adapter merged, {result.merged_dtype}" if result.merged_dtype else "adapter"
-    whose = "" if client is None else f", client {client}'s"
+    whose = "" if client is None else f", for client {client}"
     exported = f"round {result.round}{whose} ({what}, {result.num_bytes:,} bytes)"
     done = f"exported {exported} to {result.output}"
     if not result.is_new:
